@@ -1,0 +1,95 @@
+"""gpt-oss, the mixture of experts. GGUF architecture `gpt-oss`.
+
+Card: OpenAI 2025 (arXiv:2508.10925). What differs from llama:
+  * biases on q, k, v and the attention's output; q is H·D wide and not d;
+  * one sink logit a head joins the softmax's denominator (Xiao et al. 2023, arXiv:2309.17453);
+  * even layers see the newest `sliding_window` keys, themselves included, odd layers see all;
+  * RoPE over the pairs (i, i + D/2) with YaRN, whose ramp bounds are not rounded;
+  * the FFN is the `k` likeliest of E experts, softmax after the choice, biases in router and experts, and a gated
+    product with clamps: min(g, 7)·σ(1.702·g)·(clip(u, ±7) + 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.adapters.rope import scaled_tables
+from worker.adapters.weights import Weights
+from worker.errors import ModelLoadFailed
+from worker.model import Hparams, ModelOptions
+from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+
+CLAMPED_SWIGLU = Activation(limit=7.0, alpha=1.702)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's weights."""
+
+    attn_norm: RmsNorm  # [d]
+    q: Linear  # [H·D, d], bias
+    k: Linear  # [Hk·D, d], bias
+    v: Linear  # [Hk·D, d], bias
+    attention: Attention  # sinks [H]
+    attn_output: Linear  # [d, H·D], bias
+    ffn_norm: RmsNorm  # [d]
+    router: Linear  # [E, d], bias
+    gate: Linear  # [E, f, d], bias
+    up: Linear  # [E, f, d], bias
+    down: Linear  # [E, d, f], bias
+
+
+class GptOss:
+    """The decoder of the `gpt-oss` architecture, bound to one file's weights."""
+
+    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+        if not 0 < hp.expert_used_count <= hp.expert_count:
+            raise ModelLoadFailed(
+                f"{hp.expert_used_count} of {hp.expert_count} experts are used",
+                "gpt-oss.expert_used_count",
+                "1 to gpt-oss.expert_count",
+            )
+        self.experts_used = hp.expert_used_count
+        self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
+        rope = scaled_tables(hp, options.context, truncate=False)
+        self.layers = [_layer(hp, w, i, rope) for i in range(hp.block_count)]
+        self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
+        self.output = w.output(self.token_embd)
+
+    def forward(self, ops: Ops, batch: Batch) -> Array:
+        """Logits [R, V] f32 of the rows that the batch asks for."""
+        x = ops.embed(self.token_embd, batch)
+        for layer in self.layers:
+            q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
+            attended = ops.attention(q, k, v, layer.attention, batch)
+            x = ops.linear_add(attended, layer.attn_output, x)
+            n, routes = ops.norm_route(x, layer.ffn_norm, layer.router, self.experts_used)
+            h = ops.experts_glu(n, routes, layer.gate, layer.up, CLAMPED_SWIGLU)
+            x = ops.experts_add(h, routes, layer.down, x)
+        (logits,) = ops.norm_linear(ops.take_rows(x, batch), self.output_norm, self.output)
+        return logits
+
+
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
+    d, f, experts, block = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count, f"blk.{i}"
+    return Layer(
+        attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
+        q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
+        k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),
+        v=w.linear(f"{block}.attn_v", hp.kv_width, d, bias=True),
+        attention=Attention(
+            i,
+            hp.head_count,
+            hp.head_count_kv,
+            hp.head_dim,
+            rope,
+            window=hp.sliding_window if i % 2 == 0 else 0,
+            sinks=w.vector(f"{block}.attn_sinks.weight", hp.head_count),
+        ),
+        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=True),
+        ffn_norm=w.norm(f"{block}.post_attention_norm", d, hp.rms_epsilon),
+        router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=True),
+        gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d),
+        up=w.experts(f"{block}.ffn_up_exps", experts, f, d),
+        down=w.experts(f"{block}.ffn_down_exps", experts, d, f),
+    )

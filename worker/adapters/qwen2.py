@@ -1,0 +1,69 @@
+"""Qwen2 and Qwen2.5. GGUF architecture `qwen2`.
+
+Paper: Yang et al. 2024 (arXiv:2407.10671). What differs from llama: biases on q, k and v, RoPE over the pairs
+(i, i + D/2), and no permutation of q and k in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.adapters.rope import scaled_tables
+from worker.adapters.weights import Weights
+from worker.model import Hparams, ModelOptions
+from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's weights."""
+
+    attn_norm: RmsNorm  # [d]
+    q: Linear  # [H·D, d], bias
+    k: Linear  # [Hk·D, d], bias
+    v: Linear  # [Hk·D, d], bias
+    attention: Attention
+    attn_output: Linear  # [d, H·D]
+    ffn_norm: RmsNorm  # [d]
+    gate: Linear  # [f, d]
+    up: Linear  # [f, d]
+    down: Linear  # [d, f]
+
+
+class Qwen2:
+    """The decoder of the `qwen2` architecture, bound to one file's weights."""
+
+    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+        self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
+        rope = scaled_tables(hp, options.context)
+        self.layers = [_layer(hp, w, i, rope) for i in range(hp.block_count)]
+        self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
+        self.output = w.output(self.token_embd)
+
+    def forward(self, ops: Ops, batch: Batch) -> Array:
+        """Logits [R, V] f32 of the rows that the batch asks for."""
+        x = ops.embed(self.token_embd, batch)
+        for layer in self.layers:
+            q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
+            attended = ops.attention(q, k, v, layer.attention, batch)
+            x = ops.linear_add(attended, layer.attn_output, x)
+            h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up)
+            x = ops.linear_add(h, layer.down, x)
+        (logits,) = ops.norm_linear(ops.take_rows(x, batch), self.output_norm, self.output)
+        return logits
+
+
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
+    d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
+    return Layer(
+        attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
+        q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
+        k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),
+        v=w.linear(f"{block}.attn_v", hp.kv_width, d, bias=True),
+        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope),
+        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
+        ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
+        gate=w.linear(f"{block}.ffn_gate", f, d),
+        up=w.linear(f"{block}.ffn_up", f, d),
+        down=w.linear(f"{block}.ffn_down", d, f),
+    )

@@ -1,0 +1,90 @@
+"""Binds an adapter's names to a file's tensors: each is checked, claimed once and uploaded by the backend.
+
+An adapter is built twice: first with `describe`, which uploads nothing and so checks every name and shape before any
+device work, then with the backend's own upload. Knows no architecture and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.errors import ModelLoadFailed
+from worker.gguf_file import GgufFile, TensorInfo
+from worker.ops import Linear, QTensor, RmsNorm
+from worker.quants import dequantize
+
+Upload = Callable[[TensorInfo], QTensor]
+
+
+def describe(info: TensorInfo) -> QTensor:
+    """An upload that leaves the data where it is: for checking names and shapes."""
+    return QTensor(info.name, info.shape, info.kind, None)
+
+
+class Weights:
+    """A file's tensors, handed out by name and expected shape. Shapes are row-major: [rows, cols]."""
+
+    def __init__(self, file: GgufFile, upload: Upload) -> None:
+        self._file = file
+        self._upload = upload
+        self._claimed: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds the tensor."""
+        return name in self._file.tensors
+
+    def tensor(self, name: str, *shape: int) -> QTensor:
+        """Claim one tensor. Raises ModelLoadFailed if it is missing, has another shape or was claimed before."""
+        info = self._file.tensors.get(name)
+        expected = f"{name} of shape {list(shape)}"
+        if info is None:
+            raise ModelLoadFailed(f"tensor {name} is missing", str(self._file.path), expected)
+        if info.shape != shape:
+            raise ModelLoadFailed(f"tensor {name} has shape {list(info.shape)}", str(self._file.path), expected)
+        if name in self._claimed:
+            raise ModelLoadFailed(f"tensor {name} is claimed twice", str(self._file.path), "one use of each tensor")
+        self._claimed.add(name)
+        return self._upload(info)
+
+    def vector(self, name: str, n: int) -> QTensor:
+        """A bias, norm weight or table of logits [n], which every published file keeps in full precision."""
+        vector = self.tensor(name, n)
+        if vector.kind.block_size != 1:
+            raise ModelLoadFailed(
+                f"vector {name} is of type {vector.kind.name}", str(self._file.path), "F32, F16 or BF16"
+            )
+        return vector
+
+    def host_vector(self, name: str, n: int) -> npt.NDArray[np.float64]:
+        """A vector [n] that is used while loading and never on the device, such as frequency divisors."""
+        self.vector(name, n)
+        info = self._file.tensors[name]
+        return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
+
+    def norm(self, name: str, d: int, eps: float) -> RmsNorm:
+        """`name`.weight [d]."""
+        return RmsNorm(self.vector(f"{name}.weight", d), eps)
+
+    def linear(self, name: str, rows: int, cols: int, *, bias: bool = False) -> Linear:
+        """`name`.weight [rows, cols] and, where the architecture has one, `name`.bias [rows]."""
+        weight = self.tensor(f"{name}.weight", rows, cols)
+        return Linear(weight, self.vector(f"{name}.bias", rows) if bias else None)
+
+    def experts(self, name: str, experts: int, rows: int, cols: int) -> Linear:
+        """`name`.weight [E, rows, cols] and `name`.bias [E, rows]."""
+        return Linear(self.tensor(f"{name}.weight", experts, rows, cols), self.tensor(f"{name}.bias", experts, rows))
+
+    def output(self, embedding: QTensor) -> Linear:
+        """The output head: `output.weight` [V, d], or the embedding where the file ties them."""
+        return self.linear("output", *embedding.shape) if self.has("output.weight") else Linear(embedding)
+
+    def unused(self) -> list[str]:
+        """Tensors that nothing claimed, in the file's order."""
+        return [name for name in self._file.tensors if name not in self._claimed]
+
+    def claimed(self) -> Iterable[TensorInfo]:
+        """Tensors that something claimed, in the file's order."""
+        return (info for name, info in self._file.tensors.items() if name in self._claimed)

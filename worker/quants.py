@@ -1,0 +1,97 @@
+"""The block formats of GGUF tensors: their names, their sizes, and the way back to f32.
+
+Knows nothing of files and devices. `gguf.quants` is the definition of every format, so its bits are the right ones; it
+is imported on first use, because it costs a start more than the whole rest of this module. Next: `worker/gguf_file.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.errors import ModelLoadFailed
+
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+_STEP = 1 << 18  # elements de-quantized at once: temporaries stay at a few MiB, and a second thread gains little
+
+
+@dataclass(frozen=True, slots=True)
+class QuantType:
+    """A tensor type: every `block_size` neighbours of a row are stored together in `block_bytes` bytes."""
+
+    name: str
+    ggml_id: int
+    block_size: int
+    block_bytes: int
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row of `cols` elements; ValueError unless whole blocks fill it."""
+        blocks, rest = divmod(cols, self.block_size)
+        if rest:
+            raise ValueError(f"a row of {cols} elements does not consist of {self.name} blocks of {self.block_size}")
+        return blocks * self.block_bytes
+
+
+F32 = QuantType("F32", 0, 1, 4)
+F16 = QuantType("F16", 1, 1, 2)
+BF16 = QuantType("BF16", 30, 1, 2)
+Q4_0 = QuantType("Q4_0", 2, 32, 18)
+Q4_1 = QuantType("Q4_1", 3, 32, 20)
+Q5_0 = QuantType("Q5_0", 6, 32, 22)
+Q5_1 = QuantType("Q5_1", 7, 32, 24)
+Q8_0 = QuantType("Q8_0", 8, 32, 34)
+Q2_K = QuantType("Q2_K", 10, 256, 84)
+Q3_K = QuantType("Q3_K", 11, 256, 110)
+Q4_K = QuantType("Q4_K", 12, 256, 144)
+Q5_K = QuantType("Q5_K", 13, 256, 176)
+Q6_K = QuantType("Q6_K", 14, 256, 210)
+MXFP4 = QuantType("MXFP4", 39, 32, 17)
+
+QUANT_TYPES = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4)
+_BY_ID = {kind.ggml_id: kind for kind in QUANT_TYPES}
+
+
+def quant_type(ggml_id: int, where: str) -> QuantType:
+    """The type with this number in ggml's enum. ModelLoadFailed for any other; `where` names file and tensor."""
+    kind = _BY_ID.get(ggml_id)
+    if kind is None:
+        supported = ", ".join(kind.name for kind in QUANT_TYPES)
+        raise ModelLoadFailed(f"tensor type {_ggml_name(ggml_id)} is not supported", where, f"one of {supported}")
+    return kind
+
+
+def dequantize(data: Bytes, kind: QuantType) -> Floats:
+    """Blocks `data` [rows, row_bytes] u8 as f32 [rows, cols], bit for bit as `gguf.quants` has it.
+
+    A row is whole blocks, so the bytes are taken as one long row and cut where the temporaries stay small; besides the
+    result, memory is bounded by one step. The result owns its memory, whatever `data` is a view of.
+    """
+    rows, row_bytes = data.shape
+    out = np.empty((rows, row_bytes // kind.block_bytes * kind.block_size), np.float32)
+    flat_in, flat_out = data.reshape(-1), out.reshape(-1)
+    in_step = kind.row_bytes(_STEP)
+    # Weights of any bits are legal: infinities and NaNs come out as gguf.quants makes them, without a warning.
+    with np.errstate(all="ignore"):
+        for start in range(0, flat_out.size, _STEP):
+            first = start // _STEP * in_step
+            flat_out[start : start + _STEP] = _dequantize_row(flat_in[first : first + in_step], kind)
+    return out
+
+
+def _dequantize_row(row: Bytes, kind: QuantType) -> Floats:
+    from gguf import GGMLQuantizationType, quants  # noqa: PLC0415
+
+    values: Floats = quants.dequantize(row, GGMLQuantizationType(kind.ggml_id))
+    return values
+
+
+def _ggml_name(ggml_id: int) -> str:
+    from gguf import GGMLQuantizationType  # noqa: PLC0415
+
+    known = {int(member): member.name for member in GGMLQuantizationType}
+    return f"{known.get(ggml_id, 'unknown')} ({ggml_id})"
