@@ -1,0 +1,124 @@
+"""The sampler's definition: one row of logits and a request in, one draw out.
+
+Probabilities are f64 so that they sum to 1 far within 1e-6. Knows ids and logits only; the parameters and their order
+stand in `worker/sampling.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.cpu.philox import uniform
+from worker.errors import Internal
+from worker.sampling import Draw, DrawRequest, Sampling
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+
+class Sampler:
+    """Draws for one vocabulary: padding rows are never drawn, end tokens not before `min_tokens`."""
+
+    def __init__(self, vocab_size: int, padding_ids: Iterable[int], end_ids: Iterable[int]) -> None:
+        self._padding = np.fromiter((i for i in padding_ids if i < vocab_size), np.int64)
+        self._ends = np.fromiter((i for i in end_ids if i < vocab_size), np.int64)
+
+    def draw(self, logits: F32, request: DrawRequest) -> Draw:
+        """The token that `request` draws from `logits` [V], which is left as it was."""
+        if request.forced is not None:
+            return Draw(request.forced)
+        params = request.sampling
+        scores = self._masked(_penalized(logits, request), request)
+        if not np.isfinite(scores.max()):
+            raise Internal("the model's logits are not finite, so no token can be drawn")
+        token = int(np.argmax(scores)) if params.temperature == 0 else _drawn(scores, params, request.index)
+        if params.logprobs is None:
+            return Draw(token)
+        logprobs = log_softmax(logits)
+        top = tuple((int(i), float(logprobs[i])) for i in _largest(logprobs, params.logprobs))
+        return Draw(token, float(logprobs[token]), top)
+
+    def _masked(self, scores: F64, request: DrawRequest) -> F64:
+        scores[self._padding] = -np.inf
+        if request.index < request.sampling.min_tokens:
+            scores[self._ends] = -np.inf
+        return scores
+
+
+def log_softmax(logits: F32) -> F64:
+    """Natural log-probabilities [V] of raw logits."""
+    shifted = logits.astype(np.float64) - np.float64(logits.max())
+    result: F64 = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def _penalized(logits: F32, request: DrawRequest) -> F64:
+    """Bias, then the repetition penalty once a distinct token, then frequency and presence: scores [V] f64, a copy."""
+    params = request.sampling
+    scores = logits.astype(np.float64)
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    if params.repetition_penalty == 1 and params.frequency_penalty == 0 and params.presence_penalty == 0:
+        return scores
+    seen = [*request.prompt, *request.generated] if params.penalize_prompt else request.generated
+    ids, counts = np.unique(np.asarray(seen, np.int64), return_counts=True)
+    at = scores[ids]
+    at = np.where(at > 0, at / params.repetition_penalty, at * params.repetition_penalty)
+    scores[ids] = at - counts * params.frequency_penalty - params.presence_penalty
+    return scores
+
+
+def _drawn(scores: F64, params: Sampling, index: int) -> int:
+    """Inverse-CDF draw over the kept tokens in id order: the first whose cumulative probability exceeds u."""
+    kept, probs = distribution(scores, params)
+    cumulative = np.cumsum(probs)
+    at = int(np.searchsorted(cumulative, uniform(params.seed, index) * cumulative[-1], side="right"))
+    return int(kept[min(at, len(kept) - 1)])
+
+
+def distribution(scores: F64, params: Sampling) -> tuple[Ids, F64]:
+    """Temperature, top-k, top-p, min-p: the kept ids in rising order and their probabilities, which sum to 1."""
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the highest to -inf, which is right
+        scaled = (scores - scores.max()) / params.temperature
+    kept: Ids = np.flatnonzero(scores > -np.inf)
+    if 0 < params.top_k < len(kept):
+        kept = np.sort(_largest(scaled, params.top_k))
+    probs = _softmax(scaled[kept])
+    if params.top_p < 1:
+        inside = _nucleus(probs, params.top_p)
+        kept, probs = kept[inside], probs[inside] / probs[inside].sum()
+    if params.min_p > 0:
+        inside = np.flatnonzero(probs >= params.min_p * probs.max())
+        kept, probs = kept[inside], probs[inside] / probs[inside].sum()
+    return kept, probs
+
+
+def _softmax(scores: F64) -> F64:
+    weights = np.exp(scores - scores.max())
+    result: F64 = weights / weights.sum()
+    return result
+
+
+def _nucleus(probs: F64, top_p: float) -> Ids:
+    """Rising indices of the fewest likeliest entries whose sum reaches `top_p`; at least one (Holtzman et al. 2020)."""
+    order = np.argsort(-probs, kind="stable")
+    count = int(np.searchsorted(np.cumsum(probs[order]), top_p, side="left")) + 1
+    return np.sort(order[:count])
+
+
+def _largest(values: F64, count: int) -> Ids:
+    """Indices of the `count` largest values, falling, the lower index first among equals; NaN and -inf come last."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    if count <= 0:
+        return np.empty(0, np.int64)
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(values > threshold)
+    ties = np.flatnonzero(values == threshold)[: count - len(above)]
+    chosen = np.concatenate([above, ties])
+    result: Ids = chosen[np.lexsort((chosen, -values[chosen]))]
+    return result
