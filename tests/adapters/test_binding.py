@@ -1,0 +1,105 @@
+"""What an adapter demands of a file, and what it says when the file is another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from worker.adapters import ADAPTERS, adapter_for
+from worker.adapters.hparams import read_hparams
+from worker.adapters.weights import Weights, describe
+from worker.errors import ModelLoadFailed
+from worker.gguf_file import GgufFile
+from worker.model import ModelOptions
+from worker.quants import Q8_0
+
+NAMES = ("qwen2", "qwen2-untied", "phi3", "phi3-longrope", "gpt-oss", "llama", "llama3-rope")
+
+
+def bind(file: GgufFile) -> Weights:
+    weights = Weights(file, describe)
+    adapter_for(file.architecture, "model.gguf")(read_hparams(file), weights, ModelOptions(context=64))
+    return weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_of_a_whole_file_is_claimed_once(name, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        weights = bind(file)
+        assert weights.unused() == []
+        assert [info.name for info in weights.claimed()] == list(file.tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_missing_tensor_is_named(name, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        optional = {"output.weight", "rope_freqs.weight", "rope_factors_long.weight"}
+        for missing in set(file.tensors) - optional:
+            kept = dict(file.tensors)
+            del kept[missing]
+            file.tensors, whole = kept, file.tensors
+            with pytest.raises(ModelLoadFailed, match=missing):
+                bind(file)
+            file.tensors = whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_wrong_shape_is_named_with_the_expected_one(name, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        for wrong, info in list(file.tensors.items()):
+            if wrong == "token_embd.weight":  # its rows are what says the vocabulary's size
+                continue
+            file.tensors[wrong] = replace(info, shape=(*info.shape[:-1], info.shape[-1] + 32))
+            with pytest.raises(ModelLoadFailed, match=wrong) as failure:
+                bind(file)
+            assert "shape" in failure.value.details["expected"]
+            file.tensors[wrong] = info
+
+
+def test_a_tensor_that_nobody_wants_is_reported(tiny):
+    with GgufFile.open(tiny("llama")) as file:
+        file.tensors["blk.0.extra.weight"] = replace(file.tensors["output_norm.weight"], name="blk.0.extra.weight")
+        assert bind(file).unused() == ["blk.0.extra.weight"]
+
+
+def test_a_quantized_norm_is_refused(tiny):
+    with GgufFile.open(tiny("llama")) as file:
+        file.tensors["output_norm.weight"] = replace(file.tensors["output_norm.weight"], kind=Q8_0)
+        with pytest.raises(ModelLoadFailed, match="output_norm"):
+            bind(file)
+
+
+def test_an_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(ModelLoadFailed) as failure:
+        adapter_for("mamba", "model.gguf")
+    assert all(name in failure.value.message for name in ADAPTERS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.block_count", 1 << 30),
+        ("llama.attention.value_length", 32),
+        ("llama.rope.dimension_count", 63),
+        ("llama.rope.dimension_count", 66),
+        ("llama.attention.layer_norm_rms_epsilon", -1.0),
+        ("llama.rope.freq_base", 0.0),
+        ("llama.rope.scaling.type", "dynamic"),
+        ("llama.embedding_length", "wide"),
+    ],
+)
+def test_a_hyper_parameter_that_cannot_be_is_named(key, value, tiny):
+    with GgufFile.open(tiny("llama")) as file:
+        file.metadata[key] = value
+        with pytest.raises(ModelLoadFailed, match=key.replace(".", r"\.")):
+            read_hparams(file)
+
+
+def test_a_vocabulary_alone_is_no_model(tiny):
+    with GgufFile.open(tiny("llama")) as file:
+        file.tensors.clear()
+        with pytest.raises(ModelLoadFailed, match="vocabulary"):
+            read_hparams(file)

@@ -1,0 +1,197 @@
+"""The engine over the echo model: admission, steps, ends, blocks. What it computes is next door."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.models import engine_of, ids, run
+from worker.echo import EchoRunner
+from worker.engine import Sequence
+from worker.errors import InvalidRequest, VramOom
+from worker.ops import Phase
+from worker.sampling import Sampling
+
+
+class RecordingRunner(EchoRunner):
+    """An echo that remembers its batches and fails when told to."""
+
+    def __init__(self, kv_blocks=64):
+        super().__init__(100, kv_blocks)
+        self.batches = []
+        self.failures = 0
+
+    def run(self, batch, requests):
+        if self.failures:
+            self.failures -= 1
+            raise VramOom("an allocation failed")
+        self.batches.append(batch)
+        return super().run(batch, requests)
+
+
+def sequence(name="a", prompt=(1, 2, 3), max_tokens=5, **kwargs):
+    return Sequence(name, list(prompt), max_tokens, **kwargs)
+
+
+def test_an_answer_of_max_tokens_ends_by_length():
+    tokens = run(engine_of(EchoRunner(100, 8)), sequence(max_tokens=4))["a"]
+    assert ids(tokens) == [1, 2, 3, 1]
+    assert [t.index for t in tokens] == [0, 1, 2, 3]
+    assert [t.finish for t in tokens] == [None, None, None, "length"]
+
+
+def test_an_end_token_is_drawn_and_ends_the_answer():
+    tokens = run(engine_of(EchoRunner(100, 8)), sequence(end_ids=frozenset({3}), max_tokens=9))["a"]
+    assert ids(tokens) == [1, 2, 3]
+    assert tokens[-1].finish == "stop"
+
+
+def test_an_end_token_as_the_last_of_max_tokens_ends_by_stop():
+    tokens = run(engine_of(EchoRunner(100, 8)), sequence(end_ids=frozenset({3}), max_tokens=3))["a"]
+    assert tokens[-1].finish == "stop"
+
+
+def test_ignore_eos_draws_end_tokens_and_goes_on():
+    answer = sequence(end_ids=frozenset({2}), sampling=Sampling(ignore_eos=True))
+    assert ids(run(engine_of(EchoRunner(100, 8)), answer)["a"]) == [1, 2, 3, 1, 2]
+
+
+def test_prompts_are_prefilled_in_chunks_and_only_the_last_asks_for_logits():
+    runner = RecordingRunner()
+    run(engine_of(runner, chunk=16), sequence(prompt=range(40), max_tokens=2))
+    prefills = [b for b in runner.batches if b.phase is Phase.PREFILL]
+    assert [b.positions.tolist() for b in prefills] == [list(range(16)), list(range(16, 32)), list(range(32, 40))]
+    assert [b.logit_rows.tolist() for b in prefills] == [[], [], [7]]
+    (decode,) = [b for b in runner.batches if b.phase is Phase.DECODE]
+    assert (decode.tokens.tolist(), decode.positions.tolist()) == ([0], [40])
+
+
+def test_one_runs_at_a_time_and_the_others_wait_in_order():
+    engine = engine_of(EchoRunner(100, 64))
+    for name in "abc":
+        engine.add(sequence(name, max_tokens=2))
+    order = []
+    while not engine.idle:
+        order += [t.sequence_id for t in engine.step()]
+    assert order == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_several_running_advance_together():
+    runner = RecordingRunner()
+    run(engine_of(runner, running=3), *(sequence(name, prompt=[n], max_tokens=3) for n, name in enumerate("abc")))
+    assert [len(b.tokens) for b in runner.batches if b.phase is Phase.DECODE] == [3, 3]
+
+
+def test_a_step_that_failed_has_not_happened_and_can_be_repeated():
+    runner = RecordingRunner()
+    engine = engine_of(runner, chunk=16)
+    engine.add(sequence(prompt=range(20), max_tokens=4))
+    got = []
+    while not engine.idle:
+        runner.failures = 2
+        for _ in range(2):
+            with pytest.raises(VramOom):
+                engine.step()
+        got += engine.step()
+    assert [(t.index, t.draw.id) for t in got] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert engine.free_kv_blocks == 64
+
+
+def test_abort_frees_the_blocks_of_running_and_waiting_sequences():
+    engine = engine_of(EchoRunner(100, 8))
+    engine.add(sequence("a", max_tokens=50))
+    engine.add(sequence("b", max_tokens=50))
+    engine.step()
+    assert engine.free_kv_blocks < 8
+    engine.abort("a")
+    engine.abort("b")
+    engine.abort("never seen")
+    assert engine.idle
+    assert engine.free_kv_blocks == 8
+    assert engine.step() == []
+
+
+def test_a_sequence_waits_until_the_pool_has_all_its_blocks():
+    engine = engine_of(EchoRunner(100, 4), running=2)
+    tokens = run(engine, sequence("a", max_tokens=29), sequence("b", max_tokens=40))
+    assert [len(t) for t in tokens.values()] == [29, 40]
+    assert engine.free_kv_blocks == 4
+
+
+def test_replayed_tokens_go_through_decode_and_are_marked():
+    runner = RecordingRunner()
+    tokens = run(engine_of(runner), sequence(replay=[50, 60], max_tokens=4))["a"]
+    assert ids(tokens) == [50, 60, 3, 1]  # the echo of index 2 is the prompt's third token
+    assert [t.replayed for t in tokens] == [True, True, False, False]
+    fed = [b.tokens.tolist() for b in runner.batches if b.phase is Phase.DECODE]
+    assert fed == [[50], [60], [3]]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (sequence(prompt=[]), "prompt"),
+        (sequence(max_tokens=0), "max_tokens"),
+        (sequence(prompt=range(64)), "max_tokens"),
+        (sequence(max_tokens=62), "max_tokens"),
+        (sequence(prompt=[100]), "prompt_tokens"),
+        (sequence(prompt=[-1]), "prompt_tokens"),
+        (sequence(replay=[100]), "prompt_tokens"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(wrong, field):
+    engine = engine_of(EchoRunner(100, 4))
+    with pytest.raises(InvalidRequest) as refusal:
+        engine.add(wrong)
+    assert refusal.value.details["errors"][0]["field"] == field
+    assert engine.idle
+
+
+def test_context_is_the_least_of_setting_and_pool():
+    assert engine_of(EchoRunner(100, 4), context=512).context == 64
+    assert engine_of(EchoRunner(100, 400), context=512).context == 512
+
+
+@pytest.mark.parametrize("chunk", [0, -16, 24])
+def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused(chunk):
+    with pytest.raises(ValueError, match="multiple of 16"):
+        engine_of(EchoRunner(100, 4), chunk=chunk)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(1, 40), st.integers(0, 30)), min_size=1, max_size=8),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_any_mix_of_sequences_and_aborts_ends_with_every_block_free(jobs, running, chance):
+    order = list(range(8))
+    chance.shuffle(order)
+    engine = engine_of(EchoRunner(100, 8), running=running, order=order)
+    counts = {}
+    for n, (prompt, answer, _) in enumerate(jobs):
+        engine.add(sequence(str(n), prompt=[n] * prompt, max_tokens=answer))
+        counts[str(n)] = 0
+    aborted = {str(n): after for n, (*_, after) in enumerate(jobs) if after}
+    for _ in range(2000):
+        if engine.idle:
+            break
+        for token in engine.step():
+            assert token.index == counts[token.sequence_id]
+            counts[token.sequence_id] += 1
+        for name, after in aborted.items():
+            if counts[name] >= after:
+                engine.abort(name)
+    assert engine.free_kv_blocks == 8
+    for n, (_, answer, _) in enumerate(jobs):
+        assert counts[str(n)] == min(answer, aborted.get(str(n), answer))
+
+
+def test_blocks_come_in_the_order_given_and_go_back():
+    engine = engine_of(RecordingRunner(4), order=[3, 1, 0, 2])
+    run(engine, sequence("a", max_tokens=30), sequence("b", max_tokens=30))
+    tables = [b.block_tables[0].tolist() for b in engine._runner.batches if b.phase is Phase.PREFILL]
+    assert tables == [[3, 1, 0], [3, 1, 0]]
+    assert np.ndim(tables) == 2

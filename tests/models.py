@@ -1,0 +1,66 @@
+"""Runners and engines over a model file, for tests that look below `worker/runtime.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worker.adapters import adapter_for
+from worker.adapters.hparams import read_hparams
+from worker.adapters.weights import Weights
+from worker.cpu.runner import CpuRunner, upload
+from worker.engine import Engine, EngineSettings, Sequence, Token
+from worker.engine.kv_blocks import KvBlocks, blocks_for
+from worker.gguf_file import GgufFile
+from worker.model import ModelOptions
+from worker.ops import KV_BLOCK, Batch, Phase
+from worker.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+def cpu_runner(path: Path, *, context: int = 512, phi3_window: bool = False, **kwargs: Any) -> CpuRunner:
+    """The model of a file on the CPU, with a KV pool of one context."""
+    with GgufFile.open(path) as file:
+        hp = read_hparams(file)
+        options = ModelOptions(context=context, phi3_window=phi3_window)
+        model = adapter_for(file.architecture, str(path))(hp, Weights(file, upload(file)), options)
+    return CpuRunner(model, hp, **{"kv_blocks": blocks_for(context), **kwargs})
+
+
+def prefill(prompt: list[int], start: int = 0, *, rows: list[int] | None = None, table: np.ndarray | None = None) -> Batch:
+    """A prefill batch of `prompt[start:]`; every row's logits are wanted unless `rows` says which."""
+    positions = np.arange(start, len(prompt), dtype=np.int32)
+    table = np.arange(blocks_for(len(prompt) + KV_BLOCK), dtype=np.int32) if table is None else table
+    wanted = np.arange(len(positions), dtype=np.int32) if rows is None else np.array(rows, np.int32)
+    return Batch(Phase.PREFILL, np.array(prompt[start:], np.int32), positions, (table,), wanted)
+
+
+def decode(token: int, position: int, table: np.ndarray) -> Batch:
+    """A decode batch of one token."""
+    one = np.zeros(1, np.int32)
+    return Batch(Phase.DECODE, one + token, one + position, (table,), one)
+
+
+def engine_of(runner: Any, *, context: int = 512, chunk: int = 64, running: int = 1, order: Any = None) -> Engine:
+    """An engine over a runner; `order` is the order in which KV blocks are handed out."""
+    blocks = None if order is None else KvBlocks(len(order), np.asarray(order, np.int32))
+    return Engine(runner, EngineSettings(context, chunk, running), blocks)
+
+
+def run(engine: Engine, *sequences: Sequence) -> dict[str, list[Token]]:
+    """Run sequences to their ends: their tokens by sequence id."""
+    for sequence in sequences:
+        engine.add(sequence)
+    tokens: dict[str, list[Token]] = {s.id: [] for s in sequences}
+    while not engine.idle:
+        for token in engine.step():
+            tokens[token.sequence_id].append(token)
+    return tokens
+
+
+def ids(tokens: list[Token]) -> list[int]:
+    """The drawn ids."""
+    return [token.draw.id for token in tokens]
