@@ -1,0 +1,74 @@
+"""Golden vectors: logits that Hugging Face transformers computes for the tiny models, kept in `tests/data/goldens/`.
+
+Knows neither torch nor the worker: a test reads a case and its vectors here. `make_goldens.py` writes them, and must do
+so again when `tests/tiny_models.py` changes a file's bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.tiny_models import make_tiny
+
+FOLDER = Path(__file__).parents[1] / "data" / "goldens"
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """Which tiny model runs how many tokens; `window` applies the file's sliding window to Phi-3 (not the default)."""
+
+    model: str
+    tokens: int = 200
+    window: bool = False
+
+
+CASES = {
+    "qwen2": GoldenCase("qwen2"),
+    "qwen2-untied": GoldenCase("qwen2-untied"),
+    "phi3": GoldenCase("phi3"),
+    "phi3-window": GoldenCase("phi3", window=True),
+    "phi3-longrope": GoldenCase("phi3-longrope"),  # the long factors: its context of 512 exceeds the original 128
+    "gpt-oss": GoldenCase("gpt-oss"),
+    "gpt-oss-yarn": GoldenCase("gpt-oss-yarn", tokens=330),
+    "llama": GoldenCase("llama"),
+    "llama3-rope": GoldenCase("llama3-rope"),
+}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case's vectors: `logits[i]` [V] f32 belong to the token at `positions[i]` of `prompt` [T]."""
+
+    prompt: np.ndarray
+    positions: np.ndarray
+    logits: np.ndarray
+    sha256: str
+    versions: str
+
+
+def load_golden(name: str) -> Golden:
+    """The vectors of `CASES[name]`."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return Golden(file["prompt"], file["positions"], file["logits"], str(file["sha256"]), str(file["versions"]))
+
+
+def golden_model(name: str, folder: Path) -> Path:
+    """Write the tiny model that `CASES[name]` ran on; fails where the maker no longer writes the same bytes."""
+    path = make_tiny(CASES[name].model, folder / f"{CASES[name].model}.gguf")
+    assert file_sha256(path) == load_golden(name).sha256, f"{name}: another file than the golden's; run make_goldens.py"
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def relative_error(logits: np.ndarray, golden: np.ndarray) -> float:
+    """The largest over positions of ‖logits - golden‖ / ‖golden‖, both [P, V]."""
+    difference = np.linalg.norm(logits.astype(np.float64) - golden, axis=-1)
+    return float((difference / np.linalg.norm(golden.astype(np.float64), axis=-1)).max())

@@ -1,0 +1,301 @@
+"""Tiny random models of every architecture as GGUF files, the same bytes from the same seed on every machine.
+
+Each has what is special about its architecture at a size that NumPy runs in a moment: names, shapes and metadata are
+those of llama.cpp's converter. `TINY` lists them, `make_tiny` writes one; a golden file's SHA-256 notices a change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from tests.tiny_vocabulary import VOCABULARIES, add_vocabulary
+from tests.tiny_weights import RandomWeights
+
+Value = int | float | str
+# The k-quants first: only rows that are a multiple of 256 can take them, the others fit nearly everywhere.
+MIXED = (
+    *("Q4_K", "Q6_K", "Q5_K", "Q3_K", "Q2_K"),
+    *("Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1", "MXFP4", "F16", "BF16", "F32"),
+)
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """One model's shape, and the metadata that only its architecture has (keys without the `ARCH.` before them)."""
+
+    arch: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    metadata: Mapping[str, Value]
+    context: int = 512
+    tied: bool = False
+    experts: int = 0
+    rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the vocabulary, padding included."""
+        return VOCABULARIES[self.arch].rows
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor's name, its shape outermost first, and the values' mean and spread."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+
+    @property
+    def quantized(self) -> bool:
+        """Biases, norms, sinks and the router stay F32 in every published file."""
+        return len(self.shape) > 1 and not self.name.endswith((".bias", "ffn_gate_inp.weight"))
+
+
+def llama3_divisors(base: float, dims: int, factor: float, low: float, high: float, original: int) -> tuple[float, ...]:
+    """What Llama 3.1 divides rotary frequencies by: 1 for short wavelengths, `factor` for long ones, a ramp between."""
+    divisors = []
+    for pair in range(dims // 2):
+        wavelength = 2 * math.pi * base ** (2 * pair / dims)
+        kept = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - kept) / factor + kept))
+    return tuple(divisors)
+
+
+_QWEN2 = TinyShape(
+    arch="qwen2",
+    layers=2,
+    width=384,
+    heads=6,
+    kv_heads=2,
+    head_dim=64,
+    ffn=256,
+    metadata={"rope.freq_base": 1e6, "attention.layer_norm_rms_epsilon": 1e-6},
+)
+_PHI3 = TinyShape(
+    arch="phi3",
+    layers=2,
+    width=384,
+    heads=4,
+    kv_heads=2,
+    head_dim=96,
+    ffn=256,
+    metadata={
+        "rope.freq_base": 1e4,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": 96,
+        "rope.scaling.original_context_length": 512,
+        "attention.sliding_window": 47,
+    },
+)
+_GPT_OSS = TinyShape(
+    arch="gpt-oss",
+    layers=3,
+    width=192,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    ffn=128,
+    experts=8,
+    context=4096,
+    metadata={
+        "rope.freq_base": 150000.0,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 64,
+        "attention.value_length": 64,
+        "attention.sliding_window": 32,
+        "expert_count": 8,
+        "expert_used_count": 4,
+        "expert_feed_forward_length": 128,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 32.0,
+        "rope.scaling.original_context_length": 128,
+    },
+)
+_LLAMA = TinyShape(
+    arch="llama",
+    layers=2,
+    width=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    ffn=512,
+    metadata={
+        "rope.freq_base": 1e5,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": 64,
+        "vocab_size": 320,
+    },
+)
+
+TINY: dict[str, TinyShape] = {
+    "qwen2": replace(_QWEN2, tied=True),
+    "qwen2-untied": replace(_QWEN2, kv_heads=3),
+    "phi3": _PHI3,
+    "phi3-longrope": replace(
+        _PHI3,
+        metadata={
+            **_PHI3.metadata,
+            "rope.scaling.original_context_length": 128,
+            "rope.scaling.attn_factor": math.sqrt(1 + math.log(512 / 128) / math.log(128)),
+            "attention.sliding_window": 262144,
+        },
+        rope_tensors={
+            "rope_factors_long.weight": tuple(1.0 + 0.125 * pair for pair in range(48)),
+            "rope_factors_short.weight": tuple(1.0 + 0.0078125 * pair for pair in range(48)),
+        },
+    ),
+    "gpt-oss": _GPT_OSS,
+    # The ramp's bounds both fall between two pairs, and belong to betas that only the file tells.
+    "gpt-oss-yarn": replace(
+        _GPT_OSS,
+        context=8192,
+        metadata={
+            **_GPT_OSS.metadata,
+            "rope.scaling.original_context_length": 256,
+            "rope.scaling.yarn_beta_fast": 16.0,
+            "rope.scaling.yarn_beta_slow": 2.0,
+        },
+    ),
+    "llama": replace(_LLAMA, tied=True),
+    "llama3-rope": replace(
+        _LLAMA,
+        metadata={**_LLAMA.metadata, "rope.freq_base": 5e5},
+        rope_tensors={"rope_freqs.weight": llama3_divisors(5e5, 64, factor=8.0, low=1.0, high=4.0, original=128)},
+    ),
+}
+
+
+def make_tiny(name: str, path: Path, *, seed: int = 0, quant: str | Mapping[str, str] = "mixed") -> Path:
+    """Write the model `TINY[name]` as a GGUF v3 file and return its path.
+
+    `quant` is "mixed" (as many types as the rows' lengths allow, MXFP4 experts), one GGUF type for every matrix that
+    can take it (Q8_0 elsewhere), or types by tensor name with F32 for the rest.
+    """
+    shape = TINY[name]
+    writer = gguf.GGUFWriter(path, shape.arch)
+    writer.add_type("model")
+    writer.add_name(f"tiny {name}")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if quant == "F32" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    _add_hyper_parameters(writer, shape)
+    add_vocabulary(writer, shape.arch)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor_name, factors in shape.rope_tensors.items():
+        writer.add_tensor(tensor_name, np.array(factors, dtype=np.float32))
+    order = list(MIXED)
+    for tensor in _tensors(shape):
+        weights = RandomWeights(seed, tensor.name)
+        if tensor.quantized:
+            kind = _kind(tensor, quant, order)
+            data = weights.matrix(kind, tensor.shape, tensor.std)
+            writer.add_tensor(tensor.name, data, raw_dtype=None if kind in (Type.F32, Type.F16) else kind)
+        else:
+            writer.add_tensor(tensor.name, weights.normal(tensor.shape, tensor.std, tensor.mean))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_hyper_parameters(writer: gguf.GGUFWriter, shape: TinyShape) -> None:
+    metadata: dict[str, Value] = {
+        "block_count": shape.layers,
+        "context_length": shape.context,
+        "embedding_length": shape.width,
+        "feed_forward_length": shape.ffn,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        **shape.metadata,
+    }
+    for key, value in metadata.items():
+        full = f"{shape.arch}.{key}"
+        match value:
+            case int():
+                writer.add_uint32(full, value)
+            case float():
+                writer.add_float32(full, value)
+            case str():
+                writer.add_string(full, value)
+
+
+def _kind(tensor: _Tensor, quant: str | Mapping[str, str], order: list[str]) -> Type:
+    """The tensor's type; for "mixed" the first of `order` that its rows can take, which then goes to the end."""
+    columns = tensor.shape[-1]
+    if not isinstance(quant, str):
+        return Type[quant.get(tensor.name, "F32")]
+    if quant != "mixed":
+        return Type[quant] if columns % gguf.GGML_QUANT_SIZES[Type[quant]][0] == 0 else Type.Q8_0
+    if "_exps" in tensor.name:
+        return Type.MXFP4
+    name = next(name for name in order if columns % gguf.GGML_QUANT_SIZES[Type[name]][0] == 0)
+    order.remove(name)
+    order.append(name)
+    return Type[name]
+
+
+def _tensors(shape: TinyShape) -> Iterator[_Tensor]:
+    """Every tensor in a file's order. The spreads make attention sharp and logits wide, so that mistakes show."""
+    d, V = shape.width, shape.vocab
+    yield _Tensor("token_embd.weight", (V, d), 2 / math.sqrt(d))
+    for layer in range(shape.layers):
+        block = f"blk.{layer}."
+        yield _Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
+        yield from _attention(shape, block)
+        if shape.experts:
+            yield _Tensor(block + "post_attention_norm.weight", (d,), 0.25, mean=1.0)
+            yield from _experts(shape, block)
+        else:
+            yield _Tensor(block + "ffn_norm.weight", (d,), 0.25, mean=1.0)
+            yield from _feed_forward(shape, block)
+    yield _Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
+    if not shape.tied:
+        yield _Tensor("output.weight", (V, d), 2 / math.sqrt(d))
+
+
+def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+    d, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    biased = shape.arch in ("qwen2", "gpt-oss")
+    if shape.arch == "phi3":
+        yield _Tensor(block + "attn_qkv.weight", (q + 2 * kv, d), 1.3 / math.sqrt(d))
+    else:
+        for part, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
+            yield _Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
+            if biased:
+                yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
+    yield _Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
+    if shape.arch == "gpt-oss":
+        yield _Tensor(block + "attn_output.bias", (d,), 0.25)
+        yield _Tensor(block + "attn_sinks.weight", (shape.heads,), 1.5, mean=3.0)
+
+
+def _feed_forward(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+    d, f = shape.width, shape.ffn
+    if shape.arch == "phi3":
+        yield _Tensor(block + "ffn_up.weight", (2 * f, d), 1.3 / math.sqrt(d))
+    else:
+        yield _Tensor(block + "ffn_gate.weight", (f, d), 1.3 / math.sqrt(d))
+        yield _Tensor(block + "ffn_up.weight", (f, d), 1.3 / math.sqrt(d))
+    yield _Tensor(block + "ffn_down.weight", (d, f), 1.3 / math.sqrt(f))
+
+
+def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+    """gpt-oss's mixture; gate and up reach beyond 7, so that their clamp is in use."""
+    d, f, E = shape.width, shape.ffn, shape.experts
+    yield _Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
+    yield _Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
+    for part, rows, columns, gain in (("gate", f, d, 3.0), ("up", f, d, 3.0), ("down", d, f, 0.25)):
+        yield _Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
+        yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)

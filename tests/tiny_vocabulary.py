@@ -1,0 +1,166 @@
+"""Vocabularies of a few hundred rows that work as their big models' do: byte-level BPE, and SentencePiece with bytes.
+
+Each has control tokens, a chat template of the model's own shape and padding rows, in metadata keys and token types as
+llama.cpp's converter writes them. Knows no weights; read `tests/tiny_models.py` next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+from gguf import TokenType
+
+# Each joins two tokens into a third. "12" shows whether digits are split, ".\n\n" is one token (a stop string isn't),
+# "é", "п" and "日" are made of bytes that are no text alone.
+MERGES = (
+    *("Ġ t", "h e", "Ġt he", "i n", "e r", "Ġ a", "o n", "r e", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld"),
+    *("e l", "h el", "l o", "hel lo", "Ġ Ġ", "ĠĠ ĠĠ", "1 2", "12 3", "Ċ Ċ", ". ĊĊ", "Ã ©", "Ð ¿", "æ Ĺ", "æĹ ¥"),
+)
+# SentencePiece merges the pair whose joint piece scores highest: earlier ones here.
+PIECES = (
+    *("▁▁", "▁t", "er", "in", "▁a", "en", "on", "▁th", "es", "▁s", "▁the", "re", "he", "or", "▁w", "▁wor", "ld"),
+    *("▁world", "el", "ll", "▁h", "▁he", "▁hell", "▁hello", "12", "123", "▁▁▁▁", "ein", "日本"),
+)
+LETTERS = "▁" + "".join(map(chr, range(33, 127))) + "éüßпрдя日本語"
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a tiny assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI3 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>' + '\n' }}{% endif %}{% endfor %}"
+)
+LLAMA3 = (
+    "{{- bos_token }}\n"
+    "{%- for message in messages %}\n"
+    "    {%- if message['role'] not in ['system', 'user', 'assistant'] %}\n"
+    "        {{- raise_exception('no such role: ' + message['role']) }}\n"
+    "    {%- endif %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\n"
+    "    {{- message['content'] | trim + '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n"
+    "{%- endif %}\n"
+)
+HARMONY = (
+    "{{- '<|start|>system<|message|>You are a tiny model.\\nCurrent date: ' + strftime_now('%Y-%m-%d') }}\n"
+    "{{- '\\n\\nReasoning: ' + reasoning_effort | default('medium') }}\n"
+    "{{- '\\n\\n# Valid channels: analysis, commentary, final.<|end|>' }}\n"
+    "{%- for message in messages %}\n"
+    "    {%- if message.role == 'assistant' %}\n"
+    "        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}\n"
+    "    {%- else %}\n"
+    "        {{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}\n"
+    "    {%- endif %}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|start|>assistant' }}\n"
+    "{%- endif %}\n"
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What sets one vocabulary apart from another of its kind; the special ids are given by token."""
+
+    pre: str
+    controls: tuple[str, ...]
+    special: dict[str, str]
+    add_bos: bool
+    template: str
+    rows: int
+    padding_type: TokenType = TokenType.UNUSED
+
+
+VOCABULARIES = {
+    "qwen2": Vocabulary(
+        pre="qwen2",
+        controls=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        special={"eos": "<|endoftext|>", "padding": "<|endoftext|>", "bos": "<|endoftext|>"},
+        add_bos=False,
+        template=CHATML,
+        rows=320,
+    ),
+    "phi3": Vocabulary(
+        pre="default",
+        controls=("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|system|>", "<|end|>", "<|user|>"),
+        special={"bos": "<s>", "eos": "<|endoftext|>", "unknown": "<unk>", "padding": "<|endoftext|>"},
+        add_bos=True,
+        template=PHI3,
+        rows=416,
+        padding_type=TokenType.UNKNOWN,
+    ),
+    "gpt-oss": Vocabulary(
+        pre="gpt-4o",
+        controls=(
+            *("<|startoftext|>", "<|endoftext|>", "<|reserved_2|>", "<|return|>", "<|constrain|>", "<|channel|>"),
+            *("<|start|>", "<|end|>", "<|message|>", "<|call|>", "<|endofprompt|>"),
+        ),
+        special={"bos": "<|startoftext|>", "eos": "<|return|>", "padding": "<|endoftext|>"},
+        add_bos=False,
+        template=HARMONY,
+        rows=320,
+    ),
+    "llama": Vocabulary(
+        pre="llama-bpe",
+        controls=(
+            *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
+            *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+        ),
+        special={"bos": "<|begin_of_text|>", "eos": "<|eot_id|>"},
+        add_bos=True,
+        template=LLAMA3,
+        rows=320,
+        padding_type=TokenType.USER_DEFINED,
+    ),
+}
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in the order of its vocabulary's first ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, name: str) -> None:
+    """Write the tokenizer's metadata of `VOCABULARIES[name]`."""
+    vocabulary = VOCABULARIES[name]
+    rows = _sentencepiece_rows() if name == "phi3" else _byte_level_rows()
+    rows += [(token, TokenType.CONTROL, -1000.0) for token in vocabulary.controls]
+    rows += [(f"[PAD{i}]", vocabulary.padding_type, -10000.0) for i in range(len(rows), vocabulary.rows)]
+    tokens = [token for token, _, _ in rows]
+    assert len(set(tokens)) == vocabulary.rows, f"{name}: {len(set(tokens))} different tokens in {vocabulary.rows} rows"
+
+    writer.add_tokenizer_model("llama" if name == "phi3" else "gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(tokens)
+    if name == "phi3":
+        writer.add_token_scores([score for _, _, score in rows])
+    writer.add_token_types([kind for _, kind, _ in rows])
+    if name != "phi3":
+        writer.add_token_merges(MERGES)
+    for role, token in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", tokens.index(token))
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_chat_template(vocabulary.template)
+
+
+def _byte_level_rows() -> list[tuple[str, TokenType, float]]:
+    tokens = byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
+    return [(token, TokenType.NORMAL, 0.0) for token in tokens]
+
+
+def _sentencepiece_rows() -> list[tuple[str, TokenType, float]]:
+    """The ids of Phi-3's file: `<unk>`, `<s>` and `</s>`, the 256 bytes, the pieces, the single letters."""
+    first = [("<unk>", TokenType.CONTROL, -1000.0), ("<s>", TokenType.CONTROL, -1000.0)]
+    first += [("</s>", TokenType.USER_DEFINED, -1000.0)]
+    first += [(f"<0x{byte:02X}>", TokenType.BYTE, 0.0) for byte in range(256)]
+    normal = [*PIECES, *LETTERS]
+    return first + [(token, TokenType.NORMAL, -float(i)) for i, token in enumerate(normal)]
