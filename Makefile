@@ -1,0 +1,59 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and a package index; everything goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test check lint types contracts bench clean
+
+help:
+	@echo "make demo    get a small real model and chat with it"
+	@echo "make test    the whole suite that needs no GPU"
+	@echo "make check   what CI runs: lint, types, import contracts, tests"
+	@echo "make bench   the benchmarks that need no GPU"
+	@echo "make clean   remove .venv and caches; pulled models stay"
+
+demo: $(VENV)/.installed
+	@$(BIN)/worker demo
+
+# One BLAS thread: the tests' matrices are small, and two threads on a busy machine wait for each other.
+test: $(VENV)/.installed-dev
+	@$(BIN)/worker pull smollm2
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+
+check: lint types contracts test
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-dev
+	@$(BIN)/worker pull smollm2
+	$(BIN)/python -m benchmarks.engine_overhead
+	$(BIN)/python -m benchmarks.cpu_decode
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "worker needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.made
+	$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
+	$(PIP) install --quiet --editable . --group dev
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,1 @@
+"""Benchmarks: a script a question. Each prints its figures beside what they are measured against."""
