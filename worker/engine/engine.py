@@ -95,7 +95,7 @@ class Engine:
         self._admit()
         if not self._running:
             return []
-        members = [s for s in self._running if s.in_prefill][:1] or self._running
+        members = [s for s in self._running if s.in_prefill][:1] or list(self._running)
         batch = (
             _prefill_batch(members[0], self.settings.prefill_chunk) if members[0].in_prefill else _decode_batch(members)
         )

