@@ -1,0 +1,206 @@
+"""Open, check and map a GGUF file, whole or split: metadata, tensors, and their bytes as views of the mapping.
+
+What opens is well-formed: nothing later needs to ask whether a tensor is inside the file. Whether the tensors are those
+that an architecture wants is the adapters' question, and what the bytes mean is `worker/quants.py`'s. How the header is
+read and checked: `worker/gguf_header.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import mmap
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from worker.errors import ModelLoadFailed
+from worker.gguf_header import MAX_TENSORS, Header, TensorInfo, read_header
+from worker.quants import Bytes
+
+__all__ = ["GgufFile", "TensorInfo", "shard_paths"]
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SAMPLES, _SAMPLE_BYTES = 32, 4096  # each may wait for a disk
+
+
+def shard_paths(path: Path) -> list[Path]:
+    """All files of the split model that `path` is a shard of (`NAME-00002-of-00003.gguf`), or `path` alone."""
+    match = _SHARD_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, no, count = match["stem"], int(match["no"]), int(match["count"])
+    if not 1 <= no <= count < MAX_TENSORS:
+        expected = f"a shard number from 00001 up to the count, which is below {MAX_TENSORS}"
+        raise ModelLoadFailed("the name is not that of a shard", str(path), expected)
+    return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One mapped file and its header."""
+
+    path: Path
+    bytes: mmap.mmap
+    header: Header
+
+
+class GgufFile:
+    """An opened model file. Metadata of the first shard, tensors of all.
+
+    Metadata values are int, float, bool and str; arrays of numbers or bools are NumPy arrays of the file's type, arrays
+    of strings are list[str], arrays of arrays are lists. Close it, or use it in a `with`.
+    """
+
+    def __init__(self, path: Path, shards: list[_Shard]) -> None:
+        self.path = path
+        self.version: int = shards[0].header.version
+        self.metadata: dict[str, Any] = shards[0].header.metadata
+        self.tensors: dict[str, TensorInfo] = {t.name: t for shard in shards for t in shard.header.tensors}
+        self.architecture: str = self.require("general.architecture", str)
+        self._shards = shards
+
+    @classmethod
+    def open(cls, path: Path) -> GgufFile:
+        """Open and check the file, and with any shard of a split model all of its shards. Raises ModelLoadFailed."""
+        paths = shard_paths(path)
+        shards: list[_Shard] = []
+        with contextlib.ExitStack() as mapped:
+            for index, shard_path in enumerate(paths):
+                buffer = mapped.enter_context(_map(shard_path))
+                shards.append(_Shard(shard_path, buffer, read_header(buffer, shard_path, index)))
+                _check_split(shards[-1], index, len(paths))
+            _check_together(shards)
+            file = cls(path, shards)
+            mapped.pop_all()
+        return file
+
+    def require(self, key: str, kind: type[T]) -> T:
+        """The metadata value `key`; ModelLoadFailed where it is missing or not a `kind` (float: not finite)."""
+        if key not in self.metadata:
+            raise ModelLoadFailed(f"metadata key {key!r} is missing", str(self.path), f"type {kind.__name__}")
+        value = self.metadata[key]
+        if type(value) is not kind:
+            what = f"metadata key {key!r} is of type {type(value).__name__}"
+            raise ModelLoadFailed(what, str(self.path), f"type {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ModelLoadFailed(f"metadata key {key!r} is {value}", str(self.path), "a finite number")
+        return value
+
+    def get(self, key: str, kind: type[T], default: D) -> T | D:
+        """As `require`, but `default` where the key is missing."""
+        return self.require(key, kind) if key in self.metadata else default
+
+    def data(self, tensor: TensorInfo) -> Bytes:
+        """The tensor's blocks [rows, row_bytes] u8: a read-only view of the mapping; rows are all dims but the last."""
+        flat = np.frombuffer(self._shards[tensor.shard].bytes, np.uint8, tensor.nbytes, tensor.offset)
+        return flat.reshape(-1, tensor.kind.row_bytes(tensor.shape[-1]))
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors as they are stored, padding not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def by_type(self) -> dict[str, tuple[int, int]]:
+        """Type name → (tensors, bytes), the type with the most bytes first."""
+        found: dict[str, tuple[int, int]] = {}
+        for tensor in self.tensors.values():
+            count, nbytes = found.get(tensor.kind.name, (0, 0))
+            found[tensor.kind.name] = (count + 1, nbytes + tensor.nbytes)
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) that tells models apart, without reading them whole; the same on every machine.
+
+        Covers each shard's size, its whole header (metadata, names, shapes, types, offsets) and 4 KiB from the middle
+        of up to 32 tensors, spread evenly over the shard. Not the file's name or times; a change to bytes that no
+        sample meets goes unseen, so it identifies a model and does not authenticate it.
+        """
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(len(shard.bytes).to_bytes(8, "little"))
+            digest.update(memoryview(shard.bytes)[: shard.header.size])
+            for start, stop in _samples(shard.header.tensors):
+                digest.update(shard.bytes[start:stop])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Unmap the file; a shard of which views are still alive is unmapped with the last of them."""
+        for shard in self._shards:
+            with contextlib.suppress(BufferError):
+                shard.bytes.close()
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+
+def _map(path: Path) -> mmap.mmap:
+    """Map the file for reading. Only a regular file: opening a pipe would wait for its writer."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "this is a directory" if stat.S_ISDIR(mode) else "this is not a regular file"
+            raise ModelLoadFailed(what, str(path), "a GGUF file")
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                raise ModelLoadFailed("the file is empty", str(path), "a whole, untruncated GGUF file")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ModelLoadFailed(f"the file can't be opened: {reason}", str(path), "a readable GGUF file") from error
+
+
+def _check_split(shard: _Shard, index: int, named: int) -> None:
+    """What the shard says of itself against its name, which makes it number `index` (from 0) of `named`."""
+    no, count = _split_number(shard, "split.no", 0), _split_number(shard, "split.count", 1)
+    merged = count == 0 and named == 1  # llama.cpp's gguf-split --merge leaves a count of 0 behind
+    if not merged and (no, count) != (index, named):
+        what = f"the file says that it is shard {no} (from 0) of {count}, and its name that it is {index} of {named}"
+        raise ModelLoadFailed(what, str(shard.path), "the shards under their own names, NAME-0000i-of-0000N.gguf")
+
+
+def _check_together(shards: list[_Shard]) -> None:
+    """What only all shards together can show: no tensor is there twice, and none is missing."""
+    owner: dict[str, Path] = {}
+    for shard in shards:
+        for tensor in shard.header.tensors:
+            if tensor.name in owner:
+                what = f"tensor {tensor.name!r} is in {owner[tensor.name].name} too"
+                raise ModelLoadFailed(what, str(shard.path), "each tensor in one shard")
+            owner[tensor.name] = shard.path
+    claimed = _split_number(shards[0], "split.tensors.count", len(owner))
+    if len(shards) > 1 and claimed != len(owner):
+        what = f"the shards hold {len(owner)} tensors together"
+        raise ModelLoadFailed(what, str(shards[0].path), f"{claimed}, as split.tensors.count says")
+    if len(owner) >= MAX_TENSORS:
+        what = f"the shards hold {len(owner):,} tensors"
+        raise ModelLoadFailed(what, str(shards[0].path), f"fewer than {MAX_TENSORS:,}")
+
+
+def _split_number(shard: _Shard, key: str, default: int) -> int:
+    value = shard.header.metadata.get(key, default)
+    if type(value) is not int:
+        raise ModelLoadFailed(f"metadata key {key!r} is of type {type(value).__name__}", str(shard.path), "type int")
+    return value
+
+
+def _samples(tensors: tuple[TensorInfo, ...]) -> Iterator[tuple[int, int]]:
+    """Byte ranges in the middle of evenly chosen tensors, in the order of the data."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    chosen = min(_SAMPLES, len(ordered))
+    for i in range(chosen):
+        tensor = ordered[i * len(ordered) // chosen]
+        start = tensor.offset + max(0, tensor.nbytes - _SAMPLE_BYTES) // 2
+        yield start, min(start + _SAMPLE_BYTES, tensor.offset + tensor.nbytes)

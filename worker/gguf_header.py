@@ -1,0 +1,290 @@
+"""The header of one GGUF file, read off its bytes: metadata and where each tensor lies.
+
+Every length is checked against the bytes that are left before anything of that length is read or made, so no content
+can make this allocate, loop or fail in another way than ModelLoadFailed. Knows nothing of split files, of tensor data
+and of what the metadata mean. Format: ggml's `docs/gguf.md`. Next: `worker/gguf_file.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from worker.errors import ModelLoadFailed
+from worker.quants import QuantType, quant_type
+
+MAX_TENSORS = 10_000
+# Bounds that no real model comes near; together they keep the worst header under a second.
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_METADATA = 10_000
+_MAX_OBJECTS = 1_200_000  # strings and arrays inside arrays; the largest vocabularies with their merges have 850,000
+_MAX_DEPTH = 4
+_MAX_ALIGNMENT = 1 << 20
+_MAX_KEY_BYTES = 65_535
+_MAX_TENSOR_NAME_BYTES = 64
+_ARRAY_COST = 8  # an array inside an array takes as long to read as so many strings
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_SCALARS = {
+    type_id: struct.Struct(f"<{code}")
+    for type_id, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}.items()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor: `shape` is row-major, the reverse of GGUF's dims; `offset` is from the shard's first byte."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: QuantType
+    offset: int
+    nbytes: int
+    shard: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: `size` bytes long, and every tensor lies inside the file, aligned, over no other."""
+
+    version: int
+    metadata: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor as the header describes it; `offset` is from the start of the data section."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: QuantType
+    offset: int
+
+
+def read_header(buffer: mmap | bytes, path: Path, shard: int = 0) -> Header:
+    """Read and check the header of the file `path` whose bytes are `buffer`. ModelLoadFailed says what is wrong."""
+    reader = _Reader(buffer, path)
+    version = _read_version(reader)
+    tensor_count, metadata_count = reader.u64(), reader.u64()
+    if tensor_count >= MAX_TENSORS:
+        reader.fail(f"the file claims {tensor_count:,} tensors", f"fewer than {MAX_TENSORS:,}")
+    if metadata_count > _MAX_METADATA:
+        reader.fail(f"the file claims {metadata_count:,} metadata keys", f"at most {_MAX_METADATA:,}")
+    metadata = _read_metadata(reader, metadata_count)
+    entries = _read_entries(reader, tensor_count)
+    return Header(version, metadata, _place(reader, entries, metadata, shard), reader.pos)
+
+
+class _Reader:
+    """Takes values off the front of a header. `context` says, for messages, what is being read."""
+
+    def __init__(self, buffer: mmap | bytes, path: Path) -> None:
+        self.buffer = buffer
+        self.pos = 0
+        self.context = "header"
+        self.path = path
+        self._end = min(len(buffer), _MAX_HEADER_BYTES)
+        self._objects_left = _MAX_OBJECTS
+
+    def fail(self, what: str, expected: str) -> NoReturn:
+        raise ModelLoadFailed(what, f"{self.path}, {self.context}, byte {self.pos:,}", expected)
+
+    def take(self, size: int, what: str) -> int:
+        """Step over `size` bytes and return where they start."""
+        start = self.pos
+        if size > self._end - start:
+            self._fail_end(size, what)
+        self.pos = start + size
+        return start
+
+    def u32(self) -> int:
+        value: int = _U32.unpack_from(self.buffer, self.take(4, "a 32-bit number"))[0]
+        return value
+
+    def u64(self) -> int:
+        value: int = _U64.unpack_from(self.buffer, self.take(8, "a 64-bit number"))[0]
+        return value
+
+    def string(self, limit: int = _MAX_HEADER_BYTES) -> str:
+        size = self.u64()
+        if size > limit:
+            self.fail(f"a string claims {size:,} bytes", f"at most {limit:,}")
+        start = self.take(size, "a string")
+        try:
+            return self.buffer[start : self.pos].decode()
+        except UnicodeDecodeError:
+            self._fail_utf8()
+
+    def value(self, type_id: int) -> Any:
+        """A metadata value: int, float, bool, str, or what `_array` makes."""
+        if (scalar := _SCALARS.get(type_id)) is not None:
+            return scalar.unpack_from(self.buffer, self.take(scalar.size, "a number"))[0]
+        if type_id == _STRING:
+            return self.string()
+        if type_id == _ARRAY:
+            return self._array(1)
+        if type_id != _BOOL:
+            self.fail(f"value type {type_id} is unknown", "a type from 0 to 12")
+        byte = self.buffer[self.take(1, "a bool")]
+        if byte > 1:
+            self._fail_bool(byte)
+        return byte == 1
+
+    def _array(self, depth: int) -> Any:
+        """A NumPy array of numbers or bools that owns its memory; else a list of str or of arrays."""
+        type_id, count = self.u32(), self.u64()
+        if (scalar := _SCALARS.get(type_id)) is not None:
+            start = self.take(count * scalar.size, f"an array of {count:,} numbers")
+            return np.frombuffer(self.buffer, np.dtype(scalar.format), count, start).copy()
+        if type_id == _BOOL:
+            start = self.take(count, f"an array of {count:,} bools")
+            flags = np.frombuffer(self.buffer, np.uint8, count, start).copy()  # a view would keep the file mapped
+            if count and flags.max() > 1:
+                self._fail_bool(int(flags.max()))
+            return flags == 1
+        if type_id == _STRING:
+            self._spend(count)
+            return self._strings(count)
+        if type_id != _ARRAY:
+            self.fail(f"array element type {type_id} is unknown", "a type from 0 to 12")
+        if depth == _MAX_DEPTH:
+            self.fail(f"arrays are nested more than {_MAX_DEPTH} deep", f"at most {_MAX_DEPTH}")
+        self._spend(count * _ARRAY_COST)
+        return [self._array(depth + 1) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """The vocabularies: hundreds of thousands of strings, so `string` is written out here without its calls."""
+        buffer, end, pos = self.buffer, self._end, self.pos
+        length_at: Callable[..., tuple[int]] = _U64.unpack_from
+        strings: list[str] = []
+        try:
+            for _ in range(count):
+                start = pos + 8
+                pos = start + length_at(buffer, pos)[0]
+                if pos > end:
+                    self.pos = start
+                    self._fail_end(pos - start, f"string {len(strings):,} of {count:,}")
+                strings.append(buffer[start:pos].decode())
+        except struct.error:
+            self.pos = pos
+            self._fail_end(8, f"the length of string {len(strings):,} of {count:,}")
+        except UnicodeDecodeError:
+            self.pos = start
+            self._fail_utf8()
+        self.pos = pos
+        return strings
+
+    def _spend(self, objects: int) -> None:
+        self._objects_left -= objects
+        if self._objects_left < 0:
+            self.fail("the arrays hold too many strings or arrays", f"at most {_MAX_OBJECTS:,} in one header")
+
+    def _fail_end(self, size: int, what: str) -> NoReturn:
+        left = max(0, self._end - self.pos)
+        if self._end == len(self.buffer):
+            self.fail(f"{what} needs {size:,} bytes and {left:,} are left", "a whole, untruncated GGUF file")
+        limit = f"a header of at most {_MAX_HEADER_BYTES >> 20} MiB"
+        self.fail(f"{what} needs {size:,} bytes and {left:,} of the header's bound are left", limit)
+
+    def _fail_bool(self, byte: int) -> NoReturn:
+        self.fail(f"a bool has the value {byte}", "0 or 1")
+
+    def _fail_utf8(self) -> NoReturn:
+        self.fail("a string is not UTF-8", "valid UTF-8")
+
+
+def _read_version(reader: _Reader) -> int:
+    magic = reader.buffer[reader.take(4, "the magic number") : reader.pos]
+    if magic != b"GGUF":
+        reader.fail(f"the file begins with {magic!r}", "a GGUF file, which begins with b'GGUF'")
+    version = reader.u32()
+    if version & 0xFFFF == 0 and version:  # a small number seen from the other end
+        reader.fail("the file is big-endian", "a little-endian GGUF file; convert it with gguf's gguf-convert-endian")
+    if version == 1:
+        reader.fail("GGUF version 1 is obsolete", "version 2 or 3; convert the model again with a current tool")
+    if version not in (2, 3):
+        reader.fail(f"GGUF version {version:,} is unknown", "version 2 or 3")
+    return version
+
+
+def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for index in range(count):
+        reader.context = f"metadata key {index + 1} of {count}"
+        key = reader.string(_MAX_KEY_BYTES)
+        reader.context = f"metadata key {key[:80]!r}"
+        if not key or key in metadata:
+            reader.fail("the key is there twice" if key else "the key is empty", "one name for each key")
+        type_id = reader.u32()
+        if key == "general.alignment" and type_id != _UINT32:
+            reader.fail(f"the alignment is a value of type {type_id}", f"type {_UINT32}, uint32")
+        metadata[key] = reader.value(type_id)
+    return metadata
+
+
+def _read_entries(reader: _Reader, count: int) -> list[_Entry]:
+    entries: list[_Entry] = []
+    names: set[str] = set()
+    for index in range(count):
+        reader.context = f"tensor {index + 1} of {count}"
+        name = reader.string(_MAX_TENSOR_NAME_BYTES)
+        reader.context = f"tensor {name!r}"
+        if not name or name in names:
+            reader.fail("the name is there twice" if name else "the name is empty", "one name for each tensor")
+        names.add(name)
+        entries.append(_read_entry(reader, name))
+    return entries
+
+
+def _read_entry(reader: _Reader, name: str) -> _Entry:
+    n_dims = reader.u32()
+    if not 1 <= n_dims <= 4:
+        reader.fail(f"the tensor has {n_dims:,} dimensions", "1 to 4")
+    dims = tuple(reader.u64() for _ in range(n_dims))
+    if 0 in dims:
+        reader.fail(f"the tensor has dimensions {list(dims)}", "dimensions above 0")
+    kind = quant_type(reader.u32(), f"{reader.path}, {reader.context}")
+    if dims[0] % kind.block_size:
+        reader.fail(f"a row has {dims[0]:,} elements of type {kind.name}", f"a multiple of {kind.block_size}")
+    return _Entry(name, dims[::-1], kind, reader.u64())
+
+
+def _place(reader: _Reader, entries: list[_Entry], metadata: dict[str, Any], shard: int) -> tuple[TensorInfo, ...]:
+    """Give each tensor its bytes. Sizes are Python's integers: no product of dims wraps around."""
+    reader.context = "metadata key 'general.alignment'"
+    alignment: int = metadata.get("general.alignment", 32)
+    if not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+        reader.fail(f"the alignment is {alignment:,}", f"a power of two from 1 to {_MAX_ALIGNMENT:,}")
+    data_start = -(-reader.pos // alignment) * alignment
+    tensors = []
+    for entry in entries:
+        reader.context = f"tensor {entry.name!r}"
+        nbytes = math.prod(entry.shape[:-1]) * entry.kind.row_bytes(entry.shape[-1])
+        offset = data_start + entry.offset
+        if entry.offset % alignment:
+            reader.fail(f"the data's offset is {entry.offset:,}", f"a multiple of the alignment {alignment}")
+        if offset + nbytes > len(reader.buffer):
+            what = f"the data would end at byte {offset + nbytes:,} and the file ends at {len(reader.buffer):,}"
+            reader.fail(what, "a whole, untruncated GGUF file")
+        tensors.append(TensorInfo(entry.name, entry.shape, entry.kind, offset, nbytes, shard))
+    _check_apart(reader, tensors)
+    return tuple(tensors)
+
+
+def _check_apart(reader: _Reader, tensors: list[TensorInfo]) -> None:
+    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    for before, after in itertools.pairwise(ordered):
+        if before.offset + before.nbytes > after.offset:
+            reader.context = f"tensor {after.name!r}"
+            reader.fail(f"the data lies over that of tensor {before.name!r}", "tensors that lie apart")
