@@ -1,0 +1,1 @@
+"""Tests of named models: the cache and the pull."""
