@@ -30,7 +30,9 @@ def cpu_runner(path: Path, *, context: int = 512, phi3_window: bool = False, **k
     return CpuRunner(model, hp, **{"kv_blocks": blocks_for(context), **kwargs})
 
 
-def prefill(prompt: list[int], start: int = 0, *, rows: list[int] | None = None, table: np.ndarray | None = None) -> Batch:
+def prefill(
+    prompt: list[int], start: int = 0, *, rows: list[int] | None = None, table: np.ndarray | None = None
+) -> Batch:
     """A prefill batch of `prompt[start:]`; every row's logits are wanted unless `rows` says which."""
     positions = np.arange(start, len(prompt), dtype=np.int32)
     table = np.arange(blocks_for(len(prompt) + KV_BLOCK), dtype=np.int32) if table is None else table

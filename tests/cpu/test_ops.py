@@ -114,10 +114,10 @@ def test_attention_equals_the_sum_by_hand_over_shuffled_poisoned_blocks(phase, h
     if phase is Phase.PREFILL:
         got = ops.attention(q, k, v, spec, Batch(phase, positions, positions, (table,), no_rows))
     else:
-        steps = [
-            Batch(phase, positions[t : t + 1], positions[t : t + 1], (table,), no_rows) for t in range(T)
-        ]
-        got = np.concatenate([ops.attention(q[t : t + 1], k[t : t + 1], v[t : t + 1], spec, b) for t, b in enumerate(steps)])
+        steps = [Batch(phase, positions[t : t + 1], positions[t : t + 1], (table,), no_rows) for t in range(T)]
+        got = np.concatenate(
+            [ops.attention(q[t : t + 1], k[t : t + 1], v[t : t + 1], spec, b) for t, b in enumerate(steps)]
+        )
     np.testing.assert_allclose(got, attention_by_hand(q, k, v, heads, kv_heads, dim, window, sinks), atol=2e-6)
 
 

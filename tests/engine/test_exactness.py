@@ -19,7 +19,10 @@ PROMPT = (np.random.default_rng(3).integers(0, 280, 150)).tolist()
 def bits(runner, table):
     """K and V of the blocks that hold the prompt, in the order of its positions."""
     blocks = table[: -(-len(PROMPT) // 16)]
-    k, v = (cache[:, blocks].reshape(len(cache), -1, *cache.shape[3:])[:, : len(PROMPT)] for cache in (runner.cache.k, runner.cache.v))
+    k, v = (
+        cache[:, blocks].reshape(len(cache), -1, *cache.shape[3:])[:, : len(PROMPT)]
+        for cache in (runner.cache.k, runner.cache.v)
+    )
     return np.stack([k, v]).copy()
 
 

@@ -1,0 +1,113 @@
+"""SmolLM2 against llama.cpp, prompt by prompt: token ids, greedy choices and log-probabilities.
+
+Two comparisons. With the published Q4_1 file llama.cpp quantizes activations to 8 bits in every product, which is what
+the difference is made of; with the same weights as an F32 file it multiplies exactly, and the two must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.llama_cpp import LlamaCpp, write_f32_copy
+from worker import runtime
+from worker.config import EngineSection, ModelSection
+from worker.engine import Sequence
+from worker.sampling import Sampling
+
+PROMPTS = json.loads((Path(__file__).parents[1] / "data" / "smollm2_prompts.json").read_text())
+NEAR_TIE = 0.05
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def worker(smollm2):
+    return runtime.load(smollm2, ModelSection(context=1024), EngineSection(backend="cpu"))
+
+
+def prompt_of(entry, tokenizer):
+    if "messages" in entry:
+        return tokenizer.encode_chat(entry["messages"], now=datetime(2026, 1, 1, tzinfo=UTC))
+    return tokenizer.encode_prompt(entry["prompt"])
+
+
+def greedy(worker, prompt):
+    """Our greedy answer: ids and the top-20 log-probabilities of each step."""
+    worker.engine.add(
+        Sequence("a", prompt, STEPS, Sampling(temperature=0, logprobs=20), worker.tokenizer.vocab.end_ids)
+    )
+    tokens = []
+    while not worker.engine.idle:
+        tokens += worker.engine.step()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def answers(worker):
+    return [(entry["name"], *((p := prompt_of(entry, worker.tokenizer)), greedy(worker, p))) for entry in PROMPTS]
+
+
+@dataclass
+class Comparison:
+    """|Δ log-probability| of the shared top-20 and of the chosen token, and where the greedy choice differs, by gap."""
+
+    top: list[float]
+    chosen: list[float]
+    flips: list[tuple[str, int, float]]
+
+    def __str__(self) -> str:
+        top, chosen = np.array(self.top), np.array(self.chosen)
+        return (
+            f"{len(chosen)} steps; top-20: median {np.median(top):.4f} nat, 99 % {np.percentile(top, 99):.4f}; "
+            f"chosen: median {np.median(chosen):.4f}; flips {self.flips}"
+        )
+
+
+def compare(answers, model):
+    """Every step of our answers, as llama.cpp goes on from the same ids."""
+    found = Comparison([], [], [])
+    with LlamaCpp(model, context=1024) as other:
+        for name, prompt, tokens in answers:
+            for i, token in enumerate(tokens):
+                theirs = other.next_logprobs([*prompt, *(t.draw.id for t in tokens[:i])])
+                ours = dict(token.draw.top)
+                found.top += [abs(logprob - ours[t]) for t, logprob in theirs if t in ours]
+                found.chosen += [abs(logprob - ours[t]) for t, logprob in theirs if t == token.draw.id]
+                if theirs[0][0] != token.draw.id:
+                    (_, best), (_, second) = token.draw.top[:2]
+                    found.flips.append((name, i, best - second))
+    return found
+
+
+def test_there_are_twenty_prompts_of_every_kind():
+    assert len({entry["name"] for entry in PROMPTS}) == len(PROMPTS) >= 20
+    assert {entry["name"].split("-")[0] for entry in PROMPTS} >= {"chat", "code"}
+
+
+def test_prompts_become_the_same_ids(smollm2, worker):
+    with LlamaCpp(smollm2, context=1024) as other:
+        for entry in PROMPTS:
+            text = other.apply_template(entry["messages"]) if "messages" in entry else entry["prompt"]
+            assert prompt_of(entry, worker.tokenizer) == other.tokenize(text, bos=True, special=True), entry["name"]
+
+
+def test_log_probabilities_on_the_published_file_differ_by_llama_cpps_rounding_alone(smollm2, answers):
+    found = compare(answers, smollm2)
+    print(found)
+    assert len(found.top) > 2000
+    assert np.median(found.chosen) < 0.06
+    assert np.median(found.top) < 0.12
+    assert len(found.flips) < 0.1 * len(found.chosen)
+
+
+def test_greedy_ids_are_equal_on_the_same_weights_as_f32_except_after_near_ties(smollm2, answers, tmp_path):
+    found = compare(answers, write_f32_copy(smollm2, tmp_path / "f32.gguf"))
+    print(found)
+    assert np.median(found.top) < 0.005
+    assert np.percentile(found.top, 99) < 0.02
+    assert all(gap < NEAR_TIE for *_, gap in found.flips), found.flips

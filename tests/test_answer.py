@@ -1,0 +1,83 @@
+"""A job's answer: prompt to ids, drawn ids to published tokens, and going on from published ids."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from tests.models import run
+from worker import runtime
+from worker.answer import Answer, prompt_ids
+from worker.config import EngineSection, ModelSection
+from worker.errors import InvalidRequest
+from worker.jobs.protocol import Job, Limits
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "phi3", "gpt-oss"])
+def loaded(request, tiny):
+    return runtime.load(tiny(request.param), ModelSection(), EngineSection(backend="cpu"))
+
+
+def answer(loaded, published=(), **fields):
+    job = Job.parse({"job_id": "j", "prompt": "the quick", "seed": 5, "max_tokens": 24, **fields})
+    prompt = prompt_ids(job, loaded.tokenizer, NOW)
+    limits = Limits(loaded.name, loaded.hparams.vocab_size, loaded.engine.context)
+    return Answer(job, job.resolve(limits, len(prompt), "1-1"), loaded.tokenizer, prompt, published)
+
+
+def tokens_of(loaded, made):
+    published = []
+    loaded.engine.add(made.sequence)
+    while made.finish_reason is None:
+        published += [token for drawn in loaded.engine.step() if (token := made.push(drawn))]
+    loaded.engine.abort(made.sequence.id)
+    return published
+
+
+def test_joined_text_is_the_decoding_of_all_released_bytes(loaded):
+    tokens = tokens_of(loaded, answer(loaded, ignore_eos=True, prompt_tokens=[5, 6, 7], prompt=None))
+    released = b"".join(loaded.tokenizer.token_bytes(token.id) for token in tokens)
+    assert "".join(token.t for token in tokens) == released.decode("utf-8", "replace")
+    assert [token.i for token in tokens] == list(range(24))
+
+
+def test_a_second_worker_publishes_what_the_first_would_have(loaded):
+    whole = tokens_of(loaded, answer(loaded, temperature=0.8, ignore_eos=True))
+    for cut in (1, 5, 23):
+        published = [token.id for token in whole[:cut]]
+        assert tokens_of(loaded, answer(loaded, published, temperature=0.8, ignore_eos=True)) == whole[cut:]
+
+
+def test_published_ids_that_already_meet_an_end_leave_nothing_to_run(loaded):
+    whole = tokens_of(loaded, answer(loaded))
+    done = answer(loaded, [token.id for token in whole])
+    assert done.finish_reason in ("length", "stop")
+    cut = answer(loaded, [token.id for token in whole[:-1]])
+    assert cut.finish_reason is None
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_published(loaded):
+    whole = tokens_of(loaded, answer(loaded, ignore_eos=True))
+    text = "".join(token.t for token in whole)
+    neighbours = [(a.t + b.t) for a, b in zip(whole[3:], whole[4:], strict=False) if a.t and b.t]
+    stop = next(both for both in neighbours if text.count(both) == 1)
+    stopped = answer(loaded, ignore_eos=True, stop=[stop])
+    published = tokens_of(loaded, stopped)
+    assert "".join(token.t for token in published) == text[: text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+    resumed = answer(loaded, [token.id for token in published], ignore_eos=True, stop=[stop])
+    assert (resumed.finish_reason, resumed.stop_sequence) == ("stop_sequence", stop)
+
+
+def test_tokens_after_the_end_are_dropped(loaded):
+    made = answer(loaded, max_tokens=2)
+    drawn = run(loaded.engine, made.sequence)["j"]
+    assert [made.push(token) is not None for token in [*drawn, drawn[-1]]] == [True, True, False]
+
+
+def test_a_chat_that_its_template_refuses_is_an_invalid_request(loaded):
+    with pytest.raises(InvalidRequest):
+        answer(loaded, prompt=None, messages=[{"role": "user", "content": "\ud800"}])
