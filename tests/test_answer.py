@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import pairwise
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_published_ids_that_already_meet_an_end_leave_nothing_to_run(loaded):
 def test_a_stop_string_ends_the_answer_and_is_not_published(loaded):
     whole = tokens_of(loaded, answer(loaded, ignore_eos=True))
     text = "".join(token.t for token in whole)
-    neighbours = [(a.t + b.t) for a, b in zip(whole[3:], whole[4:], strict=False) if a.t and b.t]
+    neighbours = [(a.t + b.t) for a, b in pairwise(whole) if a.t and b.t]
     stop = next(both for both in neighbours if text.count(both) == 1)
     stopped = answer(loaded, ignore_eos=True, stop=[stop])
     published = tokens_of(loaded, stopped)

@@ -20,10 +20,8 @@ from tests.tiny_weights import RandomWeights
 
 Value = int | float | str
 # The k-quants first: only rows that are a multiple of 256 can take them, the others fit nearly everywhere.
-MIXED = (
-    *("Q4_K", "Q6_K", "Q5_K", "Q3_K", "Q2_K"),
-    *("Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1", "MXFP4", "F16", "BF16", "F32"),
-)
+K_QUANTS = ("Q4_K", "Q6_K", "Q5_K", "Q3_K", "Q2_K")
+MIXED = (*K_QUANTS, "Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1", "MXFP4", "F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class _Tensor:
 def llama3_divisors(base: float, dims: int, factor: float, low: float, high: float, original: int) -> tuple[float, ...]:
     """What Llama 3.1 divides rotary frequencies by: 1 for short wavelengths, `factor` for long ones, a ramp between."""
     divisors = []
-    for pair in range(dims // 2):
-        wavelength = 2 * math.pi * base ** (2 * pair / dims)
+    for exponent in range(0, dims, 2):
+        wavelength = 2 * math.pi * base ** (exponent / dims)
         kept = min(max((original / wavelength - low) / (high - low), 0.0), 1.0)
         divisors.append(1 / ((1 - kept) / factor + kept))
     return tuple(divisors)
@@ -158,7 +156,7 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "gpt-oss": _GPT_OSS,
-    # The ramp's bounds both fall between two pairs, and belong to betas that only the file tells.
+    # The ramp's bounds both fall between two pairs, from betas that only the file tells.
     "gpt-oss-yarn": replace(
         _GPT_OSS,
         context=8192,
@@ -296,6 +294,6 @@ def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:
     d, f, E = shape.width, shape.ffn, shape.experts
     yield _Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
     yield _Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
-    for part, rows, columns, gain in (("gate", f, d, 3.0), ("up", f, d, 3.0), ("down", d, f, 0.25)):
+    for part, rows, columns, gain in (("gate", f, d, 3), ("up", f, d, 3), ("down", d, f, 0.25)):
         yield _Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
         yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)

@@ -86,8 +86,12 @@ def resolve(name_or_path: str, cache: Path) -> Path:
         paths = [PACKAGED[name_or_path].path(cache)]
     elif name_or_path.startswith("hf:"):
         paths = _hf_paths(name_or_path, cache)
-    else:
+    elif Path(name_or_path).exists() or name_or_path.endswith(".gguf"):
         return Path(name_or_path)
+    else:
+        raise ModelLoadFailed(
+            "there is no such file or model", name_or_path, f"a .gguf file, {' or '.join(PACKAGED)} or {_HF_FORM}"
+        )
     if not _all_there(paths):
         raise ModelLoadFailed("the model is not in the cache", name_or_path, f"`worker pull {name_or_path}` before it")
     return paths[0]

@@ -12,9 +12,8 @@ from worker.cli.console import size
 
 
 def worker(*arguments, stdin=None):
-    return subprocess.run(
-        [sys.executable, "-m", "worker", *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "worker", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120, check=False)
 
 
 def events(done):
@@ -154,6 +153,14 @@ def test_inspect_says_why_a_file_cannot_run(tiny, tmp_path):
     report = json.loads(worker("inspect", broken, "--json").stdout)
     assert report["can_run"] is False
     assert "blk.0.attn_q.weight" in report["reason"]
+
+
+def test_inspect_of_a_file_that_does_not_open_is_a_report_and_exit_code_1(tmp_path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGML")
+    done = worker("inspect", path, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["can_run"] is False
 
 
 def test_help_teaches():

@@ -15,7 +15,7 @@ from rich.table import Table
 from worker import hub
 from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, progress_bar, size
 from worker.config import load_settings
-from worker.errors import InvalidRequest, WorkerError
+from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
 from worker.runtime import plan
 from worker.text.tokenizer import Tokenizer, load_tokenizer
@@ -40,8 +40,13 @@ def inspect(
     json: JsonOption = False,
 ) -> None:
     """Show what a model file holds, the memory it needs, and whether this worker can run it."""
-    with GgufFile.open(model_path(model)) as file:
-        report = _report(file, context or [])
+    try:
+        with GgufFile.open(model_path(model)) as file:
+            report = _report(file, context or [])
+    except ModelLoadFailed as error:
+        if json:
+            print_json({"path": model, "can_run": False, "reason": error.message})
+        raise
     if json:
         print_json(report)
     else:
