@@ -86,7 +86,7 @@ def resolve(name_or_path: str, cache: Path) -> Path:
         paths = [PACKAGED[name_or_path].path(cache)]
     elif name_or_path.startswith("hf:"):
         paths = _hf_paths(name_or_path, cache)
-    elif Path(name_or_path).exists() or name_or_path.endswith(".gguf"):
+    elif "/" in name_or_path or name_or_path.endswith(".gguf") or Path(name_or_path).exists():
         return Path(name_or_path)
     else:
         raise ModelLoadFailed(

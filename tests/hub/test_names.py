@@ -15,6 +15,11 @@ def test_a_path_is_used_as_it_is(tmp_path: Path) -> None:
     assert hub.resolve("./smollm2", tmp_path) == Path("smollm2")
 
 
+def test_a_word_that_is_neither_file_nor_model_lists_the_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match=r"no such file or model; expected a .gguf file, smollm2 or hf:"):
+        hub.resolve("llama", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["smollm2", "hf:org/repo/file.gguf"])
 def test_a_name_that_was_not_pulled_is_refused_with_the_command_that_pulls_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadFailed, match=f"{name}: the model is not in the cache; expected `worker pull {name}`"):
