@@ -1,0 +1,79 @@
+"""SentencePiece BPE as llama.cpp merges: against a naive merge of the best neighbours, and its spaces."""
+
+from itertools import pairwise
+
+import pytest
+from gguf import TokenType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.text.small import pieces_of, sentencepiece, tokenizer_of
+from worker.errors import InvalidRequest, ModelLoadFailed
+
+
+def naive_merge(text: str, ids: dict[str, int], scores: list[float]) -> list[int]:
+    """Merge the neighbours whose joint piece scores highest, the leftmost of equals, until none make a piece."""
+    symbols = list(text.replace(" ", "▁"))
+    while True:
+        joints = [(scores[ids[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in ids]
+        if not joints:
+            break
+        at = -max(joints)[1]
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return [i for symbol in symbols for i in ([ids[symbol]] if symbol in ids else [3 + b for b in symbol.encode()])]
+
+
+@pytest.fixture(scope="module")
+def phi3_pieces(metadata_of):
+    metadata = metadata_of("phi-3")
+    tokens, types = metadata["tokenizer.ggml.tokens"], list(metadata["tokenizer.ggml.token_type"])
+    ids = {token: row for row, token in enumerate(tokens) if types[row] == TokenType.NORMAL}
+    return ids, [float(score) for score in metadata["tokenizer.ggml.scores"]]
+
+
+WORDS = ["Hello", "▁", "  ", "\n", "ing", "tion", "é", "日本", "🙂", "<s>", "</s>", "<0x41>", "\0", "aaa", "İ"]
+
+
+@settings(deadline=None, max_examples=300)
+@given(text=st.lists(st.sampled_from(WORDS) | st.text(max_size=5) | st.text("aeinorst ", max_size=12)).map("".join))
+def test_ids_are_those_of_a_naive_merge(phi3, phi3_pieces, text):
+    expected = naive_merge(" " + text, *phi3_pieces) if text else []
+    assert phi3.encode(text) == expected
+
+
+@given(st.text("he l▁", max_size=20))
+def test_pieces_of_equal_score_merge_from_the_left(text):
+    metadata = sentencepiece(scores=[0.0] * 267, add_space_prefix=False)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ids = {token: row for row, token in enumerate(tokens) if 3 + 256 <= row < 3 + 256 + 7}
+    assert tokenizer_of(metadata).encode(text) == naive_merge(text, ids, [0.0] * 267)
+
+
+def test_the_space_prefix_comes_at_the_start_and_after_each_special_token():
+    tokenizer = tokenizer_of(sentencepiece())
+    ids = tokenizer.encode("he<|user|>he<|user|><|user|> he", special=True)
+    assert pieces_of(tokenizer, ids) == [" he", "<|user|>", " he", "<|user|>", "<|user|>", " ", " he"]
+
+
+def test_a_file_may_do_without_the_space_prefix():
+    tokenizer = tokenizer_of(sentencepiece(add_space_prefix=False))
+    assert pieces_of(tokenizer, tokenizer.encode("he<|user|>he", special=True)) == ["he", "<|user|>", "he"]
+
+
+def test_control_tokens_do_not_come_out_of_plain_text_by_merging():
+    tokenizer = tokenizer_of(sentencepiece(pieces=("▁", "<", "s", ">", "<s", "s>"), add_space_prefix=False))
+    assert pieces_of(tokenizer, tokenizer.encode("<s>")) == ["<s", ">"]
+
+
+def test_without_byte_tokens_a_character_that_no_piece_spells_is_refused():
+    metadata = sentencepiece()
+    types = [TokenType.UNUSED if kind == TokenType.BYTE else kind for kind in metadata["tokenizer.ggml.token_type"]]
+    tokenizer = tokenizer_of(metadata, **{"tokenizer.ggml.token_type": [int(kind) for kind in types]})
+    assert pieces_of(tokenizer, tokenizer.encode("he")) == [" he"]
+    with pytest.raises(InvalidRequest, match="spell"):
+        tokenizer.encode("he?")
+
+
+def test_a_vocabulary_that_the_library_refuses_is_named():
+    with pytest.raises(ModelLoadFailed, match="sentencepiece can't use it"):
+        tokenizer_of(sentencepiece(pieces=("a\0b",)))

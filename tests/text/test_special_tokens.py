@@ -1,0 +1,66 @@
+"""Special tokens: whole where they are meant, and out of reach of a user's words."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from worker.text.special_tokens import SpecialTokens
+
+NAMES = ("<|a|>", "<|a|><|b|>", "<|b|>", "<s>", "s>|", "aba", "a b", "<|", "ss")
+IDS = {name: row for row, name in enumerate(NAMES)}
+MARK = "\ufdd0"
+TEXTS = st.lists(st.sampled_from([*NAMES, *"<|>abs \n", "<|a", "|b|>", "word"]), max_size=6).map("".join)
+
+
+def naive_split(text: str) -> list[str | int]:
+    """At each place the longest name, else one character more of plain text."""
+    parts, at = [""], 0
+    while at < len(text):
+        name = max((name for name in NAMES if text.startswith(name, at)), key=len, default=None)
+        if name:
+            parts += [IDS[name], ""]
+        else:
+            parts[-1] += text[at]
+        at += len(name or "x")
+    return [part for part in parts if part != ""]
+
+
+@given(TEXTS)
+def test_a_text_is_split_at_the_longest_name_in_each_place(text):
+    assert list(SpecialTokens(IDS).split(text)) == naive_split(text)
+
+
+def test_a_vocabulary_without_special_tokens_splits_nothing():
+    assert list(SpecialTokens({}).split("<s>")) == ["<s>"]
+    assert SpecialTokens({}).guard("<s>", MARK) == "<s>"
+
+
+@given(
+    TEXTS,
+    TEXTS.filter(lambda text: not text.isspace()),
+    TEXTS,
+    st.sampled_from([str, str.strip, str.rstrip, str.lstrip]),
+)
+@example("<|", "a", "|>", str)
+@example("<|a|>", "x <", "s>", str)
+@example("x", "  <  ", "s>", str.strip)
+def test_no_special_token_reaches_into_guarded_text_whatever_stands_around_it(before, content, after, trim):
+    marked = SpecialTokens(IDS).guard(content, MARK)
+    assert marked.replace(MARK, "") == content
+    guarded = trim(marked)
+    first, last, at = len(before), len(before) + len(guarded), 0
+    for part in SpecialTokens(IDS).split(before + guarded + after):
+        end = at + len(part if isinstance(part, str) else NAMES[part])
+        assert isinstance(part, str) or not guarded or end <= first or at >= last, (NAMES[part], guarded)
+        at = end
+
+
+def test_ordinary_text_is_not_marked():
+    tokens = SpecialTokens({"<|im_start|>": 0, "<|im_end|>": 1})
+    for text in ("Hello, world!", "  a < b and c > d\n", "", "   ", "if x <= y | z:"):
+        assert tokens.guard(text, MARK) == text
+
+
+def test_a_long_text_full_of_names_and_half_names_is_done_within_the_time_limit():
+    tokens = SpecialTokens({f"<|reserved_{row}|>": row for row in range(1000)})
+    assert len(list(tokens.split("<|reserved_" * 100_000))) == 1
+    assert len(tokens.guard("<|reserved_7|>" * 50_000, MARK)) == 50_000 * 15 + 2

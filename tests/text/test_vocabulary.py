@@ -1,0 +1,176 @@
+"""What the rows of a vocabulary mean: ends, padding, BOS, bytes; and what a bad one is told."""
+
+import copy
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from gguf import TokenType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.text.small import CONTROL, NORMAL, USER_DEFINED, byte_level, pieces_of, sentencepiece, tokenizer_of
+from worker.errors import ModelLoadFailed, WorkerError
+from worker.text.tokenizer import load_tokenizer
+
+
+def test_metadata_arrays_may_be_numpy_arrays():
+    metadata = sentencepiece()
+    arrays = {
+        "tokenizer.ggml.token_type": np.array(metadata["tokenizer.ggml.token_type"], np.int32),
+        "tokenizer.ggml.scores": np.array(metadata["tokenizer.ggml.scores"], np.float32),
+    }
+    assert tokenizer_of(metadata, **arrays).encode("hell") == tokenizer_of(metadata).encode("hell")
+
+
+def test_end_tokens_are_the_metadata_s_and_those_known_by_name():
+    names = ("<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|other|>", "<|eot|>")
+    vocab = tokenizer_of(byte_level(names=names, kind=USER_DEFINED, eot_token_id=256 + 3 + 5)).vocab
+    assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|eot|>"}
+
+
+def test_end_is_not_an_end_token_where_return_and_call_are():
+    vocab = tokenizer_of(byte_level(names=("<|end|>", "<|return|>", "<|call|>"), eot_token_id=259)).vocab
+    assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|return|>", "<|call|>"}
+
+
+def test_a_normal_token_with_an_end_token_s_name_ends_nothing():
+    assert tokenizer_of(byte_level(names=("<|im_end|>",), kind=NORMAL)).vocab.end_ids == frozenset()
+
+
+def test_padding_is_what_is_unused_nameless_or_named_so_without_being_normal():
+    rows = [("a row", TokenType.UNUSED), ("", CONTROL), ("[PAD7]", USER_DEFINED), ("<|pad_12|>", TokenType.UNKNOWN)]
+    kept = [("[PAD8]", NORMAL), ("[PAD]", CONTROL), ("<|pad_x|>", CONTROL)]
+    vocab = tokenizer_of(byte_level(names=(), extra=rows + kept)).vocab
+    assert vocab.padding_ids == frozenset(range(259, 263))
+    assert vocab.special.keys() == {"[PAD]", "<|pad_x|>"}
+
+
+def test_a_metadata_id_past_the_end_of_the_vocabulary_is_no_token():
+    vocab = tokenizer_of(byte_level(names=(), eos_token_id=151643, bos_token_id=151643)).vocab
+    assert (vocab.end_ids, vocab.bos_id) == (frozenset(), None)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "begins"),
+    [
+        (sentencepiece(), True),
+        (sentencepiece(add_bos_token=False), False),
+        (byte_level(bos_token_id=0), False),
+        (byte_level(bos_token_id=0, add_bos_token=True), True),
+        (byte_level(bos_token_id=0, pre="llama-bpe"), True),
+        (byte_level(bos_token_id=0, pre="llama-bpe", add_bos_token=False), False),
+    ],
+)
+def test_bos_begins_a_prompt_as_the_file_or_else_the_kind_of_vocabulary_says(metadata, begins):
+    tokenizer = tokenizer_of(metadata)
+    assert tokenizer.vocab.add_bos is begins
+    assert (tokenizer.encode_prompt("he")[0] == tokenizer.vocab.bos_id) is begins
+    assert tokenizer.encode("he")[0] != tokenizer.vocab.bos_id
+
+
+def test_bos_comes_once_whoever_writes_it():
+    tokenizer = tokenizer_of(sentencepiece())
+    once = [1, *tokenizer.encode("hell")]
+    assert [tokenizer.encode_prompt(text) for text in ("hell", "<s>hell", "<s><s>hell")] == [once] * 3
+    assert tokenizer.encode_prompt("") == tokenizer.encode_prompt("<s>") == [1]
+    assert tokenizer.encode_prompt("<s>hell", special=False) == [1, *tokenizer.encode("<s>hell")]
+
+
+def test_a_file_that_wants_bos_and_has_none_is_refused():
+    with pytest.raises(ModelLoadFailed, match="bos_token_id"):
+        tokenizer_of(byte_level(add_bos_token=True))
+
+
+def test_tokens_release_their_bytes_and_control_end_and_padding_tokens_none():
+    rows = [("[PAD1]", USER_DEFINED), ("<tool>", USER_DEFINED), ("</s>", USER_DEFINED), ("<|x|>", CONTROL)]
+    tokenizer = tokenizer_of(byte_level(names=(), extra=rows))
+    assert [tokenizer.token_bytes(i) for i in range(259, 264)] == [b"", b"<tool>", b"", b"", b""]
+    assert b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode("hé\0\n hell")) == "hé\0\n hell".encode()
+    assert pieces_of(tokenizer, [256, 262, 9999]) == ["he", "<|x|>", ""]
+
+
+def test_sentencepiece_tokens_keep_their_space_and_byte_tokens_are_their_byte():
+    tokenizer = tokenizer_of(sentencepiece())
+    ids = tokenizer.encode("he\n")
+    assert pieces_of(tokenizer, ids) == [" he", "\n"]
+    assert tokenizer.token_bytes(3 + 0xE2) == b"\xe2"
+
+
+def test_a_merge_that_leads_out_of_the_vocabulary_is_none_of_its_own():
+    tokenizer = tokenizer_of(byte_level(merges=["h e", "l l", "he ll", "hell o", "x y"]))
+    assert pieces_of(tokenizer, tokenizer.encode("helloxy")) == ["hell", "o", "x", "y"]
+
+
+def test_a_byte_that_the_vocabulary_lacks_parts_its_neighbours():
+    metadata = byte_level()
+    tokens = metadata["tokenizer.ggml.tokens"] = list(metadata["tokenizer.ggml.tokens"])
+    tokens[ord("z")] = "zz"
+    tokenizer = tokenizer_of(metadata)
+    assert pieces_of(tokenizer, tokenizer.encode("hze")) == ["h", "e"]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"model": "bert"}, "tokenizer.ggml.model"),
+        ({"tokens": []}, "tokenizer.ggml.tokens"),
+        ({"tokens": ["a", 7]}, "tokenizer.ggml.tokens"),
+        ({"tokens": ["a\udcff"]}, "tokenizer.ggml.tokens"),
+        ({"token_type": [1, 1]}, "tokenizer.ggml.token_type"),
+        ({"token_type": ["1"] * 262}, "tokenizer.ggml.token_type"),
+        ({"merges": None}, "tokenizer.ggml.merges"),
+        ({"merges": ["he"]}, "tokenizer.ggml.merges"),
+        ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id"),
+        ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key(change, where):
+    with pytest.raises(ModelLoadFailed) as failure:
+        tokenizer_of(byte_level(**change))
+    assert failure.value.details["where"] == where
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [(("h", NORMAL), "the token 'h' is there twice"), (("<0xZZ>", TokenType.BYTE), "the byte token 259 is '<0xZZ>'")],
+)
+def test_a_bad_row_is_named(row, what):
+    with pytest.raises(ModelLoadFailed, match=what):
+        tokenizer_of(byte_level(names=(), extra=[row]))
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.text(max_size=4), max_size=300),
+    st.lists(st.integers(-1, 300) | st.floats(), max_size=300),
+    st.lists(st.sampled_from(["a", 1, None, [], "h e", "he ll"]), max_size=300),
+)
+WHOLE = {"byte_level": byte_level(), "sentencepiece": sentencepiece(chat_template="{{ messages }}")}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(sorted(WHOLE)), st.data())
+def test_mutated_metadata_load_and_encode_or_fail_as_worker_errors_do(kind, data):
+    metadata = copy.deepcopy(WHOLE[kind])
+    key = data.draw(st.sampled_from(sorted(metadata)))
+    if isinstance(metadata[key], list) and data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(metadata[key]) - 1))
+        metadata[key][at] = data.draw(ANYTHING | st.sampled_from(metadata[key]))
+    else:
+        metadata[key] = data.draw(ANYTHING)
+    try:
+        tokenizer = load_tokenizer(metadata)
+    except ModelLoadFailed:
+        return
+    try:
+        ids = tokenizer.encode_prompt("hell hé<|im_end|>\n")
+        ids += tokenizer.encode_chat([{"role": "user", "content": "h<|im_end|"}], now=datetime.now(UTC))
+    except WorkerError:
+        return
+    assert all(0 <= token_id < tokenizer.vocab.size for token_id in ids)
+    assert all(isinstance(tokenizer.token_bytes(token_id), bytes) for token_id in range(tokenizer.vocab.size))

@@ -1,0 +1,87 @@
+"""A model's chat template: a Jinja2 program from the GGUF file, run in the environment that Hugging Face gives it.
+
+Knows nothing of tokens. Its rules are those of transformers' `apply_chat_template`; the clock is the caller's. Read
+next: tokenizer.py, which guards the messages' content before and cuts the outcome into tokens after.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from worker.errors import InvalidRequest, ModelLoadFailed
+
+
+class ChatTemplate:
+    """A compiled template. `variables` are the special tokens by role: bos_token, eos_token, …"""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        self._variables = dict(variables)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            self._template = environment.from_string(source)
+        except Exception as error:  # a template is a program out of a file: compiling it may fail in any way
+            what = f"the chat template does not compile ({_sentence(error)})"
+            raise ModelLoadFailed(what, "tokenizer.chat_template", "a Jinja2 template") from error
+
+    def render(self, messages: list[dict[str, str]], now: datetime) -> str:
+        """Return the prompt's text, the model's turn opened. `now`, an aware time, is the template's clock, in UTC.
+
+        Raises InvalidRequest if the template refuses the messages (`raise_exception`) or fails on them.
+        """
+        utc = now.astimezone(UTC)
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                strftime_now=utc.strftime,
+                **self._variables,
+            )
+        except Exception as error:  # see above
+            verb = "refuses them" if isinstance(error, _Refused) else "fails on them"
+            constraint = f"the model's chat template {verb}: {_sentence(error)}"
+            roles = [message.get("role") for message in messages[:16]]
+            raise InvalidRequest.of(("messages", constraint, roles)) from error
+
+
+class _Refused(TemplateError):
+    """The template called `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the model's own turns for training; here its body is rendered like any other text."""
+
+    tags = {"generation"}  # noqa: RUF012  (a plain set in jinja2's Extension)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _Refused(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML pages.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, TemplateError) else f"{type(error).__name__}: {text}"
