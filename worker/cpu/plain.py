@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from worker.cpu.threads import Threads
 from worker.ops import Activation, Rope
 
 F32 = npt.NDArray[np.float32]
@@ -22,19 +23,28 @@ def rms_norm(x: F32, weight: F32, eps: float) -> F32:
     return result
 
 
-def matmul(x: F32, weight: F32, bias: F32 | None, tile: int) -> F32:
+def matmul(x: F32, weight: F32, bias: F32 | None, tile: int, threads: Threads) -> F32:
     """x·Wᵀ + b for x [T, cols], W [rows, cols]: y [T, rows] f32, `tile` rows of x at a time, the last one padded."""
     rows, cols = weight.shape
     y = np.empty((len(x), rows), np.float32)
-    for at in range(0, len(x), tile):
-        part = x[at : at + tile]
-        if len(part) < tile:
-            part = np.concatenate([part, np.zeros((tile - len(part), cols), np.float32)])
-        product = weight @ part[0] if tile == 1 else part @ weight.T
-        y[at : at + tile] = product if tile == 1 else product[: len(x) - at]
+    tiles = [_padded(x[at : at + tile], tile) for at in range(0, len(x), tile)]
+
+    def fill(start: int, stop: int) -> None:
+        slab = weight[start:stop]
+        for i, part in enumerate(tiles):
+            out = y[i * tile : (i + 1) * tile, start:stop]
+            out[:] = slab @ part[0] if tile == 1 else (part @ slab.T)[: len(out)]
+
+    threads.over_rows(rows, cols, fill)
     if bias is not None:
         y += bias
     return y
+
+
+def _padded(part: F32, tile: int) -> F32:
+    if len(part) == tile:
+        return part
+    return np.concatenate([part, np.zeros((tile - len(part), part.shape[1]), np.float32)])
 
 
 def rotate(x: F32, positions: I32, rope: Rope) -> F32:

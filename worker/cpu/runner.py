@@ -13,6 +13,7 @@ import numpy as np
 from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.sampler import Sampler
+from worker.cpu.threads import Threads
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model
 from worker.ops import Batch, Phase, QTensor
@@ -57,7 +58,8 @@ class CpuRunner:
         self.cache = KvCache(hp, kv_blocks, kv_dtype)
         self._model = model
         self._sampler = Sampler(hp.vocab_size, padding_ids, end_ids)
-        self._ops = {phase: CpuOps(self.cache, phase) for phase in Phase}
+        threads = Threads()
+        self._ops = {phase: CpuOps(self.cache, phase, threads) for phase in Phase}
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
         """See `Runner.run`."""

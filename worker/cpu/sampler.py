@@ -89,7 +89,7 @@ def distribution(scores: F64, params: Sampling) -> tuple[Ids, F64]:
         kept = np.sort(_largest(scaled, params.top_k))
     probs = _softmax(scaled[kept])
     if params.top_p < 1:
-        inside = _nucleus(probs, params.top_p)
+        inside = _nucleus(scaled[kept], probs, params.top_p)
         kept, probs = kept[inside], probs[inside] / probs[inside].sum()
     if params.min_p > 0:
         inside = np.flatnonzero(probs >= params.min_p * probs.max())
@@ -103,9 +103,12 @@ def _softmax(scores: F64) -> F64:
     return result
 
 
-def _nucleus(probs: F64, top_p: float) -> Ids:
-    """Rising indices of the fewest likeliest entries whose sum reaches `top_p`; at least one (Holtzman et al. 2020)."""
-    order = np.argsort(-probs, kind="stable")
+def _nucleus(scores: F64, probs: F64, top_p: float) -> Ids:
+    """Rising indices of the fewest likeliest entries whose sum reaches `top_p`; at least one (Holtzman et al. 2020).
+
+    Ordered by score, which tells entries apart whose probabilities round to the same number.
+    """
+    order = np.argsort(-scores, kind="stable")
     count = int(np.searchsorted(np.cumsum(probs[order]), top_p, side="left")) + 1
     return np.sort(order[:count])
 
