@@ -108,7 +108,7 @@ def _qwen2(metadata: dict[str, Any], weights: Weights) -> transformers.Qwen2Conf
 def _phi3(metadata: dict[str, Any], weights: Weights) -> transformers.Phi3Config:
     """LongRoPE's magnitude is HF's own, of the two context lengths: the file's key must agree with it."""
     rope = {"rope_type": "default", "rope_theta": metadata["rope.freq_base"]}
-    original = metadata["rope.scaling.original_context_length"]
+    original = metadata.get("rope.scaling.original_context_length", metadata["context_length"])
     if "rope_factors_long.weight" in weights:
         rope |= {
             "rope_type": "longrope",
@@ -137,7 +137,9 @@ def _gpt_oss(metadata: dict[str, Any], weights: Weights) -> transformers.GptOssC
         "factor": metadata["rope.scaling.factor"],
         "beta_fast": metadata.get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": metadata.get("rope.scaling.yarn_beta_slow", 1.0),
-        "original_max_position_embeddings": metadata["rope.scaling.original_context_length"],
+        "original_max_position_embeddings": metadata.get(
+            "rope.scaling.original_context_length", metadata["context_length"]
+        ),
         "truncate": False,
     }
     return transformers.GptOssConfig(

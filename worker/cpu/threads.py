@@ -25,7 +25,7 @@ class Threads:
 
     def __init__(self, count: int | None = None) -> None:
         count = min(SLABS, len(os.sched_getaffinity(0)) if count is None else count)
-        threadpool_limits(limits=1, user_api="blas")  # type: ignore[no-untyped-call]
+        threadpool_limits(limits=1, user_api="blas")
         self._others = ThreadPoolExecutor(count - 1, thread_name_prefix="cpu-rows") if count > 1 else None
         self._count = count
 
