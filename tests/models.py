@@ -10,7 +10,8 @@ import numpy as np
 from worker.adapters import adapter_for
 from worker.adapters.hparams import read_hparams
 from worker.adapters.weights import Weights
-from worker.cpu.runner import CpuRunner, upload
+from worker.cpu.backend import upload
+from worker.cpu.runner import CpuRunner
 from worker.engine import Engine, EngineSettings, Sequence, Token
 from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.gguf_file import GgufFile

@@ -1,7 +1,7 @@
 """From settings to a ready engine, and the one place that does it: file, adapter, backend, memory, weights.
 
 Knows nothing of jobs. `plan` is the arithmetic before anything is copied, and what `worker inspect` shows; `load` goes
-through with it. Next: `worker/adapters/__init__.py`, `worker/cpu/runner.py`, `worker/engine/engine.py`.
+through with it. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from worker.adapters import adapter_for
 from worker.adapters.hparams import read_hparams
 from worker.adapters.weights import Weights, describe
+from worker.backend import Backend, Placement
 from worker.config import EngineSection, ModelSection
-from worker.cpu import runner as cpu
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
 from worker.errors import ConfigInvalid, InsufficientVram, ModelLoadFailed
@@ -27,23 +26,21 @@ from worker.model import Hparams, ModelOptions
 from worker.ops import KV_BLOCK
 from worker.text.tokenizer import Tokenizer, load_tokenizer
 
-_KV_TYPES: dict[str, type[np.floating]] = {"f32": np.float32, "f16": np.float16}
-
 Progress = Callable[[int, int], None]
 """Hears (bytes done, bytes in all) while weights are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What serving a file takes, in bytes and tokens, on the backend that was asked for."""
+    """What serving a file takes, in bytes and tokens, on one backend."""
 
     hparams: Hparams
     options: ModelOptions
-    backend: str
     weights: tuple[TensorInfo, ...]
     unused: tuple[str, ...]
     weight_bytes: int
     kv_bytes_per_token: int
+    overhead_bytes: int
     kv_blocks: int
     available: int
 
@@ -54,10 +51,10 @@ class Plan:
 
     @property
     def shortfall(self) -> InsufficientVram | None:
-        """Why it does not fit: weights and at least one KV block must."""
-        required = self.weight_bytes + self.kv_bytes_per_token * KV_BLOCK
+        """Why it does not fit: weights, activations and at least one KV block must."""
         if self.kv_blocks:
             return None
+        required = self.weight_bytes + self.overhead_bytes + self.kv_bytes_per_token * KV_BLOCK
         return InsufficientVram(required, self.available, "the model's weights and one KV block")
 
 
@@ -70,17 +67,28 @@ class Loaded:
     hparams: Hparams
     tokenizer: Tokenizer
     engine: Engine
+    backend: Backend
 
 
-def pick_backend(wanted: str) -> str:
-    """cpu or gpu; auto takes the GPU where this installation has one. Raises ConfigInvalid where gpu is not there."""
-    gpu = importlib.util.find_spec("worker.gpu") is not None and importlib.util.find_spec("cupy") is not None
-    if wanted == "gpu" and not gpu:
-        raise ConfigInvalid("backend gpu is not installed here; use --backend cpu")
-    return "gpu" if gpu and wanted != "cpu" else "cpu"
+def open_backend(engine: EngineSection) -> Backend:
+    """The device that the settings name; auto takes a GPU where this installation and machine have one.
+
+    Raises ConfigInvalid where gpu is asked for and CuPy is not installed, CudaError where the GPU can't be used.
+    """
+    cupy = importlib.util.find_spec("cupy") is not None
+    if engine.backend == "gpu" and not cupy:
+        raise ConfigInvalid("backend gpu needs CuPy: install worker-orcd[gpu], or take backend cpu")
+    if cupy and engine.backend != "cpu":
+        from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (CuPy costs a start that needs none)
+
+        if engine.backend == "gpu" or has_gpu():
+            return GpuBackend(engine.kernel_cache)
+    from worker.cpu.backend import CpuBackend  # noqa: PLC0415
+
+    return CpuBackend(np.float16 if engine.kv_type == "f16" else np.float32)
 
 
-def plan(file: GgufFile, model: ModelSection, engine: EngineSection) -> Plan:
+def plan(file: GgufFile, model: ModelSection, backend: Backend) -> Plan:
     """Check every name and shape and count what serving takes. Raises ModelLoadFailed where they don't fit."""
     hp = read_hparams(file)
     context = min(hp.context_length, model.context or hp.context_length)
@@ -88,18 +96,21 @@ def plan(file: GgufFile, model: ModelSection, engine: EngineSection) -> Plan:
     weights = Weights(file, describe)
     adapter_for(file.architecture, str(file.path))(hp, weights, replace(options, context=1))
     claimed = tuple(weights.claimed())
-    weight_bytes = sum(cpu.weight_bytes(info) for info in claimed)
-    per_token = hp.kv_bytes_per_token(np.dtype(_KV_TYPES[engine.kv_type]).itemsize)
-    available = psutil.virtual_memory().available
-    affordable = max(0, available - weight_bytes) // (per_token * KV_BLOCK)
+    weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
+    overhead, per_token, available = (
+        backend.overhead_bytes(hp),
+        backend.kv_bytes_per_token(hp),
+        backend.available_bytes(),
+    )
+    affordable = max(0, available - weight_bytes - overhead) // (per_token * KV_BLOCK)
     return Plan(
         hparams=hp,
         options=options,
-        backend=pick_backend(engine.backend),
         weights=claimed,
         unused=tuple(weights.unused()),
         weight_bytes=weight_bytes,
         kv_bytes_per_token=per_token,
+        overhead_bytes=overhead,
         kv_blocks=min(blocks_for(context), affordable),
         available=available,
     )
@@ -108,25 +119,35 @@ def plan(file: GgufFile, model: ModelSection, engine: EngineSection) -> Plan:
 def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> Loaded:
     """Open, check, plan and load a model file. Raises ModelLoadFailed or InsufficientVram before anything is copied."""
     with GgufFile.open(path) as file:
-        planned = plan(file, model, engine)
+        backend = open_backend(engine)
+        planned = plan(file, model, backend)
         if planned.shortfall:
             raise planned.shortfall
         tokenizer = load_tokenizer(file.metadata)
-        if tokenizer.vocab.size > planned.hparams.vocab_size:
-            raise ModelLoadFailed(
-                f"{tokenizer.vocab.size} tokens for {planned.hparams.vocab_size} embedding rows",
-                str(path),
-                "a row for every token",
-            )
-        runner = _cpu_runner(file, planned, engine, tokenizer, progress)
-        settings = EngineSettings(planned.context, engine.prefill_chunk)
+        hp, vocab = planned.hparams, tokenizer.vocab
+        if vocab.size > hp.vocab_size:
+            what = f"{vocab.size} tokens for {hp.vocab_size} embedding rows"
+            raise ModelLoadFailed(what, str(path), "a row for every token")
+        placement = Placement(
+            hparams=hp,
+            weights=planned.weights,
+            context=planned.context,
+            kv_blocks=planned.kv_blocks,
+            padding_ids=vocab.padding_ids | frozenset(range(vocab.size, hp.vocab_size)),
+            end_ids=vocab.end_ids,
+        )
+        adapter = adapter_for(hp.architecture, str(path))
+        options = replace(planned.options, context=planned.context)
+        runner = backend.load(
+            file, placement, lambda upload: adapter(hp, Weights(file, upload), options), _counted(planned, progress)
+        )
+        settings = EngineSettings(planned.context, engine.prefill_chunk or backend.prefill_chunk)
         name = model.name or file.get("general.name", str, path.stem)
-        return Loaded(name, file.fingerprint(), planned.hparams, tokenizer, Engine(runner, settings))
+        return Loaded(name, file.fingerprint(), hp, tokenizer, Engine(runner, settings), backend)
 
 
-def _cpu_runner(
-    file: GgufFile, planned: Plan, engine: EngineSection, tokenizer: Tokenizer, progress: Progress | None
-) -> cpu.CpuRunner:
+def _counted(planned: Plan, progress: Progress | None) -> Callable[[int], None]:
+    """Adds up the bytes of each piece, for a progress that hears sums."""
     total = sum(info.nbytes for info in planned.weights)
     done = 0
 
@@ -136,15 +157,4 @@ def _cpu_runner(
         if progress:
             progress(done, total)
 
-    hp = planned.hparams
-    weights = Weights(file, cpu.upload(file, on_bytes))
-    bound = adapter_for(hp.architecture, str(file.path))(hp, weights, planned.options)
-    padding = tokenizer.vocab.padding_ids | set(range(tokenizer.vocab.size, hp.vocab_size))
-    return cpu.CpuRunner(
-        bound,
-        hp,
-        kv_blocks=planned.kv_blocks,
-        kv_dtype=_KV_TYPES[engine.kv_type],
-        padding_ids=padding,
-        end_ids=tokenizer.vocab.end_ids,
-    )
+    return on_bytes

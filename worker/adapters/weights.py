@@ -6,17 +6,16 @@ device work, then with the backend's own upload. Knows no architecture and no de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
+from worker.backend import Upload
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.ops import Linear, QTensor, RmsNorm
 from worker.quants import dequantize
-
-Upload = Callable[[TensorInfo], QTensor]
 
 
 def describe(info: TensorInfo) -> QTensor:

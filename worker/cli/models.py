@@ -17,7 +17,7 @@ from worker.cli.console import JsonOption, ModelArgument, model_path, print_json
 from worker.config import load_settings
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
-from worker.runtime import plan
+from worker.runtime import open_backend, plan
 from worker.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,7 +68,8 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     }
     settings = load_settings()
     try:
-        planned = plan(file, settings.model, settings.engine)
+        backend = open_backend(settings.engine)
+        planned = plan(file, settings.model, backend)
     except WorkerError as error:
         return report | {"can_run": False, "reason": error.message}
     per_token = planned.kv_bytes_per_token
@@ -76,7 +77,8 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     problem = report["tokenizer"].get("error") or (planned.shortfall and planned.shortfall.message)
     return report | {
         "hparams": asdict(planned.hparams),
-        "backend": planned.backend,
+        "backend": backend.name,
+        "device": backend.device,
         "context": planned.context,
         "weight_bytes": planned.weight_bytes,
         "kv_bytes_per_token": per_token,

@@ -1,11 +1,8 @@
-"""The CPU's Runner: uploads a file's weights as f32 arrays, holds the KV cache, runs batches and draws tokens.
-
-`CpuBackend` is what a model is loaded onto; `CpuRunner` is what the engine drives afterwards. Knows no architecture.
-"""
+"""The CPU's Runner: holds the KV cache, runs batches and draws tokens. Knows no architecture. Next: `ops.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,30 +11,9 @@ from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.sampler import Sampler
 from worker.cpu.threads import Threads
-from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model
-from worker.ops import Batch, Phase, QTensor
-from worker.quants import dequantize
+from worker.ops import Batch, Phase
 from worker.sampling import Draw, DrawRequest
-
-WEIGHT_BYTES = 4
-"""Bytes a weight takes here, whatever its type in the file."""
-
-
-def weight_bytes(info: TensorInfo) -> int:
-    """Memory that a tensor takes once it is uploaded."""
-    return int(np.prod(info.shape)) * WEIGHT_BYTES
-
-
-def upload(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -> Callable[[TensorInfo], QTensor]:
-    """An upload for `worker.adapters.weights.Weights`: the tensor as f32; `on_bytes` hears the file bytes read."""
-
-    def load(info: TensorInfo) -> QTensor:
-        values = dequantize(file.data(info), info.kind).reshape(info.shape)
-        on_bytes(info.nbytes)
-        return QTensor(info.name, info.shape, info.kind, values)
-
-    return load
 
 
 class CpuRunner:

@@ -1,0 +1,88 @@
+"""What a device is to the runtime: memory arithmetic before a model, loading it, and memory as it is afterwards.
+
+Implemented by `worker/cpu/backend.py` and `worker/gpu/backend.py`. Everything here is called on the one thread that
+owns the device. Knows no architecture: `bind` makes the model over the uploads that the backend gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.gguf_file import GgufFile, TensorInfo
+from worker.model import Hparams, Model, Runner
+from worker.ops import QTensor
+
+Upload = Callable[[TensorInfo], QTensor]
+Bind = Callable[[Upload], Model]
+"""Makes the model out of a file's tensors, uploading each."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes by purpose. `runtime` is what the process or the device's context took before the model came."""
+
+    weights: int = 0
+    kv: int = 0
+    activations: int = 0
+    workspace: int = 0
+    runtime: int = 0
+    free: int = 0
+
+    @property
+    def used(self) -> int:
+        """Everything but `free`."""
+        return self.weights + self.kv + self.activations + self.workspace + self.runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What is to be put on the device: fixed by the plan, before anything is copied."""
+
+    hparams: Hparams
+    weights: tuple[TensorInfo, ...]
+    context: int
+    """Longest sequence, in tokens."""
+    kv_blocks: int
+    padding_ids: frozenset[int]
+    end_ids: frozenset[int]
+
+
+class Backend(Protocol):
+    """One device."""
+
+    name: str
+    """cpu or gpu."""
+    device: str
+    """The device's own name, as logs and `worker inspect` give it."""
+    prefill_chunk: int
+    """Prompt tokens a step where the settings don't say: how long a cancellation waits."""
+
+    def weight_bytes(self, info: TensorInfo) -> int:
+        """What a tensor takes on the device. Raises ModelLoadFailed where the device can't serve its shape."""
+        ...
+
+    def kv_bytes_per_token(self, hp: Hparams) -> int:
+        """K and V of one token over all layers."""
+        ...
+
+    def overhead_bytes(self, hp: Hparams) -> int:
+        """Activations and workspace, at most."""
+        ...
+
+    def available_bytes(self) -> int:
+        """What is free now."""
+        ...
+
+    def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> Runner:
+        """Upload and bind; `on_bytes` hears the file bytes of each piece. Raises VramOom, CudaError, ModelLoadFailed."""
+        ...
+
+    def memory(self) -> MemoryUse:
+        """Bytes by purpose, now."""
+        ...
+
+    def strays(self) -> tuple[int, list[str]]:
+        """How many pieces of memory were checked, and those that don't lie in plain device memory."""
+        ...
