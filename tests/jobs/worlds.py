@@ -1,0 +1,199 @@
+"""One face on the three places where the protocol runs: in memory, fakeredis, a real server.
+
+A world gives transports and clients as separate processes would have them, and a look at the keys behind their backs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import fakeredis
+from redis.asyncio import Redis
+
+from worker.jobs.client import Client
+from worker.jobs.lease import Policy
+from worker.jobs.memory_streams import MemoryStreams
+from worker.jobs.redis_streams import RedisStreams
+from worker.jobs.streams import Disconnected, Streams
+from worker.jobs.transport import Transport
+
+PROMPT = Policy(lease_s=0.1, scan_s=0.05)
+"""Short enough for tests to wait for."""
+GREEDY = Policy(lease_s=0.0, scan_s=0.02)
+"""Every pending entry looks abandoned at once: whoever scans takes it over, as if its owner had been paused."""
+PATIENT = Policy(lease_s=60.0, scan_s=0.02)
+"""Nothing is ever taken over."""
+
+
+async def wait_until(true: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await true():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        await asyncio.sleep(0.005)
+
+
+class World:
+    """The base of the three."""
+
+    def __init__(self) -> None:
+        self._opened: list[Streams] = []
+
+    def connect(self) -> Streams:
+        streams = self._connect()
+        self._opened.append(streams)
+        return streams
+
+    def _connect(self) -> Streams:
+        raise NotImplementedError
+
+    async def transport(self, name: str, policy: Policy = PATIENT, streams: Streams | None = None) -> Transport:
+        transport = Transport(streams or self.connect(), name, policy=policy)
+        await transport.open()
+        return transport
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.connect(), **options)
+
+    async def keys(self) -> dict[str, int | None]:
+        """Every key, with its milliseconds to live."""
+        raise NotImplementedError
+
+    async def drop(self, key: str) -> None:
+        """What an expiry does."""
+        raise NotImplementedError
+
+    async def trim(self, key: str) -> None:
+        """Remove every entry of a stream; its top stays."""
+        raise NotImplementedError
+
+    async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
+        """What brings these keys back as they are now: a server that lost its last writes."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        for streams in self._opened:
+            with contextlib.suppress(Disconnected):
+                await streams.close()
+
+
+class MemoryWorld(World):
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams = MemoryStreams()
+
+    def _connect(self) -> Streams:
+        return self.streams
+
+    async def keys(self) -> dict[str, int | None]:
+        return self.streams.keys()
+
+    async def drop(self, key: str) -> None:
+        self.streams.drop(key)
+
+    async def trim(self, key: str) -> None:
+        for entry_id, _ in await self.streams.range(key, "-", "+", 10_000):
+            await self.streams.delete(key, entry_id)
+
+    async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
+        kept = {key: copy.deepcopy(self.streams._streams.get(key) or self.streams._hashes.get(key)) for key in keys}
+
+        async def restore() -> None:
+            for key, value in kept.items():
+                held = self.streams._hashes if isinstance(value, dict) else self.streams._streams
+                held[key] = copy.deepcopy(value)
+
+        return restore
+
+
+class RedisWorld(World):
+    """Any server that redis-py can talk to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = self._raw()
+
+    def _raw(self) -> Redis:
+        raise NotImplementedError
+
+    async def keys(self) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for key in await self.raw.keys("*"):
+            ttl = await self.raw.pttl(key)
+            found[key.decode()] = None if ttl == -1 else ttl
+        return found
+
+    async def drop(self, key: str) -> None:
+        await self.raw.delete(key)
+
+    async def trim(self, key: str) -> None:
+        await self.raw.xtrim(key, maxlen=0, approximate=False)
+
+    async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
+        kept = {key: await self.raw.dump(key) for key in keys}
+
+        async def restore() -> None:
+            for key, value in kept.items():
+                await self.raw.restore(key, 60_000, value, replace=True)
+
+        return restore
+
+    async def close(self) -> None:
+        await super().close()
+        await self.raw.aclose()
+
+
+class FakeWorld(RedisWorld):
+    def __init__(self) -> None:
+        self.server = fakeredis.FakeServer()
+        super().__init__()
+
+    def _raw(self) -> Redis:
+        return fakeredis.FakeAsyncRedis(server=self.server, protocol=2)
+
+    def _connect(self) -> Streams:
+        return RedisStreams(self._raw(), self._raw())
+
+
+class ServerWorld(RedisWorld):
+    def __init__(self, url: str) -> None:
+        self.url = url
+        super().__init__()
+
+    def _raw(self) -> Redis:
+        return Redis.from_url(self.url, protocol=2)
+
+    def _connect(self) -> Streams:
+        return RedisStreams.from_url(self.url)
+
+
+async def _nothing(_: str) -> None: ...
+
+
+class Lossy:
+    """A connection that does what it is asked and then loses the answer, if `lose` says so."""
+
+    def __init__(
+        self, streams: Streams, lose: Callable[[str], bool], before: Callable[[str], Awaitable[None]] = _nothing
+    ) -> None:
+        self._streams = streams
+        self._lose = lose
+        self._before = before
+
+    def __getattr__(self, name: str) -> Any:
+        asked = getattr(self._streams, name)
+        if name in ("reconnects", "close"):
+            return asked
+
+        async def ask(*args: Any, **kwargs: Any) -> Any:
+            await self._before(name)
+            answer = await asked(*args, **kwargs)
+            if self._lose(name):
+                raise Disconnected("the answer was lost")
+            return answer
+
+        return ask

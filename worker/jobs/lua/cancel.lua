@@ -1,0 +1,15 @@
+-- Ask a running job to stop; end a job that nobody runs, known or not, at once. A finished one stays as it is.
+-- ARGV: 1 expected top, 2 epoch, 3 now, 4 ttl, 5 type and 6 payload of the terminal event.
+local top, state = top_of(KEYS[1]), hash(KEYS[2])
+
+if is_over(state) then return state.error == 'CANCELLED' and 'CANCELLED' or 'OVER' end
+if state.state == 'running' then
+  redis.call('HSET', KEYS[2], 'cancel', ARGV[3])
+  return 'REQUESTED'
+end
+if top ~= ARGV[1] or next_epoch(top, state) ~= tonumber(ARGV[2]) then return 'RETRY' end
+
+redis.call('XADD', KEYS[1], ARGV[2] .. '-0', 'type', ARGV[5], 'p', ARGV[6])
+redis.call('HSET', KEYS[2], 'state', 'error', 'error', 'CANCELLED', 'epoch', ARGV[2], 'cancel', ARGV[3], 'ended_ms', ARGV[3])
+push_expiry(ARGV[4])
+return 'CANCELLED'

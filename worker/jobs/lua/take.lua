@@ -1,0 +1,28 @@
+-- Begin an epoch of a job, or find that there is none to begin. Called twice, it answers twice alike.
+-- ARGV: 1 entry, 2 worker, 3 expected top, 4 epoch, 5 now, 6 ttl, 7 deliveries, 8 most deliveries, 9 most barren attempts,
+--       10-12 opening: type, payload, error code; 13 payload of the error CANCELLED, 14 of DEAD_LETTERED.
+local entry, worker, expected, epoch, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local top, state = top_of(KEYS[1]), hash(KEYS[2])
+
+if is_over(state) then return {'OVER', state.error or '', state.entry or ''} end
+if state.entry and state.entry ~= entry then return {'DUPLICATE', '', state.entry} end
+if state.worker == worker and state.base == expected and top == epoch .. '-0' then return {'TAKEN'} end
+if top ~= expected or next_epoch(top, state) ~= tonumber(epoch) then return {'RETRY'} end
+
+-- An attempt was barren if it ended neither by a give-back (then its state is no longer `running`) nor with a new token.
+local tokens, barren = state.tokens or '0', tonumber(state.barren or 0)
+if state.state == 'running' and tokens == state.tokens_before then barren = barren + 1 end
+
+local kind, payload, code = ARGV[10], ARGV[11], ARGV[12]
+if state.cancel then
+  kind, payload, code = 'error', ARGV[13], 'CANCELLED'
+elseif barren >= tonumber(ARGV[9]) or tonumber(ARGV[7]) > tonumber(ARGV[8]) then
+  kind, payload, code = 'error', ARGV[14], 'DEAD_LETTERED'
+end
+
+redis.call('XADD', KEYS[1], epoch .. '-0', 'type', kind, 'p', payload)
+redis.call('HSET', KEYS[2], 'state', code == '' and 'running' or kind, 'epoch', epoch, 'worker', worker, 'entry', entry,
+  'base', expected, 'tokens', tokens, 'tokens_before', tokens, 'barren', barren, 'taken_ms', now, 'updated_ms', now)
+if code ~= '' then redis.call('HSET', KEYS[2], 'error', code, 'ended_ms', now) end
+push_expiry(ARGV[6])
+return {code == '' and 'TAKEN' or 'CLOSED', code}
