@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test check lint types contracts bench clean
+.PHONY: help demo test kernels test-gpu check lint types contracts chaos bench clean
 
 help:
 	@echo "make demo    get a small real model and chat with it"
 	@echo "make test    the whole suite that needs no GPU"
-	@echo "make check   what CI runs: lint, types, import contracts, tests"
+	@echo "make check   what CI runs: lint, types, import contracts, tests, kernels, three minutes of chaos"
+	@echo "make chaos   kill workers for a while and check every event stream: [SEED=n] [MINUTES=m]"
+	@echo "make test-gpu  the suite for a machine with an NVIDIA GPU: [PART=ops|models|full|faults|sanitize]"
 	@echo "make bench   the benchmarks that need no GPU"
 	@echo "make clean   remove .venv and caches; pulled models stay"
 
@@ -20,9 +22,18 @@ demo: $(VENV)/.installed
 # One BLAS thread: the tests' matrices are small, and two threads on a busy machine wait for each other.
 test: $(VENV)/.installed-dev
 	@$(BIN)/worker pull smollm2
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -m "not kernels"
 
-check: lint types contracts test
+# Every kernel in every form for sm_80, sm_90 and sm_100, with NVRTC's wheel and no GPU.
+kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m kernels
+
+# On a machine with an NVIDIA GPU, after `.venv/bin/pip install '.[gpu]'`: PART=ops, models, full, faults or sanitize.
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.gpu.suite $(PART)
+
+check: lint types contracts test kernels
+	@$(MAKE) --no-print-directory chaos MINUTES=3
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -33,6 +44,10 @@ types: $(VENV)/.installed-dev
 
 contracts: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
+
+# Options are left out where they are not given: the seed is drawn then, and printed.
+chaos: $(VENV)/.installed-dev
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/.installed-dev
 	@$(BIN)/worker pull smollm2

@@ -1,0 +1,146 @@
+"""How close do the GPU's products come to the card? Decode by bytes read, prefill by arithmetic, every type.
+
+    python -m benchmarks.gpu_products
+
+Decode: µs and percent of the read bandwidth that this run measures; a graph of launches over copies of the matrix that
+do not fit the L2 cache together, so a launch's own 2.4 µs are in it. Prefill: TFLOP/s for 64, 512 and 2,048 tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy as np
+
+from worker.gpu import matmul as prefill
+from worker.gpu import matvec as decode
+from worker.gpu.compiler import Kernels
+from worker.gpu.layouts import BlockMatrix, plane_bytes
+from worker.gpu.memory import DeviceMemory, Pool, Purpose, aligned
+from worker.gpu.quantized import activations_like, halved_like
+from worker.ops import Linear, QTensor
+from worker.quants import QUANT_TYPES, QuantType
+
+SHAPES = ((32064, 3072), (8192, 3072), (3072, 8192), (2048, 2048), (1152, 1024))
+TOKENS = (64, 512, 2048)
+COLD = 400 << 20  # bytes of copies that a graph walks through
+RUNS = 7
+
+READ_ALL = r"""
+extern "C" __global__ void read_all(const uint4* from, size_t n, unsigned int* out) {
+    unsigned int seen = 0;
+    const size_t stride = (size_t)gridDim.x * blockDim.x;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i + 7 * stride < n; i += 8 * stride) {
+        uint4 v[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = __ldg(from + i + j * stride);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) seen ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+    if (seen == 0x5eed) *out = seen;
+}
+"""
+
+
+class Bench:
+    """One card, random bytes on it, and the kernels."""
+
+    def __init__(self) -> None:
+        self.kernels = Kernels(Path.home() / ".cache" / "worker" / "kernels")
+        self.kernels.prepare((*decode.INSTANTIATIONS, *prefill.INSTANTIATIONS))
+        self.pool = Pool(DeviceMemory(), 1 << 30, Purpose.ACTIVATIONS)
+        self.bytes = cupy.random.randint(0, 255, 2 << 30, dtype=np.uint8)
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+
+    def read_bandwidth(self) -> float:
+        """Bytes a second that a kernel reads which does nothing else; the best of a few grids."""
+        kernel, out = cupy.RawKernel(READ_ALL, "read_all"), cupy.zeros(1, np.uint32)
+        args = (self.bytes, np.uint64(self.bytes.size // 16), out)
+        times = [self.median(partial(kernel, (132 * grid,), (512,), args)) for grid in (4, 8, 16)]
+        return float(self.bytes.size) / min(times)
+
+    def matrices(self, kind: QuantType, rows: int, cols: int) -> list[Linear]:
+        """Copies of a matrix that do not fit the cache together."""
+        found, at = [], 0
+        sizes = [rows * row for row in plane_bytes(kind, cols)]
+        while at + 2 * sum(sizes) < min(self.bytes.size, COLD + 3 * sum(sizes)):
+            planes = []
+            for size in sizes:
+                planes.append(self.bytes[at : at + size].reshape(rows, -1) if size else None)
+                at += aligned(size)
+            found.append(Linear(QTensor("w", (rows, cols), kind, BlockMatrix(kind, tuple(planes)))))
+        return found
+
+    def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Seconds a call, of all of them in a graph."""
+        with self.stream:
+            calls[0]()
+            self.stream.synchronize()
+            self.stream.begin_capture()
+            for call in calls:
+                call()
+            graph = self.stream.end_capture()
+            graph.launch(self.stream)
+            return self.median(partial(graph.launch, self.stream)) / len(calls)
+
+    def median(self, work: Callable[[], Any]) -> float:
+        """Seconds that the work takes on the device."""
+        times = []
+        for _ in range(RUNS):
+            began, ended = cupy.cuda.Event(), cupy.cuda.Event()
+            began.record(self.stream)
+            with self.stream:
+                work()
+            ended.record(self.stream)
+            ended.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(began, ended) / 1e3)
+        return float(statistics.median(times))
+
+
+def decode_row(bench: Bench, kind: QuantType, bandwidth: float) -> str:
+    cells = []
+    for rows, cols in SHAPES:
+        x = activations_like(bench.pool, 1, cols, quantized=True, plain=True)
+        for form in (x.q, x.meta, x.x):
+            assert form is not None
+            form.fill(1)
+        linears = bench.matrices(kind, rows, cols)
+        calls = [partial(decode.matvec, bench.kernels, bench.pool, x, [linear]) for linear in linears]
+        seconds = bench.seconds(calls)
+        percent = 100 * rows * sum(plane_bytes(kind, cols)) / seconds / bandwidth
+        cells.append(f"{seconds * 1e6:6.1f} µs {percent:3.0f} %")
+    return "  ".join(cells)
+
+
+def prefill_row(bench: Bench, kind: QuantType) -> str:
+    cells = []
+    for rows, cols in SHAPES[1:4]:
+        linear = bench.matrices(kind, rows, cols)[0]
+        for tokens in TOKENS:
+            x = halved_like(bench.pool, tokens, cols)
+            x.x[...] = cupy.random.standard_normal((tokens, cols), dtype=np.float32)
+            x.scale.fill(1)
+            call = partial(prefill.matmul, bench.kernels, bench.pool, x, linear)
+            cells.append(f"{2e-12 * rows * cols * tokens / bench.seconds([call] * 3):4.0f}")
+    return " ".join(cells)
+
+
+def main() -> None:
+    bench = Bench()
+    bandwidth = bench.read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e9:,.0f} GB/s")
+    print("decode, a token:", "  ".join(f"{rows}x{cols}" for rows, cols in SHAPES))
+    for kind in QUANT_TYPES:
+        print(f"{kind.name:6}", decode_row(bench, kind, bandwidth))
+    print(f"prefill, TFLOP/s: {TOKENS} tokens each of", "  ".join(f"{rows}x{cols}" for rows, cols in SHAPES[1:4]))
+    for kind in QUANT_TYPES:
+        print(f"{kind.name:6}", prefill_row(bench, kind))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Inputs of products on the device, packed on the host from the twin's rounding: so no test leans on another kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worker.cpu.quantized import BLOCK, in_f16, quantize
+from worker.gpu.quantized import Activations, Halved
+
+
+def rows_of(tokens, cols, seed=3):
+    """About normal rows whose scales differ by a thousand, with an outlier in each."""
+    rng = np.random.default_rng([seed, tokens, cols])
+    x = rng.normal(size=(tokens, cols)) * 10.0 ** rng.uniform(-1.5, 1.5, (tokens, 1))
+    x[np.arange(tokens), rng.integers(0, cols, tokens)] *= 20
+    return x.astype(np.float32)
+
+
+def activations(pool, x):
+    """Every form of x [T, cols] that decode's products read; the layout is that of kernels/quantized.cuh."""
+    tokens, cols = x.shape
+    q, scale = quantize(x)
+    halves = q.reshape(tokens, cols // BLOCK, 2, BLOCK // 2)
+    meta = np.zeros((tokens, cols // BLOCK), [("scale", "<f4"), ("low", "<i2"), ("high", "<i2")])
+    meta["scale"] = scale
+    meta["low"], meta["high"] = halves.sum(axis=3, dtype=np.int64).transpose(2, 0, 1)
+    planes = halves.transpose(0, 2, 1, 3).reshape(tokens, cols)
+    return Activations(pool.put(planes), pool.put(meta.view(np.int64)), pool.put(x))
+
+
+def halved(pool, x):
+    """x [T, cols] as prefill's products read it."""
+    scale = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1))) - 10)
+    scaled = (in_f16(x) / scale[:, None]).astype(np.float16)
+    return Halved(pool.put(scaled), pool.put(scale.astype(np.float32)))

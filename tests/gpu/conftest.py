@@ -1,0 +1,60 @@
+"""What tests on a GPU start from; where there is none, each of them is skipped by name and says why."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def _why_not():
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed here"
+    import cupy
+
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no NVIDIA GPU here: {error}"
+    return None
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """CuPy, or a skip."""
+    reason = _why_not()
+    if reason:
+        pytest.skip(reason)
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(scope="session")
+def kernels(gpu):
+    """Kernels in the user's cache, so that a second run of the suite compiles only what changed."""
+    from worker.gpu.compiler import Kernels
+
+    return Kernels(Path.home() / ".cache" / "worker" / "kernels")
+
+
+@pytest.fixture
+def memory(gpu):
+    """The device's memory, with nothing of it in use."""
+    from worker.gpu.memory import DeviceMemory
+
+    return DeviceMemory()
+
+
+@pytest.fixture(scope="session")
+def smollm2_here(gpu):
+    """SmolLM2's file where it was pulled; a GPU machine may have no package index to pull it from."""
+    from worker import hub
+    from worker.config import load_settings
+    from worker.errors import ModelLoadFailed
+
+    try:
+        return hub.resolve("smollm2", load_settings().hub.cache)
+    except ModelLoadFailed as error:
+        pytest.skip(f"SmolLM2 is not here: {error}")

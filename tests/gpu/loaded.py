@@ -1,0 +1,42 @@
+"""Tiny models on the GPU, and beside each the twin that rounds where the GPU rounds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.models import cpu_runner
+from worker.adapters import adapter_for
+from worker.adapters.hparams import read_hparams
+from worker.adapters.weights import Weights
+from worker.cpu.quantized import QuantizedOps
+from worker.cpu.threads import Threads
+from worker.engine.kv_blocks import blocks_for
+from worker.gguf_file import GgufFile
+from worker.model import ModelOptions
+from worker.ops import Phase
+
+
+def gpu_runner(path, kernels, memory, *, context=512, phi3_window=False, padding_ids=(), end_ids=(), **settings):
+    """The model of a file on the GPU, with a KV pool of one context; any row's logits may be wanted."""
+    from worker.gpu.layouts import weight_bytes
+    from worker.gpu.memory import Pool, Purpose
+    from worker.gpu.runner import GpuRunner, GpuSettings
+    from worker.gpu.upload import Upload
+
+    with GgufFile.open(path) as file:
+        hp = read_hparams(file)
+        pool = Pool(memory, sum(weight_bytes(info) for info in file.tensors.values()), Purpose.WEIGHTS)
+        upload = Upload(file, kernels, memory, pool)
+        options = ModelOptions(context=context, phi3_window=phi3_window)
+        model = adapter_for(file.architecture, str(path))(hp, Weights(file, upload), options)
+        upload.close()
+    defaults = {"kv_blocks": blocks_for(context), "context": context, "prefill_tokens": 512, "logit_rows": 512}
+    chosen = GpuSettings(**{**defaults, **settings})
+    return GpuRunner(model, hp, memory, kernels, chosen, padding_ids=padding_ids, end_ids=end_ids)
+
+
+def rounding_twin(path, **options):
+    """The CPU's runner with an f16 cache whose products see their inputs as the GPU's do."""
+    runner = cpu_runner(path, kv_dtype=np.float16, **options)
+    runner._ops = {phase: QuantizedOps(runner.cache, phase, Threads()) for phase in Phase}
+    return runner

@@ -1,0 +1,214 @@
+"""Attention on the GPU against its twin with an f16 cache: both phases, shuffled blocks, poisoned caches and results.
+
+Bounds: the prefill kernel rounds q and the softmax's weights to f16 (2^-11 each), so 1e-3 of the norm; decode computes
+in f32 throughout, so 1e-5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from tests.gpu.activations import activations
+from tests.gpu.guarded import GuardedPool
+from worker.cpu.attention import attend
+from worker.cpu.kv_cache import KvCache as TwinCache
+from worker.cpu.plain import rotate
+from worker.model import Hparams, RopeScaling
+from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor, Rope
+from worker.quants import F32
+
+PREFILL_BOUND, DECODE_BOUND = 1e-3, 1e-5
+BLOCKS = 48
+
+
+@dataclass(frozen=True)
+class Shape:
+    dim: int
+    heads: int
+    kv_heads: int
+    adjacent: bool = False
+    window: int = 0
+    sinks: bool = False
+    turned: int = 0
+
+    @property
+    def rotary(self):
+        return self.turned or self.dim
+
+
+SHAPES = [
+    Shape(64, 14, 2),
+    Shape(64, 16, 2, window=128, sinks=True),
+    Shape(64, 9, 3, adjacent=True),
+    Shape(64, 64, 8, sinks=True),
+    Shape(64, 4, 4, window=5, sinks=True, turned=32),
+    Shape(64, 32, 2, window=33),
+    Shape(96, 4, 4),
+    Shape(96, 6, 2, window=40, adjacent=True, turned=64),
+    Shape(128, 8, 2, adjacent=True),
+    Shape(128, 16, 2, window=100, sinks=True),
+    Shape(64, 5, 1),
+]
+
+
+@dataclass
+class Scene:
+    """Random q, k, v of one sequence of `tokens`, and what the twin makes of them."""
+
+    shape: Shape
+    tokens: int
+    seed: int = 0
+    expected: np.ndarray = field(init=False)
+
+    def __post_init__(self):
+        s, rng = self.shape, np.random.default_rng(self.seed)
+        self.q = rng.normal(size=(self.tokens, s.heads * s.dim)).astype(np.float32) * 2
+        self.k = rng.normal(size=(self.tokens, s.kv_heads * s.dim)).astype(np.float32) * 2
+        self.v = rng.normal(size=self.k.shape).astype(np.float32)
+        angles = np.outer(np.arange(BLOCKS * KV_BLOCK), 0.7 ** np.arange(s.rotary // 2)).astype(np.float32)
+        self.rope = Rope(np.cos(angles) * np.float32(1.1), np.sin(angles) * np.float32(1.1), s.adjacent)
+        self.sink_values = rng.normal(size=s.heads).astype(np.float32) * 3 if s.sinks else None
+        self.table = rng.permutation(BLOCKS)[: -(-self.tokens // KV_BLOCK)].astype(np.int32)
+        self.hp = Hparams("x", 1, 8, 8, s.heads, s.kv_heads, s.dim, 8, 4096, 1e-5, 1e4, s.rotary, RopeScaling())
+        self.expected = self._twin()
+
+    def spec(self, wrap):
+        s = self.shape
+        sinks = QTensor("sinks", (s.heads,), F32, wrap(self.sink_values)) if s.sinks else None
+        return Attention(0, s.heads, s.kv_heads, s.dim, self.rope, s.window, sinks)
+
+    def _twin(self):
+        positions = np.arange(self.tokens, dtype=np.int32)
+        batch = Batch(Phase.PREFILL, positions, positions, (self.table,), positions[:0])
+        cache = TwinCache(self.hp, BLOCKS, np.float16)
+        keys = rotate(self.k.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
+        cache.write(0, batch, keys, self.v.reshape(keys.shape))
+        queries = rotate(self.q.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
+        self.cache = cache
+        return attend(queries, cache, self.spec(lambda sinks: sinks), batch)
+
+
+@dataclass
+class Bench:
+    """A poisoned cache on the device, a launcher over it, and a pool that sees writes beside its arrays."""
+
+    scene: Scene
+    kernels: object
+    memory: object
+    processors: int = 132
+
+    def __post_init__(self):
+        from worker.gpu.attention import AttentionLauncher
+        from worker.gpu.kv_cache import KvCache
+
+        self.pool = GuardedPool()
+        self.cache = KvCache(self.memory, self.scene.hp, BLOCKS)
+        self.cache.array.view(np.uint8).fill(0xFF)
+        self.launcher = AttentionLauncher(self.memory, self.cache, 3, self.processors)
+        self.spec = self.scene.spec(self.pool.put)
+        self.table = self.pool.put(self.scene.table)
+
+    def prefill(self, start, stop):
+        from worker.gpu.attention import PromptPiece
+
+        q, k, v = (self.pool.put(x[start:stop]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        piece = PromptPiece(start, self.table)
+        return self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, piece).get()
+
+    def decode(self, positions):
+        at = np.asarray(positions, np.int32)
+        q, k, v = (self.pool.put(x[at]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        state = DeviceState(self.pool.put(at), self.pool.put(np.tile(self.scene.table, (len(at), 1))))
+        self.rows = self.launcher.decode(self.kernels, self.pool, q, k, v, self.spec, state)
+        return self.rows.x.get()
+
+    def fill(self, tokens):
+        """Keys and values of the first `tokens` positions as the twin has them; the rest stays poison."""
+        raw = self.cache.array.get()
+        at = np.arange(tokens)
+        blocks, offsets = self.scene.table[at // KV_BLOCK], at % KV_BLOCK
+        for which, twin in enumerate((self.scene.cache.k, self.scene.cache.v)):
+            raw[0, which, blocks, :, offsets] = twin[0, blocks, offsets]
+        self.cache.array.set(raw)
+
+
+@dataclass
+class DeviceState:
+    positions: object
+    tables: object
+
+
+def distance(got, expected):
+    return float(np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 77, 300])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_equals_its_twin_and_writes_nothing_else(kernels, memory, shape, tokens):
+    scene = Scene(shape, tokens)
+    bench = Bench(scene, kernels, memory)
+    assert distance(bench.prefill(0, tokens), scene.expected) < PREFILL_BOUND
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_in_chunks_gives_the_bits_of_the_whole(kernels, memory, shape):
+    scene = Scene(shape, 300)
+    whole = Bench(scene, kernels, memory)
+    y, written = whole.prefill(0, 300), whole.cache.array.get()
+    for chunk in (16, 64, 208):
+        bench = Bench(scene, kernels, memory)
+        parts = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
+        assert np.array_equal(np.concatenate(parts).view(np.uint32), y.view(np.uint32))
+        assert np.array_equal(bench.cache.array.get().view(np.uint16), written.view(np.uint16))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_equals_its_twin_at_every_kind_of_position(kernels, memory, shape):
+    scene = Scene(shape, 700)
+    for position in (0, 1, 15, 16, 63, 64, 127, 128, 300, 699):
+        bench = Bench(scene, kernels, memory)
+        bench.fill(position)
+        assert distance(bench.decode([position])[0], scene.expected[position]) < DECODE_BOUND
+        bench.pool.check()
+
+
+@pytest.mark.parametrize("processors", [1, 8, 20, 132])
+def test_decode_split_over_any_number_of_blocks_equals_its_twin(kernels, memory, processors):
+    scene = Scene(Shape(64, 16, 2, window=500, sinks=True), 700)
+    bench = Bench(scene, kernels, memory, processors)
+    bench.fill(699)
+    first = bench.decode([699])
+    assert distance(first[0], scene.expected[699]) < DECODE_BOUND
+    assert np.array_equal(bench.decode([699]).view(np.uint32), first.view(np.uint32))
+
+
+def test_decode_of_several_sequences_gives_each_the_bits_that_it_gets_alone(kernels, memory):
+    scene = Scene(Shape(64, 14, 2), 400)
+    together = Bench(scene, kernels, memory)
+    together.fill(400)
+    got = together.decode([399, 17, 130])
+    for row, position in enumerate([399, 17, 130]):
+        alone = Bench(scene, kernels, memory)
+        alone.fill(400)
+        assert np.array_equal(alone.decode([position])[0].view(np.uint32), got[row].view(np.uint32))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_leaves_its_rows_in_8_bits_as_well(kernels, memory, shape):
+    bench = Bench(Scene(shape, 400), kernels, memory)
+    bench.fill(400)
+    twin = activations(GuardedPool(), bench.decode([399, 3]))
+    assert np.array_equal(bench.rows.q.get(), twin.q.get())
+    assert np.array_equal(bench.rows.meta.get(), twin.meta.get())
+
+
+def test_values_beyond_f16_are_clamped_in_the_cache(kernels, memory):
+    scene = Scene(Shape(64, 2, 2), 20)
+    scene.v[3] = 1e6
+    bench = Bench(scene, kernels, memory)
+    assert np.isfinite(bench.prefill(0, 20)).all()
+    assert float(bench.cache.array.get()[0, 1, scene.table[0], 0, 3].max()) == 65504.0

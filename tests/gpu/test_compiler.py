@@ -1,0 +1,174 @@
+"""Every kernel in every form that a model can ask for compiles for every card, without one, and keeps to registers."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+
+import pytest
+
+import worker.gpu
+from tests.gpu.nvrtc_wheel import NvrtcWheel, library
+from worker.errors import Internal
+from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SPILL_ALLOWANCE = 32  # bytes a thread, frame, stores and loads together: two words, where 128 registers are the limit
+REPORT = ("--ptxas-options=-v",)
+KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
+
+
+def launchers():
+    """The modules that say which kernels they may launch."""
+    names = (f"worker.gpu.{module.name}" for module in pkgutil.iter_modules(worker.gpu.__path__))
+    return [module for module in map(importlib.import_module, names) if hasattr(module, "INSTANTIATIONS")]
+
+
+INSTANTIATIONS = tuple(dict.fromkeys(name for module in launchers() for name in module.INSTANTIATIONS))
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    path = library()
+    if path is None:
+        pytest.skip("the wheel nvidia-cuda-nvrtc is not installed here")
+    return NvrtcWheel(path)
+
+
+def local_bytes(log):
+    """Bytes of stack frame and of spills that ptxas reports."""
+    return sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log))
+
+
+@pytest.mark.kernels
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(nvrtc, arch):
+    def compiled(name):
+        return name, compile_kernel(nvrtc, name, arch, (*OPTIONS, *REPORT))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        results = list(threads.map(compiled, INSTANTIATIONS))
+    assert all("registers" in result.log for _, result in results)
+    spilling = {name: local_bytes(result.log) for name, result in results}
+    assert {name: size for name, size in spilling.items() if size > SPILL_ALLOWANCE} == {}
+
+
+def test_no_kernel_file_is_without_an_instantiation():
+    assert {file for file, _ in INSTANTIATIONS} == {name for name in KERNEL_FILES if name.endswith(".cu")}
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES)
+def test_kernel_files_are_short_and_open_with_what_they_are(file):
+    lines = (resources.files("worker.gpu") / "kernels" / file).read_text().splitlines()
+    assert len(lines) <= 250
+    assert lines[0].startswith("// ")
+
+
+@pytest.fixture
+def kernel_files(tmp_path, monkeypatch):
+    """A folder of kernels in place of the package's own."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    monkeypatch.setattr("worker.gpu.compiler.resources.files", lambda _: tmp_path)
+    return folder
+
+
+def test_headers_are_inlined_once_and_lines_keep_their_names(kernel_files):
+    (kernel_files / "inner.cuh").write_text("#pragma once\nint inner;\n")
+    (kernel_files / "outer.cuh").write_text('#pragma once\n#include "inner.cuh"\nint outer;\n')
+    (kernel_files / "k.cu").write_text('#include "outer.cuh"\n#include "inner.cuh"\nint last;\n')
+    assert inlined("k.cu").splitlines() == [
+        '#line 1 "k.cu"',
+        '#line 1 "outer.cuh"',
+        "",
+        '#line 1 "inner.cuh"',
+        "",
+        "int inner;",
+        '#line 3 "outer.cuh"',
+        "int outer;",
+        '#line 2 "k.cu"',
+        '#line 3 "k.cu"',
+        "int last;",
+    ]
+
+
+def test_a_mistake_in_a_header_is_reported_with_its_file_and_line(nvrtc, kernel_files):
+    (kernel_files / "bad.cuh").write_text("#pragma once\n\n__device__ int wrong() { return nothing; }\n")
+    (kernel_files / "k.cu").write_text('// k\n#include "bad.cuh"\n__global__ void k() {}\n')
+    with pytest.raises(
+        Internal, match=r"kernel k of k.cu does not compile for sm_90:\n.*bad.cuh\(3\): error: .*nothing"
+    ):
+        compile_kernel(nvrtc, ("k.cu", "k"), "sm_90")
+
+
+class FakeNvrtc:
+    """Counts compilations; machine code is the name."""
+
+    NVRTCError = RuntimeError
+
+    def __init__(self, version=(13, 0)):
+        self.version = version
+        self.compiled = []
+
+    def getVersion(self):  # noqa: N802
+        return self.version
+
+
+@pytest.fixture
+def cached(monkeypatch, kernel_files, tmp_path):
+    """Kernels over a fake compiler: a function that makes them, and the list of what was compiled."""
+    (kernel_files / "a.cuh").write_text("#pragma once\nint a;\n")
+    (kernel_files / "k.cu").write_text('#include "a.cuh"\n')
+    compiled = []
+
+    def fake(_, name, arch):
+        compiled.append(name)
+        return Compiled(b"code", f"mangled {name[1]}", "")
+
+    monkeypatch.setattr("worker.gpu.compiler.compile_kernel", fake)
+    monkeypatch.setattr(Kernels, "_load", lambda self, image, symbol: (image.read_bytes(), symbol))
+
+    def kernels(arch="sm_90", version=(13, 0)):
+        made = Kernels.__new__(Kernels)
+        made.__dict__.update(arch=arch, _nvrtc=FakeNvrtc(version), _threads=2, _cache=tmp_path, _loaded={}, _cupy=None)
+        return made
+
+    return kernels, compiled
+
+
+def test_a_kernel_is_compiled_once_a_machine_and_loaded_once_a_process(cached):
+    kernels, compiled = cached
+    first = kernels()
+    first.prepare([("k.cu", "k<1>"), ("k.cu", "k<2>"), ("k.cu", "k<1>")])
+    assert sorted(compiled) == [("k.cu", "k<1>"), ("k.cu", "k<2>")]
+    assert first.get("k.cu", "k<2>") == (b"code", "mangled k<2>")
+    assert first.get("k.cu", "k<2>") is first.get("k.cu", "k<2>")
+    assert kernels().get("k.cu", "k<1>") == (b"code", "mangled k<1>")
+    assert len(compiled) == 2
+
+
+def test_a_changed_header_compiler_or_card_compiles_again(cached, kernel_files):
+    kernels, compiled = cached
+    kernels().get("k.cu", "k<1>")
+    kernels("sm_80").get("k.cu", "k<1>")
+    kernels(version=(13, 1)).get("k.cu", "k<1>")
+    (kernel_files / "a.cuh").write_text("#pragma once\nint edited;\n")
+    kernels().get("k.cu", "k<1>")
+    assert len(compiled) == 4
+
+
+def test_kernels_are_compiled_loaded_and_launched(gpu, tmp_path, kernel_files):
+    (kernel_files / "k.cu").write_text(
+        "template <int N> __global__ void add(int* x, int y) { x[threadIdx.x] += N * y; }"
+    )
+    first = Kernels(tmp_path / "cache")
+    x = gpu.zeros(4, "i4")
+    for kernels in (first, Kernels(tmp_path / "cache")):
+        kernels.get("k.cu", "add<3>")((1,), (4,), (x, x.dtype.type(2)))
+    assert x.get().tolist() == [12] * 4
+    assert len(list((tmp_path / "cache").glob("*.cubin"))) == 1

@@ -1,0 +1,250 @@
+"""Products of every type, both phases, against f64 on the same weights: poisoned results, fenced arrays, odd sizes.
+
+Bounds, relative L2. OWN is the kernel's own error, against f64 on the activations as it gets them. Decode adds exact
+integer sums in f32: 2e-6 (f32 types: a chain of at most 2816 fused additions). Prefill rounds scale, minimum and value
+of a weight to f16, 2^-11 each: 1e-3, and 2e-3 where a minimum cancels most of scale·code. WHOLE is against f64 on the
+activations before rounding: 1 %, the requirement; 8-bit blocks take 0.5 to 0.9 % of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.gpu.activations import activations, halved, rows_of
+from tests.gpu.guarded import GuardedPool
+from tests.gpu.weights import Projection, error
+from worker.cpu.plain import gated
+from worker.cpu.quantized import in_8_bits, in_f16
+from worker.ops import SWIGLU, Activation, Routes
+from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES
+
+EACH_TYPE = pytest.mark.parametrize("kind", QUANT_TYPES, ids=lambda kind: kind.name)
+DECODE_OWN, PREFILL_OWN, WHOLE = 3e-6, 2e-3, 1e-2
+CLAMPED = Activation(limit=7.0, alpha=1.702)
+
+
+def seen(x, kind):
+    """x as a decode product of this type gets it."""
+    return in_8_bits(x) if kind.block_size > 1 else x
+
+
+# ---- decode
+
+
+@EACH_TYPE
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"), [(1, 256, 1), (37, 256, 3), (130, 2816, 2), (1031, 512, 1), (4100, 256, 1)]
+)
+def test_decode_products(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matvec import matvec
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = rows_of(tokens, cols)
+    (y,) = matvec(kernels, pool, activations(pool, x), [projection.linear])
+    pool.check()
+    assert error(y.get(), projection.exact(seen(x, kind))) < DECODE_OWN
+    assert error(y.get(), projection.exact(x)) < WHOLE
+
+
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K), (Q8_0, F32), (F32, Q4_K, Q4_K)])
+def test_decode_products_of_several_types_in_one_launch(kernels, memory, kinds):
+    from worker.gpu.matvec import matvec
+
+    shapes = [(67, 512), (9, 512), (18, 512)]
+    parts = [
+        Projection(kernels, memory, k, s, f"w{i}", bias=i == 1)
+        for i, (k, s) in enumerate(zip(kinds, shapes, strict=False))
+    ]
+    pool, x = GuardedPool(), rows_of(2, 512)
+    results = matvec(kernels, pool, activations(pool, x), [part.linear for part in parts])
+    pool.check()
+    for kind, part, y in zip(kinds, parts, results, strict=True):
+        assert error(y.get(), part.exact(seen(x, kind))) < DECODE_OWN
+
+
+def test_decode_adds_a_residual_and_takes_slices_of_rows(kernels, memory):
+    from worker.gpu.matvec import matvec
+
+    projection = Projection(kernels, memory, Q4_K, (96, 512), bias=True)
+    pool, x = GuardedPool(), rows_of(3, 512)
+    residual = np.random.default_rng(1).normal(size=(3, 31)).astype(np.float32)
+    part = projection.linear.rows(40, 71)
+    (y,) = matvec(kernels, pool, activations(pool, x), [part], pool.put(residual))
+    pool.check()
+    assert error(y.get(), projection.exact(in_8_bits(x))[:, 40:71] + residual) < DECODE_OWN
+
+
+@EACH_TYPE
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(19, 256, 2), (1100, 512, 1)])
+def test_decode_glu(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matvec import glu
+
+    gate, up = (Projection(kernels, memory, kind, (rows, cols), name) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(tokens, cols)
+    h = glu(kernels, pool, activations(pool, x), gate.linear, up.linear, SWIGLU)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(seen(x, kind)), up.exact(seen(x, kind)), SWIGLU)) < 1e-5
+
+
+def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
+    from worker.gpu.matvec import matvec
+
+    projection = Projection(kernels, memory, Q6_K, (300, 1280))
+    pool, x = GuardedPool(), rows_of(5, 1280)
+    (together,) = matvec(kernels, pool, activations(pool, x), [projection.linear])
+    for t in range(5):
+        (alone,) = matvec(kernels, pool, activations(pool, x[t : t + 1]), [projection.linear])
+        assert alone.get().tobytes() == together.get()[t : t + 1].tobytes()
+
+
+# ---- prefill
+
+
+@EACH_TYPE
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)])
+def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matmul import matmul
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = rows_of(tokens, cols)
+    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    pool.check()
+    assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
+    assert error(y.get(), projection.exact(x)) < WHOLE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANT_TYPES if kind.block_size <= 32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("cols", [32, 96, 160])
+def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
+    from worker.gpu.matmul import matmul
+    from worker.gpu.matvec import matvec
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (70, cols))
+    x = rows_of(20, cols)
+    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    (z,) = matvec(kernels, pool, activations(pool, x), [projection.linear])
+    pool.check()
+    assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
+    assert error(z.get(), projection.exact(seen(x, kind))) < DECODE_OWN
+
+
+@pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [200, 4100])  # either tile configuration
+def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
+    from worker.gpu.matmul import matmul
+
+    projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
+    pool, x = GuardedPool(), rows_of(300, 512)
+    residual = np.random.default_rng(1).normal(size=(300, rows)).astype(np.float32)
+    whole = matmul(kernels, pool, halved(pool, x), projection.linear, pool.put(residual)).get()
+    assert error(whole, projection.exact(in_f16(x)) + residual) < PREFILL_OWN
+    for step in (16, 64, 77, 1):
+        for at in range(0, 300, step) if step > 1 else (0, 127, 128, 299):
+            part = slice(at, at + step)
+            y = matmul(kernels, pool, halved(pool, x[part]), projection.linear, pool.put(residual[part]))
+            assert y.get().tobytes() == whole[part].tobytes()
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
+def test_prefill_glu(kernels, memory, activation):
+    from worker.gpu.matmul import glu
+
+    gate, up = (Projection(kernels, memory, Q5_0, (75, 320), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, activation)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
+
+
+# ---- experts, both phases
+
+
+def routes_of(pool, tokens, experts, k, *, only=None):
+    """Random distinct experts a token (all tokens the same `only` where given) and weights that sum to 1."""
+    rng = np.random.default_rng([tokens, experts, k])
+    chosen = (
+        np.stack([rng.permutation(experts)[:k] for _ in range(tokens)]) if only is None else np.tile(only, (tokens, 1))
+    )
+    weights = rng.dirichlet(np.ones(k), tokens).astype(np.float32)
+    chosen = chosen.astype(np.int32)
+    return chosen, weights, Routes(pool.put(chosen), pool.put(weights))
+
+
+def exact_glu(x, chosen, gate, up, activation):
+    pairs = [[(gate.exact(x[t], e), up.exact(x[t], e)) for e in row] for t, row in enumerate(chosen)]
+    return np.array([[gated(g, u, activation) for g, u in row] for row in pairs])
+
+
+def exact_add(h, chosen, weights, down, residual):
+    sums = [
+        sum(w * down.exact(h[t, j], e) for j, (w, e) in enumerate(zip(weights[t], chosen[t], strict=True)))
+        for t in range(len(h))
+    ]
+    return residual + np.array(sums)
+
+
+SHAPES = [(1, 8, 4, 66, 96, None), (3, 5, 3, 40, 64, None), (2, 32, 1, 33, 128, None)]
+MANY = [*SHAPES, (300, 8, 4, 66, 96, None), (150, 8, 2, 40, 64, (6, 1)), (17, 64, 6, 36, 32, None)]
+
+
+@pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), SHAPES)
+def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
+    from worker.gpu.matvec import experts_add, glu
+
+    gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
+    chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
+    h = glu(kernels, pool, activations(pool, x), gate.linear, up.linear, CLAMPED, routes).get()
+    assert error(h, exact_glu(seen(x, kind), chosen, gate, up, CLAMPED)) < 1e-5
+    wide = rows_of(tokens * k, 32 * f)
+    down = Projection(kernels, memory, kind, (experts, d, 32 * f), "down", bias=True)
+    residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
+    out = experts_add(kernels, pool, activations(pool, wide), routes, down.linear, pool.put(residual))
+    pool.check()
+    inputs = seen(wide, kind).reshape(tokens, k, -1)
+    assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
+def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
+    from worker.gpu.matmul import experts_add, glu
+
+    gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
+    chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, CLAMPED, routes).get()
+    assert error(h, exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
+    wide = rows_of(tokens * k, 64)
+    down = Projection(kernels, memory, kind, (experts, d, 64), "down", bias=True)
+    residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
+    out = experts_add(kernels, pool, halved(pool, wide), routes, down.linear, pool.put(residual))
+    pool.check()
+    inputs = in_f16(wide).reshape(tokens, k, -1)
+    assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < PREFILL_OWN
+
+
+def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory):
+    from worker.gpu.matmul import experts_add, glu
+
+    gate, up = (Projection(kernels, memory, MXFP4, (8, 64, 96), name, bias=True) for name in ("gate", "up"))
+    down = Projection(kernels, memory, MXFP4, (8, 96, 64), "down", bias=True)
+    pool, x, wide = GuardedPool(), rows_of(200, 96), rows_of(800, 64)
+    residual = np.random.default_rng(2).normal(size=(200, 96)).astype(np.float32)
+    chosen, weights, _ = routes_of(pool, 200, 8, 4)
+
+    def both(part):
+        routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
+        h = glu(kernels, pool, halved(pool, x[part]), gate.linear, up.linear, CLAMPED, routes)
+        slots = slice(4 * part.start, 4 * part.stop)
+        y = experts_add(kernels, pool, halved(pool, wide[slots]), routes, down.linear, pool.put(residual[part]))
+        return h.get(), y.get()
+
+    h, y = both(slice(0, 200))
+    for at in range(0, 200, 16):
+        part = slice(at, min(at + 16, 200))
+        h_part, y_part = both(part)
+        assert h_part.tobytes() == h[part].tobytes()
+        assert y_part.tobytes() == y[part].tobytes()

@@ -1,0 +1,170 @@
+"""Launchers of attention over the KV cache: RoPE, KV write, then FlashAttention (prefill) or split KV (decode).
+
+Which kernel runs follows from the phase alone; its arithmetic for a token from the token's position. Twin:
+`worker/cpu/attention.py`. Kernels: `attention_prefill.cu`, `attention_decode.cu`, `rope_kv.cu`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from worker.errors import ModelLoadFailed
+from worker.gpu.compiler import KernelName
+from worker.gpu.kv_cache import KvCache
+from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
+from worker.gpu.quantized import Activations, activations_like
+from worker.ops import Attention, Rope
+
+HEAD_DIMS = (64, 96, 128)
+_THREADS = 128
+_QUERY_TILE = 64
+_MAX_PARTS = 64  # kMaxParts in attention_decode.cu
+_MOST_HEADS = 8  # query heads of a block
+_HEADS_PER_WARP = 2
+_KV_BLOCKS = 4  # of a split
+
+INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(("attention_prefill.cu", f"attention_prefill<{dim}>") for dim in HEAD_DIMS),
+    *(("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>") for dim in HEAD_DIMS for adjacent in ("false", "true")),
+    *(
+        ("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")
+        for dim in HEAD_DIMS
+        for group in range(1, _MOST_HEADS + 1)
+        for adjacent in ("false", "true")
+    ),
+)
+
+
+class DecodeState(Protocol):
+    """What the decode kernel reads of the sequences: `positions` [S] i32 and `tables` [S, blocks] i32 on the device."""
+
+    positions: DeviceArray
+    tables: DeviceArray
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """Neighbouring prompt tokens of one sequence: the first one's position and the block table [blocks] i32."""
+
+    start: int
+    table: DeviceArray
+
+
+def group_size(spec: Attention) -> int:
+    """GROUP: how many of the query heads that share a KV head one block of the decode kernel takes."""
+    heads = spec.n_heads // spec.n_kv_heads
+    return max(size for size in range(1, _MOST_HEADS + 1) if heads % size == 0)
+
+
+class AttentionLauncher:
+    """Attention of every layer of one model, for at most `sequences` at once."""
+
+    def __init__(self, memory: DeviceMemory, cache: KvCache, sequences: int, processors: int) -> None:
+        self._memory = memory
+        self._cache = cache
+        self._sequences = sequences
+        self._processors = processors
+        self._ropes: dict[int, tuple[Rope, DeviceArray, DeviceArray]] = {}
+        self._scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray]] = {}
+
+    def prefill(
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        q: DeviceArray,
+        k: DeviceArray,
+        v: DeviceArray,
+        spec: Attention,
+        piece: PromptPiece,
+    ) -> DeviceArray:
+        """y [T, H·D] f32 of q [T, H·D], k, v [T, Hk·D] f32; keys and values go to the cache first."""
+        dim, adjacent, tokens = _head_dim(spec), _flag(spec), len(q)
+        keys, values = self._cache.layer(spec.layer)
+        turned = pool.empty(q.shape, np.float16)
+        heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
+        start = np.int32(piece.start)
+        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>")(
+            (tokens,),
+            (_THREADS,),
+            (turned, q, k, v, keys, values, *self._rope(spec.rope), piece.table, start, *heads),
+        )
+        y = pool.empty(q.shape, np.float32)
+        kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(
+            (-(-tokens // _QUERY_TILE), spec.n_heads),
+            (_THREADS,),
+            (
+                *(y, turned, keys, values, piece.table, _sinks(spec)),
+                *(start, np.int32(tokens), *heads, np.int32(spec.window)),
+            ),
+        )
+        return y
+
+    def decode(
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        q: DeviceArray,
+        k: DeviceArray,
+        v: DeviceArray,
+        spec: Attention,
+        state: DecodeState,
+    ) -> Activations:
+        """y [S, H·D] of one token a sequence, in both forms of a product's input; the same launch writes the cache."""
+        dim, group = _head_dim(spec), group_size(spec)
+        keys, values = self._cache.layer(spec.layer)
+        parts, arrivals, n_parts = self._decode_scratch(spec, group)
+        y = activations_like(pool, *q.shape, quantized=True, plain=True)
+        warps = _KV_BLOCKS * -(-group // _HEADS_PER_WARP)
+        kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_flag(spec)}>")(
+            (n_parts, spec.n_heads // group, len(q)),
+            (32 * warps,),
+            (
+                *(y.x, y.q, y.meta, q, k, v, keys, values, *self._rope(spec.rope)),
+                *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
+                *(parts, arrivals, np.int32(spec.n_heads), np.int32(spec.n_kv_heads), np.int32(spec.window)),
+            ),
+        )
+        return y
+
+    def _rope(self, rope: Rope) -> tuple[DeviceArray, DeviceArray, np.int32]:
+        """The tables on the device, uploaded when a layer first uses them; layers share one Rope."""
+        if id(rope) not in self._ropes:
+            slab = self._memory.reserve(rope.cos.nbytes + rope.sin.nbytes, Purpose.WORKSPACE)
+            cos, sin = slab.array((2, *rope.cos.shape), np.float32)
+            cos.set(rope.cos)
+            sin.set(rope.sin)
+            self._ropes[id(rope)] = (rope, cos, sin)  # the Rope too: its id is its own as long as it lives
+        _, cos, sin = self._ropes[id(rope)]
+        return cos, sin, np.int32(rope.dims)
+
+    def _decode_scratch(self, spec: Attention, group: int) -> tuple[DeviceArray, DeviceArray, int]:
+        """Room for the blocks' parts and their arrival counters, and G: two blocks a multiprocessor, within bounds."""
+        groups = spec.n_heads // group
+        n_parts = min(_MAX_PARTS, max(1, 2 * self._processors // groups))
+        key = (spec.n_heads, spec.head_dim, group)
+        if key not in self._scratch:
+            floats = self._sequences * n_parts * spec.n_heads * (spec.head_dim + 2)
+            slab = self._memory.reserve(4 * floats, Purpose.WORKSPACE)
+            counters = self._memory.reserve(4 * self._sequences * groups, Purpose.WORKSPACE)
+            arrivals = counters.array((self._sequences * groups,), np.uint32)
+            arrivals.fill(0)
+            self._scratch[key] = (slab.array((floats,), np.float32), arrivals)
+        return *self._scratch[key], n_parts
+
+
+def _head_dim(spec: Attention) -> int:
+    if spec.head_dim not in HEAD_DIMS:
+        raise ModelLoadFailed(f"heads of {spec.head_dim} elements", "the GPU's attention", "64, 96 or 128")
+    return spec.head_dim
+
+
+def _flag(spec: Attention) -> str:
+    return "true" if spec.rope.adjacent else "false"
+
+
+def _sinks(spec: Attention) -> DeviceArray | None:
+    return None if spec.sinks is None else spec.sinks.data

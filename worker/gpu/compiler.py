@@ -1,0 +1,143 @@
+"""Kernels: from a file and a name expression to something to launch, compiled by NVRTC once and kept on disk.
+
+A kernel is `(file, expression)`, such as ("matvec.cu", "matvec<Q4_K, 4>"). Headers of `kernels/` are inlined with
+`#line`, so that a cache key covers them and a compile error names their lines. Each kernel is a program of its own:
+they compile in parallel, and a model compiles what it needs and no more. Knows no kernel by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+from worker.errors import Internal
+
+KernelName = tuple[str, str]
+"""A file of `kernels/` and a name expression in it."""
+
+OPTIONS = ("-std=c++17", "-ftz=true", "-lineinfo")
+_INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
+
+
+class Nvrtc(Protocol):
+    """The functions of `cupy.cuda.nvrtc` that a compilation needs; a test gives the wheel's library their shape."""
+
+    NVRTCError: type[Exception]
+
+    def getVersion(self) -> tuple[int, int]: ...  # noqa: N802, D102
+    def createProgram(self, src: str, name: str, headers: tuple[()], include_names: tuple[()]) -> int: ...  # noqa: N802, D102
+    def addNameExpression(self, prog: int, name: str) -> None: ...  # noqa: N802, D102
+    def compileProgram(self, prog: int, options: tuple[str, ...]) -> None: ...  # noqa: N802, D102
+    def getProgramLog(self, prog: int) -> str: ...  # noqa: N802, D102
+    def getCUBIN(self, prog: int) -> bytes: ...  # noqa: N802, D102
+    def getLoweredName(self, prog: int, name: str) -> str: ...  # noqa: N802, D102
+    def destroyProgram(self, prog: int) -> None: ...  # noqa: N802, D102
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Machine code, the mangled name of the kernel in it, and what the compiler had to say."""
+
+    image: bytes
+    symbol: str
+    log: str
+
+
+def inlined(file: str) -> str:
+    """The text of a kernel file with each header in place of its first #include; `#line` keeps names and numbers."""
+    return "\n".join(_lines(file, set())) + "\n"
+
+
+def _lines(file: str, seen: set[str]) -> Iterable[str]:
+    text = (resources.files("worker.gpu") / "kernels" / file).read_text("utf-8")
+    yield f'#line 1 "{file}"'
+    for number, line in enumerate(text.splitlines(), 1):
+        include = _INCLUDE.match(line)
+        if include is None:
+            yield "" if line.startswith("#pragma once") else line
+            continue
+        if include["file"] not in seen:
+            seen.add(include["file"])
+            yield from _lines(include["file"], seen)
+        yield f'#line {number + 1} "{file}"'
+
+
+def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str, ...] = OPTIONS) -> Compiled:
+    """Compile one kernel for `arch` (sm_90). Raises Internal with NVRTC's log, which names file and line."""
+    file, expression = name
+    program = nvrtc.createProgram(inlined(file), file, (), ())
+    try:
+        nvrtc.addNameExpression(program, expression)
+        try:
+            nvrtc.compileProgram(program, (*options, f"-arch={arch}"))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise Internal(f"kernel {expression} of {file} does not compile for {arch}:\n{log}") from error
+        symbol = nvrtc.getLoweredName(program, expression)
+        return Compiled(nvrtc.getCUBIN(program), symbol, nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+class Kernels:
+    """The kernels of one device, compiled at most once a machine and loaded at most once a process.
+
+    A call of a kernel is `kernels.get(file, expression)(grid, block, args, shared_mem=0)` on the current stream; a
+    launch that fails raises. Integers among `args` are NumPy scalars of the parameter's width.
+    """
+
+    def __init__(self, cache: Path, *, threads: int | None = None) -> None:
+        import cupy  # noqa: PLC0415
+        from cupy.cuda import nvrtc  # noqa: PLC0415
+
+        self._cupy = cupy
+        self._nvrtc: Nvrtc = nvrtc
+        self._threads = threads or os.cpu_count() or 1
+        self._cache = cache
+        self._cache.mkdir(parents=True, exist_ok=True)
+        self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
+        self._loaded: dict[KernelName, Any] = {}
+
+    def prepare(self, names: Iterable[KernelName]) -> None:
+        """Compile, in parallel, and load all of `names`: what a model needs, before it is ready."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._loaded]
+        with ThreadPoolExecutor(self._threads) as threads:
+            for name, entry in zip(missing, threads.map(self._entry, missing), strict=True):
+                self._loaded[name] = self._load(*entry)
+
+    def get(self, file: str, expression: str) -> Any:
+        """The kernel, ready to launch; compiled now if nobody prepared it."""
+        name = (file, expression)
+        if name not in self._loaded:
+            self.prepare([name])
+        return self._loaded[name]
+
+    def _entry(self, name: KernelName) -> tuple[Path, str]:
+        """The cubin on disk and the kernel's symbol in it; written now unless the same source was compiled before."""
+        version = "{}.{}".format(*self._nvrtc.getVersion())
+        text = json.dumps([inlined(name[0]), name[1], OPTIONS, self.arch, version])
+        image = self._cache / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
+        symbol = image.with_suffix(".symbol")
+        if not (image.exists() and symbol.exists()):
+            compiled = compile_kernel(self._nvrtc, name, self.arch)
+            _write_whole(image, compiled.image)
+            _write_whole(symbol, compiled.symbol.encode())
+        return image, symbol.read_text()
+
+    def _load(self, image: Path, symbol: str) -> Any:
+        return self._cupy.RawModule(path=str(image)).get_function(symbol)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that another process sees whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(path)

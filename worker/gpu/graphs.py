@@ -1,0 +1,48 @@
+"""A CUDA graph of work that was launched once, and what the driver's errors mean to a worker.
+
+Knows nothing of what is captured; all of its memory must outlive the graph and stay where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from worker.errors import CudaError, VramOom
+
+_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY alike
+
+
+def captured(work: Callable[[], None], stream: Any) -> Any:
+    """The graph of everything that `work` launches on `stream`; nothing runs. Launch it with `graph.launch(stream)`.
+
+    `work` must have run once before: loading a kernel for the first time is no work that can be captured.
+    """
+    stream.begin_capture()
+    try:
+        work()
+    except BaseException:
+        stream.end_capture()  # else the stream would stay in capture for ever
+        raise
+    graph = stream.end_capture()
+    graph.upload(stream)
+    return graph
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn the driver's errors into the worker's: VramOom for an allocation, CudaError for all others.
+
+    A launch or a wait reports what went wrong on the device, and then so does everything after it: the process ends.
+    """
+    from cupy.cuda import driver, memory, runtime  # noqa: PLC0415
+
+    try:
+        yield
+    except memory.OutOfMemoryError as error:
+        raise VramOom(str(error)) from error
+    except (runtime.CUDARuntimeError, driver.CUDADriverError) as error:
+        if error.status == _MEMORY_ALLOCATION:
+            raise VramOom(str(error)) from error
+        raise CudaError(str(error), {"status": error.status}) from error

@@ -1,0 +1,122 @@
+// Weights as they lie on the device: the file's bits apart by planes, so that every load is wide and aligned.
+//
+// A matrix is a flat row of units of kElements, rows one after another; `Unit<Block>` is one of them in registers. The
+// block types have units of 32, whose values are scale·(code - kZero) - min, each product and difference rounded once,
+// as gguf.quants has it; f32, f16 and bf16 have units of 16 bytes and lie as in the file. Rows are multiples of 32.
+// Twin: `dequantize` in worker/quants.py; sizes: worker/gpu/layouts.py; writer: repack.cu.
+#pragma once
+#include "scales.cuh"
+
+__device__ __forceinline__ u32 half2_sub(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 half2_mul(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// BITS and SCALES as loaded; HAS_MIN where values have a minimum, TWO where a unit's halves have scales of their own.
+template <class BITS, class SCALES, int ZERO, bool HAS_MIN = false, bool TWO = false>
+struct BlockUnit {
+    static constexpr int kElements = 32, kZero = ZERO;
+    static constexpr bool kHasMin = HAS_MIN, kTwoScales = TWO, kSigned = ZERO == 0 && !HAS_MIN;
+    BITS bits;
+    SCALES s;
+
+    __device__ __forceinline__ void load(const Planes& p, u32 u) {
+        bits.load(p, u);
+        s.load(p, u);
+    }
+
+    // The values, bit for bit those of gguf.quants.
+    __device__ __forceinline__ void values(u32 u, float (&v)[32]) const {
+        const Codes c = bits.codes();
+        const Scales k = s.scales(u);
+#pragma unroll
+        for (int e = 0; e < 32; ++e) {
+            const int code = (signed char)(c.w[e / 4] >> 8 * (e % 4)) - kZero;
+            v[e] = __fmul_rn(k.scale[e / 16], (float)code);
+            if (kHasMin) v[e] = __fsub_rn(v[e], k.min[e / 16]);
+        }
+    }
+
+    // The values as pairs of f16: scale and minimum are rounded to f16, and the value once more. A byte b under an
+    // exponent byte 0x64 is 1024 + b, so the code is exact.
+    __device__ __forceinline__ void halves(u32 u, u32 (&h)[16]) const {
+        constexpr u32 zero = 0x64006400u + 0x00010001u * (kSigned ? 128 : kZero);
+        const Codes c = bits.codes();
+        const Scales k = s.scales(u);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const int half = i / 8;
+            const u32 word = kSigned ? c.w[i / 2] ^ 0x80808080 : c.w[i / 2];
+            const u32 code = half2_sub(__byte_perm(word, 0x64646464, i % 2 ? 0x4342 : 0x4140), zero);
+            const u32 scale = floats_to_half2(k.scale[half], k.scale[half]);
+            const u32 min = floats_to_half2(-k.min[half], -k.min[half]);
+            h[i] = kHasMin ? half2_fma(code, scale, min) : half2_mul(code, scale);
+        }
+    }
+};
+
+template <class Block>
+struct Unit;
+
+template <> struct Unit<Q4_0> : BlockUnit<Bits<4, 0>, F16Scale, 8> {};
+template <> struct Unit<Q4_1> : BlockUnit<Bits<4, 0>, F16ScaleMin, 0, true> {};
+template <> struct Unit<Q5_0> : BlockUnit<Bits<4, 1>, F16Scale, 16> {};
+template <> struct Unit<Q5_1> : BlockUnit<Bits<4, 1>, F16ScaleMin, 0, true> {};
+template <> struct Unit<Q8_0> : BlockUnit<Bits<8, 0>, F16Scale, 0> {};
+template <> struct Unit<Q2_K> : BlockUnit<Bits<2, 0>, Q2Scales, 0, true, true> {};
+template <> struct Unit<Q3_K> : BlockUnit<Bits<2, 1>, Q3Scales, 4, false, true> {};
+template <> struct Unit<Q4_K> : BlockUnit<Bits<4, 0>, KScaleMin, 0, true> {};
+template <> struct Unit<Q5_K> : BlockUnit<Bits<4, 1>, KScaleMin, 0, true> {};
+template <> struct Unit<Q6_K> : BlockUnit<Bits<4, 2>, Q6Scales, 32, false, true> {};
+template <> struct Unit<MXFP4> : BlockUnit<Fp4Bits, E8m0Scale, 12> {};
+
+template <>
+struct Unit<F32> {
+    static constexpr int kElements = 4;
+    float4 f;
+    __device__ __forceinline__ void load(const Planes& p, u32 u) { f = load_plane<float4>(p.low, u); }
+    __device__ __forceinline__ void values(u32, float (&v)[4]) const { v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w; }
+    __device__ __forceinline__ void halves(u32, u32 (&h)[2]) const {
+        h[0] = floats_to_half2(f.x, f.y), h[1] = floats_to_half2(f.z, f.w);
+    }
+};
+
+template <>
+struct Unit<F16> {
+    static constexpr int kElements = 8;
+    uint4 packed;
+    __device__ __forceinline__ void load(const Planes& p, u32 u) { packed = load_plane<uint4>(p.low, u); }
+    __device__ __forceinline__ void values(u32, float (&v)[8]) const { unpack8(packed, v); }
+    __device__ __forceinline__ void halves(u32, u32 (&h)[4]) const {
+        h[0] = packed.x, h[1] = packed.y, h[2] = packed.z, h[3] = packed.w;
+    }
+};
+
+template <>
+struct Unit<BF16> {
+    static constexpr int kElements = 8;
+    uint4 packed;
+    __device__ __forceinline__ void load(const Planes& p, u32 u) { packed = load_plane<uint4>(p.low, u); }
+    __device__ __forceinline__ void values(u32, float (&v)[8]) const {
+        const u32 pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000 : pairs[i / 2] << 16);
+    }
+    __device__ __forceinline__ void halves(u32 u, u32 (&h)[4]) const {
+        float v[8];
+        values(u, v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[i] = floats_to_half2(v[2 * i], v[2 * i + 1]);
+    }
+};

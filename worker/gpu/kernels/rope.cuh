@@ -1,0 +1,25 @@
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of one element of a head; twin: `rotate`, worker/cpu/plain.py.
+//
+// Pair i of a head turns by the angle whose cosine and sine stand at [position][i] of two tables [context, dims/2] f32
+// that already hold the magnitude. ADJACENT pairs (2i, 2i+1), else (i, i + dims/2). Elements from `dims` on stay.
+#pragma once
+
+struct RopeTables {
+    const float* cos;  // [context, dims/2]
+    const float* sin;
+    int dims;
+};
+
+// Element `e` of the head at `head`, turned to `position`.
+template <bool ADJACENT>
+__device__ __forceinline__ float rotated(const float* head, int e, int position, const RopeTables rope) {
+    const float x = head[e];
+    if (e >= rope.dims) return x;
+    const int half = rope.dims / 2;
+    const bool first = ADJACENT ? e % 2 == 0 : e < half;
+    const int pair = ADJACENT ? e / 2 : (first ? e : e - half);
+    const float partner = head[ADJACENT ? e ^ 1 : (first ? e + half : e - half)];
+    const size_t at = (size_t)position * half + pair;
+    const float c = rope.cos[at], s = rope.sin[at];
+    return first ? x * c - partner * s : x * c + partner * s;
+}

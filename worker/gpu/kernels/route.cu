@@ -1,0 +1,44 @@
+// A router's choice: the k highest of E logits, falling, ties to the lower id, and the softmax over those k alone.
+//
+// logits [T, E] f32; experts [T, k] i32, weights [T, k] f32; E ≤ 32·PER_LANE, k ≤ 32. Grid (⌈T/4⌉), 128 threads: a warp a
+// token. Bytes: 4·E read and 8·k written a token. Twin: `top_k` in worker/cpu/plain.py.
+#include "warp.cuh"
+
+// Rises with the logit, then with falling id; never 0, which stands for a taken expert. NaN comes somewhere, but valid.
+__device__ __forceinline__ unsigned long long key_of(float logit, int id) {
+    const unsigned int bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
+    const unsigned int rising = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (unsigned long long)rising << 32 | (0xffffffffu - id);
+}
+
+template <int PER_LANE>
+__global__ void __launch_bounds__(128)
+    route(int* experts, float* weights, const float* logits, int n_tokens, int n_experts, int k) {
+    const int t = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (t >= n_tokens) return;
+    unsigned long long keys[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const int id = 32 * i + lane;
+        keys[i] = id < n_experts ? key_of(logits[(size_t)t * n_experts + id], id) : 0;
+    }
+    float highest = 0.f, weight = 0.f;  // lane j keeps the j-th choice
+    int chosen = 0;
+    for (int j = 0; j < k; ++j) {
+        unsigned long long best = 0;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) best = max(best, keys[i]);
+#pragma unroll
+        for (int step = 16; step; step /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) keys[i] = keys[i] == best ? 0 : keys[i];
+        const int id = 0xffffffffu - (unsigned int)best;
+        const float logit = logits[(size_t)t * n_experts + id];
+        if (j == 0) highest = logit;
+        if (lane == j) chosen = id, weight = expf(logit - highest);
+    }
+    const float total = warp_sum(weight);
+    if (lane >= k) return;
+    experts[(size_t)t * k + lane] = chosen;
+    weights[(size_t)t * k + lane] = weight / total;
+}

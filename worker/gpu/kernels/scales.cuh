@@ -1,0 +1,101 @@
+// Scales as they lie in planes: `scales` holds what a unit of 32 elements has of its own, `supers` what 8 units share.
+//
+// A structure is what `load` reads for unit u of a matrix; `scales(u)` makes numbers of it, rounded as gguf.quants.
+// Written by repack.cu.
+#pragma once
+#include "codes.cuh"
+#include "half.cuh"
+
+// Scale and minimum of elements 0–15 and of 16–31.
+struct Scales {
+    float scale[2], min[2];
+};
+
+struct F16Scale {
+    u16 d;
+    __device__ void load(const Planes& p, u32 u) { d = load_plane<u16>(p.scales, u); }
+    __device__ Scales scales(u32) const {
+        const float s = half_to_float(d);
+        return {{s, s}, {0, 0}};
+    }
+};
+
+struct F16ScaleMin {
+    u32 dm;
+    __device__ void load(const Planes& p, u32 u) { dm = load_plane<u32>(p.scales, u); }
+    __device__ Scales scales(u32) const {
+        const float2 s = half2_to_float2(dm);
+        return {{s.x, s.x}, {-s.y, -s.y}};
+    }
+};
+
+struct E8m0Scale {
+    u8 e;
+    __device__ void load(const Planes& p, u32 u) { e = load_plane<u8>(p.scales, u); }
+    __device__ Scales scales(u32) const {  // half of 2^(e-127), as the codes are doubled; e below 2 is denormal
+        const float s = __uint_as_float(e < 2 ? 0x00200000u << e : (u32)(e - 1) << 23);
+        return {{s, s}, {0, 0}};
+    }
+};
+
+// Two fields of six bits, 12 bytes for 8 units: nibble u%8 of word 0 is the first field's low bits, of word 1 the
+// second's, and of word 2 the two high bits of the first and above them of the second.
+__device__ __forceinline__ void six_bits(u32 w0, u32 w1, u32 w2, u32 u, int& first, int& second) {
+    const u32 at = u % 8 * 4, high = w2 >> at;
+    first = (w0 >> at & 15) | (high & 3) << 4;
+    second = (w1 >> at & 15) | (high & 12) << 2;
+}
+
+struct KScaleMin {  // Q4_K, Q5_K: 16 bytes a super, d and dmin before the six-bit fields
+    uint4 s;
+    __device__ void load(const Planes& p, u32 u) { s = load_plane<uint4>(p.supers, u / 8); }
+    __device__ Scales scales(u32 u) const {
+        int scale, min;
+        six_bits(s.y, s.z, s.w, u, scale, min);
+        const float2 d = half2_to_float2(s.x);
+        const float a = __fmul_rn(d.x, (float)scale), b = __fmul_rn(d.y, (float)min);
+        return {{a, a}, {b, b}};
+    }
+};
+
+struct Q3Scales {
+    u32 w[3];
+    u16 d;
+    __device__ void load(const Planes& p, u32 u) {
+#pragma unroll
+        for (int i = 0; i < 3; ++i) w[i] = load_plane<u32>(p.scales, u / 8 * 3 + i);
+        d = load_plane<u16>(p.supers, u / 8);
+    }
+    __device__ Scales scales(u32 u) const {
+        int a, b;
+        six_bits(w[0], w[1], w[2], u, a, b);
+        const float s = half_to_float(d);
+        return {{__fmul_rn(s, (float)(a - 32)), __fmul_rn(s, (float)(b - 32))}, {0, 0}};
+    }
+};
+
+struct Q2Scales {
+    u16 s;
+    u32 dm;
+    __device__ void load(const Planes& p, u32 u) {
+        s = load_plane<u16>(p.scales, u);
+        dm = load_plane<u32>(p.supers, u / 8);
+    }
+    __device__ Scales scales(u32) const {
+        const float2 d = half2_to_float2(dm);
+        return {{__fmul_rn(d.x, (float)(s & 15)), __fmul_rn(d.x, (float)(s >> 8 & 15))},
+                {__fmul_rn(d.y, (float)(s >> 4 & 15)), __fmul_rn(d.y, (float)(s >> 12))}};
+    }
+};
+
+struct Q6Scales {
+    u16 s, d;
+    __device__ void load(const Planes& p, u32 u) {
+        s = load_plane<u16>(p.scales, u);
+        d = load_plane<u16>(p.supers, u / 8);
+    }
+    __device__ Scales scales(u32) const {
+        const float f = half_to_float(d);
+        return {{__fmul_rn(f, (float)(signed char)s), __fmul_rn(f, (float)((short)s >> 8))}, {0, 0}};
+    }
+};

@@ -1,0 +1,271 @@
+"""The GPU's Runner: KV cache, activation pools, step state and sampler of one model, and the step as a CUDA graph.
+
+A prompt goes through in pieces; a lone sequence's decode step is one graph launch, and the next one is launched before
+the last one's token is read: its inputs are on the device already. What nobody asks for is forgotten. Knows no
+architecture. Next: `ops.py`, `state.py`, `launch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from worker.gpu.attention import AttentionLauncher, PromptPiece
+from worker.gpu.compiler import Kernels
+from worker.gpu.graphs import captured, device_errors
+from worker.gpu.kv_cache import KvCache
+from worker.gpu.launch import Allocator, Launcher, dry_run
+from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
+from worker.gpu.ops import DecodeOps, PrefillOps
+from worker.gpu.sampler import SamplerLauncher, unpack
+from worker.gpu.state import PinnedRing, PromptState, StepState
+from worker.model import Hparams, Model
+from worker.ops import KV_BLOCK, Batch, Ints, Phase
+from worker.sampling import Draw, DrawRequest
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSettings:
+    """What is fixed at load: KV blocks in all, and the longest sequence, the longest piece of a prompt in tokens."""
+
+    kv_blocks: int
+    context: int
+    prefill_tokens: int = 512
+    """A multiple of B. Bits don't depend on it; the activations' memory does."""
+    sequences: int = 1
+    """The most that decode together."""
+    logit_rows: int = 1
+    """The most rows of a piece whose logits are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A draw on its way to the host: `raw` holds it once `event` has happened."""
+
+    raw: np.ndarray[Any, Any]
+    event: Any
+
+    def draw(self, request: DrawRequest) -> Draw:
+        """Wait for it."""
+        self.event.synchronize()
+        return unpack(self.raw, request)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A decode step that was launched before anyone asked for it, and what the call must be that asks for it."""
+
+    batch: Batch
+    request: DrawRequest
+    result: _Result
+
+    def answers(self, batch: Batch, request: DrawRequest) -> bool:
+        """Whether the call is the one foreseen: the same sequence's next token, drawn the same way.
+
+        A sequence's list of generated ids is one object for its whole life, so it tells sequences apart.
+        """
+        return (
+            request.generated is self.request.generated
+            and request.sampling == self.request.sampling
+            and request.index == self.request.index
+            and request.forced is None
+            and np.array_equal(batch.tokens, self.batch.tokens)
+            and np.array_equal(batch.positions, self.batch.positions)
+            and np.array_equal(batch.block_tables[0], self.batch.block_tables[0])
+        )
+
+
+class GpuRunner:
+    """`worker.model.Runner` on one NVIDIA GPU."""
+
+    def __init__(
+        self,
+        model: Model,
+        hp: Hparams,
+        memory: DeviceMemory,
+        kernels: Kernels,
+        settings: GpuSettings,
+        *,
+        padding_ids: Iterable[int] = (),
+        end_ids: Iterable[int] = (),
+    ) -> None:
+        import cupy  # noqa: PLC0415
+
+        self.vocab_size = hp.vocab_size
+        self.kv_blocks = settings.kv_blocks
+        self._cupy = cupy
+        self._model = model
+        self._settings = settings
+        self._kernels = kernels
+        processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+        blocks = min(settings.kv_blocks, -(-settings.context // KV_BLOCK))
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        with device_errors(), self._stream:
+            self.cache = KvCache(memory, hp, settings.kv_blocks)
+            self._attention = AttentionLauncher(memory, self.cache, settings.sequences, processors)
+            self._state = StepState(memory, settings.sequences, blocks)
+            self._prompt = PromptState(memory, settings.prefill_tokens, blocks)
+            self._sampler = SamplerLauncher(
+                memory, hp.vocab_size, padding_ids, end_ids, sequences=settings.sequences, processors=processors
+            )
+            self._results = PinnedRing(self._sampler.drawn.nbytes)
+            self._pools = self._prepare(memory)
+            self._step = self._capture()
+            self._stream.synchronize()
+        self._ahead: _Ahead | None = None
+
+    def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+        """See `Runner.run`."""
+        ahead, self._ahead = self._ahead, None
+        with device_errors(), self._stream:
+            if batch.phase is Phase.PREFILL:
+                return self._prefill(batch, requests)
+            if len(requests) > 1:
+                return self._decode_together(batch, requests)
+            return [self._decode_one(batch, requests[0], ahead)]
+
+    def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The model's logits [R, V] f32, for comparisons."""
+        self._ahead = None
+        with device_errors(), self._stream:
+            if batch.phase is Phase.PREFILL:
+                return np.concatenate(
+                    [np.empty((0, self.vocab_size), np.float32), *map(self._host, self._pieces(batch))]
+                )
+            self._state.load(batch, [], self._stream)
+            return self._host(self._decode_forward(batch))
+
+    def _host(self, array: DeviceArray) -> np.ndarray[Any, np.dtype[np.float32]]:
+        result: np.ndarray[Any, np.dtype[np.float32]] = self._cupy.asnumpy(array)
+        return result
+
+    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+        """The whole batch, piece by piece, then a draw from each row that was asked for."""
+        rows = [row[None] for logits in self._pieces(batch) for row in logits]
+        return [
+            self._first_draw(batch, int(at), row, request)
+            for at, row, request in zip(batch.logit_rows, rows, requests, strict=True)
+        ]
+
+    def _pieces(self, batch: Batch) -> Iterable[DeviceArray]:
+        """The logits [R, V] of each piece of a prompt in turn."""
+        size = self._settings.prefill_tokens
+        for start in range(0, len(batch.tokens), size):
+            tokens = batch.tokens[start : start + size]
+            rows = batch.logit_rows[(batch.logit_rows >= start) & (batch.logit_rows < start + size)] - start
+            piece = replace(batch, tokens=tokens, positions=batch.positions[start : start + size], logit_rows=rows)
+            self._prompt.load(tokens, batch.block_tables[0], self._stream)
+            yield self._model.forward(self._prefill_ops(self._kernels, self._pools[Phase.PREFILL], piece), piece)
+
+    def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest) -> Draw:
+        """Draw after a prompt: the step state starts at its row `at`."""
+        if request.forced is not None:
+            return Draw(request.forced)
+        row = slice(at, at + 1)
+        last = _one(batch.tokens[row], batch.positions[row], batch.block_tables[0])
+        self._load(last, [request])
+        self._sampler.launch(self._kernels, logits, self._state)
+        return self._read(last, request, self._fetch())
+
+    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: _Ahead | None) -> Draw:
+        if ahead is not None and ahead.answers(batch, request):
+            return self._read(batch, request, ahead.result)
+        self._load(batch, [request])
+        self._step.launch(self._stream)
+        if request.forced is not None:
+            return Draw(request.forced)
+        return self._read(batch, request, self._fetch())
+
+    def _read(self, batch: Batch, request: DrawRequest, result: _Result) -> Draw:
+        """Launch the step after the batch, then wait for the batch's draw."""
+        position = int(batch.positions[0]) + 1
+        room = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
+        following = None
+        if position < room:
+            self._step.launch(self._stream)
+            following = self._fetch()
+        draw = result.draw(request)
+        if following is not None:
+            token, at = np.array([draw.id], np.int32), np.array([position], np.int32)
+            expected = replace(request, index=request.index + 1)
+            self._ahead = _Ahead(_one(token, at, batch.block_tables[0]), expected, following)
+        return draw
+
+    def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+        """Several sequences: launched kernel by kernel, read at once."""
+        self._load(batch, requests)
+        self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
+        result = self._fetch()
+        result.event.synchronize()
+        rows = result.raw.reshape(self._settings.sequences, -1)
+        return [
+            unpack(row, request) if request.forced is None else Draw(request.forced)
+            for row, request in zip(rows, requests, strict=False)
+        ]
+
+    def _load(self, batch: Batch, requests: Sequence[DrawRequest]) -> None:
+        self._state.load(batch, requests, self._stream)
+        for row, request in enumerate(requests):
+            self._sampler.load(row, request, self._stream)
+
+    def _fetch(self) -> _Result:
+        return _Result(*self._results.download(self._sampler.drawn, self._stream))
+
+    def _decode_forward(self, batch: Batch) -> DeviceArray:
+        return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
+
+    def _decode_ops(self, kernels: Launcher, pool: Allocator) -> DecodeOps:
+        return DecodeOps(kernels, pool, self._attention, self._state)
+
+    def _prefill_ops(self, kernels: Launcher, pool: Allocator, piece: Batch) -> PrefillOps:
+        at = PromptPiece(int(piece.positions[0]), self._prompt.table)
+        return PrefillOps(kernels, pool, self._attention, self._prompt.tokens, at)
+
+    def _prepare(self, memory: DeviceMemory) -> dict[Phase, Pool]:
+        """Compile what the model needs, and reserve what its activations need, as dry runs tell."""
+        prompt, step = self._largest_piece(), self._largest_step()
+
+        def prefill(kernels: Launcher, pool: Allocator) -> None:
+            self._model.forward(self._prefill_ops(kernels, pool, prompt), prompt)
+
+        def decode(kernels: Launcher, pool: Allocator) -> None:
+            logits = self._model.forward(self._decode_ops(kernels, pool), step)
+            self._sampler.launch(kernels, logits, self._state)
+
+        needs = {Phase.PREFILL: dry_run(prefill), Phase.DECODE: dry_run(decode)}
+        self._kernels.prepare(name for need in needs.values() for name in need.kernels)
+        # First fit may pack the arrays of a shorter piece a little worse than those of the longest.
+        return {
+            phase: Pool(memory, need.pool_bytes + need.pool_bytes // 8, Purpose.ACTIVATIONS)
+            for phase, need in needs.items()
+        }
+
+    def _capture(self) -> Any:
+        """The decode step of one sequence, sampler included, as a graph over the step state."""
+        zero = np.zeros(1, np.int32)
+        batch = _one(zero, zero, zero)
+
+        def step() -> None:
+            self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
+
+        step()  # loads the kernels and allocates what the first layer to need it allocates
+        return captured(step, self._stream)
+
+    def _largest_piece(self) -> Batch:
+        tokens = np.zeros(self._settings.prefill_tokens, np.int32)
+        positions = np.arange(len(tokens), dtype=np.int32)
+        rows = positions[: self._settings.logit_rows]
+        return Batch(Phase.PREFILL, tokens, positions, (np.zeros(1, np.int32),), rows)
+
+    def _largest_step(self) -> Batch:
+        zeros = np.zeros(self._settings.sequences, np.int32)
+        tables = (np.zeros(1, np.int32),) * len(zeros)
+        return Batch(Phase.DECODE, zeros, zeros, tables, np.arange(len(zeros), dtype=np.int32))
+
+
+def _one(token: Ints, position: Ints, table: Ints) -> Batch:
+    """A decode step of one sequence."""
+    return Batch(Phase.DECODE, token, position, (table,), np.zeros(1, np.int32))

@@ -1,0 +1,106 @@
+"""The launcher of the sampler: one row of logits in device memory to one drawn token, without the host.
+
+It keeps what a draw depends on besides its request: the padding and end masks, how often each token was seen, the
+biases. Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from worker.errors import Internal
+from worker.gpu.compiler import KernelName
+from worker.gpu.launch import Launcher
+from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
+from worker.gpu.state import PinnedRing, StepState, penalized
+from worker.sampling import Draw, DrawRequest
+
+_TOP = 20
+DRAWN = np.dtype(
+    [("id", "i4"), ("count", "i4"), ("logprob", "f8"), ("top_logprobs", "f8", _TOP), ("top_ids", "i4", _TOP)]
+)
+"""`Drawn` of sample.cu."""
+
+INSTANTIATIONS: tuple[KernelName, ...] = (("sample.cu", "sample"),)
+_THREADS = 256
+_BLOCKS = 128
+_BOARD_BYTES = 112736  # sizeof(Board)
+_PADDING, _END = 1, 2
+
+
+class SamplerLauncher:
+    """Draws for one vocabulary and at most `sequences` at once."""
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        vocab_size: int,
+        padding_ids: Iterable[int],
+        end_ids: Iterable[int],
+        *,
+        sequences: int,
+        processors: int,
+    ) -> None:
+        def array(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
+            return memory.reserve(int(np.prod(shape)) * np.dtype(dtype).itemsize, Purpose.WORKSPACE).array(shape, dtype)
+
+        mask = np.zeros(vocab_size, np.uint8)
+        mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
+        mask[[i for i in end_ids if i < vocab_size]] |= _END
+        self._mask = array((vocab_size,), np.uint8)
+        self._mask.set(mask)
+        self._counts = array((sequences, vocab_size), np.int32)
+        self._bias = array((sequences, vocab_size), np.float64)
+        self._scores = array((vocab_size,), np.float64)
+        self._weights = array((vocab_size,), np.uint64)
+        self._board = array((_BOARD_BYTES,), np.uint8)
+        self._board.fill(0)
+        self.drawn = array((sequences, DRAWN.itemsize), np.uint8)
+        self.drawn.fill(0)
+        self._ring = PinnedRing(vocab_size * 8, slots=1)
+        self._blocks = min(_BLOCKS, processors)
+        self._vocab_size = vocab_size
+
+    def load(self, row: int, request: DrawRequest, stream: Any) -> None:
+        """Bring a sequence's counts and biases to the device, where its draws depend on them."""
+        sampling = request.sampling
+        if request.forced is not None:
+            return
+        if penalized(sampling):
+            seen = [*request.prompt, *request.generated] if sampling.penalize_prompt else request.generated
+            counts = np.bincount(np.asarray(seen, np.int64), minlength=self._vocab_size).astype(np.int32)
+            self._ring.upload([(0, counts)], self._counts[row], stream)
+        if sampling.logit_bias:
+            bias = np.zeros(self._vocab_size)
+            bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
+            self._ring.upload([(0, bias)], self._bias[row], stream)
+
+    def launch(self, kernels: Launcher, logits: DeviceArray, state: StepState) -> None:
+        """Draw for each row of logits [S, V] f32: into `drawn`, and on to the state's next step."""
+        kernel = kernels.get("sample.cu", "sample")
+        for row in range(len(logits)):
+            kernel(
+                (self._blocks,),
+                (_THREADS,),
+                (
+                    *(logits[row], self._mask, self._counts[row], self._bias[row], np.int32(self._vocab_size)),
+                    *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
+                    *(self._scores, self._weights, self._board),
+                ),
+            )
+
+
+def unpack(raw: np.ndarray[Any, Any], request: DrawRequest) -> Draw:
+    """The draw that a row of `drawn` [bytes] holds. Raises Internal where no token could be drawn."""
+    drawn = raw.view(DRAWN)[0]
+    token = int(drawn["id"])
+    if token < 0:
+        raise Internal("the model's logits are not finite, so no token can be drawn")
+    if request.sampling.logprobs is None:
+        return Draw(token)
+    count = int(drawn["count"])
+    top = zip(drawn["top_ids"][:count].tolist(), drawn["top_logprobs"][:count].tolist(), strict=True)
+    return Draw(token, float(drawn["logprob"]), tuple(top))
