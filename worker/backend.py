@@ -76,7 +76,7 @@ class Backend(Protocol):
         ...
 
     def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> Runner:
-        """Upload and bind; `on_bytes` hears the file bytes of each piece. Raises VramOom, CudaError, ModelLoadFailed."""
+        """Upload and bind; `on_bytes` hears each piece's file bytes. Raises VramOom, CudaError, ModelLoadFailed."""
         ...
 
     def memory(self) -> MemoryUse:
