@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-
-def _why_not():
-    if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed here"
-    import cupy
-
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"no NVIDIA GPU here: {error}"
-    return None
+from tests.gpu.suite import why_no_gpu
 
 
 @pytest.fixture(scope="session")
 def gpu():
     """CuPy, or a skip."""
-    reason = _why_not()
+    reason = why_no_gpu()
     if reason:
         pytest.skip(reason)
     import cupy

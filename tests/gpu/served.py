@@ -1,0 +1,77 @@
+"""Models on the GPU as `worker run` has them: through `runtime.load`, with hands on the backend where a test needs it.
+
+Knows no test. `tests/gpu/loaded.py` is the layer below: a runner without backend and engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.models import ids, run
+from worker import runtime
+from worker.config import EngineSection, ModelSection
+from worker.engine import Sequence
+
+KERNEL_CACHE = Path.home() / ".cache" / "worker" / "kernels"
+"""Where `conftest.py` keeps them too."""
+
+REPOSITORY = Path(__file__).parents[2]
+CHILD_S = 180
+
+
+def load(path, *, context=512):
+    """The model as a worker serves it."""
+    return runtime.load(path, ModelSection(context=context), EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE))
+
+
+def answer(loaded, prompt, sampling, tokens=64, replay=()):
+    """The ids of one job; no token ends it early."""
+    return ids(run(loaded.engine, Sequence("job", list(prompt), tokens, sampling, replay=list(replay)))["job"])
+
+
+def settle():
+    """Let go of everything that only garbage holds, CuPy's own cache of memory included."""
+    import cupy
+
+    gc.collect()
+    cupy.get_default_memory_pool().free_all_blocks()
+    cupy.cuda.runtime.deviceSynchronize()
+
+
+def device_bytes():
+    """What the driver says is taken on the card, by anyone."""
+    import cupy
+
+    free, total = cupy.cuda.runtime.memGetInfo()
+    return total - free
+
+
+class Child:
+    """Another worker process that answers one job, an id a line; see `child.py`."""
+
+    def __init__(self, path, prompt, *, seed, temperature=0.8, tokens=64, replay=(), pause=None, trap=None):
+        job = {"prompt": list(prompt), "seed": seed, "temperature": temperature, "tokens": tokens}
+        job |= {"replay": list(replay), "pause": pause, "trap": trap}
+        command = [sys.executable, "-m", "tests.gpu.child", str(path), json.dumps(job)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1
+        )
+
+    def read(self, count):
+        """Its next `count` ids."""
+        return [int(self.process.stdout.readline()) for _ in range(count)]
+
+    def kill(self):
+        """SIGKILL; its exit code."""
+        self.process.kill()
+        return self.finish()[0]
+
+    def finish(self):
+        """Exit code, ids that were not read yet, and what it said on stderr."""
+        out, err = self.process.communicate(timeout=CHILD_S)
+        return self.process.returncode, [int(line) for line in out.split()], err

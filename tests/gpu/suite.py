@@ -1,0 +1,219 @@
+"""The GPU's suite, a part at a time: what ran, what was skipped and why, and the figures that tests recorded.
+
+    python -m tests.gpu.suite [ops|models|full|faults|sanitize] [--synth TOOL] [-k EXPRESSION]
+
+Without a part all run. Each is a process of its own, so a lost device ends no other part. `--synth` names the script
+that writes full-size files (`synth_gguf.py MODEL OUT.gguf`) where the cache has none. Without a GPU each test is listed
+as skipped and the exit code is 0; with one it is 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+PART_S = 8 * 60
+TOOLS = ("memcheck", "racecheck", "initcheck")
+_FOUND = 9  # what compute-sanitizer ends with where it found something
+
+OPS = ("attention", "norms", "routing", "sampler", "products", "layouts", "memory")
+PARTS = {
+    "ops": OPS,
+    "models": ("runner", "smollm2", "determinism"),
+    "full": ("full_size",),
+    "faults": ("faults", "memory_baseline"),
+    "sanitize": OPS,
+}
+# The smallest shapes that take every branch, all 14 types: a sanitizer slows a kernel down a hundredfold.
+SMALLEST = (
+    "37-256-3 or 37-256-17 or 19-256-2 or several_types or residual or fill_no_whole_step and 96"
+    " or decode_experts or prefill_experts and (3-5-3 or 17-64-6) or embed or the_choice or tie"
+    " or prefill_equals and 77 or several_sequences or beyond_f16 or leaves_its_rows or normed or halved"
+    " or draws_equal and 5-60 or moves_on or forced or no_numbers"
+)
+
+
+@dataclass
+class Outcome:
+    """One part's tests by outcome, the figures that they recorded, and how long it took."""
+
+    part: str
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def why_no_gpu() -> str | None:
+    """Why nothing can run here; None where a GPU is."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed here"
+    import cupy
+
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no NVIDIA GPU here: {error}"
+    return None
+
+
+def where() -> str:
+    """Card, driver, CuPy, Python and commit."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    card = runtime.getDeviceProperties(0)["name"].decode()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    commit = said(["git", "describe", "--always", "--dirty"])
+    cuda = runtime.runtimeGetVersion()
+    return (
+        f"{card}, driver {said(query)}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, CuPy {cupy.__version__}, "
+        f"Python {sys.version.split()[0]}, commit {commit}"
+    )
+
+
+def said(command: Sequence[str]) -> str:
+    """The first line that a command prints, or `unknown`."""
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip()
+
+
+def pytest_command(part: str, *options: str) -> list[str]:
+    files = [f"tests/gpu/test_{name}.py" for name in PARTS[part]]
+    quiet = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]  # the other family holds no figures
+    return [sys.executable, "-m", "pytest", *quiet, *options, *files]
+
+
+def run(part: str, expression: str) -> list[Outcome]:
+    """Run a part; sanitize is one outcome a tool."""
+    chosen = ["-k", expression] if expression else []
+    if part != "sanitize":
+        return [run_tests(part, [], chosen, PART_S)]
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        return [Outcome(f"sanitize {tool}", skipped=[f"{tool}: compute-sanitizer is not installed"]) for tool in TOOLS]
+    return [
+        run_tests(
+            f"sanitize {tool}",
+            [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), "--print-limit", "5"],
+            chosen or ["-k", SMALLEST],
+            PART_S / len(TOOLS),
+        )
+        for tool in TOOLS
+    ]
+
+
+def run_tests(name: str, before: list[str], chosen: list[str], limit_s: float) -> Outcome:
+    """Run one pytest process, under a tool if `before` names it, and read what became of its tests."""
+    outcome, began = Outcome(name), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [*before, *pytest_command(name.partition(" ")[0], f"--junitxml={report}", *chosen)]
+        try:
+            code = subprocess.run(command, cwd=REPOSITORY, timeout=limit_s, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+            outcome.failed.append(f"{name}: not done within {limit_s:.0f} s")
+        if report.exists():
+            read_report(report, outcome)
+    if code and not outcome.failed:
+        outcome.failed.append(f"{name}: exit code {code}")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def read_report(report: Path, outcome: Outcome) -> None:
+    """Add the tests of a JUnit file to an outcome."""
+    for case in ET.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        outcome.figures += [(p.get("name", ""), p.get("value", "")) for p in case.iter("property")]
+        skip = case.find("skipped")
+        if skip is not None:
+            outcome.skipped.append(f"{name}: {skip.get('message')}")
+        elif case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed.append(name)
+        else:
+            outcome.passed += 1
+
+
+def skip_all(parts: Iterable[str], reason: str) -> None:
+    """Name every test that would have run."""
+    for part in parts:
+        chosen = ["-k", SMALLEST] if part == "sanitize" else []
+        listed = said_lines(pytest_command(part, "--collect-only", *chosen))
+        tests = [line for line in listed if "::" in line]
+        print(*(f"SKIP {test}" for test in tests), sep="\n")
+        print(f"{part}: {len(tests)} skipped: {reason}")
+
+
+def said_lines(command: Sequence[str]) -> list[str]:
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def write_models(tool: Path) -> None:
+    """Write the full-size files that the cache does not have, side by side."""
+    from tests.gpu.test_full_size import MODELS
+    from worker.config import load_settings
+
+    folder = load_settings().hub.cache / "full-size"
+    folder.mkdir(parents=True, exist_ok=True)
+    writing = []
+    for model in MODELS:
+        target = folder / f"{model}.gguf"
+        if not target.exists():
+            part = target.with_suffix(".part")
+            writing.append((part, target, subprocess.Popen([sys.executable, str(tool), model, str(part)])))
+    for part, target, process in writing:
+        if process.wait():
+            raise SystemExit(f"{tool.name} could not write {target.name}")
+        part.rename(target)
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """The figures, the skipped and failed by name, and the table last."""
+    for outcome in outcomes:
+        print(*(f"{name}: {value}" for name, value in outcome.figures), sep="\n")
+        print(*(f"SKIP {each}" for each in outcome.skipped), sep="\n")
+        print(*(f"FAIL {each}" for each in outcome.failed), sep="\n")
+    print(f"{'part':22}{'result':8}{'passed':>7}{'failed':>7}{'skipped':>8}{'seconds':>9}")
+    for outcome in outcomes:
+        result = "FAIL" if outcome.failed else "PASS" if outcome.passed else "skip"
+        counts = f"{outcome.passed:7}{len(outcome.failed):7}{len(outcome.skipped):8}{outcome.seconds:9.0f}"
+        print(f"{outcome.part:22}{result:8}{counts}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--synth", type=Path, metavar="TOOL", help="the script that writes full-size files")
+    parser.add_argument("-k", dest="expression", default="", help="only the tests that pytest -k takes")
+    chosen = parser.parse_args()
+    parts = [chosen.part] if chosen.part else list(PARTS)
+    reason = why_no_gpu()
+    if reason:
+        skip_all(parts, reason)
+        return 0
+    if chosen.synth and "full" in parts:
+        write_models(chosen.synth)
+    outcomes = [outcome for part in parts for outcome in run(part, chosen.expression)]
+    print(where())
+    show(outcomes)
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Every allocation fails once, at load and in a job; the card is full; the device is lost. Nothing leaks, all goes on.
+
+The n-th allocation fails for n = 1, 2, 3, … until a load, or a job, gets through. Accounted bytes must be at their
+baseline to the byte after each; the driver's own figure is compared over all of them, in which a leak of one slab a
+failure would be gigabytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.gpu.served import KERNEL_CACHE, Child, answer, device_bytes, load, settle
+from worker import runtime
+from worker.config import EngineSection, ModelSection
+from worker.engine import Sequence
+from worker.errors import CudaError, InsufficientVram, VramOom
+from worker.sampling import Sampling
+
+PROMPT = np.random.default_rng(11).integers(0, 280, 70).tolist()
+WARM = Sampling(temperature=0.8, seed=5)
+TOKENS = 12
+DRIVERS_OWN = 4 << 20
+
+
+class Faults:
+    """Counts allocations and fails those that are `at`."""
+
+    def __init__(self):
+        self.count = 0
+        self.at = 0
+
+    def __call__(self, number):
+        self.count = number
+        return number == self.at
+
+    def arm(self, nth):
+        """Fail the nth allocation from now on."""
+        self.at = self.count + nth
+
+    def disarm(self):
+        """Fail no more."""
+        self.at = 0
+
+
+@pytest.fixture
+def faulty(gpu, monkeypatch):
+    """A backend whose allocations can be made to fail, in place of the runtime's own; and the faults."""
+    from worker.gpu.backend import GpuBackend
+    from worker.gpu.memory import DeviceMemory
+
+    faults, backend = Faults(), GpuBackend(KERNEL_CACHE)
+    backend._memory = DeviceMemory(faults)
+    monkeypatch.setattr(runtime, "open_backend", lambda engine: backend)
+    return backend, faults
+
+
+def refused(attempt):
+    """The VramOom of an attempt, without its frames, which would keep alive what they hold; None if it gets through."""
+    try:
+        attempt()
+    except VramOom as error:
+        return error.code
+    return None
+
+
+def finish(engine):
+    while not engine.idle:
+        engine.step()
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen2"])
+def test_each_allocation_of_a_load_fails_once_and_leaves_nothing(name, tiny, faulty):
+    backend, faults = faulty
+    path = tiny(name)
+    expected = answer(load(path), PROMPT, WARM, TOKENS)
+    settle()
+    assert backend.memory().used == backend.memory().runtime
+    before, nth = device_bytes(), 0
+    while True:
+        nth += 1
+        faults.arm(nth)
+        code = refused(lambda: load(path))
+        settle()
+        used = backend.memory()
+        assert (used.weights, used.kv, used.activations, used.workspace) == (0, 0, 0, 0), f"allocation {nth}"
+        if code is None:
+            break
+        assert code == "VRAM_OOM"
+    faults.disarm()
+    assert nth > 50
+    assert device_bytes() <= before + DRIVERS_OWN
+    assert answer(load(path), PROMPT, WARM, TOKENS) == expected
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen2"])
+def test_each_allocation_of_a_job_fails_once_and_the_next_job_is_right(name, tiny, faulty):
+    backend, faults = faulty
+    loaded = load(tiny(name))
+    expected = answer(loaded, PROMPT, WARM, TOKENS)
+    baseline, blocks, nth = backend.memory(), loaded.engine.free_kv_blocks, 0
+    while True:
+        nth += 1
+        faults.arm(nth)
+        loaded.engine.add(Sequence("fails", PROMPT, TOKENS, WARM))
+        code = refused(lambda: finish(loaded.engine))
+        if code is None:
+            break
+        assert code == "VRAM_OOM"
+        loaded.engine.abort("fails")
+        assert backend.memory() == baseline, f"allocation {nth}"
+        assert loaded.engine.free_kv_blocks == blocks
+        assert answer(loaded, PROMPT, WARM, TOKENS) == expected, f"after allocation {nth}"
+    assert nth > 20
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_copied(tiny, faulty):
+    backend, faults = faulty
+    backend.available_bytes = lambda: 1 << 20
+    with pytest.raises(InsufficientVram) as refusal:
+        runtime.load(tiny("llama"), ModelSection(), EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE))
+    assert refusal.value.details["required"] > refusal.value.details["available"] == 1 << 20
+    assert faults.count == 0
+
+
+def test_a_full_card_is_insufficient_vram_and_serves_again_once_there_is_room(tiny, gpu):
+    from worker.gpu.memory import DeviceMemory, Purpose
+
+    settle()
+    other = DeviceMemory()
+    taken = other.reserve(other.free - (128 << 20), Purpose.WORKSPACE)
+    assert other.free < 256 << 20
+    with pytest.raises(InsufficientVram):
+        load(tiny("llama"))
+    del taken
+    assert len(answer(load(tiny("llama")), PROMPT, WARM, TOKENS)) == TOKENS
+
+
+def test_a_lost_device_ends_the_process_with_2_and_another_goes_on(tiny, gpu):
+    path = tiny("gpt-oss")
+    whole = answer(load(path), PROMPT, WARM, 40)
+    first = Child(path, PROMPT, seed=WARM.seed, tokens=40, trap=9)
+    code, published, said = first.finish()
+    assert code == CudaError.exit_code == 2, said
+    assert "CUDA_ERROR" in said
+    assert published == whole[: len(published)]
+    assert len(published) >= 9
+    code, rest, said = Child(path, PROMPT, seed=WARM.seed, tokens=40, replay=published).finish()
+    assert code == 0, said
+    assert published + rest == whole

@@ -1,0 +1,204 @@
+"""The three models and llama-3.2-1b at their exact shapes and type mixes, random weights: load, answer, numbers.
+
+Files lie in `full-size/` of the worker's cache folder; `suite.py --synth` writes them, and where one is missing its
+tests are skipped by name. A prompt's logits are held against the twin that rounds alike (1 %) and the f32 reference
+(5 %) where the host can hold the model as f32 in reasonable time. Speeds are recorded, not judged, beside the bytes
+that a token moves and the read bandwidth of the same run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.gpu.served import answer, device_bytes, load, settle
+from tests.gpu.speed import decode_bytes, read_bandwidth
+from tests.models import cpu_runner, decode, prefill
+from worker.config import load_settings
+from worker.engine import Sequence
+from worker.gguf_file import GgufFile
+from worker.sampling import Sampling
+
+MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b")
+CONTEXT, TOKENS, PROMPT = 4096, 256, 128
+HOST_WEIGHTS = 5_000_000_000  # f32 reference: more takes the host minutes to de-quantize
+TWIN, REFERENCE = 0.01, 0.05
+SAMPLED = 512  # rows of a matrix that are compared with f64
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def full(request, gpu):
+    """One model, loaded, with what the driver said before; gone before the next one comes."""
+    path = load_settings().hub.cache / "full-size" / f"{request.param}.gguf"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")
+    settle()
+    began = time.perf_counter()
+    loaded = load(path, context=CONTEXT)
+    made = SimpleNamespace(name=request.param, path=path, loaded=loaded, load_s=time.perf_counter() - began)
+    yield made
+    del made.loaded, loaded
+    settle()
+
+
+@pytest.fixture(scope="module")
+def bandwidth(gpu):
+    return read_bandwidth()
+
+
+def random_ids(full, count, seed=0):
+    return np.random.default_rng(seed).integers(0, full.loaded.hparams.vocab_size - 8, count).tolist()
+
+
+def relative(found, exact):
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact))
+
+
+def test_resident_weights_are_the_files_within_2_percent(full, record_property):
+    with GgufFile.open(full.path) as file:
+        in_file = sum(info.nbytes for info in file.tensors.values())
+    resident = full.loaded.backend.memory().weights
+    record_property(
+        f"{full.name} load", f"{full.load_s:.1f} s, {resident / 1e9:.3f} GB, {resident / in_file:.5f} of file"
+    )
+    assert abs(resident - in_file) <= 0.02 * in_file
+    assert full.loaded.backend.strays()[1] == []
+
+
+def test_accounted_memory_is_the_drivers(full, record_property):
+    answer(full.loaded, random_ids(full, 40), Sampling(temperature=0), 4)
+    settle()
+    accounted, drivers = full.loaded.backend.memory().used, device_bytes()
+    record_property(f"{full.name} memory", f"accounted {accounted / MIB:,.0f} MiB, driver {drivers / MIB:,.0f} MiB")
+    assert abs(accounted - drivers) <= max(0.01 * drivers, 32 * MIB)
+
+
+def test_256_tokens_decode_and_a_seed_repeats(full, bandwidth, record_property):
+    prompt, sampling = random_ids(full, PROMPT), Sampling(temperature=0.8, seed=7)
+    first = answer(full.loaded, prompt, sampling, TOKENS)
+    seconds, again = timed_decode(full.loaded.engine, prompt, sampling)
+    assert len(first) == TOKENS
+    assert again == first
+    moved = decode_bytes(full.path, full.loaded.hparams, PROMPT + TOKENS // 2)
+    rate = 1 / seconds
+    share = 100 * moved * rate / bandwidth
+    record_property(
+        f"{full.name} decode",
+        f"{rate:,.0f} tok/s, {moved / 1e6:,.0f} MB a token, {share:.0f} % of {bandwidth / 1e9:,.0f} GB/s",
+    )
+
+
+def timed_decode(engine, prompt, sampling):
+    """Seconds a token after the first, and all ids."""
+    engine.add(Sequence("timed", prompt, TOKENS, sampling))
+    tokens = []
+    while not tokens:
+        tokens += engine.step()
+    began = time.perf_counter()
+    while not engine.idle:
+        tokens += engine.step()
+    return (time.perf_counter() - began) / (TOKENS - 1), [token.draw.id for token in tokens]
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 2048])
+def test_a_prompts_first_token_comes_and_repeats(full, tokens, record_property):
+    prompt, greedy = random_ids(full, tokens), Sampling(temperature=0)
+    seconds, drawn = [], set()
+    for _ in range(4):
+        began = time.perf_counter()
+        drawn |= set(answer(full.loaded, prompt, greedy, 1))
+        seconds.append(time.perf_counter() - began)
+    record_property(
+        f"{full.name} prefill {tokens}", f"{tokens / min(seconds):,.0f} tok/s, first token {1e3 * min(seconds):.1f} ms"
+    )
+    assert len(drawn) == 1
+
+
+def test_logits_of_100_tokens_are_the_twins_and_the_references(full, record_property):
+    with GgufFile.open(full.path) as file:
+        weights = sum(math.prod(info.shape) for info in file.tensors.values())
+    if weights > HOST_WEIGHTS:
+        pytest.skip(f"{full.name} as f32 takes the host {4 * weights / 1e9:.0f} GB and minutes")
+    runner, (exact, twin) = full.loaded.engine._runner, references(full.path)
+    prompt, following = random_ids(full, 100), random_ids(full, 3, seed=1)
+    table = np.arange(8, dtype=np.int32)
+    last = prefill(prompt, table=table, rows=[99])
+    found, alike, reference = (each.logits(last) for each in (runner, twin, exact))
+    steps = {"prefill": (relative(found, alike), relative(found, reference))}
+    for i, token in enumerate(following):
+        twin.cache.k[:, :8], twin.cache.v[:, :8] = first_blocks(runner.cache.array)
+        step = decode(token, 100 + i, table)
+        found, alike, reference = (each.logits(step) for each in (runner, twin, exact))
+        steps[f"decode {i}"] = relative(found, alike), relative(found, reference)
+    worst = {kind: [max(e[i] for s, e in steps.items() if s.startswith(kind)) for i in (0, 1)] for kind in ("p", "d")}
+    record_property(
+        f"{full.name} logits",
+        f"prefill {worst['p'][0]:.1e} of the twin, {worst['p'][1]:.1e} of f32; "
+        f"decode {worst['d'][0]:.1e} of the twin, {worst['d'][1]:.1e} of f32",
+    )
+    assert worst["p"][0] < TWIN
+    assert worst["d"][0] < TWIN
+    assert max(worst["p"][1], worst["d"][1]) < REFERENCE
+
+
+def references(path):
+    """The exact f32 runner, and the one that rounds as the GPU does, over the same weights."""
+    from worker.adapters.hparams import read_hparams
+    from worker.cpu.quantized import QuantizedOps
+    from worker.cpu.runner import CpuRunner
+    from worker.cpu.threads import Threads
+    from worker.ops import Phase
+
+    exact = cpu_runner(path, context=256)
+    with GgufFile.open(path) as file:
+        twin = CpuRunner(exact._model, read_hparams(file), kv_blocks=16, kv_dtype=np.float16)
+    threads = Threads()
+    twin._ops = {phase: QuantizedOps(twin.cache, phase, threads) for phase in Phase}
+    return exact, twin
+
+
+def first_blocks(cache):
+    """K and V of the first 8 blocks, as the CPU's cache holds them."""
+    return np.moveaxis(cache[:, :, :8].get().swapaxes(3, 4), 1, 0)
+
+
+def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kernels, memory, record_property):
+    from tests.gpu.activations import activations, halved, rows_of
+    from tests.gpu.guarded import GuardedPool
+    from worker.gpu import matmul, matvec
+
+    found = {}
+    with GgufFile.open(full.path) as file:
+        kinds = {(info.kind, info.shape): info for info in file.tensors.values() if len(info.shape) > 1}
+        for (kind, shape), info in kinds.items():
+            if info.name.endswith(".bias"):
+                continue
+            linear, weights = sampled_rows(file, info, kernels, memory)
+            pool, x = GuardedPool(), rows_of(20, shape[-1])
+            exact = x.astype(np.float64) @ weights.astype(np.float64).T
+            (decoded,) = matvec.matvec(kernels, pool, activations(pool, x), [linear])
+            prefilled = matmul.matmul(kernels, pool, halved(pool, x), linear)
+            errors = relative(decoded.get(), exact), relative(prefilled.get(), exact)
+            pool.check()
+            found[kind.name] = max(found.get(kind.name, (0.0, 0.0)), errors)
+            assert max(errors) < 0.01, (info.name, errors)
+    record_property(
+        f"{full.name} products", "; ".join(f"{k} {100 * d:.2f} %, {100 * p:.3f} %" for k, (d, p) in found.items())
+    )
+
+
+def sampled_rows(file, info, kernels, memory):
+    """The last SAMPLED rows of a matrix, of its last expert if it has any: on the device, and as f32."""
+    from tests.gpu.weights import upload
+    from worker.ops import Linear
+    from worker.quants import dequantize
+
+    blocks = file.data(info).reshape(math.prod(info.shape[:-1]), -1)[-min(SAMPLED, info.shape[-2]) :]
+    shape = len(blocks), info.shape[-1]
+    blocks = np.ascontiguousarray(blocks)
+    return Linear(upload(kernels, memory, info.kind, shape, blocks)), dequantize(blocks, info.kind).reshape(shape)

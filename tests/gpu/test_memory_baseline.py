@@ -1,0 +1,54 @@
+"""A hundred jobs of mixed lengths leave memory as it was, to the byte: accounted, and by the driver's figure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.gpu.served import answer, device_bytes, load, settle
+from worker.engine import Sequence
+from worker.sampling import Sampling
+
+JOBS = 100
+KINDS = (
+    Sampling(temperature=0),
+    Sampling(temperature=0.8, seed=3, top_p=0.9, top_k=40),
+    Sampling(temperature=1.0, seed=4, min_p=0.05, logprobs=20),
+    Sampling(temperature=0.7, seed=5, repetition_penalty=1.2, presence_penalty=0.5, penalize_prompt=True),
+    Sampling(temperature=0.9, seed=6, logit_bias={5: 2.0, 7: -100.0}),
+)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "smollm2"])
+def test_a_hundred_jobs_leave_memory_at_its_baseline_to_the_byte(name, request, gpu, tiny):
+    path = request.getfixturevalue("smollm2_here") if name == "smollm2" else tiny(name)
+    loaded = load(path)
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        answer(loaded, [1, 2, 3], kind, 4)
+    settle()
+    baseline, taken, blocks = loaded.backend.memory(), device_bytes(), loaded.engine.free_kv_blocks
+    for job in range(JOBS):
+        prompt = rng.integers(0, loaded.hparams.vocab_size, int(rng.integers(1, 400))).tolist()
+        tokens = int(rng.integers(1, 100))
+        sampling = replace(KINDS[job % len(KINDS)], seed=job)
+        if job % 7 == 6:
+            cancelled(loaded.engine, prompt, tokens, sampling)
+        else:
+            assert len(answer(loaded, prompt, sampling, tokens)) == tokens
+        assert loaded.backend.memory() == baseline, f"job {job}"
+    settle()
+    assert device_bytes() == taken
+    assert loaded.engine.free_kv_blocks == blocks
+    assert loaded.backend.strays() == (loaded.backend.strays()[0], [])
+
+
+def cancelled(engine, prompt, tokens, sampling):
+    """A job that is stopped in the middle of its answer."""
+    engine.add(Sequence("cancelled", prompt, tokens, sampling))
+    for _ in range(3):
+        engine.step()
+    engine.abort("cancelled")
+    assert engine.idle

@@ -1,0 +1,71 @@
+"""The suite's bookkeeping, where there is no GPU too: every file has a part, nothing is counted wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import suite
+from tests.gpu.speed import decode_bytes
+from tests.models import cpu_runner
+from worker.adapters.hparams import read_hparams
+from worker.gguf_file import GgufFile
+
+HERE = Path(__file__).parent
+WITHOUT_GPU = {"suite", "compiler"}
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.gpu.test_a" name="test_good"><properties><property name="speed" value="9"/></properties>
+</testcase>
+<testcase classname="tests.gpu.test_a" name="test_bad"><failure message="no"/></testcase>
+<testcase classname="tests.gpu.test_a" name="test_broken"><error message="no"/></testcase>
+<testcase classname="tests.gpu.test_a" name="test_out"><skipped message="not here"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_every_file_of_gpu_tests_belongs_to_a_part():
+    files = {path.stem.removeprefix("test_") for path in HERE.glob("test_*.py")}
+    assert {name for names in suite.PARTS.values() for name in names} == files - WITHOUT_GPU
+
+
+def test_a_report_becomes_counts_names_and_figures(tmp_path):
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT)
+    outcome = suite.Outcome("ops")
+    suite.read_report(path, outcome)
+    assert outcome.passed == 1
+    assert outcome.failed == ["test_a::test_bad", "test_a::test_broken"]
+    assert outcome.skipped == ["test_a::test_out: not here"]
+    assert outcome.figures == [("speed", "9")]
+
+
+def test_a_part_that_takes_too_long_has_failed(monkeypatch):
+    monkeypatch.setattr(suite, "pytest_command", lambda *_: ["sleep", "60"])
+    assert suite.run_tests("ops", [], [], 0.2).failed == ["ops: not done within 0 s"]
+
+
+def test_a_part_that_dies_without_a_report_has_failed(monkeypatch):
+    monkeypatch.setattr(suite, "pytest_command", lambda *_: ["false"])
+    assert suite.run_tests("ops", [], [], 60).failed == ["ops: exit code 1"]
+
+
+def test_the_table_tells_failed_skipped_and_passed_parts_apart(capsys):
+    outcomes = [suite.Outcome("ops", passed=2), suite.Outcome("full", skipped=["a: b"]), suite.Outcome("x", 1, ["y"])]
+    suite.show(outcomes)
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[:2] for line in table] == [["ops", "PASS"], ["full", "skip"], ["x", "FAIL"]]
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen2", "llama3-rope"])
+def test_a_token_moves_each_weight_once_but_only_the_experts_in_use(name, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        hp, tensors = read_hparams(file), file.tensors
+    at = 100
+    experts = sum(t.nbytes for t in tensors.values() if "_exps." in t.name)
+    head = 0 if "output.weight" not in tensors else tensors["token_embd.weight"].nbytes * (1 - 1 / hp.vocab_size)
+    weights = sum(t.nbytes for t in tensors.values()) - head - experts / 2  # 4 of 8 are in use
+    cache = cpu_runner(tiny(name), context=16).cache
+    a_layer = 2 * (cache.k.nbytes + cache.v.nbytes) // 4 // 16 // hp.block_count  # f16, where the CPU's is f32
+    seen = sum(min(at, 32) if name == "gpt-oss" and layer % 2 == 0 else at for layer in range(hp.block_count))
+    assert decode_bytes(tiny(name), hp, at) == pytest.approx(weights + a_layer * seen, rel=1e-9)
