@@ -18,7 +18,7 @@ def breaches(job_id: str, records: Sequence[Record], text: str | None = None) ->
     found: list[str] = []
     indices: list[int] = []
     released: list[str] = []
-    previous, epoch, started, over, ended = (0, -1), 0, False, False, False
+    previous, epoch, started, over = (0, -1), 0, False, False
     for entry_id, fields in records:
         decoded = decode_event(fields["type"].decode(), fields["p"])
         if decoded is None:
@@ -46,16 +46,21 @@ def breaches(job_id: str, records: Sequence[Record], text: str | None = None) ->
             indices += [token.i for token in event.tokens]
             released += [token.t for token in event.tokens]
         over = over or event.terminal
-        ended = ended or isinstance(event, End)
-        if isinstance(event, End) and event.tokens_out != len(indices):
-            found.append(f"end counts {event.tokens_out} tokens, the stream {len(indices)}")
+        if isinstance(event, End):
+            found += _ending(event, indices, "".join(released), text)
     if indices != list(range(len(indices))):
         found.append(f"token indices are {indices}")
-    if text is not None and ended and "".join(released) != text:
-        found.append(f"the text is {''.join(released)!r}, undisturbed {text!r}")
-    if not over:
-        found.append("there is no terminal event")
+    found += [] if over else ["there is no terminal event"]
     return [f"{job_id}: {breach}" for breach in found]
+
+
+def _ending(event: End, indices: Sequence[int], released: str, text: str | None) -> list[str]:
+    found: list[str] = []
+    if event.tokens_out != len(indices):
+        found.append(f"end counts {event.tokens_out} tokens, the stream {len(indices)}")
+    if text is not None and released != text:
+        found.append(f"the text is {released!r}, undisturbed {text!r}")
+    return found
 
 
 async def breaches_on(streams: Streams, queue: str, texts: Mapping[str, str | None]) -> list[str]:

@@ -17,8 +17,6 @@ from worker.jobs.lease import Closed, Policy
 from worker.jobs.received import JobFailed
 from worker.jobs.streams import Disconnected
 
-pytestmark = pytest.mark.asyncio
-
 
 async def test_a_full_queue_says_when_to_try_again(world: World) -> None:
     client, worker = world.client(bound=3, retry_after_s=0.7), await world.transport("w1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -10,12 +9,8 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from worker.errors import InvalidRequest, VramOom
-from worker.jobs import events
-from worker.jobs.events import Envelope, ErrorEvent, Started, Token, Tokens, decode_event, encode_event
+from worker.errors import InvalidRequest
 from worker.jobs.payload import job_id_of
 from worker.jobs.protocol import Job, Limits, Trace, decode_job, derived_seed
 
@@ -260,52 +255,3 @@ def test_a_payload_of_four_kilobytes_is_validated_in_under_a_millisecond() -> No
         decode_job(payload)
         took.append(time.perf_counter() - since)
     assert sorted(took)[25] < 0.001
-
-
-def sample(cls: type[events.Event]) -> events.Event:
-    if cls is Tokens:
-        plain, rich = Token(0, 5, "a"), Token(1, 6, "", -0.5, ((6, -0.5), (7, -1.5)), "analysis")
-        return Tokens(tokens=(plain, rich))
-    types = {"str": "x", "int": 7, "float": 1.5, "bool": True, "dict[str, Any]": {"n": 5}, "list[str]": ["w"]}
-    return cls(**{f.name: types.get(str(f.type), "x") for f in dataclasses.fields(cls)})
-
-
-ALL_EVENTS = [cls for cls in vars(events).values() if isinstance(cls, type) and issubclass(cls, events.Event)]
-ENVELOPE = Envelope(job_id="a", epoch=2, ts_ms=5, worker_id="w", correlation_id="c", traceparent="t")
-
-
-@pytest.mark.parametrize("cls", [cls for cls in ALL_EVENTS if cls is not events.Event])
-def test_every_event_survives_the_wire(cls: type[events.Event]) -> None:
-    event = sample(cls)
-    kind, packed = encode_event(event, ENVELOPE)
-    assert decode_event(kind, packed) == (event, ENVELOPE)
-    fields = msgpack.unpackb(packed)
-    assert {"v", "job_id", "epoch", "ts_ms", "worker_id", "correlation_id", "traceparent"} <= set(fields)
-    later = msgpack.packb(fields | {"of_the_future": 1})
-    assert decode_event(kind, later) == (event, ENVELOPE)
-
-
-def test_a_token_carries_only_what_it_has() -> None:
-    _, packed = encode_event(sample(Tokens), ENVELOPE)
-    plain, rich = msgpack.unpackb(packed)["tokens"]
-    assert plain == {"i": 0, "id": 5, "t": "a"}
-    assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "analysis"}
-
-
-def test_an_error_event_says_what_the_error_says() -> None:
-    event = ErrorEvent.of(VramOom("full", {"required": 5}))
-    assert (event.code, event.message, event.details, event.retriable) == ("VRAM_OOM", "full", {"required": 5}, True)
-
-
-def test_an_unknown_type_is_skipped_and_a_broken_event_is_not() -> None:
-    assert decode_event("of_the_future", b"\xc1") is None
-    for packed in (b"\xc1", b"\x80", b"\x91\x05", msgpack.packb({"job_id": "a"})):
-        with pytest.raises(Exception, match="an event of type started can't be read"):
-            decode_event(Started.kind, packed)
-
-
-@given(st.text(max_size=200))
-def test_any_text_of_a_token_survives_the_wire(text: str) -> None:
-    event = Tokens(tokens=(Token(0, 1, text),))
-    kind, packed = encode_event(event, ENVELOPE)
-    assert decode_event(kind, packed) == (event, ENVELOPE)

@@ -20,8 +20,6 @@ from worker.jobs.lease import Claim, Policy
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected
 
-pytestmark = pytest.mark.asyncio
-
 
 @pytest_asyncio.fixture
 async def real(server: Server) -> AsyncIterator[ServerWorld]:
@@ -132,6 +130,39 @@ async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerWorld) 
     await real.raw.flushall()
     await client.submit(job_id="b", prompt="hello")
     assert (await worker.renew(claim)).value == "lost"
+
+
+async def test_a_cancellation_that_comes_with_the_reply_is_not_lost() -> None:
+    asked = asyncio.Event()
+
+    async def a_reply_that_swallows_it() -> str:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return "the reply"
+
+    asking = asyncio.create_task(redis_streams._asked(a_reply_that_swallows_it()))
+    await asked.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+async def test_a_loop_over_the_server_can_be_cancelled_at_any_moment(real: ServerWorld) -> None:
+    streams = real.connect()
+
+    async def asks_for_ever() -> None:
+        while True:
+            await streams.time_ms()
+
+    for steps in range(60):
+        asking = asyncio.create_task(asks_for_ever())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        asking.cancel()
+        done, _ = await asyncio.wait([asking], timeout=1)
+        assert done, f"the cancellation after {steps} steps was lost"
 
 
 async def test_bare_redis_and_json_are_enough_to_submit(real: ServerWorld) -> None:

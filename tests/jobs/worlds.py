@@ -15,6 +15,7 @@ from typing import Any
 import fakeredis
 from redis.asyncio import Redis
 
+from tests.jobs.stream_checker import breaches_on, holds, keys_without_expiry
 from worker.jobs.client import Client
 from worker.jobs.lease import Policy
 from worker.jobs.memory_streams import MemoryStreams
@@ -35,6 +36,12 @@ async def wait_until(true: Callable[[], Awaitable[bool]], timeout_s: float = 5.0
     while not await true():
         assert time.monotonic() < deadline, "it did not become true in time"
         await asyncio.sleep(0.005)
+
+
+async def all_is_well(world: World, **texts: str | None) -> None:
+    """These jobs' streams are right, with these texts where they ended; nothing is pending, no job key stays."""
+    holds(await breaches_on(world.connect(), "default", texts))
+    holds(keys_without_expiry(await world.keys()))
 
 
 class World:

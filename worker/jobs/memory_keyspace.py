@@ -97,7 +97,8 @@ class Keyspace:
 
     async def _until_added(self, block_ms: int) -> bool:
         try:
-            await asyncio.wait_for(self._added.wait(), block_ms / 1000)
+            async with asyncio.timeout(block_ms / 1000):
+                await self._added.wait()
         except TimeoutError:
             return False
         return True

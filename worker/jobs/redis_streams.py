@@ -35,9 +35,9 @@ from worker.jobs.streams import (
 )
 
 COMMAND_TIMEOUT_S = 5.0
-BLOCK_MARGIN_S = 5.0
-"""By how much the socket of a blocking read outlives MAX_BLOCK_MS."""
 MAX_BLOCK_MS = 30_000
+BLOCKING_TIMEOUT_S = 35.0
+"""No read blocks as long as its socket waits."""
 
 _NO_GROUP = object()
 
@@ -61,14 +61,11 @@ class RedisStreams:
         self._blocking = blocking
         self._reconnects = 0
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        job_slot = _lua("job")
-        self._take = commands.register_script(job_slot + _lua("take"))
-        self._append = commands.register_script(job_slot + _lua("append"))
-        self._cancel = commands.register_script(job_slot + _lua("cancel"))
-        self._renew = commands.register_script(_lua("renew"))
-        self._settle = commands.register_script(_lua("settle"))
-        self._enqueue = commands.register_script(_lua("enqueue"))
-        self._remove_consumers = commands.register_script(_lua("remove_consumers"))
+        of_job, of_queue = ("take", "append", "cancel"), ("renew", "settle", "enqueue", "remove_consumers")
+        scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
+        scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
+        self._take, self._append, self._cancel = (scripts[name] for name in of_job)
+        self._renew, self._settle, self._enqueue, self._remove_consumers = (scripts[name] for name in of_queue)
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -83,7 +80,7 @@ class RedisStreams:
                 retry=Retry(NoBackoff(), 0),
             )
 
-        streams = cls(client(COMMAND_TIMEOUT_S), client(MAX_BLOCK_MS / 1000 + BLOCK_MARGIN_S))
+        streams = cls(client(COMMAND_TIMEOUT_S), client(BLOCKING_TIMEOUT_S))
         for each in (streams._commands, streams._blocking):
             each.connection_pool.connection_kwargs["redis_connect_func"] = streams._on_connect
         return streams
@@ -280,7 +277,12 @@ class RedisStreams:
 
 
 async def _asked(reply: Awaitable[Any], no_group: Any = None) -> Any:
-    """The reply, or `no_group` where the queue's consumer group is missing. Raises Disconnected for what passes."""
+    """The reply, or `no_group` where the queue has no consumer group. Raises Disconnected for what passes.
+
+    A cancellation that comes with the reply is heeded: Python 3.11's `wait_for`, under redis-py, would drop it.
+    """
+    task = asyncio.current_task()
+    cancellations = task.cancelling() if task else 0
     try:
         return await reply
     except _TRANSIENT as error:
@@ -289,6 +291,9 @@ async def _asked(reply: Awaitable[Any], no_group: Any = None) -> Any:
         if "NOGROUP" not in str(error):
             raise
         return no_group
+    finally:
+        if task and task.cancelling() > cancellations:
+            raise asyncio.CancelledError
 
 
 def _lua(name: str) -> str:
