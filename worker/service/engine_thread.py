@@ -1,0 +1,159 @@
+"""The one thread that owns the engine and its device. Everything that touches either runs here, between two steps.
+
+The event loop asks through `call`, `add` and `abort`; drawn tokens come back through an `Inbox` a sequence, which is
+where the two threads meet. It knows nothing of jobs or text; `attempt.py` is the other end of an inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeVar
+
+from worker.engine import Engine, Sequence, Token
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of the inbox's sequence, and when its step ended, by `time.monotonic`."""
+
+    token: Token
+    at: float
+
+
+class Inbox:
+    """What the engine says of one sequence: drawn tokens, or the exception that ended it.
+
+    The engine's thread puts, the event loop takes; `wake` is called on the loop, once for all that came together.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._wake = wake
+        self._items: deque[Drawn | Exception] = deque()
+        self._told = False
+
+    def put(self, item: Drawn | Exception) -> None:
+        """Add an item, from the engine's thread."""
+        self._items.append(item)
+        if not self._told:
+            self._told = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def take(self) -> list[Drawn | Exception]:
+        """Everything that came since the last call, on the event loop."""
+        self._told = False  # before looking: what comes from here on wakes the loop again
+        return [self._items.popleft() for _ in range(len(self._items))]
+
+
+class EngineThread:
+    """Runs an engine that is made on its own thread. A daemon: a device that hangs can't keep the process alive."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        """Steps that ended; for the watchdog."""
+        self._engine: Engine | None = None
+        self._inboxes: dict[str, Inbox] = {}
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence is being computed."""
+        return bool(self._inboxes)
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which runs on the engine's thread between two steps."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(work())
+            except BaseException as error:  # it belongs to the caller, whatever it is
+                done.set_exception(error)
+
+        self._work.put(run)
+        return await asyncio.wrap_future(done)
+
+    async def own(self, engine: Engine) -> None:
+        """From now on, step this engine whenever it has work."""
+
+        def take() -> None:
+            self._engine = engine
+
+        await self.call(take)
+
+    async def add(self, sequence: Sequence, inbox: Inbox) -> None:
+        """Start a sequence. Raises InvalidRequest as `Engine.add` does."""
+
+        def add() -> None:
+            self._owned().add(sequence)
+            self._inboxes[sequence.id] = inbox
+
+        await self.call(add)
+
+    async def abort(self, sequence_id: str) -> None:
+        """Forget a sequence and free its memory; harmless if there is none. Returns after the step that runs now."""
+
+        def abort() -> None:
+            self._inboxes.pop(sequence_id, None)
+            self._owned().abort(sequence_id)
+
+        await self.call(abort)
+
+    def stop(self) -> None:
+        """End the thread after its step, letting the engine go. Does not wait for it."""
+        self._work.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; whether it came."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            if self._engine is None or self._engine.idle or not self._work.empty():
+                work = self._work.get()
+                if work is None:
+                    self._engine = None
+                    return
+                work()
+            else:
+                self._step(self._engine)
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            tokens = engine.step()
+        except Exception as error:
+            # No sequence can go on, and each must be gone from the engine before anybody hears of it.
+            inboxes, self._inboxes = self._inboxes, {}
+            for sequence_id in inboxes:
+                engine.abort(sequence_id)
+            for inbox in inboxes.values():
+                inbox.put(error)
+            return
+        at = time.monotonic()
+        self.steps += 1
+        for token in tokens:
+            if token.sequence_id in self._inboxes:
+                self._inboxes[token.sequence_id].put(Drawn(token, at))
+            if token.finish:
+                self._inboxes.pop(token.sequence_id, None)
+
+    def _owned(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("no engine yet: `own` comes first")
+        return self._engine

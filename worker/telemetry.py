@@ -1,0 +1,113 @@
+"""Every metric and every log field of a worker, by name.
+
+Metrics are Prometheus's and never labelled by job. Log lines are structlog's, one an event; prompts and outputs appear
+as SHA-256, lengths and counts alone. It knows nothing of servers or devices; `worker/service/` says when.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from structlog.typing import FilteringBoundLogger, Processor
+
+from worker.config import LogSection
+
+Log = FilteringBoundLogger
+
+STATES = ("starting", "ready", "busy", "draining", "failed")
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DURATION = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_WAIT = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
+
+
+class Metrics:
+    """One worker's metrics, in a registry of their own. Times are seconds."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._vram = Gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"], registry=registry)
+        self._kv_blocks = Gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"], registry=registry)
+        self._state = Gauge("worker_state", "1 for the state that the worker is in.", ["state"], registry=registry)
+        self.requests = Counter("worker_requests_total", "Jobs, by how they ended.", ["outcome"], registry=registry)
+        self.tokens_in = Counter("worker_tokens_in_total", "Prompt tokens computed.", registry=registry)
+        self.tokens_generated = Counter("worker_tokens_generated_total", "Tokens drawn.", registry=registry)
+        self.prefix_hits = Counter(
+            "worker_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.", registry=registry
+        )
+        self.first_token = Histogram(
+            "worker_time_to_first_token_seconds", "From claim to first token.", buckets=_LATENCY, registry=registry
+        )
+        self.inter_token = Histogram(
+            "worker_inter_token_seconds", "From one token to the next.", buckets=_LATENCY, registry=registry
+        )
+        self.inference = Histogram(
+            "worker_inference_seconds", "From claim to last token.", buckets=_DURATION, registry=registry
+        )
+        self.queue_wait = Histogram(
+            "worker_queue_wait_seconds", "From submission to claim.", buckets=_WAIT, registry=registry
+        )
+        self.model_load = Gauge("worker_model_load_seconds", "How long loading the model took.", registry=registry)
+        began = time.monotonic()
+        uptime = Gauge("worker_uptime_seconds", "Since the process began to serve.", registry=registry)
+        uptime.set_function(lambda: time.monotonic() - began)
+        self.entered(STATES[0])
+
+    def entered(self, state: str) -> None:
+        """The worker is in this state now."""
+        for each in STATES:
+            self._state.labels(each).set(each == state)
+
+    def memory(self, purposes: Mapping[str, int], kv_used: int, kv_free: int) -> None:
+        """Bytes by purpose, and KV blocks."""
+        for purpose, count in purposes.items():
+            self._vram.labels(purpose).set(count)
+        self._kv_blocks.labels("used").set(kv_used)
+        self._kv_blocks.labels("free").set(kv_free)
+
+    def exposition(self) -> bytes:
+        """All of them in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+
+def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) -> Log:
+    """A log of this worker, on stderr by default: JSON lines, or for a terminal lines for people.
+
+    Every line has worker_id, model, gpu, job_id and correlation_id; the last four are null until they are known.
+    """
+    out = stream or sys.stderr
+    people = section.format == "console" or (section.format == "auto" and out.isatty())
+    processors: list[Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+        _event_first,
+        structlog.dev.ConsoleRenderer(colors=out.isatty()) if people else structlog.processors.JSONRenderer(),
+    ]
+    log: Log = structlog.wrap_logger(
+        structlog.WriteLogger(out),
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(section.level),
+        cache_logger_on_first_use=True,
+    ).bind(worker_id=worker_id, model=None, gpu=None, job_id=None, correlation_id=None)
+    return log
+
+
+def _event_first(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {"ts": line.pop("ts"), "level": line.pop("level"), "event": line.pop("event"), **line}
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """Where `error` arose, outermost first, and its type; without its message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames] + [type(error).__name__]
+
+
+def trace_of(error: BaseException) -> str:
+    """The whole trace with all messages: only for what arose below the text, where nothing but token ids is known."""
+    return "".join(traceback.format_exception(error))
