@@ -129,9 +129,9 @@ def test_stopping_a_child_that_ignores_sigterm_kills_it():
     )
     ours, theirs = os.pipe()
     child = embedded.Child([sys.executable, "-c", stubborn], theirs)
-    assert os.read(ours, 2) == b"up"
-    os.close(ours)
     os.close(theirs)
-    assert not child.ended
-    assert child.stop(patience_s=0.1) == -signal.SIGKILL
+    with open(ours) as said:
+        assert said.readline() == "up\n"
+        assert not child.ended
+        assert child.stop(patience_s=0.1) == -signal.SIGKILL
     assert child.ended

@@ -83,19 +83,24 @@ def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) 
     """
     out = stream or sys.stderr
     people = section.format == "console" or (section.format == "auto" and out.isatty())
-    processors: list[Processor] = [
+    stamped: list[Processor] = [
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
-        _event_first,
-        structlog.dev.ConsoleRenderer(colors=out.isatty()) if people else structlog.processors.JSONRenderer(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp" if people else "ts"),
     ]
+    rendered: list[Processor] = [_event_first, structlog.processors.JSONRenderer()]
+    if people:
+        rendered = [_known_only, structlog.dev.ConsoleRenderer(colors=out.isatty())]
     log: Log = structlog.wrap_logger(
         structlog.WriteLogger(out),
-        processors=processors,
+        processors=[*stamped, *rendered],
         wrapper_class=structlog.make_filtering_bound_logger(section.level),
         cache_logger_on_first_use=True,
     ).bind(worker_id=worker_id, model=None, gpu=None, job_id=None, correlation_id=None)
     return log
+
+
+def _known_only(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def _event_first(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

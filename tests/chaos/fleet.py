@@ -55,6 +55,8 @@ class Slot:
     child: Child | None = None
     blow: str = ""
     """What was done to this worker, if anything that ends it."""
+    terms: int = 0
+    """How often it was told to end."""
     paused: bool = False
 
 
@@ -109,6 +111,7 @@ class Fleet:
                 self._pause(slot, slot.child, pause_s)
             else:
                 slot.blow = kind
+                slot.terms += kind == "term"
                 slot.child.process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
 
     async def _one(self, streams: Streams, slots: list[Slot], busy: bool) -> list[Slot]:
@@ -128,6 +131,7 @@ class Fleet:
                 slot.child.process.send_signal(signal.SIGCONT)
                 slot.child.process.terminate()
                 slot.blow = "term"
+                slot.terms += 1
         for slot in self._slots:
             if slot.child is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -165,7 +169,7 @@ class Fleet:
             command += ["--echo", "--echo-step-ms", str(ECHO_STEP_MS), "--context", str(ECHO_CONTEXT)]
         else:
             command += ["--model", str(self._folder / "tiny.gguf"), "--context", str(TINY_CONTEXT)]
-        slot.child, slot.blow, slot.paused = Child(command, slot.log), "", False
+        slot.child, slot.blow, slot.terms, slot.paused = Child(command, slot.log), "", 0, False
         self.tally.starts += 1
 
     def _buried(self, slot: Slot) -> None:
@@ -173,12 +177,13 @@ class Fleet:
         if slot.child is None:
             return
         if not slot.child.ended:
+            self.tally.wrong.append(f"{slot.name} did not end within {STOP_S:.0f} s: {self.last_words(slot.name)}")
             slot.child.process.kill()
         status = slot.child.stop()
-        if slot.blow == "" and status == -signal.SIGKILL:
+        if slot.blow in ("", "term") and status == -signal.SIGKILL:
             self.tally.poisoned += 1
-        elif status == -signal.SIGTERM and slot.blow == "term" and not self._has_spoken(slot):
-            pass  # Python was still importing
+        elif status == -signal.SIGTERM and (slot.terms > 1 or (slot.terms and not self._has_spoken(slot))):
+            pass  # Python was still importing, or leaving
         elif status != (0 if slot.blow == "term" else -signal.SIGKILL):
             said = self.last_words(slot.name)
             self.tally.wrong.append(f"{slot.name} ended with {status} after {slot.blow or 'nothing'}: {said}")

@@ -124,12 +124,10 @@ class Orchestrator:
 
     async def _follow(self, job: Job) -> None:
         """Read to the end, now and then from an earlier entry again."""
-        resumes = [START]
         after: str | None = START
-        losses = self._ledger.losses
         while after is not None:
             if after == START:
-                losses = self._ledger.losses
+                resumes, losses = [START], self._ledger.losses
             try:
                 after = await self._pass(job, after, resumes, losses)
             except TimeoutError:

@@ -13,8 +13,8 @@ from worker.config import EngineSection, ModelSection
 from worker.echo_model import load_echo
 from worker.jobs.lease import History
 from worker.jobs.protocol import Job
-from worker.question import Question
 from worker.served import Served, load_served
+from worker.service.question import Question
 
 POISON = (11, 7, 11, 7, 11, 13)
 """A prompt that begins so ends the process of every worker that runs it; see `worker.py`."""

@@ -244,10 +244,10 @@ async def test_a_failed_allocation_fails_its_job_alone(fake, error):
         told = await ask(client, prompt="abc", max_tokens=10)
         assert told.kinds == ["started", "token", "error"]
         assert (told.last.code, told.last.retriable) == ("VRAM_OOM", True)
-        await wait_until(lambda: _true(worker.service.service._health.degraded))
+        await wait_until(lambda: _true(worker.service._health.degraded))
         assert worker.engine.free_kv_blocks == served.kv_blocks
         assert (await ask(client, prompt="abc", max_tokens=10)).text == "abcabcabca"
-        await wait_until(lambda: _true(not worker.service.service._health.degraded))
+        await wait_until(lambda: _true(not worker.service._health.degraded))
         assert (await wait_for_vram(fake, worker)) == baseline
 
 

@@ -175,6 +175,7 @@ class Service:
 
         loading = asyncio.ensure_future(self._engine.call(lambda: self._load(progress)))
         needed = asyncio.gather(loading, self._reach())
+        needed.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, where nobody waits for it
         draining = asyncio.ensure_future(self._drain.wait())
         try:
             await asyncio.wait((needed, draining), return_when=asyncio.FIRST_COMPLETED)
