@@ -53,6 +53,7 @@ bench: $(VENV)/.installed-dev
 	@$(BIN)/worker pull smollm2
 	$(BIN)/python -m benchmarks.engine_overhead
 	$(BIN)/python -m benchmarks.cpu_decode
+	$(BIN)/python -m benchmarks.transport
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

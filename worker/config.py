@@ -147,7 +147,7 @@ class Settings(BaseSettings):
     )
 
     model: ModelSection = ModelSection()
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = Field(default_factory=EngineSection)
     hub: HubSection = Field(default_factory=HubSection)
     redis: RedisSection = RedisSection()
     lease: LeaseSection = LeaseSection()
