@@ -27,7 +27,11 @@ class SyncClient:
 
     def __init__(self, connect: Callable[[], Client]) -> None:
         self._runner = asyncio.Runner()
-        self._client = self._run(_made(connect))
+        try:
+            self._client = self._run(_made(connect))
+        except BaseException:
+            self._runner.close()  # nobody else can
+            raise
         self._open = True
 
     @classmethod
