@@ -55,12 +55,12 @@ def under_way(port):
 
 def test_the_demo_streams_two_answers_with_figures_and_says_how_to_watch_and_what_is_next(start, tmp_path):
     out, err = start("--max-tokens", 6).communicate(timeout=120)
-    assert "> Explain in two sentences" in out, err
-    assert "> Write a haiku" in out
+    assert "> What is the capital of France" in out, err
+    assert "> Write a short poem" in out
     figures = r"waited \d+ ms in the queue, first token after \d+ ms, (\d+) tokens at [\d.]+ tokens/s, ended by (\w+)"
     assert len(re.findall(figures, out)) == 2
     port = url_of(out)
-    for what in ("demo-sky", "demo-haiku", "--all"):
+    for what in ("demo-paris", "demo-sea", "--all"):
         assert f"tail {what} --redis-url redis://127.0.0.1:{port}" in out
     assert re.search(r"tail --worker demo-\d+-\w+ --redis-url", out)
     assert "run --model smollm2" in out
@@ -72,7 +72,7 @@ def test_the_demo_streams_two_answers_with_figures_and_says_how_to_watch_and_wha
 def test_nothing_stays_when_the_demo_is_interrupted_in_mid_answer(start, tmp_path, how, code):
     process = start("--max-tokens", 400)
     port = url_of(process.stdout.readline())
-    while "> Explain" not in process.stdout.readline():
+    while "> What is" not in process.stdout.readline():
         assert process.poll() is None
     assert len(under_way(port)) == 2
     process.send_signal(how)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 _MODEL = "smollm2"
 _PROMPTS = {
-    "demo-sky": "Explain in two sentences why the sky is blue.",
-    "demo-haiku": "Write a haiku about a GPU that waits for work.",
+    "demo-paris": "What is the capital of France, and what is it famous for?",
+    "demo-sea": "Write a short poem about the sea.",
 }
 _USUAL_URL = "redis://127.0.0.1:6379"
 _NEXT = (
@@ -108,7 +108,7 @@ def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dic
 
 
 def _submit(client: SyncClient, job_id: str, prompt: str, max_tokens: int) -> None:
-    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 42, "max_tokens": max_tokens}
+    sampling = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42, "max_tokens": max_tokens}
     client.submit(job_id=job_id, messages=[{"role": "user", "content": prompt}], **sampling)
 
 
