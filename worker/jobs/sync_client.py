@@ -108,7 +108,14 @@ class SyncClient:
         return self._run(self._client.drop_dead_letter(entry_id))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._runner.run(work)
+        try:
+            return self._runner.run(work)
+        except KeyboardInterrupt:
+            # One that came as the work ended leaves the loop's stop behind, which would end the next run at once.
+            loop = self._runner.get_loop()
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            raise
 
     def _each(self, events: AsyncIterator[T]) -> Iterator[T]:
         try:
