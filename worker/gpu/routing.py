@@ -7,8 +7,10 @@ import numpy as np
 from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.matvec import matvec
 from worker.gpu.memory import DeviceArray
-from worker.ops import Routes
+from worker.gpu.quantized import Activations
+from worker.ops import Linear, Routes
 
 _PER_LANE = (1, 2, 4, 8)
 _TOKENS_PER_BLOCK = 4
@@ -28,3 +30,9 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
         (routes.experts, routes.weights, logits, np.int32(tokens), np.int32(experts), np.int32(k)),
     )
     return routes
+
+
+def routed(kernels: Launcher, pool: Allocator, n: Activations, router: Linear, k: int) -> Routes:
+    """The choice of a router for rows n, alike in both phases."""
+    (logits,) = matvec(kernels, pool, n, (router,))
+    return route(kernels, pool, logits, k)

@@ -2,7 +2,7 @@
 
 A prompt goes through in pieces; a lone sequence's decode step is one graph launch, and the next one is launched before
 the last one's token is read: its inputs are on the device already. What nobody asks for is forgotten. Knows no
-architecture. Next: `ops.py`, `state.py`, `launch.py`.
+architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`, `launch.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 
 from worker.gpu.attention import AttentionLauncher, PromptPiece
 from worker.gpu.compiler import Kernels
+from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.graphs import captured, device_errors
 from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
-from worker.gpu.ops import DecodeOps, PrefillOps
+from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.sampler import SamplerLauncher, unpack
 from worker.gpu.state import PinnedRing, PromptState, StepState
 from worker.model import Hparams, Model
