@@ -105,12 +105,12 @@ class Bench:
 def decode_row(bench: Bench, kind: QuantType, bandwidth: float) -> str:
     cells = []
     for rows, cols in SHAPES:
-        x = activations_like(bench.pool, 1, cols, quantized=True, plain=True)
+        x = activations_like(bench.pool, 1, cols)
         for form in (x.q, x.meta, x.x):
             assert form is not None
             form.fill(1)
         linears = bench.matrices(kind, rows, cols)
-        calls = [partial(decode.matvec, bench.kernels, bench.pool, x, [linear]) for linear in linears]
+        calls = [partial(decode.matvec, bench.kernels, bench.pool, x, None, [linear]) for linear in linears]
         seconds = bench.seconds(calls)
         percent = 100 * rows * sum(plane_bytes(kind, cols)) / seconds / bandwidth
         cells.append(f"{seconds * 1e6:6.1f} µs {percent:3.0f} %")

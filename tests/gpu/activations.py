@@ -6,6 +6,8 @@ import numpy as np
 
 from worker.cpu.quantized import BLOCK, in_f16, quantize
 from worker.gpu.quantized import Activations, Halved
+from worker.ops import QTensor, RmsNorm
+from worker.quants import F32
 
 
 def rows_of(tokens, cols, seed=3):
@@ -25,7 +27,23 @@ def activations(pool, x):
     meta["scale"] = scale
     meta["low"], meta["high"] = halves.sum(axis=3, dtype=np.int64).transpose(2, 0, 1)
     planes = halves.transpose(0, 2, 1, 3).reshape(tokens, cols)
-    return Activations(pool.put(planes), pool.put(meta.view(np.int64)), pool.put(x))
+    return Activations(pool.put(x), pool.put(planes), pool.put(meta.view(np.int64)))
+
+
+def f32_rows(pool, x):
+    """x [T, cols] alone, for a product that quantizes for itself."""
+    return Activations(pool.put(x))
+
+
+def left_blocks(rows):
+    """The bytes of the 8-bit blocks that a kernel left beside its f32 rows."""
+    return rows.q.get().tobytes(), rows.meta.get().tobytes()
+
+
+def norm_of(pool, cols, eps=1e-5):
+    """Weights of a norm on the host, and the norm."""
+    weight = np.random.default_rng(1).normal(1, 0.25, cols).astype(np.float32)
+    return weight, RmsNorm(QTensor("norm", (cols,), F32, pool.put(weight)), eps)
 
 
 def halved(pool, x):

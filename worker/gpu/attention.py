@@ -117,7 +117,7 @@ class AttentionLauncher:
         dim, group = _head_dim(spec), group_size(spec)
         keys, values = self._cache.layer(spec.layer)
         parts, arrivals, n_parts = self._decode_scratch(spec, group)
-        y = activations_like(pool, *q.shape, quantized=True, plain=True)
+        y = activations_like(pool, *q.shape)
         warps = _KV_BLOCKS * -(-group // _HEADS_PER_WARP)
         kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_flag(spec)}>")(
             (n_parts, spec.n_heads // group, len(q)),
@@ -127,6 +127,7 @@ class AttentionLauncher:
                 *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
                 *(parts, arrivals, np.int32(spec.n_heads), np.int32(spec.n_kv_heads), np.int32(spec.window)),
             ),
+            early=True,
         )
         return y
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from worker.errors import Internal
+from worker.gpu.kernel import Kernel
 
 KernelName = tuple[str, str]
 """A file of `kernels/` and a name expression in it."""
 
 OPTIONS = ("-std=c++17", "-ftz=true", "-lineinfo")
+_EARLY_LAUNCHES = 90
 _INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
 
 
@@ -90,8 +92,7 @@ def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str
 class Kernels:
     """The kernels of one device, compiled at most once a machine and loaded at most once a process.
 
-    A call of a kernel is `kernels.get(file, expression)(grid, block, args, shared_mem=0)` on the current stream; a
-    launch that fails raises. Integers among `args` are NumPy scalars of the parameter's width.
+    A call of a kernel is `kernels.get(file, expression)(grid, block, args)`: see `Kernel`.
     """
 
     def __init__(self, cache: Path, *, threads: int | None = None) -> None:
@@ -133,7 +134,8 @@ class Kernels:
         return image, symbol.read_text()
 
     def _load(self, image: Path, symbol: str) -> Any:
-        return self._cupy.RawModule(path=str(image)).get_function(symbol)
+        early = int(self.arch.removeprefix("sm_")) >= _EARLY_LAUNCHES
+        return Kernel(self._cupy.RawModule(path=str(image)).get_function(symbol), early=early)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

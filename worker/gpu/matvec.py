@@ -1,98 +1,117 @@
 """Launchers of decode's products: matrix-vector forms that read each weight once a token, no tensor cores.
 
-The block types read 8-bit activations, F32, F16 and BF16 read f32 (`quantized.py`). How a matrix is shared out among
-warps follows from its shape alone, so a token's bits never depend on what shares the call. Twins: the ops of
-`worker/cpu/ops.py` without norms, and `worker/cpu/quantized.py`. Kernels: `matvec.cu`, `glu.cu`, `experts_add.cu`.
+Norm, products and what follows them are one launch. The block types meet 8-bit activations, F32, F16 and BF16 meet f32
+(`kernels/staged.cuh`). How a matrix is shared out among warps follows from its shape alone, so a token's bits never
+depend on what shares the call. Twins: the ops of `worker/cpu/ops.py`, and `worker/cpu/quantized.py`. Kernels:
+`matvec.cu`, `glu.cu`, `experts_add.cu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import PLANES, address, unit_elements
+from worker.gpu.layouts import PLANES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Activations
-from worker.ops import Activation, Linear, Routes
+from worker.gpu.quantized import Activations, activations_like
+from worker.ops import Activation, Linear, RmsNorm, Routes
 from worker.quants import MXFP4, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES, QuantType
 
-_WARPS = 8
-_EXPERT_WARPS = 16  # at most, in a block of experts_add
-_UNITS = 64  # units of a row that a warp has in flight at once
-_WANTED_PARTS, _WANTED_WARPS = 4096, 2048  # measured on an H100, over these models' shapes and all types
+_WARPS = 16
+_THREADS = 32 * _WARPS
+_BLOCKS = 264  # two for each of an H100's multiprocessors; where fewer fit they take turns
+_FEW_BLOCKS = 132
+_MANY_BYTES = 4 << 20  # from here on a matrix takes all blocks
+_ENOUGH_WARPS = 10  # of a block's
+_GLU_ROWS = 32  # elements of h that a block makes
 
 _MATRIX = np.dtype(
-    [("planes", PLANES), ("bias", "u8"), ("residual", "u8"), ("out", "u8"), ("rows", "i4"), ("first_block", "i4")]
+    [
+        *(("planes", PLANES), ("bias", "u8"), ("residual", "u8"), ("out", "u8")),
+        *(("rows", "i4"), ("first_block", "i4"), ("blocks", "i4"), ("unused", "i4")),
+    ]
 )
 _BRANCH = np.dtype([("planes", PLANES), ("bias", "u8")])
-_ACTIVATIONS = np.dtype([("q", "u8"), ("meta", "u8"), ("x", "u8"), ("cols", "i4")], align=True)
+_ROWS = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8"), ("norm", "u8"), ("eps", "f4"), ("cols", "i4")])
+_HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of kernels/gated.cuh."""
 
+_TILES = ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH
 _MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))  # q, k and v of published files
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("matvec.cu", f"matvec<{rows}, {kind.name}>") for kind in QUANT_TYPES for rows in (1, 2, 4)),
+    *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
     *(
-        ("matvec.cu", f"matvec<{rows}, {', '.join(kind.name for kind in kinds)}>")
+        ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
         for kinds in _MIXED
-        for rows in (1, 2, 4)
+        for tile in _TILES
     ),
-    *(("glu.cu", f"glu<{rows}, {kind.name}, {kind.name}>") for kind in QUANT_TYPES for rows in (1, 2)),
-    *(("experts_add.cu", f"experts_add<{rows}, {kind.name}>") for kind in (MXFP4, Q8_0) for rows in (1, 2)),
+    *(("glu.cu", f"glu<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
+    *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """How a block's warps share rows: `parts` of them each take a part of `rows` rows' columns."""
+    """How matrices are shared out: blocks of each, warps that share a row, and a warp's rows and loads at once."""
 
-    rows: int
+    blocks: tuple[int, ...]
     parts: int
-
-    def blocks(self, rows: int) -> int:
-        """Blocks that `rows` rows of a matrix take."""
-        return -(-rows // (self.rows * (_WARPS // self.parts)))
+    tile: str
 
 
-def _shares(rows: int, cols: int, kinds: Sequence[QuantType], most: int) -> _Shares:
-    """More warps a row until enough of them are at work, then more rows a warp while enough remain."""
-    units = max(cols // unit_elements(kind) for kind in kinds)
-    parts = next((p for p in (1, 2, 4) if rows * p >= _WANTED_PARTS or p * _UNITS >= units), _WARPS)
-    each = next((r for r in (4, 2) if r <= most and rows * parts >= r * _WANTED_WARPS), 1)
-    return _Shares(each, parts)
+def _shares(linears: Sequence[Linear]) -> _Shares:
+    """Blocks by bytes, more warps a row until most of a block's are at work, several rows a warp where short."""
+    rows = [linear.weight.shape[0] for linear in linears]
+    units = max(linear.weight.shape[1] // unit_elements(linear.weight.kind) for linear in linears)
+    sizes = [sum(plane_bytes(linear.weight.kind, math.prod(linear.weight.shape))) for linear in linears]
+    blocks = _BLOCKS if sum(sizes) > _MANY_BYTES else _FEW_BLOCKS
+    each = [min(n, max(1, round(blocks * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
+    of_block = sum(rows) / sum(each)
+    parts = next(p for p in (1, 2, 4, 8, _WARPS) if of_block * p >= _ENOUGH_WARPS or 32 * p >= units or p == _WARPS)
+    tile = "1, 3"
+    if units <= 64 and of_block * parts >= 2 * _WARPS:
+        tile = "2, 2"
+    if units <= 32 and of_block * parts >= 4 * _WARPS:
+        tile = "4, 1"
+    return _Shares(tuple(each), parts, tile)
 
 
 def matvec(
     kernels: Launcher,
     pool: Allocator,
     x: Activations,
+    norm: RmsNorm | None,
     linears: Sequence[Linear],
     residual: DeviceArray | None = None,
 ) -> tuple[DeviceArray, ...]:
-    """y_j = W_j·x + b_j for up to three projections of one input: y_j [T, rows_j] f32.
+    """y_j = W_j·norm(x) + b_j for up to three projections of one input: y_j [T, rows_j] f32.
 
-    x has the forms that their types want. `residual` [T, rows] is added to the only projection's result.
+    `residual` [T, rows] is added to the only projection's result; it is not what the launch before this one made.
     """
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]
-    shares = _shares(sum(linear.weight.shape[0] for linear in linears), cols, kinds, 4)
-    results, matrices, blocks = [], [], 0
-    for linear in linears:
+    shares = _shares(linears)
+    results, matrices, first = [], [], 0
+    for linear, blocks in zip(linears, shares.blocks, strict=True):
         rows = linear.weight.shape[0]
         results.append(pool.empty((tokens, rows), np.float32))
         pointers = (address(_bias(linear)), address(residual), address(results[-1]))
-        matrices.append(np.array((linear.weight.data.addresses(), *pointers, rows, blocks), _MATRIX))
-        blocks += shares.blocks(rows)
-    nothing = np.array(((0, 0, 0, 0), 0, 0, 0, 0, blocks), _MATRIX)
+        matrices.append(np.array((linear.weight.data.addresses(), *pointers, rows, first, blocks, 0), _MATRIX))
+        first += blocks
+    nothing = np.array(((0, 0, 0, 0), 0, 0, 0, 0, first, 0, 0), _MATRIX)
     matrices += [nothing] * (3 - len(linears))
     types = kinds if len(set(kinds)) > 1 else kinds[:1]
-    kernel = kernels.get("matvec.cu", f"matvec<{shares.rows}, {', '.join(kind.name for kind in types)}>")
-    kernel((blocks, tokens), (32 * _WARPS,), (*matrices, _struct(x), np.int32(shares.parts)))
+    kernel = kernels.get("matvec.cu", f"matvec<{shares.tile}, {', '.join(kind.name for kind in types)}>")
+    args = (*matrices, _rows(x, norm), np.int32(shares.parts))
+    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged(cols, kinds), early=True)
     return tuple(results)
 
 
@@ -100,26 +119,28 @@ def glu(
     kernels: Launcher,
     pool: Allocator,
     x: Activations,
+    norm: RmsNorm | None,
     gate: Linear,
     up: Linear,
     activation: Activation,
     routes: Routes | None = None,
-) -> DeviceArray:
-    """activation(gate(x), up(x)): h [T, f] f32; with routes, in each token's experts: h [T, k, f] f32."""
+) -> Activations:
+    """activation(gate(n), up(n)) of n = norm(x): h [T, f] in both forms; with routes [T·k, f], each token's experts."""
     tokens, cols = x.shape
     rows = gate.weight.shape[-2]
     k = 1 if routes is None else routes.experts.shape[1]
-    h = pool.empty((tokens, rows) if routes is None else (tokens, k, rows), np.float32)
-    shares = _shares(2 * rows * k, cols, (gate.weight.kind, up.weight.kind), 2)
+    kinds = [gate.weight.kind, up.weight.kind]
+    h = activations_like(pool, tokens * k, rows)
     branches = [np.array((b.weight.data.addresses(), address(_bias(b))), _BRANCH) for b in (gate, up)]
+    hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
+    units = cols // unit_elements(gate.weight.kind)
+    tile = "1, 3" if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
+    types = kinds if kinds[0] is not kinds[1] else kinds[:1]
+    kernel = kernels.get("glu.cu", f"glu<{tile}, {', '.join(kind.name for kind in types)}>")
     experts = None if routes is None else routes.experts
-    kernel = kernels.get("glu.cu", f"glu<{shares.rows}, {gate.weight.kind.name}, {up.weight.kind.name}>")
-    sizes = (np.int32(k), np.int32(rows), np.int32(shares.parts))
-    kernel(
-        (shares.blocks(rows), tokens * k),
-        (32 * _WARPS,),
-        (*branches, _struct(x), gate_of(activation), experts, *sizes, h),
-    )
+    args = (*branches, _rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
+    grid = (-(-rows // _GLU_ROWS), tokens * k)
+    kernel(grid, (_THREADS,), args, shared_mem=_staged(cols, kinds), early=True)
     return h
 
 
@@ -131,19 +152,23 @@ def experts_add(
     down: Linear,
     residual: DeviceArray,
 ) -> DeviceArray:
-    """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f]."""
+    """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f].
+
+    Neither the routes nor the residual are what the launch before this one made.
+    """
     tokens, k = routes.experts.shape
-    rows = down.weight.shape[-2]
+    if k > _WARPS:
+        raise ModelLoadFailed(f"{k} experts a token", "the GPU's experts", f"at most {_WARPS}")
+    rows, kind = down.weight.shape[-2], down.weight.kind
     x = pool.empty((tokens, rows), np.float32)
-    groups = max(1, _WARPS // k)
-    each = 2 if rows * k >= _WANTED_PARTS else 1
     planes = np.array(down.weight.data.addresses(), PLANES)
-    kernel = kernels.get("experts_add.cu", f"experts_add<{each}, {down.weight.kind.name}>")
     sizes = (np.int32(k), np.int32(rows))
-    kernel(
-        (-(-rows // (each * groups)), tokens),
-        (32 * k * groups,),
-        (planes, _bias(down), _struct(h), routes.experts, routes.weights, *sizes, residual, x),
+    kernels.get("experts_add.cu", f"experts_add<3, {kind.name}>")(
+        (min(_BLOCKS, rows), tokens),
+        (_THREADS,),
+        (planes, _bias(down), _rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
+        shared_mem=_staged(k * h.shape[1], (kind,)),
+        early=True,
     )
     return x
 
@@ -153,8 +178,15 @@ def gate_of(activation: Activation) -> np.ndarray[Any, Any]:
     return np.array((np.inf if activation.limit is None else activation.limit, activation.alpha), GATE)
 
 
-def _struct(x: Activations) -> np.ndarray[Any, Any]:
-    return np.array((address(x.q), address(x.meta), address(x.x), x.shape[1]), _ACTIVATIONS)
+def _rows(x: Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
+    weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
+    return np.array((address(x.x), address(x.q), address(x.meta), address(weight), eps, x.shape[1]), _ROWS)
+
+
+def _staged(elements: int, kinds: Iterable[QuantType]) -> int:
+    """Bytes of shared memory that a block's input takes in the forms that these types read."""
+    forms = {kind.block_size > 1 for kind in kinds}
+    return elements * 4 * (False in forms) + elements * 5 // 4 * (True in forms)
 
 
 def _bias(linear: Linear) -> DeviceArray | None:

@@ -1,50 +1,29 @@
-"""Launchers that make rows ready for the products: RMSNorm or none, then int8 blocks (decode) or f16 (prefill).
+"""The launcher that makes rows ready for prefill's products: RMSNorm or none, then f16 under a power of two.
 
-Twins: `rms_norm` in `worker/cpu/plain.py`, `quantize` in `worker/cpu/quantized.py`. Kernels: `norms.cu`.
+Decode's products do that for themselves (`kernels/staged.cuh`). Twins: `rms_norm` in `worker/cpu/plain.py`, `in_f16` in
+`worker/cpu/quantized.py`. Kernel: `norms.cu`.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Activations, Halved, activations_like, halved_like
+from worker.gpu.quantized import Halved, halved_like
 from worker.ops import RmsNorm
 
 _THREADS = 256
-INSTANTIATIONS: tuple[KernelName, ...] = (("norms.cu", "norm_forms"), ("norms.cu", "norm_halve"))
-
-
-def rows_for(
-    kernels: Launcher,
-    pool: Allocator,
-    x: DeviceArray,
-    norm: RmsNorm | None,
-    *,
-    quantized: bool,
-    plain: bool,
-) -> Activations:
-    """norm(x), or x itself, [T, cols] f32 in the forms that a decode product wants: one launch, none if x will do."""
-    own = plain and norm is not None
-    y = activations_like(pool, *x.shape, quantized=quantized, plain=own)
-    if quantized or own:
-        _launch(kernels, "norm_forms", (y.q, y.meta, y.x), x, norm)
-    return y if norm is not None else replace(y, x=x)
+INSTANTIATIONS: tuple[KernelName, ...] = (("norms.cu", "norm_halve"),)
 
 
 def halved_rows(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm | None = None) -> Halved:
     """norm(x), or x itself, [T, cols] as f16 with a power of two a row."""
-    y = halved_like(pool, *x.shape)
-    _launch(kernels, "norm_halve", (y.x, y.scale), x, norm)
-    return y
-
-
-def _launch(kernels: Launcher, kernel: str, results: tuple[Any, ...], x: DeviceArray, norm: RmsNorm | None) -> None:
     rows, cols = x.shape
+    y = halved_like(pool, rows, cols)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    kernels.get("norms.cu", kernel)((rows,), (_THREADS,), (*results, x, weight, np.int32(cols), np.float32(eps)))
+    kernels.get("norms.cu", "norm_halve")(
+        (rows,), (_THREADS,), (y.x, y.scale, x, weight, np.int32(cols), np.float32(eps))
+    )
+    return y

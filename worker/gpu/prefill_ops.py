@@ -13,8 +13,8 @@ from worker.gpu.attention import AttentionLauncher, PromptPiece
 from worker.gpu.embedding import embed
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray
-from worker.gpu.norms import halved_rows, rows_for
-from worker.gpu.quantized import Halved, wants
+from worker.gpu.norms import halved_rows
+from worker.gpu.quantized import Halved
 from worker.gpu.routing import routed
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
@@ -64,9 +64,8 @@ class PrefillOps:
 
     def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[Halved, Routes]:
         """See `Ops.norm_route`; n is what `experts_glu` takes."""
-        quantized, _ = wants((router,))
-        n = rows_for(self._kernels, self._pool, x, norm, quantized=quantized, plain=True)
-        return halved_rows(self._kernels, self._pool, n.x), routed(self._kernels, self._pool, n, router, k)
+        n = halved_rows(self._kernels, self._pool, x, norm)
+        return n, routed(self._kernels, self._pool, x, norm, router, k)
 
     def experts_glu(self, n: Halved, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> DeviceArray:
         """See `Ops.experts_glu`."""

@@ -1,38 +1,37 @@
-"""Activations as the products take them: 8-bit blocks for decode, scaled f16 for prefill. Shapes only.
+"""Activations as the products take them: f32 and 8-bit blocks for decode, scaled f16 for prefill. Shapes only.
 
-The layouts are drawn in `kernels/quantized.cuh` and `kernels/matmul.cu`; `norms.py` fills them, `matvec.py` and
-`matmul.py` read them. Twin: `worker/cpu/quantized.py`.
+The layouts are drawn in `kernels/quantized.cuh` and `kernels/matmul.cu`. Twin: `worker/cpu/quantized.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from worker.gpu.launch import Allocator
 from worker.gpu.memory import DeviceArray
-from worker.ops import Linear
+
+QUANTIZED_BLOCK = 32
+"""Elements that share a scale; a row is whole blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Decode's rows, in the forms that some weight wants: the block types 8-bit blocks, the others `x` [T, cols] f32.
+    """Rows `x` [T, cols] f32 that a decode product reads, and the same as 8-bit blocks where their maker left those.
 
-    The blocks of 32 are `q` [T, cols] i8 and `meta` [T, cols/32], 8 bytes a block: f32 scale, two i16 sums.
+    Without them a product quantizes for itself. The blocks are `q` [T, cols] i8 and `meta` [T, cols/32], 8 bytes a
+    block: f32 scale, two i16 sums.
     """
 
-    q: DeviceArray | None
-    meta: DeviceArray | None
-    x: DeviceArray | None
+    x: DeviceArray
+    q: DeviceArray | None = None
+    meta: DeviceArray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(T, cols)."""
-        form = self.q if self.q is not None else self.x
-        assert form is not None, "a product's input has at least one form"
-        return int(form.shape[0]), int(form.shape[1])
+        return int(self.x.shape[0]), int(self.x.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +42,13 @@ class Halved:
     scale: DeviceArray
 
 
-def wants(linears: Iterable[Linear]) -> tuple[bool, bool]:
-    """(8-bit blocks, f32): which forms of its input the weights of a decode product read."""
-    block_types = {linear.weight.kind.block_size > 1 for linear in linears}
-    return True in block_types, False in block_types
-
-
-def activations_like(pool: Allocator, rows: int, cols: int, *, quantized: bool, plain: bool) -> Activations:
-    """Room for `rows` rows in the wanted forms; cols is a multiple of 32."""
-    return Activations(
-        pool.empty((rows, cols), np.int8) if quantized else None,
-        pool.empty((rows, cols // 32), np.int64) if quantized else None,
-        pool.empty((rows, cols), np.float32) if plain else None,
-    )
+def activations_like(pool: Allocator, rows: int, cols: int) -> Activations:
+    """Room for `rows` rows, as 8-bit blocks too where a row is whole blocks."""
+    x = pool.empty((rows, cols), np.float32)
+    if cols % QUANTIZED_BLOCK:
+        return Activations(x)
+    meta = pool.empty((rows, cols // QUANTIZED_BLOCK), np.int64)
+    return Activations(x, pool.empty((rows, cols), np.int8), meta)
 
 
 def halved_like(pool: Allocator, rows: int, cols: int) -> Halved:

@@ -10,7 +10,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.matvec import matvec
 from worker.gpu.memory import DeviceArray
 from worker.gpu.quantized import Activations
-from worker.ops import Linear, Routes
+from worker.ops import Linear, RmsNorm, Routes
 
 _PER_LANE = (1, 2, 4, 8)
 _TOKENS_PER_BLOCK = 4
@@ -28,11 +28,12 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
         (-(-tokens // _TOKENS_PER_BLOCK),),
         (32 * _TOKENS_PER_BLOCK,),
         (routes.experts, routes.weights, logits, np.int32(tokens), np.int32(experts), np.int32(k)),
+        early=True,
     )
     return routes
 
 
-def routed(kernels: Launcher, pool: Allocator, n: Activations, router: Linear, k: int) -> Routes:
-    """The choice of a router for rows n, alike in both phases."""
-    (logits,) = matvec(kernels, pool, n, (router,))
+def routed(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> Routes:
+    """A router's choice for norm(x) [T, d], alike in both phases."""
+    (logits,) = matvec(kernels, pool, Activations(x), norm, (router,))
     return route(kernels, pool, logits, k)

@@ -90,6 +90,7 @@ class SamplerLauncher:
                     *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
                     *(self._scores, self._weights, self._board),
                 ),
+                early=True,
             )
 
 

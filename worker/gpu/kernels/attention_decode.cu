@@ -9,9 +9,11 @@
 // tables [S, table_stride] i32, positions [S] i32; sinks [H] f32 or null. parts: S·(H/GROUP)·G·GROUP·(D+2) f32; arrivals:
 // S·(H/GROUP) u32, zeros before and after. Caches are 16-byte aligned.
 // Grid (G, H/GROUP, S), 128·⌈GROUP/2⌉ threads: GROUP query heads share one KV head. A warp takes one KV block of a split
-// and two of the heads: D/8 lanes a position, 16 bytes a lane, keys and values all in flight together.
+// and two of the heads: D/8 lanes a position, 16 bytes a lane, keys and values all in flight together, those of a block's
+// first split before the queries are there (early.cuh).
 // Bytes: the keys and values that are seen, once per GROUP heads, plus the parts, which stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
+#include "early.cuh"
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "quantized.cuh"
@@ -28,30 +30,53 @@ struct Running {  // one warp's softmax so far, in base 2: a lane's positions, a
     float peak[HEADS], total[HEADS], sum[HEADS][8];
 };
 
-// Keys and values of one KV block against the warp's queries.
-template <int D, int HEADS>
-__device__ __forceinline__ void attend_block(Running<HEADS>& run, const float (&q)[HEADS][8],
-                                             const unsigned short* k_block, const unsigned short* v_block, int start,
-                                             int oldest, int newest) {
-    constexpr int kLanes = D == 64 ? 8 : 16, kAtOnce = 32 / kLanes, kRounds = kKvBlock / kAtOnce;
-    const int lane = threadIdx.x % 32, part = lane % kLanes;
+// One KV block in a warp's registers: D/8 lanes a position, 8 elements a lane.
+template <int D>
+struct KvRows {
+    static constexpr int kLanes = D == 64 ? 8 : 16, kAtOnce = 32 / kLanes, kRounds = kKvBlock / kAtOnce;
     uint4 keys[kRounds], values[kRounds];
+
+    __device__ __forceinline__ static int position(int start, int round) {
+        return start + round * kAtOnce + threadIdx.x % 32 / kLanes;
+    }
+
+    // Positions from `oldest` to before `newest`; the others are zeros: an unwritten slot may hold NaN, and 0·NaN is none.
+    __device__ __forceinline__ void load(const unsigned short* k_block, const unsigned short* v_block, int start,
+                                         int oldest, int newest) {
+        const int part = threadIdx.x % kLanes;
 #pragma unroll
-    for (int r = 0; r < kRounds; ++r) {
-        const int row = r * kAtOnce + lane / kLanes, position = start + row;
-        const bool seen = part < D / 8 && position >= oldest && position <= newest;
-        keys[r] = values[r] = make_uint4(0, 0, 0, 0);  // an unwritten slot may hold NaN, and 0·NaN is no zero
-        if (seen) {
-            keys[r] = *reinterpret_cast<const uint4*>(k_block + row * D + 8 * part);
-            values[r] = *reinterpret_cast<const uint4*>(v_block + row * D + 8 * part);
+        for (int r = 0; r < kRounds; ++r) {
+            const int p = position(start, r), at = (p - start) * D + 8 * part;
+            keys[r] = values[r] = make_uint4(0, 0, 0, 0);
+            if (part >= D / 8 || p < oldest || p >= newest) continue;
+            keys[r] = *reinterpret_cast<const uint4*>(k_block + at);
+            values[r] = *reinterpret_cast<const uint4*>(v_block + at);
         }
     }
+
+    // The newest position's, which are on their way to the cache only now.
+    __device__ __forceinline__ void take(const unsigned short* key, const unsigned short* value, int start, int newest) {
+        const int part = threadIdx.x % kLanes;
+#pragma unroll
+        for (int r = 0; r < kRounds; ++r) {
+            if (position(start, r) != newest || part >= D / 8) continue;
+            keys[r] = *reinterpret_cast<const uint4*>(key + 8 * part);
+            values[r] = *reinterpret_cast<const uint4*>(value + 8 * part);
+        }
+    }
+};
+
+// Keys and values of one KV block against the warp's queries.
+template <int D, int HEADS>
+__device__ __forceinline__ void attend_block(Running<HEADS>& run, const float (&q)[HEADS][8], const KvRows<D>& kv,
+                                             int start, int oldest, int newest) {
+    constexpr int kLanes = KvRows<D>::kLanes, kRounds = KvRows<D>::kRounds;
     float scores[kRounds][HEADS];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
         float key[8];
-        unpack8(keys[r], key);
-        const int position = start + r * kAtOnce + lane / kLanes;
+        unpack8(kv.keys[r], key);
+        const int position = KvRows<D>::position(start, r);
         const bool seen = position >= oldest && position <= newest;
 #pragma unroll
         for (int g = 0; g < HEADS; ++g) {
@@ -77,7 +102,7 @@ __device__ __forceinline__ void attend_block(Running<HEADS>& run, const float (&
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
         float value[8];
-        unpack8(values[r], value);
+        unpack8(kv.values[r], value);
 #pragma unroll
         for (int g = 0; g < HEADS; ++g) {
             const float weight = exp2f(scores[r][g] - run.peak[g]);
@@ -153,7 +178,7 @@ __device__ void combine(const float* parts, int n, int first, int period, float 
     __syncthreads();
     for (int at = threadIdx.x; at < GROUP * D; at += blockDim.x) {  // whole warps: D is a multiple of 32
         float sum = 0.f;
-#pragma unroll 16
+#pragma unroll 32
         for (int i = 0; i < n; ++i) sum = fmaf(weights[at / D][i], part(i)[at], sum);
         if (!result.y) {
             out[at] = sum;
@@ -173,6 +198,7 @@ __global__ void __launch_bounds__(32 * kBlocks * ((GROUP + 1) / 2))
                      unsigned int* arrivals, int n_heads, int n_kv_heads, int window) {
     constexpr int kPart = part_floats(D, GROUP), kLanes = D == 64 ? 8 : 16, kHeads = heads_per_warp(GROUP);
     __shared__ float queries[GROUP][D], block_parts[kBlocks][kPart], weights[GROUP][kMaxParts];
+    __shared__ __align__(16) unsigned short new_key[D], new_value[D];
     __shared__ bool last;
     const int sequence = blockIdx.z, head = blockIdx.y * GROUP, kv_head = head / (n_heads / n_kv_heads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, periods = gridDim.x;
@@ -182,6 +208,17 @@ __global__ void __launch_bounds__(32 * kBlocks * ((GROUP + 1) / 2))
     if (mine >= splits) return;
     const int* table = tables + (size_t)sequence * table_stride;
     const RopeTables rope = {cos, sin, dims};
+    const int block_of_split = warp % kBlocks, first_head = warp / kBlocks * kHeads;
+    const auto start_of = [&](int split) { return (first + split) * kSplit + block_of_split * kKvBlock; };
+    KvRows<D> kv;
+    const auto load = [&](int split) {
+        const int start = start_of(split);
+        if (start > newest || start + kKvBlock <= oldest) return;
+        const size_t at = kv_offset<D>(table[start / kKvBlock], n_kv_heads, kv_head, start);
+        kv.load(k_cache + at, v_cache + at, start, oldest, newest);
+    };
+    load(mine);
+    wait_for_inputs();
 
     const float* heads = q + ((size_t)sequence * n_heads + head) * D;
     const float scale = rsqrtf((float)D) * kLog2e;
@@ -191,13 +228,13 @@ __global__ void __launch_bounds__(32 * kBlocks * ((GROUP + 1) / 2))
         const size_t from = ((size_t)sequence * n_kv_heads + kv_head) * D;
         const size_t to = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
         for (int e = threadIdx.x; e < D; e += blockDim.x) {
-            k_cache[to + e] = float_to_half(clamp_to_half_range(rotated<ADJACENT>(k + from, e, newest, rope)));
-            v_cache[to + e] = float_to_half(clamp_to_half_range(v[from + e]));
+            const float key = rotated<ADJACENT>(k + from, e, newest, rope);
+            k_cache[to + e] = new_key[e] = float_to_half(clamp_to_half_range(key));
+            v_cache[to + e] = new_value[e] = float_to_half(clamp_to_half_range(v[from + e]));
         }
     }
     __syncthreads();
 
-    const int block_of_split = warp % kBlocks, first_head = warp / kBlocks * kHeads;
     float turned[kHeads][8];
     Running<kHeads> run;
 #pragma unroll
@@ -211,10 +248,11 @@ __global__ void __launch_bounds__(32 * kBlocks * ((GROUP + 1) / 2))
         }
     }
     for (int split = mine; split < splits; split += periods) {
-        const int start = (first + split) * kSplit + block_of_split * kKvBlock;
+        const int start = start_of(split);
+        if (split != mine) load(split);
         if (start > newest || start + kKvBlock <= oldest) continue;
-        const size_t at = kv_offset<D>(table[start / kKvBlock], n_kv_heads, kv_head, start);
-        attend_block<D, kHeads>(run, turned, k_cache + at, v_cache + at, start, oldest, newest);
+        kv.take(new_key, new_value, start, newest);
+        attend_block<D, kHeads>(run, turned, kv, start, oldest, newest);
     }
     leave_warp<D, GROUP, kHeads>(run, first_head, block_parts[block_of_split]);
     __syncthreads();

@@ -2,26 +2,12 @@
 //
 // Block types meet 8-bit activations (quantized.cuh) in dp4a, the sums of integers exact:
 //     Σ (scale·(code - zero) - min)·x = x.scale · (scale·(Σ code·q - zero·Σ q) - min·Σ q)
-// f32, f16 and bf16 meet f32 activations in fused multiply-adds. A lane takes units lane, lane + 32, …: kUnroll·ROWS
-// units are loaded before the first is used. Sums go in a fixed order.
+// f32, f16 and bf16 meet f32 activations in fused multiply-adds. A lane takes units lane, lane + 32, …: ROWS·DEPTH of
+// them are in flight together, and a row's first ones before anything that they meet is known. Sums go in a fixed order.
 // Twins: `matmul` in worker/cpu/plain.py, and with activations quantized alike worker/cpu/quantized.py.
 #pragma once
 #include "formats.cuh"
-#include "quantized.cuh"
-#include "warp.cuh"
-
-constexpr int kUnroll = 2;
-
-// A token's activations; which of them a type reads: q and meta, or x.
-struct Activations {
-    const u8* q;
-    const Meta* meta;
-    const float* x;
-    int cols;
-    __device__ Activations row(int t) const {
-        return {q + (size_t)t * cols, meta + (size_t)t * (cols / 32), x + (size_t)t * cols, cols};
-    }
-};
+#include "staged.cuh"
 
 template <class Block>
 struct Operand {  // a unit of the block types
@@ -85,37 +71,51 @@ __device__ __forceinline__ float dot(const Unit<BF16>& w, u32, const Operand<BF1
     return float_dot(w, x, sum);
 }
 
-// Adds to sums[r] this lane's part of rows first + r (those past `last` are read as `last`) of a matrix whose first row
-// starts at unit `base`; the warp is `part` of `parts` that share the rows.
-template <class Block, int ROWS>
-__device__ __forceinline__ void add_dots(float (&sums)[ROWS], const Planes& planes, u32 base, int first, int last,
-                                         const Activations& x, int row_units, int part, int parts) {
-    u32 at[ROWS];
+// Neighbouring rows of a matrix, or of two alike, and the warp's part in them.
+struct Run {
+    Planes planes, second;  // `second` where rows come in pairs
+    u32 at;                 // where the first row begins, in units
+    int count, row_units, part, parts;
+};
+
+// Units of ROWS rows in registers: of each the lane's next DEPTH. PAIRS: rows 0, 2, … are of one matrix, 1, 3, … of another.
+template <class Block, int ROWS, int DEPTH, bool PAIRS = false>
+struct Tile {
+    Unit<Block> w[ROWS][DEPTH];
+
+    // Loads from the run's unit `from` on; rows past the run's end keep what they hold.
+    __device__ __forceinline__ void load(const Run& run, int from) {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) at[r] = base + (u32)min(first + r, last) * row_units;
-    const int lane = threadIdx.x % 32, stride = 32 * parts;
-    for (int chunk = 32 * part; chunk < row_units; chunk += kUnroll * stride) {
-        Unit<Block> w[kUnroll][ROWS];
-        Operand<Block> v[kUnroll];
+        for (int i = 0; i < DEPTH; ++i) {
+            const int u = from + 32 * run.parts * i + threadIdx.x % 32;
+            if (u >= run.row_units) continue;
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int u = chunk + i * stride + lane;
-            if (u >= row_units) continue;
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) w[i][r].load(planes, at[r] + u);
-        }
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-            if (chunk + i * stride + lane < row_units) v[i].load(x, chunk + i * stride + lane);
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int u = chunk + i * stride + lane;
-            if (u >= row_units) continue;
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) sums[r] = dot(w[i][r], at[r] + u, v[i], sums[r]);
+            for (int r = 0; r < ROWS; ++r) {
+                const int row = PAIRS ? r / 2 : r;
+                if (row < run.count) w[r][i].load(PAIRS && r % 2 ? run.second : run.planes, run.at + row * run.row_units + u);
+            }
         }
     }
-}
+    __device__ __forceinline__ void begin(const Run& run) { load(run, 32 * run.part); }
+
+    // Adds this lane's part of each row to sums[r], from the units that `begin` loaded to the rows' end.
+    __device__ __forceinline__ void add(float (&sums)[ROWS], const Run& run, const Activations& x) {
+        for (int from = 32 * run.part;;) {
+#pragma unroll
+            for (int i = 0; i < DEPTH; ++i) {
+                const int u = from + 32 * run.parts * i + threadIdx.x % 32;
+                if (u >= run.row_units) continue;
+                Operand<Block> v;
+                v.load(x, u);
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) sums[r] = dot(w[r][i], u, v, sums[r]);  // rows begin at whole supers
+            }
+            from += 32 * run.parts * DEPTH;
+            if (from >= run.row_units) return;
+            load(run, from);
+        }
+    }
+};
 
 // Every lane gets the sums over the warp.
 template <int ROWS>
@@ -123,3 +123,11 @@ __device__ __forceinline__ void sum_lanes(float (&sums)[ROWS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sums[r] = warp_sum(sums[r]);
 }
+
+template <class Block>
+constexpr bool kReadsBlocks = Unit<Block>::kElements == 32;
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;

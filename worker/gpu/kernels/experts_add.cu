@@ -1,36 +1,48 @@
 // Decode: x[t] = residual[t] + Σ_j weight[t, j]·(W_e·h[t, j] + b_e), e = experts[t, j]: the experts' way back.
 //
-// A block is `k` warps or a multiple: warp j of a group of k takes ROWS rows of the token's j-th expert, then the k
-// results are added in the order of the routes. Grid x over rows, y over tokens; blockDim.x is 32·k·groups. Reads each
-// chosen expert's weights once a token. Twin: `experts_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
+// A block is a run of rows of the token's result: 16 warps, warp j of each k of them takes the j-th expert's row, then the
+// k results are added in the order of the routes. The k rows of h are staged in shared memory (staged.cuh). Grid x over
+// blocks, y over tokens; k ≤ 16. Reads each chosen expert's weights once a token, DEPTH loads of 16 bytes a lane in flight,
+// the first before h is there (early.cuh): routes and residual are older than the launch before this one.
+// Twin: `experts_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
+#include "early.cuh"
 
-constexpr int kMaxWarps = 16;
-
-template <int ROWS, class W>
-__global__ void __launch_bounds__(32 * kMaxWarps)
-    experts_add(const Planes planes, const float* __restrict__ bias, const Activations h,
-                const int* __restrict__ experts, const float* __restrict__ weights, const int k, const int rows,
-                const float* __restrict__ residual, float* __restrict__ out) {
-    __shared__ float partial[kMaxWarps][ROWS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, j = warp % k, groups = blockDim.x / 32 / k;
-    const int first = (blockIdx.x * groups + warp / k) * ROWS, slot = blockIdx.y * k + j;
-    const int expert = experts[slot], units = h.cols / Unit<W>::kElements;
-    float sums[ROWS] = {};
-    if (first < rows)
-        add_dots<W, ROWS>(sums, planes, (u32)expert * rows * units, first, rows - 1, h.row(slot), units, 0, 1);
-    sum_lanes(sums);
-    const float weight = weights[slot];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const float b = bias && first + r < rows ? bias[(size_t)expert * rows + first + r] : 0.f;
-        if (lane == r) partial[warp][r] = weight * (sums[r] + b);
+template <int DEPTH, class W>
+__global__ void __launch_bounds__(kThreads, 2)
+    experts_add(const Planes planes, const float* __restrict__ bias, const Rows h, const int* __restrict__ experts,
+                const float* __restrict__ weights, const int k, const int rows, const float* __restrict__ residual,
+                float* __restrict__ out) {
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ float partial[2][kWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, j = warp % k, slots = kWarps / k, slot = warp / k;
+    const int units = h.cols / Unit<W>::kElements, route = blockIdx.y * k + j;
+    const int begin = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
+    const u32 expert = experts[route];
+    const float weight = weights[route];
+    int row = begin + slot;
+    Tile<W, 1, DEPTH> tile;
+    const auto run_from = [&](int first) -> Run {
+        return {planes, planes, (expert * rows + first) * units, end - first, units, 0, 1};
+    };
+    const bool mine = slot < slots;
+    if (mine && row < end) tile.begin(run_from(row));
+    Activations x;
+    wait_for_inputs();
+    stage<kReadsBlocks<W>, !kReadsBlocks<W>>(h, blockIdx.y * k, k, shared, x);
+    for (int at = begin, turn = 0; at < end; at += slots, row += slots, turn ^= 1) {
+        float sums[1] = {};
+        const bool works = mine && row < end;
+        const float b = works && bias ? bias[(size_t)expert * rows + row] : 0.f;
+        const float before = works ? residual[(size_t)blockIdx.y * rows + row] : 0.f;
+        if (works) tile.add(sums, run_from(row), x.row(j));
+        if (mine && row + slots < end) tile.begin(run_from(row + slots));
+        sum_lanes(sums);
+        if (lane == 0) partial[turn][warp] = weight * (sums[0] + b);
+        __syncthreads();
+        if (!works || j != 0 || lane != 0) continue;
+        float y = before;
+        for (int i = 0; i < k; ++i) y += partial[turn][warp + i];
+        out[(size_t)blockIdx.y * rows + row] = y;
     }
-    __syncthreads();
-    const int row = first + lane;
-    if (j != 0 || lane >= ROWS || row >= rows) return;
-    const size_t at = (size_t)blockIdx.y * rows + row;
-    float y = residual[at];
-    for (int i = 0; i < k; ++i) y += partial[warp + i][lane];
-    out[at] = y;
 }

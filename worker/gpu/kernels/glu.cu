@@ -1,46 +1,87 @@
-// Decode: h[t, j] = gated(W_gate·x + b_gate, W_up·x + b_up): both products and the gate in one launch, of a dense FFN
-// or of each of a token's k experts.
+// Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate in one launch, of a
+// dense FFN or of each of a token's k experts.
 //
-// A warp takes ROWS rows of both matrices of one expert (`experts` [T, k], null for a dense FFN with k = 1); a block is
-// 8 warps, of which `parts` share rows as in matvec.cu. Grid x over rows, y over T·k. Biases are [E, rows] or null.
-// Reads each chosen expert's weights once a token. Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py, without norms.
+// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32: 16 warps
+// of two elements each, which are four rows, taken in the order gate, up, gate, up and ROWS at a time. Grid x over
+// ⌈rows/32⌉, y over T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before
+// the input is there (early.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each
+// chosen expert's weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
+// Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
+#include "early.cuh"
 #include "gated.cuh"
-
-constexpr int kWarps = 8;
 
 struct Branch {
     Planes planes;
     const float* bias;
 };
 
-template <int ROWS, class G, class U>
-__global__ void __launch_bounds__(32 * kWarps)
-    glu(const Branch gate, const Branch up, const Activations x, const Gate activation, const int* __restrict__ experts,
-        const int k, const int rows, const int parts, float* __restrict__ out) {
-    __shared__ float partial[kWarps][2 * ROWS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp & (parts - 1);
-    const int first = (blockIdx.x * (kWarps / parts) + warp / parts) * ROWS;
-    const int expert = experts ? experts[blockIdx.y] : 0;
-    const Activations input = x.row(blockIdx.y / k);
-    const int g_units = x.cols / Unit<G>::kElements, u_units = x.cols / Unit<U>::kElements;
-    float g[ROWS] = {}, u[ROWS] = {};
-    if (first < rows) {
-        add_dots<G, ROWS>(g, gate.planes, (u32)expert * rows * g_units, first, rows - 1, input, g_units, part, parts);
-        add_dots<U, ROWS>(u, up.planes, (u32)expert * rows * u_units, first, rows - 1, input, u_units, part, parts);
+struct Hidden {  // rows [T·k, rows], as f32 and as 8-bit blocks
+    float* x;
+    u8* q;
+    Meta* meta;
+};
+
+constexpr int kRowsOfWarp = 4;
+template <int ROWS, int DEPTH, class G, class U = G>
+__global__ void __launch_bounds__(kThreads, 2)
+    glu(const Branch gate, const Branch up, const Rows input, const Gate activation, const int* __restrict__ experts,
+        const int k, const int rows, const Hidden out) {
+    extern __shared__ __align__(16) u8 shared[];
+    __shared__ float sums_of[kWarps][kRowsOfWarp], biases[2][32];
+    constexpr bool kAlike = kSame<G, U>;
+    static_assert(kAlike || ROWS == 1, "rows of two types go one by one");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 32 * blockIdx.x + 2 * warp;
+    const int column = 32 * blockIdx.x + lane;  // the element that this lane of the first warp ends
+    const int g_units = input.cols / Unit<G>::kElements, u_units = input.cols / Unit<U>::kElements;
+    u32 expert = 0;
+    Tile<G, ROWS, DEPTH, (ROWS > 1)> tile;
+    const auto run_of = [&](int v, int units) -> Run {
+        const int row = first + v / 2;
+        const Planes planes = ROWS == 1 && v % 2 ? up.planes : gate.planes;
+        return {planes, up.planes, (expert * rows + row) * units, rows - row, units, 0, 1};
+    };
+    const auto begin = [&](int v) {
+        if (kAlike) tile.begin(run_of(v, g_units));
+    };
+    if (!experts) begin(0);
+    wait_for_inputs();
+    if (experts) {
+        expert = experts[blockIdx.y];
+        begin(0);
     }
-    sum_lanes(g);
-    sum_lanes(u);
+    if (warp == 0 && column < rows) {
+        biases[0][lane] = gate.bias ? gate.bias[(size_t)expert * rows + column] : 0.f;
+        biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
+    }
+    Activations x;
+    const float factor = stage<kReadsBlocks<G> || kReadsBlocks<U>, !kReadsBlocks<G> || !kReadsBlocks<U>>(
+        input, blockIdx.y / k, 1, shared, x);
+#pragma unroll 1
+    for (int v = 0; v < kRowsOfWarp; v += ROWS) {
+        float sums[ROWS] = {};
+        if constexpr (kAlike) {
+            tile.add(sums, run_of(v, g_units), x);
+            if (v + ROWS < kRowsOfWarp) begin(v + ROWS);
+        } else if (v % 2) {
+            Tile<U, ROWS, DEPTH> other;
+            other.begin(run_of(v, u_units));
+            other.add(sums, run_of(v, u_units), x);
+        } else {
+            tile.begin(run_of(v, g_units));
+            tile.add(sums, run_of(v, g_units), x);
+        }
+        sum_lanes(sums);
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-        if (lane == r) partial[warp][r] = g[r], partial[warp][ROWS + r] = u[r];
+        for (int r = 0; r < ROWS; ++r)
+            if (lane == r) sums_of[warp][v + r] = sums[r];
+    }
     __syncthreads();
-    const int row = first + lane;
-    if (part != 0 || lane >= ROWS || row >= rows) return;
-    float a = partial[warp][lane], b = partial[warp][ROWS + lane];
-    for (int i = 1; i < parts; ++i) a += partial[warp + i][lane], b += partial[warp + i][ROWS + lane];
-    const size_t at = (size_t)expert * rows + row;
-    if (gate.bias) a += gate.bias[at];
-    if (up.bias) b += up.bias[at];
-    out[(size_t)blockIdx.y * rows + row] = gated(a, b, activation);
+    if (warp != 0) return;
+    const float* of = sums_of[lane / 2] + 2 * (lane % 2);
+    const bool real = column < rows;
+    const float h = real ? gated(of[0] * factor + biases[0][lane], of[1] * factor + biases[1][lane], activation) : 0.f;
+    const size_t row = blockIdx.y;
+    if (real) out.x[row * rows + column] = h;
+    if (out.q) store_quantized_lane(h, column, rows, out.q + row * rows, out.meta + row * (rows / 32));
 }

@@ -1,64 +1,78 @@
-// Decode: y_j[t] = W_j·x[t] + b_j + residual[t], up to three matrices of one input in one launch (q, k and v, say).
+// Decode: y_j[t] = W_j·n[t] + b_j + residual[t], up to three matrices of one input in one launch (q, k and v, say).
 //
-// A block is 8 warps. `parts` of them (a power of two, fixed for a matrix by its shape) share ROWS rows of one matrix
-// and their sums are added in order; blocks go over the rows of the first matrix, then of the second and third, grid y
-// over tokens. Weights are read once a token, with 16-byte loads; activations come from cache. A, B, C: the matrices'
-// block types. Reads planes (codes.cuh) and activations (quantized.cuh); rows of y are of the matrix's own width.
-// Twin: `norm_linear` and `linear_add` in worker/cpu/ops.py without the norm; worker/cpu/quantized.py.
+// n is the input as it is or its RMSNorm, staged in shared memory by each block (staged.cuh). A matrix has `blocks` blocks,
+// each a run of its rows: 16 warps, of which `parts` (a power of two, fixed for a matrix by its shape) share ROWS rows and
+// add their sums in order. Grid x over the blocks of the first matrix, then of the second and third, y over tokens.
+// Weights are read once a token, 16 bytes a lane and ROWS·DEPTH such loads in flight, the first of them before the input
+// is there (early.cuh). A, B, C: the matrices' types. The residual is older than the launch before this one.
+// Twin: `norm_linear` and `linear_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
-
-constexpr int kWarps = 8;
+#include "early.cuh"
 
 struct Matrix {
     Planes planes;
     const float* bias;      // [rows] or null
     const float* residual;  // [T, rows] or null
     float* out;             // [T, rows]
-    int rows, first_block;
+    int rows, first_block, blocks;
 };
 
-template <class Block, int ROWS>
-__device__ __forceinline__ void product(const Matrix& m, const Activations& x, int row_units, int parts) {
-    __shared__ float partial[kWarps][ROWS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = warp & (parts - 1);
-    const int group = (blockIdx.x - m.first_block) * (kWarps / parts) + warp / parts, first = group * ROWS;
-    float sums[ROWS] = {};
-    if (first < m.rows) add_dots<Block, ROWS>(sums, m.planes, 0, first, m.rows - 1, x, row_units, part, parts);
-    sum_lanes(sums);
+template <class Block, int ROWS, int DEPTH, bool BLOCKS, bool PLAIN>
+__device__ __forceinline__ void product(const Matrix& m, const Rows& input, int parts, u8* shared) {
+    __shared__ float partial[2][kWarps][ROWS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = kWarps / parts, slot = warp / parts;
+    const int part = warp & (parts - 1), row_units = input.cols / Unit<Block>::kElements;
+    const int block = blockIdx.x - m.first_block;
+    const int begin = (int)((long long)m.rows * block / m.blocks);
+    const int end = (int)((long long)m.rows * (block + 1) / m.blocks);
+    const float* residual = m.residual ? m.residual + (size_t)blockIdx.y * m.rows : nullptr;
+    int row = begin + slot * ROWS;
+    Tile<Block, ROWS, DEPTH> tile;
+    const auto run_from = [&](int first) -> Run {
+        return {m.planes, m.planes, (u32)first * row_units, end - first, row_units, part, parts};
+    };
+    if (row < end) tile.begin(run_from(row));
+    Activations x;
+    wait_for_inputs();
+    const float factor = stage<BLOCKS, PLAIN>(input, blockIdx.y, 1, shared, x);
+    for (int at = begin, turn = 0; at < end; at += slots * ROWS, row += slots * ROWS, turn ^= 1) {
+        float sums[ROWS] = {}, more = 0.f;
+        const bool writes = part == 0 && lane < ROWS && row + lane < end;
+        if (writes && m.bias) more = m.bias[row + lane];
+        if (writes && residual) more += residual[row + lane];
+        if (row < end) tile.add(sums, run_from(row), x);
+        if (row + slots * ROWS < end) tile.begin(run_from(row + slots * ROWS));
+        sum_lanes(sums);
+        float y = sums[0];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-        if (lane == r) partial[warp][r] = sums[r];
-    __syncthreads();
-    const int row = first + lane;
-    if (part != 0 || lane >= ROWS || row >= m.rows) return;
-    float y = partial[warp][lane];
-    for (int i = 1; i < parts; ++i) y += partial[warp + i][lane];
-    const size_t at = (size_t)blockIdx.y * m.rows + row;
-    if (m.bias) y += m.bias[row];
-    if (m.residual) y += m.residual[at];
-    m.out[at] = y;
+        for (int r = 1; r < ROWS; ++r) y = lane == r ? sums[r] : y;
+        if (parts > 1) {
+            if (lane < ROWS) partial[turn][warp][lane] = y;
+            __syncthreads();
+            if (writes)
+                for (int i = 1; i < parts; ++i) y += partial[turn][warp + i][lane];
+        }
+        if (writes) m.out[(size_t)blockIdx.y * m.rows + row + lane] = y * factor + more;
+    }
 }
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
-template <int ROWS, class A, class B = A, class C = B>
-__global__ void __launch_bounds__(32 * kWarps)
-    matvec(const Matrix a, const Matrix b, const Matrix c, const Activations x, const int parts) {
-    const Activations input = x.row(blockIdx.y);
+template <int ROWS, int DEPTH, class A, class B = A, class C = B>
+__global__ void __launch_bounds__(kThreads, 2)
+    matvec(const Matrix a, const Matrix b, const Matrix c, const Rows input, const int parts) {
+    extern __shared__ __align__(16) u8 shared[];
+    constexpr bool kBlocks = kReadsBlocks<A> || kReadsBlocks<B> || kReadsBlocks<C>;
+    constexpr bool kPlain = !kReadsBlocks<A> || !kReadsBlocks<B> || !kReadsBlocks<C>;
     const int block = blockIdx.x;
     if constexpr (kSame<A, B> && kSame<B, C>) {
         Matrix m = a;
         if (block >= b.first_block) m = b;
         if (block >= c.first_block) m = c;
-        product<A, ROWS>(m, input, x.cols / Unit<A>::kElements, parts);
+        product<A, ROWS, DEPTH, kBlocks, kPlain>(m, input, parts, shared);
     } else if (block < b.first_block) {
-        product<A, ROWS>(a, input, x.cols / Unit<A>::kElements, parts);
+        product<A, ROWS, DEPTH, kBlocks, kPlain>(a, input, parts, shared);
     } else if (block < c.first_block) {
-        product<B, ROWS>(b, input, x.cols / Unit<B>::kElements, parts);
+        product<B, ROWS, DEPTH, kBlocks, kPlain>(b, input, parts, shared);
     } else {
-        product<C, ROWS>(c, input, x.cols / Unit<C>::kElements, parts);
+        product<C, ROWS, DEPTH, kBlocks, kPlain>(c, input, parts, shared);
     }
 }

@@ -1,14 +1,11 @@
-// Rows for the products: RMSNorm (or none), then int8 blocks for the decode path or f16 for the tensor cores.
+// Rows for prefill's products: RMSNorm (or none), then f16 for the tensor cores.
 //
 //   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467); without a weight n = x.
-// x [T, cols] f32, weight [cols] f32 or null; cols is a multiple of 32, arrays are 16-byte aligned. Grid (T), 256 threads:
-// a block a row, four neighbours a thread, so that eight lanes hold a quantized block. Sums run in a fixed order.
-//   norm_forms     q, meta as in quantized.cuh or null; y [T, cols] f32 or null    bytes a row: 4·cols + 1.25·cols + 4·cols
-//   norm_halve     y [T, cols] f16 of n / scale, scale [T] f32                     bytes a row: 6·cols
-// `scale` is the power of two that brings the row's largest to [1024, 2048): f16 keeps 11 bits down to 2^-24 of it.
-// Twins: `rms_norm` in worker/cpu/plain.py, `quantize` in worker/cpu/quantized.py.
+// x [T, cols] f32, weight [cols] f32 or null; cols is a multiple of 32, arrays are 16-byte aligned; y [T, cols] f16 of
+// n / scale, scale [T] f32: the power of two that brings the row's largest to [1024, 2048), so that f16 keeps 11 bits down
+// to 2^-24 of it. Grid (T), 256 threads: a block a row, four neighbours a thread. Sums run in a fixed order. Bytes a row:
+// 6·cols. Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in worker/cpu/quantized.py.
 #include "half.cuh"
-#include "quantized.cuh"
 #include "warp.cuh"
 
 constexpr int kThreads = 256;
@@ -38,19 +35,6 @@ struct Row {
         return make_float4(v.x * factor * w.x, v.y * factor * w.y, v.z * factor * w.z, v.w * factor * w.w);
     }
 };
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-    norm_forms(u8* q, Meta* meta, float* y, const float* x, const float* weight, int cols, float eps) {
-    const Row row(x, weight, cols, eps);
-    u8* codes = q + (size_t)blockIdx.x * cols;
-    Meta* blocks = meta + (size_t)blockIdx.x * (cols / 32);
-    for (int base = threadIdx.x / 32 * 32; base < row.quads; base += kThreads) {  // whole warps, as store_quantized asks
-        const int i = base + threadIdx.x % 32;
-        const float4 n = i < row.quads ? row.n(i) : make_float4(0.f, 0.f, 0.f, 0.f);
-        if (q) store_quantized(n, 4 * i, cols, codes, blocks);
-        if (y && i < row.quads) reinterpret_cast<float4*>(y + (size_t)blockIdx.x * cols)[i] = n;
-    }
-}
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     norm_halve(unsigned short* y, float* scale, const float* x, const float* weight, int cols, float eps) {

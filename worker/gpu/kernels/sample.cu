@@ -9,6 +9,7 @@
 // Writes `drawn`, and the next step's `token`, `position`, `index` and counts. Barriers: 1 greedy, 2 plain, 2 + 1–8 for
 // each of top-k and top-p. Bytes: the logits once, 16 a row of V in L2 a pass.
 // Twin: worker/cpu/sampler.py.
+#include "early.cuh"
 #include "sampling.cuh"
 
 // One thread of the grid finds the id and commits it.
@@ -101,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     sample(const float* raw, const unsigned char* mask, int* counts, const double* bias, int size, int* token,
            int* position, Request* request, Drawn* drawn, double* scores, u64* weights, Board* board) {
     __shared__ SelectScratch shared;
+    wait_for_inputs();
     const Logits row = {raw, mask, counts, bias, size};
     const Slot slot = {token, position, counts, request, drawn};
     const Request r = *slot.request;
