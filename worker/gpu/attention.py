@@ -22,10 +22,9 @@ from worker.ops import Attention, Rope
 HEAD_DIMS = (64, 96, 128)
 _THREADS = 128
 _QUERY_TILE = 64
-_MAX_PARTS = 64  # kMaxParts in attention_decode.cu
+_MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh
 _MOST_HEADS = 8  # query heads of a block
-_HEADS_PER_WARP = 2
-_KV_BLOCKS = 4  # of a split
+_DECODE_THREADS = 256
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("attention_prefill.cu", f"attention_prefill<{dim}>") for dim in HEAD_DIMS),
@@ -118,10 +117,9 @@ class AttentionLauncher:
         keys, values = self._cache.layer(spec.layer)
         parts, arrivals, n_parts = self._decode_scratch(spec, group)
         y = activations_like(pool, *q.shape)
-        warps = _KV_BLOCKS * -(-group // _HEADS_PER_WARP)
         kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_flag(spec)}>")(
             (n_parts, spec.n_heads // group, len(q)),
-            (32 * warps,),
+            (_DECODE_THREADS,),
             (
                 *(y.x, y.q, y.meta, q, k, v, keys, values, *self._rope(spec.rope)),
                 *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
@@ -148,13 +146,18 @@ class AttentionLauncher:
         n_parts = min(_MAX_PARTS, max(1, 2 * self._processors // groups))
         key = (spec.n_heads, spec.head_dim, group)
         if key not in self._scratch:
-            floats = self._sequences * n_parts * spec.n_heads * (spec.head_dim + 2)
+            floats = self._sequences * n_parts * groups * _part_floats(spec.head_dim, group)
             slab = self._memory.reserve(4 * floats, Purpose.WORKSPACE)
             counters = self._memory.reserve(4 * self._sequences * groups, Purpose.WORKSPACE)
             arrivals = counters.array((self._sequences * groups,), np.uint32)
             arrivals.fill(0)
             self._scratch[key] = (slab.array((floats,), np.float32), arrivals)
         return *self._scratch[key], n_parts
+
+
+def _part_floats(head_dim: int, group: int) -> int:
+    """f32 values of one part: `part_floats` of kernels/softmax_parts.cuh."""
+    return -(-group * (head_dim + 2) // 4) * 4
 
 
 def _head_dim(spec: Attention) -> int:

@@ -1,0 +1,160 @@
+// Up to eight query heads of one token against 16 positions of their KV head, on the tensor cores, in a warp.
+//
+// Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 would be idle: they carry what f16 rounds
+// away of rows 0–7, so queries and weights count with 22 bits, and products with the cache's f16 are as good as f32's. The
+// order of a product's inner elements is free, so lanes take keys and values as 16 neighbouring bytes lie in the cache:
+//   scores: lane (g, c) = (lane/4, lane%4) holds of keys g and g + 8 the elements 32i + 8c to 32i + 8c + 7
+//   sums:   of positions 2c, 2c + 1, 2c + 8, 2c + 9 the values' elements 64i + 8g to 64i + 8g + 7, the last 32 of D = 96: 4 each
+// Softmax is online and in base 2: of its head g every lane keeps the peak, and its own positions' total.
+#pragma once
+#include "half.cuh"
+#include "kv_cache.cuh"
+#include "mma.cuh"
+#include "softmax_parts.cuh"
+
+// a, b as f16 pairs: what they round to, and what is left.
+__device__ __forceinline__ void split_pair(float a, float b, unsigned int& high, unsigned int& low) {
+    high = floats_to_half2(a, b);
+    const float2 rounded = half2_to_float2(high);
+    low = floats_to_half2(a - rounded.x, b - rounded.y);
+}
+
+template <int D>
+struct Heads {
+    static constexpr int kSections = D / 32, kTiles = D / 8, kWide = D / 64;  // wide: of 64 values, 16 bytes a lane
+    static constexpr bool kNarrow = D % 64 != 0;
+    unsigned int q[2 * kSections][4];
+    float sums[kTiles][4], peak, total;
+    uint4 keys[2][kSections], values[4][kWide];
+    uint2 narrow[4];
+
+    // queries [count][D] f32 in shared memory, scaled so that scores are in base 2.
+    __device__ __forceinline__ void begin(const float* queries, int count) {
+        const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        peak = -kInfinity, total = 0.f;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+#pragma unroll
+        for (int s = 0; s < 2 * kSections; ++s) {
+            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (g < count) v = *reinterpret_cast<const float4*>(queries + g * D + s / 2 * 32 + 8 * c + s % 2 * 4);
+            split_pair(v.x, v.y, q[s][0], q[s][1]);
+            split_pair(v.z, v.w, q[s][2], q[s][3]);
+        }
+    }
+
+    __device__ __forceinline__ static int key_row(int t) { return 8 * t + threadIdx.x % 32 / 4; }
+    __device__ __forceinline__ static int value_row(int t) { return t / 2 * 8 + 2 * (threadIdx.x % 4) + t % 2; }
+
+    __device__ __forceinline__ void load_key(int t, const unsigned short* row) {
+        const int c = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < kSections; ++i) keys[t][i] = *reinterpret_cast<const uint4*>(row + 32 * i + 8 * c);
+    }
+    __device__ __forceinline__ void load_value(int t, const unsigned short* row) {
+        const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) values[t][i] = *reinterpret_cast<const uint4*>(row + 64 * i + 8 * g);
+        if (kNarrow) narrow[t] = *reinterpret_cast<const uint2*>(row + 64 * kWide + 4 * g);
+    }
+
+    // The block's rows whose positions are from `oldest` to before `newest`; the others become zeros: an unwritten slot may
+    // hold NaN, and 0·NaN is none.
+    __device__ __forceinline__ void load(const unsigned short* key_block, const unsigned short* value_block, int start,
+                                         int oldest, int newest) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const int p = start + key_row(t);
+#pragma unroll
+            for (int i = 0; i < kSections; ++i) keys[t][i] = make_uint4(0, 0, 0, 0);
+            if (p >= oldest && p < newest) load_key(t, key_block + key_row(t) * D);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const int p = start + value_row(t);
+#pragma unroll
+            for (int i = 0; i < kWide; ++i) values[t][i] = make_uint4(0, 0, 0, 0);
+            narrow[t] = make_uint2(0, 0);
+            if (p >= oldest && p < newest) load_value(t, value_block + value_row(t) * D);
+        }
+    }
+
+    // The newest position's, which are on their way to the cache only now.
+    __device__ __forceinline__ void take(const unsigned short* key, const unsigned short* value, int start, int newest) {
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+            if (start + key_row(t) == newest) load_key(t, key);
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+            if (start + value_row(t) == newest) load_value(t, value);
+    }
+
+    // The loaded block's positions, of which at least one is seen.
+    __device__ __forceinline__ void attend(int start, int oldest, int newest) {
+        const int c = threadIdx.x % 4;
+        float weights[2][2];
+        float highest = peak;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            float score[4] = {};
+#pragma unroll
+            for (int i = 0; i < kSections; ++i) {
+                mma_16x8x16(score, q[2 * i], keys[t][i].x, keys[t][i].y);
+                mma_16x8x16(score, q[2 * i + 1], keys[t][i].z, keys[t][i].w);
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int p = start + 8 * t + 2 * c + e;
+                weights[t][e] = p >= oldest && p <= newest ? score[e] + score[e + 2] : -kInfinity;
+                highest = fmaxf(highest, weights[t][e]);
+            }
+        }
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        const float scale = exp2f(peak - highest);
+        peak = highest;
+        total *= scale;
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) total += weights[t][e] = exp2f(weights[t][e] - peak);
+        unsigned int a[4];
+        split_pair(weights[0][0], weights[0][1], a[0], a[1]);
+        split_pair(weights[1][0], weights[1][1], a[2], a[3]);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[j][e] *= scale;
+            unsigned int row[4];
+#pragma unroll
+            for (int t = 0; t < 4; ++t) row[t] = word(t, j);
+            const unsigned int half = j % 2 ? 0x7632 : 0x5410;
+            mma_16x8x16(sums[j], a, __byte_perm(row[0], row[1], half), __byte_perm(row[2], row[3], half));
+        }
+    }
+
+    // The word that holds the lane's element of tile j in its value row t.
+    __device__ __forceinline__ unsigned int word(int t, int j) const {
+        if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
+        const uint4 v = values[t][j / 8];
+        const int w = j % 8 / 2;
+        return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w;
+    }
+
+    // Leaves the warp's part of `count` heads.
+    __device__ __forceinline__ void leave(float* part, int count) {
+        const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        total += __shfl_xor_sync(0xffffffffu, total, 1);
+        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        if (g >= count) return;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int of = 2 * c + e, i = j / 8;
+                const int at = i < kWide ? 64 * i + 8 * of + j % 8 : 64 * i + 4 * of + j % 4;
+                part[g * D + at] = sums[j][e] + sums[j][e + 2];
+            }
+        if (c == 0) part[count * D + 2 * g] = peak, part[count * D + 2 * g + 1] = total;
+    }
+};
