@@ -56,7 +56,7 @@ class Sizes:
 
 
 SIZES = {
-    "gpu": Sizes(4 << 30, (128, 512, 1024, 2048, 3500, 8192), tokens=64, first=128, answer=256),
+    "gpu": Sizes(4 << 30, (128, 512, 1024, 2048, 3500, 8192), tokens=48, first=128, answer=256),
     "cpu": Sizes(512 << 20, (32, 128, 512), tokens=8, first=32, answer=32),
 }
 
@@ -116,6 +116,7 @@ class Bench:
         seconds, loaded = self._load()
         self._add("load", self._bandwidth.time("first", "s", [seconds], file_bytes))
         self._prompts = Prompts(loaded.tokenizer.vocab.size)
+        self._timed(loaded.engine, self._sizes.first, self._sizes.answer)  # warms up
         self._decode_and_prefill(loaded.engine)
         self._samplers(loaded.engine)
         self._first_token_and_answer(loaded.engine)

@@ -49,8 +49,7 @@ def timed(engine: Engine, prompt: Sequence[int], tokens: int, sampling: Sampling
 
 
 def repeated(measure: Callable[[], Timed], least: int, budget_s: float) -> list[Timed]:
-    """One run to warm up, then `least` or more, as many as the budget allows."""
-    measure()
+    """`least` runs or more, as many as the budget allows."""
     until, runs = time.perf_counter() + budget_s, [measure() for _ in range(least)]
     while time.perf_counter() < until:
         runs.append(measure())

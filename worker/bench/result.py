@@ -5,7 +5,7 @@ prints a Result as one object whose keys are these fields; `benchmarks/` reads i
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,30 +127,37 @@ class Bandwidth:
 
     def speed(self, at: int | str, seconds: Sequence[float], nbytes: int, tokens: int = 1, **more: Any) -> Figure:
         """Tokens a second, of runs in which `tokens` tokens took `seconds` and moved `nbytes` together."""
-        return self._figure(at, "tokens/s", [tokens / each for each in seconds], seconds, nbytes, **more)
+        return self._figure(at, "tokens/s", lambda each: tokens / each, seconds, nbytes, **more)
 
     def time(self, at: int | str, unit: str, seconds: Sequence[float], nbytes: int, **more: Any) -> Figure:
         """The seconds themselves, as s or ms."""
         scale = {"s": 1, "ms": 1000}[unit]
-        return self._figure(at, unit, [scale * each for each in seconds], seconds, nbytes, **more)
+        return self._figure(at, unit, lambda each: scale * each, seconds, nbytes, **more)
 
     def first_tokens(self, at: str, seconds: Sequence[float], nbytes: int) -> Figure:
         """Times to first tokens in ms, with their 95th percentile."""
         return self.time(at, "ms", seconds, nbytes, p95=1000 * float(np.percentile(seconds, 95)))
 
     def _figure(
-        self, at: int | str, unit: str, values: Sequence[float], seconds: Sequence[float], nbytes: int, **more: Any
+        self,
+        at: int | str,
+        unit: str,
+        value: Callable[[float], float],
+        seconds: Sequence[float],
+        nbytes: int,
+        **more: Any,
     ) -> Figure:
-        gb_s = nbytes / statistics.median(seconds) / 1e9
+        median = statistics.median(seconds)
+        low, high = sorted((value(min(seconds)), value(max(seconds))))
         return Figure(
             at=at,
             unit=unit,
-            median=statistics.median(values),
-            low=min(values),
-            high=max(values),
-            runs=len(values),
+            median=value(median),
+            low=low,
+            high=high,
+            runs=len(seconds),
             bytes=nbytes,
-            gb_s=gb_s,
-            percent=100 * gb_s / self.gb_s,
+            gb_s=nbytes / median / 1e9,
+            percent=100 * nbytes / median / 1e9 / self.gb_s,
             **more,
         )
