@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MODELS ?= smollm2
+RESULTS := benchmarks/results
+MEASURED = $(patsubst %,$(RESULTS)/%.json,$(patsubst %.gguf,%,$(notdir $(MODELS))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test kernels test-gpu check lint types contracts chaos bench clean
@@ -13,7 +16,7 @@ help:
 	@echo "make check   what CI runs: lint, types, import contracts, tests, kernels, three minutes of chaos"
 	@echo "make chaos   kill workers for a while and check every event stream: [SEED=n] [MINUTES=m]"
 	@echo "make test-gpu  the suite for a machine with an NVIDIA GPU: [PART=ops|models|full|faults|sanitize]"
-	@echo "make bench   the benchmarks that need no GPU"
+	@echo "make bench   measure a model, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make clean   remove .venv and caches; pulled models stay"
 
 demo: $(VENV)/.installed
@@ -49,11 +52,17 @@ contracts: $(VENV)/.installed-dev
 chaos: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
+# A file a model in benchmarks/results, a plot of them, and their tables; docs/performance.md says how it is filled.
 bench: $(VENV)/.installed-dev
-	@$(BIN)/worker pull smollm2
-	$(BIN)/python -m benchmarks.engine_overhead
-	$(BIN)/python -m benchmarks.cpu_decode
-	$(BIN)/python -m benchmarks.transport
+	@mkdir -p $(RESULTS)
+	@case " $(MODELS) " in *" smollm2 "*) $(BIN)/worker pull smollm2;; esac
+	@set -e; for model in $(MODELS); do \
+		$(BIN)/worker bench $$model --json > $(RESULTS)/part; \
+		mv $(RESULTS)/part $(RESULTS)/$$(basename $$model .gguf).json; \
+	done
+	@$(BIN)/python -m benchmarks.plot $(MEASURED) --out $(RESULTS)/decode.png
+	@$(BIN)/python -m benchmarks.report $(MEASURED)
+	@$(BIN)/python -m benchmarks.engine_overhead
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

@@ -19,6 +19,7 @@ import numpy as np
 
 from worker.gpu import matmul as prefill
 from worker.gpu import matvec as decode
+from worker.gpu.bandwidth import read_seconds
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import BlockMatrix, plane_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose, aligned
@@ -28,41 +29,21 @@ from worker.quants import QUANT_TYPES, QuantType
 
 SHAPES = ((32064, 3072), (8192, 3072), (3072, 8192), (2048, 2048), (1152, 1024))
 TOKENS = (64, 512, 2048)
+READ = 2 << 30
 COLD = 400 << 20  # bytes of copies that a graph walks through
 RUNS = 7
-
-READ_ALL = r"""
-extern "C" __global__ void read_all(const uint4* from, size_t n, unsigned int* out) {
-    unsigned int seen = 0;
-    const size_t stride = (size_t)gridDim.x * blockDim.x;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i + 7 * stride < n; i += 8 * stride) {
-        uint4 v[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) v[j] = __ldg(from + i + j * stride);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) seen ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
-    }
-    if (seen == 0x5eed) *out = seen;
-}
-"""
+CACHE = Path.home() / ".cache" / "worker" / "kernels"
 
 
 class Bench:
     """One card, random bytes on it, and the kernels."""
 
     def __init__(self) -> None:
-        self.kernels = Kernels(Path.home() / ".cache" / "worker" / "kernels")
+        self.kernels = Kernels(CACHE)
         self.kernels.prepare((*decode.INSTANTIATIONS, *prefill.INSTANTIATIONS))
         self.pool = Pool(DeviceMemory(), 1 << 30, Purpose.ACTIVATIONS)
         self.bytes = cupy.random.randint(0, 255, 2 << 30, dtype=np.uint8)
         self.stream = cupy.cuda.Stream(non_blocking=True)
-
-    def read_bandwidth(self) -> float:
-        """Bytes a second that a kernel reads which does nothing else; the best of a few grids."""
-        kernel, out = cupy.RawKernel(READ_ALL, "read_all"), cupy.zeros(1, np.uint32)
-        args = (self.bytes, np.uint64(self.bytes.size // 16), out)
-        times = [self.median(partial(kernel, (132 * grid,), (512,), args)) for grid in (4, 8, 16)]
-        return float(self.bytes.size) / min(times)
 
     def matrices(self, kind: QuantType, rows: int, cols: int) -> list[Linear]:
         """Copies of a matrix that do not fit the cache together."""
@@ -131,8 +112,9 @@ def prefill_row(bench: Bench, kind: QuantType) -> str:
 
 
 def main() -> None:
+    nbytes, seconds = read_seconds(CACHE, READ, RUNS)
+    bandwidth = nbytes / statistics.median(seconds)
     bench = Bench()
-    bandwidth = bench.read_bandwidth()
     print(f"read bandwidth {bandwidth / 1e9:,.0f} GB/s")
     print("decode, a token:", "  ".join(f"{rows}x{cols}" for rows, cols in SHAPES))
     for kind in QUANT_TYPES:

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.gpu.served import answer, device_bytes, load, settle
-from tests.gpu.speed import decode_bytes, read_bandwidth
+from tests.gpu.served import KERNEL_CACHE, answer, device_bytes, load, settle
 from tests.models import cpu_runner, decode, prefill
-from worker.config import load_settings
+from worker import runtime
+from worker.bench.traffic import Traffic
+from worker.config import ModelSection, load_settings
 from worker.engine import Sequence
 from worker.gguf_file import GgufFile
 from worker.sampling import Sampling
@@ -48,7 +49,10 @@ def full(request, gpu):
 
 @pytest.fixture(scope="module")
 def bandwidth(gpu):
-    return read_bandwidth()
+    from worker.gpu.bandwidth import read_seconds
+
+    nbytes, seconds = read_seconds(KERNEL_CACHE, 2 << 30, 7)
+    return nbytes / min(seconds)
 
 
 def random_ids(full, count, seed=0):
@@ -84,7 +88,9 @@ def test_256_tokens_decode_and_a_seed_repeats(full, bandwidth, record_property):
     seconds, again = timed_decode(full.loaded.engine, prompt, sampling)
     assert len(first) == TOKENS
     assert again == first
-    moved = decode_bytes(full.path, full.loaded.hparams, PROMPT + TOKENS // 2)
+    with GgufFile.open(full.path) as file:
+        planned = runtime.plan(file, ModelSection(context=CONTEXT), full.loaded.backend)
+    moved = Traffic(planned, full.loaded.backend.weight_bytes).token_bytes(PROMPT + TOKENS // 2)
     rate = 1 / seconds
     share = 100 * moved * rate / bandwidth
     record_property(

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.gpu import suite
-from tests.gpu.speed import decode_bytes
-from tests.models import cpu_runner
-from worker.adapters.hparams import read_hparams
-from worker.gguf_file import GgufFile
 
 HERE = Path(__file__).parent
 WITHOUT_GPU = {"suite", "compiler"}
@@ -55,17 +49,3 @@ def test_the_table_tells_failed_skipped_and_passed_parts_apart(capsys):
     suite.show(outcomes)
     table = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[:2] for line in table] == [["ops", "PASS"], ["full", "skip"], ["x", "FAIL"]]
-
-
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen2", "llama3-rope"])
-def test_a_token_moves_each_weight_once_but_only_the_experts_in_use(name, tiny):
-    with GgufFile.open(tiny(name)) as file:
-        hp, tensors = read_hparams(file), file.tensors
-    at = 100
-    experts = sum(t.nbytes for t in tensors.values() if "_exps." in t.name)
-    head = 0 if "output.weight" not in tensors else tensors["token_embd.weight"].nbytes * (1 - 1 / hp.vocab_size)
-    weights = sum(t.nbytes for t in tensors.values()) - head - experts / 2  # 4 of 8 are in use
-    cache = cpu_runner(tiny(name), context=16).cache
-    a_layer = 2 * (cache.k.nbytes + cache.v.nbytes) // 4 // 16 // hp.block_count  # f16, where the CPU's is f32
-    seen = sum(min(at, 32) if name == "gpt-oss" and layer % 2 == 0 else at for layer in range(hp.block_count))
-    assert decode_bytes(tiny(name), hp, at) == pytest.approx(weights + a_layer * seen, rel=1e-9)

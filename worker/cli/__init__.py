@@ -11,7 +11,7 @@ import sys
 
 import typer
 
-from worker.cli import demo, generate, jobs, models, operate, serve
+from worker.cli import bench, demo, generate, jobs, models, operate, serve
 from worker.errors import WorkerError
 
 _HELP = """Run language models from GGUF files.
@@ -41,6 +41,7 @@ app.command("tokenize")(models.tokenize)
 app.command("inspect")(models.inspect)
 app.command("pull")(models.pull)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 app.command("run")(serve.run)
 app.command("submit")(jobs.submit)
 app.command("tail")(jobs.tail)

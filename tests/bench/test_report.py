@@ -1,0 +1,109 @@
+"""The tables and the plot, from a result that was measured on an H100 and is kept beside the tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.field import FIELD
+from benchmarks.recorded import read
+from benchmarks.report import BEGIN, END, put_into, report
+
+SAMPLE = Path(__file__).parents[1] / "data" / "bench" / "qwen2.5-0.5b.json"
+
+
+@pytest.fixture
+def sample():
+    return read([SAMPLE])[0]
+
+
+def rows(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_each_goal_stands_beside_what_was_measured_and_llama_cpps_figure(sample):
+    table = {row[1]: row[2:] for row in rows(report([sample])) if len(row) == 6}
+    assert table["decode after 128 tokens, tokens/s"] == ["1,208", "1,600", "2,500", "893 (after 0)"]
+    assert table["decode after 3,500, tokens/s"] == ["1,112", "", "", "821"]
+    assert table["prefill of 2,048, tokens/s"] == ["45,267", "90,000", "", "59,200"]
+    assert table["first token of 128, XADD to reader, p95, ms"] == ["37.80", "≤ 6", "", ""]
+    assert table["a job's tokens/s through the server"][0] == "99.8 %"
+
+
+def test_a_long_context_may_cost_5_percent_and_its_keys_and_values_at_60_percent_of_the_bandwidth(sample):
+    (row,) = [row for row in rows(report([sample])) if row[1].startswith("a token after 3,500")]
+    # 1e6/1112.12 - 1e6/1207.94 µs, and 0.05·827.9 + (3500 - 128)·12,288 B / (0.6·3,051 kB/µs)
+    assert row[2:4] == ["71", "≤ 64"]
+
+
+def test_every_decode_row_has_its_bytes_its_share_and_its_limit(sample):
+    table = [row for row in rows(report([sample])) if len(row) == 7]
+    assert [row[1] for row in table[2:]] == ["128", "512", "1,024", "2,048", "3,500", "8,192"]
+    assert table[2] == ["qwen2.5-0.5b", "128", "1,208 (1,205 to 1,215)", "393.8", "476", "15.6 %", "7,746"]
+
+
+def test_prefill_stands_beside_llama_cpps_where_it_was_measured(sample):
+    theirs = {row[1]: row[7] for row in rows(report([sample])) if len(row) == 8}
+    assert (theirs["512"], theirs["1,024"], theirs["8,192"]) == ("46,700", "–", "74,200")
+
+
+def test_a_model_without_goals_is_reported_without_them(tmp_path):
+    given = json.loads(SAMPLE.read_text())
+    given["model"]["file"] = "other.gguf"
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(given))
+    text = report(read([path]))
+    assert "No goals are set" in text
+    assert "other" in text
+
+
+def test_models_are_grouped_by_where_they_were_measured(sample, tmp_path):
+    given = json.loads(SAMPLE.read_text())
+    given["commit"] = "another"
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(given))
+    text = report([sample, *read([path]), sample])
+    assert text.count("NVIDIA H100") == 2
+
+
+def test_the_goals_are_those_of_four_models():
+    assert list(FIELD) == ["qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b"]
+    for goal in FIELD.values():
+        assert goal.llama_decode[0] < goal.decode_least < goal.decode_aim
+        assert set(goal.llama_prefill) == {128, 512, 2048, 8192}
+
+
+def test_a_page_keeps_what_is_outside_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    put_into(page, "new")
+    put_into(page, "newer")
+    assert page.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="no place to write to"):
+        put_into(page, "new")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "figures": {}}'])
+def test_a_file_that_holds_no_result_is_one_sentence(text, tmp_path):
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"wrong.json: .*expected"):
+        read([path])
+
+
+def test_the_plot_is_a_png_with_a_panel_a_model(sample, tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plot import plot
+
+    plot([sample], tmp_path / "one.png")
+    plot([sample] * 4, tmp_path / "four.png")
+    one, four = ((tmp_path / name).read_bytes() for name in ("one.png", "four.png"))
+    assert one.startswith(b"\x89PNG\r\n")
+    assert 3.9 < width(four) / width(one) < 4.1
+
+
+def width(png):
+    return int.from_bytes(png[16:20], "big")

@@ -1,0 +1,140 @@
+"""`worker bench` on tiny models: what it says, in both forms, and that its arithmetic holds together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.recorded import read
+from worker import runtime
+from worker.bench import server
+from worker.bench.bench import SIZES, Sizes
+from worker.bench.traffic import Traffic
+from worker.cli import app
+from worker.config import ModelSection
+from worker.cpu.backend import CpuBackend
+from worker.errors import Internal
+from worker.gguf_file import GgufFile
+
+MIDDLE = SIZES["cpu"].tokens // 2
+
+
+def worker_bench(*arguments):
+    command = [sys.executable, "-m", "worker", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def said(tiny):
+    done = worker_bench(tiny("gpt-oss"), "--json", "--context", 160, "--commit", "abc1234")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def result(said):
+    (line,) = said.splitlines()
+    return json.loads(line)
+
+
+def figures_of(result):
+    return [figure for figures in result["figures"].values() for figure in figures]
+
+
+def test_json_is_one_line_that_says_where_what_and_by_which_code(result, tiny):
+    with GgufFile.open(tiny("gpt-oss")) as file:
+        assert result["model"]["fingerprint"] == file.fingerprint()
+        assert result["model"]["file_bytes"] == file.tensor_bytes
+    assert (result["model"]["file"], result["model"]["context"]) == ("gpt-oss.gguf", 160)
+    assert (result["machine"]["backend"], result["machine"]["cupy"]) == ("cpu", None)
+    assert (result["commit"], result["schema"]) == ("abc1234", 1)
+
+
+def test_every_length_within_the_context_and_every_part_is_measured(result):
+    where = {name: [figure["at"] for figure in figures] for name, figures in result["figures"].items()}
+    assert where["decode"] == where["prefill"] == [32, 128]
+    assert where["first_token"] == where["answer"] == ["engine", "server"]
+    assert where["load"] == ["first", "again"]
+    assert where["sampler"][0] == "greedy"
+    assert len(where["sampler"]) == 4
+
+
+def test_figures_are_medians_of_five_runs_or_more_between_their_extremes(result):
+    for figure in figures_of(result):
+        assert 0 < figure["low"] <= figure["median"] <= figure["high"]
+        assert figure["runs"] >= (1 if figure["at"] == "first" else 5)
+    for figure in result["figures"]["first_token"]:
+        assert figure["runs"] == 40
+        assert figure["low"] <= figure["p95"] <= figure["high"]
+
+
+def test_gb_s_and_percent_follow_from_the_bytes_and_the_measured_bandwidth(result):
+    bandwidth = result["bandwidth_gb_s"]
+    assert result["bandwidth_low"] <= bandwidth <= result["bandwidth_high"]
+    for figure in figures_of(result):
+        assert figure["percent"] == pytest.approx(100 * figure["gb_s"] / bandwidth)
+    for figure in result["figures"]["decode"]:
+        assert figure["percent"] == pytest.approx(100 * figure["median"] / figure["limit"])
+    for figure in result["figures"]["load"]:
+        assert figure["gb_s"] == pytest.approx(figure["bytes"] / figure["median"] / 1e9)
+    engine, served = (figure["median"] for figure in result["figures"]["answer"])
+    assert result["server_share"] == pytest.approx(served / engine)
+
+
+def test_bytes_are_those_of_the_experts_in_use_on_the_backend_that_ran(result, tiny):
+    backend = CpuBackend()
+    with GgufFile.open(tiny("gpt-oss")) as file:
+        traffic = Traffic(runtime.plan(file, ModelSection(context=160), backend), backend.weight_bytes)
+    for figure in result["figures"]["decode"]:
+        assert figure["bytes"] == traffic.token_bytes(figure["at"] + MIDDLE) < result["model"]["weight_bytes"]
+    for figure in result["figures"]["prefill"]:
+        assert figure["bytes"] == traffic.prompt_bytes(figure["at"])
+
+
+def test_what_was_printed_reads_back_as_the_same_result(said, result, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(said)
+    (again,) = read([path])
+    assert again.to_json() == result
+
+
+def test_people_get_a_table(tiny, monkeypatch):
+    monkeypatch.setitem(SIZES, "cpu", Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3))
+    done = CliRunner().invoke(app, ["bench", str(tiny("qwen2")), "--backend", "cpu"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    for title in ("decode at 16 tokens", "prefill of 16 tokens", "first token, server", "load, again", "long answer"):
+        (found, *_) = [line for line in lines if line.startswith(title)]
+        assert "B " in found  # the bytes beside it
+    assert "1,048,576" not in done.stdout
+    assert lines[-1].startswith("Through the server a job runs at ")
+
+
+def test_a_file_that_is_not_there_is_one_sentence_and_exit_code_1(tmp_path):
+    done = worker_bench(tmp_path / "nothing.gguf", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("worker: MODEL_LOAD_FAILED: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_context_too_short_to_measure_says_what_it_takes(tiny):
+    done = worker_bench(tiny("qwen2"), "--context", 48, "--backend", "cpu")
+    assert done.returncode == 4
+    assert "at least 64" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert worker_bench().returncode == 2
+
+
+def test_a_worker_process_that_does_not_come_up_fails_the_benchmark_in_its_own_words(tmp_path):
+    from worker.embedded import embedded_server
+
+    jobs = server.Jobs(prompt=4, first_tokens=1, answers=1, tokens=2)
+    with embedded_server() as url, pytest.raises(Internal, match=r"did not become ready.*MODEL_LOAD_FAILED"):
+        server.measure(tmp_path / "nothing.gguf", url, ["--backend", "cpu"], jobs, lambda n: [1] * n)
