@@ -23,24 +23,26 @@ template <int D>
 struct Heads {
     static constexpr int kSections = D / 32, kTiles = D / 8, kWide = D / 64;  // wide: of 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
-    unsigned int q[2 * kSections][4];
+    static constexpr int kSteps = 2 * kSections;  // of a score's inner product, 16 elements each
     float sums[kTiles][4], peak, total;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
 
-    // queries [count][D] f32 in shared memory, scaled so that scores are in base 2.
-    __device__ __forceinline__ void begin(const float* queries, int count) {
-        const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    // The first element of the four that lane (g, c) holds of head g in step s of a score.
+    __device__ __forceinline__ static int query_element(int s, int lane) { return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4; }
+
+    // Those four as a piece of A: [kSteps][32] of them are the queries, in shared memory, as `attend` takes them.
+    __device__ __forceinline__ static uint4 query(const float4 v) {
+        uint4 a;
+        split_pair(v.x, v.y, a.x, a.y);
+        split_pair(v.z, v.w, a.z, a.w);
+        return a;
+    }
+
+    __device__ __forceinline__ void begin() {
         peak = -kInfinity, total = 0.f;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
-#pragma unroll
-        for (int s = 0; s < 2 * kSections; ++s) {
-            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (g < count) v = *reinterpret_cast<const float4*>(queries + g * D + s / 2 * 32 + 8 * c + s % 2 * 4);
-            split_pair(v.x, v.y, q[s][0], q[s][1]);
-            split_pair(v.z, v.w, q[s][2], q[s][3]);
-        }
     }
 
     __device__ __forceinline__ static int key_row(int t) { return 8 * t + threadIdx.x % 32 / 4; }
@@ -90,22 +92,25 @@ struct Heads {
     }
 
     // The loaded block's positions, of which at least one is seen.
-    __device__ __forceinline__ void attend(int start, int oldest, int newest) {
+    __device__ __forceinline__ void attend(const uint4 (*queries)[32], int start, int oldest, int newest) {
         const int c = threadIdx.x % 4;
-        float weights[2][2];
-        float highest = peak;
+        float weights[2][2], scores[2][4] = {}, highest = peak;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            const uint4 v = queries[s][threadIdx.x % 32];
+            const unsigned int a[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const uint4 k = keys[t][s / 2];
+                mma_16x8x16(scores[t], a, s % 2 ? k.z : k.x, s % 2 ? k.w : k.y);
+            }
+        }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-            float score[4] = {};
-#pragma unroll
-            for (int i = 0; i < kSections; ++i) {
-                mma_16x8x16(score, q[2 * i], keys[t][i].x, keys[t][i].y);
-                mma_16x8x16(score, q[2 * i + 1], keys[t][i].z, keys[t][i].w);
-            }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int p = start + 8 * t + 2 * c + e;
-                weights[t][e] = p >= oldest && p <= newest ? score[e] + score[e + 2] : -kInfinity;
+                weights[t][e] = p >= oldest && p <= newest ? scores[t][e] + scores[t][e + 2] : -kInfinity;
                 highest = fmaxf(highest, weights[t][e]);
             }
         }

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (kAlike) tile.begin(run_of(v, g_units));
     };
     if (!experts) begin(0);
+    fetch_norm(input);
     wait_for_inputs();
     if (experts) {
         expert = experts[blockIdx.y];

@@ -31,17 +31,25 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
     const auto run_from = [&](int first) -> Run {
         return {m.planes, m.planes, (u32)first * row_units, end - first, row_units, part, parts};
     };
+    const auto writes = [&](int first) { return part == 0 && lane < ROWS && first + lane < end; };
+    const auto added = [&](int first) {
+        float sum = 0.f;
+        if (writes(first) && m.bias) sum = m.bias[first + lane];
+        if (writes(first) && residual) sum += residual[first + lane];
+        return sum;
+    };
     if (row < end) tile.begin(run_from(row));
+    float next = added(row);
+    fetch_norm(input);
     Activations x;
     wait_for_inputs();
     const float factor = stage<BLOCKS, PLAIN>(input, blockIdx.y, 1, shared, x);
     for (int at = begin, turn = 0; at < end; at += slots * ROWS, row += slots * ROWS, turn ^= 1) {
-        float sums[ROWS] = {}, more = 0.f;
-        const bool writes = part == 0 && lane < ROWS && row + lane < end;
-        if (writes && m.bias) more = m.bias[row + lane];
-        if (writes && residual) more += residual[row + lane];
+        const float more = next;
+        float sums[ROWS] = {};
         if (row < end) tile.add(sums, run_from(row), x);
         if (row + slots * ROWS < end) tile.begin(run_from(row + slots * ROWS));
+        next = added(row + slots * ROWS);
         sum_lanes(sums);
         float y = sums[0];
 #pragma unroll
@@ -49,10 +57,10 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
         if (parts > 1) {
             if (lane < ROWS) partial[turn][warp][lane] = y;
             __syncthreads();
-            if (writes)
+            if (writes(row))
                 for (int i = 1; i < parts; ++i) y += partial[turn][warp + i][lane];
         }
-        if (writes) m.out[(size_t)blockIdx.y * m.rows + row + lane] = y * factor + more;
+        if (writes(row)) m.out[(size_t)blockIdx.y * m.rows + row + lane] = y * factor + more;
     }
 }
 

@@ -20,13 +20,20 @@ struct Result {  // where the finished rows [GROUP][D] begin: at element `column
 };
 
 // Adds `n` parts, the first at parts[first] and on around `period` of them. With a result it ends the softmax, sinks
-// included, and writes it; without, it leaves one such part at `out`. Ends synchronized.
+// included, and writes it; without, it leaves one such part at `out`. A block of at least GROUP·D/4 threads; ends
+// synchronized.
 template <int D, int GROUP>
 __device__ void combine(const float* parts, int n, int first, int period, float (*weights)[kMaxParts], float* out,
                         const Result result) {
-    constexpr int kPart = part_floats(D, GROUP), kEach = kMaxParts / 32;
-    const int lane = threadIdx.x % 32;
+    constexpr int kPart = part_floats(D, GROUP), kEach = kMaxParts / 32, kEarly = 16;
+    const int lane = threadIdx.x % 32, at = 4 * threadIdx.x;
+    const bool real = at < GROUP * D;
     const auto part = [=](int i) { return parts + (first + i < period ? first + i : first + i - period) * kPart; };
+    const auto quad = [=](int i) { return *reinterpret_cast<const float4*>(part(i) + at); };
+    float4 early[kEarly];  // on their way while the weights are found
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i)
+        if (real && i < n) early[i] = quad(i);
     for (int g = threadIdx.x / 32; g < GROUP; g += blockDim.x / 32) {
         const float sink = result.y && result.sinks ? result.sinks[g] * kLog2e : -kInfinity;
         float2 ends[kEach];
@@ -49,21 +56,20 @@ __device__ void combine(const float* parts, int n, int first, int period, float 
         if (!result.y && lane == 0) out[GROUP * D + 2 * g] = peak, out[GROUP * D + 2 * g + 1] = total;
     }
     __syncthreads();
-    for (int base = threadIdx.x / 32 * 128; base < GROUP * D; base += 4 * blockDim.x) {  // whole warps
-        const int at = base + threadIdx.x % 32 * 4;
-        const bool real = at < GROUP * D;
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 16
-        for (int i = 0; i < n; ++i) {
-            if (!real) break;
-            const float4 v = *reinterpret_cast<const float4*>(part(i) + at);
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (real) {
+        const auto add = [&](int i, const float4 v) {
             const float w = weights[at / D][i];
             sum.x = fmaf(w, v.x, sum.x), sum.y = fmaf(w, v.y, sum.y);
             sum.z = fmaf(w, v.z, sum.z), sum.w = fmaf(w, v.w, sum.w);
-        }
-        float* to = result.y ? result.y + result.column : out;
-        if (real) *reinterpret_cast<float4*>(to + at) = sum;
-        if (result.y) store_quantized(sum, real ? result.column + at : result.cols, result.cols, result.q8, result.meta);
+        };
+#pragma unroll
+        for (int i = 0; i < kEarly; ++i)
+            if (i < n) add(i, early[i]);
+#pragma unroll 8
+        for (int i = kEarly; i < n; ++i) add(i, quad(i));
+        *reinterpret_cast<float4*>((result.y ? result.y + result.column : out) + at) = sum;
     }
+    if (result.y) store_quantized(sum, real ? result.column + at : result.cols, result.cols, result.q8, result.meta);
     __syncthreads();
 }

@@ -32,6 +32,13 @@ struct Activations {
     }
 };
 
+// A norm's weights last met the cache a step ago: without this every launch would wait for them.
+__device__ __forceinline__ void fetch_norm(const Rows& rows) {
+    if (!rows.norm) return;
+    for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * kThreads)  // a line of 128 bytes a thread
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.norm + i));
+}
+
 // Stages `count` rows from row `first` on: f32 ones, where they are to be quantized or normed, one at a time. All threads
 // of the block call it; `shared` is 16-byte aligned and holds count·cols·(4·PLAIN + 1.25·BLOCKS) bytes. Gives the number
 // that the products' sums are to be multiplied by. Ends synchronized.
