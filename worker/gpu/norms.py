@@ -1,4 +1,4 @@
-"""Launchers that make rows ready for the products: RMSNorm or none, then int8 blocks (decode) or f16 (prefill).
+"""Launchers that make rows ready for the products: RMSNorm or none, then int8 blocks: decode. Prefill: `halved.py`.
 
 Twins: `rms_norm` in `worker/cpu/plain.py`, `quantize` in `worker/cpu/quantized.py`. Kernels: `norms.cu`.
 """
@@ -13,11 +13,11 @@ import numpy as np
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Activations, Halved, activations_like, halved_like
+from worker.gpu.quantized import Activations, activations_like
 from worker.ops import RmsNorm
 
 _THREADS = 256
-INSTANTIATIONS: tuple[KernelName, ...] = (("norms.cu", "norm_forms"), ("norms.cu", "norm_halve"))
+INSTANTIATIONS: tuple[KernelName, ...] = (("norms.cu", "norm_forms"),)
 
 
 def rows_for(
@@ -35,13 +35,6 @@ def rows_for(
     if quantized or own:
         _launch(kernels, "norm_forms", (y.q, y.meta, y.x), x, norm)
     return y if norm is not None else replace(y, x=x)
-
-
-def halved_rows(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm | None = None) -> Halved:
-    """norm(x), or x itself, [T, cols] as f16 with a power of two a row."""
-    y = halved_like(pool, *x.shape)
-    _launch(kernels, "norm_halve", (y.x, y.scale), x, norm)
-    return y
 
 
 def _launch(kernels: Launcher, kernel: str, results: tuple[Any, ...], x: DeviceArray, norm: RmsNorm | None) -> None:

@@ -1,7 +1,7 @@
-"""Activations as the products take them: 8-bit blocks for decode, scaled f16 for prefill. Shapes only.
+"""Activations as decode's products take them: 8-bit blocks, or f32. Shapes only. Prefill's: `halved.py`.
 
-The layouts are drawn in `kernels/quantized.cuh` and `kernels/matmul.cu`; `norms.py` fills them, `matvec.py` and
-`matmul.py` read them. Twin: `worker/cpu/quantized.py`.
+The layout is drawn in `kernels/quantized.cuh`; `norms.py` fills it, `matvec.py` reads it. Twin:
+`worker/cpu/quantized.py`.
 """
 
 from __future__ import annotations
@@ -35,14 +35,6 @@ class Activations:
         return int(form.shape[0]), int(form.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Halved:
-    """Rows as `x` [T, cols] f16, each to be multiplied by its power of two in `scale` [T] f32."""
-
-    x: DeviceArray
-    scale: DeviceArray
-
-
 def wants(linears: Iterable[Linear]) -> tuple[bool, bool]:
     """(8-bit blocks, f32): which forms of its input the weights of a decode product read."""
     block_types = {linear.weight.kind.block_size > 1 for linear in linears}
@@ -56,8 +48,3 @@ def activations_like(pool: Allocator, rows: int, cols: int, *, quantized: bool, 
         pool.empty((rows, cols // 32), np.int64) if quantized else None,
         pool.empty((rows, cols), np.float32) if plain else None,
     )
-
-
-def halved_like(pool: Allocator, rows: int, cols: int) -> Halved:
-    """Room for `rows` rows; cols is a multiple of 32."""
-    return Halved(pool.empty((rows, cols), np.float16), pool.empty((rows,), np.float32))

@@ -7,10 +7,13 @@
 // prefixes and neighbours never move its bits.
 //
 // q [T, H·D] f16, already turned (rope_kv.cu); caches as in kv_cache.cuh, written up to position start + T - 1; table i32
-// of this sequence; sinks [H] f32 or null; y [T, H·D] f32. D is 64, 96 or 128; every row is 16-byte aligned.
+// of this sequence; place: {start, T} on the device, of which the grid covers at least T; sinks [H] f32 or null;
+// y [T, padded H·D] f16 in the order of fragments.cuh: a mean of values of an f16 cache needs no scale. D is 64, 96 or 128;
+// every row is 16-byte aligned.
 // Grid (⌈T/64⌉, H), 128 threads; static shared memory of 4·KEYS·(D+8)·2 bytes. Flops: 4·D per head and seen pair.
-// Bytes: q and y once; keys and values of all seen tiles once per 64 queries and head, mostly from L2.
+// Bytes: q and y once, 2 an element; keys and values of all seen tiles once per 64 queries and head, mostly from L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
+#include "fragments.cuh"
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "mma.cuh"
@@ -116,13 +119,15 @@ __device__ __forceinline__ void soften(float (&scores)[keys_per_tile(D) / 8][4],
 
 template <int D>
 __global__ void __launch_bounds__(kThreads)
-    attention_prefill(float* y, const unsigned short* q, const unsigned short* k_cache, const unsigned short* v_cache,
-                      const int* table, const float* sinks, int start, int n_tokens, int n_heads, int n_kv_heads,
+    attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache, const unsigned short* v_cache,
+                      const int* table, const float* sinks, const int* place, int n_heads, int n_kv_heads,
                       int window) {
     constexpr int kKeys = keys_per_tile(D);
     __shared__ __align__(16) unsigned short keys[2][kKeys][D + kPad], values[2][kKeys][D + kPad];
+    const int start = place[0], n_tokens = place[1];
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
     const int first_row = (gridDim.x - 1 - blockIdx.x) * kQueries;  // the longest rows first: they end last
+    if (first_row >= n_tokens) return;
     const int lane = threadIdx.x % 32, row = first_row + threadIdx.x / 32 * 16 + lane / 4;
     const int position[2] = {start + row, start + row + 8};
     const int valid = start + n_tokens, newest = min(start + first_row + kQueries, valid) - 1;
@@ -170,10 +175,12 @@ __global__ void __launch_bounds__(kThreads)
         const float sink = sinks ? sinks[head] * kLog2e : -kInfinity, top = fmaxf(peak[half], sink);
         const float factor = exp2f(peak[half] - top);
         const float inverse = factor / (total[half] * factor + exp2f(sink - top));
-        float* out = y + ((size_t)t * n_heads + head) * D + lane % 4 * 2;
+        unsigned int* out = y + (size_t)t * (padded(n_heads * D) / 2);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n)
-            *reinterpret_cast<float2*>(out + 8 * n) =
-                make_float2(sums[n][2 * half] * inverse, sums[n][2 * half + 1] * inverse);
+            out[place_of(head * D + 8 * n + lane % 4 * 2) / 2] =
+                floats_to_half2(sums[n][2 * half] * inverse, sums[n][2 * half + 1] * inverse);
+        const int end = padded(n_heads * D);
+        for (int at = n_heads * D + lane % 4 * 2; head == n_heads - 1 && at < end; at += 8) out[place_of(at) / 2] = 0;
     }
 }

@@ -1,11 +1,9 @@
-// Rows for the products: RMSNorm (or none), then int8 blocks for the decode path or f16 for the tensor cores.
+// Rows for the products: RMSNorm (or none), then int8 blocks for the decode path.
 //
 //   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467); without a weight n = x.
 // x [T, cols] f32, weight [cols] f32 or null; cols is a multiple of 32, arrays are 16-byte aligned. Grid (T), 256 threads:
 // a block a row, four neighbours a thread, so that eight lanes hold a quantized block. Sums run in a fixed order.
 //   norm_forms     q, meta as in quantized.cuh or null; y [T, cols] f32 or null    bytes a row: 4·cols + 1.25·cols + 4·cols
-//   norm_halve     y [T, cols] f16 of n / scale, scale [T] f32                     bytes a row: 6·cols
-// `scale` is the power of two that brings the row's largest to [1024, 2048): f16 keeps 11 bits down to 2^-24 of it.
 // Twins: `rms_norm` in worker/cpu/plain.py, `quantize` in worker/cpu/quantized.py.
 #include "half.cuh"
 #include "quantized.cuh"
@@ -49,25 +47,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         const float4 n = i < row.quads ? row.n(i) : make_float4(0.f, 0.f, 0.f, 0.f);
         if (q) store_quantized(n, 4 * i, cols, codes, blocks);
         if (y && i < row.quads) reinterpret_cast<float4*>(y + (size_t)blockIdx.x * cols)[i] = n;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(kThreads)
-    norm_halve(unsigned short* y, float* scale, const float* x, const float* weight, int cols, float eps) {
-    __shared__ float scratch[32];
-    const Row row(x, weight, cols, eps);
-    float peak = 0.f;
-    for (int i = threadIdx.x; i < row.quads; i += kThreads) {
-        const float4 n = row.n(i);
-        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(n.x), fabsf(n.y)), fmaxf(fabsf(n.z), fabsf(n.w))));
-    }
-    const int exponent = (int)(__float_as_uint(block_max(peak, scratch)) >> 23) - 127;  // 2^exponent ≤ peak
-    const int shift = exponent == -127 ? 0 : min(max(exponent - 10, -100), 100);        // a row of zeros stays
-    const float inverse = __uint_as_float((unsigned int)(127 - shift) << 23);
-    if (threadIdx.x == 0) scale[blockIdx.x] = __uint_as_float((unsigned int)(127 + shift) << 23);
-    uint2* out = reinterpret_cast<uint2*>(y + (size_t)blockIdx.x * cols);
-    for (int i = threadIdx.x; i < row.quads; i += kThreads) {
-        const float4 n = row.n(i);
-        out[i] = make_uint2(floats_to_half2(n.x * inverse, n.y * inverse), floats_to_half2(n.z * inverse, n.w * inverse));
     }
 }
