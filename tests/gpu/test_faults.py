@@ -13,7 +13,6 @@ import pytest
 from tests.gpu.served import KERNEL_CACHE, Child, answer, device_bytes, load, settle
 from worker import runtime
 from worker.config import EngineSection, ModelSection
-from worker.engine import Sequence
 from worker.errors import CudaError, InsufficientVram, VramOom
 from worker.sampling import Sampling
 
