@@ -39,11 +39,10 @@ struct Scope {  // what a block works on
     float scales[TOKENS];
 };
 
-// A lane's next weights: a unit of each of its four rows (two of either 16), and where the rows begin.
+// A lane's four rows of weights (two of either 16): where they begin, and a unit of each.
 template <class Block, bool GLU>
 struct Weights {
     static constexpr int kParts = 32 / Unit<Block>::kElements;  // of a lane's 32 columns of a step
-    Unit<Block> units[4];
     u32 rows[4], slices;
 
     __device__ __forceinline__ Weights(const Product& p, int expert, int row0) : slices(p.cols / 32) {
@@ -56,7 +55,7 @@ struct Weights {
     __device__ __forceinline__ u32 unit(int i, int step, int part) const {
         return (rows[i] + min(4 * step + threadIdx.x % 4, slices - 1)) * kParts + part;  // past the end x is zero
     }
-    __device__ __forceinline__ void load(const Product& p, int step, int part) {
+    __device__ __forceinline__ void load(const Product& p, int step, int part, Unit<Block> (&units)[4]) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) units[i].load(p.planes[GLU ? i / 2 : 0], unit(i, step, part));
     }
@@ -65,63 +64,69 @@ struct Weights {
 template <int TOKENS>
 using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
 
-// acc += weights·x over the columns of one part: KS products, of which the first is the step's `first`-th.
-template <int TOKENS, int KS>
-__device__ __forceinline__ void multiply(const u32 (&h)[4][2 * KS], const u8* x_lane, int first, int live,
-                                         Accumulator<TOKENS>& acc) {
+// acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
+// its own column alone. FULL: all are there, and nothing branches.
+template <bool FULL, class Block, int TOKENS, bool GLU>
+__device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, const Unit<Block> (&units)[4], int step,
+                                         int part, u32 x_lane, int live, Accumulator<TOKENS>& acc) {
+    constexpr int kProducts = kSteps / Weights<Block, GLU>::kParts;
 #pragma unroll
-    for (int k = 0; k < KS; ++k) {
+    for (int k = 0; k < kProducts; ++k) {
+        u32 a[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 h[2 * kProducts];  // of which this product takes two
+            units[i].halves(weights.unit(i, step, part), h);
+            a[i / 2][i % 2] = h[2 * k], a[i / 2][i % 2 + 2] = h[2 * k + 1];
+        }
 #pragma unroll
         for (int n = 0; n < TOKENS / 16; ++n) {
-            if (16 * n >= live) break;  // what lies there is no token: a column of a product sees its own column alone
+            if (!FULL && 16 * n >= live) break;
             u32 b[4];
-            load_matrices(b, reinterpret_cast<const u8*>(reinterpret_cast<size_t>(x_lane) ^ (32 * (first + k))) +
-                                 n * 16 * kRowBytes);
+            load_matrices(b, (x_lane ^ (32 * (part * kProducts + k))) + n * 16 * kRowBytes);
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-                const u32 a[4] = {h[2 * m][2 * k], h[2 * m + 1][2 * k], h[2 * m][2 * k + 1], h[2 * m + 1][2 * k + 1]};
-                mma_16x8x16(acc[m][2 * n], a, b[0], b[1]);
-                mma_16x8x16(acc[m][2 * n + 1], a, b[2], b[3]);
+                mma_16x8x16(acc[m][2 * n], a[m], b[0], b[1]);
+                mma_16x8x16(acc[m][2 * n + 1], a[m], b[2], b[3]);
             }
         }
     }
 }
 
 // One group's steps: its part of acc.
-template <class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU>
+template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU>
 __device__ __forceinline__ void accumulate(const Product& p, const u16* x, const Scope<TOKENS>& scope, int row0,
                                            u8* tiles, Accumulator<TOKENS>& acc) {
     constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, GLU>::kParts;
-    constexpr int kProducts = kSteps / kParts;
     const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
     const int steps = (p.cols + kGroup - 1) / kGroup, live = scope.tile.count;
-    u8* const own = tiles + group * 2 * kTile;
+    const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * 2 * kTile;
     const auto fetch_x = [&](int step, int stage) {
 #pragma unroll
         for (int i = 0; i < TOKENS * 16 / kThreads; ++i) {
             const int at = thread + i * kThreads, token = at / 16, chunk = at % 16;
-            u8* to = own + stage * kTile + token * kRowBytes + (chunk ^ (token & 7)) * 16;
+            const u32 to = own + stage * kTile + token * kRowBytes + (chunk ^ (token & 7)) * 16;
             if (token < live) copy_16_async(to, x + scope.x_rows[token] + step * kGroup + chunk * 8, true);
         }
         commit_copies();
     };
-    Weights<Block, GLU> next(p, scope.tile.expert, row0);
-    if (group < steps) fetch_x(group, 0), next.load(p, group, 0);
+    const Weights<Block, GLU> weights(p, scope.tile.expert, row0);
+    Unit<Block> now[4], next[4];
+    if (group < steps) fetch_x(group, 0), weights.load(p, group, 0, next);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
     for (int first = 0, stage = 0; first < steps; first += DEPTHS, stage ^= 1) {
-        const int step = first + group;
+        const int step = first + group, following = min(step + DEPTHS, steps - 1);
         wait_for_copies<0>();
         __syncthreads();  // after it nobody reads the tile of the step before
         if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
         if (step >= steps) continue;
+        const u32 x_lane = own + stage * kTile + in_tile;
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-            u32 h[4][2 * kProducts];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) next.units[i].halves(next.unit(i, step, part), h[i]);
-            if (part + 1 < kParts) next.load(p, step, part + 1);
-            else if (step + DEPTHS < steps) next.load(p, step + DEPTHS, 0);
-            multiply<TOKENS, kProducts>(h, own + stage * kTile + in_tile, part * kProducts, live, acc);
+            for (int i = 0; i < 4; ++i) now[i] = next[i];
+            weights.load(p, part + 1 < kParts ? step : following, (part + 1) % kParts, next);
+            multiply<FULL, Block, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
         }
     }
 }
@@ -209,7 +214,8 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
     __syncthreads();
     const int warp = threadIdx.x / 32, row0 = (blockIdx.x * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
-    accumulate<Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
+    if (tile.count > TOKENS - 16) accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
+    else accumulate<false, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
     if constexpr (DEPTHS == 1) {
         write<TOKENS, TOKENS, GLU>(p, scope, 0, row0, acc);
     } else {
