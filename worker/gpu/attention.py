@@ -97,7 +97,7 @@ class AttentionLauncher:
         y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(
             (-(-tokens // _QUERY_TILE), spec.n_heads),
-            (_THREADS,),
+            (128 if dim == 128 else 64,),
             (y.x, turned, keys, values, prompt.table, _sinks(spec), prompt.place, *heads, np.int32(spec.window)),
         )
         return y
