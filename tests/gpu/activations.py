@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from worker.cpu.quantized import BLOCK, in_f16, quantize
-from worker.gpu.quantized import Activations, Halved
+from worker.gpu.halved import Halved, padded
+from worker.gpu.quantized import Activations
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32
 
@@ -46,8 +47,24 @@ def norm_of(pool, cols, eps=1e-5):
     return weight, RmsNorm(QTensor("norm", (cols,), F32, pool.put(weight)), eps)
 
 
+def places(cols):
+    """Where each column of a prefill row lies; the order is that of kernels/fragments.cuh."""
+    column = np.arange(cols)
+    unit, element = column // 32 % 4, column % 32
+    return column // 128 * 128 + element // 4 * 16 + element // 2 % 2 * 8 + unit * 2 + element % 2
+
+
 def halved(pool, x):
     """x [T, cols] as prefill's products read it."""
     scale = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1))) - 10)
-    scaled = (in_f16(x) / scale[:, None]).astype(np.float16)
+    scaled = np.zeros((len(x), padded(x.shape[1])), np.float16)
+    scaled[:, places(x.shape[1])] = in_f16(x) / scale[:, None]
     return Halved(pool.put(scaled), pool.put(scale.astype(np.float32)))
+
+
+def values_of(rows, cols):
+    """What rows on their way to a prefill product hold: [T, cols] f32. What fills their groups is zeros."""
+    x = rows.x.get().astype(np.float32)
+    values = x[:, places(cols)]
+    assert np.count_nonzero(x) == np.count_nonzero(values)
+    return values if rows.scale is None else values * rows.scale.get()[:, None]

@@ -1,7 +1,7 @@
 """Attention on the GPU against its twin with an f16 cache: both phases, shuffled blocks, poisoned caches and results.
 
-Bounds: the prefill kernel rounds q and the softmax's weights to f16 (2^-11 each), so 1e-3 of the norm; decode computes
-in f32 throughout, so 1e-5.
+Bounds: the prefill kernel rounds q, the softmax's weights and y to f16 (2^-11 each), so 1e-3 of the norm; decode
+computes in f32 throughout, so 1e-5.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations
+from tests.gpu.activations import activations, values_of
 from tests.gpu.guarded import GuardedPool
 from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
@@ -112,11 +112,10 @@ class Bench:
         self.table = self.pool.put(self.scene.table)
 
     def prefill(self, start, stop):
-        from worker.gpu.attention import PromptPiece
-
         q, k, v = (self.pool.put(x[start:stop]) for x in (self.scene.q, self.scene.k, self.scene.v))
-        piece = PromptPiece(start, self.table)
-        return self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, piece).get()
+        piece = Piece(self.pool.put(np.array([start, stop - start], np.int32)), self.table)
+        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, piece)
+        return values_of(y, q.shape[1])
 
     def decode(self, positions):
         at = np.asarray(positions, np.int32)
@@ -133,6 +132,12 @@ class Bench:
         for which, twin in enumerate((self.scene.cache.k, self.scene.cache.v)):
             raw[0, which, blocks, :, offsets] = twin[0, blocks, offsets]
         self.cache.array.set(raw)
+
+
+@dataclass
+class Piece:
+    place: object
+    table: object
 
 
 @dataclass

@@ -8,6 +8,8 @@ activations before rounding: 1 %, the requirement; 8-bit blocks take 0.5 to 0.9 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -211,15 +213,42 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
             assert y.get().tobytes() == whole[part].tobytes()
 
 
+@pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [200, 4100])
+def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, kind, rows):
+    from worker.gpu.matmul import matmul
+
+    projection = Projection(kernels, memory, kind, (rows, 512))
+    pool, x = GuardedPool(), rows_of(200, 512)
+    whole = matmul(kernels, pool, halved(pool, x), projection.linear).get()
+    for count in (1, 63, 64, 130):
+        real = replace(halved(pool, x), count=pool.put(np.array([count], np.int32)))
+        y = matmul(kernels, pool, real, projection.linear).get()
+        assert y[:count].tobytes() == whole[:count].tobytes()
+        assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
+
+
+@EACH_TYPE
 @pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
-def test_prefill_glu(kernels, memory, activation):
+def test_prefill_glu(kernels, memory, activation, kind):
     from worker.gpu.matmul import glu
 
-    gate, up = (Projection(kernels, memory, Q5_0, (75, 320), name, bias=True) for name in ("gate", "up"))
-    pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
+    cols = 512 if kind.block_size > 32 else 320
+    gate, up = (Projection(kernels, memory, kind, (75, cols), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(133, cols) * np.float32(0.3)
     h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, activation)
     pool.check()
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
+
+
+def test_prefill_glu_of_two_types(kernels, memory):
+    from worker.gpu.matmul import glu
+
+    gate, up = (Projection(kernels, memory, kind, (75, 320), name) for kind, name in ((Q5_0, "gate"), (Q8_0, "up")))
+    pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, SWIGLU)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), SWIGLU)) < 2 * PREFILL_OWN
 
 
 # ---- experts, both phases
@@ -275,24 +304,25 @@ def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
 @pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
 def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
-    from worker.gpu.matmul import experts_add, glu
+    from worker.gpu.matmul import experts_add, glu, grouped
 
     gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
-    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, CLAMPED, routes).get()
+    groups = grouped(kernels, pool, routes, experts)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, CLAMPED, groups).get()
     assert error(h, exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
     wide = rows_of(tokens * k, 64)
     down = Projection(kernels, memory, kind, (experts, d, 64), "down", bias=True)
     residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
-    out = experts_add(kernels, pool, halved(pool, wide), routes, down.linear, pool.put(residual))
+    out = experts_add(kernels, pool, halved(pool, wide), routes, groups, down.linear, pool.put(residual))
     pool.check()
     inputs = in_f16(wide).reshape(tokens, k, -1)
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < PREFILL_OWN
 
 
 def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory):
-    from worker.gpu.matmul import experts_add, glu
+    from worker.gpu.matmul import experts_add, glu, grouped
 
     gate, up = (Projection(kernels, memory, MXFP4, (8, 64, 96), name, bias=True) for name in ("gate", "up"))
     down = Projection(kernels, memory, MXFP4, (8, 96, 64), "down", bias=True)
@@ -302,9 +332,10 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory):
 
     def both(part):
         routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
-        h = glu(kernels, pool, halved(pool, x[part]), gate.linear, up.linear, CLAMPED, routes)
+        groups = grouped(kernels, pool, routes, 8)
+        h = glu(kernels, pool, halved(pool, x[part]), gate.linear, up.linear, CLAMPED, groups)
         slots = slice(4 * part.start, 4 * part.stop)
-        y = experts_add(kernels, pool, halved(pool, wide[slots]), routes, down.linear, pool.put(residual[part]))
+        y = experts_add(kernels, pool, halved(pool, wide[slots]), routes, groups, down.linear, pool.put(residual[part]))
         return h.get(), y.get()
 
     h, y = both(slice(0, 200))

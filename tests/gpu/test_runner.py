@@ -92,6 +92,16 @@ def test_a_prompt_in_pieces_of_the_runner_gives_equal_bits(name, load):
     np.testing.assert_array_equal(load(name, prefill_tokens=32).logits(prefill(PROMPT, table=table)), whole)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_piece_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, load):
+    runner, table = load(name, prefill_tokens=256), np.arange(10, dtype=np.int32)
+    short = prefill(PROMPT[:70], table=table, rows=[69])
+    alone = runner.logits(short)
+    runner.logits(prefill(PROMPT, table=table))
+    np.testing.assert_array_equal(runner.logits(short), alone)
+    np.testing.assert_array_equal(runner.logits(prefill(PROMPT, table=table))[69:70], alone)
+
+
 def written(runner, table):
     """K and V of the prompt's positions, as bits."""
     blocks = runner.cache.array.get()[:, :, table].view(np.uint16)
@@ -169,20 +179,37 @@ def test_a_failed_allocation_in_a_job_is_vram_oom_and_the_next_job_is_right(tiny
         counted.append(number)
         return number in broken
 
-    memory = DeviceMemory(fails)
-    engine = engine_of(gpu_runner(tiny("gpt-oss"), kernels, memory))
-    expected = run(engine, Sequence("a", PROMPT, 4, WARM))["a"]
+    def jobs():
+        return Sequence("a", PROMPT, 4, WARM), Sequence("b", PROMPT[9:], 4, WARM)
+
+    memory = DeviceMemory(fails)  # of sequences that decode together a step allocates, as those alone never do
+    engine = engine_of(gpu_runner(tiny("gpt-oss"), kernels, memory, kv_blocks=40, sequences=2), running=2)
+    expected = run(engine, *jobs())
     baseline, before = memory.used, len(counted)
-    run(engine, Sequence("a", PROMPT, 4, WARM))
-    a_job = len(counted) - before
-    for nth in range(0, a_job, 7):
+    run(engine, *jobs())
+    allocations = len(counted) - before
+    assert allocations > 50
+    for nth in range(0, allocations, 19):
         broken.add(len(counted) + 1 + nth)
-        engine.add(Sequence("b", PROMPT, 4, WARM))
+        for job in jobs():
+            engine.add(job)
         with pytest.raises(VramOom):
             finish(engine)
-        engine.abort("b")
+        for job in jobs():
+            engine.abort(job.id)
         assert memory.used == baseline
-        assert run(engine, Sequence("a", PROMPT, 4, WARM))["a"] == expected
+        assert run(engine, *jobs()) == expected
+
+
+def test_a_job_alone_allocates_nothing(tiny, kernels):
+    from worker.gpu.memory import DeviceMemory
+
+    allocated = []
+    memory = DeviceMemory(lambda number: allocated.append(number) is not None)
+    engine = engine_of(gpu_runner(tiny("gpt-oss"), kernels, memory))
+    before = len(allocated)
+    run(engine, Sequence("a", PROMPT, 20, WARM))
+    assert len(allocated) == before
 
 
 def finish(engine):

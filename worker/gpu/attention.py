@@ -6,13 +6,13 @@ Which kernel runs follows from the phase alone; its arithmetic for a token from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
+from worker.gpu.halved import Halved, padded
 from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
@@ -22,6 +22,7 @@ from worker.ops import Attention, Rope
 HEAD_DIMS = (64, 96, 128)
 _THREADS = 128
 _QUERY_TILE = 64
+_ROPE_PARTS = 4  # blocks of a token in rope_kv
 _MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh
 _MOST_HEADS = 8  # query heads of a block
 _DECODE_THREADS = {64: 512, 96: 256, 128: 256}  # warps_of in attention_decode.cu
@@ -45,11 +46,13 @@ class DecodeState(Protocol):
     tables: DeviceArray
 
 
-@dataclass(frozen=True, slots=True)
-class PromptPiece:
-    """Neighbouring prompt tokens of one sequence: the first one's position and the block table [blocks] i32."""
+class Prompt(Protocol):
+    """What the prefill kernels read of a piece of a prompt, on the device.
 
-    start: int
+    `place` [2] i32: its first token's position and how many tokens there are; `table` [blocks] i32 of its sequence.
+    """
+
+    place: DeviceArray
     table: DeviceArray
 
 
@@ -78,27 +81,23 @@ class AttentionLauncher:
         k: DeviceArray,
         v: DeviceArray,
         spec: Attention,
-        piece: PromptPiece,
-    ) -> DeviceArray:
-        """y [T, H·D] f32 of q [T, H·D], k, v [T, Hk·D] f32; keys and values go to the cache first."""
-        dim, adjacent, tokens = _head_dim(spec), _flag(spec), len(q)
+        prompt: Prompt,
+    ) -> Halved:
+        """y [T, H·D] of q [T, H·D], k, v [T, Hk·D] f32; keys and values go to the cache first."""
+        dim, tokens = _head_dim(spec), len(q)
         keys, values = self._cache.layer(spec.layer)
         turned = pool.empty(q.shape, np.float16)
         heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
-        start = np.int32(piece.start)
-        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>")(
-            (tokens,),
+        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_flag(spec)}>")(
+            (tokens, _ROPE_PARTS),
             (_THREADS,),
-            (turned, q, k, v, keys, values, *self._rope(spec.rope), piece.table, start, *heads),
+            (turned, q, k, v, keys, values, *self._rope(spec.rope), prompt.table, prompt.place, *heads),
         )
-        y = pool.empty(q.shape, np.float32)
+        y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(
             (-(-tokens // _QUERY_TILE), spec.n_heads),
-            (_THREADS,),
-            (
-                *(y, turned, keys, values, piece.table, _sinks(spec)),
-                *(start, np.int32(tokens), *heads, np.int32(spec.window)),
-            ),
+            (128 if dim == 128 else 64,),
+            (y.x, turned, keys, values, prompt.table, _sinks(spec), prompt.place, *heads, np.int32(spec.window)),
         )
         return y
 

@@ -8,45 +8,91 @@ call. Twins: the ops of `worker/cpu/ops.py` without their norms, `worker/cpu/qua
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from worker.gpu.compiler import KernelName
+from worker.gpu.halved import Halved
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import PLANES, address
-from worker.gpu.matvec import gate_of
+from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Halved
-from worker.ops import Activation, Linear, Routes
+from worker.ops import SWIGLU, Activation, Linear, Routes
 from worker.quants import MXFP4, Q8_0, QUANT_TYPES
 
-_TOKENS, _ROW_BYTES = 128, 128  # kTokens, kRowBytes of matmul.cu
-_MANY_ROWS = 4096  # from here on, tiles of 128 rows occupy the device even for one tile of tokens
-_MANY, _FEW = (4, 1), (2, 2)  # COLUMNS, DEPTHS of matmul.cu
+
+class _Tile(NamedTuple):
+    """ROWS, DEPTHS, TOKENS of matmul.cu: 32·rows × tokens of y a block, its columns shared out among depths."""
+
+    rows: int
+    depths: int
+    tokens: int
+
+
+_MANY, _FEW = _Tile(8, 1, 128), _Tile(2, 4, 64)
+_MANY_ROWS = 4096  # from here on, the large tiles occupy the device even where there is but one tile of tokens
+_TOKEN_BYTES = 512  # of shared memory, for a token and a depth
 _GROUP_THREADS = 1024
 _THREADS = 256
 _PRODUCT = np.dtype(
-    [("planes", PLANES), ("bias", "u8"), ("residual", "u8"), ("out", "u8"), ("rows", "i4"), ("cols", "i4")]
+    [
+        *(("planes", PLANES, 2), ("bias", "u8", 2), ("residual", "u8"), ("out", "u8"), ("scale", "u8")),
+        *(("count", "u8"), ("rows", "i4"), ("cols", "i4"), ("gate", GATE)),
+    ]
 )
 _TILES = np.dtype([("order", "u8"), ("table", "u8"), ("per_slot", "i4")], align=True)
 _NO_TILES = np.array((0, 0, 1), _TILES)
+
+
+def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
+    flags = ", ".join(str(flag).lower() for flag in (experts, gated))
+    return "matmul.cu", f"matmul<{kind}, {tile.rows}, {tile.depths}, {tile.tokens}, {flags}>"
+
+
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("matmul.cu", f"matmul<{kind.name}, {c}, {d}, false>") for kind in QUANT_TYPES for c, d in (_MANY, _FEW)),
-    *(("matmul.cu", f"matmul<{kind.name}, {c}, {d}, true>") for kind in (MXFP4, Q8_0) for c, d in (_MANY, _FEW)),
+    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (_MANY, _FEW)),
+    *(_name(kind.name, _MANY, experts=False, gated=True) for kind in QUANT_TYPES),
+    *(_name(kind.name, _MANY, experts=True, gated=gated) for kind in (MXFP4, Q8_0) for gated in (False, True)),
     ("group_routes.cu", "group_routes"),
     ("gated.cu", "gated_elements"),
     ("combine.cu", "combine"),
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The T·k slots of routes sorted by expert, `order` [T·k], and cut into tiles, `table`; see kernels/tiles.cuh.
+
+    Of the tokens the first `count` [1] i32 are real; None: all.
+    """
+
+    k: int
+    order: DeviceArray
+    table: DeviceArray
+    count: DeviceArray | None
+
+
+def grouped(
+    kernels: Launcher, pool: Allocator, routes: Routes, n_experts: int, count: DeviceArray | None = None
+) -> Groups:
+    """Sort the routes' slots by expert."""
+    tokens, k = routes.experts.shape
+    slots = tokens * k
+    tiles = slots // _MANY.tokens + min(n_experts, slots)
+    order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
+    sizes = (np.int32(k), np.int32(n_experts), np.int32(_MANY.tokens), np.int32(tiles))
+    args = (routes.experts, np.int32(slots), count, *sizes, order, table)
+    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts)
+    return Groups(k, order, table, count)
+
+
 def matmul(
     kernels: Launcher, pool: Allocator, x: Halved, linear: Linear, residual: DeviceArray | None = None
 ) -> DeviceArray:
     """W·x + b + residual: y [T, rows] f32 of x [T, cols]."""
-    tokens = x.x.shape[0]
-    y = pool.empty((tokens, linear.weight.shape[0]), np.float32)
-    _launch(kernels, x, linear, residual, y, None)
+    y = pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32)
+    _launch(kernels, x, (linear,), y, residual=residual)
     return y
 
 
@@ -57,81 +103,79 @@ def glu(
     gate: Linear,
     up: Linear,
     activation: Activation,
-    routes: Routes | None = None,
+    groups: Groups | None = None,
 ) -> DeviceArray:
-    """activation(gate(x), up(x)): h [T, f] f32; with routes, in each token's experts: h [T, k, f] f32."""
+    """activation(gate(x), up(x)): h [T, f] f32; with groups, in each token's experts: h [T, k, f] f32."""
     tokens, rows = x.x.shape[0], gate.weight.shape[-2]
-    shape = (tokens, rows) if routes is None else (*routes.experts.shape, rows)
-    grouped = None if routes is None else _group(kernels, pool, routes, gate.weight.shape[0], shared=True)
-    h, other = pool.empty(shape, np.float32), pool.empty(shape, np.float32)
-    _launch(kernels, x, gate, None, h, grouped)
-    _launch(kernels, x, up, None, other, grouped)
+    h = pool.empty((tokens, rows) if groups is None else (tokens, groups.k, rows), np.float32)
+    if gate.weight.kind == up.weight.kind:
+        _launch(kernels, x, (gate, up), h, activation=activation, groups=groups, shared=True)
+        return h
+    other = pool.empty(h.shape, np.float32)
+    _launch(kernels, x, (gate,), h, groups=groups, shared=True)
+    _launch(kernels, x, (up,), other, groups=groups, shared=True)
     args = (h, other, gate_of(activation), np.uint64(h.size), h)
     kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args)
     return h
 
 
 def experts_add(
-    kernels: Launcher, pool: Allocator, h: Halved, routes: Routes, down: Linear, residual: DeviceArray
+    kernels: Launcher,
+    pool: Allocator,
+    h: Halved,
+    routes: Routes,
+    groups: Groups,
+    down: Linear,
+    residual: DeviceArray,
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f]."""
     tokens, k = routes.experts.shape
-    n_experts, d = down.weight.shape[:2]
-    x = pool.empty((tokens, d), np.float32)
-    y = pool.empty((tokens * k, d), np.float32)
-    _launch(kernels, h, down, None, y, _group(kernels, pool, routes, n_experts, shared=False))
-    args = (y, routes.weights, np.int32(k), np.int32(d), residual, x)
+    d = down.weight.shape[1]
+    x, y = pool.empty((tokens, d), np.float32), pool.empty((tokens * k, d), np.float32)
+    _launch(kernels, h, (down,), y, groups=groups)
+    args = (y, routes.weights, groups.count, np.int32(k), np.int32(d), residual, x)
     kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args)
     return x
-
-
-@dataclass(frozen=True, slots=True)
-class _Grouped:
-    """Slots sorted by expert, and their tiles; see kernels/tiles.cuh."""
-
-    order: DeviceArray
-    table: DeviceArray
-    per_slot: int
-
-    def struct(self) -> np.ndarray[Any, Any]:
-        return np.array((address(self.order), address(self.table), self.per_slot), _TILES)
-
-
-def _group(kernels: Launcher, pool: Allocator, routes: Routes, n_experts: int, *, shared: bool) -> _Grouped:
-    """Sort the routes' slots by expert; `shared`: a token's k slots read one row of the input."""
-    tokens, k = routes.experts.shape
-    slots = tokens * k
-    tiles = slots // _TOKENS + min(n_experts, slots)
-    grouped = _Grouped(pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32), k if shared else 1)
-    sizes = (np.int32(slots), np.int32(n_experts), np.int32(_TOKENS), np.int32(tiles))
-    kernels.get("group_routes.cu", "group_routes")(
-        (1,),
-        (_GROUP_THREADS,),
-        (routes.experts, *sizes, grouped.order, grouped.table),
-        shared_mem=8 * n_experts,
-    )
-    return grouped
 
 
 def _launch(
     kernels: Launcher,
     x: Halved,
-    linear: Linear,
-    residual: DeviceArray | None,
+    linears: tuple[Linear, ...],
     y: DeviceArray,
-    grouped: _Grouped | None,
+    *,
+    residual: DeviceArray | None = None,
+    activation: Activation = SWIGLU,
+    groups: Groups | None = None,
+    shared: bool = False,
 ) -> None:
-    rows, cols = linear.weight.shape[-2:]
-    columns, depths = _MANY if rows >= _MANY_ROWS else _FEW
-    pointers = (address(None if linear.bias is None else linear.bias.data), address(residual), address(y))
-    product = np.array((linear.weight.data.addresses(), *pointers, rows, cols), _PRODUCT)
-    tokens = x.x.shape[0]
-    tiles = -(-tokens // _TOKENS) if grouped is None else grouped.table.shape[0]
-    where = _NO_TILES if grouped is None else grouped.struct()
-    experts = "false" if grouped is None else "true"
-    kernel = kernels.get("matmul.cu", f"matmul<{linear.weight.kind.name}, {columns}, {depths}, {experts}>")
-    shared = depths * 2 * (_TOKENS + 32 * columns) * _ROW_BYTES
-    if getattr(kernel, "max_dynamic_shared_size_bytes", shared) < shared:
-        kernel.max_dynamic_shared_size_bytes = shared
-    grid = (-(-rows // (32 * columns)), tiles)
-    kernel(grid, (64 * columns * depths,), (product, x.x, x.scale, np.int32(tokens), where), shared_mem=shared)
+    """One product, or two that are gated; `shared`: a token's k slots read one row of x."""
+    rows = linears[0].weight.shape[-2]
+    gated = len(linears) > 1
+    tile = _MANY if gated or groups is not None or rows >= _MANY_ROWS else _FEW
+    kernel = kernels.get(*_name(linears[0].weight.kind.name, tile, experts=groups is not None, gated=gated))
+    bytes_shared = _TOKEN_BYTES * tile.tokens * tile.depths
+    if getattr(kernel, "max_dynamic_shared_size_bytes", bytes_shared) < bytes_shared:
+        kernel.max_dynamic_shared_size_bytes = bytes_shared
+    tokens, where = x.x.shape[0], _NO_TILES
+    tiles = -(-tokens // tile.tokens)
+    if groups is not None:
+        lists = (address(groups.order), address(groups.table), groups.k if shared else 1)
+        tiles, where = len(groups.table), np.array(lists, _TILES)
+    kernel(
+        (-(-rows // (tile.rows * (16 if gated else 32))), tiles),
+        (32 * tile.rows * tile.depths,),
+        (_product(x, linears, y, residual, activation), x.x, np.int32(tokens), where),
+        shared_mem=bytes_shared,
+    )
+
+
+def _product(
+    x: Halved, linears: tuple[Linear, ...], y: DeviceArray, residual: DeviceArray | None, activation: Activation
+) -> np.ndarray[Any, Any]:
+    """`Product` of matmul.cu."""
+    first, last = linears[0], linears[-1]
+    biases = [address(None if linear.bias is None else linear.bias.data) for linear in (first, last)]
+    pointers = (address(residual), address(y), address(x.scale), address(x.count))
+    planes = [linear.weight.data.addresses() for linear in (first, last)]
+    return np.array((planes, biases, *pointers, *first.weight.shape[-2:], gate_of(activation)), _PRODUCT)

@@ -1,6 +1,6 @@
-"""Activations as the products take them: f32 and 8-bit blocks for decode, scaled f16 for prefill. Shapes only.
+"""Activations as decode's products take them: f32, and 8-bit blocks beside it. Shapes only. Prefill's: `halved.py`.
 
-The layouts are drawn in `kernels/quantized.cuh` and `kernels/matmul.cu`. Twin: `worker/cpu/quantized.py`.
+The layout is drawn in `kernels/quantized.cuh`. Twin: `worker/cpu/quantized.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,6 @@ class Activations:
         return int(self.x.shape[0]), int(self.x.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Halved:
-    """Rows as `x` [T, cols] f16, each to be multiplied by its power of two in `scale` [T] f32."""
-
-    x: DeviceArray
-    scale: DeviceArray
-
-
 def activations_like(pool: Allocator, rows: int, cols: int) -> Activations:
     """Room for `rows` rows, as 8-bit blocks too where a row is whole blocks."""
     x = pool.empty((rows, cols), np.float32)
@@ -49,8 +41,3 @@ def activations_like(pool: Allocator, rows: int, cols: int) -> Activations:
         return Activations(x)
     meta = pool.empty((rows, cols // QUANTIZED_BLOCK), np.int64)
     return Activations(x, pool.empty((rows, cols), np.int8), meta)
-
-
-def halved_like(pool: Allocator, rows: int, cols: int) -> Halved:
-    """Room for `rows` rows; cols is a multiple of 32."""
-    return Halved(pool.empty((rows, cols), np.float16), pool.empty((rows,), np.float32))

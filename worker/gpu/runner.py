@@ -1,19 +1,19 @@
 """The GPU's Runner: KV cache, activation pools, step state and sampler of one model, and the step as a CUDA graph.
 
-A prompt goes through in pieces; a lone sequence's decode step is one graph launch, and the next one is launched before
-the last one's token is read: its inputs are on the device already. What nobody asks for is forgotten. Knows no
-architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`, `launch.py`.
+A prompt goes through in pieces, each one graph launch, as is a lone sequence's decode step; and the next step is
+launched before the last one's token is read: its inputs are on the device already. What nobody asks for is forgotten.
+Knows no architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`, `prompt.py`, `launch.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from worker.gpu.attention import AttentionLauncher, PromptPiece
+from worker.gpu.attention import AttentionLauncher
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.graphs import captured, device_errors
@@ -21,8 +21,9 @@ from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
+from worker.gpu.prompt import PromptState
 from worker.gpu.sampler import SamplerLauncher, unpack
-from worker.gpu.state import PinnedRing, PromptState, StepState
+from worker.gpu.state import PinnedRing, StepState
 from worker.model import Hparams, Model
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
@@ -40,6 +41,11 @@ class GpuSettings:
     """The most that decode together."""
     logit_rows: int = 1
     """The most rows of a piece whose logits are wanted."""
+
+
+_ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
+_SHORT_PIECE = 128
+"""Tokens of the graph that short prompts take: a tile of the products, whose weights are read once either way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +114,16 @@ class GpuRunner:
             self.cache = KvCache(memory, hp, settings.kv_blocks)
             self._attention = AttentionLauncher(memory, self.cache, settings.sequences, processors)
             self._state = StepState(memory, settings.sequences, blocks)
-            self._prompt = PromptState(memory, settings.prefill_tokens, blocks)
+            self._prompt = PromptState(memory, settings.prefill_tokens, settings.logit_rows, blocks)
+            slab = memory.reserve(4 * settings.logit_rows * hp.vocab_size, Purpose.WORKSPACE)
+            self._logits = slab.array((settings.logit_rows, hp.vocab_size), np.float32)
             self._sampler = SamplerLauncher(
                 memory, hp.vocab_size, padding_ids, end_ids, sequences=settings.sequences, processors=processors
             )
             self._results = PinnedRing(self._sampler.drawn.nbytes)
             self._pools = self._prepare(memory)
             self._step = self._capture()
+            self._pieces = {tokens: self._capture_piece(tokens) for tokens in self._piece_sizes()}
             self._stream.synchronize()
         self._ahead: _Ahead | None = None
 
@@ -133,9 +142,7 @@ class GpuRunner:
         self._ahead = None
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
-                return np.concatenate(
-                    [np.empty((0, self.vocab_size), np.float32), *map(self._host, self._pieces(batch))]
-                )
+                return np.concatenate([self._host(logits) for logits in self._prefilled(batch)])
             self._state.load(batch, [], self._stream)
             return self._host(self._decode_forward(batch))
 
@@ -144,22 +151,23 @@ class GpuRunner:
         return result
 
     def _prefill(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
-        """The whole batch, piece by piece, then a draw from each row that was asked for."""
-        rows = [row[None] for logits in self._pieces(batch) for row in logits]
+        """The whole batch, piece by piece, with a draw from each row that was asked for before the next piece runs."""
+        rows = (row[None] for logits in self._prefilled(batch) for row in logits)
         return [
             self._first_draw(batch, int(at), row, request)
-            for at, row, request in zip(batch.logit_rows, rows, requests, strict=True)
+            for row, at, request in zip(rows, batch.logit_rows, requests, strict=True)
         ]
 
-    def _pieces(self, batch: Batch) -> Iterable[DeviceArray]:
-        """The logits [R, V] of each piece of a prompt in turn."""
+    def _prefilled(self, batch: Batch) -> Iterator[DeviceArray]:
+        """The logits [R, V] of each piece of a prompt in turn, valid until the next."""
         size = self._settings.prefill_tokens
         for start in range(0, len(batch.tokens), size):
             tokens = batch.tokens[start : start + size]
             rows = batch.logit_rows[(batch.logit_rows >= start) & (batch.logit_rows < start + size)] - start
             piece = replace(batch, tokens=tokens, positions=batch.positions[start : start + size], logit_rows=rows)
-            self._prompt.load(tokens, batch.block_tables[0], self._stream)
-            yield self._model.forward(self._prefill_ops(self._kernels, self._pools[Phase.PREFILL], piece), piece)
+            self._prompt.load(piece, self._stream)
+            self._pieces[next(most for most in self._pieces if len(tokens) <= most)].launch(self._stream)
+            yield self._logits[: len(rows)]
 
     def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest) -> Draw:
         """Draw after a prompt: the step state starts at its row `at`."""
@@ -221,16 +229,17 @@ class GpuRunner:
     def _decode_ops(self, kernels: Launcher, pool: Allocator) -> DecodeOps:
         return DecodeOps(kernels, pool, self._attention, self._state)
 
-    def _prefill_ops(self, kernels: Launcher, pool: Allocator, piece: Batch) -> PrefillOps:
-        at = PromptPiece(int(piece.positions[0]), self._prompt.table)
-        return PrefillOps(kernels, pool, self._attention, self._prompt.tokens, at)
+    def _prefill_forward(self, kernels: Launcher, pool: Allocator, tokens: int) -> DeviceArray:
+        """The logits of a piece of at most `tokens` tokens, the one that the prompt's state holds."""
+        batch = _piece(tokens, self._settings.logit_rows)
+        return self._model.forward(PrefillOps(kernels, pool, self._attention, self._prompt), batch)
 
     def _prepare(self, memory: DeviceMemory) -> dict[Phase, Pool]:
         """Compile what the model needs, and reserve what its activations need, as dry runs tell."""
-        prompt, step = self._largest_piece(), self._largest_step()
+        step = self._largest_step()
 
         def prefill(kernels: Launcher, pool: Allocator) -> None:
-            self._model.forward(self._prefill_ops(kernels, pool, prompt), prompt)
+            self._prefill_forward(kernels, pool, self._settings.prefill_tokens)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
             logits = self._model.forward(self._decode_ops(kernels, pool), step)
@@ -255,11 +264,19 @@ class GpuRunner:
         step()  # loads the kernels and allocates what the first layer to need it allocates
         return captured(step, self._stream)
 
-    def _largest_piece(self) -> Batch:
-        tokens = np.zeros(self._settings.prefill_tokens, np.int32)
-        positions = np.arange(len(tokens), dtype=np.int32)
-        rows = positions[: self._settings.logit_rows]
-        return Batch(Phase.PREFILL, tokens, positions, (np.zeros(1, np.int32),), rows)
+    def _piece_sizes(self) -> list[int]:
+        """The lengths that pieces are captured at, rising: a shorter one takes the next, which moves no bit."""
+        return sorted({min(_SHORT_PIECE, self._settings.prefill_tokens), self._settings.prefill_tokens})
+
+    def _capture_piece(self, tokens: int) -> Any:
+        """A piece of at most `tokens` tokens as a graph over the prompt's state."""
+
+        def piece() -> None:
+            logits = self._prefill_forward(self._kernels, self._pools[Phase.PREFILL], tokens)
+            copy = self._cupy.cuda.runtime.memcpyAsync
+            copy(self._logits.data.ptr, logits.data.ptr, logits.nbytes, _ON_DEVICE, self._stream.ptr)
+
+        return captured(piece, self._stream)
 
     def _largest_step(self) -> Batch:
         zeros = np.zeros(self._settings.sequences, np.int32)
@@ -270,3 +287,9 @@ class GpuRunner:
 def _one(token: Ints, position: Ints, table: Ints) -> Batch:
     """A decode step of one sequence."""
     return Batch(Phase.DECODE, token, position, (table,), np.zeros(1, np.int32))
+
+
+def _piece(tokens: int, logit_rows: int) -> Batch:
+    """The shape of a piece of a prompt."""
+    zeros = np.zeros(tokens, np.int32)
+    return Batch(Phase.PREFILL, zeros, zeros, (np.zeros(1, np.int32),), np.zeros(logit_rows, np.int32))

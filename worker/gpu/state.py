@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.ops import Batch, Ints
+from worker.ops import Batch
 from worker.sampling import DrawRequest, Sampling
 
 REQUEST = np.dtype(
@@ -90,23 +90,6 @@ class StepState:
         packed = np.array([pack(request) for request in requests], REQUEST)
         parts = zip(self._offsets, (batch.tokens, batch.positions, packed, tables), strict=True)
         self._ring.upload([(at, part) for at, part in parts], self._bytes, stream)
-
-
-class PromptState:
-    """One piece of a prompt: `tokens` [T] i32 and the sequence's `table` [blocks] i32."""
-
-    def __init__(self, memory: DeviceMemory, tokens: int, blocks: int) -> None:
-        self._table_at = aligned(4 * tokens)
-        size = self._table_at + aligned(4 * blocks)
-        slab = memory.reserve(size, Purpose.WORKSPACE)
-        self._bytes = slab.array((size,), np.uint8)
-        self.tokens = slab.array((tokens,), np.int32)
-        self.table = slab.array((blocks,), np.int32, self._table_at)
-        self._ring = PinnedRing(size, slots=1)  # the host is one piece ahead at most: a cancel waits for no more
-
-    def load(self, tokens: Ints, table: Ints, stream: Any) -> None:
-        """Set the piece's tokens and table."""
-        self._ring.upload([(0, tokens), (self._table_at, table)], self._bytes, stream)
 
 
 def penalized(sampling: Sampling) -> bool:

@@ -1,21 +1,23 @@
 // Prefill: sorts slots by expert and cuts them into tiles of one expert each (tiles.cuh), on the device.
 //
 // experts [slots] to order [slots] and table [slots/tile_slots + E], the grid's upper bound: unused tiles get count 0.
+// Of the slots the first *count · k are real; count may be null.
 // One block of 1024 threads: a warp counts an expert's slots by ballots, thread 0 lays the tiles out, then the warps
 // write. Dynamic shared memory: 2·E integers. Stable, so the order is the same every time. Twin: a stable argsort.
 #include "tiles.cuh"
 
-__global__ void group_routes(const int* __restrict__ experts, const int slots, const int n_experts,
-                             const int tile_slots, const int n_tiles, int* __restrict__ order,
+__global__ void group_routes(const int* __restrict__ experts, const int most, const int* __restrict__ count, const int k,
+                             const int n_experts, const int tile_slots, const int n_tiles, int* __restrict__ order,
                              Tile* __restrict__ table) {
     extern __shared__ int counts[];
     int* const starts = counts + n_experts;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const int slots = count ? *count * k : most;
     for (int e = warp; e < n_experts; e += warps) {
-        int count = 0;
+        int own = 0;
         for (int s = 0; s < slots; s += 32)
-            count += __popc(__ballot_sync(0xffffffffu, s + lane < slots && experts[s + lane] == e));
-        if (lane == 0) counts[e] = count;
+            own += __popc(__ballot_sync(0xffffffffu, s + lane < slots && experts[s + lane] == e));
+        if (lane == 0) counts[e] = own;
     }
     __syncthreads();
     if (threadIdx.x == 0) {

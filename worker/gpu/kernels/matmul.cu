@@ -1,196 +1,226 @@
-// Prefill: y[t] = W·x[t] + b + residual[t] on the tensor cores, weights made f16 on their way to shared memory.
+// Prefill: y[t] = W·x[t] + b + residual[t] on the tensor cores, weights made f16 in registers, each by one warp a tile.
 //
-// A block makes kTokens × kRows of y. Its threads are DEPTHS groups; group g takes steps g, g + DEPTHS, … of 64
-// columns: each thread holds its group's next 32 weights in registers while the tensor cores work on the last, so
-// weights are read once for every kTokens tokens and never stored as f16. The groups' sums are added in order. Every
-// y[t, r] is the same chain of m16n8k16 products whatever else shares the call: its bits depend on token t alone.
-// Rows of shared memory are 128 bytes; chunk c of row r lies at c ^ (r & 7), free of bank conflicts.
-// x [*, cols] f16, each row with a power of two in scale [*]; y [T, rows] f32. cols is a multiple of 32. kRows is
-// 32·COLUMNS. Grid x over rows/kRows, y over tokens/kTokens; 64·COLUMNS·DEPTHS threads; dynamic shared memory
-// DEPTHS·2·(kTokens + kRows)·128 bytes. Many rows take <4, 1>, few rows <2, 2>: fewer blocks, each with as many warps.
+// W is A and x is B of m16n8k16 products: a warp makes 32 rows × TOKENS of y, or with GLU 16 rows of a gate and the same
+// 16 of its twin `up`, gated where they lie. A block is ROWS warps side by side, DEPTHS times; group g takes steps g,
+// g + DEPTHS, … of 128 columns. A lane loads whole units of its four rows straight from global memory, the next ones
+// while the tensor cores work on the last (fragments.cuh has the order), so weights never pass through shared memory; x
+// does, double-buffered by cp.async. The groups' sums are added in order. Every y[t, r] is the same chain of products
+// whatever else shares the call: its bits depend on token t alone.
+// x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
+// *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows, y over
+// tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 512·TOKENS·DEPTHS bytes, a row of 256 with its 16-byte
+// chunk c at c ^ (row & 7), free of bank conflicts.
 // EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
-// writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul` in worker/cpu/plain.py, worker/cpu/quantized.py.
+// writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
 #include "formats.cuh"
+#include "fragments.cuh"
+#include "gated.cuh"
 #include "mma.cuh"
 #include "tiles.cuh"
 
-constexpr int kTokens = 128, kDepth = 64, kRowBytes = kDepth * 2;
+constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
 
-__device__ __forceinline__ int swizzled(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * 16; }
+struct Product {
+    Planes planes[2];         // gate and up; else the first alone
+    const float* bias[2];     // [rows] or null
+    const float* residual;    // [T, rows] or null
+    float* out;               // [T, rows]
+    const float* scale;       // [*] or null
+    const int* count;         // or null
+    int rows, cols;
+    Gate gate;
+};
 
-// 32 weights in registers.
-template <class Block>
-struct Slice {
-    static constexpr int kUnits = 32 / Unit<Block>::kElements, kWords = Unit<Block>::kElements / 2;
-    Unit<Block> units[kUnits];
-    __device__ __forceinline__ void load(const Planes& p, u32 u) {
+template <int TOKENS>
+struct Scope {  // what a block works on
+    Tile tile;
+    int slots[TOKENS];
+    u32 x_rows[TOKENS];  // where each token's row of x begins
+    float scales[TOKENS];
+};
+
+// A lane's four rows of weights (two of either 16): where they begin, and a unit of each.
+template <class Block, bool GLU>
+struct Weights {
+    static constexpr int kParts = 32 / Unit<Block>::kElements;  // of a lane's 32 columns of a step
+    u32 rows[4], slices;
+
+    __device__ __forceinline__ Weights(const Product& p, int expert, int row0) : slices(p.cols / 32) {
 #pragma unroll
-        for (int i = 0; i < kUnits; ++i) units[i].load(p, u * kUnits + i);
-    }
-    __device__ __forceinline__ void store(u32 u, u8* tile, int row, int chunk, bool there) const {
-        u32 h[16];
-#pragma unroll
-        for (int i = 0; i < kUnits; ++i) {
-            u32 part[kWords];
-            units[i].halves(u * kUnits + i, part);
-#pragma unroll
-            for (int j = 0; j < kWords; ++j) h[i * kWords + j] = there ? part[j] : 0;
+        for (int i = 0; i < 4; ++i) {
+            const int row = row0 + (GLU ? 0 : i / 2 * 16) + i % 2 * 8 + threadIdx.x % 32 / 4;
+            rows[i] = ((u32)expert * p.rows + min(row, p.rows - 1)) * slices;
         }
+    }
+    __device__ __forceinline__ u32 unit(int i, int step, int part) const {
+        return (rows[i] + min(4 * step + threadIdx.x % 4, slices - 1)) * kParts + part;  // past the end x is zero
+    }
+    __device__ __forceinline__ void load(const Product& p, int step, int part, Unit<Block> (&units)[4]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            *reinterpret_cast<uint4*>(tile + swizzled(row, chunk + i)) =
-                make_uint4(h[4 * i], h[4 * i + 1], h[4 * i + 2], h[4 * i + 3]);
+        for (int i = 0; i < 4; ++i) units[i].load(p.planes[GLU ? i / 2 : 0], unit(i, step, part));
     }
 };
 
-using Accumulator = float[4][4][4];  // 16 tokens, 8 rows, and a lane's four of these 128
+template <int TOKENS>
+using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
 
-// Both tiles of one step into the warp's 64 × 32 of y: every second 16 tokens from `token` on, so that few tokens keep
-// as many warps busy as they can. From token `live` on x_tile holds anything: a row of a product sees its own row alone.
-__device__ __forceinline__ void multiply(const u8* x_tile, const u8* w_tile, int token, int row, int live,
-                                         Accumulator& acc) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, in = lane % 8;
-    if (token >= live) return;
+// acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
+// its own column alone. FULL: all are there, and nothing branches.
+template <bool FULL, class Block, int TOKENS, bool GLU>
+__device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, const Unit<Block> (&units)[4], int step,
+                                         int part, u32 x_lane, int live, Accumulator<TOKENS>& acc) {
+    constexpr int kProducts = kSteps / Weights<Block, GLU>::kParts;
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k) {
-        u32 b[2][4];
+    for (int k = 0; k < kProducts; ++k) {
+        u32 a[2][4];
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
-            load_matrices(b[n], w_tile + swizzled(row + 16 * n + (matrix / 2) * 8 + in, 2 * k + matrix % 2));
+        for (int i = 0; i < 4; ++i) {
+            u32 h[2 * kProducts];  // of which this product takes two
+            units[i].halves(weights.unit(i, step, part), h);
+            a[i / 2][i % 2] = h[2 * k], a[i / 2][i % 2 + 2] = h[2 * k + 1];
+        }
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-            if (token + 32 * m >= live) continue;
-            u32 a[4];
-            load_matrices(a, x_tile + swizzled(token + 32 * m + (matrix % 2) * 8 + in, 2 * k + matrix / 2));
+        for (int n = 0; n < TOKENS / 16; ++n) {
+            if (!FULL && 16 * n >= live) break;
+            u32 b[4];
+            load_matrices(b, (x_lane ^ (32 * (part * kProducts + k))) + n * 16 * kRowBytes);
 #pragma unroll
-            for (int n = 0; n < 4; ++n) mma_16x8x16(acc[m][n], a, b[n / 2][2 * (n % 2)], b[n / 2][2 * (n % 2) + 1]);
+            for (int m = 0; m < 2; ++m) {
+                mma_16x8x16(acc[m][2 * n], a[m], b[0], b[1]);
+                mma_16x8x16(acc[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
-struct Product {
-    Planes planes;
-    const float* bias;      // [rows] or null
-    const float* residual;  // [T, rows] or null
-    float* out;             // [T, rows]
-    int rows, cols;
-};
-
-struct Scope {  // what a block works on
-    Tile tile;
-    int row0;
-    int slots[kTokens];
-    u32 x_rows[kTokens];  // where each token's row of x begins
-};
-
-// One group's steps: its part of acc. A step past the last adds zeros.
-template <class Block, int COLUMNS, int DEPTHS>
-__device__ __forceinline__ void accumulate(const Product& p, const u16* x, const Scope& scope, u8* tiles,
-                                           Accumulator& acc) {
-    constexpr int kThreads = 64 * COLUMNS, kRows = 32 * COLUMNS, kChunks = kTokens * 8 / kThreads;
-    constexpr int kXTile = kTokens * kRowBytes, kWTile = kRows * kRowBytes;
-    const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, warp = thread / 32, slices = p.cols / 32;
-    u8* const x_tiles = tiles + group * 2 * (kXTile + kWTile);
-    u8* const w_tiles = x_tiles + 2 * kXTile;
+// One group's steps: its part of acc.
+template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU>
+__device__ __forceinline__ void accumulate(const Product& p, const u16* x, const Scope<TOKENS>& scope, int row0,
+                                           u8* tiles, Accumulator<TOKENS>& acc) {
+    constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, GLU>::kParts;
+    const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
+    const int steps = (p.cols + kGroup - 1) / kGroup, live = scope.tile.count;
+    const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * 2 * kTile;
     const auto fetch_x = [&](int step, int stage) {
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) {
-            const int at = thread + i * kThreads, token = at / 8, chunk = at % 8, column = step * kDepth + chunk * 8;
-            const bool there = column < p.cols;
-            u8* to = x_tiles + stage * kXTile + swizzled(token, chunk);
-            if (token < scope.tile.count) copy_16_async(to, x + scope.x_rows[token] + (there ? column : 0), there);
+        for (int i = 0; i < TOKENS * 16 / kThreads; ++i) {
+            const int at = thread + i * kThreads, token = at / 16, chunk = at % 16;
+            const u32 to = own + stage * kTile + token * kRowBytes + (chunk ^ (token & 7)) * 16;
+            if (token < live) copy_16_async(to, x + scope.x_rows[token] + step * kGroup + chunk * 8, true);
         }
         commit_copies();
     };
-    const int w_row = thread / 2, w_half = thread % 2;
-    const u32 base = ((u32)scope.tile.expert * p.rows + min(scope.row0 + w_row, p.rows - 1)) * slices;
-    const auto slice_at = [&](int step) { return base + min(2 * step + w_half, slices - 1); };
-    const int steps = (slices + 1) / 2;
-    Slice<Block> weights;
-    fetch_x(group, 0);
-    weights.load(p.planes, slice_at(group));
+    const Weights<Block, GLU> weights(p, scope.tile.expert, row0);
+    Unit<Block> now[4], next[4];
+    if (group < steps) fetch_x(group, 0), weights.load(p, group, 0, next);
+    const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
     for (int first = 0, stage = 0; first < steps; first += DEPTHS, stage ^= 1) {
-        const int step = first + group;
-        weights.store(slice_at(step), w_tiles + stage * kWTile, w_row, w_half * 4, 2 * step + w_half < slices);
+        const int step = first + group, following = min(step + DEPTHS, steps - 1);
         wait_for_copies<0>();
-        __syncthreads();  // after it nobody reads the tiles of the step before
-        if (first + DEPTHS < steps) {
-            fetch_x(step + DEPTHS, stage ^ 1);
-            weights.load(p.planes, slice_at(step + DEPTHS));
+        __syncthreads();  // after it nobody reads the tile of the step before
+        if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
+        if (step >= steps) continue;
+        const u32 x_lane = own + stage * kTile + in_tile;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) now[i] = next[i];
+            weights.load(p, part + 1 < kParts ? step : following, (part + 1) % kParts, next);
+            multiply<FULL, Block, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
         }
-        multiply(x_tiles + stage * kXTile, w_tiles + stage * kWTile, warp / COLUMNS * 16, warp % COLUMNS * 32,
-                 scope.tile.count, acc);
     }
 }
 
-// Adds the groups' parts in order: group 0's threads have the sums.
-template <int COLUMNS, int DEPTHS>
-__device__ __forceinline__ void add_groups(float* scratch, Accumulator& acc) {
-    constexpr int kThreads = 64 * COLUMNS;
-    float* const flat = &acc[0][0][0];
+// Adds the groups' parts in order; group g is left with the sums of its share of the tokens.
+template <int ROWS, int DEPTHS, int TOKENS>
+__device__ __forceinline__ void add_groups(float4* scratch, const Accumulator<TOKENS>& acc,
+                                           Accumulator<TOKENS / DEPTHS>& sums) {
+    constexpr int kThreads = 32 * ROWS, kTiles = TOKENS / 8, kShare = kTiles / DEPTHS;
+    const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
+    __syncthreads();
 #pragma unroll
-    for (int g = 1; g < DEPTHS; ++g) {
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            float& mine = scratch[i * kThreads + threadIdx.x % kThreads];
-            if ((int)threadIdx.x / kThreads == g) mine = flat[i];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 64; ++i)
-            if (threadIdx.x < kThreads) flat[i] += scratch[i * kThreads + threadIdx.x];
-    }
-}
-
-__device__ __forceinline__ void write(const Product& p, const Scope& scope, const float* scale, int per_slot, int token,
-                                      int row, const Accumulator& acc) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < 4; ++m)
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int i = token + 32 * m + 8 * part + lane / 4;
-            if (i >= scope.tile.count) continue;
-            const int slot = scope.slots[i];
-            const float s = scale[slot / per_slot];
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const int r = row + 8 * (n / 2) + 2 * (lane % 4) + n % 2;
-                if (r >= p.rows) continue;
-                float y = acc[m][n / 2][2 * part + n % 2] * s;
-                if (p.bias) y += p.bias[(size_t)scope.tile.expert * p.rows + r];
-                if (p.residual) y += p.residual[(size_t)slot * p.rows + r];
-                p.out[(size_t)slot * p.rows + r] = y;
-            }
-        }
-}
-
-// f32 weights need more registers than two blocks a multiprocessor leave.
-template <class Block>
-constexpr int kBlocks = Unit<Block>::kElements == 4 ? 1 : 2;
-
-template <class Block, int COLUMNS, int DEPTHS, bool EXPERTS>
-__global__ void __launch_bounds__(64 * COLUMNS * DEPTHS, kBlocks<Block>)
-    matmul(const Product p, const u16* __restrict__ x, const float* __restrict__ scale, const int tokens,
-           const Tiles tiles) {
-    constexpr int kThreads = 64 * COLUMNS;
-    extern __shared__ __align__(128) u8 shared[];
-    __shared__ Scope scope;
-    const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * kTokens;
-    const Tile tile = EXPERTS ? tiles.table[blockIdx.y] : Tile{0, first, min(kTokens, tokens - first)};
-    if (tile.count <= 0) return;
-    if (threadIdx.x == 0) scope.tile = tile, scope.row0 = blockIdx.x * 32 * COLUMNS;
-    for (int i = threadIdx.x; i < kTokens; i += kThreads * DEPTHS) {
-        const int at = tile.first + min(i, tile.count - 1), slot = EXPERTS ? tiles.order[at] : at;
-        scope.slots[i] = slot;
-        scope.x_rows[i] = (u32)(slot / per_slot) * p.cols;
+    for (int i = 0; i < 2 * kTiles; ++i) {
+        const float* a = acc[i / kTiles][i % kTiles];
+        scratch[(group * 2 * kTiles + i) * kThreads + thread] = make_float4(a[0], a[1], a[2], a[3]);
     }
     __syncthreads();
-    Accumulator acc = {};
-    accumulate<Block, COLUMNS, DEPTHS>(p, x, scope, shared, acc);
-    add_groups<COLUMNS, DEPTHS>(reinterpret_cast<float*>(shared), acc);
-    const int warp = threadIdx.x / 32;
-    if (threadIdx.x < kThreads)
-        write(p, scope, scale, per_slot, warp / COLUMNS * 16, scope.row0 + warp % COLUMNS * 32, acc);
+#pragma unroll
+    for (int i = 0; i < 2 * kShare; ++i) {
+        const int at = i / kShare * kTiles + group * kShare + i % kShare;
+        float* sum = sums[i / kShare][i % kShare];
+#pragma unroll
+        for (int g = 0; g < DEPTHS; ++g) {
+            const float4 part = scratch[(g * 2 * kTiles + at) * kThreads + thread];
+            sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+        }
+    }
+}
+
+// y of `TOKENS` tokens from `token0` on; a lane's rows of either 16 are lane/4 and 8 below, its tokens neighbours.
+template <int ALL, int TOKENS, bool GLU>
+__device__ __forceinline__ void write(const Product& p, const Scope<ALL>& scope, int token0, int row0,
+                                      const Accumulator<TOKENS>& sums) {
+    constexpr int kRows = GLU ? 2 : 4;
+    const int lane = threadIdx.x % 32, r = row0 + lane / 4, there = (p.rows - r + 7) / 8;  // of r, r + 8, …
+    float bias[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* from = p.bias[GLU ? i / 2 : 0];
+        const size_t at = (size_t)scope.tile.expert * p.rows + r + i % kRows * 8;
+        bias[i] = from && i % kRows < there ? from[at] : 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; ++n) {
+        float kept[2][kRows];  // all of the residual before any result: loads that wait for one another take the longest
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int token = token0 + 8 * n + lane % 4 * 2 + j;
+            const float* from = p.residual + (size_t)scope.slots[token] * p.rows + r;
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) kept[j][i] = p.residual && i < there ? from[8 * i] : 0.f;
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int token = token0 + 8 * n + lane % 4 * 2 + j;
+            const bool real = token < scope.tile.count;
+            const float s = scope.scales[token];
+            float* to = p.out + (size_t)scope.slots[token] * p.rows + r;
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+                float y = sums[i / 2][n][i % 2 * 2 + j] * s + bias[i];
+                if (GLU) y = gated(y, sums[1][n][i % 2 * 2 + j] * s + bias[2 + i % 2], p.gate);
+                if (real && i < there) to[8 * i] = y + kept[j][i];
+            }
+        }
+    }
+}
+
+template <class Block, int ROWS, int DEPTHS, int TOKENS, bool EXPERTS, bool GLU>
+__global__ void __launch_bounds__(32 * ROWS * DEPTHS)
+    matmul(const Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
+    extern __shared__ __align__(256) u8 shared[];
+    __shared__ Scope<TOKENS> scope;
+    const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * TOKENS;
+    const Tile tile = EXPERTS ? tiles.table[blockIdx.y]
+                              : Tile{0, first, min(TOKENS, (p.count ? *p.count : tokens) - first)};
+    if (tile.count <= 0) return;
+    if (threadIdx.x == 0) scope.tile = tile;
+    for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS) {
+        const int at = tile.first + min(i, tile.count - 1), slot = EXPERTS ? tiles.order[at] : at;
+        scope.slots[i] = slot;
+        scope.x_rows[i] = (u32)(slot / per_slot) * padded(p.cols);
+        scope.scales[i] = p.scale ? p.scale[slot / per_slot] : 1.f;
+    }
+    __syncthreads();
+    const int warp = threadIdx.x / 32, row0 = (blockIdx.x * ROWS + warp % ROWS) * (GLU ? 16 : 32);
+    Accumulator<TOKENS> acc = {};
+    if (tile.count > TOKENS - 16) accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
+    else accumulate<false, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
+    if constexpr (DEPTHS == 1) {
+        write<TOKENS, TOKENS, GLU>(p, scope, 0, row0, acc);
+    } else {
+        Accumulator<TOKENS / DEPTHS> sums = {};
+        add_groups<ROWS, DEPTHS, TOKENS>(reinterpret_cast<float4*>(shared), acc, sums);
+        write<TOKENS, TOKENS / DEPTHS, GLU>(p, scope, warp / ROWS * (TOKENS / DEPTHS), row0, sums);
+    }
 }

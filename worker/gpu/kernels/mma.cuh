@@ -5,19 +5,22 @@
 #pragma once
 
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const unsigned int (&a)[4], unsigned int b0, unsigned int b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Four 8×8 matrices of halves; lane l gives the 16-byte row l%8 of matrix l/8, and matrix i lands in r[i].
-__device__ __forceinline__ void load_matrices(unsigned int (&r)[4], const void* row) {
-    const unsigned int at = (unsigned int)__cvta_generic_to_shared(row);
+// Four 8×8 matrices of halves; lane l gives the 16-byte row l%8 of matrix l/8 (in shared memory, as an address of
+// that space or any), and matrix i lands in r[i].
+__device__ __forceinline__ void load_matrices(unsigned int (&r)[4], unsigned int row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at)
+                 : "r"(row)
                  : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(unsigned int (&r)[4], const void* row) {
+    load_matrices(r, (unsigned int)__cvta_generic_to_shared(row));
 }
 
 __device__ __forceinline__ void load_matrices_transposed(unsigned int (&r)[4], const void* row) {
@@ -29,9 +32,12 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned int (&r)[4], c
 }
 
 // 16 bytes from global to shared memory behind the thread's back; zeros where `there` is false.
+__device__ __forceinline__ void copy_16_async(unsigned int to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
 __device__ __forceinline__ void copy_16_async(void* to, const void* from, bool there) {
-    const unsigned int at = (unsigned int)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
+    copy_16_async((unsigned int)__cvta_generic_to_shared(to), from, there);
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,7 +1,8 @@
 // Prompt tokens of one sequence: RoPE of q and k, q as f16 for the tensor cores, k and v to the KV blocks.
 //
-// q [T, H·D], k, v [T, Hk·D] f32; turned [T, H·D] f16; caches as in kv_cache.cuh; table i32 of this sequence; token t is
-// at position start + t. Grid (T), 128 threads. f16 clamps to ±65504 (half.cuh). Bytes: 6 a query element, 6 a KV element.
+// q [T, H·D], k, v [T, Hk·D] f32; turned [T, H·D] f16; caches as in kv_cache.cuh; table i32 of this sequence; place:
+// {start, T} on the device; token t is at position start + t. Grid x of at least T, y over parts of a token's elements,
+// 128 threads. f16 clamps to ±65504 (half.cuh). Bytes: 6 a query element, 6 a KV element.
 // Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16 cache.
 #include "half.cuh"
 #include "kv_cache.cuh"
@@ -10,16 +11,19 @@
 template <int D, bool ADJACENT>
 __global__ void __launch_bounds__(128)
     rope_kv(unsigned short* turned, const float* q, const float* k, const float* v, unsigned short* k_cache,
-            unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, int start,
+            unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* place,
             int n_heads, int n_kv_heads) {
-    const int t = blockIdx.x, position = start + t, block = table[position / kKvBlock];
+    const int t = blockIdx.x, position = place[0] + t;
+    if (t >= place[1]) return;
+    const int block = table[position / kKvBlock];
+    const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
     const RopeTables rope = {cos, sin, dims};
     const size_t queries = (size_t)t * n_heads * D, kvs = (size_t)t * n_kv_heads * D;
-    for (int at = threadIdx.x; at < n_heads * D; at += blockDim.x) {
+    for (int at = first; at < n_heads * D; at += stride) {
         const float x = rotated<ADJACENT>(q + queries + at / D * D, at % D, position, rope);
         turned[queries + at] = float_to_half(clamp_to_half_range(x));
     }
-    for (int at = threadIdx.x; at < n_kv_heads * D; at += blockDim.x) {
+    for (int at = first; at < n_kv_heads * D; at += stride) {
         const size_t to = kv_offset<D>(block, n_kv_heads, at / D, position) + at % D;
         k_cache[to] = float_to_half(clamp_to_half_range(rotated<ADJACENT>(k + kvs + at / D * D, at % D, position, rope)));
         v_cache[to] = float_to_half(clamp_to_half_range(v[kvs + at]));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.activations import norm_of
+from tests.gpu.activations import norm_of, values_of
 from tests.gpu.guarded import GuardedPool
 from worker.cpu.plain import rms_norm
 from worker.cpu.quantized import in_f16
@@ -26,12 +26,12 @@ def rows_of(shape, seed=0):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_halved_rows_equal_their_twin(kernels, shape, normed):
-    from worker.gpu.norms import halved_rows
+    from worker.gpu.halved import halved_rows
 
     pool, x = GuardedPool(), rows_of(shape)
     weight, norm = norm_of(pool, shape[1], EPS)
     rows = halved_rows(kernels, pool, pool.put(x), norm if normed else None)
-    values = rows.x.get().astype(np.float32) * rows.scale.get()[:, None]
+    values = values_of(rows, shape[1])
     if normed:
         np.testing.assert_allclose(values, rms_norm(x, weight, EPS), rtol=1e-3)
     else:
@@ -39,8 +39,18 @@ def test_halved_rows_equal_their_twin(kernels, shape, normed):
     pool.check()
 
 
+def test_rows_beyond_the_real_ones_are_left_alone(kernels):
+    from worker.gpu.halved import halved_rows
+
+    pool, x = GuardedPool(), rows_of((6, 96))
+    count = pool.put(np.array([2], np.int32))
+    rows = halved_rows(kernels, pool, pool.put(x), None, count, 2)
+    assert np.isfinite(rows.x.get()[:4]).all()
+    assert (rows.x.get()[4:].view(np.uint16) == 0xFFFF).all()
+
+
 def test_a_row_of_zeros_stays_zeros(kernels):
-    from worker.gpu.norms import halved_rows
+    from worker.gpu.halved import halved_rows
 
     pool = GuardedPool()
     halved = halved_rows(kernels, pool, pool.put(np.zeros((2, 64), np.float32)))
