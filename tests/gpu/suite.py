@@ -30,8 +30,8 @@ OPS = ("attention", "norms", "routing", "sampler", "products", "layouts", "memor
 PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism"),
-    "full": ("full_size",),
-    "faults": ("faults", "memory_baseline"),
+    "full": ("full_size", "full_worker"),
+    "faults": ("faults", "memory_baseline", "worker_faults"),
     "sanitize": OPS,
 }
 # The smallest shapes that take every branch, all 14 types: a sanitizer slows a kernel down a hundredfold.

@@ -13,7 +13,7 @@ from worker.adapters.hparams import read_hparams
 from worker.gguf_file import GgufFile
 
 HERE = Path(__file__).parent
-WITHOUT_GPU = {"suite", "compiler"}
+WITHOUT_GPU = {"suite", "compiler", "streamed"}
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good"><properties><property name="speed" value="9"/></properties>
