@@ -25,13 +25,19 @@ THREADS = 12
 
 
 class DeviceRows:
-    """Weights of a model on the GPU as f32 on the host, a slab at a time."""
+    """Weights of a model on the GPU as f32 on the host, a slab at a time; a context, which ends its threads."""
 
     def __init__(self, kernels, memory):
         self._kernels = kernels
         self._memory = memory
         self._lanes = threading.local()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="slabs")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._threads.shutdown()
 
     def fetch(self, matrix):
         """A matrix [rows, cols] of at most SLAB bytes; overwritten by this thread's next one."""

@@ -55,6 +55,12 @@ def bandwidth(gpu):
     return read_bandwidth()
 
 
+@pytest.fixture
+def rows(kernels, memory):
+    with DeviceRows(kernels, memory) as made:
+        yield made
+
+
 def random_ids(full, count, seed=0):
     return np.random.default_rng(seed).integers(0, full.loaded.hparams.vocab_size - 8, count).tolist()
 
@@ -138,11 +144,11 @@ def test_a_prompts_first_token_comes_and_repeats(full, tokens, record_property):
     assert len(drawn) == 1
 
 
-def test_the_device_holds_the_files_values(full, kernels, memory):
+def test_the_device_holds_the_files_values(full, rows):
     """A matrix's first and last row and those in which a piece of its way to the device ends: bit for bit."""
     from worker.gpu.upload import CHUNK
 
-    rows, compared = DeviceRows(kernels, memory), 0
+    compared = 0
     with GgufFile.open(full.path) as file:
         for tensor in held(full.loaded.engine._runner._model):
             name, _, part = tensor.name.partition("[")
@@ -182,9 +188,9 @@ def flattened(matrix):
     return replace(matrix, shape=shape, data=replace(matrix.data, planes=planes))
 
 
-def test_logits_of_100_tokens_are_the_twins_and_the_references(full, kernels, memory, record_property):
+def test_logits_of_100_tokens_are_the_twins_and_the_references(full, rows, record_property):
     runner, began = full.loaded.engine._runner, time.perf_counter()
-    exact, twin = references(runner._model, full.loaded.hparams, DeviceRows(kernels, memory))
+    exact, twin = references(runner._model, full.loaded.hparams, rows)
     prompt, following = random_ids(full, 100), random_ids(full, 3, seed=1)
     table = np.arange(8, dtype=np.int32)
     last = prefill(prompt, table=table, rows=[99])

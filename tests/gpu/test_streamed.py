@@ -39,11 +39,11 @@ class HostRows(streamed.DeviceRows):
 def test_streamed_weights_give_the_twins_logits(name, tiny, monkeypatch):
     monkeypatch.setattr(streamed, "SLAB", 40_000)  # several slabs a matrix, the last one shorter
     exact, rounding = cpu_runner(tiny(name)), rounding_twin(tiny(name))
-    with GgufFile.open(tiny(name)) as file:
-        pair = streamed.references(exact._model, read_hparams(file), HostRows(), blocks=32)
+    batches = [prefill(PROMPT, table=TABLE, rows=[0, 49]), decode(7, 50, TABLE), decode(9, 51, TABLE)]
     bounds = ORDER_OF_SUMS, ACROSS_A_ROUNDINGS_EDGE
-    for expected, found, bound in zip((exact, rounding), pair, bounds, strict=True):
-        batches = [prefill(PROMPT, table=TABLE, rows=[0, 49]), decode(7, 50, TABLE), decode(9, 51, TABLE)]
-        for batch in batches:
-            found.cache.k[:], found.cache.v[:] = expected.cache.k, expected.cache.v
-            assert relative_error(found.logits(batch), expected.logits(batch)) < bound
+    with GgufFile.open(tiny(name)) as file, HostRows() as rows:
+        pair = streamed.references(exact._model, read_hparams(file), rows, blocks=32)
+        for expected, found, bound in zip((exact, rounding), pair, bounds, strict=True):
+            for batch in batches:
+                found.cache.k[:], found.cache.v[:] = expected.cache.k, expected.cache.v
+                assert relative_error(found.logits(batch), expected.logits(batch)) < bound
