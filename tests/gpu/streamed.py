@@ -1,27 +1,28 @@
-"""The twins over weights that lie on the device: a slab of rows comes as f32 when its product is taken, and goes again.
+"""References of any size for a model on the GPU: its weights come to the host slab by slab, as f32, and go again.
 
-So a model has its reference on a host that could not hold it: gpt-oss-20b is 84 GB as f32. The device's way back to f32
-is `gguf.quants`' to the bit (`test_layouts.py`), and `test_full_size.py` compares what the device holds with the file.
-A prompt brings every expert once, a step those in use; a few threads overlap copies and products. Knows no test.
+gpt-oss-20b is 84 GB as f32, so no host holds its reference; here a slab serves three runs at once, which are rows of
+one batch (`SideBySide`). The device's way back to f32 is `gguf.quants`' to the bit (`test_layouts.py`), and
+`test_full_size.py` compares what the device holds with the file. `trail.py` tells what the runs follow.
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
-from worker.cpu.plain import gated, rms_norm
+from worker.cpu.plain import gated, rms_norm, softmax
 from worker.cpu.quantized import QuantizedOps
-from worker.cpu.runner import CpuRunner
 from worker.cpu.threads import Threads
-from worker.ops import SWIGLU, Phase
+from worker.ops import Routes
 
 SLAB = 4 << 20
 THREADS = 12
+RUNS = 3
 
 
 class DeviceRows:
@@ -88,21 +89,73 @@ class _Lane:
             return dequantized(kernels, self._pool, matrix).get(self._stream, out=host)
 
 
-class StreamedOps(CpuOps):
-    """The exact ops over weights that `rows` fetches; each expert takes all its tokens at once."""
+@dataclass
+class Answers:
+    """Logits [R, V] of the three runs, and what the led one found from the GPU's own inputs: how far the GPU is off in
+    each half of a layer, as a share of what that half adds, and by how much, at most, its experts are not the best."""
 
-    def __init__(self, cache, phase, rows):
-        super().__init__(cache, phase, Threads(1))
+    exact: np.ndarray
+    twin: np.ndarray
+    led: np.ndarray
+    halves: list[float]
+    tie: float
+
+
+class References:
+    """A model on the host beside the same on the GPU: the exact run, the twin that rounds as the GPU does, and one that
+    is led: a twin that begins each half of a layer with the GPU's own residual stream."""
+
+    def __init__(self, model, hparams, rows, *, blocks=16):
+        self._model = model
         self._rows = rows
+        self.caches = [KvCache(hparams, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
+
+    def set_cache(self, k, v):
+        """What the GPU's cache holds [layers, blocks, B, Hk, D], for the runs that round."""
+        for cache in self.caches[1:]:
+            cache.k[:, : k.shape[1]], cache.v[:, : v.shape[1]] = k, v
+
+    def answers(self, batch, trail):
+        """The forward of a batch along the GPU's trail."""
+        ops = SideBySide(self.caches, batch.phase, self._rows, trail)
+        logits = np.split(self._model.forward(ops, batch), RUNS)
+        return Answers(*logits, ops.halves, ops.tie)
+
+
+class SideBySide(CpuOps):
+    """The twins' ops for three runs as rows of one batch [3·T, …]: exact, twin, led. All take the GPU's experts."""
+
+    def __init__(self, caches, phase, rows, trail):
+        super().__init__(caches[0], phase, Threads(1))
+        self._runs = [CpuOps(cache, phase, Threads(1)) for cache in caches]
+        self._twin = QuantizedOps(caches[1], phase, Threads(1))
+        self._rows = rows
+        self._experts, self._residuals = iter(trail.experts), iter(trail.residuals)
+        self.halves, self.tie = [], 0.0
 
     def embed(self, table, batch):
-        return np.concatenate([self._rows.fetch(table.rows(i, i + 1)).copy() for i in batch.tokens.tolist()])
+        rows = [self._rows.fetch(table.rows(i, i + 1)).copy() for i in batch.tokens.tolist()]
+        return np.concatenate(rows * RUNS)
 
     def attention(self, q, k, v, spec, batch):
-        sinks = spec.sinks and replace(spec.sinks, data=self._rows.vector(spec.sinks))
-        return super().attention(q, k, v, replace(spec, sinks=sinks), batch)
+        spec = replace(spec, sinks=spec.sinks and replace(spec.sinks, data=self._rows.vector(spec.sinks)))
+        each = zip(self._runs, *(np.split(part, RUNS) for part in (q, k, v)), strict=True)
+        return np.concatenate([ops.attention(*qkv, spec, batch) for ops, *qkv in each])
 
-    def experts_glu(self, n, routes, gate, up, activation=SWIGLU):
+    def linear_add(self, y, linear, residual):
+        return self._led(super().linear_add(y, linear, residual), residual)
+
+    def norm_route(self, x, norm, router, k):
+        n = self._norm(x, norm)
+        logits = self._product(n, router)
+        experts = np.concatenate([next(self._experts)] * RUNS)
+        chosen = np.take_along_axis(logits, experts, axis=-1)
+        behind = np.sort(logits, axis=-1)[:, -k] - chosen.min(axis=-1)
+        self.tie = max(self.tie, float(np.split(behind, RUNS)[-1].max()))
+        return n, Routes(experts, softmax(chosen))
+
+    def experts_glu(self, n, routes, gate, up, activation):
+        n = self._rounded(n, gate)
         h = np.empty((*routes.experts.shape, gate.weight.shape[1]), np.float32)
         for expert, (tokens, slots) in by_expert(routes):
             g, u = (self._expert(n[tokens], linear, expert) for linear in (gate, up))
@@ -110,15 +163,34 @@ class StreamedOps(CpuOps):
         return h
 
     def experts_add(self, h, routes, down, residual):
+        h = self._rounded(h, down)
         y = np.empty((*routes.experts.shape, down.weight.shape[1]), np.float32)
         for expert, at in by_expert(routes):
             y[at] = self._expert(h[at], down, expert)
-        return residual + (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32)
+        return self._led(residual + (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32), residual)
+
+    def take_rows(self, x, batch):
+        return np.concatenate([run[batch.logit_rows] for run in np.split(x, RUNS)])
+
+    def _led(self, x, residual):
+        """x, but in the last run the GPU's in its place, after the two were compared."""
+        theirs, at = next(self._residuals), len(x) // RUNS * (RUNS - 1)
+        added = np.linalg.norm(x[at:] - residual[at:])
+        self.halves.append(float(np.linalg.norm(theirs - x[at:]) / added))
+        return np.concatenate([x[:at], theirs])
+
+    def _rounded(self, x, linear):
+        """x as the product sees it: the exact run's as it is."""
+        at = len(x) // RUNS
+        return np.concatenate([x[:at], self._twin._rounded(x[at:], linear)])
 
     def _norm(self, x, norm):
         return rms_norm(x, self._rows.vector(norm.weight), norm.eps)
 
     def _linear(self, x, linear):
+        return self._product(self._rounded(x, linear), linear)
+
+    def _product(self, x, linear):
         y = self._rows.product(x, linear.weight)
         return y if linear.bias is None else y + self._rows.vector(linear.bias)
 
@@ -127,19 +199,6 @@ class StreamedOps(CpuOps):
         return y if linear.bias is None else y + self._rows.vector(linear.bias)[expert]
 
 
-class StreamedTwin(QuantizedOps, StreamedOps):
-    """The same with activations rounded where the GPU rounds them."""
-
-
 def by_expert(routes):
     """Each expert in use, and where: (tokens, slots), both [n]."""
     return [(expert, np.nonzero(routes.experts == expert)) for expert in np.unique(routes.experts).tolist()]
-
-
-def references(model, hparams, rows, *, blocks=16):
-    """The exact f32 runner and the one that rounds as the GPU does, over the weights of one model."""
-    exact = CpuRunner(model, hparams, kv_blocks=blocks)
-    twin = CpuRunner(model, hparams, kv_blocks=blocks, kv_dtype=np.float16)
-    for runner, ops in ((exact, StreamedOps), (twin, StreamedTwin)):
-        runner._ops = {phase: ops(runner.cache, phase, rows) for phase in Phase}
-    return exact, twin

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +18,8 @@ import pytest
 
 from tests.gpu.served import answer, device_bytes, load, settle
 from tests.gpu.speed import decode_bytes, read_bandwidth
-from tests.gpu.streamed import DeviceRows, references
+from tests.gpu.streamed import DeviceRows, References
+from tests.gpu.trail import logits_and_trail
 from tests.models import decode, prefill
 from worker.config import ModelSection, load_settings
 from worker.engine import Sequence
@@ -30,7 +31,7 @@ from worker.sampling import Sampling
 
 MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b")
 CONTEXT, TOKENS, PROMPT = 4096, 256, 128
-TWIN, REFERENCE = 0.01, 0.05
+TWIN, REFERENCE, NEAR_TIE = 0.01, 0.05, 1e-3
 SAMPLED = 512  # rows of a matrix that are compared with f64
 MIB = 1 << 20
 
@@ -188,30 +189,57 @@ def flattened(matrix):
     return replace(matrix, shape=shape, data=replace(matrix.data, planes=planes))
 
 
-def test_logits_of_100_tokens_are_the_twins_and_the_references(full, rows, record_property):
-    runner, began = full.loaded.engine._runner, time.perf_counter()
-    exact, twin = references(runner._model, full.loaded.hparams, rows)
-    prompt, following = random_ids(full, 100), random_ids(full, 3, seed=1)
-    table = np.arange(8, dtype=np.int32)
-    last = prefill(prompt, table=table, rows=[99])
-    found, alike, reference = (each.logits(last) for each in (runner, twin, exact))
-    steps = {"prefill": (relative(found, alike), relative(found, reference))}
-    for i, token in enumerate(following):
-        twin.cache.k[:, :8], twin.cache.v[:, :8] = first_blocks(runner.cache.array)
-        step = decode(token, 100 + i, table)
-        found, alike, reference = (each.logits(step) for each in (runner, twin, exact))
-        steps[f"decode {i}"] = relative(found, alike), relative(found, reference)
-    record_property(
-        f"{full.name} logits, from the twin and from f32",
-        "; ".join(f"{step} {100 * a:.2f} %, {100 * b:.2f} %" for step, (a, b) in steps.items())
-        + f"; {time.perf_counter() - began:.0f} s",
-    )
-    assert max(from_twin for from_twin, _ in steps.values()) < TWIN
-    assert max(from_f32 for _, from_f32 in steps.values()) < REFERENCE
+def test_logits_of_100_tokens_and_3_steps_are_the_twins_and_the_references(full, rows, record_property):
+    """A prompt's are within 1 % of the twin and 5 % of f32. A step's are chaotic in 8 bits: a last place that crosses a
+    rounding's edge is percents some layers on. So a step is the twin's half a layer at a time, from the GPU's own
+    inputs, and as a whole it is no further from f32 than the twin is.
+    """
+    began, table, steps = time.perf_counter(), np.arange(8, dtype=np.int32), {}
+    batches = {"prefill": prefill(random_ids(full, 100), table=table, rows=[99])}
+    batches |= {f"step {i}": decode(t, 100 + i, table) for i, t in enumerate(random_ids(full, 3, seed=1))}
+    runner = full.loaded.engine._runner
+    references = References(runner._model, full.loaded.hparams, rows)
+    for name, batch in batches.items():
+        references.set_cache(*first_blocks(runner.cache.array))
+        logits, trail = logits_and_trail(runner, batch)
+        steps[name] = Distances.of(logits, references.answers(batch, trail))
+    said = "; ".join(f"{name} {each}" for name, each in steps.items())
+    record_property(f"{full.name} logits", f"{said}; {time.perf_counter() - began:.0f} s")
+    assert steps["prefill"].from_twin < TWIN
+    for each in steps.values():
+        assert each.from_f32 < max(REFERENCE, 1.5 * each.twins_from_f32)
+        assert max(each.worst_half, each.head) < TWIN
+        assert each.tie < NEAR_TIE
+
+
+@dataclass
+class Distances:
+    """How far logits are from the references', and the worst that the led run found."""
+
+    from_twin: float
+    from_f32: float
+    twins_from_f32: float
+    worst_half: float
+    head: float
+    tie: float
+
+    @classmethod
+    def of(cls, logits, answers):
+        exact, twin = answers.exact, answers.twin
+        whole = relative(logits, twin), relative(logits, exact), relative(twin, exact)
+        return cls(*whole, max(answers.halves), relative(logits, answers.led), answers.tie)
+
+    def __str__(self):
+        shares = self.from_twin, self.from_f32, self.twins_from_f32, self.worst_half, self.head
+        twin, f32, twins, half, head = (f"{100 * share:.2f} %" for share in shares)
+        tie = f", experts within {self.tie:.1e}" if self.tie else ""
+        return (
+            f"{twin} from the twin, {f32} from f32 (the twin {twins}); worst half of a layer {half}, head {head}{tie}"
+        )
 
 
 def first_blocks(cache):
-    """K and V of the first 8 blocks, as the CPU's cache holds them."""
+    """K and V of the first 8 blocks, as the CPU's cache holds them: [layers, 8, B, Hk, D] each."""
     return np.moveaxis(cache[:, :, :8].get().swapaxes(3, 4), 1, 0)
 
 

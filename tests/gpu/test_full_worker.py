@@ -49,7 +49,7 @@ def own_events(client, worker):
 
 def test_what_a_worker_tells_of_its_memory_is_the_drivers_word(worker, client, record_property):
     client.submit(job_id="a", prompt_tokens=random_ids(1000), **ANSWERED)
-    told = [item.event for item in client.events("a", idle_s=IDLE_S)]
+    told = list(client.events("a", idle_s=IDLE_S))
     drivers, (free, total) = device_bytes(), memory_info()
     runtime = worker.metric('worker_vram_bytes{purpose="runtime"}')
     worker.send(signal.SIGTERM)
@@ -65,7 +65,7 @@ def test_what_a_worker_tells_of_its_memory_is_the_drivers_word(worker, client, r
     assert len(vram) >= 2
     assert all(close(each, drivers) for each in sums)
     assert all(close(each.free, free) for each in vram)
-    for metrics in (event for event in told if event.kind == "metrics"):
+    for metrics in (item.event for item in told if item.kind == "metrics"):
         assert close(metrics.vram_used, drivers)
         assert close(metrics.vram_used + metrics.vram_free, total)
     assert [event.percent for event in events if event.kind == "load_progress"] == [0, 25, 50, 75, 100]
