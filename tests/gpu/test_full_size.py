@@ -202,6 +202,7 @@ def test_logits_of_100_tokens_and_3_steps_are_the_twins_and_the_references(full,
     for name, batch in batches.items():
         references.set_cache(*first_blocks(runner.cache.array))
         logits, trail = logits_and_trail(runner, batch)
+        assert np.array_equal(logits, runner.logits(batch)), "a graph launches what its capture did"
         steps[name] = Distances.of(logits, references.answers(batch, trail))
     said = "; ".join(f"{name} {each}" for name, each in steps.items())
     record_property(f"{full.name} logits", f"{said}; {time.perf_counter() - began:.0f} s")

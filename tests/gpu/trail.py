@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from worker.ops import Phase
+
 
 @dataclass
 class Trail:
@@ -51,14 +53,31 @@ def on_host(array):
     return array.get() if hasattr(array, "get") else array.copy()
 
 
+class _TrailedModel:
+    """A model whose forwards leave a trail."""
+
+    def __init__(self, model, trail):
+        self._model = model
+        self._trail = trail
+
+    def forward(self, ops, batch):
+        return self._model.forward(Trailed(ops, self._trail), batch)
+
+
 def logits_and_trail(runner, batch):
-    """The logits [R, V] of a batch on the GPU's runner, and the trail of that forward."""
-    trail = Trail()
-    makers = {name: getattr(runner, name) for name in ("_prefill_ops", "_decode_ops")}
-    for name, make in makers.items():
-        setattr(runner, name, lambda *given, make=make: Trailed(make(*given), trail))
+    """The logits [R, V] of a batch on the GPU's runner, launched kernel by kernel, and the trail of that forward."""
+    trail, model = Trail(), runner._model
+    runner._model = _TrailedModel(model, trail)
     try:
-        return runner.logits(batch), trail
+        return _launched(runner, batch), trail
     finally:
-        for name in makers:
-            delattr(runner, name)
+        runner._model = model
+
+
+def _launched(runner, batch):
+    """What a captured piece of a prompt does at once; a step of `runner.logits` is no graph anyway."""
+    if batch.phase is Phase.DECODE:
+        return runner.logits(batch)
+    with runner._stream:
+        runner._prompt.load(batch, runner._stream)
+        return runner._prefill_forward(runner._kernels, runner._pools[batch.phase], len(batch.tokens)).get()
