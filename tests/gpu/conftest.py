@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.gpu.full import CONTEXT, MODELS, path_of
+from tests.gpu.served import GpuWorker, load, settle
 from tests.gpu.suite import why_no_gpu
 
 READY_S = 90
@@ -53,6 +57,19 @@ def smollm2_here(gpu):
         pytest.skip(f"SmolLM2 is not here: {error}")
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def full(request, gpu):
+    """A full-size model, loaded; gone before the next one comes."""
+    path = path_of(request.param)
+    settle()
+    began = time.perf_counter()
+    loaded = load(path, context=CONTEXT)
+    made = SimpleNamespace(name=request.param, path=path, loaded=loaded, load_s=time.perf_counter() - began)
+    yield made
+    del made.loaded, loaded
+    settle()
+
+
 @pytest.fixture
 def server(gpu):
     """A Redis server on a free port, which dies with the tests."""
@@ -75,8 +92,6 @@ def client(server):
 @pytest.fixture
 def start(server, tmp_path):
     """Starts a `worker run` on the GPU and waits until it is ready; it dies with the test."""
-    from tests.gpu.served import GpuWorker
-
     started = []
 
     def start(path, *arguments, **environment):

@@ -2,7 +2,7 @@
 
 gpt-oss-20b is 84 GB as f32, so no host holds its reference; here a slab serves three runs at once, which are rows of
 one batch (`SideBySide`). The device's way back to f32 is `gguf.quants`' to the bit (`test_layouts.py`), and
-`test_full_size.py` compares what the device holds with the file. `trail.py` tells what the runs follow.
+`test_full_logits.py` compares what the device holds with the file. `trail.py` tells what the runs follow.
 """
 
 from __future__ import annotations

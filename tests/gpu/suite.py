@@ -30,7 +30,7 @@ OPS = ("attention", "norms", "routing", "sampler", "products", "layouts", "memor
 PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism"),
-    "full": ("full_size", "full_worker"),
+    "full": ("full_size", "full_logits", "full_worker"),
     "faults": ("faults", "memory_baseline", "worker_faults"),
     "sanitize": OPS,
 }
@@ -167,7 +167,7 @@ def said_lines(command: Sequence[str]) -> list[str]:
 
 def write_models(tool: Path) -> None:
     """Write the full-size files that the cache does not have, side by side."""
-    from tests.gpu.test_full_size import MODELS
+    from tests.gpu.full import MODELS
     from worker.config import load_settings
 
     folder = load_settings().hub.cache / "full-size"

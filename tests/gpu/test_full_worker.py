@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.gpu.full import path_of
 from tests.gpu.served import device_bytes, settle
-from worker.config import load_settings
 
 MODEL, CONTEXT, PROMPT, IDLE_S = "gpt-oss-20b", 40_960, 40_000, 60
 ANSWERED = {"max_tokens": 600, "temperature": 0.8, "seed": 3, "ignore_eos": True}
@@ -23,9 +23,7 @@ MIB = 1 << 20
 @pytest.fixture
 def worker(gpu, start):
     """A worker that is ready, and nothing else on the card but this process' context."""
-    path = load_settings().hub.cache / "full-size" / f"{MODEL}.gguf"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")
+    path = path_of(MODEL)
     settle()
     return start(path, "--context", CONTEXT)
 
