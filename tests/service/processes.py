@@ -21,13 +21,15 @@ SHORT_LEASE = {"WORKER_LEASE__LEASE_S": "1.5", "WORKER_LEASE__RENEW_S": "0.3", "
 class Process:
     """One `worker run`; its log goes to a file."""
 
+    module = "worker"
+
     def __init__(self, url: str, log: Path, *arguments: object, **environment: str) -> None:
         libc = ctypes.CDLL(None)
-        command = [sys.executable, "-m", "worker", "run", "--redis-url", url, "--http-port", "0", *map(str, arguments)]
+        command = [sys.executable, "-m", self.module, "run", "--redis-url", url, "--http-port", "0"]
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(
-                command,
+                [*command, *map(str, arguments)],
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **SHORT_LEASE, **environment},

@@ -81,6 +81,7 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
         "device": backend.device,
         "context": planned.context,
         "weight_bytes": planned.weight_bytes,
+        "overhead_bytes": planned.overhead_bytes,
         "kv_bytes_per_token": per_token,
         "kv_bytes": {str(n): n * per_token for n in shown if n <= planned.hparams.context_length or n in contexts},
         "available_bytes": planned.available,
@@ -125,6 +126,7 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row(
             "memory for weights", f"{size(report['weight_bytes'])} ({size(report['tensor_bytes'])} in the file)"
         )
+        table.add_row("memory besides, at most", f"{size(report['overhead_bytes'])} for activations and workspace")
         for tokens, nbytes in report["kv_bytes"].items():
             table.add_row(f"memory for KV at {int(tokens):,}", size(nbytes))
         table.add_row("memory available", size(report["available_bytes"]))

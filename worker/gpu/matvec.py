@@ -44,16 +44,13 @@ _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of kernels/gated.cuh."""
 
-_TILES = ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH
+_TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3"), ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH: what 64 registers hold
+_ANY_TILE = "1, 3"
 _MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))  # q, k and v of published files
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
-    *(
-        ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
-        for kinds in _MIXED
-        for tile in _TILES
-    ),
-    *(("glu.cu", f"glu<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
+    *(("matvec.cu", f"matvec<{_ANY_TILE}, {', '.join(kind.name for kind in kinds)}>") for kinds in _MIXED),
+    *(("glu.cu", f"glu<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
 )
 
@@ -76,11 +73,12 @@ def _shares(linears: Sequence[Linear]) -> _Shares:
     each = [min(n, max(1, round(blocks * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
     of_block = sum(rows) / sum(each)
     parts = next(p for p in (1, 2, 4, 8, _WARPS) if of_block * p >= _ENOUGH_WARPS or 32 * p >= units or p == _WARPS)
-    tile = "1, 3"
-    if units <= 64 and of_block * parts >= 2 * _WARPS:
+    tile = _ANY_TILE
+    alike = len({linear.weight.kind for linear in linears}) == 1
+    if alike and units <= 64 and of_block * parts >= 2 * _WARPS:
         tile = "2, 2"
-    if units <= 32 and of_block * parts >= 4 * _WARPS:
-        tile = "4, 1"
+    if alike and units <= 32 and of_block * parts >= 3 * _WARPS:
+        tile = "3, 1"
     return _Shares(tuple(each), parts, tile)
 
 
@@ -134,7 +132,7 @@ def glu(
     branches = [np.array((b.weight.data.addresses(), address(_bias(b))), _BRANCH) for b in (gate, up)]
     hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
     units = cols // unit_elements(gate.weight.kind)
-    tile = "1, 3" if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
+    tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
     types = kinds if kinds[0] is not kinds[1] else kinds[:1]
     kernel = kernels.get("glu.cu", f"glu<{tile}, {', '.join(kind.name for kind in types)}>")
     experts = None if routes is None else routes.experts

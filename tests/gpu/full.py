@@ -1,0 +1,31 @@
+"""The full-size files, and what their tests share; the fixture that loads them is in `conftest.py`.
+
+Files lie in `full-size/` of the worker's cache folder; `suite.py --synth` writes them, and where one is missing its
+tests are skipped by name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from worker.config import load_settings
+
+MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b")
+CONTEXT = 4096
+
+
+def path_of(model):
+    """The model's file, or a skip where it is missing."""
+    path = load_settings().hub.cache / "full-size" / f"{model}.gguf"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")
+    return path
+
+
+def random_ids(full, count, seed=0):
+    return np.random.default_rng(seed).integers(0, full.loaded.hparams.vocab_size - 8, count).tolist()
+
+
+def relative(found, exact):
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / np.linalg.norm(exact))

@@ -1,0 +1,204 @@
+"""References of any size for a model on the GPU: its weights come to the host slab by slab, as f32, and go again.
+
+gpt-oss-20b is 84 GB as f32, so no host holds its reference; here a slab serves three runs at once, which are rows of
+one batch (`SideBySide`). The device's way back to f32 is `gguf.quants`' to the bit (`test_layouts.py`), and
+`test_full_logits.py` compares what the device holds with the file. `trail.py` tells what the runs follow.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from worker.cpu.kv_cache import KvCache
+from worker.cpu.ops import CpuOps
+from worker.cpu.plain import gated, rms_norm, softmax
+from worker.cpu.quantized import QuantizedOps
+from worker.cpu.threads import Threads
+from worker.ops import Routes
+
+SLAB = 4 << 20
+THREADS = 12
+RUNS = 3
+
+
+class DeviceRows:
+    """Weights of a model on the GPU as f32 on the host, a slab at a time; a context, which ends its threads."""
+
+    def __init__(self, kernels, memory):
+        self._kernels = kernels
+        self._memory = memory
+        self._lanes = threading.local()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="slabs")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._threads.shutdown()
+
+    def fetch(self, matrix):
+        """A matrix [rows, cols] of at most SLAB bytes; overwritten by this thread's next one."""
+        if not hasattr(self._lanes, "mine"):
+            self._lanes.mine = _Lane(self._memory)
+        return self._lanes.mine.fetch(self._kernels, matrix)
+
+    def vector(self, tensor):
+        """A norm's weight, a bias, sinks: [n] or [E, n]."""
+        return tensor.data.get()
+
+    def expert(self, weight, expert):
+        """One matrix [rows, cols] of [E, rows, cols]."""
+        planes = tuple(None if plane is None else plane[expert] for plane in weight.data.planes)
+        return replace(weight, shape=weight.shape[1:], data=replace(weight.data, planes=planes))
+
+    def product(self, x, matrix):
+        """x·Wᵀ: y [n, rows] f32 of x [n, cols]."""
+        rows, cols = matrix.shape
+        y = np.empty((len(x), rows), np.float32)
+        step = SLAB // (4 * cols)
+
+        def fill(start):
+            slab = self.fetch(matrix.rows(start, min(start + step, rows)))
+            y[:, start : start + len(slab)] = x @ slab.T
+
+        list(self._threads.map(fill, range(0, rows, step)))
+        return y
+
+
+class _Lane:
+    """One thread's way from the device: a stream, room for a slab there, page-locked room for it here."""
+
+    def __init__(self, memory):
+        import cupy
+
+        from worker.gpu.memory import Pool, Purpose
+
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._pool = Pool(memory, SLAB, Purpose.WORKSPACE)
+        self._host = np.frombuffer(cupy.cuda.alloc_pinned_memory(SLAB), np.float32, SLAB // 4)
+
+    def fetch(self, kernels, matrix):
+        from worker.gpu.embedding import dequantized
+
+        host = self._host[: np.prod(matrix.shape)].reshape(matrix.shape)
+        with self._stream:
+            return dequantized(kernels, self._pool, matrix).get(self._stream, out=host)
+
+
+@dataclass
+class Answers:
+    """Logits [R, V] of the three runs, and what the led one found from the GPU's own inputs: how far the GPU is off in
+    each half of a layer, as a share of what that half adds, and by how much, at most, its experts are not the best."""
+
+    exact: np.ndarray
+    twin: np.ndarray
+    led: np.ndarray
+    halves: list[float]
+    tie: float
+
+
+class References:
+    """A model on the host beside the same on the GPU: the exact run, the twin that rounds as the GPU does, and one that
+    is led: a twin that begins each half of a layer with the GPU's own residual stream."""
+
+    def __init__(self, model, hparams, rows, *, blocks=16):
+        self._model = model
+        self._rows = rows
+        self.caches = [KvCache(hparams, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
+
+    def set_cache(self, k, v):
+        """What the GPU's cache holds [layers, blocks, B, Hk, D], for the runs that round."""
+        for cache in self.caches[1:]:
+            cache.k[:, : k.shape[1]], cache.v[:, : v.shape[1]] = k, v
+
+    def answers(self, batch, trail):
+        """The forward of a batch along the GPU's trail."""
+        ops = SideBySide(self.caches, batch.phase, self._rows, trail)
+        logits = np.split(self._model.forward(ops, batch), RUNS)
+        return Answers(*logits, ops.halves, ops.tie)
+
+
+class SideBySide(CpuOps):
+    """The twins' ops for three runs as rows of one batch [3·T, …]: exact, twin, led. All take the GPU's experts."""
+
+    def __init__(self, caches, phase, rows, trail):
+        super().__init__(caches[0], phase, Threads(1))
+        self._runs = [CpuOps(cache, phase, Threads(1)) for cache in caches]
+        self._twin = QuantizedOps(caches[1], phase, Threads(1))
+        self._rows = rows
+        self._experts, self._residuals = iter(trail.experts), iter(trail.residuals)
+        self.halves, self.tie = [], 0.0
+
+    def embed(self, table, batch):
+        rows = [self._rows.fetch(table.rows(i, i + 1)).copy() for i in batch.tokens.tolist()]
+        return np.concatenate(rows * RUNS)
+
+    def attention(self, q, k, v, spec, batch):
+        spec = replace(spec, sinks=spec.sinks and replace(spec.sinks, data=self._rows.vector(spec.sinks)))
+        each = zip(self._runs, *(np.split(part, RUNS) for part in (q, k, v)), strict=True)
+        return np.concatenate([ops.attention(*qkv, spec, batch) for ops, *qkv in each])
+
+    def linear_add(self, y, linear, residual):
+        return self._led(super().linear_add(y, linear, residual), residual)
+
+    def norm_route(self, x, norm, router, k):
+        n = self._norm(x, norm)
+        logits = self._product(n, router)
+        experts = np.concatenate([next(self._experts)] * RUNS)
+        chosen = np.take_along_axis(logits, experts, axis=-1)
+        behind = np.sort(logits, axis=-1)[:, -k] - chosen.min(axis=-1)
+        self.tie = max(self.tie, float(np.split(behind, RUNS)[-1].max()))
+        return n, Routes(experts, softmax(chosen))
+
+    def experts_glu(self, n, routes, gate, up, activation):
+        n = self._rounded(n, gate)
+        h = np.empty((*routes.experts.shape, gate.weight.shape[1]), np.float32)
+        for expert, (tokens, slots) in by_expert(routes):
+            g, u = (self._expert(n[tokens], linear, expert) for linear in (gate, up))
+            h[tokens, slots] = gated(g, u, activation)
+        return h
+
+    def experts_add(self, h, routes, down, residual):
+        h = self._rounded(h, down)
+        y = np.empty((*routes.experts.shape, down.weight.shape[1]), np.float32)
+        for expert, at in by_expert(routes):
+            y[at] = self._expert(h[at], down, expert)
+        return self._led(residual + (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32), residual)
+
+    def take_rows(self, x, batch):
+        return np.concatenate([run[batch.logit_rows] for run in np.split(x, RUNS)])
+
+    def _led(self, x, residual):
+        """x, but in the last run the GPU's in its place, after the two were compared."""
+        theirs, at = next(self._residuals), len(x) // RUNS * (RUNS - 1)
+        added = np.linalg.norm(x[at:] - residual[at:])
+        self.halves.append(float(np.linalg.norm(theirs - x[at:]) / added))
+        return np.concatenate([x[:at], theirs])
+
+    def _rounded(self, x, linear):
+        """x as the product sees it: the exact run's as it is."""
+        at = len(x) // RUNS
+        return np.concatenate([x[:at], self._twin._rounded(x[at:], linear)])
+
+    def _norm(self, x, norm):
+        return rms_norm(x, self._rows.vector(norm.weight), norm.eps)
+
+    def _linear(self, x, linear):
+        return self._product(self._rounded(x, linear), linear)
+
+    def _product(self, x, linear):
+        y = self._rows.product(x, linear.weight)
+        return y if linear.bias is None else y + self._rows.vector(linear.bias)
+
+    def _expert(self, x, linear, expert):
+        y = self._rows.product(x, self._rows.expert(linear.weight, expert))
+        return y if linear.bias is None else y + self._rows.vector(linear.bias)[expert]
+
+
+def by_expert(routes):
+    """Each expert in use, and where: (tokens, slots), both [n]."""
+    return [(expert, np.nonzero(routes.experts == expert)) for expert in np.unique(routes.experts).tolist()]

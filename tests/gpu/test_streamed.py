@@ -1,0 +1,61 @@
+"""The streamed references against the twins; here all weights come from the host, so no GPU is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.goldens import relative_error
+from tests.gpu import streamed
+from tests.gpu.loaded import rounding_twin
+from tests.gpu.trail import Trail, Trailed
+from tests.models import cpu_runner, decode, prefill
+from worker.adapters.hparams import read_hparams
+from worker.gguf_file import GgufFile
+
+PROMPT = np.random.default_rng(2).integers(0, 280, 50).tolist()
+TABLE = np.arange(8, dtype=np.int32)
+BATCHES = [prefill(PROMPT, table=TABLE, rows=[0, 49]), decode(7, 50, TABLE), decode(9, 51, TABLE)]
+ORDER_OF_SUMS, ACROSS_A_ROUNDINGS_EDGE, NEAR_TIE = 1e-5, 2e-3, 1e-3
+
+
+class HostRows(streamed.DeviceRows):
+    """Weights that lie on the host already."""
+
+    def __init__(self):
+        super().__init__(None, None)
+
+    def fetch(self, matrix):
+        return matrix.data
+
+    def vector(self, tensor):
+        return tensor.data
+
+    def expert(self, weight, expert):
+        return replace(weight, shape=weight.shape[1:], data=weight.data[expert])
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "phi3", "qwen2"])
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_reference_along_a_twins_trail_gives_the_twins_logits(name, rounds, tiny, monkeypatch):
+    monkeypatch.setattr(streamed, "SLAB", 40_000)  # several slabs a matrix, the last one shorter
+    twin, exact = rounding_twin(tiny(name)), cpu_runner(tiny(name))
+    walker = twin if rounds else exact
+    ops = walker._ops
+    with GgufFile.open(tiny(name)) as file, HostRows() as rows:
+        references = streamed.References(exact._model, read_hparams(file), rows, blocks=32)
+        for batch in BATCHES:
+            trail = Trail()
+            walker._ops = {batch.phase: Trailed(ops[batch.phase], trail)}
+            references.set_cache(twin.cache.k, twin.cache.v)
+            logits, answers = walker.logits(batch), references.answers(batch, trail)
+            if not rounds:
+                assert relative_error(answers.exact, logits) < ORDER_OF_SUMS
+                continue
+            assert relative_error(answers.twin, logits) < ACROSS_A_ROUNDINGS_EDGE
+            assert relative_error(answers.led, logits) < ACROSS_A_ROUNDINGS_EDGE
+            assert len(answers.halves) == 2 * len(exact._model.layers)
+            assert max(answers.halves) < ACROSS_A_ROUNDINGS_EDGE
+            assert answers.tie < NEAR_TIE
