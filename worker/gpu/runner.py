@@ -7,7 +7,7 @@ architecture. Next: `ops.py`, `state.py`, `launch.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +91,7 @@ class GpuRunner:
         *,
         padding_ids: Iterable[int] = (),
         end_ids: Iterable[int] = (),
+        wait_for_weights: Callable[[], None] = lambda: None,
     ) -> None:
         import cupy  # noqa: PLC0415
 
@@ -113,6 +114,7 @@ class GpuRunner:
             )
             self._results = PinnedRing(self._sampler.drawn.nbytes)
             self._pools = self._prepare(memory)
+            wait_for_weights()
             self._step = self._capture()
             self._stream.synchronize()
         self._ahead: _Ahead | None = None
