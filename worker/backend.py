@@ -59,6 +59,9 @@ class Backend(Protocol):
     prefill_chunk: int
     """Prompt tokens a step where the settings don't say: how long a cancellation waits."""
 
+    uploads_aside: bool
+    """Whether a tensor's upload, once begun, goes on while the host does other things."""
+
     def weight_bytes(self, info: TensorInfo) -> int:
         """What a tensor takes on the device. Raises ModelLoadFailed where the device can't serve its shape."""
         ...
@@ -76,7 +79,10 @@ class Backend(Protocol):
         ...
 
     def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> Runner:
-        """Upload and bind; `on_bytes` hears each piece's file bytes. Raises VramOom, CudaError, ModelLoadFailed."""
+        """Upload and bind; `on_bytes` hears each piece's file bytes, one call at a time, from any thread.
+
+        Raises VramOom, CudaError, ModelLoadFailed, and what `bind` raises; then nothing is left on the device.
+        """
         ...
 
     def memory(self) -> MemoryUse:

@@ -16,15 +16,17 @@ import numpy as np
 from worker.adapters import adapter_for
 from worker.adapters.hparams import read_hparams
 from worker.adapters.weights import Weights, describe
-from worker.backend import Backend, Placement
+from worker.backend import Backend, Placement, Upload
 from worker.config import EngineSection, ModelSection
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
 from worker.errors import ConfigInvalid, InsufficientVram, ModelLoadFailed
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import Hparams, ModelOptions
+from worker.model import Hparams, Model, ModelOptions
 from worker.ops import KV_BLOCK
-from worker.text.tokenizer import Tokenizer, load_tokenizer
+from worker.text.metadata import Metadata
+from worker.text.tokenizer import Tokenizer, build_tokenizer
+from worker.text.vocabulary import Vocabulary, read_vocabulary
 
 Progress = Callable[[int, int], None]
 """Hears (bytes done, bytes in all) while weights are read."""
@@ -117,33 +119,48 @@ def plan(file: GgufFile, model: ModelSection, backend: Backend) -> Plan:
 
 
 def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> Loaded:
-    """Open, check, plan and load a model file. Raises ModelLoadFailed or InsufficientVram before anything is copied."""
+    """Open, check, plan and load a model file. Raises ModelLoadFailed or InsufficientVram before anything is copied.
+
+    Only that a tokenizer can't be built may be found out while weights are on their way; they are stopped then.
+    """
     with GgufFile.open(path) as file:
         backend = open_backend(engine)
         planned = plan(file, model, backend)
         if planned.shortfall:
             raise planned.shortfall
-        tokenizer = load_tokenizer(file.metadata)
-        hp, vocab = planned.hparams, tokenizer.vocab
-        if vocab.size > hp.vocab_size:
-            what = f"{vocab.size} tokens for {hp.vocab_size} embedding rows"
-            raise ModelLoadFailed(what, str(path), "a row for every token")
-        placement = Placement(
-            hparams=hp,
-            weights=planned.weights,
-            context=planned.context,
-            kv_blocks=planned.kv_blocks,
-            padding_ids=vocab.padding_ids | frozenset(range(vocab.size, hp.vocab_size)),
-            end_ids=vocab.end_ids,
-        )
-        adapter = adapter_for(hp.architecture, str(path))
-        options = replace(planned.options, context=planned.context)
-        runner = backend.load(
-            file, placement, lambda upload: adapter(hp, Weights(file, upload), options), _counted(planned, progress)
-        )
+        metadata = Metadata(file.metadata)
+        vocab = read_vocabulary(metadata)
+        placement = _placement(planned, vocab, path)
+        # Beside the uploads, or else before them: a bad file is refused at once.
+        tokenizer = None if backend.uploads_aside else build_tokenizer(metadata, vocab)
+
+        def bind(upload: Upload) -> Model:
+            nonlocal tokenizer
+            adapter = adapter_for(planned.hparams.architecture, str(path))
+            bound = adapter(planned.hparams, Weights(file, upload), replace(planned.options, context=planned.context))
+            tokenizer = tokenizer or build_tokenizer(metadata, vocab)
+            return bound
+
+        runner = backend.load(file, placement, bind, _counted(planned, progress))
+        assert tokenizer is not None, "every backend binds"
         settings = EngineSettings(planned.context, engine.prefill_chunk or backend.prefill_chunk)
         name = model.name or file.get("general.name", str, path.stem)
-        return Loaded(name, file.fingerprint(), hp, tokenizer, Engine(runner, settings), backend)
+        return Loaded(name, file.fingerprint(), planned.hparams, tokenizer, Engine(runner, settings), backend)
+
+
+def _placement(planned: Plan, vocab: Vocabulary, path: Path) -> Placement:
+    """What goes to the device. Raises ModelLoadFailed for a vocabulary with more tokens than the embedding has rows."""
+    rows = planned.hparams.vocab_size
+    if vocab.size > rows:
+        raise ModelLoadFailed(f"{vocab.size} tokens for {rows} embedding rows", str(path), "a row for every token")
+    return Placement(
+        hparams=planned.hparams,
+        weights=planned.weights,
+        context=planned.context,
+        kv_blocks=planned.kv_blocks,
+        padding_ids=vocab.padding_ids | frozenset(range(vocab.size, rows)),
+        end_ids=vocab.end_ids,
+    )
 
 
 def _counted(planned: Plan, progress: Progress | None) -> Callable[[int], None]:

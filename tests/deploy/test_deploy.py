@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from worker.cli import app
+from worker.cli import command_line
 from worker.config import ServiceSection, load_settings
 from worker.errors import ConfigInvalid
 
@@ -86,7 +86,7 @@ def accepted(command, settings, monkeypatch, config=None):
 def click_command(name):
     from typer.main import get_command
 
-    return get_command(app).commands[name]
+    return get_command(command_line()).commands[name]
 
 
 def test_the_dockerfile_passes_its_linter():

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFValueType, GGUFWriter
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.gguf.against_gguf import assert_same
-from tests.gguf.raw_file import METADATA, TENSORS, raw_file
+from tests.gguf.raw_file import ARRAY, METADATA, STRING, TENSORS, raw_file
 from tests.gguf.written_file import FLOATS, INTEGERS, some_tensors, write
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
@@ -137,6 +139,27 @@ def test_a_vocabulary_of_200_000_tokens_and_as_many_merges_opens_in_well_under_a
 
 
 # --- required values ------------------------------------------------------------------------------------------------
+
+
+ODD = st.sampled_from(["", "\0", "a\0", "\0" * 8, "é" * 40, "x" * 256, "y" * 65_536, "\1\0\0\0\0\0\0\0z"])
+
+
+@given(st.lists(st.text(max_size=6) | ODD, max_size=12), st.integers(0, 4))
+def test_many_strings_read_as_they_were_written_whatever_is_in_them(tmp_path_factory, strings, ordinary) -> None:
+    every = ["token", "Ġof", "x" * 300] * 350 * ordinary + strings
+    raw = raw_file(metadata=[*METADATA[:2], ("c.strings", ARRAY, (STRING, every)), ("c.after", STRING, "after")])
+    path = tmp_path_factory.getbasetemp() / "strings.gguf"
+    path.write_bytes(raw.data)
+    with GgufFile.open(path) as file:
+        assert file.metadata["c.strings"] == every
+        assert file.metadata["c.after"] == "after"
+
+
+def test_a_string_that_is_no_utf_8_is_refused_among_many_too(tmp_path: Path) -> None:
+    raw = raw_file(metadata=[*METADATA[:2], ("c.strings", ARRAY, (STRING, ["abcd"] * 2000))])
+    (tmp_path / "m.gguf").write_bytes(raw.set("c.strings[1500]: bytes", b"ab\xff\xff"))
+    with pytest.raises(ModelLoadFailed, match="a string is not UTF-8"):
+        GgufFile.open(tmp_path / "m.gguf")
 
 
 def test_a_missing_key_is_named(written: Path) -> None:

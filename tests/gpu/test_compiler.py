@@ -17,7 +17,7 @@ from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SPILL_ALLOWANCE = 96  # bytes a thread, frame, stores and loads together: a few words, where a second block is worth more
+SPILL_ALLOWANCE = 96  # bytes a thread, frame, stores and loads together: a few words, for a second block a processor
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 import typer
 
-from worker.cli import bench, demo, generate, jobs, models, operate, serve
 from worker.errors import WorkerError
 
 _HELP = """Run language models from GGUF files.
@@ -35,28 +35,43 @@ interrupted.
 
 _UNREACHABLE = 5
 
-app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-app.command("generate")(generate.generate)
-app.command("tokenize")(models.tokenize)
-app.command("inspect")(models.inspect)
-app.command("pull")(models.pull)
-app.command("demo")(demo.demo)
-app.command("bench")(bench.bench)
-app.command("run")(serve.run)
-app.command("submit")(jobs.submit)
-app.command("tail")(jobs.tail)
-app.command("cancel")(jobs.cancel)
-app.command("jobs")(operate.jobs)
-app.command("workers")(operate.workers)
-app.command("drain")(operate.drain)
-app.command("health")(operate.health)
-app.add_typer(operate.dead, name="dead")
+_COMMANDS = {
+    "generate": "generate",
+    "tokenize": "models",
+    "inspect": "models",
+    "pull": "models",
+    "demo": "demo",
+    "bench": "bench",
+    "run": "serve",
+    "submit": "jobs",
+    "tail": "jobs",
+    "cancel": "jobs",
+    "jobs": "operate",
+    "workers": "operate",
+    "drain": "operate",
+    "health": "operate",
+    "dead": "operate",
+}
+"""Each command and its module, in the order of the help."""
+
+
+def command_line(only: str | None = None) -> typer.Typer:
+    """The command line; if `only` names a command, that one alone, whose start doesn't wait for the others' imports."""
+    app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app.callback()(lambda: None)  # a lone command is still called by its name
+    for name in [only] if only in _COMMANDS else _COMMANDS:
+        command = getattr(import_module(f"worker.cli.{_COMMANDS[name]}"), name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
     try:
-        app(prog_name="worker")
+        command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
     except WorkerError as error:
         sys.exit(_report(error))
     except KeyboardInterrupt:

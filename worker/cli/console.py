@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worker import hub
 from worker.config import load_settings
+from worker.errors import ConfigInvalid
+from worker.gpu.wake import wake_device
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A .gguf file, or a name that `worker pull` knows.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: one JSON object a line.")]
 
-_stderr = Console(stderr=True)
+
+def wake_for(flags: Mapping[str, Any]) -> None:
+    """Begin to wake the GPU unless flags or environment say cpu; what is wrong with them, `load_settings` tells."""
+    with suppress(ConfigInvalid):
+        if load_settings(flags=flags).engine.backend != "cpu":
+            wake_device()
 
 
 def model_path(model: str) -> Path:
     """The file of a path or of a pulled name. Raises ModelLoadFailed telling how to get it."""
+    from worker import hub  # noqa: PLC0415  # what a command doesn't need, it doesn't wait for
+
     return hub.resolve(model, load_settings().hub.cache)
 
 
@@ -45,7 +52,13 @@ def size(count: float) -> str:
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr that hears (done, total) bytes; silent where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console  # noqa: PLC0415  # as above
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr, transient=True, disable=not _stderr.is_terminal) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.console import JsonOption, print_json
-from worker.cli.generate import Terminal
 from worker.cli.operate import worker_id
+from worker.cli.output import Terminal
 from worker.cli.remote import ConfigOption, QueueOption, UrlOption, as_json, as_line, client, connect, redis_section
 from worker.errors import InvalidRequest
 from worker.jobs.events import End, ErrorEvent, Stopped, Token

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker import hub
 from worker.cli.console import progress_bar
 from worker.cli.remote import connect
 from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid
+from worker.gpu.wake import wake_device
 
 if TYPE_CHECKING:
     from worker.jobs.redis_streams import RedisStreams
@@ -97,6 +97,8 @@ def run(
     settings = load_settings(config, flags)
     if not echo and not settings.model.path:
         raise ConfigInvalid("model.path: no model is named; give --model FILE or NAME, or --echo to try without one")
+    if not echo and settings.engine.backend != "cpu":
+        wake_device()
     sys.setswitchinterval(_SWITCH_S)
     code, ended = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
     sys.stderr.flush()
@@ -161,12 +163,14 @@ async def _reason(streams: RedisStreams) -> str:
 
 def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
     def load(progress: Progress) -> Served:
-        from worker.echo_model import load_echo  # noqa: PLC0415  # as above
-        from worker.served import load_served  # noqa: PLC0415
-
         if echo:
+            from worker.echo_model import load_echo  # noqa: PLC0415  # as above
+
             context = settings.model.context or _ECHO_CONTEXT
             return load_echo(context, settings.engine.prefill_chunk or _ECHO_CHUNK, step_s, progress)
+        from worker import hub  # noqa: PLC0415
+        from worker.served import load_served  # noqa: PLC0415
+
         path = hub.resolve(settings.model.path, settings.hub.cache)
         with progress_bar("loading") as bar:
 

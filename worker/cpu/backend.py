@@ -36,6 +36,7 @@ class CpuBackend:
 
     name = "cpu"
     prefill_chunk = 64
+    uploads_aside = False
 
     def __init__(self, kv_dtype: type[np.floating[Any]] = np.float32) -> None:
         self.device = platform.processor() or platform.machine()

@@ -38,6 +38,7 @@ class GpuBackend:
 
     name = "gpu"
     prefill_chunk = 512
+    uploads_aside = True
 
     def __init__(self, kernel_cache: Path) -> None:
         import cupy  # noqa: PLC0415
@@ -71,22 +72,23 @@ class GpuBackend:
         return self._memory.free
 
     def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> GpuRunner:
-        """See `Backend.load`: weights go to one slab while the host reads on."""
+        """See `Backend.load`: weights travel to one slab while `bind` and the runner's beginnings go on."""
         weights = sum(weight_bytes(info) for info in placement.weights)
         pool = Pool(self._memory, weights, Purpose.WEIGHTS)
         upload = Upload(file, self._kernels, self._memory, pool, on_bytes)
-        model = bind(upload)
-        upload.close()
-        settings = GpuSettings(placement.kv_blocks, placement.context, prefill_tokens=self.prefill_chunk)
-        return GpuRunner(
-            model,
-            placement.hparams,
-            self._memory,
-            self._kernels,
-            settings,
-            padding_ids=placement.padding_ids,
-            end_ids=placement.end_ids,
-        )
+        try:
+            return GpuRunner(
+                bind(upload),
+                placement.hparams,
+                self._memory,
+                self._kernels,
+                GpuSettings(placement.kv_blocks, placement.context, prefill_tokens=self.prefill_chunk),
+                padding_ids=placement.padding_ids,
+                end_ids=placement.end_ids,
+                wait_for_weights=upload.close,
+            )
+        finally:
+            upload.abandon()
 
     def memory(self) -> MemoryUse:
         """See `Backend.memory`."""

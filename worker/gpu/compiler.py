@@ -110,8 +110,10 @@ class Kernels:
     def prepare(self, names: Iterable[KernelName]) -> None:
         """Compile, in parallel, and load all of `names`: what a model needs, before it is ready."""
         missing = [name for name in dict.fromkeys(names) if name not in self._loaded]
+        texts = {file: inlined(file) for file in {file for file, _ in missing}}
         with ThreadPoolExecutor(self._threads) as threads:
-            for name, entry in zip(missing, threads.map(self._entry, missing), strict=True):
+            entries = threads.map(lambda name: self._entry(name, texts[name[0]]), missing)
+            for name, entry in zip(missing, entries, strict=True):
                 self._loaded[name] = self._load(*entry)
 
     def get(self, file: str, expression: str) -> Any:
@@ -121,11 +123,11 @@ class Kernels:
             self.prepare([name])
         return self._loaded[name]
 
-    def _entry(self, name: KernelName) -> tuple[Path, str]:
-        """The cubin on disk and the kernel's symbol in it; written now unless the same source was compiled before."""
+    def _entry(self, name: KernelName, text: str) -> tuple[Path, str]:
+        """The cubin on disk and the kernel's symbol in it; written now unless the same text was compiled before."""
         version = "{}.{}".format(*self._nvrtc.getVersion())
-        text = json.dumps([inlined(name[0]), name[1], OPTIONS, self.arch, version])
-        image = self._cache / f"{hashlib.sha256(text.encode()).hexdigest()}.cubin"
+        key = json.dumps([text, name[1], OPTIONS, self.arch, version])
+        image = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
         symbol = image.with_suffix(".symbol")
         if not (image.exists() and symbol.exists()):
             compiled = compile_kernel(self._nvrtc, name, self.arch)

@@ -7,7 +7,7 @@ Knows no architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`, `pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +98,7 @@ class GpuRunner:
         *,
         padding_ids: Iterable[int] = (),
         end_ids: Iterable[int] = (),
+        wait_for_weights: Callable[[], None] = lambda: None,
     ) -> None:
         import cupy  # noqa: PLC0415
 
@@ -122,6 +123,7 @@ class GpuRunner:
             )
             self._results = PinnedRing(self._sampler.drawn.nbytes)
             self._pools = self._prepare(memory)
+            wait_for_weights()
             self._step = self._capture()
             self._pieces = {tokens: self._capture_piece(tokens) for tokens in self._piece_sizes()}
             self._stream.synchronize()

@@ -6,6 +6,8 @@ special tokens. Read next: pre_tokenizers.py, which cuts the words.
 
 from __future__ import annotations
 
+from itertools import compress, repeat
+
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
@@ -21,8 +23,9 @@ class ByteBpe:
     def __init__(self, vocab: Vocabulary, merges: list[str]) -> None:
         ids = vocab.ordinary()
         # A vocabulary that was cut keeps the merges of the whole one: those that lead out of it are none of its own.
-        split = (merge.partition(" ") for merge in merges)
-        pairs = [(left, right) for left, _, right in split if left + right in ids]
+        inside = map(ids.__contains__, map(str.replace, merges, repeat(" "), repeat(""), repeat(1)))
+        split = map(str.partition, compress(merges, inside), repeat(" "))
+        pairs = [(left, right) for left, _, right in split]
         # A byte that the vocabulary lacks parts its neighbours before it is left out, so it needs an id for a while.
         alphabet = byte_alphabet()
         self._lacking = {char: vocab.size + n for n, char in enumerate(alphabet) if char not in ids}

@@ -25,6 +25,9 @@ _TYPE_NORMAL, _TYPE_UNKNOWN, _TYPE_CONTROL, _TYPE_BYTE = 1, 2, 3, 6
 _MODEL_TYPE, _BPE, _BYTE_FALLBACK, _NORMALIZER_NAME = 3, 2, 35, 1
 _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
 
+_SCORE_FIELD = struct.Struct("<Bf")
+_ONE_BYTE = [bytes([value]) for value in range(0x80)]  # what nearly every number of a vocabulary takes
+
 
 class SentencePieceBpe:
     """Ordinary text to ids and back, for vocabularies of kind `llama`."""
@@ -65,7 +68,7 @@ def _model(vocab: Vocabulary, scores: list[float]) -> Iterator[bytes]:
 
 
 def _piece(token: str, score: float, kind: int) -> bytes:
-    score_field = bytes([_SCORE << 3 | 5]) + struct.pack("<f", score)
+    score_field = _SCORE_FIELD.pack(_SCORE << 3 | 5, score)
     return _field(_PIECES, _field(_PIECE, token.encode()) + score_field + _number(_TYPE, kind))
 
 
@@ -79,6 +82,8 @@ def _number(number: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _ONE_BYTE[value]
     low = b""
     while value > 0x7F:
         low += bytes([value & 0x7F | 0x80])

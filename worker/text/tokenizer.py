@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.errors import InvalidRequest, ModelLoadFailed
-from worker.text.byte_bpe import ByteBpe
-from worker.text.chat_template import ChatTemplate
 from worker.text.metadata import Metadata
-from worker.text.sentencepiece_bpe import SentencePieceBpe
 from worker.text.special_tokens import SpecialTokens
 from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+
+if TYPE_CHECKING:
+    from worker.text.chat_template import ChatTemplate
 
 # Code points that Unicode keeps for a program's own use inside its strings; one that the messages don't hold is taken.
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -138,19 +138,30 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     model still takes raw prompts, and `encode_chat` and `require_chat` say why it can't chat.
     """
     typed = Metadata(metadata)
-    vocab = read_vocabulary(typed)
-    bpe: Bpe
+    return build_tokenizer(typed, read_vocabulary(typed))
+
+
+def build_tokenizer(metadata: Metadata, vocab: Vocabulary) -> Tokenizer:
+    """The slow half of `load_tokenizer`, after its vocabulary was read; only what this file needs is imported."""
+    return Tokenizer(vocab, _bpe(metadata, vocab), _template(metadata, vocab))
+
+
+def _bpe(metadata: Metadata, vocab: Vocabulary) -> Bpe:
     if vocab.kind == "gpt2":
-        bpe = ByteBpe(vocab, typed.strings("tokenizer.ggml.merges"))
-    else:
-        bpe = SentencePieceBpe(vocab, typed.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
-    return Tokenizer(vocab, bpe, _template(typed, vocab))
+        from worker.text.byte_bpe import ByteBpe  # noqa: PLC0415
+
+        return ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
+    from worker.text.sentencepiece_bpe import SentencePieceBpe  # noqa: PLC0415
+
+    return SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
 
 
 def _template(metadata: Metadata, vocab: Vocabulary) -> ChatTemplate | ModelLoadFailed:
     source = metadata.text("tokenizer.chat_template", "")
     if not source:
         return ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
+    from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
+
     rows = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
         rows[name] = metadata.row(f"tokenizer.ggml.{key}_token_id", vocab.size)

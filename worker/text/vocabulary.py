@@ -10,15 +10,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gguf import TokenType
-
 from worker.errors import ModelLoadFailed
 from worker.text.metadata import Metadata
 from worker.text.pre_tokenizers import pre_tokenizer
 
-# Plain integers: comparing 200,000 rows with enum members takes several times as long.
-NORMAL, CONTROL, USER_DEFINED = int(TokenType.NORMAL), int(TokenType.CONTROL), int(TokenType.USER_DEFINED)
-UNUSED, BYTE = int(TokenType.UNUSED), int(TokenType.BYTE)
+# GGUF's token types (gguf.TokenType), as plain integers: comparing 200,000 rows with enum members takes several times
+# as long, and importing gguf for five numbers takes longer still.
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 _END_NAMES = (
     *("<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
@@ -63,8 +61,13 @@ class Vocabulary:
 
     def ordinary(self) -> dict[str, int]:
         """Token → id of the rows that ordinary text may become; one per token, or ModelLoadFailed."""
-        kinds = (NORMAL, BYTE)
-        rows = [i for i, kind in enumerate(self.types) if kind in kinds and i not in self.padding_ids]
+        others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
+        ids = dict(zip(self.tokens, range(self.size), strict=True))
+        if len(ids) == self.size:
+            for i in others:
+                del ids[self.tokens[i]]
+            return ids
+        rows = [i for i in range(self.size) if i not in others]
         ids = {self.tokens[i]: i for i in rows}
         if len(ids) < len(rows):
             twice = next(self.tokens[i] for i in rows if ids[self.tokens[i]] != i)
@@ -83,9 +86,10 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     spm = kind == "llama"
     tokens = metadata.strings("tokenizer.ggml.tokens")
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens), NORMAL)
-    _check_byte_tokens(tokens, types)
-    padding = frozenset(_padding(tokens, types))
-    special = _special(tokens, types, padding)
+    marked = [i for i, kind in enumerate(types) if kind != NORMAL or not tokens[i]]
+    _check_byte_tokens(tokens, types, marked)
+    padding = frozenset(_padding(tokens, types, marked))
+    special = _special(tokens, types, [i for i in marked if i not in padding])
     bos_id = metadata.row("tokenizer.ggml.bos_token_id", len(tokens))
     if bos_id is None and spm and len(tokens) > 1:
         bos_id = 1  # SentencePiece's own default, for files that leave it out
@@ -105,23 +109,22 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     )
 
 
-def _check_byte_tokens(tokens: list[str], types: list[int]) -> None:
-    for i, kind in enumerate(types):
-        if kind == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
+def _check_byte_tokens(tokens: list[str], types: list[int], marked: list[int]) -> None:
+    for i in marked:
+        if types[i] == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
             what = f"the byte token {i} is {tokens[i][:60]!r}"
             raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a name like <0x0A>")
 
 
-def _padding(tokens: list[str], types: list[int]) -> Iterable[int]:
-    for i, kind in enumerate(types):
-        if kind == UNUSED or not tokens[i] or (kind != NORMAL and _PADDING_NAME.fullmatch(tokens[i])):
+def _padding(tokens: list[str], types: list[int], marked: list[int]) -> Iterable[int]:
+    for i in marked:
+        if types[i] == UNUSED or not tokens[i] or (types[i] != NORMAL and _PADDING_NAME.fullmatch(tokens[i])):
             yield i
 
 
-def _special(tokens: list[str], types: list[int], padding: frozenset[int]) -> dict[str, int]:
+def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str, int]:
     # A name of one character is left out: nothing could be put inside it to keep a user's text from becoming it.
-    rows = (i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and i not in padding)
-    special = {tokens[i]: i for i in rows if len(tokens[i]) > 1}
+    special = {tokens[i]: i for i in marked if types[i] in (CONTROL, USER_DEFINED) and len(tokens[i]) > 1}
     longest = max(special, key=len, default="")
     if len(longest) > _LONGEST_NAME:
         what = f"the special token {special[longest]} has {len(longest)} characters"

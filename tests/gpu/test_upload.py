@@ -1,0 +1,108 @@
+"""Every byte of a file reaches its place over several lanes; a chunk that does not is an error that leaves nothing."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.gpu.fake_cuda import FakeCupy, FakeKernels, FakeMemory, FakePool, cut
+from worker.errors import CudaError
+from worker.gguf_file import TensorInfo
+from worker.gpu import upload as module
+from worker.gpu.upload import Upload
+from worker.quants import BF16, F32, MXFP4, Q4_K, Q6_K, Q8_0
+
+CHUNK = 4096
+EACH_KIND = pytest.mark.parametrize("kind", [Q8_0, MXFP4, Q4_K, Q6_K, BF16], ids=lambda kind: kind.name)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A device of the host's own memory; chunks are small, so that a tensor is many."""
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", fake.cuda)
+    monkeypatch.setattr(module, "CHUNK", CHUNK)
+    return fake
+
+
+def tensor(kind, rows, cols, name="w.weight"):
+    blocks = np.random.default_rng(kind.ggml_id).integers(0, 256, (rows, kind.row_bytes(cols)), np.uint8)
+    return TensorInfo(name, (rows, cols), kind, 0, blocks.nbytes), blocks
+
+
+@pytest.fixture
+def kept():
+    """Tensors live until the test ends, as a model's do: what is on its way must have somewhere to go."""
+    return []
+
+
+def uploading(tensors, memory, heard=lambda _: None):
+    data = {info.name: blocks for info, blocks in tensors}
+    file = SimpleNamespace(data=lambda info: data[info.name])
+    return Upload(file, FakeKernels(), memory, FakePool(), heard)
+
+
+@EACH_KIND
+def test_every_chunk_of_a_matrix_reaches_its_place_in_every_plane(cupy, kind):
+    memory, heard = FakeMemory(), []
+    info, blocks = tensor(kind, 61, 1280)
+    upload = uploading([(info, blocks)], memory, heard.append)
+    planes = upload(info).data.planes
+    upload.close()
+    pieces = [blocks.reshape(-1), *[np.empty(0)] * 3] if kind is BF16 else cut(kind, blocks)
+    for plane, piece in zip(planes, pieces, strict=True):
+        assert plane is None if piece.size == 0 else np.array_equal(plane.host.reshape(-1), piece)
+    assert len(heard) == cupy.copies > 10
+    assert sum(heard) == info.nbytes
+    assert memory.held == 0
+
+
+def test_a_vector_longer_than_a_chunk_arrives_whole(cupy):
+    values = np.random.default_rng(0).normal(size=(3, 1000)).astype(np.float32)
+    info = TensorInfo("w.bias", (3, 1000), F32, 0, values.nbytes)
+    heard = []
+    upload = uploading([(info, values.view(np.uint8))], FakeMemory(), heard.append)
+    array = upload(info).data
+    upload.close()
+    assert np.array_equal(array.host, values)
+    assert heard == [info.nbytes]
+
+
+def test_a_small_file_pins_no_more_than_it_has_chunks(cupy, kept):
+    info, blocks = tensor(Q8_0, 1, 256)
+    upload = uploading([(info, blocks)], FakeMemory())
+    kept.append(upload(info))
+    upload.close()
+    assert cupy.pinned == CHUNK
+
+
+@pytest.mark.parametrize("nth", [1, 7, 20])
+def test_a_copy_that_fails_is_the_load_s_error_and_nothing_is_held_or_running(cupy, kept, nth):
+    cupy.fails_at, memory = nth, FakeMemory()
+    info, blocks = tensor(Q8_0, 61, 1280)
+    upload = uploading([(info, blocks)], memory)
+    kept.append(upload(info))
+    with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
+        upload.close()
+    assert memory.held == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("upload")]
+
+
+def test_an_abandoned_upload_sends_nothing_more_and_holds_nothing(cupy, kept, monkeypatch):
+    memory, gate = FakeMemory(), threading.Event()
+    copy = cupy.cuda.runtime.memcpyAsync
+    monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", lambda *args: gate.wait(10) and copy(*args))
+    info, blocks = tensor(Q8_0, 61, 1280)
+    upload = uploading([(info, blocks)], memory)
+    kept.append(upload(info))
+    threading.Timer(0.05, gate.set).start()
+    upload.abandon()
+    upload.abandon()
+    assert cupy.copies <= module.LANES
+    assert memory.held == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("upload")]
