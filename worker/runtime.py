@@ -141,7 +141,8 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         runner = backend.load(
             file, placement, lambda upload: adapter(hp, Weights(file, upload), options), _counted(planned, progress)
         )
-        settings = EngineSettings(planned.context, engine.prefill_chunk or backend.prefill_chunk)
+        chunk = engine.prefill_chunk or backend.prefill_chunk
+        settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         name = model.name or file.get("general.name", str, path.stem)
         return Loaded(name, file.fingerprint(), hp, tokenizer, Engine(runner, settings), backend)
 

@@ -47,6 +47,14 @@ def run(
     context: Annotated[
         int | None, typer.Option(help="Longest prompt and answer together, in tokens.", rich_help_panel=_ENGINE)
     ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Whether prompts that begin alike share what was computed; on by default.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     echo: Annotated[
         bool,
         typer.Option("--echo", help="Serve no model: every answer repeats its prompt.", rich_help_panel=_ENGINE),
@@ -86,6 +94,7 @@ def run(
         "model.path": model,
         "model.context": context,
         "engine.backend": backend,
+        "engine.prefix_cache": prefix_cache,
         "redis.url": redis_url,
         "redis.queue": queue,
         "service.name": name,
@@ -166,7 +175,8 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
 
         if echo:
             context = settings.model.context or _ECHO_CONTEXT
-            return load_echo(context, settings.engine.prefill_chunk or _ECHO_CHUNK, step_s, progress)
+            chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
+            return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
         path = hub.resolve(settings.model.path, settings.hub.cache)
         with progress_bar("loading") as bar:
 
