@@ -29,7 +29,7 @@ _FOUND = 9  # what compute-sanitizer ends with where it found something
 OPS = ("attention", "norms", "routing", "sampler", "products", "layouts", "memory")
 PARTS = {
     "ops": OPS,
-    "models": ("runner", "smollm2", "determinism"),
+    "models": ("runner", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size",),
     "faults": ("faults", "memory_baseline"),
     "sanitize": OPS,
@@ -207,7 +207,7 @@ def main() -> int:
     if reason:
         skip_all(parts, reason)
         return 0
-    if chosen.synth and "full" in parts:
+    if chosen.synth and not {"full", "models"}.isdisjoint(parts):
         write_models(chosen.synth)
     outcomes = [outcome for part in parts for outcome in run(part, chosen.expression)]
     print(where())
