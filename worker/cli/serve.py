@@ -29,6 +29,7 @@ _ECHO_CHUNK = 64
 _SWITCH_S = 0.001
 """How long a thread may keep Python's lock: the event loop must answer while the engine's thread computes."""
 _JOIN_S = 2.0
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 _SERVER = "Server and queue"
 _ENGINE = "Model and engine"
@@ -145,13 +146,17 @@ async def _serve(settings: Settings, load: Loader, echo: bool) -> tuple[int, boo
         log,
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         loop.add_signal_handler(number, service.signal, number.name)
     loop.set_exception_handler(lambda _, context: log.error("loop_fault", what=context["message"]))
     try:
         code = await service.run()
     except Disconnected as error:
         raise Disconnected(f"{error}: {await _reason(streams)}") from None
+    finally:
+        for number in _ENDING:  # it ends already: one more must not replace the exit code, however late it comes
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
     return code, service.join_engine(_JOIN_S)
 
 
