@@ -47,10 +47,12 @@ def decode(token: int, position: int, table: np.ndarray) -> Batch:
     return Batch(Phase.DECODE, one + token, one + position, (table,), one)
 
 
-def engine_of(runner: Any, *, context: int = 512, chunk: int = 64, running: int = 1, order: Any = None) -> Engine:
+def engine_of(
+    runner: Any, *, context: int = 512, chunk: int = 64, running: int = 1, order: Any = None, prefix_cache: bool = True
+) -> Engine:
     """An engine over a runner; `order` is the order in which KV blocks are handed out."""
     blocks = None if order is None else KvBlocks(len(order), np.asarray(order, np.int32))
-    return Engine(runner, EngineSettings(context, chunk, running), blocks)
+    return Engine(runner, EngineSettings(context, chunk, running, prefix_cache), blocks)
 
 
 def run(engine: Engine, *sequences: Sequence) -> dict[str, list[Token]]:

@@ -58,6 +58,7 @@ class EngineSection(_Section):
 
     backend: Literal["auto", "cpu", "gpu"] = "auto"
     prefill_chunk: int = Field(default=0, ge=0, le=4096)
+    prefix_cache: bool = True
     kv_type: Literal["f32", "f16"] = "f32"
     kernel_cache: Annotated[Path, _folder(_default_kernel_cache)] = Field(default_factory=_default_kernel_cache)
 

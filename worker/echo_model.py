@@ -59,7 +59,9 @@ class NoDevice:
         return 0, []
 
 
-def load_echo(context: int, prefill_chunk: int, step_s: float, progress: Progress) -> Served:
+def load_echo(
+    context: int, prefill_chunk: int, step_s: float, progress: Progress, *, prefix_cache: bool = True
+) -> Served:
     """A model that echoes prompts of up to `context` tokens, each step in at least `step_s` seconds."""
     tokens = [*_CONTROL, _SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [TokenType.CONTROL] * len(_CONTROL) + [TokenType.NORMAL] + [TokenType.BYTE] * 256
@@ -77,6 +79,7 @@ def load_echo(context: int, prefill_chunk: int, step_s: float, progress: Progres
         }
     )
     runner: Runner = EchoRunner(len(tokens), blocks_for(context))
-    engine = Engine(PacedRunner(runner, step_s) if step_s else runner, EngineSettings(context, prefill_chunk))
+    settings = EngineSettings(context, prefill_chunk, prefix_cache=prefix_cache)
+    engine = Engine(PacedRunner(runner, step_s) if step_s else runner, settings)
     progress(1, 1)
     return Served("echo", "echo-1", len(tokens), tokenizer, engine, NoDevice(), engine.free_kv_blocks)

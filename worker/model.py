@@ -87,7 +87,8 @@ class Runner(Protocol):
     """One device with one model: its KV storage, its two sets of ops and its sampler.
 
     Running the same batch twice leaves the same state and gives the same draws, so a failed step can be repeated.
-    A runner may compute ahead of what it was asked for, as long as nobody can tell.
+    A runner may compute ahead of what it was asked for, as long as nobody can tell. It never writes K or V before the
+    batch's first position: the blocks there may be other sequences' too.
     """
 
     vocab_size: int

@@ -143,7 +143,8 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
 
         runner = backend.load(file, placement, bind, _counted(planned, progress))
         assert tokenizer is not None, "every backend binds"
-        settings = EngineSettings(planned.context, engine.prefill_chunk or backend.prefill_chunk)
+        chunk = engine.prefill_chunk or backend.prefill_chunk
+        settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         name = model.name or file.get("general.name", str, path.stem)
         return Loaded(name, file.fingerprint(), planned.hparams, tokenizer, Engine(runner, settings), backend)
 

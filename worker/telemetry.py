@@ -36,7 +36,9 @@ class Metrics:
         self._kv_blocks = Gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"], registry=registry)
         self._state = Gauge("worker_state", "1 for the state that the worker is in.", ["state"], registry=registry)
         self.requests = Counter("worker_requests_total", "Jobs, by how they ended.", ["outcome"], registry=registry)
-        self.tokens_in = Counter("worker_tokens_in_total", "Prompt tokens computed.", registry=registry)
+        self.tokens_in = Counter(
+            "worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.", registry=registry
+        )
         self.tokens_generated = Counter("worker_tokens_generated_total", "Tokens drawn.", registry=registry)
         self.prefix_hits = Counter(
             "worker_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.", registry=registry
@@ -64,12 +66,12 @@ class Metrics:
         for each in STATES:
             self._state.labels(each).set(each == state)
 
-    def memory(self, purposes: Mapping[str, int], kv_used: int, kv_free: int) -> None:
-        """Bytes by purpose, and KV blocks."""
+    def memory(self, purposes: Mapping[str, int], kv_blocks: Mapping[str, int]) -> None:
+        """Bytes by purpose, and KV blocks by state: used, cached for other prompts, free."""
         for purpose, count in purposes.items():
             self._vram.labels(purpose).set(count)
-        self._kv_blocks.labels("used").set(kv_used)
-        self._kv_blocks.labels("free").set(kv_free)
+        for state, count in kv_blocks.items():
+            self._kv_blocks.labels(state).set(count)
 
     def exposition(self) -> bytes:
         """All of them in Prometheus's text format."""

@@ -14,7 +14,7 @@ from worker import runtime
 from worker.bench import server
 from worker.bench.bench import SIZES, Sizes
 from worker.bench.traffic import Traffic
-from worker.cli import app
+from worker.cli import command_line
 from worker.config import ModelSection
 from worker.cpu.backend import CpuBackend
 from worker.errors import Internal
@@ -104,7 +104,7 @@ def test_what_was_printed_reads_back_as_the_same_result(said, result, tmp_path):
 
 def test_people_get_a_table(tiny, monkeypatch):
     monkeypatch.setitem(SIZES, "cpu", Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3))
-    done = CliRunner().invoke(app, ["bench", str(tiny("qwen2")), "--backend", "cpu"])
+    done = CliRunner().invoke(command_line("bench"), ["bench", str(tiny("qwen2")), "--backend", "cpu"])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     for title in ("decode at 16 tokens", "prefill of 16 tokens", "first token, server", "load, again", "long answer"):

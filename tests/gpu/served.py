@@ -25,9 +25,10 @@ REPOSITORY = Path(__file__).parents[2]
 CHILD_S = 180
 
 
-def load(path, *, context=512):
-    """The model as a worker serves it."""
-    return runtime.load(path, ModelSection(context=context), EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE))
+def load(path, *, context=512, prefix_cache=False):
+    """The model as a worker serves it, but that a prompt which comes again is computed again."""
+    engine = EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE, prefix_cache=prefix_cache)
+    return runtime.load(path, ModelSection(context=context), engine)
 
 
 def answer(loaded, prompt, sampling, tokens=64, replay=()):

@@ -29,7 +29,7 @@ _FOUND = 9  # what compute-sanitizer ends with where it found something
 OPS = ("attention", "halved", "routing", "sampler", "products", "layouts", "memory")
 PARTS = {
     "ops": OPS,
-    "models": ("runner", "smollm2", "determinism"),
+    "models": ("runner", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size", "full_logits", "full_worker"),
     "faults": ("faults", "memory_baseline", "worker_faults"),
     "sanitize": OPS,
@@ -217,7 +217,7 @@ def main() -> int:
     if reason := why_no_gpu():
         show([skipped(part, reason) for part in parts])
         return 0
-    if chosen.synth and "full" in parts:
+    if chosen.synth and not {"full", "models"}.isdisjoint(parts):
         write_models(chosen.synth)
     outcomes, end = [], time.monotonic() + ALL_S
     for part in parts:

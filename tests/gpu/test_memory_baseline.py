@@ -24,7 +24,7 @@ KINDS = (
 @pytest.mark.parametrize("name", ["gpt-oss", "smollm2"])
 def test_a_hundred_jobs_leave_memory_at_its_baseline_to_the_byte(name, request, gpu, tiny):
     path = request.getfixturevalue("smollm2_here") if name == "smollm2" else tiny(name)
-    loaded = load(path)
+    loaded = load(path, prefix_cache=True)
     rng = np.random.default_rng(0)
     for kind in KINDS:
         answer(loaded, [1, 2, 3], kind, 4)

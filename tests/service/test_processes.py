@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 
@@ -152,3 +153,12 @@ def test_a_server_that_is_not_there_is_exit_code_5_and_one_sentence(tmp_path):
     assert last.startswith("worker: REDIS_UNREACHABLE: ")
     assert "Connect call failed" in last
     assert "--redis-url" in last
+
+
+def test_a_sigterm_that_comes_while_the_interpreter_ends_leaves_the_exit_code(server, tmp_path):
+    late = "import atexit, os, signal\natexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    with workers(server.url, tmp_path, ("--echo",), PYTHONPATH=path) as (worker,):
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0

@@ -29,6 +29,7 @@ _ECHO_CHUNK = 64
 _SWITCH_S = 0.001
 """How long a thread may keep Python's lock: the event loop must answer while the engine's thread computes."""
 _JOIN_S = 2.0
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 
 _SERVER = "Server and queue"
 _ENGINE = "Model and engine"
@@ -46,6 +47,14 @@ def run(
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Longest prompt and answer together, in tokens.", rich_help_panel=_ENGINE)
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Whether prompts that begin alike share what was computed; on by default.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     echo: Annotated[
         bool,
@@ -86,6 +95,7 @@ def run(
         "model.path": model,
         "model.context": context,
         "engine.backend": backend,
+        "engine.prefix_cache": prefix_cache,
         "redis.url": redis_url,
         "redis.queue": queue,
         "service.name": name,
@@ -138,13 +148,17 @@ async def _serve(settings: Settings, load: Loader, echo: bool) -> tuple[int, boo
         log,
     )
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _ENDING:
         loop.add_signal_handler(number, service.signal, number.name)
     loop.set_exception_handler(lambda _, context: log.error("loop_fault", what=context["message"]))
     try:
         code = await service.run()
     except Disconnected as error:
         raise Disconnected(f"{error}: {await _reason(streams)}") from None
+    finally:
+        for number in _ENDING:  # it ends already: one more must not replace the exit code, however late it comes
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
     return code, service.join_engine(_JOIN_S)
 
 
@@ -167,7 +181,8 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
             from worker.echo_model import load_echo  # noqa: PLC0415  # as above
 
             context = settings.model.context or _ECHO_CONTEXT
-            return load_echo(context, settings.engine.prefill_chunk or _ECHO_CHUNK, step_s, progress)
+            chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
+            return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
         from worker import hub  # noqa: PLC0415
         from worker.served import load_served  # noqa: PLC0415
 

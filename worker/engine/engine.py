@@ -1,7 +1,7 @@
 """The step: choose a batch, run it, commit what it drew. Everything that changes, changes in the commit.
 
 So a step that raises has happened not at all and may be repeated. One thread owns an engine. Knows nothing of asyncio,
-text, jobs or devices; the runner (`worker/model.py`) computes. Next: `sequence.py`, `kv_blocks.py`.
+text, jobs or devices; the runner (`worker/model.py`) computes. Next: `sequence.py`, `batches.py`, `kv_blocks.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
-
+from worker.engine.batches import decode_batch, prefill_batch
 from worker.engine.kv_blocks import KvBlocks, blocks_for
+from worker.engine.prefix_index import block_digests
 from worker.engine.sequence import FinishReason, Sequence
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, VramOom
 from worker.model import Runner
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw
-
-_NO_ROWS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +29,8 @@ class EngineSettings:
     """Prompt tokens a step, a multiple of B: how long a cancellation waits. Bits don't depend on it."""
     max_running: int = 1
     """Sequences that own KV blocks at once; the others wait."""
+    prefix_cache: bool = True
+    """Whether a prompt's beginning is read from KV blocks that an earlier prompt wrote. Bits don't depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class Engine:
         self._blocks = blocks or KvBlocks(runner.kv_blocks)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._reserved: dict[str, Ints] = {}
 
     @property
     def context(self) -> int:
@@ -62,9 +63,14 @@ class Engine:
         return min(self.settings.context, self._blocks.count * KV_BLOCK)
 
     @property
+    def kv_blocks(self) -> dict[str, int]:
+        """How many KV blocks are used, cached and free."""
+        return self._blocks.states
+
+    @property
     def free_kv_blocks(self) -> int:
-        """KV blocks that no sequence owns."""
-        return self._blocks.free
+        """KV blocks that no sequence reads: a new one may have them all."""
+        return self._blocks.count - self._blocks.states["used"]
 
     @property
     def idle(self) -> bool:
@@ -82,10 +88,25 @@ class Engine:
             )
         if any(not 0 <= token < self._runner.vocab_size for token in (*sequence.prompt, *sequence.replay)):
             raise InvalidRequest.of(("prompt_tokens", f"ids must be 0 to {self._runner.vocab_size - 1}", None))
+        sequence.digests = self._digests(sequence.prompt)
         self._waiting.append(sequence)
 
+    def reserve(self, sequence_id: str, prompt: list[int]) -> int:
+        """Keep what is cached of a prompt's beginning for the sequence of this id; how many tokens it will not compute.
+
+        Kept until the sequence starts or is aborted. Only if another that came before it could never start otherwise is
+        the reservation given up.
+        """
+        self._unreserve(sequence_id)
+        prefix = self._find(prompt, self._digests(prompt))
+        table = self._blocks.take(len(prefix), prefix)
+        assert table is not None, "nothing but what was found is taken"
+        self._reserved[sequence_id] = table
+        return len(prefix) * KV_BLOCK
+
     def abort(self, sequence_id: str) -> None:
-        """Forget a sequence and free its blocks; harmless if there is none."""
+        """Forget a sequence, or what is reserved for it, and free its blocks; harmless if there is none."""
+        self._unreserve(sequence_id)
         self._waiting = deque(s for s in self._waiting if s.id != sequence_id)
         for sequence in [s for s in self._running if s.id == sequence_id]:
             self._release(sequence)
@@ -96,13 +117,12 @@ class Engine:
         if not self._running:
             return []
         members = [s for s in self._running if s.in_prefill][:1] or list(self._running)
-        batch = (
-            _prefill_batch(members[0], self.settings.prefill_chunk) if members[0].in_prefill else _decode_batch(members)
-        )
+        first = members[0]
+        batch = prefill_batch(first, self.settings.prefill_chunk) if first.in_prefill else decode_batch(members)
         drawing = members if len(batch.logit_rows) else []
-        draws = self._runner.run(batch, [s.next_draw() for s in drawing])
+        draws = self._run(batch, drawing)
         if batch.phase is Phase.PREFILL:
-            members[0].prefilled += len(batch.tokens)
+            self._advance(first, len(batch.tokens))
         return [self._commit(sequence, draw) for sequence, draw in zip(drawing, draws, strict=True)]
 
     def _admit(self) -> None:
@@ -112,11 +132,40 @@ class Engine:
         """
         while self._waiting and len(self._running) < self.settings.max_running:
             first = self._waiting[0]
-            table = self._blocks.take(blocks_for(len(first.prompt) + first.max_tokens))
-            if table is None:
+            prefix = self._find(first.prompt, first.digests)
+            if first.id in self._reserved:  # no more than was promised, though others may have cached more since
+                prefix = prefix[: len(self._reserved[first.id])]
+            table = self._blocks.take(blocks_for(len(first.prompt) + first.max_tokens), prefix)
+            if table is not None:
+                self._unreserve(first.id)
+                first.block_table, first.prefilled = table, len(prefix) * KV_BLOCK
+                self._running.append(self._waiting.popleft())
+            elif self._running:
                 return
-            first.block_table = table
-            self._running.append(self._waiting.popleft())
+            else:  # only reservations are in its way, and what they wait for may be behind it
+                self._unreserve(*(self._reserved.keys() - {first.id}))
+
+    def _run(self, batch: Batch, drawing: list[Sequence]) -> list[Draw]:
+        """The batch's draws. A fault that leaves doubt about what the device holds empties the prefix cache."""
+        try:
+            return self._runner.run(batch, [s.next_draw() for s in drawing])
+        except (VramOom, MemoryError):
+            raise  # what could be launched wrote to blocks that nobody can find
+        except Exception:
+            self._unreserve(*self._reserved)
+            self._blocks.forget()
+            for sequence in self._running:
+                sequence.digests = []
+            raise
+
+    def _advance(self, sequence: Sequence, computed: int) -> None:
+        """Count prompt tokens as computed; the blocks that they complete can be found from now on."""
+        first = sequence.prefilled // KV_BLOCK
+        sequence.prefilled += computed
+        whole = slice(first, sequence.prefilled // KV_BLOCK)
+        assert sequence.block_table is not None, "a running sequence owns its blocks"
+        for block, digest in zip(sequence.block_table[whole].tolist(), sequence.digests[whole], strict=False):
+            self._blocks.keep(block, digest)
 
     def _commit(self, sequence: Sequence, draw: Draw) -> Token:
         index = len(sequence.generated)
@@ -132,24 +181,15 @@ class Engine:
             self._blocks.give_back(sequence.block_table)
             sequence.block_table = None
 
+    def _digests(self, prompt: list[int]) -> list[bytes]:
+        return block_digests(prompt) if self.settings.prefix_cache else []
 
-def _prefill_batch(sequence: Sequence, chunk: int) -> Batch:
-    """The next `chunk` prompt tokens; the last chunk asks for the logits of its last row."""
-    start = sequence.prefilled
-    stop = min(start + chunk, len(sequence.prompt))
-    rows = np.array([stop - start - 1], np.int32) if stop == len(sequence.prompt) else _NO_ROWS
-    tokens = np.array(sequence.prompt[start:stop], np.int32)
-    return Batch(Phase.PREFILL, tokens, np.arange(start, stop, dtype=np.int32), (_table(sequence),), rows)
+    def _find(self, prompt: list[int], digests: list[bytes]) -> list[int]:
+        """The cached blocks that a prompt begins with; its last token is always computed, for there its logits are."""
+        return self._blocks.find(digests[: (len(prompt) - 1) // KV_BLOCK])
 
-
-def _decode_batch(sequences: list[Sequence]) -> Batch:
-    """The newest token of every sequence."""
-    tokens = np.array([s.generated[-1] for s in sequences], np.int32)
-    positions = np.array([len(s.prompt) + len(s.generated) - 1 for s in sequences], np.int32)
-    tables = tuple(_table(s) for s in sequences)
-    return Batch(Phase.DECODE, tokens, positions, tables, np.arange(len(sequences), dtype=np.int32))
-
-
-def _table(sequence: Sequence) -> Ints:
-    assert sequence.block_table is not None, "a running sequence owns its blocks"
-    return sequence.block_table
+    def _unreserve(self, *sequence_ids: str) -> None:
+        for each in sequence_ids:
+            table = self._reserved.pop(each, None)
+            if table is not None:
+                self._blocks.give_back(table)

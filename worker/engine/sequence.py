@@ -29,6 +29,9 @@ class Sequence:
 
     generated: list[int] = field(default_factory=list, init=False)
     prefilled: int = field(default=0, init=False)
+    """Prompt tokens whose K and V are there: computed, or found in the prefix cache."""
+    digests: list[bytes] = field(default_factory=list, init=False)
+    """Of the prompt's whole blocks; empty where nothing of it is to be cached."""
     block_table: Ints | None = field(default=None, init=False)
 
     @property

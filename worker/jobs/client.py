@@ -26,7 +26,7 @@ from worker.jobs.events import End, Envelope, ErrorEvent, Event, Token, encode_e
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, order_of, queue_key, worker_events_key
 from worker.jobs.payload import JOB_ID, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
-from worker.jobs.received import JobFailed, Received, received
+from worker.jobs.received import Bookmark, JobFailed, Received, received
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, Written, insist
 
@@ -123,33 +123,42 @@ class Client:
             raise QueueFull(f"the queue {self._queue} holds {self._bound} jobs", self._retry_after_s)
         return job.job_id
 
-    async def events(self, job_id: str, after: str = START, idle_s: float | None = None) -> AsyncIterator[Received]:
+    async def events(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> AsyncIterator[Received]:
         """The job's events above the id `after`, each once and as it comes, to the terminal one.
 
-        Raises TimeoutError where none comes for `idle_s`; without it, waits for a job that nobody has begun.
+        Who goes on at an id may say which token it lacks first, `next_i`: then nothing is missed and no token repeated,
+        even if the server has forgotten that entry since. Raises TimeoutError where no event comes for `idle_s`;
+        without it, waits for a job that nobody has begun.
         """
         block_ms = READ_BLOCK_MS if idle_s is None else min(READ_BLOCK_MS, int(idle_s * 1000))
-        quiet_since = time.monotonic()
-        if after != START and await self._is_over(job_id, after):
+        quiet_since, mark = time.monotonic(), Bookmark(after, next_i)
+        if after != START and await self._is_over(job_id, mark, told=True):
             return
         while True:
-            records = await self._read(events_key(job_id), after, block_ms)
+            records = await self._read(events_key(job_id), mark.after, block_ms)
             for record in records:
-                for item in received(record, after):
+                news, quiet_since = mark.news(record), time.monotonic()
+                if news is None:
+                    break
+                for item in news:
                     yield item
                     if isinstance(item.event, Event) and item.event.terminal:
                         return
-                after, quiet_since = record[0], time.monotonic()
             if records:
                 continue
-            if await self._is_over(job_id, after):
+            place = mark.after
+            if await self._is_over(job_id, mark):
                 return
-            if idle_s is not None and time.monotonic() - quiet_since >= idle_s:
+            if mark.after == place and idle_s is not None and time.monotonic() - quiet_since >= idle_s:
                 raise TimeoutError(f"no event of job {job_id} for {idle_s} s")
 
-    async def tokens(self, job_id: str, after: str = START, idle_s: float | None = None) -> AsyncIterator[Token]:
+    async def tokens(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> AsyncIterator[Token]:
         """The answer's tokens alone. Raises JobFailed where the job ends with an error."""
-        async for item in self.events(job_id, after, idle_s):
+        async for item in self.events(job_id, after, idle_s, next_i):
             if isinstance(item.event, Token):
                 yield item.event
             elif isinstance(item.event, ErrorEvent):
@@ -250,11 +259,19 @@ class Client:
         """Delete a dead letter."""
         return await self._streams.delete(dead_key(self._queue), entry_id)
 
-    async def _is_over(self, job_id: str, after: str) -> bool:
-        """Whether the terminal event is at or below `after`, or went with its keys."""
+    async def _is_over(self, job_id: str, mark: Bookmark, *, told: bool = False) -> bool:
+        """Whether no more is to come: the terminal event is not above `mark`, or it went with the job's keys.
+
+        Where the server forgot what the reader has heard, it goes back; also for a terminal event, unless `told` of it.
+        """
         state = await self._patiently(insist(self._streams.job_state, job_id))
-        over = "ended_ms" in state.fields or (not state.fields and after != START)
-        return over and order_of(state.top) <= order_of(after)
+        ended, tokens = "ended_ms" in state.fields, int(state.fields.get("tokens") or 0)
+        if order_of(state.top) > order_of(mark.after):
+            return False
+        if not state.fields or mark.after == START:
+            return ended or mark.after != START
+        forgot = order_of(state.top) < order_of(mark.after) or mark.lacks(tokens) or (ended and not told)
+        return not (forgot and mark.begin_again()) and ended
 
     async def _read(self, key: str, after: str, block_ms: int = READ_BLOCK_MS) -> list[Record]:
         return await self._patiently(insist(self._streams.read, key, after, block_ms))

@@ -48,9 +48,9 @@ def epoch_of(entry_id: str) -> int:
 
 
 def order_of(entry_id: str) -> tuple[int, int]:
-    """An id as Redis orders it."""
+    """An id as Redis orders it; `5` is 5-0."""
     major, _, minor = entry_id.partition("-")
-    return int(major), int(minor)
+    return int(major), int(minor or 0)
 
 
 def after(entry_id: str) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.jobs.events import Envelope, ErrorEvent, Event, Token, Tokens, decode_event
+from worker.jobs.events import End, Envelope, ErrorEvent, Event, Token, Tokens, decode_event
+from worker.jobs.keys import START, order_of
 from worker.jobs.streams import Record
 
 
@@ -45,3 +46,59 @@ def received(record: Record, before: str) -> list[Received]:
         Received("token", token, envelope, entry_id, entry_id if at == last else before)
         for at, token in enumerate(event.tokens)
     ]
+
+
+class Bookmark:
+    """How far a reader of a job's stream is, so that it hears each token once, even of a server that forgot writes.
+
+    What the server forgot is written again, but an attempt that is begun again may cut its entries elsewhere: then an
+    id says nothing and the tokens' indices all. `next_i` is the first that the reader lacks, None where it can't tell.
+    """
+
+    def __init__(self, after: str, next_i: int | None) -> None:
+        self.after = after
+        self._next_i = 0 if next_i is None and after == START else next_i
+        self._newest = after
+        self._again = False
+
+    def lacks(self, tokens: int) -> bool:
+        """Whether a stream of so many tokens has some that the reader has not heard."""
+        return self._next_i is not None and self._next_i < tokens
+
+    def begin_again(self) -> bool:
+        """Go back to the stream's start, unless that was done and brought nothing new; what was heard stays heard."""
+        if self._again:
+            return False
+        self.after, self._again = START, True
+        return True
+
+    def news(self, record: Record) -> list[Received] | None:
+        """What the reader has not heard of the entry after `after`.
+
+        None where tokens before it are missing: it is to read on from `after`, which is the start now. It does without
+        those that are not found there either.
+        """
+        items = received(record, self.after)
+        span = _span(items)
+        if span is not None and self.lacks(span[0]) and self.begin_again():
+            return None
+        fresh = [item for item in items if self._is_new(item)]
+        self.after, self._newest = record[0], max(self._newest, record[0], key=order_of)
+        if span is not None:
+            self._again = self._again and span[1] <= (self._next_i or 0)
+            self._next_i = max(self._next_i or 0, span[1])
+        return fresh
+
+    def _is_new(self, item: Received) -> bool:
+        if isinstance(item.event, Token):
+            return item.event.i >= (self._next_i or 0)
+        return item.event.terminal or order_of(item.entry_id) > order_of(self._newest)
+
+
+def _span(items: list[Received]) -> tuple[int, int] | None:
+    """The index of an entry's first token and of the one that comes after it; an `end` says which would come."""
+    indices = [item.event.i for item in items if isinstance(item.event, Token)]
+    if indices:
+        return indices[0], indices[-1] + 1
+    ends = [item.event.tokens_out for item in items if isinstance(item.event, End)]
+    return (ends[0], ends[0]) if ends else None

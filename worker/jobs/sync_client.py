@@ -55,13 +55,17 @@ class SyncClient:
         """Enqueue a job; its id. Raises InvalidRequest or QueueFull."""
         return self._run(self._client.submit(**fields))
 
-    def events(self, job_id: str, after: str = START, idle_s: float | None = None) -> Iterator[Received]:
-        """The job's events above the id `after`, as they come, to the terminal one."""
-        return self._each(self._client.events(job_id, after, idle_s))
+    def events(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> Iterator[Received]:
+        """The job's events above the id `after`, as they come, to the terminal one; see `Client.events`."""
+        return self._each(self._client.events(job_id, after, idle_s, next_i))
 
-    def tokens(self, job_id: str, after: str = START, idle_s: float | None = None) -> Iterator[Token]:
+    def tokens(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> Iterator[Token]:
         """The answer's tokens. Raises JobFailed."""
-        return self._each(self._client.tokens(job_id, after, idle_s))
+        return self._each(self._client.tokens(job_id, after, idle_s, next_i))
 
     def result(self, job_id: str, idle_s: float | None = None) -> tuple[str, End]:
         """The whole text and the `end` event. Raises JobFailed."""

@@ -51,6 +51,7 @@ class Answering:
             return
         self._bounds.start_engine()
         bench.meters.tokens_in.inc(len(self._question.prompt))
+        bench.meters.prefix_hits.inc(self._question.cached_tokens)
         await bench.engine.add(answer.sequence, self._inbox)
         try:
             await self._follow(answer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from dataclasses import replace
 
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event
@@ -58,6 +59,8 @@ class Attempt:
             return await self._give_up(stopped.why)
         finally:
             self._over.set()
+            if self.job_id is not None:
+                self._bench.engine.release(self.job_id)
             await renewals
 
     async def _renew(self) -> None:
@@ -96,7 +99,10 @@ class Attempt:
         return await self._answer(lease, question)
 
     async def _read(self) -> Reading:
-        """The question, or why it is refused; notes the job's id, trace and deadline as soon as they are known."""
+        """The question, or why it is refused; notes the job's id, trace and deadline as soon as they are known.
+
+        What the prefix cache has of its prompt is reserved from here on: the job's stream opens with the count.
+        """
         claim, bench = self._claim, self._bench
         limit = bench.section.max_payload_bytes
         try:
@@ -104,6 +110,7 @@ class Attempt:
             self._know(job.job_id, job)
             asked = asyncio.to_thread(Question.of, job, bench.served, claim.entry_id, claim.enqueued_ms)
             question = await self.bounds.guard(asked)
+            cached = await self.bounds.guard(bench.engine.reserve(job.job_id, question.prompt))
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
                 self._know(error.details["job_id"])
@@ -113,7 +120,7 @@ class Attempt:
         except Exception as error:
             self._log.error("job_fault", frames=frames_of(error))
             return None, Internal(f"{type(error).__name__} while the job was read")
-        return question, None
+        return replace(question, cached_tokens=cached), None
 
     def _know(self, job_id: str, job: Job | None = None) -> None:
         self.job_id = job_id

@@ -105,6 +105,14 @@ class EngineThread:
 
         await self.call(add)
 
+    async def reserve(self, sequence_id: str, prompt: list[int]) -> int:
+        """Keep what is cached of a prompt until `release`; how many tokens. See `Engine.reserve`."""
+        return await self.call(lambda: self._owned().reserve(sequence_id, prompt))
+
+    def release(self, sequence_id: str) -> None:
+        """Give up a sequence or what is reserved for it, soon: this waits for nothing, as the device may hang."""
+        self._work.put(lambda: self._owned().abort(sequence_id))
+
     async def abort(self, sequence_id: str) -> None:
         """Forget a sequence and free its memory; harmless if there is none. Returns after the step that runs now."""
 

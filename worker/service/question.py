@@ -30,6 +30,8 @@ class Question:
     prompt_hash: str
     resolved: Resolved
     enqueued_ms: int
+    cached_tokens: int = 0
+    """How many of the prompt's are in the prefix cache, and reserved there."""
 
     @classmethod
     def of(cls, job: Job, served: Served, entry_id: str, enqueued_ms: int) -> Question:
@@ -48,7 +50,7 @@ class Question:
                 seed=self.resolved.seed,
                 max_tokens=self.resolved.max_tokens,
                 prompt_tokens=len(self.prompt),
-                cached_tokens=0,
+                cached_tokens=self.cached_tokens,
                 started_at=now_ms,
                 enqueued_at=self.enqueued_ms,
                 prompt_hash=self.prompt_hash,

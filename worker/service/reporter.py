@@ -135,11 +135,11 @@ class Reporter:
                     await self._edge.wait()
             at_edge = self._edge.is_set()
             self._edge.clear()
-            use, kv_free = await engine.call(lambda: (served.device.memory(), served.engine.free_kv_blocks))
+            use, kv_blocks = await engine.call(lambda: (served.device.memory(), served.engine.kv_blocks))
             self._health.memory = use
             purposes = asdict(use)
             del purposes["free"]  # what is left over is no purpose: the others add up to what is taken
-            self._meters.memory(purposes, served.kv_blocks - kv_free, kv_free)
+            self._meters.memory(purposes, kv_blocks)
             if at_edge or use.used != told.used or abs(use.free - told.free) > _NOTABLE_BYTES:
                 working = use.activations + use.workspace
                 self.tell(Vram(weights=use.weights, kv=use.kv, activations=working, free=use.free))

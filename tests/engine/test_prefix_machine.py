@@ -1,0 +1,95 @@
+"""Any order of jobs, reservations, aborts and faults: no block is lost, none is written while another reads it.
+
+The ledger's slots hold all tokens before them, so a block that was handed out twice, or found under a wrong digest,
+fails the step that reads it. Prompts come from three that branch, so that much is shared.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.engine.ledger import LedgerRunner
+from tests.models import engine_of
+from worker.engine import Sequence
+from worker.errors import VramOom
+from worker.ops import KV_BLOCK, Phase
+
+BLOCKS = 12
+TRUNK = list(range(60))
+PROMPTS = (TRUNK, [*TRUNK[:32], *range(60, 90)], [*TRUNK[:20], *range(90, 99)])
+
+
+class PrefixCache(RuleBasedStateMachine):
+    @initialize(order=st.permutations(range(BLOCKS)), running=st.integers(1, 3), chunk=st.sampled_from([16, 32]))
+    def begin(self, order, running, chunk):
+        self.runner = LedgerRunner(BLOCKS)
+        self.engine = engine_of(self.runner, context=BLOCKS * KV_BLOCK, chunk=chunk, running=running, order=order)
+        self.names, self.alive = 0, {}
+
+    @rule(which=st.integers(0, 2), length=st.integers(1, 62), tokens=st.integers(1, 40), reserve=st.booleans())
+    def a_job_comes(self, which, length, tokens, reserve):
+        prompt, name = PROMPTS[which][:length], str(self.names)
+        self.names += 1
+        if reserve:
+            cached = self.engine.reserve(name, prompt)
+            assert cached < len(prompt)
+            assert cached % KV_BLOCK == 0
+        self.alive[name] = Sequence(name, prompt, tokens)
+        self.engine.add(self.alive[name])
+
+    @rule(which=st.integers(0, 2), release=st.booleans())
+    def a_reservation_is_made_and_perhaps_given_up(self, which, release):
+        self.engine.reserve("reserved", PROMPTS[which])
+        if release:
+            self.engine.abort("reserved")
+
+    @precondition(lambda self: self.alive)
+    @rule(chance=st.randoms(use_true_random=False))
+    def a_job_is_aborted(self, chance):
+        name = chance.choice(sorted(self.alive))
+        del self.alive[name]
+        self.engine.abort(name)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count):
+        for _ in range(count):
+            for token in self.engine.step():
+                if token.finish:
+                    del self.alive[token.sequence_id]
+
+    @rule(fault=st.sampled_from([VramOom("full"), ZeroDivisionError("a bug")]), aborted=st.booleans())
+    def a_step_fails(self, fault, aborted):
+        self.runner.fault = fault
+        try:
+            self.engine.step()
+        except type(fault):
+            if aborted:
+                for name in list(self.alive):
+                    self.engine.abort(name)
+                self.alive.clear()
+        self.runner.fault = None
+
+    @invariant()
+    def every_block_is_in_one_place(self):
+        if hasattr(self, "engine"):
+            states = self.engine.kv_blocks
+            assert sum(states.values()) == BLOCKS
+            assert self.engine.free_kv_blocks == states["cached"] + states["free"]
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(3000):
+            if self.engine.idle:
+                break
+            self.steps(1)
+        assert not self.alive, "a job never ended"
+        self.engine.abort("reserved")
+        assert self.engine.kv_blocks["used"] == 0
+        assert all(batch.phase is Phase.DECODE or batch.positions[0] % KV_BLOCK == 0 for batch in self.runner.batches)
+
+
+PrefixCache.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPrefixCache = PrefixCache.TestCase
