@@ -177,3 +177,14 @@ def test_sizes_read_well():
     assert [size(n) for n in (0, 999, 1500, 98_362_432, 12e9, 3e12)] == [
         *("0 B", "999 B", "1.5 kB", "98.4 MB", "12.0 GB", "3.0 TB")
     ]
+
+
+@pytest.mark.parametrize("command", ["run", "generate"])
+def test_a_command_is_read_before_anything_heavy_is_imported(command):
+    heavy = "cupy gguf jinja2 numpy redis rich sentencepiece structlog tokenizers"
+    program = (
+        f"import sys; from worker.cli import command_line; command_line({command!r});"
+        f"print(*sorted(set({heavy!r}.split()) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "\n"

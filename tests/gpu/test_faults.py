@@ -13,7 +13,7 @@ import pytest
 from tests.gpu.served import KERNEL_CACHE, Child, answer, device_bytes, load, settle
 from worker import runtime
 from worker.config import EngineSection, ModelSection
-from worker.errors import CudaError, InsufficientVram, VramOom
+from worker.errors import CudaError, InsufficientVram, ModelLoadFailed, VramOom
 from worker.sampling import Sampling
 
 PROMPT = np.random.default_rng(11).integers(0, 280, 70).tolist()
@@ -99,6 +99,21 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_copied(tiny, fa
         runtime.load(tiny("llama"), ModelSection(), EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE))
     assert refusal.value.details["required"] > refusal.value.details["available"] == 1 << 20
     assert faults.count == 0
+
+
+def test_a_tokenizer_that_can_t_be_built_calls_the_weights_back(tiny, faulty, monkeypatch):
+    backend, _ = faulty
+
+    def broken(metadata, vocab):
+        raise ModelLoadFailed("the merges don't fit", "tokenizer.ggml.merges", "pairs")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime, "build_tokenizer", broken)
+        with pytest.raises(ModelLoadFailed, match="the merges don't fit"):
+            load(tiny("gpt-oss"))
+    settle()
+    assert backend.memory().used == backend.memory().runtime
+    assert len(answer(load(tiny("gpt-oss")), PROMPT, WARM, TOKENS)) == TOKENS
 
 
 def test_a_full_card_is_insufficient_vram_and_serves_again_once_there_is_room(tiny, gpu):

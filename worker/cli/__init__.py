@@ -34,6 +34,8 @@ interrupted.
 """
 
 _UNREACHABLE = 5
+_SWITCH_S = 0.001
+"""How long a thread may keep Python's lock: event loop and uploads must go on while another thread computes."""
 
 _COMMANDS = {
     "generate": "generate",
@@ -70,6 +72,7 @@ def command_line(only: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
+    sys.setswitchinterval(_SWITCH_S)
     try:
         command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
     except WorkerError as error:

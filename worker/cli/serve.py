@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _ECHO_CONTEXT = 8192
 _ECHO_CHUNK = 64
-_SWITCH_S = 0.001
-"""How long a thread may keep Python's lock: the event loop must answer while the engine's thread computes."""
 _JOIN_S = 2.0
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -109,7 +107,6 @@ def run(
         raise ConfigInvalid("model.path: no model is named; give --model FILE or NAME, or --echo to try without one")
     if not echo and settings.engine.backend != "cpu":
         wake_device()
-    sys.setswitchinterval(_SWITCH_S)
     code, ended = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
     sys.stderr.flush()
     if not ended:  # the engine hangs in its device, and so would an orderly exit
