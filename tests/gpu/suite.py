@@ -31,7 +31,7 @@ PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size", "full_logits", "full_worker"),
-    "faults": ("faults", "memory_baseline", "worker_faults"),
+    "faults": ("faults", "memory_baseline", "worker_faults", "wake"),
     "sanitize": OPS,
 }
 # The smallest shapes that take every branch, all 14 types: a sanitizer slows a kernel down a hundredfold.
