@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from tests.gpu.full import MODELS
 from tests.gpu.loaded import gpu_runner
 from tests.gpu.served import load, settle
-from tests.gpu.test_full_size import MODELS
 from tests.models import engine_of, run
 from worker.config import load_settings
 from worker.engine import Sequence
