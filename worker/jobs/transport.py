@@ -20,6 +20,7 @@ from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Policy, Ren
 from worker.jobs.payload import job_id_of
 from worker.jobs.presence import Presence
 from worker.jobs.protocol import Trace
+from worker.jobs.server_clock import ServerClock
 from worker.jobs.streams import (
     AppendCall,
     Disconnected,
@@ -63,6 +64,7 @@ class Transport:
         self._streams = streams
         self._queue = queue
         self._clock = clock
+        self._server_clock = ServerClock(streams)
 
     async def open(self) -> None:
         """Make the queue, sweep out dead consumers, and hear commands from now on."""
@@ -83,7 +85,7 @@ class Transport:
 
     async def server_ms(self) -> int:
         """The server's clock, by which deadlines count."""
-        return await insist(self._streams.time_ms)
+        return await self._server_clock.ms()
 
     async def claim(self) -> Claim | None:
         """The next queue entry, or None after about `scan_s`: let it return rather than cancel it.
@@ -92,6 +94,7 @@ class Transport:
         """
         entry = await self._intake.next()
         if entry is None:
+            await self._server_clock.keep()  # now nobody waits for it
             return None
         traceparent = entry.fields.get("traceparent", b"")[:256].decode(errors="replace") or None
         claim = Claim(entry.id, entry.fields.get("p", b""), traceparent, entry.deliveries)

@@ -45,8 +45,11 @@ class Answering:
         Fenced. The engine has let go of the sequence then, unless it hangs.
         """
         bench = self._bench
-        made = asyncio.to_thread(self._question.answer, bench.served, self._lease.history)
-        self._answer = answer = await self._bounds.guard(made)
+        if self._replay:  # every published token goes through the detokenizer again: not on the loop
+            made = asyncio.to_thread(self._question.answer, bench.served, self._lease.history)
+            self._answer = answer = await self._bounds.guard(made)
+        else:
+            self._answer = answer = self._question.answer(bench.served, self._lease.history)
         if answer.finish_reason is not None:  # what was published meets an end already
             return
         self._bounds.start_engine()

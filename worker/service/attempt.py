@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event
@@ -25,6 +27,10 @@ from worker.service.workbench import Workbench
 from worker.telemetry import frames_of
 
 _LAST_WORDS_S = 2.0
+_SMALL_BYTES = 4096
+"""A payload that is read and tokenized in less time than a thread takes to wake."""
+
+T = TypeVar("T")
 
 Reading = tuple[Question, None] | tuple[None, WorkerError]
 
@@ -106,10 +112,9 @@ class Attempt:
         claim, bench = self._claim, self._bench
         limit = bench.section.max_payload_bytes
         try:
-            job = await self.bounds.guard(asyncio.to_thread(decode_job, claim.payload, limit))
+            job = await self._worked(lambda: decode_job(claim.payload, limit))
             self._know(job.job_id, job)
-            asked = asyncio.to_thread(Question.of, job, bench.served, claim.entry_id, claim.enqueued_ms)
-            question = await self.bounds.guard(asked)
+            question = await self._worked(lambda: Question.of(job, bench.served, claim.entry_id, claim.enqueued_ms))
             cached = await self.bounds.guard(bench.engine.reserve(job.job_id, question.prompt))
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
@@ -121,6 +126,12 @@ class Attempt:
             self._log.error("job_fault", frames=frames_of(error))
             return None, Internal(f"{type(error).__name__} while the job was read")
         return replace(question, cached_tokens=cached), None
+
+    async def _worked(self, work: Callable[[], T]) -> T:
+        """The result of work on the payload: at once where it is small, else on a thread, so that the loop goes on."""
+        if len(self._claim.payload) <= _SMALL_BYTES:
+            return work()
+        return await self.bounds.guard(asyncio.to_thread(work))
 
     def _know(self, job_id: str, job: Job | None = None) -> None:
         self.job_id = job_id

@@ -27,6 +27,8 @@ from worker.telemetry import Log, Metrics
 _STEPS = (0, 25, 50, 75, 100)
 _NOTABLE_BYTES = 32 * 2**20
 """A change of free memory below it is other people's noise."""
+_BEHIND_S = 0.03
+"""A job's first token comes before the news of its beginning."""
 _FASTEST_HEARTBEAT_S = 0.25
 
 
@@ -80,8 +82,12 @@ class Reporter:
             )
         )
 
-    def job_edge(self) -> None:
-        """A job begins or has ended: memory is worth a look."""
+    def job_begins(self) -> None:
+        """Memory will be worth a look, once the job's first token has had the engine's thread to itself."""
+        asyncio.get_running_loop().call_later(_BEHIND_S, self._edge.set)
+
+    def memory_moved(self) -> None:
+        """Something ended, a load or a job: memory is worth a look."""
         self._edge.set()
 
     def load_progress(self, done: int, total: int) -> None:
@@ -114,6 +120,7 @@ class Reporter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.heartbeat_s - _FASTEST_HEARTBEAT_S):
                     await self._health.changed.wait()
+                    await asyncio.sleep(_BEHIND_S)
 
     def _status(self) -> Mapping[str, str]:
         health = self._health

@@ -208,7 +208,7 @@ class Service:
         self._log = self._log.bind(model=served.name, gpu=device)
         self._meters.model_load.set(load_s)
         self._reporter.introduce(served, load_s)
-        self._reporter.job_edge()
+        self._reporter.memory_moved()
         self._health.enter("ready")
         self._log.info("worker_ready", load_s=round(load_s, 3), context=served.engine.context)
 
@@ -235,7 +235,7 @@ class Service:
     async def _carry(self, bench: Workbench, claim: Claim) -> None:
         attempt = self._attempt = Attempt(bench, claim)
         self._health.enter("busy")
-        self._reporter.job_edge()
+        self._reporter.job_begins()
         try:
             outcome = await attempt.run()
         except CudaError:
@@ -247,7 +247,7 @@ class Service:
             self._attempt = None
         self._meters.requests.labels(outcome).inc()
         self._health.ended(outcome)
-        self._reporter.job_edge()
+        self._reporter.memory_moved()
 
     async def _watch_engine(self) -> int:
         """Return when the engine hangs and its job has been left to another worker."""
