@@ -82,7 +82,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(n=PICK)
     def claim(self, n: int) -> None:
-        claim = self.do(self.workers[n].transport.claim())
+        claim = self._claimed(n)
         self.workers[n].claims += [claim] if claim else []
 
     @precondition(lambda self: any(worker.claims for worker in self.workers))
@@ -94,9 +94,14 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(n=PICK)
     def claim_and_take(self, n: int) -> None:
-        claim = self.do(self.workers[n].transport.claim())
+        claim = self._claimed(n)
         if claim:
             self._begin(self.workers[n], claim)
+
+    def _claimed(self, n: int) -> Claim | None:
+        transport = self.workers[n].transport
+        transport._intake._next_scan = 0.0  # every claim scans: what happens must not depend on how fast it happens
+        return self.do(transport.claim())
 
     def _begin(self, worker: Worker, claim: Claim) -> None:
         lease = self.do(begin(worker.transport, claim))
