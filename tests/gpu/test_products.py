@@ -106,7 +106,7 @@ def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
-    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40), (16390, 256, 33)],
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)],
 )
 def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
@@ -135,7 +135,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100, 16400])  # each tile configuration
+@pytest.mark.parametrize("rows", [200, 4100])  # each tile configuration
 def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 
@@ -152,7 +152,7 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100, 16400])
+@pytest.mark.parametrize("rows", [200, 4100])
 def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 

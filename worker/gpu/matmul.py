@@ -34,8 +34,8 @@ class _Tile(NamedTuple):
 
 # Measured on an H100 at 128 and 1,024 tokens, over these models' shapes: the more rows, the larger the tile that still
 # occupies the device where there is but one tile of tokens. Few slots share an expert: small tiles waste the least.
-_MOST, _MANY, _FEW, _EXPERTS = _Tile(8, 1, 128), _Tile(4, 2, 64), _Tile(2, 4, 64), _Tile(4, 1, 64)
-_MOST_ROWS, _MANY_ROWS = 16384, 4096
+_GATED, _MANY, _FEW, _EXPERTS = _Tile(8, 1, 128), _Tile(4, 2, 64), _Tile(2, 4, 64), _Tile(4, 1, 64)
+_MANY_ROWS = 4096
 _AT_ONCE = 3  # projections of one x in one launch
 _TOKEN_BYTES = 512  # of shared memory, for a token and a depth
 _GROUP_THREADS = 1024
@@ -55,8 +55,8 @@ def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (_MOST, _MANY, _FEW)),
-    *(_name(kind.name, _MOST, experts=False, gated=True) for kind in QUANT_TYPES),
+    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (_MANY, _FEW)),
+    *(_name(kind.name, _GATED, experts=False, gated=True) for kind in QUANT_TYPES),
     *(_name(kind.name, _EXPERTS, experts=True, gated=gated) for kind in (MXFP4, Q8_0) for gated in (False, True)),
     ("group_routes.cu", "group_routes"),
     ("gated.cu", "gated_elements"),
@@ -188,12 +188,10 @@ def _launch(
 
 
 def _tile(linears: Sequence[Linear], *, gated: bool, experts: bool) -> _Tile:
-    rows = sum(linear.weight.shape[-2] for linear in linears)
     if experts:
         return _EXPERTS
-    if gated or (len(linears) == 1 and rows >= _MOST_ROWS):
-        return _MOST
-    return _MANY if rows >= _MANY_ROWS else _FEW
+    rows = sum(linear.weight.shape[-2] for linear in linears)
+    return _GATED if gated else _MANY if rows >= _MANY_ROWS else _FEW
 
 
 def _part(linear: Linear, y: DeviceArray, first: int) -> np.ndarray[Any, Any]:

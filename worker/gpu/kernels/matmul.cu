@@ -19,7 +19,6 @@
 #include "mma.cuh"
 #include "tiles.cuh"
 
-constexpr int kRowsOfOne = 8;  // ROWS of the tiles that leave no register for finding one's projection: they take one
 constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
 
 struct Part {
@@ -132,7 +131,7 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
         if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
         if (step >= steps) continue;
         const u32 x_lane = own + stage * kTile + in_tile;
-#pragma unroll
+#pragma unroll 1
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) now[i] = next[i];
@@ -223,9 +222,8 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
         scope.scales[i] = p.scale ? p.scale[slot / per_slot] : 1.f;
     }
     __syncthreads();
-    constexpr bool kOne = GLU || EXPERTS || ROWS == kRowsOfOne;
     const Part* parts = p.parts;
-    if (!kOne) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
+    if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
     const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
     if (tile.count > TOKENS - 16)
