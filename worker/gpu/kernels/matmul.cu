@@ -72,7 +72,8 @@ template <int TOKENS>
 using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
 
 // acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
-// its own column alone. FULL: all are there, and nothing branches.
+// its own column alone. FULL: taken
+// as if all were there, and nothing branches.
 template <bool FULL, class Block, int TOKENS, bool GLU>
 __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, const Unit<Block> (&units)[4], int step,
                                          int part, u32 x_lane, int live, Accumulator<TOKENS>& acc) {
@@ -125,7 +126,7 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
     if (group < steps) fetch_x(group, 0), weights.load(parts, group, 0, next);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
     for (int first = 0, stage = 0; first < steps; first += DEPTHS, stage ^= 1) {
-        const int step = first + group, following = min(step + DEPTHS, steps - 1);
+        const int step = first + group;
         wait_for_copies<0>();
         __syncthreads();  // after it nobody reads the tile of the step before
         if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
@@ -135,7 +136,7 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) now[i] = next[i];
-            weights.load(parts, part + 1 < kParts ? step : following, (part + 1) % kParts, next);
+            weights.load(parts, part + 1 < kParts ? step : min(step + DEPTHS, steps - 1), (part + 1) % kParts, next);
             multiply<FULL, Block, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
         }
     }
@@ -226,9 +227,10 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
     if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
     const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
-    if (tile.count > TOKENS - 16)
+    constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
+    if (kLarge || tile.count > TOKENS - 16)
         accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
-    else accumulate<false, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
+    else accumulate<kLarge, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
     if constexpr (DEPTHS == 1) {
         write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
     } else {
