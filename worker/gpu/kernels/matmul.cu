@@ -117,7 +117,7 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
 #pragma unroll
         for (int i = 0; i < TOKENS / kApart; ++i) {
             const u32 at = (to ^ (kApart * i & 7) * 16) + stage * kTile + i * kApart * kRowBytes;
-            if (token0 + i * kApart < live) copy_16_async(at, from + scope.x_rows[token0 + i * kApart], true);
+            if (FULL || token0 + i * kApart < live) copy_16_async(at, from + scope.x_rows[token0 + i * kApart], true);
         }
         commit_copies();
     };
