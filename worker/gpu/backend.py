@@ -37,7 +37,7 @@ class GpuBackend:
     """`worker.backend.Backend` on the current CUDA device; `kernel_cache` keeps compiled kernels between starts."""
 
     name = "gpu"
-    prefill_chunk = 512
+    prefill_chunk = 2048
 
     def __init__(self, kernel_cache: Path) -> None:
         import cupy  # noqa: PLC0415

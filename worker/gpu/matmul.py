@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,7 +178,7 @@ def _launch(
         lists = (address(groups.order), address(groups.table), groups.k if shared else 1)
         tiles, where = len(groups.table), np.array(lists, _TILES)
     blocks = [-(-linear.weight.shape[-2] // (tile.rows * (16 if gated else 32))) for linear in linears]
-    firsts = [0] * _AT_ONCE if gated else np.cumsum([0, *blocks, 0, 0])[:_AT_ONCE].tolist()
+    firsts = (0, 0) if gated else accumulate(blocks, initial=0)
     parts = [_part(*part) for part in zip(linears, ys if not gated else (ys[0], ys[0]), firsts, strict=False)]
     parts += [np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PART)] * (_AT_ONCE - len(parts))
     pointers = (address(residual), address(x.scale), address(x.count))
