@@ -20,9 +20,10 @@ import numpy as np
 from worker.gpu import matmul as prefill
 from worker.gpu import matvec as decode
 from worker.gpu.compiler import Kernels
+from worker.gpu.halved import halved_rows
 from worker.gpu.layouts import BlockMatrix, plane_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose, aligned
-from worker.gpu.quantized import activations_like, halved_like
+from worker.gpu.quantized import activations_like
 from worker.ops import Linear, QTensor
 from worker.quants import QUANT_TYPES, QuantType
 
@@ -122,9 +123,7 @@ def prefill_row(bench: Bench, kind: QuantType) -> str:
     for rows, cols in SHAPES[1:4]:
         linear = bench.matrices(kind, rows, cols)[0]
         for tokens in TOKENS:
-            x = halved_like(bench.pool, tokens, cols)
-            x.x[...] = cupy.random.standard_normal((tokens, cols), dtype=np.float32)
-            x.scale.fill(1)
+            x = halved_rows(bench.kernels, bench.pool, cupy.random.standard_normal((tokens, cols), dtype=np.float32))
             call = partial(prefill.matmul, bench.kernels, bench.pool, x, linear)
             cells.append(f"{2e-12 * rows * cols * tokens / bench.seconds([call] * 3):4.0f}")
     return " ".join(cells)
