@@ -104,8 +104,7 @@ def prefill_row(bench: Bench, kind: QuantType) -> str:
     for rows, cols in SHAPES[1:4]:
         linear = bench.matrices(kind, rows, cols)[0]
         for tokens in TOKENS:
-            values = cupy.random.standard_normal((tokens, cols), dtype=np.float32)
-            x = halved_rows(bench.kernels, bench.pool, values)
+            x = halved_rows(bench.kernels, bench.pool, cupy.random.standard_normal((tokens, cols), dtype=np.float32))
             call = partial(prefill.matmul, bench.kernels, bench.pool, x, linear)
             cells.append(f"{2e-12 * rows * cols * tokens / bench.seconds([call] * 3):4.0f}")
     return " ".join(cells)

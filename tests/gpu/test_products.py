@@ -169,7 +169,10 @@ def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
 
 
 @EACH_TYPE
-@pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"),
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)],
+)
 def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
 
@@ -197,7 +200,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100])  # either tile configuration
+@pytest.mark.parametrize("rows", [200, 4100])  # each tile configuration
 def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 
@@ -226,6 +229,22 @@ def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kern
         y = matmul(kernels, pool, real, projection.linear).get()
         assert y[:count].tobytes() == whole[:count].tobytes()
         assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
+
+
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
+def test_prefill_projections_of_one_input(kernels, memory, kinds):
+    from worker.gpu.matmul import projections
+
+    shapes = [(67, 512), (9, 512), (130, 512), (64, 512)]
+    parts = [
+        Projection(kernels, memory, kind, shape, f"w{i}", bias=i == 1)
+        for i, (kind, shape) in enumerate(zip(kinds, shapes, strict=False))
+    ]
+    pool, x = GuardedPool(), rows_of(70, 512)
+    results = projections(kernels, pool, halved(pool, x), [part.linear for part in parts])
+    pool.check()
+    for part, y in zip(parts, results, strict=True):
+        assert error(y.get(), part.exact(in_f16(x))) < PREFILL_OWN
 
 
 @EACH_TYPE

@@ -37,7 +37,7 @@ class GpuBackend:
     """`worker.backend.Backend` on the current CUDA device; `kernel_cache` keeps compiled kernels between starts."""
 
     name = "gpu"
-    prefill_chunk = 512
+    prefill_chunk = 1024
     uploads_aside = True
 
     def __init__(self, kernel_cache: Path) -> None:

@@ -58,7 +58,7 @@ class PrefillOps:
             n = halved_rows(self._kernels, self._pool, x.x, norm, self._prompt.wanted_count)
         else:
             n = self._halved(x, norm)
-        return tuple(matmul.matmul(self._kernels, self._pool, n, linear) for linear in linears)
+        return matmul.projections(self._kernels, self._pool, n, linears)
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Halved:
         """See `Ops.attention`; y comes as `linear_add` takes it."""

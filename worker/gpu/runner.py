@@ -35,8 +35,8 @@ class GpuSettings:
 
     kv_blocks: int
     context: int
-    prefill_tokens: int = 512
-    """A multiple of B. Bits don't depend on it; the activations' memory does."""
+    prefill_tokens: int = 2048
+    """A multiple of B. Bits don't depend on it; the activations' memory does, and how long a cancellation waits."""
     sequences: int = 1
     """The most that decode together."""
     logit_rows: int = 1
@@ -44,8 +44,8 @@ class GpuSettings:
 
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
-_SHORT_PIECE = 128
-"""Tokens of the graph that short prompts take: a tile of the products, whose weights are read once either way."""
+_SHORT_PIECES = (128, 512)
+"""Tokens of the graphs that short prompts take, beside the longest piece's: blocks of absent tokens cost some time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,9 @@ class GpuRunner:
         self._ahead = None
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
-                return np.concatenate([self._host(logits) for logits in self._prefilled(batch)])
+                rows = np.concatenate([self._host(logits) for logits in self._prefilled(batch)])
+                self._stream.synchronize()  # where no row was asked for, nothing else waited for the cache
+                return rows
             self._state.load(batch, [], self._stream)
             return self._host(self._decode_forward(batch))
 
@@ -268,7 +270,8 @@ class GpuRunner:
 
     def _piece_sizes(self) -> list[int]:
         """The lengths that pieces are captured at, rising: a shorter one takes the next, which moves no bit."""
-        return sorted({min(_SHORT_PIECE, self._settings.prefill_tokens), self._settings.prefill_tokens})
+        longest = self._settings.prefill_tokens
+        return [*(tokens for tokens in _SHORT_PIECES if tokens < longest), longest]
 
     def _capture_piece(self, tokens: int) -> Any:
         """A piece of at most `tokens` tokens as a graph over the prompt's state."""

@@ -1,15 +1,15 @@
 // Prompt tokens of one sequence: attention over its cache, on tensor cores, without ever storing the scores.
 //
 //   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t; a sink joins the denominator.
-// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp owns 32 queries of one head (16 of D = 128), keys and values pass in tiles of
-// KEYS positions that start at absolute multiples of KEYS, double-buffered by cp.async. What a query computes follows
-// from its position alone: a tile that it does not see multiplies its sums by one and adds zeros. So chunks, cached
-// prefixes and neighbours never move its bits.
+// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp owns 32 queries of one head (16 of D = 128), keys and values pass
+// in tiles of KEYS positions that start at absolute multiples of KEYS, double-buffered by cp.async. What a query computes
+// follows from its position alone: a tile that it does not see multiplies its sums by one and adds zeros. So chunks,
+// cached prefixes and neighbours never move its bits.
 //
 // q [T, H·D] f16, already turned (rope_kv.cu); caches as in kv_cache.cuh, written up to position start + T - 1; table i32
 // of this sequence; place: {start, T} on the device, of which the grid covers at least T; sinks [H] f32 or null;
-// y [T, padded H·D] f16 in the order of fragments.cuh: a mean of values of an f16 cache needs no scale. D is 64, 96 or 128;
-// every row is 16-byte aligned.
+// y [T, padded H·D] f16 in the order of fragments.cuh: a mean of values of an f16 cache needs no scale. D is 64, 96 or
+// 128; every row is 16-byte aligned.
 // Grid (⌈T/64⌉, H), 64 threads (128 of D = 128); static shared memory of 4·KEYS·(D+8)·2 bytes. Flops: 4·D per head and seen pair.
 // Bytes: q and y once, 2 an element; keys and values of all seen tiles once per 64 queries and head, mostly from L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
@@ -27,16 +27,21 @@ __host__ __device__ constexpr int strips(int head_dim) { return head_dim == 128 
 __host__ __device__ constexpr int threads(int head_dim) { return 32 * kQueries / (16 * strips(head_dim)); }
 
 // Rows of a cache at positions [tile, tile + KEYS) into shared memory; zeros from `valid` on, where slots are unwritten.
+// One head's part of a KV block is one piece of memory; each thread takes the same 16 bytes of every block.
 template <int D>
 __device__ __forceinline__ void fetch_tile(unsigned short (*rows)[D + kPad], const unsigned short* cache,
                                            const int* table, int n_kv_heads, int kv_head, int tile, int valid) {
     constexpr int kPieces = D / 8;
-    for (int at = threadIdx.x; at < keys_per_tile(D) * kPieces; at += threads(D)) {
-        const int row = at / kPieces, piece = at % kPieces, position = tile + row;
-        const bool there = position < valid;
-        const int block = there ? table[position / kKvBlock] : 0;
-        const size_t from = there ? kv_offset<D>(block, n_kv_heads, kv_head, position) : 0;
-        copy_16_async(&rows[row][8 * piece], cache + from + 8 * piece, there);
+#pragma unroll
+    for (int b = 0; b < keys_per_tile(D) / kKvBlock; ++b) {
+        const int first = tile + b * kKvBlock;
+        const int block = first < valid ? table[first / kKvBlock] : 0;
+        const unsigned short* from = cache + kv_offset<D>(block, n_kv_heads, kv_head, 0);
+#pragma unroll
+        for (int i = 0; i < kKvBlock * kPieces / threads(D); ++i) {
+            const int at = threadIdx.x + i * threads(D), row = at / kPieces;
+            copy_16_async(&rows[b * kKvBlock + row][at % kPieces * 8], from + 8 * at, first + row < valid);
+        }
     }
 }
 
@@ -136,9 +141,9 @@ __device__ __forceinline__ void soften(Scores<D>& scores, Sums<D>& sums, Rows<D>
 
 template <int D>
 __global__ void __launch_bounds__(threads(D))
-    attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache, const unsigned short* v_cache,
-                      const int* table, const float* sinks, const int* place, int n_heads, int n_kv_heads,
-                      int window) {
+    attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache,
+                      const unsigned short* v_cache, const int* table, const float* sinks, const int* place, int n_heads,
+                      int n_kv_heads, int window) {
     constexpr int kKeys = keys_per_tile(D);
     __shared__ __align__(16) unsigned short keys[2][kKeys][D + kPad], values[2][kKeys][D + kPad];
     const int start = place[0], n_tokens = place[1];

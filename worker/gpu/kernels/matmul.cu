@@ -7,7 +7,8 @@
 // does, double-buffered by cp.async. The groups' sums are added in order. Every y[t, r] is the same chain of products
 // whatever else shares the call: its bits depend on token t alone.
 // x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
-// *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows, y over
+// *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
+// three projections of one x, y over
 // tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 512·TOKENS·DEPTHS bytes, a row of 256 with its 16-byte
 // chunk c at c ^ (row & 7), free of bank conflicts.
 // EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
@@ -20,14 +21,20 @@
 
 constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
 
+struct Part {
+    Planes planes;
+    const float* bias;  // [rows] or null
+    float* out;         // [T, rows]
+    int rows;
+    u32 first;  // block of grid x
+};
+
 struct Product {
-    Planes planes[2];         // gate and up; else the first alone
-    const float* bias[2];     // [rows] or null
-    const float* residual;    // [T, rows] or null
-    float* out;               // [T, rows]
-    const float* scale;       // [*] or null
-    const int* count;         // or null
-    int rows, cols;
+    Part parts[3];          // up to three projections of one x, absent ones past the grid; with GLU gate (and out), up
+    const float* residual;  // [T, rows] of the only part, or null
+    const float* scale;     // [*] or null
+    const int* count;       // or null
+    int cols;
     Gate gate;
 };
 
@@ -45,19 +52,19 @@ struct Weights {
     static constexpr int kParts = 32 / Unit<Block>::kElements;  // of a lane's 32 columns of a step
     u32 rows[4], slices;
 
-    __device__ __forceinline__ Weights(const Product& p, int expert, int row0) : slices(p.cols / 32) {
+    __device__ __forceinline__ Weights(const Part* parts, int cols, int expert, int row0) : slices(cols / 32) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = row0 + (GLU ? 0 : i / 2 * 16) + i % 2 * 8 + threadIdx.x % 32 / 4;
-            rows[i] = ((u32)expert * p.rows + min(row, p.rows - 1)) * slices;
+            rows[i] = ((u32)expert * parts->rows + min(row, parts->rows - 1)) * slices;
         }
     }
     __device__ __forceinline__ u32 unit(int i, int step, int part) const {
         return (rows[i] + min(4 * step + threadIdx.x % 4, slices - 1)) * kParts + part;  // past the end x is zero
     }
-    __device__ __forceinline__ void load(const Product& p, int step, int part, Unit<Block> (&units)[4]) const {
+    __device__ __forceinline__ void load(const Part* parts, int step, int part, Unit<Block> (&units)[4]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) units[i].load(p.planes[GLU ? i / 2 : 0], unit(i, step, part));
+        for (int i = 0; i < 4; ++i) units[i].load(parts[GLU ? i / 2 : 0].planes, unit(i, step, part));
     }
 };
 
@@ -65,7 +72,8 @@ template <int TOKENS>
 using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
 
 // acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
-// its own column alone. FULL: all are there, and nothing branches.
+// its own column alone. FULL: taken
+// as if all were there, and nothing branches.
 template <bool FULL, class Block, int TOKENS, bool GLU>
 __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, const Unit<Block> (&units)[4], int step,
                                          int part, u32 x_lane, int live, Accumulator<TOKENS>& acc) {
@@ -95,37 +103,40 @@ __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, con
 
 // One group's steps: its part of acc.
 template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU>
-__device__ __forceinline__ void accumulate(const Product& p, const u16* x, const Scope<TOKENS>& scope, int row0,
+__device__ __forceinline__ void accumulate(const Part* parts, int cols, const u16* x, const Scope<TOKENS>& scope, int row0,
                                            u8* tiles, Accumulator<TOKENS>& acc) {
     constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, GLU>::kParts;
     const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
-    const int steps = (p.cols + kGroup - 1) / kGroup, live = scope.tile.count;
+    const int steps = (cols + kGroup - 1) / kGroup, live = scope.tile.count;
     const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * 2 * kTile;
+    constexpr int kApart = kThreads / 16;  // tokens between a thread's copies, a power of two above its first
+    const int token0 = thread / 16, chunk = thread % 16;
+    const u32 to = own + token0 * kRowBytes + (chunk ^ (token0 & 7)) * 16;
     const auto fetch_x = [&](int step, int stage) {
+        const u16* const from = x + step * kGroup + chunk * 8;
 #pragma unroll
-        for (int i = 0; i < TOKENS * 16 / kThreads; ++i) {
-            const int at = thread + i * kThreads, token = at / 16, chunk = at % 16;
-            const u32 to = own + stage * kTile + token * kRowBytes + (chunk ^ (token & 7)) * 16;
-            if (token < live) copy_16_async(to, x + scope.x_rows[token] + step * kGroup + chunk * 8, true);
+        for (int i = 0; i < TOKENS / kApart; ++i) {
+            const u32 at = (to ^ (kApart * i & 7) * 16) + stage * kTile + i * kApart * kRowBytes;
+            if (FULL || token0 + i * kApart < live) copy_16_async(at, from + scope.x_rows[token0 + i * kApart], true);
         }
         commit_copies();
     };
-    const Weights<Block, GLU> weights(p, scope.tile.expert, row0);
+    const Weights<Block, GLU> weights(parts, cols, scope.tile.expert, row0);
     Unit<Block> now[4], next[4];
-    if (group < steps) fetch_x(group, 0), weights.load(p, group, 0, next);
+    if (group < steps) fetch_x(group, 0), weights.load(parts, group, 0, next);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
     for (int first = 0, stage = 0; first < steps; first += DEPTHS, stage ^= 1) {
-        const int step = first + group, following = min(step + DEPTHS, steps - 1);
+        const int step = first + group;
         wait_for_copies<0>();
         __syncthreads();  // after it nobody reads the tile of the step before
         if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
         if (step >= steps) continue;
         const u32 x_lane = own + stage * kTile + in_tile;
-#pragma unroll
+#pragma unroll 1
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) now[i] = next[i];
-            weights.load(p, part + 1 < kParts ? step : following, (part + 1) % kParts, next);
+            weights.load(parts, part + 1 < kParts ? step : min(step + DEPTHS, steps - 1), (part + 1) % kParts, next);
             multiply<FULL, Block, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
         }
     }
@@ -158,15 +169,15 @@ __device__ __forceinline__ void add_groups(float4* scratch, const Accumulator<TO
 
 // y of `TOKENS` tokens from `token0` on; a lane's rows of either 16 are lane/4 and 8 below, its tokens neighbours.
 template <int ALL, int TOKENS, bool GLU>
-__device__ __forceinline__ void write(const Product& p, const Scope<ALL>& scope, int token0, int row0,
+__device__ __forceinline__ void write(const Product& p, const Part* parts, const Scope<ALL>& scope, int token0, int row0,
                                       const Accumulator<TOKENS>& sums) {
     constexpr int kRows = GLU ? 2 : 4;
-    const int lane = threadIdx.x % 32, r = row0 + lane / 4, there = (p.rows - r + 7) / 8;  // of r, r + 8, …
+    const int lane = threadIdx.x % 32, rows = parts->rows, r = row0 + lane / 4, there = (rows - r + 7) / 8;  // of r, r + 8, …
     float bias[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float* from = p.bias[GLU ? i / 2 : 0];
-        const size_t at = (size_t)scope.tile.expert * p.rows + r + i % kRows * 8;
+        const float* from = parts[GLU ? i / 2 : 0].bias;
+        const size_t at = (size_t)scope.tile.expert * rows + r + i % kRows * 8;
         bias[i] = from && i % kRows < there ? from[at] : 0.f;
     }
 #pragma unroll
@@ -175,7 +186,7 @@ __device__ __forceinline__ void write(const Product& p, const Scope<ALL>& scope,
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int token = token0 + 8 * n + lane % 4 * 2 + j;
-            const float* from = p.residual + (size_t)scope.slots[token] * p.rows + r;
+            const float* from = p.residual + (size_t)scope.slots[token] * rows + r;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) kept[j][i] = p.residual && i < there ? from[8 * i] : 0.f;
         }
@@ -184,7 +195,7 @@ __device__ __forceinline__ void write(const Product& p, const Scope<ALL>& scope,
             const int token = token0 + 8 * n + lane % 4 * 2 + j;
             const bool real = token < scope.tile.count;
             const float s = scope.scales[token];
-            float* to = p.out + (size_t)scope.slots[token] * p.rows + r;
+            float* to = parts->out + (size_t)scope.slots[token] * rows + r;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 float y = sums[i / 2][n][i % 2 * 2 + j] * s + bias[i];
@@ -197,7 +208,7 @@ __device__ __forceinline__ void write(const Product& p, const Scope<ALL>& scope,
 
 template <class Block, int ROWS, int DEPTHS, int TOKENS, bool EXPERTS, bool GLU>
 __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
-    matmul(const Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
+    matmul(const __grid_constant__ Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
     __shared__ Scope<TOKENS> scope;
     const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * TOKENS;
@@ -212,15 +223,19 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
         scope.scales[i] = p.scale ? p.scale[slot / per_slot] : 1.f;
     }
     __syncthreads();
-    const int warp = threadIdx.x / 32, row0 = (blockIdx.x * ROWS + warp % ROWS) * (GLU ? 16 : 32);
+    const Part* parts = p.parts;
+    if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
+    const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
-    if (tile.count > TOKENS - 16) accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
-    else accumulate<false, Block, ROWS, DEPTHS, TOKENS, GLU>(p, x, scope, row0, shared, acc);
+    constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
+    if (kLarge || tile.count > TOKENS - 16)
+        accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
+    else accumulate<kLarge, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
     if constexpr (DEPTHS == 1) {
-        write<TOKENS, TOKENS, GLU>(p, scope, 0, row0, acc);
+        write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
     } else {
         Accumulator<TOKENS / DEPTHS> sums = {};
         add_groups<ROWS, DEPTHS, TOKENS>(reinterpret_cast<float4*>(shared), acc, sums);
-        write<TOKENS, TOKENS / DEPTHS, GLU>(p, scope, warp / ROWS * (TOKENS / DEPTHS), row0, sums);
+        write<TOKENS, TOKENS / DEPTHS, GLU>(p, parts, scope, warp / ROWS * (TOKENS / DEPTHS), row0, sums);
     }
 }
