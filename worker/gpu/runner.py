@@ -35,7 +35,7 @@ class GpuSettings:
 
     kv_blocks: int
     context: int
-    prefill_tokens: int = 2048
+    prefill_tokens: int = 1024
     """A multiple of B. Bits don't depend on it; the activations' memory does, and how long a cancellation waits."""
     sequences: int = 1
     """The most that decode together."""
