@@ -17,7 +17,9 @@ from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-SPILL_ALLOWANCE = 96  # bytes a thread, frame, stores and loads together: a few words, for a second block a processor
+# Bytes a thread, frame, stores and loads together. Decode's products are held to 64 registers, so that two blocks share a
+# multiprocessor and one loads while the other adds; the loads that this costs come from L1, a few words a row.
+SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
 
@@ -47,7 +49,7 @@ def local_bytes(log):
 @pytest.mark.kernels
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_kernel_compiles_without_spills(nvrtc, arch):
+def test_every_kernel_compiles_within_its_registers(nvrtc, arch):
     def compiled(name):
         return name, compile_kernel(nvrtc, name, arch, (*OPTIONS, *REPORT))
 
@@ -55,7 +57,7 @@ def test_every_kernel_compiles_without_spills(nvrtc, arch):
         results = list(threads.map(compiled, INSTANTIATIONS))
     assert all("registers" in result.log for _, result in results)
     spilling = {name: local_bytes(result.log) for name, result in results}
-    assert {name: size for name, size in spilling.items() if size > SPILL_ALLOWANCE} == {}
+    assert {name: size for name, size in spilling.items() if size > SPILL_ALLOWANCE[arch]} == {}
 
 
 def test_no_kernel_file_is_without_an_instantiation():
