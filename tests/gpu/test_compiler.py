@@ -17,7 +17,7 @@ from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Bytes a thread, frame, stores and loads together. Decode's products are held to 64 registers, so that two blocks share a
+# Bytes a thread, frame, stores and loads together. Decode products are held to 64 registers, so that two blocks share a
 # multiprocessor and one loads while the other adds; the loads that this costs come from L1, a few words a row.
 SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
 REPORT = ("--ptxas-options=-v",)
