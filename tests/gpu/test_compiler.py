@@ -6,8 +6,10 @@ import importlib
 import os
 import pkgutil
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
+from types import ModuleType
 
 import pytest
 
@@ -15,6 +17,7 @@ import worker.gpu
 from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
+from worker.gpu.kernel import can_launch_early
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes a thread, frame, stores and loads together. Decode products are held to 64 registers, so that two blocks share a
@@ -174,3 +177,17 @@ def test_kernels_are_compiled_loaded_and_launched(gpu, tmp_path, kernel_files):
         kernels.get("k.cu", "add<3>")((1,), (4,), (x, x.dtype.type(2)))
     assert x.get().tolist() == [12] * 4
     assert len(list((tmp_path / "cache").glob("*.cubin"))) == 1
+
+
+@pytest.mark.parametrize(("arch", "early"), [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
+def test_launches_are_early_where_the_device_knows_them(monkeypatch, arch, early):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("bindings"))
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    assert can_launch_early(arch) is early
+
+
+def test_without_the_bindings_launches_are_ordinary_and_somebody_hears_of_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.warns(UserWarning, match="cuda-bindings is not installed"):
+        assert not can_launch_early("sm_90")

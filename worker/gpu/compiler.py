@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from worker.errors import Internal
-from worker.gpu.kernel import Kernel
+from worker.gpu.kernel import Kernel, can_launch_early
 
 KernelName = tuple[str, str]
 """A file of `kernels/` and a name expression in it."""
 
 OPTIONS = ("-std=c++17", "-ftz=true", "-lineinfo")
-_EARLY_LAUNCHES = 90
 _INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
 
 
@@ -105,6 +104,7 @@ class Kernels:
         self._cache = cache
         self._cache.mkdir(parents=True, exist_ok=True)
         self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
+        self._early = can_launch_early(self.arch)
         self._loaded: dict[KernelName, Any] = {}
 
     def prepare(self, names: Iterable[KernelName]) -> None:
@@ -136,8 +136,7 @@ class Kernels:
         return image, symbol.read_text()
 
     def _load(self, image: Path, symbol: str) -> Any:
-        early = int(self.arch.removeprefix("sm_")) >= _EARLY_LAUNCHES
-        return Kernel(self._cupy.RawModule(path=str(image)).get_function(symbol), early=early)
+        return Kernel(self._cupy.RawModule(path=str(image)).get_function(symbol), early=self._early)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

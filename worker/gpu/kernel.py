@@ -7,14 +7,28 @@ that call goes through `cuda.bindings`. Knows no kernel by name.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+_EARLY_LAUNCHES = 90
 _ORDINARY_SHARED = 48 << 10  # bytes that a block may have without asking
 
 Shape = tuple[int, ...]
+
+
+def can_launch_early(arch: str) -> bool:
+    """Whether the device knows early launches; where it does and `cuda-bindings` is missing, a warning says so."""
+    if int(arch.removeprefix("sm_")) < _EARLY_LAUNCHES:
+        return False
+    try:
+        import cuda.bindings.driver  # noqa: F401, PLC0415
+    except ImportError:
+        warnings.warn("cuda-bindings is not installed, so decode is a quarter slower: see .[gpu]", stacklevel=2)
+        return False
+    return True
 
 
 class Kernel:
