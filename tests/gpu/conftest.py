@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.gpu import served
 from tests.gpu.full import CONTEXT, MODELS, path_of
 from tests.gpu.served import GpuWorker, load, settle
 from tests.gpu.suite import why_no_gpu
@@ -33,7 +33,7 @@ def kernels(gpu):
     """Kernels in the user's cache, so that a second run of the suite compiles only what changed."""
     from worker.gpu.compiler import Kernels
 
-    return Kernels(Path.home() / ".cache" / "worker" / "kernels")
+    return Kernels(served.KERNEL_CACHE)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from worker.config import EngineSection, ModelSection
 from worker.engine import Sequence
 
 KERNEL_CACHE = Path.home() / ".cache" / "worker" / "kernels"
-"""Where `conftest.py` keeps them too."""
+"""Where `conftest.py` keeps them too; the emulator has a place of its own."""
 
 REPOSITORY = Path(__file__).parents[2]
 CHILD_S = 180

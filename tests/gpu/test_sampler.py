@@ -18,13 +18,14 @@ from worker.sampling import DrawRequest, Sampling
 class Bench:
     """A sampler for one vocabulary and one sequence."""
 
-    def __init__(self, kernels, memory, size, padding=(), ends=(), processors=132):
+    def __init__(self, kernels, memory, size, padding=(), ends=(), processors=None):
         import cupy
 
         from worker.gpu.sampler import SamplerLauncher
         from worker.gpu.state import StepState
 
         self.kernels, self.cupy = kernels, cupy
+        processors = processors or cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.state = StepState(memory, 1, 4)
         self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=1, processors=processors)
         self.twin = Sampler(size, padding, ends)

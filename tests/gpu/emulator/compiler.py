@@ -1,0 +1,149 @@
+"""CUDA C++ to a shared library by g++, in the shape of `cupy.cuda.nvrtc`: so that the worker's `Kernels` works as ever.
+
+The kernels' text stays as it is but for PTX, which becomes calls of `ptx.h`, and shared memory of a size that only the
+launch knows. `fibers.cpp` is a library of its own, since its state is all kernels'. Next: `cuda.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).parent
+OPTIONS = (
+    *("-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-ffp-contract=off", "-w", "-fPIC", "-shared"),
+    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
+    *("-U_FORTIFY_SOURCE", "-fno-stack-protector"),  # which takes a jump from fiber to fiber for an attack
+)
+PTX = {
+    "cvt.f32.f16": "cvt_f32_f16",
+    "cvt.rn.f16.f32": "cvt_f16_f32",
+    "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, %2; cvt.f32.f16": "cvt_f32x2_f16x2",
+    "cvt.rn.f16x2.f32": "cvt_f16x2_f32",
+    "sub.rn.f16x2": "sub_f16x2",
+    "mul.rn.f16x2": "mul_f16x2",
+    "fma.rn.f16x2": "fma_f16x2",
+    "prmt.b32": "prmt",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": "mma_m16n8k16",
+    "ldmatrix.sync.aligned.m8n8.x4.shared": "ldmatrix<false>",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared": "ldmatrix<true>",
+    "cp.async.cg.shared.global": "cp_async_16",
+    "cp.async.commit_group": "nothing",
+    "cp.async.wait_group": "nothing",
+    "prefetch.global.L2": "nothing",
+    "griddepcontrol": "nothing",
+}
+"""How a statement begins, and the function of `ptx.h` that stands for it."""
+
+GRID_BARRIER = "grid_barrier("
+_ASM = re.compile(r'asm(?:\s+volatile)?\s*\(\s*"(?P<text>[^"]*)"(?P<rest>.*?)\);', re.S)
+_CONSTRAINT = re.compile(r'"[=+]?\w"\s*\(')
+_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(?P<type>[\w ]+?) (?P<name>\w+)\[\];")
+
+
+def why_no_compiler() -> str | None:
+    """Why no kernel can be compiled here; None where one can."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "kernels are emulated on x86-64 under Linux alone"
+    return None if shutil.which("g++") else "no C++ compiler here: g++ is not installed"
+
+
+def on_host(text: str) -> str:
+    """CUDA C++ as g++ takes it. Raises ValueError for PTX that `ptx.h` does not know."""
+    shared = r"\g<type>* const \g<name> = (\g<type>*)emu::dynamic_shared;"
+    return _SHARED.sub(shared, _ASM.sub(_call, text)).replace('extern "C"', "")
+
+
+def _call(asm: re.Match[str]) -> str:
+    """One asm statement as a call, with the expressions of its operands in order."""
+    function = next((name for start, name in PTX.items() if asm["text"].startswith(start)), None)
+    if function is None:
+        raise ValueError(f"the emulator does not know PTX's {asm['text']!r}")
+    operands = []
+    for constraint in _CONSTRAINT.finditer(asm["rest"]):
+        depth, end = 1, constraint.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(asm["rest"][end], 0)
+            end += 1
+        operands.append(asm["rest"][constraint.end() : end - 1])
+    return f"ptx_{function}({', '.join(operands)});"
+
+
+class GxxError(Exception):
+    """A kernel that g++ does not take."""
+
+
+class GxxNvrtc:
+    """`cupy.cuda.nvrtc`: a program is one kernel, its machine code a shared library."""
+
+    NVRTCError = GxxError
+
+    def __init__(self) -> None:
+        sources = [path.read_bytes() for path in sorted(HERE.glob("*.h"))]
+        compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+        table = repr((OPTIONS, PTX)).encode()
+        self._version = hashlib.sha256(b"".join([*sources, compiler, table])).hexdigest()
+
+    def getVersion(self) -> tuple[str, str]:  # noqa: N802
+        """All that a kernel's library depends on, apart from its text."""
+        return "g++", self._version
+
+    def createProgram(self, src, name, headers, include_names):  # noqa: N802
+        return SimpleNamespace(text=src, expression=None, log="", image=b"")
+
+    def addNameExpression(self, prog, name):  # noqa: N802
+        prog.expression = name
+
+    def compileProgram(self, prog, options):  # noqa: N802
+        source = "\n".join(
+            [
+                *('#include "cuda.h"', '#include "ptx.h"', "namespace {", on_host(prog.text), "}"),
+                f"EMULATED_KERNEL({prog.expression})",
+                f'extern "C" const int meets_across_blocks = {int(GRID_BARRIER in prog.text)};\n',
+            ]
+        )
+        prog.image, prog.log = compiled(source)
+        if not prog.image:
+            raise GxxError(prog.expression)
+
+    def getProgramLog(self, prog):  # noqa: N802
+        return prog.log
+
+    def getCUBIN(self, prog):  # noqa: N802
+        return prog.image
+
+    def getLoweredName(self, prog, name):  # noqa: N802
+        return name
+
+    def destroyProgram(self, prog):  # noqa: N802
+        pass
+
+
+def compiled(source: str) -> tuple[bytes, str]:
+    """A shared library, empty if g++ does not take the source, and what g++ said."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernel.so"
+        command = ["g++", *OPTIONS, f"-I{HERE}", "-x", "c++", "-", "-o", str(library)]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        return library.read_bytes() if done.returncode == 0 else b"", done.stderr
+
+
+def fibers(cache: Path) -> ctypes.CDLL:
+    """The scheduler, compiled into `cache` once, with its names open to the kernels' libraries."""
+    source = (HERE / "fibers.cpp").read_text()
+    version = GxxNvrtc().getVersion()[1]
+    library = cache / f"fibers-{hashlib.sha256((source + version).encode()).hexdigest()}.so"
+    if not library.exists():
+        image, log = compiled(source)
+        assert image, log
+        part = library.with_suffix(f".{id(image)}.part")
+        part.write_bytes(image)
+        part.replace(library)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

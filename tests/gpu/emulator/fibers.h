@@ -1,0 +1,85 @@
+// A CUDA block on one CPU thread: each of its threads is a fiber, which runs until it meets a barrier.
+//
+// A barrier of the warp or the block hands the CPU to the next fiber; an exchange of a warp (shuffle, ballot, ldmatrix,
+// mma) is: leave your operands, meet the warp, read the others'. Blocks run one after another, so a barrier of the grid
+// would wait for ever, and a race shows only where the order of fibers decides it. Next: cuda.h, ptx.h, fibers.cpp.
+#pragma once
+#include <cstddef>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace emu {
+constexpr int kWarp = 32;
+constexpr size_t kShared = 227 << 10;
+
+struct Shape {
+    unsigned x, y, z;
+};
+
+struct Thread {
+    Shape index;
+    unsigned number, exchanges;
+};
+
+struct Post {  // what a lane leaves for its warp
+    unsigned words[12];
+};
+
+extern Thread* current;
+extern Shape block_index, block_size, grid_size;
+alignas(256) extern char dynamic_shared[kShared];
+
+void block_barrier();
+void warp_barrier();
+Post* posts_of_warp(unsigned exchange);
+
+// Runs `kernel(arguments)` for each thread of each block. 0, or how many threads wait for others that will never come.
+int run(Shape grid, Shape block, size_t shared, void (*kernel)(void*), void* arguments);
+
+inline int lane() { return current->number % kWarp; }
+
+// Leaves `mine` and gives the whole warp's.
+template <class T>
+const Post* exchange(const T& mine) {
+    static_assert(sizeof(T) <= sizeof(Post), "a post is small");
+    Post* posts = posts_of_warp(current->exchanges++);
+    std::memcpy(&posts[lane()], &mine, sizeof mine);
+    warp_barrier();
+    return posts;
+}
+
+template <class T>
+T from(const Post* posts, int lane) {
+    T value;
+    std::memcpy(&value, &posts[lane], sizeof value);
+    return value;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+    kernel(*(std::remove_cv_t<std::remove_reference_t<A>>*)args[I]...);
+}
+
+// `shape` is grid and block, six numbers.
+template <class... A>
+int launch(void (*kernel)(A...), const unsigned* shape, size_t shared, void** args) {
+    auto thread = [=] { call(kernel, args, std::index_sequence_for<A...>{}); };
+    auto body = [](void* thread_of) { (*static_cast<decltype(thread)*>(thread_of))(); };
+    return run({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared, body, &thread);
+}
+
+template <class... A>
+int parameter_sizes(void (*)(A...), unsigned* sizes) {
+    const unsigned all[] = {sizeof(A)..., 0};
+    std::memcpy(sizes, all, sizeof...(A) * sizeof *sizes);
+    return sizeof...(A);
+}
+}  // namespace emu
+
+// What a library of one kernel exports.
+#define EMULATED_KERNEL(...)                                                                          \
+    extern "C" int run(const unsigned* shape, size_t shared, void** args) {                           \
+        return emu::launch(__VA_ARGS__, shape, shared, args);                                         \
+    }                                                                                                 \
+    extern "C" int parameter_sizes(unsigned* sizes) { return emu::parameter_sizes(__VA_ARGS__, sizes); }

@@ -1,0 +1,41 @@
+"""Where there is no GPU, its tests still run, emulated on the CPU: a few of each file, each file a process of its own.
+
+Those of `CHOSEN` meet both phases' kernels, in about a minute on two cores, compiling included. What an emulated run
+shows and what it cannot, `tests/gpu/emulator` says.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu.emulator.compiler import why_no_compiler
+from tests.gpu.suite import REPOSITORY, why_no_gpu
+
+CHOSEN = {
+    "attention": "(prefill_equals and -77] and 96 and 40) or clamped or (decode_split and 20)",
+    "halved": "",
+    "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4)) or vectors",
+    "memory": "",
+    "products": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16) or residual or (decode_experts and MXFP4 and 3-5-3)",
+    "routing": "",
+    "runner": "(prefill_logits and qwen2]) or a_step_repeated",
+    "sampler": "draws_equal and 320 or moves_on or forced or no_number",
+}
+"""Files, and what `pytest -k` takes of each; nothing means all."""
+
+
+@pytest.mark.parametrize("file", CHOSEN)
+def test_kernels_emulated_on_the_cpu_pass_the_tests_of_the_gpu(file):
+    if why_no_gpu() is None:
+        pytest.skip("a GPU is here, and runs these tests itself")
+    if reason := why_no_compiler():
+        pytest.skip(reason)
+    emulated = [sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.emulator.plugin", "-k", CHOSEN[file]]
+    command = [*emulated, f"tests/gpu/test_{file}.py"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    result = done.stdout.rstrip().rpartition("\n")[2]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in result, done.stdout
