@@ -1,7 +1,7 @@
 """Where there is no GPU, its tests still run, emulated on the CPU: a few of each file, each file a process of its own.
 
-Those of `CHOSEN` meet both phases' kernels, in about a minute on two cores, compiling included. `tests/gpu/emulator` says
-what an emulated run shows and what it cannot.
+Those of `CHOSEN` meet both phases' kernels, in about a minute on two cores, compiling included. What an emulated run
+shows and what it cannot, `tests/gpu/emulator` says.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or (decode_split and 20)",
     "halved": "",
-    "layouts": "(random_bytes and 7-256) or vectors",
+    "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4)) or vectors",
     "memory": "",
     "products": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16) or residual or (decode_experts and MXFP4 and 3-5-3)",
     "routing": "",
-    "runner": "(prefill_logits and gpt-oss]) or a_step_repeated",
+    "runner": "(prefill_logits and qwen2]) or a_step_repeated",
     "sampler": "draws_equal and 320 or moves_on or forced or no_number",
 }
 """Files, and what `pytest -k` takes of each; nothing means all."""
