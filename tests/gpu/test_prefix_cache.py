@@ -12,11 +12,10 @@ import time
 import numpy as np
 import pytest
 
-from tests.gpu.full import MODELS
+from tests.gpu.full import MODELS, path_of
 from tests.gpu.loaded import gpu_runner
 from tests.gpu.served import load, settle
 from tests.models import engine_of, run
-from worker.config import load_settings
 from worker.engine import Sequence
 from worker.ops import Phase
 from worker.sampling import Sampling
@@ -70,9 +69,7 @@ def test_after_hits_of_every_block_count_bits_and_tokens_are_those_of_a_fresh_en
 @pytest.fixture(params=MODELS)
 def full(request, gpu):
     """A full-size model, loaded with its cache on once the one before is gone."""
-    path = load_settings().hub.cache / "full-size" / f"{request.param}.gguf"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")
+    path = path_of(request.param)
     settle()
     return load(path, context=4096, prefix_cache=True)
 

@@ -22,6 +22,7 @@ from worker.ops import Attention, Rope
 HEAD_DIMS = (64, 96, 128)
 _THREADS = 128
 _QUERY_TILE = 64
+_PREFILL_THREADS = {64: 64, 96: 64, 128: 128}  # threads() of attention_prefill.cu
 _ROPE_PARTS = 4  # blocks of a token in rope_kv
 _MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh
 _MOST_HEADS = 8  # query heads of a block
@@ -96,7 +97,7 @@ class AttentionLauncher:
         y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(
             (-(-tokens // _QUERY_TILE), spec.n_heads),
-            (128 if dim == 128 else 64,),
+            (_PREFILL_THREADS[dim],),
             (y.x, turned, keys, values, prompt.table, _sinks(spec), prompt.place, *heads, np.int32(spec.window)),
         )
         return y
