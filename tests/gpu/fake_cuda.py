@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,10 +94,19 @@ class FakeArray:
 
 
 class FakePool:
-    """`Pool` without a bound."""
+    """`Pool` without a bound; `alive` counts arrays that somebody holds."""
+
+    def __init__(self):
+        self.alive = 0
 
     def empty(self, shape, dtype=np.float32):
-        return FakeArray(shape, dtype)
+        array = FakeArray(shape, dtype)
+        self.alive += 1
+        weakref.finalize(array, self._died)
+        return array
+
+    def _died(self):
+        self.alive -= 1
 
 
 class FakeMemory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from types import SimpleNamespace
@@ -33,12 +34,6 @@ def cupy(monkeypatch):
 def tensor(kind, rows, cols, name="w.weight"):
     blocks = np.random.default_rng(kind.ggml_id).integers(0, 256, (rows, kind.row_bytes(cols)), np.uint8)
     return TensorInfo(name, (rows, cols), kind, 0, blocks.nbytes), blocks
-
-
-@pytest.fixture
-def kept():
-    """Tensors live until the test ends, as a model's do: what is on its way must have somewhere to go."""
-    return []
 
 
 def uploading(tensors, memory, heard=lambda _: None):
@@ -73,33 +68,45 @@ def test_a_vector_longer_than_a_chunk_arrives_whole(cupy):
     assert heard == [info.nbytes]
 
 
-def test_a_small_file_pins_no_more_than_it_has_chunks(cupy, kept):
+def test_a_small_file_pins_no_more_than_it_has_chunks(cupy):
     info, blocks = tensor(Q8_0, 1, 256)
     upload = uploading([(info, blocks)], FakeMemory())
-    kept.append(upload(info))
+    upload(info)
     upload.close()
     assert cupy.pinned == CHUNK
 
 
+def test_a_tensor_that_its_model_drops_keeps_its_memory_until_its_bytes_have_arrived(cupy):
+    """Frequency divisors are claimed and then read on the host: their place must not be the next tensor's meanwhile."""
+    pool, (info, blocks) = FakePool(), tensor(Q8_0, 61, 1280)
+    upload = Upload(SimpleNamespace(data=lambda info: blocks), FakeKernels(), FakeMemory(), pool)
+    upload(info)
+    gc.collect()
+    assert pool.alive == 3  # Q8_0's planes
+    upload.close()
+    gc.collect()
+    assert pool.alive == 0
+
+
 @pytest.mark.parametrize("nth", [1, 7, 20])
-def test_a_copy_that_fails_is_the_load_s_error_and_nothing_is_held_or_running(cupy, kept, nth):
+def test_a_copy_that_fails_is_the_load_s_error_and_nothing_is_held_or_running(cupy, nth):
     cupy.fails_at, memory = nth, FakeMemory()
     info, blocks = tensor(Q8_0, 61, 1280)
     upload = uploading([(info, blocks)], memory)
-    kept.append(upload(info))
+    upload(info)
     with pytest.raises(CudaError, match="cudaErrorLaunchFailure"):
         upload.close()
     assert memory.held == 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("upload")]
 
 
-def test_an_abandoned_upload_sends_nothing_more_and_holds_nothing(cupy, kept, monkeypatch):
+def test_an_abandoned_upload_sends_nothing_more_and_holds_nothing(cupy, monkeypatch):
     memory, gate = FakeMemory(), threading.Event()
     copy = cupy.cuda.runtime.memcpyAsync
     monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", lambda *args: gate.wait(10) and copy(*args))
     info, blocks = tensor(Q8_0, 61, 1280)
     upload = uploading([(info, blocks)], memory)
-    kept.append(upload(info))
+    upload(info)
     threading.Timer(0.05, gate.set).start()
     upload.abandon()
     upload.abandon()

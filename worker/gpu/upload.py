@@ -41,8 +41,9 @@ INSTANTIATIONS: tuple[KernelName, ...] = tuple(
 class Upload:
     """An upload for `worker.adapters.weights.Weights`: tensors of `file` into arrays of `pool`.
 
-    Arrays are handed out at once and filled meanwhile: weights are there once `close` has returned. `on_bytes` hears
-    the file bytes of each chunk that is under way, one call at a time, from any thread.
+    Arrays are handed out at once and filled meanwhile: weights are there once `close` has returned, and until then
+    whatever is dropped stays taken. `on_bytes` hears the file bytes of each chunk that is under way, one call at a
+    time, from any thread.
     """
 
     def __init__(
@@ -66,11 +67,14 @@ class Upload:
         self._idle = list(self._lanes)
         self._threads = ThreadPoolExecutor(count, "upload", cupy.cuda.Device().use)
         self._under_way: list[Future[None]] = []
+        self._targets: list[QTensor] = []
 
     def __call__(self, info: TensorInfo) -> QTensor:
         """Start the tensor's way to the device. Raises VramOom."""
         data = self._vector(info) if is_vector(info) else self._matrix(info)
-        return QTensor(info.name, info.shape, info.kind, data)
+        tensor = QTensor(info.name, info.shape, info.kind, data)
+        self._targets.append(tensor)  # nobody else gets its memory while bytes are on their way there
+        return tensor
 
     def close(self) -> None:
         """Wait for everything and give the buffers back. Raises CudaError or VramOom where a chunk did not arrive."""
@@ -90,6 +94,7 @@ class Upload:
             with suppress(CudaError, VramOom), device_errors():
                 lane.stream.synchronize()
         self._under_way.clear()
+        self._targets.clear()
         self._idle.clear()
         self._lanes.clear()
         self._staging = None
