@@ -2,7 +2,8 @@
 
     FAULT=trap:20 python -m tests.gpu.faulty_worker run --model MODEL.gguf …
 
-`trap:N` breaks the device for good at step N, by a kernel that traps; `oom:N` fails the first allocation of step N.
+`trap:N` breaks the device for good at step N, by a kernel that traps. `oom:N` makes the driver refuse step N memory: a
+job allocates nothing of its own, but what it launches may still find none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import os
 
 from tests.gpu.child import break_the_device
-from worker import cli, runtime
-from worker.gpu.memory import DeviceMemory
+from worker import cli
 from worker.gpu.runner import GpuRunner
+from worker.gpu.state import PinnedRing
+
+MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
 
 class Fault:
@@ -31,26 +34,28 @@ class Fault:
             break_the_device()
         self._armed = self._kind == "oom"
 
-    def fails(self, _number):
-        """Whether this allocation does."""
-        failing, self._armed = self._armed, False
-        return failing
+    def call(self):
+        """The step calls the driver."""
+        if self._armed:
+            from cupy.cuda import runtime
+
+            self._armed = False
+            raise runtime.CUDARuntimeError(MEMORY_ALLOCATION)
 
 
 def install(fault):
-    """Put the fault between the runtime and its device."""
-    opened, run = runtime.open_backend, GpuRunner.run
-
-    def open_backend(engine):
-        backend = opened(engine)
-        backend._memory = DeviceMemory(fault.fails)
-        return backend
+    """Put the fault between the runner and its device."""
+    run, upload = GpuRunner.run, PinnedRing.upload
 
     def faulty_run(runner, batch, requests):
         fault.step()
         return run(runner, batch, requests)
 
-    runtime.open_backend, GpuRunner.run = open_backend, faulty_run
+    def faulty_upload(ring, parts, target, stream):
+        fault.call()
+        upload(ring, parts, target, stream)
+
+    GpuRunner.run, PinnedRing.upload = faulty_run, faulty_upload
 
 
 if __name__ == "__main__":
