@@ -168,12 +168,20 @@ def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
 # ---- prefill
 
 
+@pytest.fixture(params=["largest", "smallest"])
+def tiles(request, monkeypatch):
+    """Small matrices take large tiles too, as if there were blocks enough."""
+    from worker.gpu import matmul
+
+    monkeypatch.setattr(matmul, "_ENOUGH_BLOCKS", 0 if request.param == "largest" else 1 << 30)
+
+
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
     [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)],
 )
-def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
+def test_prefill_products(kernels, memory, tiles, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
@@ -201,7 +209,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 4100])  # each tile configuration
-def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
+def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 
     projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
@@ -216,9 +224,32 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
             assert y.get().tobytes() == whole[part].tobytes()
 
 
+@EACH_TYPE
+def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
+    from worker.gpu import matmul
+
+    pool, x = GuardedPool(), rows_of(70, 768)
+    few, many, up = (Projection(kernels, memory, kind, (n, 768), f"w{n}").linear for n in (200, 4100, 201))
+    up = replace(up, weight=replace(up.weight, shape=few.weight.shape, data=up.weight.data[:200]))
+    results = {}
+    for enough in (0, 5, 10, 20, 1 << 30):
+        monkeypatch.setattr(matmul, "_ENOUGH_BLOCKS", enough)
+        for linears in ([few], [many], [few, up]):
+            tile = matmul._tile([linear.weight.shape[0] for linear in linears], 70, gated=len(linears) > 1)
+            rows = halved(pool, x)
+            y = (
+                matmul.matmul(kernels, pool, rows, linears[0])
+                if len(linears) == 1
+                else matmul.glu(kernels, pool, rows, *linears, SWIGLU)
+            )
+            results.setdefault(str(len(linears)) + str(linears[0].weight.shape), {})[tile] = y.get().tobytes()
+    assert [len(found) for found in results.values()] == [len(matmul._FEW), len(matmul._MANY), len(matmul._GATED)]
+    assert all(len(set(found.values())) == 1 for found in results.values())
+
+
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 4100])
-def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, kind, rows):
+def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 
     projection = Projection(kernels, memory, kind, (rows, 512))
@@ -249,7 +280,7 @@ def test_prefill_projections_of_one_input(kernels, memory, kinds):
 
 @EACH_TYPE
 @pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
-def test_prefill_glu(kernels, memory, activation, kind):
+def test_prefill_glu(kernels, memory, tiles, activation, kind):
     from worker.gpu.matmul import glu
 
     cols = 512 if kind.block_size > 32 else 320

@@ -93,6 +93,7 @@ class AttentionLauncher:
             (tokens, _ROPE_PARTS),
             (_THREADS,),
             (turned, q, k, v, keys, values, *self._rope(spec.rope), prompt.table, prompt.place, *heads),
+            early=True,
         )
         y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(

@@ -50,5 +50,5 @@ def halved_rows(
     y = Halved(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
     args = (y.x, y.scale, x, weight, count, np.int32(per), np.int32(cols), np.float32(eps))
-    kernels.get("halve.cu", "halve")((rows,), (_THREADS,), args)
+    kernels.get("halve.cu", "halve")((rows,), (_THREADS,), args, early=True)
     return y

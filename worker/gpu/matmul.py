@@ -1,7 +1,8 @@
 """Launchers of prefill's products: tensor cores over f16 activations, weights de-quantized on their way.
 
-A matrix has one tile configuration, by its shape; a token's bits depend on its own row alone, however many share the
-call. Twins: the ops of `worker/cpu/ops.py` without their norms, `worker/cpu/quantized.py`. Kernels: `matmul.cu`,
+How a row's sum over columns is cut among warps (a tile's depths) follows from the matrix alone; how many rows and
+tokens a block takes also from how many tokens there are, which moves no bit: an element is one chain of products.
+Twins: the ops of `worker/cpu/ops.py` without their norms, `worker/cpu/quantized.py`. Kernels: `matmul.cu`,
 `group_routes.cu`, `gated.cu`, `combine.cu`.
 """
 
@@ -31,13 +32,23 @@ class _Tile(NamedTuple):
     depths: int
     tokens: int
 
+    @property
+    def shared_bytes(self) -> int:
+        """256 bytes a token, of the step in hand and of those ahead."""
+        steps = 2 if self.tokens > 32 else 3
+        return 256 * steps * self.tokens * self.depths
 
-# Measured on an H100 at 128 and 1,024 tokens, over these models' shapes: the more rows, the larger the tile that still
-# occupies the device where there is but one tile of tokens. Few slots share an expert: small tiles waste the least.
-_GATED, _MANY, _FEW, _EXPERTS = _Tile(8, 1, 128), _Tile(4, 2, 64), _Tile(2, 4, 64), _Tile(4, 1, 64)
+
+# Measured on an H100 over these models' shapes: the larger the tile, the less is read again; but blocks must be enough.
+# All tiles of one kind of matrix have the same depths. Few slots share an expert: small tiles waste the least.
+_GATED = (_Tile(8, 1, 128), _Tile(4, 1, 64), _Tile(2, 1, 32))
+_MANY = (_Tile(4, 2, 64), _Tile(2, 2, 32))
+_FEW = (_Tile(2, 4, 64), _Tile(1, 4, 32))
+_EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
 _MANY_ROWS = 4096
+_ENOUGH_BLOCKS = 96
+_FEW_SLOTS = 24  # of an expert, on average
 _AT_ONCE = 3  # projections of one x in one launch
-_TOKEN_BYTES = 512  # of shared memory, for a token and a depth
 _GROUP_THREADS = 1024
 _THREADS = 256
 _PART = np.dtype([("planes", PLANES), ("bias", "u8"), ("out", "u8"), ("rows", "i4"), ("first", "u4")])
@@ -55,9 +66,14 @@ def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (_MANY, _FEW)),
-    *(_name(kind.name, _GATED, experts=False, gated=True) for kind in QUANT_TYPES),
-    *(_name(kind.name, _EXPERTS, experts=True, gated=gated) for kind in (MXFP4, Q8_0) for gated in (False, True)),
+    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (*_MANY, *_FEW)),
+    *(_name(kind.name, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
+    *(
+        _name(kind.name, tile, experts=True, gated=gated)
+        for kind in (MXFP4, Q8_0)
+        for tile in _EXPERTS
+        for gated in (False, True)
+    ),
     ("group_routes.cu", "group_routes"),
     ("gated.cu", "gated_elements"),
     ("combine.cu", "combine"),
@@ -66,12 +82,13 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """The T·k slots of routes sorted by expert, `order` [T·k], and cut into tiles, `table`; see kernels/tiles.cuh.
+    """The T·k slots of routes sorted by expert, `order` [T·k], and cut for `tile`, `table`; see kernels/tiles.cuh.
 
     Of the tokens the first `count` [1] i32 are real; None: all.
     """
 
     k: int
+    tile: _Tile
     order: DeviceArray
     table: DeviceArray
     count: DeviceArray | None
@@ -83,12 +100,13 @@ def grouped(
     """Sort the routes' slots by expert."""
     tokens, k = routes.experts.shape
     slots = tokens * k
-    tiles = slots // _EXPERTS.tokens + min(n_experts, slots)
+    tile = _EXPERTS[slots <= _FEW_SLOTS * n_experts]
+    tiles = slots // tile.tokens + min(n_experts, slots)
     order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
-    sizes = (np.int32(k), np.int32(n_experts), np.int32(_EXPERTS.tokens), np.int32(tiles))
+    sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tokens), np.int32(tiles))
     args = (routes.experts, np.int32(slots), count, *sizes, order, table)
-    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts)
-    return Groups(k, order, table, count)
+    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, early=True)
+    return Groups(k, tile, order, table, count)
 
 
 def matmul(
@@ -131,7 +149,7 @@ def glu(
     _launch(kernels, x, (gate,), (h,), groups=groups, shared=True)
     _launch(kernels, x, (up,), (other,), groups=groups, shared=True)
     args = (h, other, gate_of(activation), np.uint64(h.size), h)
-    kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args)
+    kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args, early=True)
     return h
 
 
@@ -150,7 +168,7 @@ def experts_add(
     x, y = pool.empty((tokens, d), np.float32), pool.empty((tokens * k, d), np.float32)
     _launch(kernels, h, (down,), (y,), groups=groups)
     args = (y, routes.weights, groups.count, np.int32(k), np.int32(d), residual, x)
-    kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args)
+    kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args, early=True)
     return x
 
 
@@ -166,32 +184,39 @@ def _launch(
     shared: bool = False,
 ) -> None:
     """Products of one x, a y each, or two that are gated into one; `shared`: a token's k slots read one row of x."""
-    gated, experts = len(ys) < len(linears), groups is not None
-    tile = _tile(linears, gated=gated, experts=experts)
-    kernel = kernels.get(*_name(linears[0].weight.kind.name, tile, experts=experts, gated=gated))
-    bytes_shared = _TOKEN_BYTES * tile.tokens * tile.depths
-    if getattr(kernel, "max_dynamic_shared_size_bytes", bytes_shared) < bytes_shared:
-        kernel.max_dynamic_shared_size_bytes = bytes_shared
-    tokens, where = x.x.shape[0], _NO_TILES
+    gated, tokens, where = len(ys) < len(linears), x.x.shape[0], _NO_TILES
+    rows = [linear.weight.shape[-2] for linear in linears]
+    tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
+    kernel = kernels.get(*_name(linears[0].weight.kind.name, tile, experts=groups is not None, gated=gated))
     tiles = -(-tokens // tile.tokens)
     if groups is not None:
         lists = (address(groups.order), address(groups.table), groups.k if shared else 1)
         tiles, where = len(groups.table), np.array(lists, _TILES)
-    blocks = [-(-linear.weight.shape[-2] // (tile.rows * (16 if gated else 32))) for linear in linears]
+    blocks = [_blocks(tile, each, gated=gated) for each in rows]
     firsts = (0, 0) if gated else accumulate(blocks, initial=0)
     parts = [_part(*part) for part in zip(linears, ys if not gated else (ys[0], ys[0]), firsts, strict=False)]
     parts += [np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PART)] * (_AT_ONCE - len(parts))
     pointers = (address(residual), address(x.scale), address(x.count))
     product = np.array((parts, *pointers, linears[0].weight.shape[-1], gate_of(activation)), _PRODUCT)
     grid = (blocks[0] if gated else sum(blocks), tiles)
-    kernel(grid, (32 * tile.rows * tile.depths,), (product, x.x, np.int32(tokens), where), shared_mem=bytes_shared)
+    args, threads = (product, x.x, np.int32(tokens), where), 32 * tile.rows * tile.depths
+    kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, early=True)
 
 
-def _tile(linears: Sequence[Linear], *, gated: bool, experts: bool) -> _Tile:
-    if experts:
-        return _EXPERTS
-    rows = sum(linear.weight.shape[-2] for linear in linears)
-    return _GATED if gated else _MANY if rows >= _MANY_ROWS else _FEW
+def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:
+    """The largest tile that still makes enough blocks of matrices of these rows."""
+    tiles = _GATED if gated else _MANY if sum(rows) >= _MANY_ROWS else _FEW
+    matrices = rows[:1] if gated else rows
+
+    def blocks(tile: _Tile) -> int:
+        return sum(_blocks(tile, each, gated=gated) for each in matrices) * -(-tokens // tile.tokens)
+
+    return next((tile for tile in tiles if blocks(tile) >= _ENOUGH_BLOCKS), tiles[-1])
+
+
+def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
+    """Blocks side by side that a matrix of `rows` takes; a gated one is two of them, interleaved."""
+    return -(-rows // (tile.rows * (16 if gated else 32)))
 
 
 def _part(linear: Linear, y: DeviceArray, first: int) -> np.ndarray[Any, Any]:

@@ -44,7 +44,7 @@ class GpuSettings:
 
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
-_SHORT_PIECES = (128, 512)
+_SHORT_PIECES = (32, 128, 512)
 """Tokens of the graphs that short prompts take, beside the longest piece's: blocks of absent tokens cost some time."""
 
 
@@ -243,7 +243,8 @@ class GpuRunner:
         step = self._largest_step()
 
         def prefill(kernels: Launcher, pool: Allocator) -> None:
-            self._prefill_forward(kernels, pool, self._settings.prefill_tokens)
+            for tokens in self._piece_sizes():
+                self._prefill_forward(kernels, pool, tokens)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
             logits = self._model.forward(self._decode_ops(kernels, pool), step)

@@ -4,15 +4,16 @@
 // Of the slots the first *count · k are real; count may be null.
 // One block of 1024 threads: a warp counts an expert's slots by ballots, thread 0 lays the tiles out, then the warps
 // write. Dynamic shared memory: 2·E integers. Stable, so the order is the same every time. Twin: a stable argsort.
+#include "early.cuh"
 #include "tiles.cuh"
 
-__global__ void group_routes(const int* __restrict__ experts, const int most, const int* __restrict__ count, const int k,
-                             const int n_experts, const int tile_slots, const int n_tiles, int* __restrict__ order,
-                             Tile* __restrict__ table) {
+__global__ void group_routes(const int* experts, const int most, const int* count, const int k, const int n_experts,
+                             const int tile_slots, const int n_tiles, int* order, Tile* table) {
     extern __shared__ int counts[];
     int* const starts = counts + n_experts;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int slots = count ? *count * k : most;
+    wait_for_inputs();
     for (int e = warp; e < n_experts; e += warps) {
         int own = 0;
         for (int s = 0; s < slots; s += 32)

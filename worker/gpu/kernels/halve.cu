@@ -6,6 +6,7 @@
 // 16-byte aligned. Rows from *count · per on are left alone; count may be null. Grid (T), 256 threads: a block a row, four
 // neighbours a thread. Bytes a row: 6·cols. Sums run in a fixed order. Twins: `rms_norm` in worker/cpu/plain.py,
 // `in_f16` in worker/cpu/quantized.py.
+#include "early.cuh"
 #include "fragments.cuh"
 #include "half.cuh"
 #include "warp.cuh"
@@ -22,6 +23,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __shared__ float scratch[32];
     if (count && blockIdx.x >= *count * per) return;
     const int quads = cols / 4;
+    if (weight && 8 * threadIdx.x < quads)  // they last met the cache a layer or a piece ago
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
+    wait_for_inputs();
     x += (size_t)blockIdx.x * quads;
     float peak = 0.f, squares = 0.f;
     for (int i = threadIdx.x; i < quads; i += kThreads) {

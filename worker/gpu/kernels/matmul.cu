@@ -4,15 +4,16 @@
 // 16 of its twin `up`, gated where they lie. A block is ROWS warps side by side, DEPTHS times; group g takes steps g,
 // g + DEPTHS, … of 128 columns. A lane loads whole units of its four rows straight from global memory, the next ones
 // while the tensor cores work on the last (fragments.cuh has the order), so weights never pass through shared memory; x
-// does, double-buffered by cp.async. The groups' sums are added in order. Every y[t, r] is the same chain of products
+// does, by cp.async, a step or two ahead. The groups' sums are added in order. Every y[t, r] is the same chain of products
 // whatever else shares the call: its bits depend on token t alone.
 // x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
 // *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
-// three projections of one x, y over
-// tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 512·TOKENS·DEPTHS bytes, a row of 256 with its 16-byte
-// chunk c at c ^ (row & 7), free of bank conflicts.
+// three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
+// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts. The first weights of a dense matrix are
+// on their way before x is there (early.cuh).
 // EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
 // writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
+#include "early.cuh"
 #include "formats.cuh"
 #include "fragments.cuh"
 #include "gated.cuh"
@@ -20,6 +21,9 @@
 #include "tiles.cuh"
 
 constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
+
+// Steps whose weights and x are on their way beside the one in hand: small tiles work less than a load takes.
+__host__ __device__ constexpr int ahead(int tokens) { return tokens > 32 ? 1 : 2; }
 
 struct Part {
     Planes planes;
@@ -66,6 +70,18 @@ struct Weights {
 #pragma unroll
         for (int i = 0; i < 4; ++i) units[i].load(parts[GLU ? i / 2 : 0].planes, unit(i, step, part));
     }
+    // The first of AHEAD becomes `now`, the others move up, and the last is loaded.
+    template <int AHEAD>
+    __device__ __forceinline__ void turn(const Part* parts, int step, int part, Unit<Block> (&now)[4],
+                                         Unit<Block> (&next)[AHEAD][4]) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            now[i] = next[0][i];
+#pragma unroll
+            for (int a = 1; a < AHEAD; ++a) next[a - 1][i] = next[a][i];
+        }
+        load(parts, step, part, next[AHEAD - 1]);
+    }
 };
 
 template <int TOKENS>
@@ -101,42 +117,47 @@ __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, con
     }
 }
 
-// One group's steps: its part of acc.
-template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU>
+// One group's steps: its part of acc. `await` is called between the first weights' way here and that of x.
+template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU, class Await>
 __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u16* x, const Scope<TOKENS>& scope, int row0,
-                                           u8* tiles, Accumulator<TOKENS>& acc) {
+                                           u8* tiles, Accumulator<TOKENS>& acc, Await await) {
     constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, GLU>::kParts;
+    constexpr int kAhead = ahead(TOKENS), kStages = kAhead + 1;
     const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
     const int steps = (cols + kGroup - 1) / kGroup, live = scope.tile.count;
-    const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * 2 * kTile;
+    const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * kStages * kTile;
     constexpr int kApart = kThreads / 16;  // tokens between a thread's copies, a power of two above its first
     const int token0 = thread / 16, chunk = thread % 16;
     const u32 to = own + token0 * kRowBytes + (chunk ^ (token0 & 7)) * 16;
     const auto fetch_x = [&](int step, int stage) {
         const u16* const from = x + step * kGroup + chunk * 8;
 #pragma unroll
-        for (int i = 0; i < TOKENS / kApart; ++i) {
+        for (int i = 0; step < steps && i < TOKENS / kApart; ++i) {
             const u32 at = (to ^ (kApart * i & 7) * 16) + stage * kTile + i * kApart * kRowBytes;
             if (FULL || token0 + i * kApart < live) copy_16_async(at, from + scope.x_rows[token0 + i * kApart], true);
         }
         commit_copies();
     };
     const Weights<Block, GLU> weights(parts, cols, scope.tile.expert, row0);
-    Unit<Block> now[4], next[4];
-    if (group < steps) fetch_x(group, 0), weights.load(parts, group, 0, next);
+    // The weights of the i-th part from here, of the last step where the columns end before it.
+    const auto step_of = [&](int i) { return min(group + DEPTHS * (i / kParts), steps - 1); };
+    Unit<Block> now[4], next[kAhead][4];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) weights.load(parts, step_of(a), a % kParts, next[a]);
+    await();
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) fetch_x(group + DEPTHS * a, a);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-    for (int first = 0, stage = 0; first < steps; first += DEPTHS, stage ^= 1) {
+    for (int first = 0, stage = 0, at = 0; first < steps; first += DEPTHS, stage = stage == kAhead ? 0 : stage + 1) {
         const int step = first + group;
-        wait_for_copies<0>();
+        wait_for_copies<kAhead - 1>();
         __syncthreads();  // after it nobody reads the tile of the step before
-        if (step + DEPTHS < steps) fetch_x(step + DEPTHS, stage ^ 1);
+        fetch_x(step + DEPTHS * kAhead, stage == 0 ? kAhead : stage - 1);
         if (step >= steps) continue;
         const u32 x_lane = own + stage * kTile + in_tile;
 #pragma unroll 1
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) now[i] = next[i];
-            weights.load(parts, part + 1 < kParts ? step : min(step + DEPTHS, steps - 1), (part + 1) % kParts, next);
+        for (int part = 0; part < kParts; ++part, ++at) {
+            weights.turn(parts, step_of(at + kAhead), (part + kAhead) % kParts, now, next);
             multiply<FULL, Block, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
         }
     }
@@ -212,6 +233,7 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
     extern __shared__ __align__(256) u8 shared[];
     __shared__ Scope<TOKENS> scope;
     const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * TOKENS;
+    if (EXPERTS) wait_for_inputs();
     const Tile tile = EXPERTS ? tiles.table[blockIdx.y]
                               : Tile{0, first, min(TOKENS, (p.count ? *p.count : tokens) - first)};
     if (tile.count <= 0) return;
@@ -220,17 +242,21 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS)
         const int at = tile.first + min(i, tile.count - 1), slot = EXPERTS ? tiles.order[at] : at;
         scope.slots[i] = slot;
         scope.x_rows[i] = (u32)(slot / per_slot) * padded(p.cols);
-        scope.scales[i] = p.scale ? p.scale[slot / per_slot] : 1.f;
     }
     __syncthreads();
+    const auto await = [&] {
+        if (!EXPERTS) wait_for_inputs();
+        for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS)
+            scope.scales[i] = p.scale ? p.scale[scope.slots[i] / per_slot] : 1.f;
+    };
     const Part* parts = p.parts;
     if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
     const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
     constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
     if (kLarge || tile.count > TOKENS - 16)
-        accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
-    else accumulate<kLarge, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc);
+        accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc, await);
+    else accumulate<kLarge, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc, await);
     if constexpr (DEPTHS == 1) {
         write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
     } else {
