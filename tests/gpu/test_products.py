@@ -9,6 +9,7 @@ activations before rounding: 1 %, the requirement; 8-bit blocks take 0.5 to 0.9 
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -168,18 +169,26 @@ def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
 # ---- prefill
 
 
-@pytest.fixture(params=["largest", "smallest"])
-def tiles(request, monkeypatch):
-    """Small matrices take large tiles too, as if there were blocks enough."""
+def always(monkeypatch, choose):
+    """Matrices take the tile that `choose` takes of their tiles, however many blocks that makes."""
     from worker.gpu import matmul
 
-    monkeypatch.setattr(matmul, "_ENOUGH_BLOCKS", 0 if request.param == "largest" else 1 << 30)
+    def tile(rows, tokens, *, gated):
+        return choose(matmul._GATED if gated else matmul._MANY if sum(rows) >= matmul._MANY_ROWS else matmul._FEW)
+
+    monkeypatch.setattr(matmul, "_tile", tile)
+
+
+@pytest.fixture(params=[0, -1], ids=["largest", "smallest"])
+def tiles(request, monkeypatch):
+    """Small matrices take large tiles too."""
+    always(monkeypatch, itemgetter(request.param))
 
 
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
-    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40)],
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (3130, 256, 40)],
 )
 def test_prefill_products(kernels, memory, tiles, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
@@ -208,7 +217,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100])  # each tile configuration
+@pytest.mark.parametrize("rows", [200, 3100])  # of few and many rows
 def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 
@@ -228,27 +237,23 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
 def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
     from worker.gpu import matmul
 
-    pool, x = GuardedPool(), rows_of(70, 768)
-    few, many, up = (Projection(kernels, memory, kind, (n, 768), f"w{n}").linear for n in (200, 4100, 201))
-    up = replace(up, weight=replace(up.weight, shape=few.weight.shape, data=up.weight.data[:200]))
-    results = {}
-    for enough in (0, 5, 10, 20, 1 << 30):
-        monkeypatch.setattr(matmul, "_ENOUGH_BLOCKS", enough)
-        for linears in ([few], [many], [few, up]):
-            tile = matmul._tile([linear.weight.shape[0] for linear in linears], 70, gated=len(linears) > 1)
-            rows = halved(pool, x)
-            y = (
-                matmul.matmul(kernels, pool, rows, linears[0])
-                if len(linears) == 1
-                else matmul.glu(kernels, pool, rows, *linears, SWIGLU)
-            )
-            results.setdefault(str(len(linears)) + str(linears[0].weight.shape), {})[tile] = y.get().tobytes()
-    assert [len(found) for found in results.values()] == [len(matmul._FEW), len(matmul._MANY), len(matmul._GATED)]
-    assert all(len(set(found.values())) == 1 for found in results.values())
+    pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
+    few, many, gate, up = (Projection(kernels, memory, kind, (n, 768), f"w{n}").linear for n in (200, 3100, 75, 75))
+    products = {
+        matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
+        matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
+        matmul._GATED: lambda: matmul.glu(kernels, pool, x, gate, up, SWIGLU),
+    }
+    for tiles, product in products.items():
+        found = set()
+        for i in range(len(tiles)):
+            always(monkeypatch, itemgetter(i))
+            found.add(product().get().tobytes())
+        assert len(found) == 1
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100])
+@pytest.mark.parametrize("rows", [200, 3100])
 def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 _EARLY_LAUNCHES = 90
-_ORDINARY_SHARED = 48 << 10  # bytes that a block may have without asking
+_ORDINARY_SHARED = 32 << 10  # bytes that a block may have without asking: 48 KiB with what the kernel declares itself
 
 Shape = tuple[int, ...]
 

@@ -45,8 +45,8 @@ _GATED = (_Tile(8, 1, 128), _Tile(4, 1, 64), _Tile(2, 1, 32))
 _MANY = (_Tile(4, 2, 64), _Tile(2, 2, 32))
 _FEW = (_Tile(2, 4, 64), _Tile(1, 4, 32))
 _EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
-_MANY_ROWS = 4096
-_ENOUGH_BLOCKS = 96
+_MANY_ROWS = 3072
+_ENOUGH_BLOCKS = 80
 _FEW_SLOTS = 24  # of an expert, on average
 _AT_ONCE = 3  # projections of one x in one launch
 _GROUP_THREADS = 1024
@@ -204,14 +204,15 @@ def _launch(
 
 
 def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:
-    """The largest tile that still makes enough blocks of matrices of these rows."""
+    """The largest tile that still makes enough blocks of these rows, and takes half of the tokens at most."""
     tiles = _GATED if gated else _MANY if sum(rows) >= _MANY_ROWS else _FEW
     matrices = rows[:1] if gated else rows
 
     def blocks(tile: _Tile) -> int:
         return sum(_blocks(tile, each, gated=gated) for each in matrices) * -(-tokens // tile.tokens)
 
-    return next((tile for tile in tiles if blocks(tile) >= _ENOUGH_BLOCKS), tiles[-1])
+    halves = (tile for tile in tiles if 2 * tile.tokens <= tokens)
+    return next((tile for tile in halves if blocks(tile) >= _ENOUGH_BLOCKS), tiles[-1])
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:

@@ -39,6 +39,7 @@ PTX = {
     "cp.async.wait_group": "nothing",
     "prefetch.global.L2": "nothing",
     "griddepcontrol": "nothing",
+    "fence.acq_rel.gpu": "nothing",
 }
 """How a statement begins, and the function of `ptx.h` that stands for it."""
 

@@ -53,7 +53,6 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline void __syncthreads() { emu::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { emu::warp_barrier(); }
-inline void __threadfence() {}
 
 template <class T>
 T __shfl_sync(unsigned, T v, int lane) {

@@ -14,6 +14,7 @@
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
 #include "decode_heads.cuh"
 #include "early.cuh"
+#include "fence.cuh"
 #include "rope.cuh"
 
 // Warps of a block and blocks of a multiprocessor: as many as the registers of a warp's KV block allow.
@@ -90,9 +91,9 @@ __global__ void __launch_bounds__(32 * warps_of(D), blocks_of(D))
                       active == 1 ? result : Result{});
     if (active == 1) return;
     if (threadIdx.x == 0) {
-        __threadfence();
+        fence_device();
         last = atomicInc(arrivals + group, active - 1) == active - 1;  // the last one leaves the counter at zero
-        __threadfence();
+        fence_device();
     }
     __syncthreads();
     if (last) combine<D, GROUP>(parts, active, first % periods, periods, weights, nullptr, result);

@@ -4,6 +4,8 @@
 // memory of zeros; it is left ready for the next launch of the same number of blocks.
 #pragma once
 
+#include "fence.cuh"
+
 using u64 = unsigned long long;
 
 struct Barrier {
@@ -15,16 +17,16 @@ __device__ __forceinline__ void grid_barrier(Barrier* barrier) {
     if (threadIdx.x == 0) {
         volatile unsigned int* generation = &barrier->generation;
         const unsigned int before = *generation;
-        __threadfence();
+        fence_device();
         if (atomicAdd(&barrier->arrived, 1u) == gridDim.x - 1) {
             barrier->arrived = 0;
-            __threadfence();
+            fence_device();
             *generation = before + 1;
         } else {
             while (*generation == before) {
             }
         }
-        __threadfence();
+        fence_device();
     }
     __syncthreads();
 }

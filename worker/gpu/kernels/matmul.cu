@@ -9,14 +9,15 @@
 // x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
 // *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
 // three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
-// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts. The first weights of a dense matrix are
-// on their way before x is there (early.cuh).
+// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts. The first weights of a dense
+// matrix are on their way before x is there (early.cuh).
 // EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
 // writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
 #include "early.cuh"
 #include "formats.cuh"
 #include "fragments.cuh"
 #include "gated.cuh"
+#include "group_sums.cuh"
 #include "mma.cuh"
 #include "tiles.cuh"
 
@@ -84,12 +85,8 @@ struct Weights {
     }
 };
 
-template <int TOKENS>
-using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
-
 // acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
-// its own column alone. FULL: taken
-// as if all were there, and nothing branches.
+// its own column alone. FULL: taken as if all were there, and nothing branches.
 template <bool FULL, class Block, int TOKENS, bool GLU>
 __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, const Unit<Block> (&units)[4], int step,
                                          int part, u32 x_lane, int live, Accumulator<TOKENS>& acc) {
@@ -163,31 +160,6 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
     }
 }
 
-// Adds the groups' parts in order; group g is left with the sums of its share of the tokens.
-template <int ROWS, int DEPTHS, int TOKENS>
-__device__ __forceinline__ void add_groups(float4* scratch, const Accumulator<TOKENS>& acc,
-                                           Accumulator<TOKENS / DEPTHS>& sums) {
-    constexpr int kThreads = 32 * ROWS, kTiles = TOKENS / 8, kShare = kTiles / DEPTHS;
-    const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-        const float* a = acc[i / kTiles][i % kTiles];
-        scratch[(group * 2 * kTiles + i) * kThreads + thread] = make_float4(a[0], a[1], a[2], a[3]);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2 * kShare; ++i) {
-        const int at = i / kShare * kTiles + group * kShare + i % kShare;
-        float* sum = sums[i / kShare][i % kShare];
-#pragma unroll
-        for (int g = 0; g < DEPTHS; ++g) {
-            const float4 part = scratch[(g * 2 * kTiles + at) * kThreads + thread];
-            sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
-        }
-    }
-}
-
 // y of `TOKENS` tokens from `token0` on; a lane's rows of either 16 are lane/4 and 8 below, its tokens neighbours.
 template <int ALL, int TOKENS, bool GLU>
 __device__ __forceinline__ void write(const Product& p, const Part* parts, const Scope<ALL>& scope, int token0, int row0,
@@ -227,8 +199,14 @@ __device__ __forceinline__ void write(const Product& p, const Part* parts, const
     }
 }
 
+// Blocks of a multiprocessor, 0 for as many as come: small tiles of experts wait for weights, so what counts is loads in flight.
+template <class Block>
+__host__ __device__ constexpr int blocks_of(int tokens, bool experts) {
+    return experts && tokens <= 32 && sizeof(Unit<Block>) <= 32 ? 4 : 0;
+}
+
 template <class Block, int ROWS, int DEPTHS, int TOKENS, bool EXPERTS, bool GLU>
-__global__ void __launch_bounds__(32 * ROWS * DEPTHS)
+__global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, EXPERTS))
     matmul(const __grid_constant__ Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
     __shared__ Scope<TOKENS> scope;
