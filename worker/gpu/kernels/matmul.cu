@@ -199,10 +199,15 @@ __device__ __forceinline__ void write(const Product& p, const Part* parts, const
     }
 }
 
-// Blocks of a multiprocessor, 0 for as many as come: small tiles of experts wait for weights, so what counts is loads in flight.
+// Blocks of a multiprocessor, 0 for as many as come: small tiles of experts wait for weights, so loads in flight count. The
+// code for sm_100 takes more registers than four blocks leave.
 template <class Block>
 __host__ __device__ constexpr int blocks_of(int tokens, bool experts) {
+#if __CUDA_ARCH__ >= 1000
+    return 0;
+#else
     return experts && tokens <= 32 && sizeof(Unit<Block>) <= 32 ? 4 : 0;
+#endif
 }
 
 template <class Block, int ROWS, int DEPTHS, int TOKENS, bool EXPERTS, bool GLU>
