@@ -86,7 +86,8 @@ class Engine:
             raise InvalidRequest.of(
                 ("max_tokens", f"must be 1 to {room}, what the context leaves", sequence.max_tokens)
             )
-        if any(not 0 <= token < self._runner.vocab_size for token in (*sequence.prompt, *sequence.replay)):
+        ids = (*sequence.prompt, *sequence.replay)
+        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
             raise InvalidRequest.of(("prompt_tokens", f"ids must be 0 to {self._runner.vocab_size - 1}", None))
         sequence.digests = self._digests(sequence.prompt)
         self._waiting.append(sequence)
