@@ -31,6 +31,7 @@ _FEW_BLOCKS = 132
 _MANY_BYTES = 4 << 20  # from here on a matrix takes all blocks
 _ENOUGH_WARPS = 10  # of a block's
 _GLU_ROWS = 32  # elements of h that a block makes
+_EXPERT_WARPS = 8  # of a block that makes them of an expert
 
 _MATRIX = np.dtype(
     [
@@ -50,7 +51,8 @@ _MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))  # q, k and v of published fil
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
     *(("matvec.cu", f"matvec<{_ANY_TILE}, {', '.join(kind.name for kind in kinds)}>") for kinds in _MIXED),
-    *(("glu.cu", f"glu<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
 )
 
@@ -134,11 +136,11 @@ def glu(
     units = cols // unit_elements(gate.weight.kind)
     tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
     types = kinds if kinds[0] is not kinds[1] else kinds[:1]
-    kernel = kernels.get("glu.cu", f"glu<{tile}, {', '.join(kind.name for kind in types)}>")
-    experts = None if routes is None else routes.experts
+    experts, warps = (None, _WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
+    kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {', '.join(kind.name for kind in types)}>")
     args = (*branches, _rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
     grid = (-(-rows // _GLU_ROWS), tokens * k)
-    kernel(grid, (_THREADS,), args, shared_mem=_staged(cols, kinds), early=True)
+    kernel(grid, (32 * warps,), args, shared_mem=_staged(cols, kinds), early=True)
     return h
 
 

@@ -1,8 +1,9 @@
 // Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate in one launch, of a
 // dense FFN or of each of a token's k experts.
 //
-// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32: 16 warps
-// of two elements each, which are four rows, taken in the order gate, up, gate, up and ROWS at a time. Grid x over
+// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32: WARPS warps
+// of two elements each (four, of experts: their blocks are many, and smaller ones end together), which are twice as many
+// rows, taken in the order gate, up, gate, up and ROWS at a time. Grid x over
 // ⌈rows/32⌉, y over T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before
 // the input is there (early.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each
 // chosen expert's weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
@@ -22,16 +23,16 @@ struct Hidden {  // rows [T·k, rows], as f32 and as 8-bit blocks
     Meta* meta;
 };
 
-constexpr int kRowsOfWarp = 4;
-template <int ROWS, int DEPTH, class G, class U = G>
-__global__ void __launch_bounds__(kThreads, 2)
+template <int WARPS, int ROWS, int DEPTH, class G, class U = G>
+__global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     glu(const Branch gate, const Branch up, const Rows input, const Gate activation, const int* __restrict__ experts,
         const int k, const int rows, const Hidden out) {
     extern __shared__ __align__(16) u8 shared[];
-    __shared__ float sums_of[kWarps][kRowsOfWarp], biases[2][32];
+    constexpr int kElements = 32 / WARPS, kRowsOfWarp = 2 * kElements;
+    __shared__ float sums_of[WARPS][kRowsOfWarp], biases[2][32];
     constexpr bool kAlike = kSame<G, U>;
     static_assert(kAlike || ROWS == 1, "rows of two types go one by one");
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 32 * blockIdx.x + 2 * warp;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 32 * blockIdx.x + kElements * warp;
     const int column = 32 * blockIdx.x + lane;  // the element that this lane of the first warp ends
     const int g_units = input.cols / Unit<G>::kElements, u_units = input.cols / Unit<U>::kElements;
     u32 expert = 0;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
     }
     Activations x;
-    const float factor = stage<kReadsBlocks<G> || kReadsBlocks<U>, !kReadsBlocks<G> || !kReadsBlocks<U>>(
+    const float factor = stage<kReadsBlocks<G> || kReadsBlocks<U>, !kReadsBlocks<G> || !kReadsBlocks<U>, WARPS>(
         input, blockIdx.y / k, 1, shared, x);
 #pragma unroll 1
     for (int v = 0; v < kRowsOfWarp; v += ROWS) {
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncthreads();
     if (warp != 0) return;
-    const float* of = sums_of[lane / 2] + 2 * (lane % 2);
+    const float* of = sums_of[lane / kElements] + 2 * (lane % kElements);
     const bool real = column < rows;
     const float h = real ? gated(of[0] * factor + biases[0][lane], of[1] * factor + biases[1][lane], activation) : 0.f;
     const size_t row = blockIdx.y;

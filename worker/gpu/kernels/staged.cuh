@@ -35,16 +35,17 @@ struct Activations {
 // A norm's weights last met the cache a step ago: without this every launch would wait for them.
 __device__ __forceinline__ void fetch_norm(const Rows& rows) {
     if (!rows.norm) return;
-    for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * kThreads)  // a line of 128 bytes a thread
+    for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * blockDim.x)  // a line of 128 bytes a thread
         asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.norm + i));
 }
 
-// Stages `count` rows from row `first` on: f32 ones, where they are to be quantized or normed, one at a time. All threads
+// Stages `count` rows from row `first` on: f32 ones, where they are to be quantized or normed, one at a time. All WARPS warps
 // of the block call it; `shared` is 16-byte aligned and holds count·cols·(4·PLAIN + 1.25·BLOCKS) bytes. Gives the number
 // that the products' sums are to be multiplied by. Ends synchronized.
-template <bool BLOCKS, bool PLAIN>
+template <bool BLOCKS, bool PLAIN, int WARPS = kWarps>
 __device__ __forceinline__ float stage(const Rows& rows, int first, int count, u8* shared, Activations& staged) {
-    __shared__ float squares_of[kWarps];
+    constexpr int kThreads = 32 * WARPS;
+    __shared__ float squares_of[WARPS];
     const int cols = rows.cols, all = count * cols, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* plain = reinterpret_cast<float*>(shared);
     u8* q = shared + (PLAIN ? 4 * all : 0);
@@ -81,5 +82,5 @@ __device__ __forceinline__ float stage(const Rows& rows, int first, int count, u
     }
     __syncthreads();
     if (!rows.norm) return 1.f;
-    return rsqrtf(warp_sum<kWarps>(squares_of[lane % kWarps]) / cols + rows.eps);
+    return rsqrtf(warp_sum<WARPS>(squares_of[lane % WARPS]) / cols + rows.eps);
 }
