@@ -21,7 +21,7 @@ from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor, Rope
 from worker.quants import F32
 
 PREFILL_BOUND, DECODE_BOUND = 1e-3, 1e-5
-BLOCKS = 48
+BLOCKS = 80
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ SHAPES = [
     Shape(128, 8, 2, adjacent=True),
     Shape(128, 16, 2, window=100, sinks=True),
     Shape(64, 5, 1),
+]
+
+
+# Few heads, since these run after long prefixes: a segment is 512 positions.
+LONG_SHAPES = [
+    Shape(64, 4, 2),
+    Shape(64, 2, 1, window=128, sinks=True),
+    Shape(64, 2, 2, window=700, adjacent=True),
+    Shape(96, 3, 1, sinks=True),
+    Shape(128, 2, 1),
 ]
 
 
@@ -124,6 +134,11 @@ class Bench:
         self.rows = self.launcher.decode(self.kernels, self.pool, q, k, v, self.spec, state)
         return self.rows.x.get()
 
+    def after(self, start, stop):
+        """A piece's y, after the prefix that the cache holds."""
+        self.fill(start)
+        return self.prefill(start, stop)
+
     def fill(self, tokens):
         """Keys and values of the first `tokens` positions as the twin has them; the rest stays poison."""
         raw = self.cache.array.get()
@@ -169,6 +184,36 @@ def test_prefill_in_chunks_gives_the_bits_of_the_whole(kernels, memory, shape):
         parts = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
         assert np.array_equal(np.concatenate(parts).view(np.uint32), y.view(np.uint32))
         assert np.array_equal(bench.cache.array.get().view(np.uint16), written.view(np.uint16))
+
+
+@pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
+@pytest.mark.parametrize(("start", "stop"), [(505, 535), (1000, 1100), (960, 1100)])
+def test_prefill_over_several_segments_equals_its_twin(kernels, memory, shape, start, stop):
+    scene = Scene(shape, 1100)
+    bench = Bench(scene, kernels, memory)
+    assert distance(bench.after(start, stop), scene.expected[start:stop]) < PREFILL_BOUND
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
+def test_a_short_piece_after_a_long_prefix_gives_the_bits_of_the_whole(kernels, memory, shape):
+    scene = Scene(shape, 1100)
+    whole = Bench(scene, kernels, memory)
+    y = whole.prefill(0, 1100)
+    for processors in (1, 132):
+        bench = Bench(scene, kernels, memory, processors)
+        bench.cache.array.set(whole.cache.array.get())
+        for start, stop in ((505, 520), (1020, 1044), (1000, 1100), (1076, 1100), (1099, 1100)):
+            assert np.array_equal(bench.prefill(start, stop).view(np.uint32), y[start:stop].view(np.uint32))
+
+
+def test_a_piece_whose_parts_have_no_room_gives_the_same_bits(kernels, memory, monkeypatch):
+    scene = Scene(Shape(64, 4, 2, sinks=True), 1200)
+    y = Bench(scene, kernels, memory).after(1100, 1200)
+    monkeypatch.setattr("worker.gpu.attention.MOST_PART_BYTES", 80 * 4608)  # of the 84 parts that 100 tokens leave
+    bench = Bench(scene, kernels, memory)
+    assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
+    assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

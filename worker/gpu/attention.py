@@ -17,19 +17,30 @@ from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
 from worker.gpu.quantized import Activations, activations_like
-from worker.ops import Attention, Rope
+from worker.ops import KV_BLOCK, Attention, Rope
 
 HEAD_DIMS = (64, 96, 128)
 _THREADS = 128
 _QUERY_TILE = 64
-_PREFILL_THREADS = {64: 64, 96: 64, 128: 128}  # threads() of attention_prefill.cu
+_STRIPS = {64: 2, 96: 2, 128: 1}  # of 16 queries, a warp's, where a piece is not split
+_KEYS = {64: 64, 96: 32, 128: 32}  # keys_per_tile of attention_tiles.cuh
+_ROW_PAD = 8  # kPad there
+_SEGMENT = 512  # kSegment of attention_prefill.cu
+_SPLIT_TOKENS = 128  # of a piece whose segments are spread over blocks: of a longer one there are blocks enough
+_BLOCKS_PER_PROCESSOR = 4
+MOST_PART_BYTES = 64 << 20
+"""Of a split piece's parts. 128 tokens of 64 heads after 14,000 fit in, 32 of 14 after any number."""
 _ROPE_PARTS = 4  # blocks of a token in rope_kv
 _MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh
 _MOST_HEADS = 8  # query heads of a block
 _DECODE_THREADS = {64: 512, 96: 256, 128: 256}  # warps_of in attention_decode.cu
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("attention_prefill.cu", f"attention_prefill<{dim}>") for dim in HEAD_DIMS),
+    *(
+        ("attention_prefill.cu", f"attention_prefill<{dim}, {split}>")
+        for dim in HEAD_DIMS
+        for split in ("false", "true")
+    ),
     *(("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>") for dim in HEAD_DIMS for adjacent in ("false", "true")),
     *(
         ("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")
@@ -73,6 +84,7 @@ class AttentionLauncher:
         self._processors = processors
         self._ropes: dict[int, tuple[Rope, DeviceArray, DeviceArray]] = {}
         self._scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray]] = {}
+        self._prefill_scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray, int]] = {}
 
     def prefill(
         self,
@@ -96,10 +108,17 @@ class AttentionLauncher:
             early=True,
         )
         y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
-        kernels.get("attention_prefill.cu", f"attention_prefill<{dim}>")(
-            (-(-tokens // _QUERY_TILE), spec.n_heads),
-            (_PREFILL_THREADS[dim],),
-            (y.x, turned, keys, values, prompt.table, _sinks(spec), prompt.place, *heads, np.int32(spec.window)),
+        parts, arrivals, room, layers = self._split(spec, tokens, len(prompt.table) * KV_BLOCK)
+        short = tokens <= _SPLIT_TOKENS
+        warps = _QUERY_TILE // 16 // (1 if short else _STRIPS[dim])
+        kernels.get("attention_prefill.cu", f"attention_prefill<{dim}, {'true' if short else 'false'}>")(
+            (-(-tokens // _QUERY_TILE), spec.n_heads, layers),
+            (32 * warps,),
+            (
+                *(y.x, turned, keys, values, prompt.table, _sinks(spec), prompt.place),
+                *(parts, arrivals, np.int32(room), *heads, np.int32(spec.window)),
+            ),
+            shared_mem=4 * _KEYS[dim] * (dim + _ROW_PAD) * 2 + _QUERY_TILE // 16 * _part_bytes(dim),
         )
         return y
 
@@ -141,6 +160,28 @@ class AttentionLauncher:
         _, cos, sin = self._ropes[id(rope)]
         return cos, sin, np.int32(rope.dims)
 
+    def _split(
+        self, spec: Attention, tokens: int, positions: int
+    ) -> tuple[DeviceArray | None, DeviceArray | None, int, int]:
+        """For a piece's blocks: room for parts, arrival counters, how many parts that is, and Z, the grid's layers.
+
+        Nothing here moves a bit, so Z may follow from the device. Reserved by the dry run of a piece, before captures.
+        """
+        tiles, segments = -(-tokens // _QUERY_TILE), -(-positions // _SEGMENT)
+        if tokens > _SPLIT_TOKENS or segments == 1:
+            return None, None, 0, 1
+        key = (spec.n_heads, spec.head_dim, segments)
+        if key not in self._prefill_scratch:
+            part = _part_bytes(spec.head_dim)
+            room = min(_SPLIT_TOKENS // 16 * spec.n_heads * segments, MOST_PART_BYTES // part)
+            slab = self._memory.reserve(room * part, Purpose.WORKSPACE)
+            counters = self._memory.reserve(4 * _SPLIT_TOKENS // _QUERY_TILE * spec.n_heads, Purpose.WORKSPACE)
+            arrivals = counters.array((_SPLIT_TOKENS // _QUERY_TILE * spec.n_heads,), np.uint32)
+            arrivals.fill(0)
+            self._prefill_scratch[key] = (slab.array((room * part // 4,), np.float32), arrivals, room)
+        layers = max(4, _BLOCKS_PER_PROCESSOR * self._processors // (tiles * spec.n_heads))
+        return *self._prefill_scratch[key], min(segments, layers)
+
     def _decode_scratch(self, spec: Attention, group: int) -> tuple[DeviceArray, DeviceArray, int]:
         """Room for the blocks' parts and their arrival counters, and G: two blocks a multiprocessor, within bounds."""
         groups = spec.n_heads // group
@@ -159,6 +200,11 @@ class AttentionLauncher:
 def _part_floats(head_dim: int, group: int) -> int:
     """f32 values of one part: `part_floats` of kernels/softmax_parts.cuh."""
     return -(-group * (head_dim + 2) // 4) * 4
+
+
+def _part_bytes(head_dim: int) -> int:
+    """What 16 queries leave of one segment: `part_quads` of kernels/running_softmax.cuh."""
+    return 16 * 32 * (head_dim // 8 + 1)
 
 
 def _head_dim(spec: Attention) -> int:

@@ -240,19 +240,18 @@ class GpuRunner:
 
     def _prepare(self, memory: DeviceMemory) -> dict[Phase, Pool]:
         """Compile what the model needs, and reserve what its activations need, as dry runs tell."""
-        step = self._largest_step()
 
         def prefill(kernels: Launcher, pool: Allocator) -> None:
             for tokens in self._piece_sizes():
                 self._prefill_forward(kernels, pool, tokens)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
-            logits = self._model.forward(self._decode_ops(kernels, pool), step)
+            logits = self._model.forward(self._decode_ops(kernels, pool), self._largest_step())
             self._sampler.launch(kernels, logits, self._state)
 
         needs = {Phase.PREFILL: dry_run(prefill), Phase.DECODE: dry_run(decode)}
         self._kernels.prepare(name for need in needs.values() for name in need.kernels)
-        # First fit may pack the arrays of a shorter piece a little worse than those of the longest.
+        # First fit may pack the arrays of fewer sequences a little worse than those of the most.
         return {
             phase: Pool(memory, need.pool_bytes + need.pool_bytes // 8, Purpose.ACTIVATIONS)
             for phase, need in needs.items()
