@@ -119,6 +119,7 @@ class AttentionLauncher:
                 *(parts, arrivals, np.int32(room), *heads, np.int32(spec.window)),
             ),
             shared_mem=4 * _KEYS[dim] * (dim + _ROW_PAD) * 2 + _QUERY_TILE // 16 * _part_bytes(dim),
+            early=True,
         )
         return y
 

@@ -20,6 +20,8 @@
 // of parts. Flops: 4·D per head and seen pair. Bytes: q and y once, 2 an element; keys and values of all seen tiles once
 // per 64 queries and head, mostly from L2; where split, 4·(D+8) a query, head and segment, there and back.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
+#include "early.cuh"
+#include "fence.cuh"
 #include "fragments.cuh"
 #include "running_softmax.cuh"
 
@@ -49,9 +51,9 @@ __device__ __forceinline__ bool arrives_last(unsigned int* arrivals, int blocks)
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
+        fence_device();
         last = atomicInc(arrivals, blocks - 1) == blocks - 1;
-        __threadfence();
+        fence_device();
     }
     __syncthreads();
     return last;
@@ -115,6 +117,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         return parts + (size_t)of * kPart;
     };
 
+    wait_for_inputs();
     Queries<D, STRIPS> queries;
     load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
     Softmax<D, STRIPS> state;
