@@ -173,10 +173,7 @@ def always(monkeypatch, choose):
     """Matrices take the tile that `choose` takes of their tiles, however many blocks that makes."""
     from worker.gpu import matmul
 
-    def tile(rows, tokens, *, gated):
-        return choose(matmul._GATED if gated else matmul._MANY if sum(rows) >= matmul._MANY_ROWS else matmul._FEW)
-
-    monkeypatch.setattr(matmul, "_tile", tile)
+    monkeypatch.setattr(matmul, "_tile", lambda rows, tokens, *, gated: choose(matmul._tiles(rows, gated=gated)))
 
 
 @pytest.fixture(params=[0, -1], ids=["largest", "smallest"])
@@ -188,7 +185,7 @@ def tiles(request, monkeypatch):
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
-    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (3130, 256, 40)],
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40), (8200, 256, 40)],
 )
 def test_prefill_products(kernels, memory, tiles, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
@@ -217,7 +214,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 3100])  # of few and many rows
+@pytest.mark.parametrize("rows", [200, 4100, 8200])  # of each kind
 def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 
@@ -238,11 +235,15 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
     from worker.gpu import matmul
 
     pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
-    few, many, gate, up = (Projection(kernels, memory, kind, (n, 768), f"w{n}").linear for n in (200, 3100, 75, 75))
+    few, many, most, *both = (
+        Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear
+        for i, rows in enumerate((200, 4100, 8200, 75, 75))
+    )
     products = {
         matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
         matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
-        matmul._GATED: lambda: matmul.glu(kernels, pool, x, gate, up, SWIGLU),
+        matmul._MOST: lambda: matmul.matmul(kernels, pool, x, most),
+        matmul._GATED: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
     }
     for tiles, product in products.items():
         found = set()
@@ -253,7 +254,7 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 3100])
+@pytest.mark.parametrize("rows", [200, 4100, 8200])
 def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 

@@ -31,6 +31,8 @@ class _Tile(NamedTuple):
     rows: int
     depths: int
     tokens: int
+    enough: int = 80
+    """Blocks that occupy the device: with fewer, a smaller tile is faster."""
 
     @property
     def shared_bytes(self) -> int:
@@ -39,14 +41,13 @@ class _Tile(NamedTuple):
         return 256 * steps * self.tokens * self.depths
 
 
-# Measured on an H100 over these models' shapes: the larger the tile, the less is read again; but blocks must be enough.
-# All tiles of one kind of matrix have the same depths. Few slots share an expert: small tiles waste the least.
-_GATED = (_Tile(8, 1, 128), _Tile(4, 1, 64), _Tile(2, 1, 32))
-_MANY = (_Tile(4, 2, 64), _Tile(2, 2, 32))
+# Measured on an H100 over these models' shapes: the larger the tile, the less is read again; the fewer the rows, the
+# more depths, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least.
+_GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(2, 1, 32))
+_MOST, _MOST_ROWS = _GATED[1:], 8192
+_MANY, _MANY_ROWS = (_Tile(4, 2, 64), _Tile(2, 2, 32)), 4096
 _FEW = (_Tile(2, 4, 64), _Tile(1, 4, 32))
 _EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
-_MANY_ROWS = 3072
-_ENOUGH_BLOCKS = 80
 _FEW_SLOTS = 24  # of an expert, on average
 _AT_ONCE = 3  # projections of one x in one launch
 _GROUP_THREADS = 1024
@@ -66,7 +67,7 @@ def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (*_MANY, *_FEW)),
+    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (*_MOST, *_MANY, *_FEW)),
     *(_name(kind.name, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
     *(
         _name(kind.name, tile, experts=True, gated=gated)
@@ -205,14 +206,20 @@ def _launch(
 
 def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:
     """The largest tile that still makes enough blocks of these rows, and takes half of the tokens at most."""
-    tiles = _GATED if gated else _MANY if sum(rows) >= _MANY_ROWS else _FEW
-    matrices = rows[:1] if gated else rows
+    tiles, matrices = _tiles(rows, gated=gated), rows[:1] if gated else rows
 
     def blocks(tile: _Tile) -> int:
         return sum(_blocks(tile, each, gated=gated) for each in matrices) * -(-tokens // tile.tokens)
 
     halves = (tile for tile in tiles if 2 * tile.tokens <= tokens)
-    return next((tile for tile in halves if blocks(tile) >= _ENOUGH_BLOCKS), tiles[-1])
+    return next((tile for tile in halves if blocks(tile) >= tile.enough), tiles[-1])
+
+
+def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
+    """The tiles of matrices of these rows that share a launch, the largest first."""
+    if gated:
+        return _GATED
+    return _MOST if sum(rows) >= _MOST_ROWS else _MANY if sum(rows) >= _MANY_ROWS else _FEW
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:

@@ -23,3 +23,22 @@ __device__ __forceinline__ float rotated(const float* head, int e, int position,
     const float c = rope.cos[at], s = rope.sin[at];
     return first ? x * c - partner * s : x * c + partner * s;
 }
+
+// Two elements of a head that turn together, or neither of which turns: the i-th of D/2 such pairs.
+template <int D, bool ADJACENT>
+struct RopePair {
+    int first, second;
+    __device__ __forceinline__ RopePair(int i, int dims) {
+        const int half = dims / 2;
+        const bool neighbours = ADJACENT || i >= half;
+        first = neighbours ? 2 * i : i, second = neighbours ? 2 * i + 1 : i + half;
+    }
+    // Both elements of the head at `head`, turned to `position`.
+    __device__ __forceinline__ float2 rotated(const float* head, int position, const RopeTables rope) const {
+        const float x = head[first], y = head[second];
+        if (first >= rope.dims) return make_float2(x, y);
+        const size_t at = (size_t)position * (rope.dims / 2) + (ADJACENT ? first / 2 : first);
+        const float c = rope.cos[at], s = rope.sin[at];
+        return make_float2(x * c - y * s, y * c + x * s);
+    }
+};

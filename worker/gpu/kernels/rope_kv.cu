@@ -10,6 +10,12 @@
 #include "rope.cuh"
 
 template <int D, bool ADJACENT>
+__device__ __forceinline__ void store(unsigned short* head, const RopePair<D, ADJACENT> pair, const float2 v) {
+    head[pair.first] = float_to_half(clamp_to_half_range(v.x));
+    head[pair.second] = float_to_half(clamp_to_half_range(v.y));
+}
+
+template <int D, bool ADJACENT>
 __global__ void __launch_bounds__(128)
     rope_kv(unsigned short* turned, const float* q, const float* k, const float* v, unsigned short* k_cache,
             unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* place,
@@ -21,13 +27,16 @@ __global__ void __launch_bounds__(128)
     const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
     const RopeTables rope = {cos, sin, dims};
     const size_t queries = (size_t)t * n_heads * D, kvs = (size_t)t * n_kv_heads * D;
-    for (int at = first; at < n_heads * D; at += stride) {
-        const float x = rotated<ADJACENT>(q + queries + at / D * D, at % D, position, rope);
-        turned[queries + at] = float_to_half(clamp_to_half_range(x));
+    constexpr int kPairs = D / 2;
+    for (int at = first; at < n_heads * kPairs; at += stride) {
+        const RopePair<D, ADJACENT> pair(at % kPairs, dims);
+        const size_t from = queries + at / kPairs * D;
+        store(turned + from, pair, pair.rotated(q + from, position, rope));
     }
-    for (int at = first; at < n_kv_heads * D; at += stride) {
-        const size_t to = kv_offset<D>(block, n_kv_heads, at / D, position) + at % D;
-        k_cache[to] = float_to_half(clamp_to_half_range(rotated<ADJACENT>(k + kvs + at / D * D, at % D, position, rope)));
-        v_cache[to] = float_to_half(clamp_to_half_range(v[kvs + at]));
+    for (int at = first; at < n_kv_heads * kPairs; at += stride) {
+        const RopePair<D, ADJACENT> pair(at % kPairs, dims);
+        const size_t from = kvs + at / kPairs * D, to = kv_offset<D>(block, n_kv_heads, at / kPairs, position);
+        store(k_cache + to, pair, pair.rotated(k + from, position, rope));
+        store(v_cache + to, pair, make_float2(v[from + pair.first], v[from + pair.second]));
     }
 }
