@@ -187,7 +187,7 @@ def tiles(request, monkeypatch):
     ("rows", "cols", "tokens"),
     [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40), (8200, 256, 40)],
 )
-def test_prefill_products(kernels, memory, tiles, kind, rows, cols, tokens):
+def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
@@ -215,7 +215,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 4100, 8200])  # of each kind
-def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, tiles, kind, rows):
+def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 
     projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
@@ -235,10 +235,8 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
     from worker.gpu import matmul
 
     pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
-    few, many, most, *both = (
-        Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear
-        for i, rows in enumerate((200, 4100, 8200, 75, 75))
-    )
+    sizes = enumerate((200, 4100, 8200, 75, 75))
+    few, many, most, *both = (Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes)
     products = {
         matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
         matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
@@ -286,7 +284,7 @@ def test_prefill_projections_of_one_input(kernels, memory, kinds):
 
 @EACH_TYPE
 @pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
-def test_prefill_glu(kernels, memory, tiles, activation, kind):
+def test_prefill_glu(kernels, memory, activation, kind):
     from worker.gpu.matmul import glu
 
     cols = 512 if kind.block_size > 32 else 320

@@ -121,37 +121,34 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     Queries<D, STRIPS> queries;
     load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
     Softmax<D, STRIPS> state;
-    state.begin();
     const float scale = rsqrtf((float)D) * kLog2e;
     const auto fetch = [&](int stage, int tile) {
         fetch_tile<D, STRIPS>(keys[stage], k_cache, table, n_kv_heads, kv_head, tile * kKeys, valid);
         fetch_tile<D, STRIPS>(values[stage], v_cache, table, n_kv_heads, kv_head, tile * kKeys, valid);
     };
-    const int last_tile = newest / kKeys;
-    int tile = max(oldest / kKeys, (first_segment + (int)blockIdx.z) * kTiles);
+    const int last_tile = newest / kKeys, last_segment = newest / kSegment;
+    int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     fetch(0, tile);
     commit_copies();
-    for (int stage = 0; tile <= last_tile; stage ^= 1) {
-        const int end = (tile + 1) * kKeys;
-        const int next = end % kSegment ? tile + 1 : tile + 1 + (stride - 1) * kTiles;
-        if (next <= last_tile) fetch(stage ^ 1, next);
-        commit_copies();
-        wait_for_copies<1>();
-        __syncthreads();
-        Scores<D, STRIPS> scores = {};
-        score<D, STRIPS>(scores, queries, keys[stage]);
-        if (end > seen_by_all + 1 || (window && tile * kKeys < seen_by_all + kRows - window))
-            hide<D, STRIPS>(scores, start + row, tile * kKeys, window);
-        state.soften(scores, scale);
-        add_values<D, STRIPS>(state.sums, scores, values[stage]);
-        __syncthreads();
-        if (end % kSegment == 0 || tile == last_tile) {
-            const int segment = tile / kTiles;
-            if (!split && segment > first_segment) state.follow(kept, scale);
-            if (split ? warp_row < n_tokens : tile < last_tile) state.leave(split ? part(segment) : kept);
-            if (tile < last_tile) state.begin();
+    for (; segment <= last_segment; segment += stride) {
+        state.begin();
+        for (const int end = min((segment + 1) * kTiles, last_tile + 1); tile < end; stage ^= 1) {
+            const int next = tile + 1 < end ? tile + 1 : (segment + stride) * kTiles;
+            if (next <= last_tile) fetch(stage ^ 1, next);
+            commit_copies();
+            wait_for_copies<1>();
+            __syncthreads();
+            Scores<D, STRIPS> scores = {};
+            score<D, STRIPS>(scores, queries, keys[stage]);
+            if ((tile + 1) * kKeys > seen_by_all + 1 || (window && tile * kKeys < seen_by_all + kRows - window))
+                hide<D, STRIPS>(scores, start + row, tile * kKeys, window);
+            state.soften(scores, scale);
+            add_values<D, STRIPS>(state.sums, scores, values[stage]);
+            __syncthreads();
+            tile = next;
         }
-        tile = next;
+        if (!split && segment > first_segment) state.follow(kept, scale);
+        if (split ? warp_row < n_tokens : segment < last_segment) state.leave(split ? part(segment) : kept);
     }
 
     if (split && !arrives_last(arrivals + blockIdx.x * n_heads + head, min(segments, stride))) return;

@@ -28,6 +28,8 @@ struct Softmax {
     // scaled with a rounding of its own, so that an old peak's distance from itself is zero.
     __device__ __forceinline__ void soften(Scores<D, STRIPS>& scores, float scale) {
         constexpr int kScores = keys_per_tile(D) / 4;
+        float factors[kRows];
+        bool rises = false;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             float highest = peak[r];
@@ -36,7 +38,7 @@ struct Softmax {
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
             const float base = base_of(highest, scale), factor = exp2f(__fmul_rn(peak[r], scale) - base);
-            peak[r] = highest;
+            peak[r] = highest, factors[r] = factor, rises |= factor != 1.f;
             total[r] = __fmul_rn(total[r], factor);
 #pragma unroll
             for (int i = 0; i < kScores; ++i) {
@@ -44,10 +46,14 @@ struct Softmax {
                 weight = exp2f(fmaf(weight, scale, -base));
                 total[r] = __fadd_rn(total[r], weight);
             }
+        }
+        if (!__ballot_sync(0xffffffffu, rises)) return;  // as mostly: what is multiplied by one stays
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
 #pragma unroll
             for (int i = 0; i < D / 4; ++i) {
                 float& sum = sums[r / 2][i / 2][r % 2 * 2 + i % 2];
-                sum = __fmul_rn(sum, factor);
+                sum = __fmul_rn(sum, factors[r]);
             }
         }
     }
