@@ -38,7 +38,6 @@ class Kernel:
         self._raw = raw
         self._early = early
         self._most_shared = _ORDINARY_SHARED
-        self._config: Any = None  # of early launches: made once, filled in for each
 
     def __call__(
         self, grid: Shape, block: Shape, args: Sequence[Any], *, shared_mem: int = 0, early: bool = False
@@ -51,33 +50,28 @@ class Kernel:
         if shared_mem > self._most_shared:
             self._raw.max_dynamic_shared_size_bytes = self._most_shared = shared_mem
         if early and self._early:
-            self._config = self._config or early_config()
-            launch_early(self._raw.kernel.ptr, self._config, grid, block, args, shared_mem)
+            launch_early(self._raw.kernel.ptr, grid, block, args, shared_mem)
         else:
             self._raw(grid, block, tuple(args), shared_mem=shared_mem)
 
 
-def early_config() -> Any:
-    """A CUlaunchConfig with programmatic stream serialization; shape, shared memory and stream are the launch's."""
-    from cuda.bindings import driver  # noqa: PLC0415
+def launch_early(function: int, grid: Shape, block: Shape, args: Sequence[Any], shared_mem: int) -> None:
+    """cuLaunchKernelEx with programmatic stream serialization, on CuPy's current stream; it copies the arguments.
 
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    config = driver.CUlaunchConfig()
-    config.attrs, config.numAttrs = [attribute], 1
-    return config
-
-
-def launch_early(function: int, config: Any, grid: Shape, block: Shape, args: Sequence[Any], shared_mem: int) -> None:
-    """cuLaunchKernelEx on CuPy's current stream; it copies the arguments."""
+    The configuration is each launch's own: threads may launch one kernel side by side, and the call lets them in.
+    """
     import cupy  # noqa: PLC0415
     from cuda.bindings import driver  # noqa: PLC0415
 
+    config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
     config.blockDimX, config.blockDimY, config.blockDimZ = (*block, 1, 1)[:3]
     config.sharedMemBytes = shared_mem
     config.hStream = cupy.cuda.get_current_stream().ptr
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [attribute], 1
     values = [_value(arg) for arg in args]
     pointers = np.array([value.__array_interface__["data"][0] for value in values], np.uint64)
     (status,) = driver.cuLaunchKernelEx(config, function, pointers.__array_interface__["data"][0], 0)
