@@ -7,17 +7,19 @@ import os
 import pkgutil
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 import worker.gpu
 from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
-from worker.gpu.kernel import can_launch_early
+from worker.gpu.kernel import Kernel, can_launch_early
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes a thread, frame, stores and loads together. Decode products are held to 64 registers, so that two blocks share a
@@ -185,6 +187,40 @@ def test_launches_are_early_where_the_device_knows_them(monkeypatch, arch, early
     monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("bindings"))
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     assert can_launch_early(arch) is early
+
+
+def test_threads_launch_one_kernel_side_by_side_each_in_its_own_shape(monkeypatch):
+    """The driver's call lets other threads in: what it was given must not be theirs meanwhile."""
+    both, seen = threading.Barrier(2), {}
+
+    def launch(config, function, arguments, extra):
+        both.wait(timeout=10)
+        seen[threading.current_thread().name] = (config.gridDimX, config.sharedMemBytes)
+        return (0,)
+
+    names = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=0)
+    driver = SimpleNamespace(
+        CUlaunchConfig=SimpleNamespace,
+        CUlaunchAttribute=lambda: SimpleNamespace(value=SimpleNamespace()),
+        CUlaunchAttributeID=names,
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        cuLaunchKernelEx=launch,
+    )
+    stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    kernel = Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=1)), early=True)
+    threads = [
+        threading.Thread(
+            target=kernel, name=f"{n}", args=((n,), (32,), (np.int32(n),)), kwargs={"shared_mem": 16 * n, "early": True}
+        )
+        for n in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"1": (1, 16), "2": (2, 32)}
 
 
 def test_without_the_bindings_launches_are_ordinary_and_somebody_hears_of_it(monkeypatch):
