@@ -88,8 +88,11 @@ class HostArray(np.ndarray):
     def data(self):
         return Pointer(BorrowedMemory(self.device_address, self.nbytes, self._keep))
 
-    def get(self):
-        return np.array(self)
+    def get(self, stream=None, out=None):
+        if out is None:
+            return np.array(self)
+        out[...] = self
+        return out
 
     def set(self, values):
         self[...] = values
