@@ -1,12 +1,12 @@
 // Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate in one launch, of a
 // dense FFN or of each of a token's k experts.
 //
-// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32: WARPS warps
-// of two elements each (four, of experts: their blocks are many, and smaller ones end together), which are twice as many
-// rows, taken in the order gate, up, gate, up and ROWS at a time. Grid x over
-// ⌈rows/32⌉, y over T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before
-// the input is there (early.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each
-// chosen expert's weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
+// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32. Each of its
+// WARPS warps takes 32/WARPS of them, which are twice as many rows, in the order gate, up, gate, up and ROWS at a time: 16
+// warps of a dense FFN; 8 of experts, whose blocks are many, so that smaller ones end together. Grid x over ⌈rows/32⌉, y over
+// T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before the input is there
+// (early.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each chosen expert's
+// weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
 // Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
 #include "early.cuh"
