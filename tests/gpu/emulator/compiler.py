@@ -39,7 +39,9 @@ PTX = {
     "cp.async.wait_group": "nothing",
     "prefetch.global.L2": "nothing",
     "griddepcontrol": "nothing",
-    "fence.acq_rel.gpu": "nothing",
+    "atom.acq_rel.gpu.global.inc.u32": "atom_inc",
+    "ld.acquire.gpu.global.u32": "ld_acquire",
+    "st.release.gpu.global.u32": "st_release",
 }
 """How a statement begins, and the function of `ptx.h` that stands for it."""
 

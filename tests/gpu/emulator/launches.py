@@ -17,12 +17,13 @@ MOST_THREADS, MOST_BLOCKS_BEYOND_X = 1024, 65535
 _MOST_PARAMETERS = 64
 
 
-class Device:
-    """What a stream works off: now, or while one captures, when its graph is launched."""
+class Device(threading.local):
+    """What a stream works off: now, or while the thread captures, when its graph is launched."""
+
+    one_at_a_time = threading.Lock()  # uploads launch from several threads, and fibers have one scheduler
 
     def __init__(self):
         self.captures = []
-        self.one_at_a_time = threading.Lock()  # uploads launch from several threads, and fibers have one scheduler
 
     def do(self, work):
         if self.captures:

@@ -12,9 +12,9 @@
 // (decode_heads.cuh), all its keys and values in flight together, those of a block's first split before the queries are
 // there (early.cuh). Bytes: the keys and values that are seen, once per GROUP heads, plus the parts, which stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
+#include "arrival.cuh"
 #include "decode_heads.cuh"
 #include "early.cuh"
-#include "fence.cuh"
 #include "rope.cuh"
 
 // Warps of a block and blocks of a multiprocessor: as many as the registers of a warp's KV block allow.
@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(32 * warps_of(D), blocks_of(D))
     __shared__ __align__(16) float block_parts[kWarps][kPart];
     __shared__ float weights[GROUP][kMaxParts];
     __shared__ __align__(16) unsigned short new_key[D], new_value[D];
-    __shared__ bool last;
     const int sequence = blockIdx.z, head = blockIdx.y * GROUP, kv_head = head / (n_heads / n_kv_heads);
     const int warp = threadIdx.x / 32, periods = gridDim.x;
     const int newest = positions[sequence], oldest = window && newest >= window ? newest - window + 1 : 0;
@@ -90,11 +89,6 @@ __global__ void __launch_bounds__(32 * warps_of(D), blocks_of(D))
     combine<D, GROUP>(block_parts[0], kWarps, 0, kWarps, weights, parts + blockIdx.x * kPart,
                       active == 1 ? result : Result{});
     if (active == 1) return;
-    if (threadIdx.x == 0) {
-        fence_device();
-        last = atomicInc(arrivals + group, active - 1) == active - 1;  // the last one leaves the counter at zero
-        fence_device();
-    }
-    __syncthreads();
-    if (last) combine<D, GROUP>(parts, active, first % periods, periods, weights, nullptr, result);
+    if (!arrives_last(arrivals + group, active)) return;
+    combine<D, GROUP>(parts, active, first % periods, periods, weights, nullptr, result);
 }

@@ -20,8 +20,8 @@
 // of parts. Flops: 4·D per head and seen pair. Bytes: q and y once, 2 an element; keys and values of all seen tiles once
 // per 64 queries and head, mostly from L2; where split, 4·(D+8) a query, head and segment, there and back.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
+#include "arrival.cuh"
 #include "early.cuh"
-#include "fence.cuh"
 #include "fragments.cuh"
 #include "running_softmax.cuh"
 
@@ -44,19 +44,6 @@ __device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const 
             queries[i / 4][k][i % 4] = t < n_tokens ? *reinterpret_cast<const unsigned int*>(q + at) : 0;
         }
     }
-}
-
-// Whether this block is the last of `blocks`, so that all that they left can be read; the counter is then zero again.
-__device__ __forceinline__ bool arrives_last(unsigned int* arrivals, int blocks) {
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        fence_device();
-        last = atomicInc(arrivals, blocks - 1) == blocks - 1;
-        fence_device();
-    }
-    __syncthreads();
-    return last;
 }
 
 // Ends the softmax, sinks included, and writes y; a sum that underflowed below zero is zero like any other.

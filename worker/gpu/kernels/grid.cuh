@@ -4,7 +4,7 @@
 // memory of zeros; it is left ready for the next launch of the same number of blocks.
 #pragma once
 
-#include "fence.cuh"
+#include "arrival.cuh"
 
 using u64 = unsigned long long;
 
@@ -15,18 +15,13 @@ struct Barrier {
 __device__ __forceinline__ void grid_barrier(Barrier* barrier) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        volatile unsigned int* generation = &barrier->generation;
-        const unsigned int before = *generation;
-        fence_device();
-        if (atomicAdd(&barrier->arrived, 1u) == gridDim.x - 1) {
-            barrier->arrived = 0;
-            fence_device();
-            *generation = before + 1;
+        const unsigned int before = load_acquire(&barrier->generation);
+        if (arrive(&barrier->arrived, gridDim.x - 1) == gridDim.x - 1) {
+            store_release(&barrier->generation, before + 1);
         } else {
-            while (*generation == before) {
+            while (load_acquire(&barrier->generation) == before) {
             }
         }
-        fence_device();
     }
     __syncthreads();
 }
