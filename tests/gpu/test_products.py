@@ -185,7 +185,7 @@ def tiles(request, monkeypatch):
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
-    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (4130, 256, 40), (8200, 256, 40)],
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (1600, 1536, 70), (4130, 256, 40), (8200, 256, 40)],
 )
 def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
     from worker.gpu.matmul import matmul
@@ -214,7 +214,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100, 8200])  # of each kind
+@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])  # of each kind
 def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 
@@ -235,9 +235,12 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
     from worker.gpu import matmul
 
     pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
-    sizes = enumerate((200, 4100, 8200, 75, 75))
-    few, many, most, *both = (Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes)
+    sizes = enumerate((200, 1600, 4100, 8200, 75, 75))
+    least, few, many, most, *both = (
+        Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes
+    )
     products = {
+        matmul._LEAST: lambda: matmul.matmul(kernels, pool, x, least),
         matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
         matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
         matmul._MOST: lambda: matmul.matmul(kernels, pool, x, most),
@@ -252,7 +255,7 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 4100, 8200])
+@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])
 def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 

@@ -26,27 +26,30 @@ from worker.quants import MXFP4, Q8_0, QUANT_TYPES
 
 
 class _Tile(NamedTuple):
-    """ROWS, DEPTHS, TOKENS of matmul.cu: 32·rows × tokens of y a block, its columns shared out among depths."""
+    """Of matmul.cu: 32·rows × tokens of y a block, its columns cut into depths·turns groups."""
 
     rows: int
     depths: int
     tokens: int
+    turns: int = 1
     enough: int = 80
     """Blocks that occupy the device: with fewer, a smaller tile is faster."""
 
     @property
     def shared_bytes(self) -> int:
-        """256 bytes a token, of the step in hand and of those ahead."""
-        steps = 2 if self.tokens > 32 else 3
-        return 256 * steps * self.tokens * self.depths
+        """256 bytes a token, of the step in hand and of those ahead; and the sums that turns keep."""
+        steps = 2 if self.tokens > 32 or self.depths > 4 else 3
+        kept = 128 * self.rows if self.turns > 1 else 0
+        return (256 * steps + kept) * self.tokens * self.depths
 
 
 # Measured on an H100 over these models' shapes: the larger the tile, the less is read again; the fewer the rows, the
-# more depths, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least.
+# more groups, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least.
 _GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(2, 1, 32))
 _MOST, _MOST_ROWS = _GATED[1:], 8192
 _MANY, _MANY_ROWS = (_Tile(4, 2, 64), _Tile(2, 2, 32)), 4096
-_FEW = (_Tile(2, 4, 64), _Tile(1, 4, 32))
+_FEW, _FEW_ROWS = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(1, 4, 32)), 1536
+_LEAST = (_Tile(4, 2, 64, turns=4), _Tile(4, 2, 32, turns=4), _Tile(1, 8, 32))
 _EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
 _FEW_SLOTS = 24  # of an expert, on average
 _AT_ONCE = 3  # projections of one x in one launch
@@ -63,11 +66,15 @@ _NO_TILES = np.array((0, 0, 1), _TILES)
 
 def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
     flags = ", ".join(str(flag).lower() for flag in (experts, gated))
-    return "matmul.cu", f"matmul<{kind}, {tile.rows}, {tile.depths}, {tile.tokens}, {flags}>"
+    return "matmul.cu", f"matmul<{kind}, {tile.rows}, {tile.depths}, {tile.turns}, {tile.tokens}, {flags}>"
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_name(kind.name, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in (*_MOST, *_MANY, *_FEW)),
+    *(
+        _name(kind.name, tile, experts=False, gated=False)
+        for kind in QUANT_TYPES
+        for tile in (*_MOST, *_MANY, *_FEW, *_LEAST)
+    ),
     *(_name(kind.name, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
     *(
         _name(kind.name, tile, experts=True, gated=gated)
@@ -219,7 +226,8 @@ def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
     """The tiles of matrices of these rows that share a launch, the largest first."""
     if gated:
         return _GATED
-    return _MOST if sum(rows) >= _MOST_ROWS else _MANY if sum(rows) >= _MANY_ROWS else _FEW
+    least = ((_MOST_ROWS, _MOST), (_MANY_ROWS, _MANY), (_FEW_ROWS, _FEW))
+    return next((tiles for rows_in_all, tiles in least if sum(rows) >= rows_in_all), _LEAST)
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:

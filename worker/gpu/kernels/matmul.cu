@@ -1,47 +1,29 @@
 // Prefill: y[t] = W·x[t] + b + residual[t] on the tensor cores, weights made f16 in registers, each by one warp a tile.
 //
 // W is A and x is B of m16n8k16 products: a warp makes 32 rows × TOKENS of y, or with GLU 16 rows of a gate and the same
-// 16 of its twin `up`, gated where they lie. A block is ROWS warps side by side, DEPTHS times; group g takes steps g,
-// g + DEPTHS, … of 128 columns. A lane loads whole units of its four rows straight from global memory, the next ones
-// while the tensor cores work on the last (fragments.cuh has the order), so weights never pass through shared memory; x
-// does, by cp.async, a step or two ahead. The groups' sums are added in order. Every y[t, r] is the same chain of products
-// whatever else shares the call: its bits depend on token t alone.
+// 16 of its twin `up`, gated where they lie. A block is ROWS warps side by side, DEPTHS times, and takes TURNS; of these
+// DEPTHS·TURNS groups g takes steps g, g + DEPTHS·TURNS, … of 128 columns (group_sums.cuh has the order in which they add).
+// A lane loads whole units of its four rows straight from global memory, the next ones while the tensor cores work on the
+// last (fragments.cuh has the order), so weights never pass through shared memory; x does, by cp.async, a step or two ahead.
+// Every y[t, r] is the same chain of products whatever else shares the call: its bits depend on token t alone.
 // x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
 // *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
 // three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
-// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts. The first weights of a dense
-// matrix are on their way before x is there (early.cuh).
+// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts, and with turns what they
+// keep, 128·ROWS·TOKENS·DEPTHS. The first weights of a dense matrix are on their way before x is there (early.cuh).
 // EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
 // writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
 #include "early.cuh"
-#include "formats.cuh"
 #include "fragments.cuh"
-#include "gated.cuh"
 #include "group_sums.cuh"
 #include "mma.cuh"
+#include "product.cuh"
 #include "tiles.cuh"
 
 constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
 
 // Steps whose weights and x are on their way beside the one in hand: small tiles work less than a load takes.
-__host__ __device__ constexpr int ahead(int tokens) { return tokens > 32 ? 1 : 2; }
-
-struct Part {
-    Planes planes;
-    const float* bias;  // [rows] or null
-    float* out;         // [T, rows]
-    int rows;
-    u32 first;  // block of grid x
-};
-
-struct Product {
-    Part parts[3];          // up to three projections of one x, absent ones past the grid; with GLU gate (and out), up
-    const float* residual;  // [T, rows] of the only part, or null
-    const float* scale;     // [*] or null
-    const int* count;       // or null
-    int cols;
-    Gate gate;
-};
+__host__ __device__ constexpr int ahead(int tokens, int depths) { return tokens > 32 || depths > 4 ? 1 : 2; }
 
 template <int TOKENS>
 struct Scope {  // what a block works on
@@ -115,14 +97,14 @@ __device__ __forceinline__ void multiply(const Weights<Block, GLU>& weights, con
 }
 
 // One group's steps: its part of acc. `await` is called between the first weights' way here and that of x.
-template <bool FULL, class Block, int ROWS, int DEPTHS, int TOKENS, bool GLU, class Await>
+template <bool FULL, class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool GLU, class Await>
 __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u16* x, const Scope<TOKENS>& scope, int row0,
-                                           u8* tiles, Accumulator<TOKENS>& acc, Await await) {
+                                           int turn, u8* tiles, Accumulator<TOKENS>& acc, Await await) {
     constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, GLU>::kParts;
-    constexpr int kAhead = ahead(TOKENS), kStages = kAhead + 1;
-    const int group = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
-    const int steps = (cols + kGroup - 1) / kGroup, live = scope.tile.count;
-    const u32 own = (u32)__cvta_generic_to_shared(tiles) + group * kStages * kTile;
+    constexpr int kAhead = ahead(TOKENS, DEPTHS), kStages = kAhead + 1, kGroups = DEPTHS * TURNS;
+    const int depth = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
+    const int steps = (cols + kGroup - 1) / kGroup, live = scope.tile.count, group = depth * TURNS + turn;
+    const u32 own = (u32)__cvta_generic_to_shared(tiles) + depth * kStages * kTile;
     constexpr int kApart = kThreads / 16;  // tokens between a thread's copies, a power of two above its first
     const int token0 = thread / 16, chunk = thread % 16;
     const u32 to = own + token0 * kRowBytes + (chunk ^ (token0 & 7)) * 16;
@@ -137,19 +119,19 @@ __device__ __forceinline__ void accumulate(const Part* parts, int cols, const u1
     };
     const Weights<Block, GLU> weights(parts, cols, scope.tile.expert, row0);
     // The weights of the i-th part from here, of the last step where the columns end before it.
-    const auto step_of = [&](int i) { return min(group + DEPTHS * (i / kParts), steps - 1); };
+    const auto step_of = [&](int i) { return min(group + kGroups * (i / kParts), steps - 1); };
     Unit<Block> now[4], next[kAhead][4];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) weights.load(parts, step_of(a), a % kParts, next[a]);
-    await();
+    await(turn);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) fetch_x(group + DEPTHS * a, a);
+    for (int a = 0; a < kAhead; ++a) fetch_x(group + kGroups * a, a);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-    for (int first = 0, stage = 0, at = 0; first < steps; first += DEPTHS, stage = stage == kAhead ? 0 : stage + 1) {
+    for (int first = 0, stage = 0, at = 0; first < steps; first += kGroups, stage = stage == kAhead ? 0 : stage + 1) {
         const int step = first + group;
         wait_for_copies<kAhead - 1>();
         __syncthreads();  // after it nobody reads the tile of the step before
-        fetch_x(step + DEPTHS * kAhead, stage == 0 ? kAhead : stage - 1);
+        fetch_x(step + kGroups * kAhead, stage == 0 ? kAhead : stage - 1);
         if (step >= steps) continue;
         const u32 x_lane = own + stage * kTile + in_tile;
 #pragma unroll 1
@@ -210,7 +192,7 @@ __host__ __device__ constexpr int blocks_of(int tokens, bool experts) {
 #endif
 }
 
-template <class Block, int ROWS, int DEPTHS, int TOKENS, bool EXPERTS, bool GLU>
+template <class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool EXPERTS, bool GLU>
 __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, EXPERTS))
     matmul(const __grid_constant__ Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
@@ -227,7 +209,8 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, E
         scope.x_rows[i] = (u32)(slot / per_slot) * padded(p.cols);
     }
     __syncthreads();
-    const auto await = [&] {
+    const auto await = [&](int turn) {
+        if (turn > 0) return;
         if (!EXPERTS) wait_for_inputs();
         for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS)
             scope.scales[i] = p.scale ? p.scale[scope.slots[i] / per_slot] : 1.f;
@@ -237,14 +220,25 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, E
     const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
     Accumulator<TOKENS> acc = {};
     constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
-    if (kLarge || tile.count > TOKENS - 16)
-        accumulate<true, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc, await);
-    else accumulate<kLarge, Block, ROWS, DEPTHS, TOKENS, GLU>(parts, p.cols, x, scope, row0, shared, acc, await);
+    float4* const kept = reinterpret_cast<float4*>(shared + kRowBytes * (ahead(TOKENS, DEPTHS) + 1) * TOKENS * DEPTHS);
+    for (int turn = 0;;) {
+        if (kLarge || tile.count > TOKENS - 16)
+            accumulate<true, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc, await);
+        else
+            accumulate<kLarge, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc,
+                                                                        await);
+        if constexpr (TURNS == 1) break;
+        keep<TURNS, 32 * ROWS * DEPTHS, TOKENS>(kept + threadIdx.x, turn, acc);
+        if (++turn == TURNS) break;
+        __syncthreads();  // nobody reads x of this turn any more
+    }
     if constexpr (DEPTHS == 1) {
         write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
     } else {
-        Accumulator<TOKENS / DEPTHS> sums = {};
-        add_groups<ROWS, DEPTHS, TOKENS>(reinterpret_cast<float4*>(shared), acc, sums);
-        write<TOKENS, TOKENS / DEPTHS, GLU>(p, parts, scope, warp / ROWS * (TOKENS / DEPTHS), row0, sums);
+        constexpr int kShare = share_of(TOKENS, DEPTHS);
+        const int token0 = warp / ROWS * kShare;
+        Accumulator<kShare> sums;
+        add_depths<ROWS, DEPTHS, TOKENS, kShare>(reinterpret_cast<float4*>(shared), acc, sums);
+        if (token0 < TOKENS) write<TOKENS, kShare, GLU>(p, parts, scope, token0, row0, sums);
     }
 }
