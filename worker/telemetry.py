@@ -34,7 +34,8 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._vram = Gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"], registry=registry)
         self._kv_blocks = Gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"], registry=registry)
-        self._state = Gauge("worker_state", "1 for the state that the worker is in.", ["state"], registry=registry)
+        state = Gauge("worker_state", "1 for the state that the worker is in.", ["state"], registry=registry)
+        self._states = {each: state.labels(each) for each in STATES}
         self.requests = Counter("worker_requests_total", "Jobs, by how they ended.", ["outcome"], registry=registry)
         self.tokens_in = Counter(
             "worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.", registry=registry
@@ -63,8 +64,8 @@ class Metrics:
 
     def entered(self, state: str) -> None:
         """The worker is in this state now."""
-        for each in STATES:
-            self._state.labels(each).set(each == state)
+        for each, gauge in self._states.items():
+            gauge.set(each == state)
 
     def memory(self, purposes: Mapping[str, int], kv_blocks: Mapping[str, int]) -> None:
         """Bytes by purpose, and KV blocks by state: used, cached for other prompts, free."""

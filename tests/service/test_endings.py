@@ -152,6 +152,7 @@ async def test_a_long_prefill_is_cancelled_between_its_chunks(fake):
     async with serving(fake, model.fresh(runner)):
         await client.submit(job_id="a", prompt="x" * 2000, max_tokens=5)
         await asyncio.to_thread(gate.reached.wait, 10)
+        await is_running(client, "a")
         assert await client.cancel("a") == "requested"
 
         async def heard():

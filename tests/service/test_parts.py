@@ -59,8 +59,8 @@ async def test_work_runs_between_two_steps_on_the_thread(thread):
     await thread.add(Sequence("a", [7], 1000), Inbox(woken.set))
     await asyncio.to_thread(gate.reached.wait, 10)
     assert thread.busy
-    asked = asyncio.create_task(thread.call(lambda: threading.current_thread().name))
-    aborted = asyncio.create_task(thread.abort("a"))
+    asked = thread.call(lambda: threading.current_thread().name)
+    aborted = thread.abort("a")
     await asyncio.sleep(0.05)
     assert not asked.done(), "a step is under way"
     gate.open()

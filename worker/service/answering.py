@@ -15,6 +15,7 @@ from worker.jobs.events import End, Event, Metrics
 from worker.jobs.lease import Lease
 from worker.service.bounds import Bounds, Stop
 from worker.service.engine_thread import Drawn, Inbox
+from worker.service.head_start import HeadStart
 from worker.service.outbox import Figures, Outbox
 from worker.service.question import Question
 from worker.service.workbench import Workbench
@@ -24,12 +25,21 @@ from worker.telemetry import trace_of
 class Answering:
     """One epoch of one answer. `run` it, then finish the job with `rest` and `end`."""
 
-    def __init__(self, bench: Workbench, bounds: Bounds, lease: Lease, question: Question, claimed: float) -> None:
+    def __init__(
+        self,
+        bench: Workbench,
+        bounds: Bounds,
+        lease: Lease,
+        question: Question,
+        claimed: float,
+        head_start: HeadStart | None = None,
+    ) -> None:
         self.figures = Figures(claimed)
         self._bench = bench
         self._bounds = bounds
         self._lease = lease
         self._question = question
+        self._head_start = head_start
         self._answer: Answer | None = None
         self._inbox = Inbox(bounds.wake.set)
         self._outbox = Outbox(bench.section)
@@ -45,17 +55,15 @@ class Answering:
         Fenced. The engine has let go of the sequence then, unless it hangs.
         """
         bench = self._bench
-        if self._replay:  # every published token goes through the detokenizer again: not on the loop
-            made = asyncio.to_thread(self._question.answer, bench.served, self._lease.history)
-            self._answer = answer = await self._bounds.guard(made)
-        else:
-            self._answer = answer = self._question.answer(bench.served, self._lease.history)
+        begun = self._begun()
+        self._answer = answer = begun or await self._made()
         if answer.finish_reason is not None:  # what was published meets an end already
             return
         self._bounds.start_engine()
+        if begun is None:
+            await bench.engine.add(answer.sequence, self._inbox)
         bench.meters.tokens_in.inc(len(self._question.prompt))
         bench.meters.prefix_hits.inc(self._question.cached_tokens)
-        await bench.engine.add(answer.sequence, self._inbox)
         try:
             await self._follow(answer)
         finally:
@@ -79,6 +87,24 @@ class Answering:
             stop_sequence=self._answer.stop_sequence,
         )
 
+    def _begun(self) -> Answer | None:
+        """The answer that the engine is at already, if it is the one that the lease's history asks for."""
+        start = self._head_start
+        if start is None:
+            return None
+        if start.serves(self._lease.history):
+            self._inbox = start.inbox
+            return start.answer
+        start.drop(self._bench.engine)
+        return None
+
+    async def _made(self) -> Answer:
+        served, history = self._bench.served, self._lease.history
+        if not self._replay:
+            return self._question.answer(served, history)
+        # Every published token goes through the detokenizer again: not on the loop.
+        return await self._bounds.guard(asyncio.to_thread(self._question.answer, served, history))
+
     async def _follow(self, answer: Answer) -> None:
         pause_s = self._bench.section.metrics_ms / 1000
         metrics_at = time.monotonic() + pause_s
@@ -94,6 +120,8 @@ class Answering:
                 events.append(self._metrics())
             if events:
                 await self._bench.transport.append(self._lease, *events)
+                if self.figures.tokens:  # figures of a long prefill may come before the first one
+                    self._bench.quiet.end()
             else:
                 await self._bounds.wait(min(self._outbox.due, metrics_at), self._replaying)
 

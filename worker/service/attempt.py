@@ -1,9 +1,12 @@
 """One attempt at one job: from the claimed queue entry to its terminal event, or to where it is let go.
 
-    decode, tokenize ─► take ─► engine ─► append … append ─► finish ─► settle
+    decode, tokenize ─┬─► take ───────┬─► append … append ─► finish ─► settle
+                      └─► head start ─┘                      first delivery: the engine computes beside `take`
+    decode, tokenize ───► take ─► engine ─► append …         later ones: `take` first, as it counts failed attempts
 
-One coroutine walks this road; another renews the lease. What may end it early is `bounds.py`'s, the stretch from
-engine to append `answering.py`'s, and the rules that keep two workers apart `worker/jobs/transport.py`'s.
+One coroutine walks this road; another renews the lease. What may end it early is `bounds.py`'s, the head start is
+`head_start.py`'s, the stretch from engine to append `answering.py`'s, and the rules that keep two workers apart
+`worker/jobs/transport.py`'s.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Renewal
 from worker.jobs.protocol import Job, Trace, decode_job
 from worker.service.answering import Answering
 from worker.service.bounds import Bounds, Stop, Stopped
+from worker.service.head_start import HeadStart
 from worker.service.outbox import Figures
 from worker.service.question import Question
 from worker.service.workbench import Workbench
@@ -45,6 +49,8 @@ class Attempt:
         self._bench = bench
         self._claim = claim
         self._held: Claim | Lease = claim
+        self._head_start: HeadStart | None = None
+        self._renewals: asyncio.Task[None] | None = None
         self._log = bench.log
         self._over = asyncio.Event()
         self._claimed = time.monotonic()
@@ -56,7 +62,7 @@ class Attempt:
 
         Raises CudaError when the device is lost; the job is left to another worker then.
         """
-        renewals = asyncio.create_task(self._renew())
+        renewals = self._renewals = asyncio.create_task(self._renew())
         try:
             return await self._carry()
         except Fenced:
@@ -84,9 +90,10 @@ class Attempt:
     async def _carry(self) -> str:
         claim, bench = self._claim, self._bench
         self._server_lead_ms = await bench.transport.server_ms() - time.monotonic() * 1000
-        if claim.deliveries == 1:
-            bench.meters.queue_wait.observe(max(0.0, self._server_ms() - claim.enqueued_ms) / 1000)
         question, refusal = await self._read()
+        if claim.deliveries == 1:
+            waited_ms = self._claimed * 1000 + self._server_lead_ms - claim.enqueued_ms
+            bench.meters.queue_wait.observe(max(0.0, waited_ms) / 1000)
         if self.job_id is None:
             await bench.transport.dead_letter(claim, refusal or Internal("the payload names no job"))
             return self._let_go("dead_lettered")
@@ -99,6 +106,8 @@ class Attempt:
 
         lease = await bench.transport.take(claim, self.job_id, self._trace, opening)
         if isinstance(lease, Closed):
+            if self._head_start is not None:
+                self._head_start.drop(bench.engine)
             return self._closed(lease)
         self._held = lease
         assert question is not None, "a refusal leaves nothing to take"
@@ -107,7 +116,8 @@ class Attempt:
     async def _read(self) -> Reading:
         """The question, or why it is refused; notes the job's id, trace and deadline as soon as they are known.
 
-        What the prefix cache has of its prompt is reserved from here on: the job's stream opens with the count.
+        From here on the answer is begun or, from the second delivery on, what the prefix cache has of its prompt is
+        reserved: the job's stream opens with the count.
         """
         claim, bench = self._claim, self._bench
         limit = bench.section.max_payload_bytes
@@ -115,7 +125,11 @@ class Attempt:
             job = await self._worked(lambda: decode_job(claim.payload, limit))
             self._know(job.job_id, job)
             question = await self._worked(lambda: Question.of(job, bench.served, claim.entry_id, claim.enqueued_ms))
-            cached = await self.bounds.guard(bench.engine.reserve(job.job_id, question.prompt))
+            if claim.deliveries == 1:
+                self._head_start = await HeadStart.of(question, bench.served, bench.engine, self.bounds)
+                cached = self._head_start.cached_tokens
+            else:
+                cached = await self.bounds.guard(bench.engine.reserve(job.job_id, question.prompt))
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
                 self._know(error.details["job_id"])
@@ -142,7 +156,7 @@ class Attempt:
 
     async def _answer(self, lease: Lease, question: Question) -> str:
         transport = self._bench.transport
-        answering = Answering(self._bench, self.bounds, lease, question, self._claimed)
+        answering = Answering(self._bench, self.bounds, lease, question, self._claimed, self._head_start)
         self._log = self._log.bind(epoch=lease.epoch, prompt_sha256=question.prompt_hash)
         published, prompt_tokens = len(lease.history.tokens), len(question.prompt)
         self._log.info("job_started", published=published, prompt_tokens=prompt_tokens)
@@ -190,6 +204,7 @@ class Attempt:
     async def _give_up(self, why: Stop) -> str:
         """The job goes on elsewhere."""
         if why is Stop.DRAIN:
+            await self._renew_no_more()
             await self._bench.transport.release(self._held)
             return self._let_go("handed_back")
         if why is Stop.STALLED and isinstance(self._held, Lease):
@@ -207,7 +222,14 @@ class Attempt:
         """Leave the job to another worker at once; if the server is away, the end of the lease does the same."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
+                await self._renew_no_more()
                 await self._bench.transport.abandon(lease, error)
+
+    async def _renew_no_more(self) -> None:
+        """Before an entry is handed over: a renewal that came after it would make it look held, for a whole lease."""
+        self._over.set()
+        if self._renewals is not None:
+            await asyncio.wait([self._renewals])  # which cuts no call off, whatever happens to us
 
     def _let_go(self, outcome: str) -> str:
         self._log.info("job_let_go", outcome=outcome)

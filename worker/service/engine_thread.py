@@ -1,7 +1,7 @@
 """The one thread that owns the engine and its device. Everything that touches either runs here, between two steps.
 
-The event loop asks through `call`, `add` and `abort`; drawn tokens come back through an `Inbox` a sequence, which is
-where the two threads meet. It knows nothing of jobs or text; `attempt.py` is the other end of an inbox.
+The event loop asks through `call`, `begin`, `add` and `abort`; drawn tokens come back through an `Inbox` a sequence,
+which is where the two threads meet. It knows nothing of jobs or text; `answering.py` is the other end of an inbox.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from worker.engine import Engine, Sequence, Token
 
@@ -73,54 +72,72 @@ class EngineThread:
         """Whether a sequence is being computed."""
         return bool(self._inboxes)
 
-    async def call(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which runs on the engine's thread between two steps."""
-        done: Future[T] = Future()
+    def call(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """The result of `work`, which runs on the engine's thread between two steps.
+
+        The thread is asked at once, not when the caller awaits: a turn of the loop earlier.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(cast("T", result))
 
         def run() -> None:
-            if not done.set_running_or_notify_cancel():
+            if done.cancelled():
                 return
+            outcome: tuple[T | None, BaseException | None]
             try:
-                done.set_result(work())
+                outcome = work(), None
             except BaseException as error:  # it belongs to the caller, whatever it is
-                done.set_exception(error)
+                outcome = None, error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, *outcome)
 
         self._work.put(run)
-        return await asyncio.wrap_future(done)
+        return done
 
-    async def own(self, engine: Engine) -> None:
+    def own(self, engine: Engine) -> asyncio.Future[None]:
         """From now on, step this engine whenever it has work."""
 
         def take() -> None:
             self._engine = engine
 
-        await self.call(take)
+        return self.call(take)
 
-    async def add(self, sequence: Sequence, inbox: Inbox) -> None:
+    def add(self, sequence: Sequence, inbox: Inbox) -> asyncio.Future[None]:
         """Start a sequence. Raises InvalidRequest as `Engine.add` does."""
+        return self.call(lambda: self._add(sequence, inbox))
 
-        def add() -> None:
-            self._owned().add(sequence)
-            self._inboxes[sequence.id] = inbox
+    def begin(self, sequence: Sequence, inbox: Inbox) -> asyncio.Future[int]:
+        """`reserve` and `add` in one visit; how many tokens of the prompt are cached. The first step follows at once.
 
-        await self.call(add)
+        Raises InvalidRequest as `Engine.add` does; `release` gives up what is reserved then.
+        """
 
-    async def reserve(self, sequence_id: str, prompt: list[int]) -> int:
+        def begin() -> int:
+            cached = self._owned().reserve(sequence.id, sequence.prompt)
+            self._add(sequence, inbox)
+            return cached
+
+        return self.call(begin)
+
+    def reserve(self, sequence_id: str, prompt: list[int]) -> asyncio.Future[int]:
         """Keep what is cached of a prompt until `release`; how many tokens. See `Engine.reserve`."""
-        return await self.call(lambda: self._owned().reserve(sequence_id, prompt))
+        return self.call(lambda: self._owned().reserve(sequence_id, prompt))
 
     def release(self, sequence_id: str) -> None:
         """Give up a sequence or what is reserved for it, soon: this waits for nothing, as the device may hang."""
-        self._work.put(lambda: self._owned().abort(sequence_id))
+        self._work.put(lambda: self._abort(sequence_id))
 
-    async def abort(self, sequence_id: str) -> None:
-        """Forget a sequence and free its memory; harmless if there is none. Returns after the step that runs now."""
-
-        def abort() -> None:
-            self._inboxes.pop(sequence_id, None)
-            self._owned().abort(sequence_id)
-
-        await self.call(abort)
+    def abort(self, sequence_id: str) -> asyncio.Future[None]:
+        """Forget a sequence and free its memory; harmless if there is none. Done after the step that runs now."""
+        return self.call(lambda: self._abort(sequence_id))
 
     def stop(self) -> None:
         """End the thread after its step, letting the engine go. Does not wait for it."""
@@ -160,6 +177,14 @@ class EngineThread:
                 self._inboxes[token.sequence_id].put(Drawn(token, at))
             if token.finish:
                 self._inboxes.pop(token.sequence_id, None)
+
+    def _add(self, sequence: Sequence, inbox: Inbox) -> None:
+        self._owned().add(sequence)
+        self._inboxes[sequence.id] = inbox
+
+    def _abort(self, sequence_id: str) -> None:
+        self._inboxes.pop(sequence_id, None)
+        self._owned().abort(sequence_id)
 
     def _owned(self) -> Engine:
         if self._engine is None:

@@ -1,6 +1,7 @@
 """What a worker tells about itself: its own event stream, its entry in the registry, its memory, residency of weights.
 
-Nothing waits for it, and what can't be sent is lost. It says how the worker is; `health.py` knows it.
+Nothing waits for it, and what can't be sent is lost; it stands back while a job waits for its first token. It says how
+the worker is; `health.py` knows it, and `quiet.py` when to wait.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ from worker.jobs.presence import Presence
 from worker.served import Served
 from worker.service.engine_thread import EngineThread
 from worker.service.health import Health
+from worker.service.quiet import Quiet
 from worker.telemetry import Log, Metrics
 
 _STEPS = (0, 25, 50, 75, 100)
 _NOTABLE_BYTES = 32 * 2**20
 """A change of free memory below it is other people's noise."""
-_BEHIND_S = 0.03
-"""A job's first token comes before the news of its beginning."""
 _FASTEST_HEARTBEAT_S = 0.25
 
 
@@ -36,6 +36,8 @@ class Reporter:
     """Speaks for one worker. Its loops are run by `service.py`."""
 
     def __init__(self, presence: Presence, health: Health, section: ServiceSection, meters: Metrics, log: Log) -> None:
+        self.quiet = Quiet()
+        """While a job waits for its first token, nothing is told."""
         self._facts: dict[str, str] = {}
         self._presence = presence
         self._health = health
@@ -82,12 +84,8 @@ class Reporter:
             )
         )
 
-    def job_begins(self) -> None:
-        """Memory will be worth a look, once the job's first token has had the engine's thread to itself."""
-        asyncio.get_running_loop().call_later(_BEHIND_S, self._edge.set)
-
     def memory_moved(self) -> None:
-        """Something ended, a load or a job: memory is worth a look."""
+        """Something began or ended, a load or a job: memory is worth a look."""
         self._edge.set()
 
     def load_progress(self, done: int, total: int) -> None:
@@ -102,11 +100,13 @@ class Reporter:
         """Send what is told, one after another."""
         while True:
             event = await self._news.get()
+            await self.quiet.over()
             await self._presence.publish(event)
             self._news.task_done()
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until everything told so far is sent, for at most so long; `publish` must be running."""
+        self.quiet.end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._news.join()
@@ -114,13 +114,13 @@ class Reporter:
     async def heartbeat(self) -> NoReturn:
         """Keep the registry's entry alive, and current when the state changes."""
         while True:
+            await self.quiet.over()
             self._health.changed.clear()
             await self._presence.heartbeat(self._status())
             await asyncio.sleep(_FASTEST_HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.heartbeat_s - _FASTEST_HEARTBEAT_S):
                     await self._health.changed.wait()
-                    await asyncio.sleep(_BEHIND_S)
 
     def _status(self) -> Mapping[str, str]:
         health = self._health
@@ -140,6 +140,7 @@ class Reporter:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.vram_s):
                     await self._edge.wait()
+            await self.quiet.over()
             at_edge = self._edge.is_set()
             self._edge.clear()
             use, kv_blocks = await engine.call(lambda: (served.device.memory(), served.engine.kv_blocks))
@@ -155,6 +156,7 @@ class Reporter:
     async def check_residency(self, engine: EngineThread, served: Served) -> NoReturn:
         """Make sure that weights lie where they should, at the start and every minute."""
         while True:
+            await self.quiet.over()
             checked, strays = await engine.call(served.device.strays)
             self.tell(Residency(ok=not strays, checked=checked, strays=strays[:16]))
             if strays:

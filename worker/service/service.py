@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class Service:
             for task in speaking:
                 task.cancel()
             self._engine.stop()
+            gc.unfreeze()  # the process may go on without this worker
             await http.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
@@ -153,6 +155,7 @@ class Service:
             self._meters,
             self._log,
             lambda: self._health.memory,
+            self._reporter.quiet,
         )
         return await first_of(
             self._take_jobs(bench),
@@ -209,6 +212,7 @@ class Service:
         self._meters.model_load.set(load_s)
         self._reporter.introduce(served, load_s)
         self._reporter.memory_moved()
+        gc.freeze()  # what a load made stays, and leaves no garbage: no collection has to walk through it again
         self._health.enter("ready")
         self._log.info("worker_ready", load_s=round(load_s, 3), context=served.engine.context)
 
@@ -221,7 +225,8 @@ class Service:
             if self._drain.asked():
                 await self._transport.release(claim)
                 break
-            await self._carry(bench, claim)
+            if await self._carry(bench, claim) == "stalled":  # or it would claim the job itself that it has left
+                return _LOST_DEVICE
         return 0
 
     async def _claim(self) -> Claim | None:
@@ -232,10 +237,11 @@ class Service:
             await asyncio.sleep(self._lease.scan_s)
             return None
 
-    async def _carry(self, bench: Workbench, claim: Claim) -> None:
+    async def _carry(self, bench: Workbench, claim: Claim) -> str:
         attempt = self._attempt = Attempt(bench, claim)
+        self._reporter.quiet.begin()
         self._health.enter("busy")
-        self._reporter.job_begins()
+        self._reporter.memory_moved()
         try:
             outcome = await attempt.run()
         except CudaError:
@@ -245,9 +251,11 @@ class Service:
             outcome = "fault"
         finally:
             self._attempt = None
+            self._reporter.quiet.end()
         self._meters.requests.labels(outcome).inc()
         self._health.ended(outcome)
         self._reporter.memory_moved()
+        return outcome
 
     async def _watch_engine(self) -> int:
         """Return when the engine hangs and its job has been left to another worker."""

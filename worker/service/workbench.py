@@ -10,6 +10,7 @@ from worker.config import ServiceSection
 from worker.jobs.transport import Transport
 from worker.served import Served
 from worker.service.engine_thread import EngineThread
+from worker.service.quiet import Quiet
 from worker.telemetry import Log, Metrics
 
 
@@ -26,3 +27,5 @@ class Workbench:
     log: Log
     memory: Callable[[], MemoryUse]
     """The newest figures; asks no device."""
+    quiet: Quiet
+    """Ends with a job's first token."""
