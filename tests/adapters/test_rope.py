@@ -25,6 +25,14 @@ def test_rotation_multiplies_each_pair_by_its_complex_phase(adjacent):
     np.testing.assert_allclose(got[..., 0] + 1j * got[..., 1], expected, atol=2e-6)
 
 
+def test_tables_have_the_same_bits_however_their_positions_are_shared_out():
+    inv_freq, context = frequencies(1e4, 64), 10_000
+    angles = np.outer(np.arange(context, dtype=np.float64), inv_freq)
+    rope = tables(inv_freq, context, magnitude=1.3)
+    assert np.array_equal(rope.cos, (np.cos(angles) * 1.3).astype(np.float32))
+    assert np.array_equal(rope.sin, (np.sin(angles) * 1.3).astype(np.float32))
+
+
 def test_only_the_rotary_part_of_a_head_is_turned():
     x = np.ones((1, 1, 12), np.float32)
     turned = rotate(x, np.array([9], np.int32), tables(frequencies(1e4, 8), 16))
