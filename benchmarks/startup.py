@@ -24,8 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-IMPORTS = ("typer", "pydantic_settings", "numpy", "structlog", "prometheus_client", "redis", "cupy", "tokenizers",
-           "sentencepiece", "jinja2")  # fmt: skip
+IMPORTS = (
+    *("typer", "asyncio", "pydantic", "pydantic_settings", "worker.config", "numpy", "structlog", "prometheus_client"),
+    *("redis", "cupy", "cuda.bindings.driver", "tokenizers", "sentencepiece", "jinja2"),
+)
 PHASES = {
     "worker.gpu.wake": {"_make_context": "CUDA context"},
     "worker.gguf_file": {"GgufFile.open": "header", "GgufFile.fingerprint": "fingerprint"},
@@ -35,14 +37,20 @@ PHASES = {
         "read_vocabulary": "vocabulary",
         "build_tokenizer": "tokenizer",
     },
+    "worker.adapters.rope": {"scaled_tables": "rotary tables"},
     "worker.gpu.upload": {
         "Upload.__init__": "lanes",
         "Upload.__call__": "weights: begun",
         "Upload._run": "weights: chunks",
         "Upload.close": "weights: waited for",
     },
-    "worker.gpu.compiler": {"Kernels.prepare": "kernels"},
-    "worker.gpu.runner": {"GpuRunner.__init__": "runner, all of it", "GpuRunner._capture": "capture"},
+    "worker.gpu.compiler": {"Kernels._made": "kernels: loaded", "Kernels.prepare": "kernels: waited for"},
+    "worker.gpu.runner": {
+        "GpuRunner.__init__": "runner, all of it",
+        "GpuRunner._prepare": "dry runs, kernels",
+        "GpuRunner._capture": "capture: a step",
+        "GpuRunner._capture_piece": "capture: pieces",
+    },
     "worker.service.service": {"Service._ready": "ready"},
 }
 """Module → function → what it is called in the table."""
@@ -109,7 +117,7 @@ class Timeline:
 def child(began: str, *arguments: str) -> None:
     """`worker ARGUMENTS`, watched; the phases go to stdout at its end."""
     timeline = Timeline(float(began))
-    timeline._add("interpreter", timeline._began, time.monotonic())
+    timeline._add("interpreter, this file", timeline._began, time.monotonic())
     sys.meta_path.insert(0, timeline)
     sys.argv[1:] = arguments
     from worker.cli import main as worker  # noqa: PLC0415

@@ -31,7 +31,7 @@ from worker.text.tokenizer import Tokenizer, build_tokenizer
 from worker.text.vocabulary import Vocabulary, read_vocabulary
 
 Progress = Callable[[int, int], None]
-"""Hears (bytes done, bytes in all) while weights are read."""
+"""Hears (bytes done, bytes in all) while weights are read, a hundred times at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +180,15 @@ def _placement(planned: Plan, vocab: Vocabulary, path: Path) -> Placement:
 
 
 def _counted(planned: Plan, progress: Progress | None) -> Callable[[int], None]:
-    """Adds up the bytes of each piece, for a progress that hears sums."""
+    """Adds up the bytes of each piece, for a progress that hears sums: at each hundredth, for a listener takes time."""
     total = sum(info.nbytes for info in planned.weights)
-    done = 0
+    done = told = 0
 
     def on_bytes(count: int) -> None:
-        nonlocal done
+        nonlocal done, told
         done += count
-        if progress:
+        if progress and 100 * done // total > told:
+            told = 100 * done // total
             progress(done, total)
 
     return on_bytes

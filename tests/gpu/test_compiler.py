@@ -20,6 +20,7 @@ from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
 from worker.gpu.kernel import Kernel, can_launch_early
+from worker.gpu.launch import EarlyProducts
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Bytes a thread, frame, stores and loads together. Decode products are held to 64 registers, so that two blocks share a
@@ -142,7 +143,9 @@ def cached(monkeypatch, kernel_files, tmp_path):
 
     def kernels(arch="sm_90", version=(13, 0)):
         made = Kernels.__new__(Kernels)
-        made.__dict__.update(arch=arch, _nvrtc=FakeNvrtc(version), _threads=2, _cache=tmp_path, _loaded={}, _cupy=None)
+        here = SimpleNamespace(cuda=SimpleNamespace(Device=lambda: SimpleNamespace(use=lambda: None)))
+        made.__dict__.update(arch=arch, _nvrtc=FakeNvrtc(version), _threads=2, _cache=tmp_path, _cupy=here)
+        made.__dict__.update(_loaded={}, _coming={}, _digests={}, _pool=None)
         return made
 
     return kernels, compiled
@@ -157,6 +160,30 @@ def test_a_kernel_is_compiled_once_a_machine_and_loaded_once_a_process(cached):
     assert first.get("k.cu", "k<2>") is first.get("k.cu", "k<2>")
     assert kernels().get("k.cu", "k<1>") == (b"code", "mangled k<1>")
     assert len(compiled) == 2
+
+
+def test_a_kernel_that_was_begun_is_what_a_preparation_waits_for(cached):
+    kernels, compiled = cached
+    first = kernels()
+    for _ in range(2):
+        first.begin(("k.cu", "k<1>"))
+    first.prepare([("k.cu", "k<2>")])
+    assert sorted(compiled) == [("k.cu", "k<1>"), ("k.cu", "k<2>")]
+    first.begin(("k.cu", "k<1>"))
+    assert first.get("k.cu", "k<1>") == (b"code", "mangled k<1>")
+    assert len(compiled) == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernels")]
+
+
+def test_a_kernel_that_does_not_compile_is_the_preparation_s_error_and_leaves_no_thread(cached, monkeypatch):
+    def refuses(_, name, arch):
+        raise Internal("no")
+
+    monkeypatch.setattr("worker.gpu.compiler.compile_kernel", refuses)
+    made = cached[0]()
+    with pytest.raises(Internal, match="no"):
+        made.prepare([("k.cu", "k<1>"), ("k.cu", "k<2>")])
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernels")]
 
 
 def test_a_changed_header_compiler_or_card_compiles_again(cached, kernel_files):
@@ -227,3 +254,15 @@ def test_without_the_bindings_launches_are_ordinary_and_somebody_hears_of_it(mon
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with pytest.warns(UserWarning, match="cuda-bindings is not installed"):
         assert not can_launch_early("sm_90")
+
+
+def test_of_a_long_piece_products_alone_launch_early():
+    launched = []
+
+    def kernel(file):
+        return lambda *shapes, **options: launched.append((file, options.get("early", False)))
+
+    kernels = EarlyProducts(SimpleNamespace(get=lambda file, _: kernel(file)))
+    for file in ("halve.cu", "matmul.cu"):
+        kernels.get(file, "name")((1,), (32,), (), shared_mem=16, early=True)
+    assert launched == [("halve.cu", False), ("matmul.cu", True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import secrets
 import signal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.console import progress_bar
+from worker.cli.console import model_path, progress_bar
 from worker.cli.remote import connect
 from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid
@@ -107,6 +108,7 @@ def run(
         raise ConfigInvalid("model.path: no model is named; give --model FILE or NAME, or --echo to try without one")
     if not echo and settings.engine.backend != "cpu":
         wake_device()
+    gc.disable()  # until it is loaded: what is imported and read stays, and looking through it for cycles takes time
     code, ended = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
     sys.stderr.flush()
     if not ended:  # the engine hangs in its device, and so would an orderly exit
@@ -174,22 +176,30 @@ async def _reason(streams: RedisStreams) -> str:
 
 def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
     def load(progress: Progress) -> Served:
-        if echo:
-            from worker.echo_model import load_echo  # noqa: PLC0415  # as above
-
-            context = settings.model.context or _ECHO_CONTEXT
-            chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
-            return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
-        from worker import hub  # noqa: PLC0415
-        from worker.served import load_served  # noqa: PLC0415
-
-        path = hub.resolve(settings.model.path, settings.hub.cache)
-        with progress_bar("loading") as bar:
-
-            def both(done: int, total: int) -> None:
-                bar(done, total)
-                progress(done, total)
-
-            return load_served(path, settings.model, settings.engine, both)
+        try:
+            return _load_echo(settings, step_s, progress) if echo else _load_model(settings, progress)
+        finally:
+            gc.enable()
 
     return load
+
+
+def _load_echo(settings: Settings, step_s: float, progress: Progress) -> Served:
+    from worker.echo_model import load_echo  # noqa: PLC0415  # as above
+
+    context = settings.model.context or _ECHO_CONTEXT
+    chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
+    return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
+
+
+def _load_model(settings: Settings, progress: Progress) -> Served:
+    from worker.served import load_served  # noqa: PLC0415  # as above
+
+    path = model_path(settings.model.path, settings.hub.cache)
+    with progress_bar("loading") as bar:
+
+        def both(done: int, total: int) -> None:
+            bar(done, total)
+            progress(done, total)
+
+        return load_served(path, settings.model, settings.engine, both)

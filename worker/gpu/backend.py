@@ -17,7 +17,7 @@ from worker.gpu.kv_cache import ELEMENT_BYTES
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.runner import GpuRunner, GpuSettings
-from worker.gpu.upload import Upload
+from worker.gpu.upload import Upload, repack_kernels
 from worker.model import Hparams
 
 _MARGIN = 256 << 20
@@ -74,9 +74,12 @@ class GpuBackend:
 
     def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> GpuRunner:
         """See `Backend.load`: weights travel to one slab while `bind` and the runner's beginnings go on."""
+        for kernel in repack_kernels(placement.weights):
+            self._kernels.begin(kernel)
         weights = sum(weight_bytes(info) for info in placement.weights)
         pool = Pool(self._memory, weights, Purpose.WEIGHTS)
-        upload = Upload(file, self._kernels, self._memory, pool, on_bytes)
+        expected = sum(info.nbytes for info in placement.weights)
+        upload = Upload(file, self._kernels, self._memory, pool, on_bytes, expected=expected)
         try:
             return GpuRunner(
                 bind(upload),

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -61,7 +61,7 @@ def _lines(file: str, seen: set[str]) -> Iterable[str]:
     text = (resources.files("worker.gpu") / "kernels" / file).read_text("utf-8")
     yield f'#line 1 "{file}"'
     for number, line in enumerate(text.splitlines(), 1):
-        include = _INCLUDE.match(line)
+        include = _INCLUDE.match(line) if line.startswith("#") else None
         if include is None:
             yield "" if line.startswith("#pragma once") else line
             continue
@@ -106,15 +106,34 @@ class Kernels:
         self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
         self._early = can_launch_early(self.arch)
         self._loaded: dict[KernelName, Any] = {}
+        self._coming: dict[KernelName, Future[Any]] = {}
+        self._digests: dict[str, str] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def begin(self, name: KernelName) -> None:
+        """Compile and load a kernel on a thread, for `prepare` or `get` to wait for: all of a model's side by side."""
+        if name in self._loaded or name in self._coming:
+            return
+        file = name[0]
+        if file not in self._digests:
+            self._digests[file] = hashlib.sha256(inlined(file).encode()).hexdigest()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "kernels", self._cupy.cuda.Device().use)
+        self._coming[name] = self._pool.submit(self._made, name, self._digests[file])
 
     def prepare(self, names: Iterable[KernelName]) -> None:
-        """Compile, in parallel, and load all of `names`: what a model needs, before it is ready."""
-        missing = [name for name in dict.fromkeys(names) if name not in self._loaded]
-        texts = {file: inlined(file) for file in {file for file, _ in missing}}
-        with ThreadPoolExecutor(self._threads) as threads:
-            entries = threads.map(lambda name: self._entry(name, texts[name[0]]), missing)
-            for name, entry in zip(missing, entries, strict=True):
-                self._loaded[name] = self._load(*entry)
+        """Compile, in parallel, and load all of `names` and what has begun: what a model needs, before it is ready."""
+        try:
+            for name in names:
+                self.begin(name)
+            for name, made in self._coming.items():
+                self._loaded[name] = made.result()
+        finally:
+            self._coming.clear()
+            self._digests.clear()  # a file that is edited meanwhile counts for the next kernel of it
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
 
     def get(self, file: str, expression: str) -> Any:
         """The kernel, ready to launch; compiled now if nobody prepared it."""
@@ -123,10 +142,13 @@ class Kernels:
             self.prepare([name])
         return self._loaded[name]
 
-    def _entry(self, name: KernelName, text: str) -> tuple[Path, str]:
+    def _made(self, name: KernelName, digest: str) -> Any:
+        return self._load(*self._entry(name, digest))
+
+    def _entry(self, name: KernelName, digest: str) -> tuple[Path, str]:
         """The cubin on disk and the kernel's symbol in it; written now unless the same text was compiled before."""
         version = "{}.{}".format(*self._nvrtc.getVersion())
-        key = json.dumps([text, name[1], OPTIONS, self.arch, version])
+        key = json.dumps([digest, name[1], OPTIONS, self.arch, version])
         image = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
         symbol = image.with_suffix(".symbol")
         if not (image.exists() and symbol.exists()):

@@ -17,7 +17,7 @@ _MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMOR
 def captured(work: Callable[[], None], stream: Any) -> Any:
     """The graph of everything that `work` launches on `stream`; nothing runs. Launch it with `graph.launch(stream)`.
 
-    `work` must have run once before: loading a kernel for the first time is no work that can be captured.
+    What `work` needs must be there, its kernels loaded, its scratch allocated: a dry run has seen to that.
     """
     stream.begin_capture()
     try:

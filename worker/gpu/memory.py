@@ -57,19 +57,17 @@ class Slab:
     def __init__(self, cupy: ModuleType, memory: Any, nbytes: int) -> None:
         self._cupy = cupy
         self._memory = memory
+        self._device = cupy.cuda.Device().id
         self.nbytes = nbytes
-
-    @property
-    def address(self) -> int:
+        self.address = int(memory.ptr)
         """Its first byte on the device."""
-        return int(self._memory.ptr)
 
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0, owner: Any = None) -> DeviceArray:
         """An array over the slab's bytes from `offset` on; `owner` lives as long as any view of it does."""
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         cuda = self._cupy.cuda
-        piece = cuda.UnownedMemory(self.address + offset, size, owner or self._memory, cuda.Device().id)
+        piece = cuda.UnownedMemory(self.address + offset, size, owner or self._memory, self._device)
         return self._cupy.ndarray(shape, dtype, memptr=cuda.MemoryPointer(piece, 0))
 
 

@@ -18,7 +18,7 @@ from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.graphs import captured, device_errors
 from worker.gpu.kv_cache import KvCache
-from worker.gpu.launch import Allocator, Launcher, dry_run
+from worker.gpu.launch import Allocator, EarlyProducts, Launcher, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.prompt import PromptState
@@ -46,6 +46,7 @@ class GpuSettings:
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _SHORT_PIECES = (32, 128, 512)
 """Tokens of the graphs that short prompts take, beside the longest piece's: blocks of absent tokens cost some time."""
+_ALL_EARLY = 128  # tokens of a piece: of a longer one products alone begin early
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,9 @@ class GpuRunner:
             )
             self._results = PinnedRing(self._sampler.drawn.nbytes)
             self._pools = self._prepare(memory)
-            wait_for_weights()
             self._step = self._capture()
             self._pieces = {tokens: self._capture_piece(tokens) for tokens in self._piece_sizes()}
+            wait_for_weights()  # only here: a capture reads none
             self._stream.synchronize()
         self._ahead: _Ahead | None = None
 
@@ -249,13 +250,12 @@ class GpuRunner:
             logits = self._model.forward(self._decode_ops(kernels, pool), self._largest_step())
             self._sampler.launch(kernels, logits, self._state)
 
-        needs = {Phase.PREFILL: dry_run(prefill), Phase.DECODE: dry_run(decode)}
+        begin = self._kernels.begin  # they load beside the dry runs
+        needs = {Phase.PREFILL: dry_run(prefill, begin), Phase.DECODE: dry_run(decode, begin)}
         self._kernels.prepare(name for need in needs.values() for name in need.kernels)
         # First fit may pack the arrays of fewer sequences a little worse than those of the most.
-        return {
-            phase: Pool(memory, need.pool_bytes + need.pool_bytes // 8, Purpose.ACTIVATIONS)
-            for phase, need in needs.items()
-        }
+        sizes = {phase: need.pool_bytes + need.pool_bytes // 8 for phase, need in needs.items()}
+        return {phase: Pool(memory, size, Purpose.ACTIVATIONS) for phase, size in sizes.items()}
 
     def _capture(self) -> Any:
         """The decode step of one sequence, sampler included, as a graph over the step state."""
@@ -265,7 +265,6 @@ class GpuRunner:
         def step() -> None:
             self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
 
-        step()  # loads the kernels and allocates what the first layer to need it allocates
         return captured(step, self._stream)
 
     def _piece_sizes(self) -> list[int]:
@@ -275,9 +274,10 @@ class GpuRunner:
 
     def _capture_piece(self, tokens: int) -> Any:
         """A piece of at most `tokens` tokens as a graph over the prompt's state."""
+        kernels = self._kernels if tokens <= _ALL_EARLY else EarlyProducts(self._kernels)
 
         def piece() -> None:
-            logits = self._prefill_forward(self._kernels, self._pools[Phase.PREFILL], tokens)
+            logits = self._prefill_forward(kernels, self._pools[Phase.PREFILL], tokens)
             copy = self._cupy.cuda.runtime.memcpyAsync
             copy(self._logits.data.ptr, logits.data.ptr, logits.nbytes, _ON_DEVICE, self._stream.ptr)
 

@@ -1,0 +1,39 @@
+"""A dry run knows a forward's kernels and the bytes that its activations need, without a device or their memory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worker.gpu.launch import dry_run
+
+MIB = 1 << 20
+
+
+def test_each_kernel_is_heard_of_once_and_in_the_order_of_its_first_use():
+    heard = []
+
+    def forward(kernels, pool):
+        for name in ("b", "a", "b"):
+            kernels.get("k.cu", name)((1,), (32,), (), shared_mem=0, early=True)
+
+    assert dry_run(forward, heard.append).kernels == (("k.cu", "b"), ("k.cu", "a")) == tuple(heard)
+
+
+def test_a_view_keeps_its_array_s_place_and_the_last_one_gives_it_back():
+    def forward(kernels, pool):
+        views = [view(pool.empty((1024, 1024), np.uint8)) for view in (lambda a: a[3:], lambda a: a.reshape(-1, 64))]
+        first = pool.empty(MIB, np.uint8)
+        assert first.shape == (MIB,)
+        views.pop(0)
+        pool.empty((MIB,), np.uint8)  # where the first view's array was
+
+    assert dry_run(forward).pool_bytes == 3 * MIB
+
+
+def test_arrays_have_sizes_and_no_memory():
+    def forward(kernels, pool):
+        array = pool.empty((1 << 20, 1 << 20), np.float32)
+        assert array.nbytes == 1 << 42
+        assert array.reshape(1 << 10, -1)[5:].shape == ((1 << 10) - 5, 1 << 30)
+
+    assert dry_run(forward).pool_bytes == 1 << 42
