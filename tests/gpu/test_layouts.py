@@ -11,7 +11,7 @@ from tests.gpu.weights import random_bytes, upload
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import TensorInfo
 from worker.gpu.layouts import is_vector, plane_bytes, weight_bytes
-from worker.gpu.memory import Purpose
+from worker.gpu.memory import ALIGNMENT, Purpose
 from worker.quants import BF16, F16, F32, MXFP4, QUANT_TYPES
 
 EACH_TYPE = pytest.mark.parametrize("kind", QUANT_TYPES, ids=lambda kind: kind.name)
@@ -91,7 +91,7 @@ def test_a_tensor_of_many_chunks_arrives_whole_and_is_heard_of(kernels, memory, 
 
     blocks = comparable(kind, random_bytes(kind, 61, 768))
     in_one = dequantized(kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks)).get()
-    monkeypatch.setattr("worker.gpu.upload.CHUNK", 5000)
+    monkeypatch.setattr("worker.gpu.upload.CHUNK", 20 * ALIGNMENT)
     heard = []
     in_many = dequantized(kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks, heard=heard.append))
     assert in_many.get().tobytes() == in_one.tobytes()

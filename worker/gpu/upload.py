@@ -29,7 +29,7 @@ from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, Slab, aligned
 from worker.ops import QTensor
 from worker.quants import QUANT_TYPES, Bytes, Floats, QuantType, dequantize
 
-CHUNK = 8 << 20
+CHUNK = 8 << 20  # a multiple of ALIGNMENT, as its pieces begin at some
 LANES = 6  # more read no faster: H100 host, 16 cores, 25 GB/s of the 29 that its page cache gives to readers alone
 _THREADS = 256
 _SUPER = 256
