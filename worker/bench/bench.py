@@ -149,7 +149,12 @@ class Bench:
         options = ["--context", str(model.context)] if model.context else []
         options += ["--backend", self._settings.engine.backend]
         jobs = server.Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
-        first, answers = server.measure(self._path, url, options, jobs, self._prompts.next)
+        gc.collect()
+        gc.freeze()  # this process is the reader: no collection walks through all that it has measured meanwhile
+        try:
+            first, answers = server.measure(self._path, url, options, jobs, self._prompts.next)
+        finally:
+            gc.unfreeze()
         self._add("first_token", self._bandwidth.first_tokens("server", first, self._first_bytes))
         self._add("answer", self._bandwidth.speed("server", [a_token for _, a_token in answers], self._answer_bytes))
 

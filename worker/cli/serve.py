@@ -179,6 +179,7 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
         try:
             return _load_echo(settings, step_s, progress) if echo else _load_model(settings, progress)
         finally:
+            gc.freeze()  # nor later, when a job waits: what a load made stays, and leaves no garbage
             gc.enable()
 
     return load

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -128,7 +127,6 @@ class Service:
             for task in speaking:
                 task.cancel()
             self._engine.stop()
-            gc.unfreeze()  # the process may go on without this worker
             await http.close()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
@@ -212,7 +210,6 @@ class Service:
         self._meters.model_load.set(load_s)
         self._reporter.introduce(served, load_s)
         self._reporter.memory_moved()
-        gc.freeze()  # what a load made stays, and leaves no garbage: no collection has to walk through it again
         self._health.enter("ready")
         self._log.info("worker_ready", load_s=round(load_s, 3), context=served.engine.context)
 
