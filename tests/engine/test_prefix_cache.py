@@ -285,3 +285,14 @@ def test_digests_tell_prompts_apart_by_all_before_a_block_and_cover_whole_blocks
     assert block_digests(range(48))[:2] == block_digests(range(47))
     one, other = block_digests([1] * 32), block_digests([2] * 16 + [1] * 16)
     assert len({*one, *other}) == 4
+
+
+def test_a_reserved_prompt_is_hashed_once_and_another_one_under_its_name_by_itself(monkeypatch):
+    hashed = []
+    monkeypatch.setattr("worker.engine.engine.block_digests", lambda ids: hashed.append(len(ids)) or block_digests(ids))
+    _, engine = ledger()
+    for prompt in (range(64), range(1, 65)):
+        engine.reserve("a", list(range(64)))
+        run(engine, sequence(prompt))
+    assert hashed == [64, 64, 64]  # two reservations, and the sequence that asks for something else
+    assert engine.reserve("b", list(range(1, 65))) == 48

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from worker.engine.batches import decode_batch, prefill_batch
 from worker.engine.kv_blocks import KvBlocks, blocks_for
@@ -44,6 +47,14 @@ class Token:
     finish: FinishReason | None
 
 
+class _Reserved(NamedTuple):
+    """What is kept of a prompt for a sequence that is to come."""
+
+    prompt: list[int]
+    digests: list[bytes]
+    table: Ints
+
+
 class Engine:
     """`add`, `abort`, `step`: sequences wait in order, those that run advance together."""
 
@@ -55,7 +66,7 @@ class Engine:
         self._blocks = blocks or KvBlocks(runner.kv_blocks)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._reserved: dict[str, Ints] = {}
+        self._reserved: dict[str, _Reserved] = {}
 
     @property
     def context(self) -> int:
@@ -86,10 +97,14 @@ class Engine:
             raise InvalidRequest.of(
                 ("max_tokens", f"must be 1 to {room}, what the context leaves", sequence.max_tokens)
             )
-        ids = (*sequence.prompt, *sequence.replay)
-        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
+        ids = np.array(sequence.prompt + sequence.replay)
+        if ids.min() < 0 or ids.max() >= self._runner.vocab_size:
             raise InvalidRequest.of(("prompt_tokens", f"ids must be 0 to {self._runner.vocab_size - 1}", None))
-        sequence.digests = self._digests(sequence.prompt)
+        reserved = self._reserved.get(sequence.id)
+        if reserved is not None and reserved.prompt == sequence.prompt:
+            sequence.digests = reserved.digests
+        else:
+            sequence.digests = self._digests(ids[: len(sequence.prompt)])
         self._waiting.append(sequence)
 
     def reserve(self, sequence_id: str, prompt: list[int]) -> int:
@@ -99,10 +114,11 @@ class Engine:
         the reservation given up.
         """
         self._unreserve(sequence_id)
-        prefix = self._find(prompt, self._digests(prompt))
+        digests = self._digests(prompt)
+        prefix = self._find(prompt, digests)
         table = self._blocks.take(len(prefix), prefix)
         assert table is not None, "nothing but what was found is taken"
-        self._reserved[sequence_id] = table
+        self._reserved[sequence_id] = _Reserved(prompt, digests, table)
         return len(prefix) * KV_BLOCK
 
     def abort(self, sequence_id: str) -> None:
@@ -135,7 +151,7 @@ class Engine:
             first = self._waiting[0]
             prefix = self._find(first.prompt, first.digests)
             if first.id in self._reserved:  # no more than was promised, though others may have cached more since
-                prefix = prefix[: len(self._reserved[first.id])]
+                prefix = prefix[: len(self._reserved[first.id].table)]
             table = self._blocks.take(blocks_for(len(first.prompt) + first.max_tokens), prefix)
             if table is not None:
                 self._unreserve(first.id)
@@ -182,7 +198,7 @@ class Engine:
             self._blocks.give_back(sequence.block_table)
             sequence.block_table = None
 
-    def _digests(self, prompt: list[int]) -> list[bytes]:
+    def _digests(self, prompt: list[int] | Ints) -> list[bytes]:
         return block_digests(prompt) if self.settings.prefix_cache else []
 
     def _find(self, prompt: list[int], digests: list[bytes]) -> list[int]:
@@ -191,6 +207,6 @@ class Engine:
 
     def _unreserve(self, *sequence_ids: str) -> None:
         for each in sequence_ids:
-            table = self._reserved.pop(each, None)
-            if table is not None:
-                self._blocks.give_back(table)
+            reserved = self._reserved.pop(each, None)
+            if reserved is not None:
+                self._blocks.give_back(reserved.table)

@@ -26,13 +26,13 @@ class KvBlocks:
         self.count = count
         self._free: list[int] = list(reversed(range(count) if order is None else order.tolist()))
         self._cached: dict[int, None] = {}  # least recently read first
-        self._readers: dict[int, int] = {}
+        self._readers = np.zeros(count, np.int32)
         self._index = PrefixIndex()
 
     @property
     def states(self) -> dict[str, int]:
         """How many blocks are used, cached and free: `count` in all."""
-        return {"used": len(self._readers), "cached": len(self._cached), "free": len(self._free)}
+        return {"used": int(np.count_nonzero(self._readers)), "cached": len(self._cached), "free": len(self._free)}
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks that hold the longest known beginning of a prompt, given its `block_digests`."""
@@ -43,24 +43,19 @@ class KvBlocks:
 
         The blocks of `prefix` get one more reader, the others are nobody else's. None where too few are left.
         """
-        fresh = count - len(prefix)
-        idle = len(self._free) + len(self._cached) - sum(block in self._cached for block in prefix)
-        if fresh > idle:
+        fresh, cached = count - len(prefix), [block for block in prefix if block in self._cached]
+        if fresh > len(self._free) + len(self._cached) - len(cached):
             return None
-        for block in prefix:
-            self._cached.pop(block, None)
-        table = [*prefix, *(self._fresh() for _ in range(fresh))]
-        for block in table:
-            self._readers[block] = self._readers.get(block, 0) + 1
-        return np.array(table, np.int32)
+        for block in cached:
+            del self._cached[block]
+        table = np.array([*prefix, *(self._fresh() for _ in range(fresh))], np.int32)
+        self._readers[table] += 1  # no block is twice in a table
+        return table
 
     def give_back(self, table: Ints) -> None:
         """One reader less of a table's blocks. Of those that end up cached its last becomes the first to go."""
-        for block in reversed(table.tolist()):
-            self._readers[block] -= 1
-            if self._readers[block]:
-                continue
-            del self._readers[block]
+        self._readers[table] -= 1
+        for block in reversed(table[self._readers[table] == 0].tolist()):
             if block in self._index:
                 self._cached[block] = None
             else:

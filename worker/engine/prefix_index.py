@@ -1,4 +1,4 @@
-"""What the KV blocks that prefill wrote hold: a digest of a block's tokens and of all before them names its content.
+"""What the KV blocks that prefill wrote hold: a digest of a block's tokens and all before them names its content.
 
 Equal digests mean equal K and V, bit for bit: prefill computes a token the same way whatever shares the call. It knows
 no device and counts no readers; that is `kv_blocks.py`'s.
@@ -11,20 +11,19 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from worker.ops import KV_BLOCK
+from worker.ops import KV_BLOCK, Ints
 
 
-def block_digests(prompt: Sequence[int]) -> list[bytes]:
-    """One for each whole block of a prompt: SHA-256 of the digest before it and of its own ids, u32 little-endian.
+def block_digests(prompt: Sequence[int] | Ints) -> list[bytes]:
+    """One for each whole block of a prompt: SHA-256 of all ids up to its end, u32 little-endian.
 
     Prompts that differ anywhere before a block's end have other digests there, as sure as SHA-256 has no collision.
     """
-    ids = memoryview(np.asarray(prompt, "<u4").tobytes())
-    size, digest = 4 * KV_BLOCK, b""
-    digests = []
+    ids, so_far = memoryview(np.asarray(prompt, "<u4").tobytes()), hashlib.sha256()
+    size, digests = 4 * KV_BLOCK, []
     for start in range(0, len(ids) - size + 1, size):
-        digest = hashlib.sha256(digest + ids[start : start + size]).digest()
-        digests.append(digest)
+        so_far.update(ids[start : start + size])
+        digests.append(so_far.digest())
     return digests
 
 
