@@ -28,13 +28,11 @@ def wake_for(flags: Mapping[str, Any]) -> None:
             wake_device()
 
 
-def model_path(model: str, cache: Path | None = None) -> Path:
+def model_path(model: str) -> Path:
     """The file of a path or of a pulled name. Raises ModelLoadFailed telling how to get it."""
-    if model.endswith(".gguf") and not model.startswith("hf:"):
-        return Path(model)
     from worker import hub  # noqa: PLC0415  # what a command doesn't need, it doesn't wait for
 
-    return hub.resolve(model, cache or load_settings().hub.cache)
+    return hub.resolve(model, load_settings().hub.cache)
 
 
 def print_json(value: Any) -> None:

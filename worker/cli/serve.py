@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from worker.cli.console import model_path, progress_bar
+from worker.cli.console import progress_bar
 from worker.cli.remote import connect
 from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid
@@ -194,9 +194,10 @@ def _load_echo(settings: Settings, step_s: float, progress: Progress) -> Served:
 
 
 def _load_model(settings: Settings, progress: Progress) -> Served:
-    from worker.served import load_served  # noqa: PLC0415  # as above
+    from worker import hub  # noqa: PLC0415
+    from worker.served import load_served  # noqa: PLC0415
 
-    path = model_path(settings.model.path, settings.hub.cache)
+    path = hub.resolve(settings.model.path, settings.hub.cache)
     with progress_bar("loading") as bar:
 
         def both(done: int, total: int) -> None:

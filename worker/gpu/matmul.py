@@ -46,10 +46,11 @@ class _Tile(NamedTuple):
 # Measured on an H100 over these models' shapes: the larger the tile, the less is read again; the fewer the rows, the
 # more groups, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least.
 _GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(2, 1, 32))
-_MOST, _MOST_ROWS = _GATED[1:], 8192
-_MANY, _MANY_ROWS = (_Tile(4, 2, 64), _Tile(2, 2, 32)), 4096
-_FEW, _FEW_ROWS = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(1, 4, 32)), 1536
+_MOST = _GATED[1:]
+_MANY = (_Tile(4, 2, 64), _Tile(2, 2, 32))
+_FEW = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(1, 4, 32))
 _LEAST = (_Tile(4, 2, 64, turns=4), _Tile(4, 2, 32, turns=4), _Tile(1, 8, 32))
+_FROM_ROWS = ((8192, _MOST), (4096, _MANY), (1536, _FEW), (0, _LEAST))
 _EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
 _FEW_SLOTS = 24  # of an expert, on average
 _AT_ONCE = 3  # projections of one x in one launch
@@ -226,8 +227,7 @@ def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
     """The tiles of matrices of these rows that share a launch, the largest first."""
     if gated:
         return _GATED
-    least = ((_MOST_ROWS, _MOST), (_MANY_ROWS, _MANY), (_FEW_ROWS, _FEW))
-    return next((tiles for rows_in_all, tiles in least if sum(rows) >= rows_in_all), _LEAST)
+    return next(tiles for least, tiles in _FROM_ROWS if sum(rows) >= least)
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
