@@ -27,7 +27,7 @@ PART_S, ALL_S = 8 * 60, 25 * 60
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": ()}
 _FOUND = 9  # what compute-sanitizer ends with where it found something
 
-OPS = ("attention", "halved", "routing", "sampler", "products", "layouts", "memory")
+OPS = ("attention", "halved", "routing", "sampler", "matvec", "matmul", "experts", "layouts", "memory")
 PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism", "prefix_cache"),

@@ -1,4 +1,4 @@
-"""Runs tests of the GPU emulated: python -m pytest -p tests.gpu.emulator.plugin tests/gpu/test_products.py -k decode
+"""Runs tests of the GPU emulated: python -m pytest -p tests.gpu.emulator.plugin tests/gpu/test_matvec.py
 
 It puts a `cupy` of the host's into Python before any test is collected, and the compiled kernels into pytest's cache.
 `--fibers backwards` lets threads and blocks take turns in another order: a test that then fails has found a race.

@@ -1,0 +1,159 @@
+"""Prefill's products of every type, against f64 on the same weights: poisoned results, fenced arrays, odd
+sizes. Bounds: `products.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import itemgetter
+
+import numpy as np
+import pytest
+
+from tests.gpu.activations import activations, halved, rows_of
+from tests.gpu.guarded import GuardedPool
+from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, seen
+from tests.gpu.weights import Projection, error
+from worker.cpu.plain import gated
+from worker.cpu.quantized import in_f16
+from worker.ops import SWIGLU
+from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES
+
+
+def always(monkeypatch, choose):
+    """Matrices take the tile that `choose` takes of their tiles, however many blocks that makes."""
+    from worker.gpu import matmul
+
+    monkeypatch.setattr(matmul, "_tile", lambda rows, tokens, *, gated: choose(matmul._tiles(rows, gated=gated)))
+
+
+@pytest.fixture(params=[0, -1], ids=["largest", "smallest"])
+def tiles(request, monkeypatch):
+    """Small matrices take large tiles too."""
+    always(monkeypatch, itemgetter(request.param))
+
+
+@EACH_TYPE
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"),
+    [(1, 256, 1), (37, 256, 17), (130, 2816, 129), (1600, 1536, 70), (4130, 256, 40), (8200, 256, 40)],
+)
+def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matmul import matmul
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = rows_of(tokens, cols)
+    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    pool.check()
+    assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
+    assert error(y.get(), projection.exact(x)) < WHOLE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANT_TYPES if kind.block_size <= 32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("cols", [32, 96, 160])
+def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
+    from worker.gpu.matmul import matmul
+    from worker.gpu.matvec import matvec
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (70, cols))
+    x = rows_of(20, cols)
+    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    (z,) = matvec(kernels, pool, activations(pool, x), None, [projection.linear])
+    pool.check()
+    assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
+    assert error(z.get(), projection.exact(seen(x, kind))) < DECODE_OWN
+
+
+@pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])  # of each kind
+def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
+    from worker.gpu.matmul import matmul
+
+    projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
+    pool, x = GuardedPool(), rows_of(300, 512)
+    residual = np.random.default_rng(1).normal(size=(300, rows)).astype(np.float32)
+    whole = matmul(kernels, pool, halved(pool, x), projection.linear, pool.put(residual)).get()
+    assert error(whole, projection.exact(in_f16(x)) + residual) < PREFILL_OWN
+    for step in (16, 64, 77, 1):
+        for at in range(0, 300, step) if step > 1 else (0, 127, 128, 299):
+            part = slice(at, at + step)
+            y = matmul(kernels, pool, halved(pool, x[part]), projection.linear, pool.put(residual[part]))
+            assert y.get().tobytes() == whole[part].tobytes()
+
+
+@EACH_TYPE
+def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
+    from worker.gpu import matmul
+
+    pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
+    sizes = enumerate((200, 1600, 4100, 8200, 75, 75))
+    least, few, many, most, *both = (
+        Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes
+    )
+    products = {
+        matmul._LEAST: lambda: matmul.matmul(kernels, pool, x, least),
+        matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
+        matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
+        matmul._MOST: lambda: matmul.matmul(kernels, pool, x, most),
+        matmul._GATED: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
+    }
+    for tiles, product in products.items():
+        found = set()
+        for i in range(len(tiles)):
+            always(monkeypatch, itemgetter(i))
+            found.add(product().get().tobytes())
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])
+def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
+    from worker.gpu.matmul import matmul
+
+    projection = Projection(kernels, memory, kind, (rows, 512))
+    pool, x = GuardedPool(), rows_of(200, 512)
+    whole = matmul(kernels, pool, halved(pool, x), projection.linear).get()
+    for count in (1, 63, 64, 130):
+        real = replace(halved(pool, x), count=pool.put(np.array([count], np.int32)))
+        y = matmul(kernels, pool, real, projection.linear).get()
+        assert y[:count].tobytes() == whole[:count].tobytes()
+        assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
+
+
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
+def test_prefill_projections_of_one_input(kernels, memory, kinds):
+    from worker.gpu.matmul import projections
+
+    shapes = [(67, 512), (9, 512), (130, 512), (64, 512)]
+    parts = [
+        Projection(kernels, memory, kind, shape, f"w{i}", bias=i == 1)
+        for i, (kind, shape) in enumerate(zip(kinds, shapes, strict=False))
+    ]
+    pool, x = GuardedPool(), rows_of(70, 512)
+    results = projections(kernels, pool, halved(pool, x), [part.linear for part in parts])
+    pool.check()
+    for part, y in zip(parts, results, strict=True):
+        assert error(y.get(), part.exact(in_f16(x))) < PREFILL_OWN
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
+def test_prefill_glu(kernels, memory, activation, kind):
+    from worker.gpu.matmul import glu
+
+    cols = 512 if kind.block_size > 32 else 320
+    gate, up = (Projection(kernels, memory, kind, (75, cols), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(133, cols) * np.float32(0.3)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, activation)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
+
+
+def test_prefill_glu_of_two_types(kernels, memory):
+    from worker.gpu.matmul import glu
+
+    gate, up = (Projection(kernels, memory, kind, (75, 320), name) for kind, name in ((Q5_0, "gate"), (Q8_0, "up")))
+    pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
+    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, SWIGLU)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), SWIGLU)) < 2 * PREFILL_OWN
