@@ -121,8 +121,8 @@ async def test_what_is_reserved_for_a_job_that_never_runs_is_given_up(fake):
     client, gate, model = fake.client(), Gate(at=20), Model.echo()
     async with serving(fake, model.fresh(Scripted(model.runner, gate.script))) as worker:
         await ask(client, prompt_tokens=PROMPT, max_tokens=5)
-        await client.submit(job_id="first", prompt_tokens=[1, 2], max_tokens=200)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await client.submit(job_id="first", prompt_tokens=[1, 2], max_tokens=200, ignore_eos=True)
+        assert await asyncio.to_thread(gate.reached.wait, 10)
         await client.submit(job_id="cancelled", prompt_tokens=PROMPT)
         assert await client.cancel("cancelled") == "cancelled"
         await client.submit(job_id="hurried", prompt_tokens=PROMPT, deadline_ms=1)
