@@ -102,10 +102,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     sample(const float* raw, const unsigned char* mask, int* counts, const double* bias, int size, int* token,
            int* position, Request* request, Drawn* drawn, double* scores, u64* weights, Board* board) {
     __shared__ SelectScratch shared;
-    wait_for_inputs();
     const Logits row = {raw, mask, counts, bias, size};
     const Slot slot = {token, position, counts, request, drawn};
-    const Request r = *slot.request;
+    const Request r = *slot.request;  // the step's own, which its end moves on
+    wait_for_inputs();
     const int t = threadIdx.x, each = (row.size + gridDim.x - 1) / gridDim.x;
     const int lo = min(row.size, (int)blockIdx.x * each), hi = min(row.size, lo + each);
     if (r.forced >= 0) {
@@ -113,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         return;
     }
     u64* zeros = reinterpret_cast<u64*>(board->histograms);
-    for (int i = blockIdx.x * kThreads + t; i < sizeof(board->histograms) / sizeof(u64); i += gridDim.x * kThreads)
-        zeros[i] = 0;
+    const int bins = r.temperature > 0 || r.logprobs >= 0 ? sizeof(board->histograms) / sizeof(u64) : 0;
+    for (int i = blockIdx.x * kThreads + t; i < bins; i += gridDim.x * kThreads) zeros[i] = 0;
     if (t == 0 && blockIdx.x == 0) board->listed = 0;
     const Best mine = best_in(row, r, scores, lo, hi);
     if (t == 0) board->slices[blockIdx.x].best = mine;

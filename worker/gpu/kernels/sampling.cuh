@@ -66,10 +66,11 @@ __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index
     return c0;
 }
 
-// Operations one by one, as the twin rounds them.
-__device__ __forceinline__ double adjusted(const Logits& row, int id, const Request& r) {
-    if (row.mask[id] & 1 || (row.mask[id] & 2 && r.index < r.min_tokens)) return -(double)kInfinity;
-    const double s = __dadd_rn((double)row.raw[id], r.biased ? row.bias[id] : 0.0);
+// The score of an id with this raw logit and mask. Operations one by one, as the twin rounds them.
+__device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int mask, const Request& r) {
+    if (mask & 1 || (mask & 2 && r.index < r.min_tokens)) return -(double)kInfinity;
+    if (!r.biased && !r.penalized) return raw;
+    const double s = __dadd_rn((double)raw, r.biased ? row.bias[id] : 0.0);
     const int count = r.penalized ? row.counts[id] : 0;
     if (!count) return s;
     const double repeated = s > 0 ? __ddiv_rn(s, r.repetition) : __dmul_rn(s, r.repetition);
@@ -96,13 +97,26 @@ __device__ __forceinline__ Best best_of(Best mine) {
     return all;
 }
 
-// The best of ids [lo, hi), whose scores are stored.
+// The best of ids [lo, hi), whose scores are stored for a draw. kAtOnce ids a thread are on their way together.
 __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
+    constexpr int kAtOnce = 8;
     Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
-    for (int id = lo + threadIdx.x; id < hi; id += kThreads) {
-        const double s = adjusted(row, id, r);
-        scores[id] = s;
-        mine = better(mine, {s, (double)row.raw[id], id, s != s});
+    for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * kThreads) {
+        float raw[kAtOnce];
+        unsigned int mask[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int id = from + i * kThreads;
+            if (id < hi) raw[i] = row.raw[id], mask[i] = row.mask[id];
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int id = from + i * kThreads;
+            if (id >= hi) break;
+            const double s = adjusted(row, id, raw[i], mask[i], r);
+            if (r.temperature > 0) scores[id] = s;
+            mine = better(mine, {s, (double)raw[i], id, s != s});
+        }
     }
     return best_of(mine);
 }
