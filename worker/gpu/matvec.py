@@ -45,12 +45,16 @@ _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of kernels/gated.cuh."""
 
-_TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3"), ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH: what 64 registers hold
-_ANY_TILE = "1, 3"
+_TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH: what 64 registers hold
+_ANY_TILE, _SHORT_TILE = "1, 3", "1, 1"  # the second where a lane has one load a row: less code to fetch
 _MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))  # q, k and v of published files
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
-    *(("matvec.cu", f"matvec<{_ANY_TILE}, {', '.join(kind.name for kind in kinds)}>") for kinds in _MIXED),
+    *(
+        ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
+        for kinds in _MIXED
+        for tile in (_ANY_TILE, _SHORT_TILE)
+    ),
     *(("glu.cu", f"glu<{_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
@@ -75,7 +79,7 @@ def _shares(linears: Sequence[Linear]) -> _Shares:
     each = [min(n, max(1, round(blocks * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
     of_block = sum(rows) / sum(each)
     parts = next(p for p in (1, 2, 4, 8, _WARPS) if of_block * p >= _ENOUGH_WARPS or 32 * p >= units or p == _WARPS)
-    tile = _ANY_TILE
+    tile = _SHORT_TILE if 32 * parts >= units else _ANY_TILE
     alike = len({linear.weight.kind for linear in linears}) == 1
     if alike and units <= 64 and of_block * parts >= 2 * _WARPS:
         tile = "2, 2"
@@ -94,7 +98,7 @@ def matvec(
 ) -> tuple[DeviceArray, ...]:
     """y_j = W_j·norm(x) + b_j for up to three projections of one input: y_j [T, rows_j] f32.
 
-    `residual` [T, rows] is added to the only projection's result; it is not what the launch before this one made.
+    `residual` [T, rows] is added to the only projection's result.
     """
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]

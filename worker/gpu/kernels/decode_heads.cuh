@@ -20,30 +20,11 @@ __device__ __forceinline__ void split_pair(float a, float b, unsigned int& high,
 }
 
 template <int D>
-struct Heads {
-    static constexpr int kSections = D / 32, kTiles = D / 8, kWide = D / 64;  // wide: of 64 values, 16 bytes a lane
+struct KvPiece {  // a KV block's keys and values of one head, in a warp's registers
+    static constexpr int kSections = D / 32, kWide = D / 64;  // wide: of 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
-    static constexpr int kSteps = 2 * kSections;  // of a score's inner product, 16 elements each
-    float sums[kTiles][4], peak, total;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
-
-    // The first element of the four that lane (g, c) holds of head g in step s of a score.
-    __device__ __forceinline__ static int query_element(int s, int lane) { return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4; }
-
-    // Those four as a piece of A: [kSteps][32] of them are the queries, in shared memory, as `attend` takes them.
-    __device__ __forceinline__ static uint4 query(const float4 v) {
-        uint4 a;
-        split_pair(v.x, v.y, a.x, a.y);
-        split_pair(v.z, v.w, a.z, a.w);
-        return a;
-    }
-
-    __device__ __forceinline__ void begin() {
-        peak = -kInfinity, total = 0.f;
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
-    }
 
     __device__ __forceinline__ static int key_row(int t) { return 8 * t + threadIdx.x % 32 / 4; }
     __device__ __forceinline__ static int value_row(int t) { return t / 2 * 8 + 2 * (threadIdx.x % 4) + t % 2; }
@@ -91,8 +72,41 @@ struct Heads {
             if (start + value_row(t) == newest) load_value(t, value);
     }
 
-    // The loaded block's positions, of which at least one is seen.
-    __device__ __forceinline__ void attend(const uint4 (*queries)[32], int start, int oldest, int newest) {
+    // The word that holds the lane's element of tile j in its value row t.
+    __device__ __forceinline__ unsigned int word(int t, int j) const {
+        if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
+        const uint4 v = values[t][j / 8];
+        const int w = j % 8 / 2;
+        return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w;
+    }
+};
+
+template <int D>
+struct Heads {
+    static constexpr int kTiles = D / 8, kWide = KvPiece<D>::kWide;
+    static constexpr bool kNarrow = KvPiece<D>::kNarrow;
+    static constexpr int kSteps = D / 16;  // of a score's inner product, 16 elements each
+    float sums[kTiles][4], peak, total;
+
+    // The first element of the four that lane (g, c) holds of head g in step s of a score.
+    __device__ __forceinline__ static int query_element(int s, int lane) { return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4; }
+
+    // Those four as a piece of A: [kSteps][32] of them are the queries, in shared memory, as `attend` takes them.
+    __device__ __forceinline__ static uint4 query(const float4 v) {
+        uint4 a;
+        split_pair(v.x, v.y, a.x, a.y);
+        split_pair(v.z, v.w, a.z, a.w);
+        return a;
+    }
+
+    __device__ __forceinline__ void begin() {
+        peak = -kInfinity, total = 0.f;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
+    }
+
+    // The positions of a piece, of which at least one is seen.
+    __device__ __forceinline__ void attend(const KvPiece<D>& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
         const int c = threadIdx.x % 4;
         float weights[2][2], scores[2][4] = {}, highest = peak;
 #pragma unroll
@@ -101,7 +115,7 @@ struct Heads {
             const unsigned int a[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                const uint4 k = keys[t][s / 2];
+                const uint4 k = kv.keys[t][s / 2];
                 mma_16x8x16(scores[t], a, s % 2 ? k.z : k.x, s % 2 ? k.w : k.y);
             }
         }
@@ -132,18 +146,10 @@ struct Heads {
             for (int e = 0; e < 4; ++e) sums[j][e] *= scale;
             unsigned int row[4];
 #pragma unroll
-            for (int t = 0; t < 4; ++t) row[t] = word(t, j);
+            for (int t = 0; t < 4; ++t) row[t] = kv.word(t, j);
             const unsigned int half = j % 2 ? 0x7632 : 0x5410;
             mma_16x8x16(sums[j], a, __byte_perm(row[0], row[1], half), __byte_perm(row[2], row[3], half));
         }
-    }
-
-    // The word that holds the lane's element of tile j in its value row t.
-    __device__ __forceinline__ unsigned int word(int t, int j) const {
-        if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
-        const uint4 v = values[t][j / 8];
-        const int w = j % 8 / 2;
-        return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w;
     }
 
     // Leaves the warp's part of `count` heads.
@@ -152,14 +158,21 @@ struct Heads {
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
         if (g >= count) return;
+        const auto four = [&](int e, int j) {
+            return make_float4(sums[j][e] + sums[j][e + 2], sums[j + 1][e] + sums[j + 1][e + 2],
+                               sums[j + 2][e] + sums[j + 2][e + 2], sums[j + 3][e] + sums[j + 3][e + 2]);
+        };
+        float4* const quads = reinterpret_cast<float4*>(part + g * D);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
+        for (int e = 0; e < 2; ++e) {
+            const int of = 2 * c + e;
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int of = 2 * c + e, i = j / 8;
-                const int at = i < kWide ? 64 * i + 8 * of + j % 8 : 64 * i + 4 * of + j % 4;
-                part[g * D + at] = sums[j][e] + sums[j][e + 2];
+            for (int i = 0; i < kWide; ++i) {
+                quads[16 * i + 2 * of] = four(e, 8 * i);
+                quads[16 * i + 2 * of + 1] = four(e, 8 * i + 4);
             }
+            if (kNarrow) quads[16 * kWide + of] = four(e, 8 * kWide);
+        }
         if (c == 0) part[count * D + 2 * g] = peak, part[count * D + 2 * g + 1] = total;
     }
 };

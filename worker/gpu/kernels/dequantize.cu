@@ -11,6 +11,7 @@ template <class Block>
 __global__ void dequantize(const Planes planes, const int* __restrict__ ids, float* __restrict__ out,
                            const int row_units) {
     const int unit = blockIdx.y * blockDim.x + threadIdx.x;
+    let_next_begin();
     wait_for_inputs();
     if (unit >= row_units) return;
     const u32 row = ids ? ids[blockIdx.x] : blockIdx.x;

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto residual_of = [&](int at) { return works(at) && j == 0 ? residual[(size_t)blockIdx.y * rows + at] : 0.f; };
     float next_bias = bias_of(row), next_residual = residual_of(row);
     Activations x;
+    let_next_begin();
     wait_for_inputs();
     stage<kReadsBlocks<W>, !kReadsBlocks<W>>(h, blockIdx.y * k, k, shared, x);
     for (int at = begin, turn = 0; at < end; at += slots, row += slots, turn ^= 1) {

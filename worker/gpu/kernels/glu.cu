@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     };
     if (!experts) begin(0);
     fetch_norm(input);
+    if (!experts) let_next_begin();  // else the next reads the routes at once
     wait_for_inputs();
     if (experts) {
         expert = experts[blockIdx.y];

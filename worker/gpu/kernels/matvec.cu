@@ -4,7 +4,7 @@
 // each a run of its rows: 16 warps, of which `parts` (a power of two, fixed for a matrix by its shape) share ROWS rows and
 // add their sums in order. Grid x over the blocks of the first matrix, then of the second and third, y over tokens.
 // Weights are read once a token, 16 bytes a lane and ROWS·DEPTH such loads in flight, the first of them before the input
-// is there (early.cuh). A, B, C: the matrices' types. The residual is older than the launch before this one.
+// is there (early.cuh). A, B, C: the matrices' types.
 // Twin: `norm_linear` and `linear_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
 #include "early.cuh"
@@ -23,8 +23,7 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = kWarps / parts, slot = warp / parts;
     const int part = warp & (parts - 1), row_units = input.cols / Unit<Block>::kElements;
     const int block = blockIdx.x - m.first_block;
-    const int begin = (int)((long long)m.rows * block / m.blocks);
-    const int end = (int)((long long)m.rows * (block + 1) / m.blocks);
+    const int begin = (u32)m.rows * block / (u32)m.blocks, end = (u32)m.rows * (block + 1) / (u32)m.blocks;
     const float* residual = m.residual ? m.residual + (size_t)blockIdx.y * m.rows : nullptr;
     int row = begin + slot * ROWS;
     Tile<Block, ROWS, DEPTH> tile;
@@ -39,10 +38,11 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
         return sum;
     };
     if (row < end) tile.begin(run_from(row));
-    float next = added(row);
     fetch_norm(input);
     Activations x;
+    let_next_begin();
     wait_for_inputs();
+    float next = added(row);
     const float factor = stage<BLOCKS, PLAIN>(input, blockIdx.y, 1, shared, x);
     for (int at = begin, turn = 0; at < end; at += slots * ROWS, row += slots * ROWS, turn ^= 1) {
         const float more = next;
@@ -58,6 +58,7 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
             if (lane < ROWS) partial[turn][warp][lane] = y;
             __syncthreads();
             if (writes(row))
+#pragma unroll 4
                 for (int i = 1; i < parts; ++i) y += partial[turn][warp + i][lane];
         }
         if (writes(row)) m.out[(size_t)blockIdx.y * m.rows + row + lane] = y * factor + more;
@@ -76,9 +77,11 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (block >= b.first_block) m = b;
         if (block >= c.first_block) m = c;
         product<A, ROWS, DEPTH, kBlocks, kPlain>(m, input, parts, shared);
-    } else if (block < b.first_block) {
-        product<A, ROWS, DEPTH, kBlocks, kPlain>(a, input, parts, shared);
-    } else if (block < c.first_block) {
+    } else if (block < (kSame<A, B> ? c : b).first_block) {
+        Matrix m = a;
+        if (kSame<A, B> && block >= b.first_block) m = b;
+        product<A, ROWS, DEPTH, kBlocks, kPlain>(m, input, parts, shared);
+    } else if (!kSame<A, B> && block < c.first_block) {
         product<B, ROWS, DEPTH, kBlocks, kPlain>(b, input, parts, shared);
     } else {
         product<C, ROWS, DEPTH, kBlocks, kPlain>(c, input, parts, shared);

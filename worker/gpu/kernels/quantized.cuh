@@ -13,25 +13,37 @@ struct Meta {
     short sum[2];
 };
 
-// Stores elements [column, column + 4) of a row. Every lane of the warp calls it, neighbouring lanes with neighbouring
-// columns, the first lane's a multiple of 32; columns from `cols` on are not stored.
-__device__ __forceinline__ void store_quantized(const float4 x, int column, int cols, u8* q, Meta* meta) {
-    const float4 v = column < cols ? x : make_float4(0, 0, 0, 0);
-    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+// Stores elements [column, column + 4·QUADS) of a row, QUADS 1 or 2. Every lane of the warp calls it, neighbouring lanes with
+// neighbouring columns, the first lane's a multiple of 32; columns from `cols` on are not stored.
+template <int QUADS>
+__device__ __forceinline__ void store_quantized(const float4 (&x)[QUADS], int column, int cols, u8* q, Meta* meta) {
+    constexpr int kLanes = 8 / QUADS;  // of a block
+    float amax = 0.f;
 #pragma unroll
-    for (int lane = 1; lane < 8; lane *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
+    for (int i = 0; i < QUADS; ++i)
+        amax = fmaxf(amax, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
+    if (column >= cols) amax = 0.f;
+#pragma unroll
+    for (int lane = 1; lane < kLanes; lane *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
     const bool some = amax >= 1e-30f;
     const float inverse = some ? __fdiv_rn(127.f, amax) : 0.f;
-    const int a = __float2int_rn(__fmul_rn(v.x, inverse)), b = __float2int_rn(__fmul_rn(v.y, inverse));
-    const int c = __float2int_rn(__fmul_rn(v.z, inverse)), d = __float2int_rn(__fmul_rn(v.w, inverse));
-    int sum = a + b + c + d;
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const int upper = __shfl_down_sync(0xffffffffu, sum, 4);
+    u32 packed[QUADS];
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+        const int a = __float2int_rn(__fmul_rn(x[i].x, inverse)), b = __float2int_rn(__fmul_rn(x[i].y, inverse));
+        const int c = __float2int_rn(__fmul_rn(x[i].z, inverse)), d = __float2int_rn(__fmul_rn(x[i].w, inverse));
+        packed[i] = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (u32)d << 24;
+        sum += a + b + c + d;
+    }
+#pragma unroll
+    for (int lane = 1; lane < kLanes / 2; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+    const int upper = __shfl_down_sync(0xffffffffu, sum, kLanes / 2);
     if (column >= cols) return;
     const int block = column / 32, e = column % 32;
-    const u32 packed = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (u32)d << 24;
-    *reinterpret_cast<u32*>(q + (size_t)(e / 16) * (cols / 2) + block * 16 + e % 16) = packed;
+    u8* to = q + (size_t)(e / 16) * (cols / 2) + block * 16 + e % 16;
+    if (QUADS == 2) *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[QUADS - 1]);
+    else *reinterpret_cast<u32*>(to) = packed[0];
     if (e == 0) meta[block] = {some ? __fdiv_rn(amax, 127.f) : 0.f, {(short)sum, (short)upper}};
 }
 

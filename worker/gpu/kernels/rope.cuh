@@ -10,19 +10,25 @@ struct RopeTables {
     int dims;
 };
 
-// Element `e` of the head at `head`, turned to `position`.
+// How one element turns, for who knows the position before the head is there: with the element that it turns against.
+struct Turn {
+    float cos, sin;
+    int partner;
+};
+
+// Of element `e` at `position`.
 template <bool ADJACENT>
-__device__ __forceinline__ float rotated(const float* head, int e, int position, const RopeTables rope) {
-    const float x = head[e];
-    if (e >= rope.dims) return x;
+__device__ __forceinline__ Turn turn_of(int e, int position, const RopeTables rope) {
+    if (e >= rope.dims) return {1.f, 0.f, e};
     const int half = rope.dims / 2;
     const bool first = ADJACENT ? e % 2 == 0 : e < half;
     const int pair = ADJACENT ? e / 2 : (first ? e : e - half);
-    const float partner = head[ADJACENT ? e ^ 1 : (first ? e + half : e - half)];
     const size_t at = (size_t)position * half + pair;
-    const float c = rope.cos[at], s = rope.sin[at];
-    return first ? x * c - partner * s : x * c + partner * s;
+    const float sin = rope.sin[at];
+    return {rope.cos[at], first ? -sin : sin, ADJACENT ? e ^ 1 : (first ? e + half : e - half)};
 }
+
+__device__ __forceinline__ float turned(float x, float partner, const Turn turn) { return x * turn.cos + partner * turn.sin; }
 
 // Two elements of a head that turn together, or neither of which turns: the i-th of D/2 such pairs.
 template <int D, bool ADJACENT>

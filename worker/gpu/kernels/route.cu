@@ -16,6 +16,7 @@ template <int PER_LANE>
 __global__ void __launch_bounds__(128)
     route(int* experts, float* weights, const float* logits, int n_tokens, int n_experts, int k) {
     const int t = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    let_next_begin();
     wait_for_inputs();
     if (t >= n_tokens) return;
     unsigned long long keys[PER_LANE];

@@ -35,6 +35,7 @@ struct Activations {
 // A norm's weights last met the cache a step ago: without this every launch would wait for them.
 __device__ __forceinline__ void fetch_norm(const Rows& rows) {
     if (!rows.norm) return;
+#pragma unroll 1
     for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * blockDim.x)  // a line of 128 bytes a thread
         asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.norm + i));
 }
@@ -56,18 +57,21 @@ __device__ __forceinline__ float stage(const Rows& rows, int first, int count, u
         const float4* x = reinterpret_cast<const float4*>(rows.x + (size_t)first * cols);
         const float4* weight = reinterpret_cast<const float4*>(rows.norm);
         float squares = 0.f;
-#pragma unroll 2
-        for (int base = 32 * warp; base < all / 4; base += kThreads) {  // whole warps, as store_quantized asks
-            const int i = base + lane;
-            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+        for (int base = 64 * warp; base < all / 4; base += 2 * kThreads) {  // whole warps, as store_quantized asks
+            const int i = base + 2 * lane;
+            float4 v[2] = {};
             if (i < all / 4) {
-                v = x[i];
+                v[0] = x[i], v[1] = x[i + 1];
                 if (weight) {
-                    const float4 w = __ldg(weight + i);
-                    squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-                    v = make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) {
+                        const float4 w = __ldg(weight + i + j);
+                        squares += v[j].x * v[j].x + v[j].y * v[j].y + (v[j].z * v[j].z + v[j].w * v[j].w);
+                        v[j] = make_float4(v[j].x * w.x, v[j].y * w.y, v[j].z * w.z, v[j].w * w.w);
+                    }
                 }
-                if (PLAIN) reinterpret_cast<float4*>(plain)[i] = v;
+                if (PLAIN) reinterpret_cast<float4*>(plain)[i] = v[0], reinterpret_cast<float4*>(plain)[i + 1] = v[1];
             }
             if (quantize) store_quantized(v, 4 * i, cols, q, meta);
         }
@@ -76,8 +80,10 @@ __device__ __forceinline__ float stage(const Rows& rows, int first, int count, u
     }
     if (BLOCKS && !quantize) {
         const uint4* codes = reinterpret_cast<const uint4*>(rows.q + (size_t)first * cols);
+#pragma unroll 1
         for (int i = threadIdx.x; i < all / 16; i += kThreads) reinterpret_cast<uint4*>(q)[i] = codes[i];
         const int2* blocks = reinterpret_cast<const int2*>(rows.meta + (size_t)first * (cols / 32));
+#pragma unroll 1
         for (int i = threadIdx.x; i < all / 32; i += kThreads) reinterpret_cast<int2*>(meta)[i] = blocks[i];
     }
     __syncthreads();
