@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.goldens import CASES, golden_model, load_golden, relative_error
+from tests.gpu import served
 from tests.gpu.loaded import gpu_runner, rounding_twin
 from tests.models import GREEDY, decode, engine_of, ids, prefill, run
 from worker.cpu.sampler import Sampler
@@ -119,6 +120,17 @@ def test_a_graph_that_runs_ahead_draws_what_single_steps_draw(name, load):
         batch = decode(generated[-1], len(PROMPT) + index, table)
     engine = engine_of(load(name))
     assert ids(run(engine, Sequence("a", PROMPT, 24, WARM))["a"]) == generated
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launches_that_begin_early_give_the_bits_of_launches_in_order(name, tiny, load, memory, monkeypatch):
+    from worker.gpu.compiler import Kernels
+
+    job = Sequence("a", PROMPT, 40, WARM)
+    early = run(engine_of(load(name)), replace(job))["a"]
+    monkeypatch.setattr("worker.gpu.compiler.can_launch_early", lambda arch: False)
+    in_order = gpu_runner(tiny(name), Kernels(served.KERNEL_CACHE), memory)
+    assert run(engine_of(in_order), replace(job))["a"] == early
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(temperature=1.0, seed=9)])
