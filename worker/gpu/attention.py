@@ -33,7 +33,8 @@ MOST_PART_BYTES = 64 << 20
 _ROPE_PARTS = 4  # blocks of a token in rope_kv
 _MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh
 _MOST_HEADS = 8  # query heads of a block
-_DECODE_THREADS = 256  # kThreads in attention_decode.cu
+_DECODE_THREADS, _WIDE_THREADS = 256, 512  # warps_of in attention_decode.cu
+_WIDE_DIM, _WIDE_GROUP = 64, 5
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(
@@ -140,7 +141,7 @@ class AttentionLauncher:
         y = activations_like(pool, *q.shape)
         kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_flag(spec)}>")(
             (n_parts, spec.n_heads // group, len(q)),
-            (_DECODE_THREADS,),
+            (_WIDE_THREADS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_THREADS,),
             (
                 *(y.x, y.q, y.meta, q, k, v, keys, values, *self._rope(spec.rope)),
                 *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),

@@ -8,7 +8,7 @@
 // q [S, H·D], k, v [S, Hk·D] f32; y [S, H·D] f32 and the same rows as q8, meta (quantized.cuh); caches as in kv_cache.cuh;
 // tables [S, table_stride] i32, positions [S] i32; sinks [H] f32 or null. parts: S·(H/GROUP)·G of
 // part_floats f32; arrivals: S·(H/GROUP) u32, zeros before and after. q, caches and parts are 16-byte aligned.
-// Grid (G, H/GROUP, S), kThreads threads: GROUP ≤ 8 query heads share one KV head; a warp takes a KV block or two
+// Grid (G, H/GROUP, S), 32·warps_of(D, GROUP) threads: GROUP ≤ 8 query heads share one KV head; a warp takes a KV block or two
 // of a split (decode_heads.cuh), all their keys and values in flight together, those of a block's first split before the
 // queries are there (early.cuh). Bytes: the keys and values that are seen, once per GROUP heads; the parts stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
@@ -18,10 +18,14 @@
 #include "rope.cuh"
 
 // Warps of a block, KV blocks of a split that each takes, and blocks of a multiprocessor. Where two fit, one finds room
-// beside the blocks of the product before it, and its keys and values are on their way while those still work.
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-__host__ __device__ constexpr int pieces_of(int head_dim) { return head_dim == 64 ? 2 : 1; }
-__host__ __device__ constexpr int blocks_of(int head_dim) { return head_dim == 128 ? 1 : 2; }
+// beside the blocks of the product before it, and its keys and values are on their way while those still work. Groups of
+// more heads take twice the warps all the same: the longer a context, the more they have to add (docs/performance-decode.md).
+__host__ __device__ constexpr bool is_wide(int head_dim, int group) { return head_dim == 64 && group > 4; }
+__host__ __device__ constexpr int warps_of(int head_dim, int group) { return is_wide(head_dim, group) ? 16 : 8; }
+__host__ __device__ constexpr int pieces_of(int head_dim, int group) { return head_dim == 64 && group <= 4 ? 2 : 1; }
+__host__ __device__ constexpr int blocks_of(int head_dim, int group) {
+    return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
+}
 
 // Which splits of a sequence this block takes: those of `periods` that lie `mine` after the first one.
 struct Share {
@@ -40,13 +44,13 @@ struct Share {
 };
 
 template <int D, int GROUP, bool ADJACENT>
-__global__ void __launch_bounds__(kThreads, blocks_of(D))
+__global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     attention_decode(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                      unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
                      const int* positions, const int* tables, int table_stride, const float* sinks, float* parts,
                      unsigned int* arrivals, int n_heads, int n_kv_heads, int window) {
-    constexpr int kPart = part_floats(D, GROUP), kPieces = pieces_of(D), kOfWarp = kPieces * kKvBlock;
-    constexpr int kSplit = kWarps * kOfWarp;
+    constexpr int kPart = part_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
+    constexpr int kPieces = pieces_of(D, GROUP), kOfWarp = kPieces * kKvBlock, kSplit = kWarps * kOfWarp;
     __shared__ uint4 queries[Heads<D>::kSteps][32];
     __shared__ __align__(16) float block_parts[kWarps][kPart];
     __shared__ union {
