@@ -17,7 +17,8 @@ from worker.ops import RmsNorm
 
 _GROUP = 128  # kGroup of fragments.cuh
 _THREADS = 256
-INSTANTIATIONS: tuple[KernelName, ...] = (("halve.cu", "halve"),)
+_KEPT = (1, 2, 4, 8)  # times 1,024 columns of a row in registers; no more than it has, as code has to be fetched too
+INSTANTIATIONS: tuple[KernelName, ...] = tuple(("halve.cu", f"halve<{kept}>") for kept in _KEPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,5 +51,6 @@ def halved_rows(
     y = Halved(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
     args = (y.x, y.scale, x, weight, count, np.int32(per), np.int32(cols), np.float32(eps))
-    kernels.get("halve.cu", "halve")((rows,), (_THREADS,), args, early=True)
+    kept = next((kept for kept in _KEPT if padded(cols) <= 4 * _THREADS * kept), _KEPT[-1])
+    kernels.get("halve.cu", f"halve<{kept}>")((rows,), (_THREADS,), args, early=True)
     return y
