@@ -82,6 +82,9 @@ class Gate:
             self.reached.set()
             assert self._open.wait(30), "nobody opened the gate"
 
+    async def until_reached(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 10), "the engine never came to the gate"
+
     def open(self) -> None:
         self._open.set()
 

@@ -195,7 +195,7 @@ async def test_a_worker_that_lost_its_entry_drops_the_job_and_goes_on(world):
     sleepy = LeaseSection(lease_s=60, renew_s=30, scan_s=0.05)
     async with serving(world, model.fresh(Scripted(model.runner, gate.script)), name="w1", lease=sleepy) as one:
         await client.submit(job_id="a", prompt="abc", max_tokens=30)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         entry = (await client.queue())[0]
         await world.connect().give_back("default", "w1", entry.entry_id, 60_000, 1)
         async with serving(world, Model.echo().fresh(), name="w2"):
@@ -248,7 +248,7 @@ async def test_a_job_whose_keys_are_gone_is_dropped(fake):
     client, gate, model = fake.client(), Gate(at=5), Model.echo()
     async with serving(fake, model.fresh(Scripted(model.runner, gate.script)), lease=QUICK) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=30)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await wait_until(lambda: _longer_than(fake, "a", 1))
         for key in ("events", "state"):
             await fake.drop(f"inf:{{job:a}}:{key}")

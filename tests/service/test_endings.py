@@ -151,7 +151,7 @@ async def test_a_long_prefill_is_cancelled_between_its_chunks(fake):
     runner = Scripted(model.runner, gate.script)
     async with serving(fake, model.fresh(runner)):
         await client.submit(job_id="a", prompt="x" * 2000, max_tokens=5)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await is_running(client, "a")
         assert await client.cancel("a") == "requested"
 
@@ -170,7 +170,7 @@ async def test_a_waiting_job_is_cancelled_at_once_and_never_runs(world):
     client, gate, model = world.client(), Gate(at=1), Model.echo()
     async with serving(world, model.fresh(Scripted(model.runner, gate.script))):
         await client.submit(job_id="first", prompt="abc", max_tokens=5)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await client.submit(job_id="a", prompt="abc", max_tokens=5)
         assert await client.cancel("a") == "cancelled"
         assert (await story(client, "a")).last.code == "CANCELLED"
@@ -186,7 +186,7 @@ async def test_a_deadline_that_passed_while_the_job_waited(world):
     client, gate, model = world.client(), Gate(at=1), Model.echo()
     async with serving(world, model.fresh(Scripted(model.runner, gate.script))):
         await client.submit(job_id="first", prompt="abc", max_tokens=5)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await client.submit(job_id="a", prompt="abc", max_tokens=5, deadline_ms=50)
         await asyncio.sleep(0.1)
         gate.open()
@@ -323,7 +323,7 @@ async def test_a_cancel_cannot_hang_a_worker_whose_engine_hangs(fake):
     client, gate, model = fake.client(), Gate(at=4), Model.echo()
     async with serving(fake, model.fresh(Scripted(model.runner, gate.script)), stall_s=0.5) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=10)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await client.cancel("a")
         assert await asyncio.wait_for(worker.task, 10) == 2
         gate.open()

@@ -42,7 +42,7 @@ async def test_health_follows_the_worker_from_start_to_drain(fake):
         return loading.fresh(Scripted(loading.runner, lambda step: time.sleep(0.02)))
 
     async with serving(fake, load, ready=False) as worker:
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         port = worker.service.http_port
         assert (await get(port, "/livez"))[0] == 200
         status, body = await get(port, "/readyz")
@@ -111,7 +111,7 @@ async def test_health_answers_within_10_ms_and_never_waits_for_the_engine(fake):
     await nothing.open("127.0.0.1", 0)
     async with serving(fake, model.fresh(Scripted(model.runner, gate.script)), lease=LeaseSection()) as worker:
         await client.submit(prompt="abc", max_tokens=9)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         for _ in range(5):
             # On a machine that is busy with something else, an answer that says nothing takes long too.
             allowed = max(0.010, 2 * await p99_of(nothing.port, ["/"]))
@@ -233,7 +233,7 @@ async def test_a_worker_told_to_stop_while_it_loads_stops(fake):
         return Model.echo().fresh()
 
     async with serving(fake, load, ready=False) as worker:
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         began = time.monotonic()
         assert await worker.stop() == 0
         assert time.monotonic() - began < 2

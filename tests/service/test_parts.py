@@ -57,7 +57,7 @@ async def test_work_runs_between_two_steps_on_the_thread(thread):
     await thread.own(model.fresh(Scripted(model.runner, gate.script)).engine)
     woken = asyncio.Event()
     await thread.add(Sequence("a", [7], 1000), Inbox(woken.set))
-    await asyncio.to_thread(gate.reached.wait, 10)
+    await gate.until_reached()
     assert thread.busy
     asked = thread.call(lambda: threading.current_thread().name)
     aborted = thread.abort("a")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from tests.jobs.worlds import wait_until
@@ -122,7 +120,7 @@ async def test_what_is_reserved_for_a_job_that_never_runs_is_given_up(fake):
     async with serving(fake, model.fresh(Scripted(model.runner, gate.script))) as worker:
         await ask(client, prompt_tokens=PROMPT, max_tokens=5)
         await client.submit(job_id="first", prompt_tokens=[1, 2], max_tokens=200, ignore_eos=True)
-        assert await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         await client.submit(job_id="cancelled", prompt_tokens=PROMPT)
         assert await client.cancel("cancelled") == "cancelled"
         await client.submit(job_id="hurried", prompt_tokens=PROMPT, deadline_ms=1)

@@ -43,7 +43,7 @@ async def test_a_workers_talk_waits_for_the_first_token_and_comes_then(fake):
     async with serving(fake, served, streams=noted(fake, notes), **section) as worker:
         await asyncio.sleep(0.4)  # a heartbeat was long enough ago for the next to come at once
         await client.submit(job_id="a", prompt="abc", max_tokens=500)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
         worker.service._reporter.load_progress(1, 1)
         since = len(notes)
         await asyncio.sleep(0.3)
@@ -65,7 +65,7 @@ async def test_after_a_second_of_prefill_an_operator_sees_a_busy_worker(fake):
     served = model.fresh(Scripted(model.runner, gate.script))
     async with serving(fake, served) as worker:
         await client.submit(job_id="a", prompt="x" * 200, max_tokens=2)
-        await asyncio.to_thread(gate.reached.wait, 10)
+        await gate.until_reached()
 
         async def busy():
             return (await client.workers())[worker.name]["state"] == "busy"
