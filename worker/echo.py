@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from worker.model import AtWork
 from worker.ops import Batch
 from worker.sampling import Draw, DrawRequest
 
@@ -18,8 +19,9 @@ class EchoRunner:
         self.vocab_size = vocab_size
         self.kv_blocks = kv_blocks
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
+        at_work()
         return [_echo(request) for request in requests]
 
 

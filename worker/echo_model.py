@@ -15,7 +15,7 @@ from worker.backend import MemoryUse
 from worker.echo import EchoRunner
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.model import Runner
+from worker.model import AtWork, Runner
 from worker.ops import Batch
 from worker.runtime import Progress
 from worker.sampling import Draw, DrawRequest
@@ -39,8 +39,9 @@ class PacedRunner:
         self._runner = runner
         self._step_s = step_s
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
+        at_work()  # the pause is in the device's place
         time.sleep(self._step_s)
         return self._runner.run(batch, requests)
 

@@ -6,7 +6,7 @@ and no device. Read `worker/ops.py` for the shapes and `worker/engine/engine.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,6 +83,10 @@ class Model(Protocol):
         ...
 
 
+AtWork = Callable[[], None]
+"""Called when a step's work is on its way to the device: what is left is to wait, and that needs no Python."""
+
+
 class Runner(Protocol):
     """One device with one model: its KV storage, its two sets of ops and its sampler.
 
@@ -94,8 +98,11 @@ class Runner(Protocol):
     vocab_size: int
     kv_blocks: int
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
         """Compute the batch and draw one token for each of its `logit_rows`.
+
+        `at_work` is called before the first wait for the device, or before the host computes where it does; perhaps
+        more than once, and not at all where nothing is waited for.
 
         Raises VramOom when an allocation fails, CudaError when the device is lost.
         """

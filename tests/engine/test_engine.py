@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models import engine_of, ids, run
+from tests.models import cpu_runner, engine_of, ids, run
 from worker.echo import EchoRunner
+from worker.echo_model import PacedRunner
 from worker.engine import Sequence
 from worker.errors import InvalidRequest, VramOom
 from worker.ops import Phase
@@ -23,12 +26,12 @@ class RecordingRunner(EchoRunner):
         self.batches = []
         self.failures = 0
 
-    def run(self, batch, requests):
+    def run(self, batch, requests, at_work):
         if self.failures:
             self.failures -= 1
             raise VramOom("an allocation failed")
         self.batches.append(batch)
-        return super().run(batch, requests)
+        return super().run(batch, requests, at_work)
 
 
 def sequence(name="a", prompt=(1, 2, 3), max_tokens=5, **kwargs):
@@ -187,6 +190,44 @@ def test_any_mix_of_sequences_and_aborts_ends_with_every_block_free(jobs, runnin
     assert engine.free_kv_blocks == 8
     for n, (_, answer, _) in enumerate(jobs):
         assert counts[str(n)] == min(answer, aborted.get(str(n), answer))
+
+
+class Enough(Exception):
+    """Raised by who was told that a step is at work."""
+
+
+def enough():
+    raise Enough
+
+
+def test_each_step_that_computes_says_when_it_is_at_work():
+    engine, told = engine_of(EchoRunner(100, 8), chunk=16), []
+    engine.add(sequence(prompt=range(40), max_tokens=3))
+    while not engine.idle:
+        engine.step(lambda: told.append(len(told)))
+    assert len(told) == 3 + 2
+    assert engine.step(enough) == []
+
+
+def test_a_runner_that_computes_on_the_host_says_so_before(tiny):
+    runner = cpu_runner(tiny("qwen2"))
+    engine = engine_of(runner)
+    engine.add(sequence())
+    for _ in range(2):
+        assert not runner.cache.k.any()
+        with pytest.raises(Enough):
+            engine.step(enough)
+    assert len(engine.step()) == 1
+    assert runner.cache.k.any()
+
+
+def test_a_paced_runner_s_pause_is_its_device_s_time(monkeypatch):
+    order = []
+    monkeypatch.setattr("worker.echo_model.time", SimpleNamespace(sleep=order.append))
+    engine = engine_of(PacedRunner(EchoRunner(100, 8), 0.5))
+    engine.add(sequence())
+    engine.step(lambda: order.append("at work"))
+    assert order == ["at work", 0.5]
 
 
 def test_blocks_come_in_the_order_given_and_go_back():

@@ -47,9 +47,9 @@ def install(fault):
     """Put the fault between the runner and its device."""
     run, upload = GpuRunner.run, PinnedRing.upload
 
-    def faulty_run(runner, batch, requests):
+    def faulty_run(runner, batch, requests, at_work):
         fault.step()
-        return run(runner, batch, requests)
+        return run(runner, batch, requests, at_work)
 
     def faulty_upload(ring, parts, target, stream):
         fault.call()

@@ -39,12 +39,12 @@ class Observed:
         self.prefilled, self.table, self.logits = 0, None, []
         self._runner = runner
 
-    def run(self, batch, requests):
+    def run(self, batch, requests, at_work):
         self.table = batch.block_tables[0]
         if batch.phase is Phase.PREFILL:
             self.prefilled += len(batch.tokens)
             self.logits += list(self._runner.logits(batch))
-        return self._runner.run(batch, requests)
+        return self._runner.run(batch, requests, at_work)
 
     def kv(self, tokens):
         """The bits of K and V of the sequence's first `tokens` positions."""

@@ -181,6 +181,42 @@ def test_a_step_repeated_draws_the_same(load):
     assert runner.run(step, [second]) == again
 
 
+def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load, monkeypatch):
+    from worker.gpu.runner import _Result
+
+    class Noted:
+        def __init__(self, name, graph):
+            self._name, self._graph = name, graph
+
+        def launch(self, stream):
+            order.append(self._name)
+            self._graph.launch(stream)
+
+    def noted(result, request):
+        order.append("wait")
+        return draw(result, request)
+
+    def step(batch, request):
+        order.clear()
+        (drawn,) = runner.run(batch, [request], lambda: order.append("at work"))
+        return drawn.id, order[: order.index("wait") + 1]
+
+    runner, table = load("llama3-rope", prefill_tokens=128), np.arange(12, dtype=np.int32)
+    order, draw = [], _Result.draw
+    monkeypatch.setattr(_Result, "draw", noted)
+    runner._step = Noted("step", runner._step)
+    runner._pieces = {tokens: Noted("piece", graph) for tokens, graph in runner._pieces.items()}
+    last = [len(PROMPT) - 1]
+    first, order_of_two = step(prefill(PROMPT, table=table, rows=last), DrawRequest(GREEDY, 0, PROMPT, []))
+    assert order_of_two == ["piece", "at work", "piece", "step", "at work", "wait"]
+    rest = prefill(PROMPT, 128, table=table, rows=[last[0] - 128])
+    again, order_of_one = step(rest, DrawRequest(GREEDY, 0, PROMPT, generated := []))
+    assert (again, order_of_one) == (first, ["piece", "step", "at work", "wait"])
+    generated.append(first)
+    _, order_ahead = step(decode(first, len(PROMPT), table), DrawRequest(GREEDY, 1, PROMPT, generated))
+    assert order_ahead == ["step", "at work", "wait"]
+
+
 def test_a_failed_allocation_in_a_job_is_vram_oom_and_the_next_job_is_right(tiny, kernels):
     from worker.gpu.memory import DeviceMemory
 

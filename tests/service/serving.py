@@ -58,15 +58,22 @@ class Model:
 
 
 class Scripted:
-    """A runner that does what `script` says before each step: it may sleep, wait or raise."""
+    """A runner that does what `script` says of each step while its device is at work: it may sleep, wait or raise.
 
-    def __init__(self, runner: Any, script: Callable[[int], None]) -> None:
+    `launch` says the same of the time before.
+    """
+
+    def __init__(
+        self, runner: Any, script: Callable[[int], None], launch: Callable[[int], None] = lambda step: None
+    ) -> None:
         self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
         self.steps = 0
-        self._runner, self._script = runner, script
+        self._runner, self._script, self._launch = runner, script, launch
 
-    def run(self, batch: Any, requests: Any) -> list[Draw]:
+    def run(self, batch: Any, requests: Any, at_work: Callable[[], None]) -> list[Draw]:
         step, self.steps = self.steps, self.steps + 1
+        self._launch(step)
+        at_work()
         self._script(step)
         return self._runner.run(batch, requests)
 

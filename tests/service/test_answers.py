@@ -192,8 +192,8 @@ class _Saying(Scripted):
         super().__init__(runner, lambda step: None)
         self._answer = answer
 
-    def run(self, batch, requests):
-        draws = super().run(batch, requests)
+    def run(self, batch, requests, at_work):
+        draws = super().run(batch, requests, at_work)
         return [type(d)(self._answer[r.index]) for d, r in zip(draws, requests, strict=True)]
 
 

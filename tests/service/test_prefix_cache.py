@@ -23,9 +23,9 @@ class Counted:
         self.vocab_size, self.kv_blocks, self.prefilled = runner.vocab_size, runner.kv_blocks, 0
         self._runner = runner
 
-    def run(self, batch, requests):
+    def run(self, batch, requests, at_work):
         self.prefilled += len(batch.tokens) if batch.phase is Phase.PREFILL else 0
-        return self._runner.run(batch, requests)
+        return self._runner.run(batch, requests, at_work)
 
 
 def cached(told):

@@ -17,7 +17,7 @@ from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.engine.prefix_index import block_digests
 from worker.engine.sequence import FinishReason, Sequence
 from worker.errors import InvalidRequest, VramOom
-from worker.model import Runner
+from worker.model import AtWork, Runner
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw
 
@@ -128,8 +128,11 @@ class Engine:
         for sequence in [s for s in self._running if s.id == sequence_id]:
             self._release(sequence)
 
-    def step(self) -> list[Token]:
-        """Compute one prefill chunk, or one token of every running sequence. Raises what the runner raises."""
+    def step(self, at_work: AtWork = lambda: None) -> list[Token]:
+        """Compute one prefill chunk, or one token of every running sequence. Raises what the runner raises.
+
+        `at_work` is the runner's to call, as `Runner.run` says.
+        """
         self._admit()
         if not self._running:
             return []
@@ -137,7 +140,7 @@ class Engine:
         first = members[0]
         batch = prefill_batch(first, self.settings.prefill_chunk) if first.in_prefill else decode_batch(members)
         drawing = members if len(batch.logit_rows) else []
-        draws = self._run(batch, drawing)
+        draws = self._run(batch, drawing, at_work)
         if batch.phase is Phase.PREFILL:
             self._advance(first, len(batch.tokens))
         return [self._commit(sequence, draw) for sequence, draw in zip(drawing, draws, strict=True)]
@@ -162,10 +165,10 @@ class Engine:
             else:  # only reservations are in its way, and what they wait for may be behind it
                 self._unreserve(*(self._reserved.keys() - {first.id}))
 
-    def _run(self, batch: Batch, drawing: list[Sequence]) -> list[Draw]:
+    def _run(self, batch: Batch, drawing: list[Sequence], at_work: AtWork) -> list[Draw]:
         """The batch's draws. A fault that leaves doubt about what the device holds empties the prefix cache."""
         try:
-            return self._runner.run(batch, [s.next_draw() for s in drawing])
+            return self._runner.run(batch, [s.next_draw() for s in drawing], at_work)
         except (VramOom, MemoryError):
             raise  # what could be launched wrote to blocks that nobody can find
         except Exception:

@@ -24,7 +24,7 @@ from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.prompt import PromptState
 from worker.gpu.sampler import SamplerLauncher, unpack
 from worker.gpu.state import PinnedRing, StepState
-from worker.model import Hparams, Model
+from worker.model import AtWork, Hparams, Model
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
 
@@ -130,15 +130,15 @@ class GpuRunner:
             self._stream.synchronize()
         self._ahead: _Ahead | None = None
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
         ahead, self._ahead = self._ahead, None
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
-                return self._prefill(batch, requests)
+                return self._prefill(batch, requests, at_work)
             if len(requests) > 1:
-                return self._decode_together(batch, requests)
-            return [self._decode_one(batch, requests[0], ahead)]
+                return self._decode_together(batch, requests, at_work)
+            return [self._decode_one(batch, requests[0], ahead, at_work)]
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The model's logits [R, V] f32, for comparisons."""
@@ -155,15 +155,13 @@ class GpuRunner:
         result: np.ndarray[Any, np.dtype[np.float32]] = self._cupy.asnumpy(array)
         return result
 
-    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:
         """The whole batch, piece by piece, with a draw from each row that was asked for before the next piece runs."""
-        rows = (row[None] for logits in self._prefilled(batch) for row in logits)
-        return [
-            self._first_draw(batch, int(at), row, request)
-            for row, at, request in zip(rows, batch.logit_rows, requests, strict=True)
-        ]
+        rows = (row[None] for logits in self._prefilled(batch, at_work) for row in logits)
+        wanted = zip(rows, batch.logit_rows, requests, strict=True)
+        return [self._first_draw(batch, int(at), row, request, at_work) for row, at, request in wanted]
 
-    def _prefilled(self, batch: Batch) -> Iterator[DeviceArray]:
+    def _prefilled(self, batch: Batch, at_work: AtWork = lambda: None) -> Iterator[DeviceArray]:
         """The logits [R, V] of each piece of a prompt in turn, valid until the next."""
         size = self._settings.prefill_tokens
         for start in range(0, len(batch.tokens), size):
@@ -173,8 +171,9 @@ class GpuRunner:
             self._prompt.load(piece, self._stream)
             self._pieces[next(most for most in self._pieces if len(tokens) <= most)].launch(self._stream)
             yield self._logits[: len(rows)]
+            at_work()  # the next piece's upload waits for this one
 
-    def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest) -> Draw:
+    def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, at_work: AtWork) -> Draw:
         """Draw after a prompt: the step state starts at its row `at`."""
         if request.forced is not None:
             return Draw(request.forced)
@@ -182,18 +181,18 @@ class GpuRunner:
         last = _one(batch.tokens[row], batch.positions[row], batch.block_tables[0])
         self._load(last, [request])
         self._sampler.launch(self._kernels, logits, self._state)
-        return self._read(last, request, self._fetch())
+        return self._read(last, request, self._fetch(), at_work)
 
-    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: _Ahead | None) -> Draw:
+    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: _Ahead | None, at_work: AtWork) -> Draw:
         if ahead is not None and ahead.answers(batch, request):
-            return self._read(batch, request, ahead.result)
+            return self._read(batch, request, ahead.result, at_work)
         self._load(batch, [request])
         self._step.launch(self._stream)
         if request.forced is not None:
             return Draw(request.forced)
-        return self._read(batch, request, self._fetch())
+        return self._read(batch, request, self._fetch(), at_work)
 
-    def _read(self, batch: Batch, request: DrawRequest, result: _Result) -> Draw:
+    def _read(self, batch: Batch, request: DrawRequest, result: _Result, at_work: AtWork) -> Draw:
         """Launch the step after the batch, then wait for the batch's draw."""
         position = int(batch.positions[0]) + 1
         room = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
@@ -201,6 +200,7 @@ class GpuRunner:
         if position < room:
             self._step.launch(self._stream)
             following = self._fetch()
+        at_work()
         draw = result.draw(request)
         if following is not None:
             token, at = np.array([draw.id], np.int32), np.array([position], np.int32)
@@ -208,17 +208,15 @@ class GpuRunner:
             self._ahead = _Ahead(_one(token, at, batch.block_tables[0]), expected, following)
         return draw
 
-    def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest]) -> list[Draw]:
+    def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:
         """Several sequences: launched kernel by kernel, read at once."""
         self._load(batch, requests)
         self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
         result = self._fetch()
+        at_work()
         result.event.synchronize()
-        rows = result.raw.reshape(self._settings.sequences, -1)
-        return [
-            unpack(row, request) if request.forced is None else Draw(request.forced)
-            for row, request in zip(rows, requests, strict=False)
-        ]
+        rows = zip(result.raw.reshape(self._settings.sequences, -1), requests, strict=False)
+        return [unpack(row, request) if request.forced is None else Draw(request.forced) for row, request in rows]
 
     def _load(self, batch: Batch, requests: Sequence[DrawRequest]) -> None:
         self._state.load(batch, requests, self._stream)
