@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.jobs.conftest import server, session_server, world  # noqa: F401  # fixtures are found by name
 from tests.jobs.worlds import FakeWorld
 from tests.service.serving import Model
+from worker.service.engine_thread import EngineThread
 
 
 @pytest.fixture
@@ -32,6 +34,15 @@ def model(tiny: Callable[[str], Path]) -> Callable[[str], Model]:
         return made[name]
 
     return of
+
+
+@pytest.fixture
+async def thread():
+    """An engine's thread that owns no engine yet."""
+    thread = EngineThread()
+    yield thread
+    thread.stop()
+    assert await asyncio.to_thread(thread.join, 10)
 
 
 @pytest.fixture

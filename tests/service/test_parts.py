@@ -18,17 +18,9 @@ from worker.engine import Sequence
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import Token
 from worker.service.bounds import Bounds, Stop, Stopped
-from worker.service.engine_thread import Drawn, EngineThread, Inbox
+from worker.service.engine_thread import Drawn, Inbox
 from worker.service.outbox import Figures, Outbox
 from worker.service.question import prompt_hash
-
-
-@pytest.fixture
-async def thread():
-    thread = EngineThread()
-    yield thread
-    thread.stop()
-    assert await asyncio.to_thread(thread.join, 10)
 
 
 async def drawn(inbox, woken, count):

@@ -64,6 +64,7 @@ class EngineThread:
         self._engine: Engine | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._untold: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -72,13 +73,18 @@ class EngineThread:
         """Whether a sequence is being computed."""
         return bool(self._inboxes)
 
-    def call(self, work: Callable[[], T]) -> asyncio.Future[T]:
+    def call(self, work: Callable[[], T], *, told_at_work: bool = False) -> asyncio.Future[T]:
         """The result of `work`, which runs on the engine's thread between two steps.
 
-        The thread is asked at once, not when the caller awaits: a turn of the loop earlier.
+        The thread is asked at once, not when the caller awaits: a turn of the loop earlier. `told_at_work` keeps a
+        result, but no error, until the device is at work on the next step, or there is none.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
+
+        def tell(result: T | None, error: BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, result, error)
 
         def settle(result: T | None, error: BaseException | None) -> None:
             if done.cancelled():
@@ -91,13 +97,15 @@ class EngineThread:
         def run() -> None:
             if done.cancelled():
                 return
-            outcome: tuple[T | None, BaseException | None]
             try:
-                outcome = work(), None
+                result = work()
             except BaseException as error:  # it belongs to the caller, whatever it is
-                outcome = None, error
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, *outcome)
+                tell(None, error)
+                return
+            if told_at_work:
+                self._untold.append(lambda: tell(result, None))
+            else:
+                tell(result, None)
 
         self._work.put(run)
         return done
@@ -117,7 +125,9 @@ class EngineThread:
     def begin(self, sequence: Sequence, inbox: Inbox) -> asyncio.Future[int]:
         """`reserve` and `add` in one visit; how many tokens of the prompt are cached. The first step follows at once.
 
-        Raises InvalidRequest as `Engine.add` does; `release` gives up what is reserved then.
+        The caller hears of it when the device is at work: woken before, the loop would take Python's lock from the
+        thread that has yet to launch the prompt. Raises InvalidRequest as `Engine.add` does, at once; `release` gives
+        up what is reserved then.
         """
 
         def begin() -> int:
@@ -125,7 +135,7 @@ class EngineThread:
             self._add(sequence, inbox)
             return cached
 
-        return self.call(begin)
+        return self.call(begin, told_at_work=True)
 
     def reserve(self, sequence_id: str, prompt: list[int]) -> asyncio.Future[int]:
         """Keep what is cached of a prompt until `release`; how many tokens. See `Engine.reserve`."""
@@ -151,8 +161,11 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             if self._engine is None or self._engine.idle or not self._work.empty():
+                if self._work.empty():  # no step comes: what was begun is given up again
+                    self._tell()
                 work = self._work.get()
                 if work is None:
+                    self._tell()
                     self._engine = None
                     return
                 work()
@@ -161,7 +174,7 @@ class EngineThread:
 
     def _step(self, engine: Engine) -> None:
         try:
-            tokens = engine.step()
+            tokens = engine.step(self._tell)
         except Exception as error:
             # No sequence can go on, and each must be gone from the engine before anybody hears of it.
             inboxes, self._inboxes = self._inboxes, {}
@@ -170,6 +183,8 @@ class EngineThread:
             for inbox in inboxes.values():
                 inbox.put(error)
             return
+        finally:
+            self._tell()  # the step waited for nothing, or came to nothing
         at = time.monotonic()
         self.steps += 1
         for token in tokens:
@@ -177,6 +192,11 @@ class EngineThread:
                 self._inboxes[token.sequence_id].put(Drawn(token, at))
             if token.finish:
                 self._inboxes.pop(token.sequence_id, None)
+
+    def _tell(self) -> None:
+        """Let callers hear what was kept from them until the device is at work."""
+        while self._untold:
+            self._untold.popleft()()
 
     def _add(self, sequence: Sequence, inbox: Inbox) -> None:
         self._owned().add(sequence)

@@ -1,8 +1,9 @@
 """The start that an attempt makes on an answer before it knows whether the job is its to answer.
 
 Almost always nobody has begun a job whose queue entry is delivered for the first time. So its prompt goes to the engine
-while `take` is on its way, and a job waits for the longer of the two and not for both. Nothing that is drawn is looked
-at before `take` has given the lease; where it gives none, or a history to continue, the start is dropped.
+first, and `take` is asked for once the device is at work: a job waits for the longer of the two and not for both.
+Nothing that is drawn is looked at before `take` has given the lease; where it gives none, or a history to continue, the
+start is dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ class HeadStart:
 
     @classmethod
     async def of(cls, question: Question, served: Served, engine: EngineThread, bounds: Bounds) -> HeadStart:
-        """Begin the answer. Raises as `Bounds.guard` does; whoever calls releases the job's sequence in the end."""
+        """Begin the answer, and return when the device is at work on it.
+
+        Raises as `Bounds.guard` does; whoever calls releases the job's sequence in the end.
+        """
         answer, inbox = question.answer(served, History()), Inbox(bounds.wake.set)
         return cls(answer, inbox, await bounds.guard(engine.begin(answer.sequence, inbox)))
 
