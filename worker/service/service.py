@@ -96,13 +96,7 @@ class Service:
             WorkerError: ModelLoadFailed, InsufficientVram or ConfigInvalid: it never began to serve.
             Disconnected: the server could not be reached at the start.
         """
-        http = StatusServer(
-            {
-                "/livez": lambda: json_answer(self._health.alive, self._health.report()),
-                "/readyz": lambda: json_answer(self._health.ready, self._health.report()),
-                "/metrics": lambda: (HTTPStatus.OK, TEXT, self._meters.exposition()),
-            }
-        )
+        http = self._pages()
         await http.open(self._http.host, self._http.port)
         self.http_port = http.port
         speaking = [asyncio.create_task(self._always(w)) for w in (self._reporter.publish, self._reporter.heartbeat)]
@@ -132,6 +126,15 @@ class Service:
                 async with asyncio.timeout(_LAST_WORDS_S):
                     await self._transport.close()
         return code
+
+    def _pages(self) -> StatusServer:
+        return StatusServer(
+            {
+                "/livez": lambda: json_answer(self._health.alive, self._health.report()),
+                "/readyz": lambda: json_answer(self._health.ready, self._health.report()),
+                "/metrics": lambda: (HTTPStatus.OK, TEXT, self._meters.exposition()),
+            }
+        )
 
     def join_engine(self, timeout_s: float) -> bool:
         """Wait for the engine's thread; whether it has ended. After `run`, off the loop."""
