@@ -144,7 +144,7 @@ async def _strike(
 
 async def _restart(server: KeepingServer, outcome: Outcome, away_s: float, lossy: bool) -> None:
     outcome.fleet.tally.blows["lost second" if lossy else "server"] += 1
-    await server.kill()
+    server.kill()
     if lossy:
         outcome.ledger.lose_last_second()
         outcome.lost_bytes += server.lose_last_second()
