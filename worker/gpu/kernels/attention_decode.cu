@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
                      unsigned int* arrivals, int n_heads, int n_kv_heads, int window) {
     constexpr int kPart = part_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
     constexpr int kPieces = pieces_of(D, GROUP), kOfWarp = kPieces * kKvBlock, kSplit = kWarps * kOfWarp;
+    static_assert(GROUP <= kWarps, "combine takes a warp a head");
     __shared__ uint4 queries[Heads<D>::kSteps][32];
     __shared__ __align__(16) float block_parts[kWarps][kPart];
     __shared__ union {
