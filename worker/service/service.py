@@ -127,6 +127,10 @@ class Service:
                     await self._transport.close()
         return code
 
+    def join_engine(self, timeout_s: float) -> bool:
+        """Wait for the engine's thread; whether it has ended. After `run`, off the loop."""
+        return self._engine.join(timeout_s)
+
     def _pages(self) -> StatusServer:
         return StatusServer(
             {
@@ -135,10 +139,6 @@ class Service:
                 "/metrics": lambda: (HTTPStatus.OK, TEXT, self._meters.exposition()),
             }
         )
-
-    def join_engine(self, timeout_s: float) -> bool:
-        """Wait for the engine's thread; whether it has ended. After `run`, off the loop."""
-        return self._engine.join(timeout_s)
 
     def _always(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Coroutine[Any, Any, NoReturn]:
         return for_ever(work, self._lease.scan_s, self._log)
