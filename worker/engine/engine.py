@@ -152,9 +152,11 @@ class Engine:
         """
         while self._waiting and len(self._running) < self.settings.max_running:
             first = self._waiting[0]
-            prefix = self._find(first.prompt, first.digests)
-            if first.id in self._reserved:  # no more than was promised, though others may have cached more since
-                prefix = prefix[: len(self._reserved[first.id].table)]
+            reserved = self._reserved.get(first.id)
+            if reserved is not None and reserved.digests is first.digests:
+                prefix = reserved.table.tolist()  # no more than was promised, though others may have cached more since
+            else:
+                prefix = self._find(first.prompt, first.digests)
             table = self._blocks.take(blocks_for(len(first.prompt) + first.max_tokens), prefix)
             if table is not None:
                 self._unreserve(first.id)

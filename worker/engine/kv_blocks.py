@@ -54,6 +54,8 @@ class KvBlocks:
 
     def give_back(self, table: Ints) -> None:
         """One reader less of a table's blocks. Of those that end up cached its last becomes the first to go."""
+        if not len(table):
+            return
         self._readers[table] -= 1
         for block in reversed(table[self._readers[table] == 0].tolist()):
             if block in self._index:

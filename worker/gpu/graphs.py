@@ -36,13 +36,15 @@ def device_errors() -> Iterator[None]:
 
     A launch or a wait reports what went wrong on the device, and then so does everything after it: the process ends.
     """
-    from cupy.cuda import driver, memory, runtime  # noqa: PLC0415
-
     try:
         yield
-    except memory.OutOfMemoryError as error:
-        raise VramOom(str(error)) from error
-    except (runtime.CUDARuntimeError, driver.CUDADriverError) as error:
+    except Exception as error:
+        from cupy.cuda import driver, memory, runtime  # noqa: PLC0415
+
+        if isinstance(error, memory.OutOfMemoryError):
+            raise VramOom(str(error)) from error
+        if not isinstance(error, (runtime.CUDARuntimeError, driver.CUDADriverError)):
+            raise
         if error.status == _MEMORY_ALLOCATION:
             raise VramOom(str(error)) from error
         raise CudaError(str(error), {"status": error.status}) from error

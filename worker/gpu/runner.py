@@ -170,8 +170,8 @@ class GpuRunner:
             piece = replace(batch, tokens=tokens, positions=batch.positions[start : start + size], logit_rows=rows)
             self._prompt.load(piece, self._stream)
             self._pieces[next(most for most in self._pieces if len(tokens) <= most)].launch(self._stream)
+            at_work()  # what is left to do meanwhile takes the host less time than this the device
             yield self._logits[: len(rows)]
-            at_work()  # the next piece's upload waits for this one
 
     def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, at_work: AtWork) -> Draw:
         """Draw after a prompt: the step state starts at its row `at`."""
@@ -196,16 +196,16 @@ class GpuRunner:
         """Launch the step after the batch, then wait for the batch's draw."""
         position = int(batch.positions[0]) + 1
         room = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
-        following = None
+        ahead = None
         if position < room:
             self._step.launch(self._stream)
-            following = self._fetch()
+            following = _one(np.zeros(1, np.int32), np.array([position], np.int32), batch.block_tables[0])
+            ahead = _Ahead(following, replace(request, index=request.index + 1), self._fetch())
         at_work()
         draw = result.draw(request)
-        if following is not None:
-            token, at = np.array([draw.id], np.int32), np.array([position], np.int32)
-            expected = replace(request, index=request.index + 1)
-            self._ahead = _Ahead(_one(token, at, batch.block_tables[0]), expected, following)
+        if ahead is not None:
+            ahead.batch.tokens[0] = draw.id
+            self._ahead = ahead
         return draw
 
     def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:

@@ -37,6 +37,7 @@ class PinnedRing:
         self._runtime = cupy.cuda.runtime
         self._memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in range(slots)]
         self._views = [np.frombuffer(memory, np.uint8, nbytes) for memory in self._memory]
+        self._writable = [memoryview(view) for view in self._views]
         for view in self._views:
             view.fill(0)  # what lies between parts travels too, and a captured piece reads ids beyond the real ones
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(slots)]
@@ -48,9 +49,9 @@ class PinnedRing:
         self._events[slot].synchronize()
         end = 0
         for offset, part in parts:
-            raw = np.ascontiguousarray(part).view(np.uint8).reshape(-1)
-            self._views[slot][offset : offset + raw.size] = raw
-            end = max(end, offset + raw.size)
+            stop = offset + part.nbytes
+            self._writable[slot][offset:stop] = part.tobytes()
+            end = max(end, stop)
         self._runtime.memcpyAsync(target.data.ptr, self._memory[slot].ptr, end, 1, stream.ptr)
         self._events[slot].record(stream)
 

@@ -255,12 +255,13 @@ _KINDS: Mapping[str, type[Event]] = {
         *(Starting, LoadProgress, Ready, Vram, Residency, Draining, Stopped),
     )
 }
+_ENVELOPE = tuple(f.name for f in fields(Envelope))
 TERMINAL_KINDS = frozenset(kind for kind, cls in _KINDS.items() if cls.terminal)
 
 
 def encode_event(event: Event, envelope: Envelope) -> tuple[str, bytes]:
     """The entry's `type` and `p`."""
-    common = {f.name: getattr(envelope, f.name) for f in fields(Envelope)}
+    common = {name: getattr(envelope, name) for name in _ENVELOPE}
     packed: bytes = msgpack.packb(common | event.to_fields())
     return event.kind, packed
 
@@ -276,7 +277,7 @@ def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
         return None
     try:
         values = msgpack.unpackb(packed, strict_map_key=False)
-        envelope = Envelope(**{f.name: values[f.name] for f in fields(Envelope) if f.name in values})
+        envelope = Envelope(**{name: values[name] for name in _ENVELOPE if name in values})
         return cls.from_fields(values), envelope
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise Internal(f"an event of type {kind} can't be read: {type(error).__name__}") from error

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 
 import numpy as np
 
@@ -21,13 +22,12 @@ from worker.jobs.protocol import Job, Resolved
 from worker.served import Served
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
     """A job that this worker's model can answer."""
 
     job: Job
     prompt: list[int]
-    prompt_hash: str
     resolved: Resolved
     enqueued_ms: int
     cached_tokens: int = 0
@@ -39,7 +39,12 @@ class Question:
         enqueued = datetime.fromtimestamp(min(enqueued_ms, _LATEST_MS) / 1000, UTC)
         prompt = prompt_ids(job, served.tokenizer, enqueued)
         resolved = job.resolve(served.limits, len(prompt), entry_id)
-        return cls(job, prompt, prompt_hash(prompt), resolved, enqueued_ms)
+        return cls(job, prompt, resolved, enqueued_ms)
+
+    @cached_property
+    def prompt_hash(self) -> str:
+        """See `prompt_hash`: found when it is asked for, as the engine begins without it."""
+        return prompt_hash(self.prompt)
 
     def opening(self, served: Served, history: History, now_ms: int) -> Event:
         """What the attempt's epoch opens with: `started`, `resumed`, or an error where it can't be continued here."""

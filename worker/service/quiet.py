@@ -7,6 +7,7 @@ A few tenths of a millisecond of talk, on the loop or on the engine's thread, ar
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 _LONGEST_S = 1.0
 """A long prompt must not make a worker look dead."""
@@ -19,12 +20,17 @@ class Quiet:
         self._over = asyncio.Event()
         self._over.set()
         self._bound: asyncio.TimerHandle | None = None
+        self._then: Callable[[], None] | None = None
 
-    def begin(self) -> None:
-        """A job waits for its first token from now on; for a second at most, as far as others are concerned."""
+    def begin(self, then: Callable[[], None] | None = None) -> None:
+        """A job waits for its first token from now on; for a second at most, as far as others are concerned.
+
+        `then` is called when that is over, in whatever way.
+        """
         self.end()
         self._over.clear()
-        self._bound = asyncio.get_running_loop().call_later(_LONGEST_S, self._over.set)
+        self._then = then
+        self._bound = asyncio.get_running_loop().call_later(_LONGEST_S, self.end)
 
     def end(self) -> None:
         """It has it, or will have none; harmless if none waits."""
@@ -32,6 +38,9 @@ class Quiet:
             self._bound.cancel()
             self._bound = None
         self._over.set()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
     async def over(self) -> None:
         """Return when no job waits for its first token."""

@@ -239,9 +239,7 @@ class Service:
 
     async def _carry(self, bench: Workbench, claim: Claim) -> str:
         attempt = self._attempt = Attempt(bench, claim)
-        self._reporter.quiet.begin()
-        self._health.enter("busy")
-        self._reporter.memory_moved()
+        self._reporter.quiet.begin(self._busy)
         try:
             outcome = await attempt.run()
         except CudaError:
@@ -256,6 +254,10 @@ class Service:
         self._health.ended(outcome)
         self._reporter.memory_moved()
         return outcome
+
+    def _busy(self) -> None:
+        self._health.enter("busy")
+        self._reporter.memory_moved()
 
     async def _watch_engine(self) -> int:
         """Return when the engine hangs and its job has been left to another worker."""
