@@ -15,7 +15,7 @@ import numpy as np
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import TensorInfo
 from worker.gpu.memory import DeviceArray, aligned
-from worker.quants import QuantType
+from worker.quants import Q4_K, Q5_0, Q6_K, Q8_0, QuantType
 
 UNIT = 32
 """Elements that a thread takes at once; a row is whole units."""
@@ -23,6 +23,8 @@ UNIT = 32
 _SUPER = 256
 PLANES = np.dtype([("low", "u8"), ("high", "u8"), ("scales", "u8"), ("supers", "u8")])
 """`Planes` of kernels/codes.cuh."""
+MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))
+"""Types of q, k and v in published files, where they are not one: there are kernels for each of these."""
 
 # Bytes of 256 elements in each plane: low bits, high bits, scales of 32, what 256 share.
 _BYTES = {

@@ -37,7 +37,7 @@ class PinnedRing:
         self._runtime = cupy.cuda.runtime
         self._memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in range(slots)]
         self._views = [np.frombuffer(memory, np.uint8, nbytes) for memory in self._memory]
-        self._writable = [memoryview(view) for view in self._views]
+        self._writable = [view.data for view in self._views]
         for view in self._views:
             view.fill(0)  # what lies between parts travels too, and a captured piece reads ids beyond the real ones
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(slots)]
