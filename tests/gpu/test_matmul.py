@@ -16,6 +16,7 @@ from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOL
 from tests.gpu.weights import Projection, error
 from worker.cpu.plain import gated
 from worker.cpu.quantized import in_f16
+from worker.gpu.layouts import MIXED
 from worker.ops import SWIGLU
 from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES
 
@@ -120,7 +121,29 @@ def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kern
         assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
 
 
-@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
+@pytest.mark.parametrize("rows", [(67, 9, 130), (1500, 64, 64), (4000, 100, 100), (8100, 64, 64)])  # each kind of tiles
+@pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: kinds[0].name)
+def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory, monkeypatch, kinds, rows):
+    from worker.gpu import matmul
+
+    parts = [
+        Projection(kernels, memory, kind, (each, 512), f"w{i}")
+        for i, (kind, each) in enumerate(zip(kinds, rows, strict=True))
+    ]
+    x, found = rows_of(70, 512), set()
+    for i in range(len(matmul._tiles(rows, gated=False))):
+        always(monkeypatch, itemgetter(i))
+        for tokens in (70, 9):
+            pool = GuardedPool()
+            ys = matmul.projections(kernels, pool, halved(pool, x[:tokens]), [part.linear for part in parts])
+            pool.check()
+            for part, y in zip(parts, ys, strict=True):
+                assert error(y.get(), part.exact(in_f16(x[:tokens]))) < PREFILL_OWN
+            found.add(b"".join(y.get()[:9].tobytes() for y in ys))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
 def test_prefill_projections_of_one_input(kernels, memory, kinds):
     from worker.gpu.matmul import projections
 

@@ -18,11 +18,11 @@ import numpy as np
 from worker.gpu.compiler import KernelName
 from worker.gpu.halved import Halved
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import PLANES, address
+from worker.gpu.layouts import MIXED, PLANES, address
 from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
-from worker.quants import MXFP4, Q8_0, QUANT_TYPES
+from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
 
 class _Tile(NamedTuple):
@@ -65,20 +65,26 @@ _TILES = np.dtype([("order", "u8"), ("table", "u8"), ("per_slot", "i4")], align=
 _NO_TILES = np.array((0, 0, 1), _TILES)
 
 
-def _name(kind: str, tile: _Tile, *, experts: bool, gated: bool) -> KernelName:
+def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: QuantType | None = None) -> KernelName:
     flags = ", ".join(str(flag).lower() for flag in (experts, gated))
-    return "matmul.cu", f"matmul<{kind}, {tile.rows}, {tile.depths}, {tile.turns}, {tile.tokens}, {flags}>"
+    other = "" if last in (None, kind) else f", {last.name}"
+    return "matmul.cu", f"matmul<{kind.name}, {tile.rows}, {tile.depths}, {tile.turns}, {tile.tokens}, {flags}{other}>"
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(
-        _name(kind.name, tile, experts=False, gated=False)
+        _name(kind, tile, experts=False, gated=False)
         for kind in QUANT_TYPES
         for tile in (*_MOST, *_MANY, *_FEW, *_LEAST)
     ),
-    *(_name(kind.name, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
     *(
-        _name(kind.name, tile, experts=True, gated=gated)
+        _name(first, tile, experts=False, gated=False, last=last)
+        for first, _, last in MIXED
+        for tile in (*_MOST, *_MANY, *_FEW, *_LEAST)
+    ),
+    *(_name(kind, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
+    *(
+        _name(kind, tile, experts=True, gated=gated)
         for kind in (MXFP4, Q8_0)
         for tile in _EXPERTS
         for gated in (False, True)
@@ -128,9 +134,13 @@ def matmul(
 
 
 def projections(kernels: Launcher, pool: Allocator, x: Halved, linears: Sequence[Linear]) -> tuple[DeviceArray, ...]:
-    """W_j·x + b_j: y_j [T, rows_j] f32 of one x; neighbours of one type in one launch."""
+    """W_j·x + b_j: y_j [T, rows_j] f32 of one x.
+
+    In one launch go neighbours of one type, and q, k and v as published files mix them.
+    """
     results: list[DeviceArray] = []
-    for _, same in groupby(linears, key=lambda linear: linear.weight.kind.name):
+    together = tuple(linear.weight.kind for linear in linears) in MIXED
+    for _, same in groupby(linears, key=lambda linear: together or linear.weight.kind.name):
         group = list(same)
         for some in (group[at : at + _AT_ONCE] for at in range(0, len(group), _AT_ONCE)):
             ys = [pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32) for linear in some]
@@ -196,7 +206,8 @@ def _launch(
     gated, tokens, where = len(ys) < len(linears), x.x.shape[0], _NO_TILES
     rows = [linear.weight.shape[-2] for linear in linears]
     tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
-    kernel = kernels.get(*_name(linears[0].weight.kind.name, tile, experts=groups is not None, gated=gated))
+    first, last = linears[0].weight.kind, linears[-1].weight.kind
+    kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, last=last))
     tiles = -(-tokens // tile.tokens)
     if groups is not None:
         lists = (address(groups.order), address(groups.table), groups.k if shared else 1)

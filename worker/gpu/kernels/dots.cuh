@@ -126,8 +126,3 @@ __device__ __forceinline__ void sum_lanes(float (&sums)[ROWS]) {
 
 template <class Block>
 constexpr bool kReadsBlocks = Unit<Block>::kElements == 32;
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;

@@ -69,6 +69,11 @@ struct BlockUnit {
 template <class Block>
 struct Unit;
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 template <> struct Unit<Q4_0> : BlockUnit<Bits<4, 0>, F16Scale, 8> {};
 template <> struct Unit<Q4_1> : BlockUnit<Bits<4, 0>, F16ScaleMin, 0, true> {};
 template <> struct Unit<Q5_0> : BlockUnit<Bits<4, 1>, F16Scale, 16> {};

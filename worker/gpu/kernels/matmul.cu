@@ -11,27 +11,19 @@
 // three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
 // DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts, and with turns what they
 // keep, 128·ROWS·TOKENS·DEPTHS. The first weights of a dense matrix are on their way before x is there (early.cuh).
-// EXPERTS: grid y over tiles of slots of one expert each (lists by group_routes.cu); slot s reads x[s / per_slot] and
-// writes y[s]; W is [E, rows, cols], b [E, rows]. Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
+// Last is the third projection's type where the first two have another. EXPERTS: grid y over tiles of slots of one expert each
+// (lists by group_routes.cu); slot s reads x[s / per_slot] and writes y[s]; W is [E, rows, cols], b [E, rows].
+// Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
 #include "early.cuh"
 #include "fragments.cuh"
 #include "group_sums.cuh"
 #include "mma.cuh"
 #include "product.cuh"
-#include "tiles.cuh"
 
 constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
 
 // Steps whose weights and x are on their way beside the one in hand: small tiles work less than a load takes.
 __host__ __device__ constexpr int ahead(int tokens, int depths) { return tokens > 32 || depths > 4 ? 1 : 2; }
-
-template <int TOKENS>
-struct Scope {  // what a block works on
-    Tile tile;
-    int slots[TOKENS];
-    u32 x_rows[TOKENS];  // where each token's row of x begins
-    float scales[TOKENS];
-};
 
 // A lane's four rows of weights (two of either 16): where they begin, and a unit of each.
 template <class Block, bool GLU>
@@ -192,7 +184,36 @@ __host__ __device__ constexpr int blocks_of(int tokens, bool experts) {
 #endif
 }
 
-template <class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool EXPERTS, bool GLU>
+// A block's part of y: rows of `parts` from `row0` on by this warp, the tokens that `scope` names.
+template <class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool GLU, class Await>
+__device__ __forceinline__ void product(const Product& p, const Part* parts, const u16* x, const Scope<TOKENS>& scope,
+                                        int row0, u8* shared, Await await) {
+    Accumulator<TOKENS> acc = {};
+    constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
+    float4* const kept = reinterpret_cast<float4*>(shared + kRowBytes * (ahead(TOKENS, DEPTHS) + 1) * TOKENS * DEPTHS);
+    for (int turn = 0;;) {
+        if (kLarge || scope.tile.count > TOKENS - 16)
+            accumulate<true, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc, await);
+        else
+            accumulate<kLarge, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc,
+                                                                        await);
+        if constexpr (TURNS == 1) break;
+        keep<TURNS, 32 * ROWS * DEPTHS, TOKENS>(kept + threadIdx.x, turn, acc);
+        if (++turn == TURNS) break;
+        __syncthreads();  // nobody reads x of this turn any more
+    }
+    if constexpr (DEPTHS == 1) {
+        write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
+    } else {
+        constexpr int kShare = share_of(TOKENS, DEPTHS);
+        const int token0 = threadIdx.x / 32 / ROWS * kShare;
+        Accumulator<kShare> sums;
+        add_depths<ROWS, DEPTHS, TOKENS, kShare>(reinterpret_cast<float4*>(shared), acc, sums);
+        if (token0 < TOKENS) write<TOKENS, kShare, GLU>(p, parts, scope, token0, row0, sums);
+    }
+}
+
+template <class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool EXPERTS, bool GLU, class Last = Block>
 __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, EXPERTS))
     matmul(const __grid_constant__ Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
@@ -218,27 +239,8 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, E
     const Part* parts = p.parts;
     if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
     const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 16 : 32);
-    Accumulator<TOKENS> acc = {};
-    constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
-    float4* const kept = reinterpret_cast<float4*>(shared + kRowBytes * (ahead(TOKENS, DEPTHS) + 1) * TOKENS * DEPTHS);
-    for (int turn = 0;;) {
-        if (kLarge || tile.count > TOKENS - 16)
-            accumulate<true, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc, await);
-        else
-            accumulate<kLarge, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc,
-                                                                        await);
-        if constexpr (TURNS == 1) break;
-        keep<TURNS, 32 * ROWS * DEPTHS, TOKENS>(kept + threadIdx.x, turn, acc);
-        if (++turn == TURNS) break;
-        __syncthreads();  // nobody reads x of this turn any more
-    }
-    if constexpr (DEPTHS == 1) {
-        write<TOKENS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
-    } else {
-        constexpr int kShare = share_of(TOKENS, DEPTHS);
-        const int token0 = warp / ROWS * kShare;
-        Accumulator<kShare> sums;
-        add_depths<ROWS, DEPTHS, TOKENS, kShare>(reinterpret_cast<float4*>(shared), acc, sums);
-        if (token0 < TOKENS) write<TOKENS, kShare, GLU>(p, parts, scope, token0, row0, sums);
-    }
+    if (kSame<Block, Last> || parts != p.parts + 2)
+        product<Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(p, parts, x, scope, row0, shared, await);
+    else
+        product<Last, ROWS, DEPTHS, TURNS, TOKENS, GLU>(p, parts, x, scope, row0, shared, await);
 }

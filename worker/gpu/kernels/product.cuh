@@ -1,7 +1,8 @@
-// What a launch of matmul.cu is told. Twins: `_PART`, `_PRODUCT` in worker/gpu/matmul.py.
+// What a launch of matmul.cu is told, and what one of its blocks works on. Twins: `_PART`, `_PRODUCT` in worker/gpu/matmul.py.
 #pragma once
 #include "formats.cuh"
 #include "gated.cuh"
+#include "tiles.cuh"
 
 struct Part {
     Planes planes;
@@ -18,4 +19,12 @@ struct Product {
     const int* count;       // or null
     int cols;
     Gate gate;
+};
+
+template <int TOKENS>
+struct Scope {
+    Tile tile;
+    int slots[TOKENS];
+    u32 x_rows[TOKENS];  // where each token's row of x begins
+    float scales[TOKENS];
 };
