@@ -183,5 +183,5 @@ class Ops(Protocol):
         ...
 
     def take_rows(self, x: Array, batch: Batch) -> Array:
-        """The rows whose logits are wanted: [R, d] f32."""
+        """The rows whose logits are wanted: [R, …] of x [T, …], a residual stream or what `attention` gave."""
         ...

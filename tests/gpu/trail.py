@@ -16,7 +16,7 @@ from worker.ops import Phase
 
 @dataclass
 class Trail:
-    """Of each layer in turn: `experts` [T, k] i32, and `residuals` [T, d] f32 after each of its halves."""
+    """Of each layer in turn: `experts` [T, k] i32, `residuals` [T, d] f32 after each half; the last's are [R, …]."""
 
     experts: list[np.ndarray] = field(default_factory=list)
     residuals: list[np.ndarray] = field(default_factory=list)
@@ -49,7 +49,8 @@ class Trailed:
 
 
 def on_host(array):
-    """A copy of an array of any device."""
+    """A copy of an array of any device, or of the rows that prefill has taken of one."""
+    array = getattr(array, "x", array)
     return array.get() if hasattr(array, "get") else array.copy()
 
 

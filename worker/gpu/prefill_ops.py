@@ -12,23 +12,24 @@ from dataclasses import dataclass
 
 from worker.gpu import matmul
 from worker.gpu.attention import AttentionLauncher
-from worker.gpu.embedding import embed
+from worker.gpu.embedding import embed, taken
 from worker.gpu.halved import Halved, halved_rows
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import BlockMatrix
 from worker.gpu.matmul import Groups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.prompt import PromptState
 from worker.gpu.routing import routed
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
-from worker.quants import F32
 
 
 @dataclass(frozen=True, slots=True)
 class TakenRows:
-    """Rows [R, d] f32 whose logits are wanted; the device knows how many of them are."""
+    """Rows [R, …] f32 whose logits are wanted; the device knows how many of them are."""
 
     x: DeviceArray
+
+
+Rows = DeviceArray | TakenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +53,27 @@ class PrefillOps:
         """See `Ops.embed`."""
         return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)])
 
-    def norm_linear(self, x: DeviceArray | TakenRows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
+    def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         """See `Ops.norm_linear`."""
-        if isinstance(x, TakenRows):
-            n = halved_rows(self._kernels, self._pool, x.x, norm, self._prompt.wanted_count)
-        else:
-            n = self._halved(x, norm)
-        return matmul.projections(self._kernels, self._pool, n, linears)
+        return matmul.projections(self._kernels, self._pool, self._halved(x, norm), linears)
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Halved:
         """See `Ops.attention`; y comes as `linear_add` takes it."""
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
-    def linear_add(self, y: DeviceArray | Halved, linear: Linear, residual: DeviceArray) -> DeviceArray:
+    def linear_add(self, y: Rows | Halved, linear: Linear, residual: Rows) -> Rows:
         """See `Ops.linear_add`."""
         rows = y if isinstance(y, Halved) else self._halved(y)
-        return matmul.matmul(self._kernels, self._pool, rows, linear, residual)
+        return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _all(residual)))
 
-    def norm_glu(
-        self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
-    ) -> DeviceArray:
+    def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
         """See `Ops.norm_glu`."""
-        return matmul.glu(self._kernels, self._pool, self._halved(x, norm), gate, up, activation)
+        return _like(x, matmul.glu(self._kernels, self._pool, self._halved(x, norm), gate, up, activation))
 
-    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[RoutedRows, Routes]:
+    def norm_route(self, x: Rows, norm: RmsNorm, router: Linear, k: int) -> tuple[RoutedRows, Routes]:
         """See `Ops.norm_route`; n is what `experts_glu` takes."""
-        routes = routed(self._kernels, self._pool, x, norm, router, k)
-        groups = matmul.grouped(self._kernels, self._pool, routes, router.weight.shape[0], self._prompt.count)
+        routes = routed(self._kernels, self._pool, _all(x), norm, router, k)
+        groups = matmul.grouped(self._kernels, self._pool, routes, router.weight.shape[0], self._count(x))
         return RoutedRows(self._halved(x, norm), groups), routes
 
     def experts_glu(
@@ -87,16 +82,33 @@ class PrefillOps:
         """See `Ops.experts_glu`; h is what `experts_add` takes."""
         h = matmul.glu(self._kernels, self._pool, n.rows, gate, up, activation, n.groups)
         slots = h.reshape(-1, h.shape[-1])
-        return RoutedRows(halved_rows(self._kernels, self._pool, slots, None, self._prompt.count, n.groups.k), n.groups)
+        return RoutedRows(halved_rows(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
 
-    def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: DeviceArray) -> DeviceArray:
+    def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
         """See `Ops.experts_add`."""
-        return matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, residual)
+        added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _all(residual))
+        return _like(residual, added)
 
-    def take_rows(self, x: DeviceArray, batch: Batch) -> TakenRows:
-        """See `Ops.take_rows`: an embedding whose table is x."""
-        table = QTensor("x", x.shape, F32, BlockMatrix(F32, (x, None, None, None)))
-        return TakenRows(embed(self._kernels, self._pool, table, self._prompt.wanted[: len(batch.logit_rows)]))
+    def take_rows(self, x: DeviceArray | Halved, batch: Batch) -> TakenRows | Halved:
+        """See `Ops.take_rows`."""
+        wanted = self._prompt.wanted[: len(batch.logit_rows)]
+        if not isinstance(x, Halved):
+            return TakenRows(taken(self._kernels, self._pool, x, wanted))
+        assert x.scale is None, "attention's rows have none"
+        return Halved(taken(self._kernels, self._pool, x.x, wanted), None, self._prompt.wanted_count)
 
-    def _halved(self, x: DeviceArray, norm: RmsNorm | None = None) -> Halved:
-        return halved_rows(self._kernels, self._pool, x, norm, self._prompt.count)
+    def _halved(self, x: Rows, norm: RmsNorm | None = None) -> Halved:
+        return halved_rows(self._kernels, self._pool, _all(x), norm, self._count(x))
+
+    def _count(self, x: Rows) -> DeviceArray:
+        """[1] i32: how many of x are real."""
+        return self._prompt.wanted_count if isinstance(x, TakenRows) else self._prompt.count
+
+
+def _all(x: Rows) -> DeviceArray:
+    return x.x if isinstance(x, TakenRows) else x
+
+
+def _like(x: Rows, y: DeviceArray) -> Rows:
+    """y, of the tokens that x is of."""
+    return TakenRows(y) if isinstance(x, TakenRows) else y
