@@ -30,8 +30,8 @@ _BLOCKS = 264  # two for each of an H100's multiprocessors; where fewer fit they
 _FEW_BLOCKS = 132
 _MANY_BYTES = 4 << 20  # from here on a matrix takes all blocks
 _ENOUGH_WARPS = 10  # of a block's
-_GLU, _WIDE_GLU, _EXPERTS_GLU = (16, 32), (32, 64), (8, 32)  # warps of a block, and the elements of h that it makes
-_WIDE_BLOCKS = 100  # occupy the device: one takes a multiprocessor
+_GLU_ROWS = 32  # elements of h that a block makes
+_EXPERT_WARPS = 8  # of a block that makes them of an expert
 
 _MATRIX = np.dtype(
     [
@@ -54,13 +54,8 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for kinds in MIXED
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
-    *(
-        ("glu.cu", f"glu<{warps}, {tile}, {kind.name}>")
-        for warps, _ in (_GLU, _WIDE_GLU)
-        for kind in QUANT_TYPES
-        for tile in _GLU_TILES
-    ),
-    *(("glu.cu", f"glu<{_EXPERTS_GLU[0]}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
 )
 
@@ -144,17 +139,12 @@ def glu(
     units = cols // unit_elements(gate.weight.kind)
     tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
     types = kinds if kinds[0] is not kinds[1] else kinds[:1]
-    experts, (warps, each) = (None, _glu_block(rows)) if routes is None else (routes.experts, _EXPERTS_GLU)
+    experts, warps = (None, _WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {', '.join(kind.name for kind in types)}>")
     args = (*branches, _rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
-    grid = (-(-rows // each), tokens * k)
+    grid = (-(-rows // _GLU_ROWS), tokens * k)
     kernel(grid, (32 * warps,), args, shared_mem=_staged(cols, kinds), early=True)
     return h
-
-
-def _glu_block(rows: int) -> tuple[int, int]:
-    """Warps of a block of a dense FFN of so many rows, and the elements that it makes."""
-    return _WIDE_GLU if rows >= _WIDE_BLOCKS * _WIDE_GLU[1] else _GLU
 
 
 def experts_add(
