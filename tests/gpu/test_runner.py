@@ -182,7 +182,7 @@ def test_a_step_repeated_draws_the_same(load):
 
 
 def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load, monkeypatch):
-    from worker.gpu.runner import _Result
+    from worker.gpu.ahead import Result
 
     class Noted:
         def __init__(self, name, graph):
@@ -202,8 +202,8 @@ def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load,
         return drawn.id, order[: order.index("wait") + 1]
 
     runner, table = load("llama3-rope", prefill_tokens=128), np.arange(12, dtype=np.int32)
-    order, draw = [], _Result.draw
-    monkeypatch.setattr(_Result, "draw", noted)
+    order, draw = [], Result.draw
+    monkeypatch.setattr(Result, "draw", noted)
     runner._step = Noted("step", runner._step)
     runner._pieces = {tokens: Noted("piece", graph) for tokens, graph in runner._pieces.items()}
     last = [len(PROMPT) - 1]

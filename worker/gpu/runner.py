@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from worker.gpu.ahead import Ahead, Result
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
@@ -47,43 +48,6 @@ _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _SHORT_PIECES = (32, 128, 512)
 """Tokens of the graphs that short prompts take, beside the longest piece's: blocks of absent tokens cost some time."""
 _ALL_EARLY = 128  # tokens of a piece: of a longer one products alone begin early
-
-
-@dataclass(frozen=True, slots=True)
-class _Result:
-    """A draw on its way to the host: `raw` holds it once `event` has happened."""
-
-    raw: np.ndarray[Any, Any]
-    event: Any
-
-    def draw(self, request: DrawRequest) -> Draw:
-        """Wait for it."""
-        self.event.synchronize()
-        return unpack(self.raw, request)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ahead:
-    """A decode step that was launched before anyone asked for it, and what the call must be that asks for it."""
-
-    batch: Batch
-    request: DrawRequest
-    result: _Result
-
-    def answers(self, batch: Batch, request: DrawRequest) -> bool:
-        """Whether the call is the one foreseen: the same sequence's next token, drawn the same way.
-
-        A sequence's list of generated ids is one object for its whole life, so it tells sequences apart.
-        """
-        return (
-            request.generated is self.request.generated
-            and request.sampling == self.request.sampling
-            and request.index == self.request.index
-            and request.forced is None
-            and np.array_equal(batch.tokens, self.batch.tokens)
-            and np.array_equal(batch.positions, self.batch.positions)
-            and np.array_equal(batch.block_tables[0], self.batch.block_tables[0])
-        )
 
 
 class GpuRunner:
@@ -125,10 +89,11 @@ class GpuRunner:
             self._results = PinnedRing(self._sampler.drawn.nbytes)
             self._pools = self._prepare(memory)
             self._step = self._capture()
+            self._first = captured(lambda: self._draw(self._logits[:1]), self._stream)
             self._pieces = {tokens: self._capture_piece(tokens) for tokens in self._piece_sizes()}
             wait_for_weights()  # only here: a capture reads none
             self._stream.synchronize()
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
@@ -170,8 +135,8 @@ class GpuRunner:
             piece = replace(batch, tokens=tokens, positions=batch.positions[start : start + size], logit_rows=rows)
             self._prompt.load(piece, self._stream)
             self._pieces[next(most for most in self._pieces if len(tokens) <= most)].launch(self._stream)
-            at_work()  # what is left to do meanwhile takes the host less time than this the device
             yield self._logits[: len(rows)]
+            at_work()  # the next piece's upload waits for this one
 
     def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, at_work: AtWork) -> Draw:
         """Draw after a prompt: the step state starts at its row `at`."""
@@ -180,10 +145,13 @@ class GpuRunner:
         row = slice(at, at + 1)
         last = _one(batch.tokens[row], batch.positions[row], batch.block_tables[0])
         self._load(last, [request])
-        self._sampler.launch(self._kernels, logits, self._state)
+        if len(self._logits) == 1:
+            self._first.launch(self._stream)
+        else:
+            self._draw(logits)
         return self._read(last, request, self._fetch(), at_work)
 
-    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: _Ahead | None, at_work: AtWork) -> Draw:
+    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: Ahead | None, at_work: AtWork) -> Draw:
         if ahead is not None and ahead.answers(batch, request):
             return self._read(batch, request, ahead.result, at_work)
         self._load(batch, [request])
@@ -192,7 +160,7 @@ class GpuRunner:
             return Draw(request.forced)
         return self._read(batch, request, self._fetch(), at_work)
 
-    def _read(self, batch: Batch, request: DrawRequest, result: _Result, at_work: AtWork) -> Draw:
+    def _read(self, batch: Batch, request: DrawRequest, result: Result, at_work: AtWork) -> Draw:
         """Launch the step after the batch, then wait for the batch's draw."""
         position = int(batch.positions[0]) + 1
         room = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
@@ -200,7 +168,7 @@ class GpuRunner:
         if position < room:
             self._step.launch(self._stream)
             following = _one(np.zeros(1, np.int32), np.array([position], np.int32), batch.block_tables[0])
-            ahead = _Ahead(following, replace(request, index=request.index + 1), self._fetch())
+            ahead = Ahead(following, replace(request, index=request.index + 1), self._fetch())
         at_work()
         draw = result.draw(request)
         if ahead is not None:
@@ -211,7 +179,7 @@ class GpuRunner:
     def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:
         """Several sequences: launched kernel by kernel, read at once."""
         self._load(batch, requests)
-        self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
+        self._draw(self._decode_forward(batch))
         result = self._fetch()
         at_work()
         result.event.synchronize()
@@ -223,8 +191,11 @@ class GpuRunner:
         for row, request in enumerate(requests):
             self._sampler.load(row, request, self._stream)
 
-    def _fetch(self) -> _Result:
-        return _Result(*self._results.download(self._sampler.drawn, self._stream))
+    def _draw(self, logits: DeviceArray) -> None:
+        self._sampler.launch(self._kernels, logits, self._state)
+
+    def _fetch(self) -> Result:
+        return Result(*self._results.download(self._sampler.drawn, self._stream))
 
     def _decode_forward(self, batch: Batch) -> DeviceArray:
         return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
@@ -260,10 +231,7 @@ class GpuRunner:
         zero = np.zeros(1, np.int32)
         batch = _one(zero, zero, zero)
 
-        def step() -> None:
-            self._sampler.launch(self._kernels, self._decode_forward(batch), self._state)
-
-        return captured(step, self._stream)
+        return captured(lambda: self._draw(self._decode_forward(batch)), self._stream)
 
     def _piece_sizes(self) -> list[int]:
         """The lengths that pieces are captured at, rising: a shorter one takes the next, which moves no bit."""

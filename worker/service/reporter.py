@@ -84,6 +84,11 @@ class Reporter:
             )
         )
 
+    def busy(self) -> None:
+        """A job is under way."""
+        self._health.enter("busy")
+        self.memory_moved()
+
     def memory_moved(self) -> None:
         """Something began or ended, a load or a job: memory is worth a look."""
         self._edge.set()
