@@ -121,7 +121,6 @@ class ServiceSection(_Section):
     flush_ms: float = Field(default=15.0, ge=10, le=20)
     flush_tokens: int = Field(default=16, ge=1, le=16)
     metrics_ms: float = Field(default=500.0, ge=250, le=1000)
-    alert_ms: float = Field(default=50.0, ge=0, le=1000)
     heartbeat_s: float = Field(default=5.0, gt=0, le=10)
     vram_s: float = Field(default=3.0, gt=0)
     residency_s: float = Field(default=60.0, gt=0)

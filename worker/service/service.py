@@ -24,7 +24,6 @@ from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
 from worker.jobs.transport import Transport
 from worker.served import Loader, Served
-from worker.service.alertness import Alertness
 from worker.service.attempt import Attempt
 from worker.service.bounds import Stop
 from worker.service.drain import Drain
@@ -78,7 +77,6 @@ class Service:
         self._health = Health(self._meters, lambda: transport.silence_s, 3 * lease.scan_s)
         self._reporter = Reporter(transport.presence, self._health, section, self._meters, log)
         self._engine = EngineThread()
-        self._alertness = Alertness(section.alert_ms / 1000)
         self._attempt: Attempt | None = None
         self._drain = Drain()
         self.http_port = 0
@@ -233,8 +231,7 @@ class Service:
 
     async def _claim(self) -> Claim | None:
         try:
-            with self._alertness.waiting():
-                return await self._transport.claim()
+            return await self._transport.claim()
         except Exception as error:  # an entry that nobody can read must not end the worker: others may still work
             self._log.error("claim_fault", frames=frames_of(error))
             await asyncio.sleep(self._lease.scan_s)
@@ -253,7 +250,6 @@ class Service:
         finally:
             self._attempt = None
             self._reporter.quiet.end()
-            self._alertness.renew()
         self._meters.requests.labels(outcome).inc()
         self._health.ended(outcome)
         self._reporter.memory_moved()
