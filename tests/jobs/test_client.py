@@ -105,6 +105,27 @@ async def test_a_reader_does_not_wait_for_events_that_have_expired(world: World)
     assert [item async for item in client.events("a", after="1-1")] == []
 
 
+async def test_a_job_is_seen_as_it_is_at_one_moment(world: World) -> None:
+    """Who reads on from the newest entry just when the job ends must not take it for over and its end for heard."""
+    client, worker, seen = world.client(), await world.transport("w1"), []
+    await client.submit(job_id="a", prompt="hello")
+    lease, looking = await taken(worker), world.connect()
+
+    async def look() -> None:
+        while "ended_ms" not in (state := await looking.job_state("a")).fields:
+            seen.append((state.top, int(state.fields["tokens"])))
+            await asyncio.sleep(0)
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(look())
+        for i in range(100):
+            await worker.append(lease, tokens(i, i + 1))
+            await asyncio.sleep(0)
+        await complete(worker, lease, 100)
+    assert len({top for top, _ in seen}) > 10
+    assert all(top == f"1-{count}" for top, count in seen)
+
+
 async def test_a_reader_rides_out_lost_replies_and_not_more(world: World) -> None:
     worker = await world.transport("w1")
     lost = iter([True, False, True])

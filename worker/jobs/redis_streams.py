@@ -61,10 +61,10 @@ class RedisStreams:
         self._blocking = blocking
         self._reconnects = 0
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        of_job, of_queue = ("take", "append", "cancel"), ("renew", "settle", "enqueue", "remove_consumers")
+        of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
         scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
-        self._take, self._append, self._cancel = (scripts[name] for name in of_job)
+        self._take, self._append, self._cancel, self._state = (scripts[name] for name in of_job)
         self._renew, self._settle, self._enqueue, self._remove_consumers = (scripts[name] for name in of_queue)
 
     @classmethod
@@ -173,10 +173,9 @@ class RedisStreams:
         ]
 
     async def job_state(self, job_id: str) -> JobState:
-        """The stream's top, then HGETALL."""
-        top = await self.last_id(events_key(job_id))
-        fields = await _asked(self._commands.hgetall(state_key(job_id)))
-        return JobState(top, texts(fields))
+        """`state.lua`."""
+        top, fields = await self._on_job(self._state, job_id)
+        return JobState(text(top), texts(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         """`take.lua`."""

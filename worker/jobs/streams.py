@@ -188,7 +188,7 @@ class Streams(Protocol):
         ...
 
     async def job_state(self, job_id: str) -> JobState:
-        """The state, read after the top."""
+        """Its stream's top and its state, of one moment."""
         ...
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:

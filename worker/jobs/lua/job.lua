@@ -1,4 +1,4 @@
--- Read in before take, append and cancel. A job's slot holds two keys: KEYS[1] its events, KEYS[2] its state.
+-- Read in before take, append, cancel and state. A job's slot holds two keys: KEYS[1] its events, KEYS[2] its state.
 
 -- The newest id that the stream has generated, trimmed or not; 0-0 without a stream.
 local function top_of(events)
