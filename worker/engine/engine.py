@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from worker.engine.batches import decode_batch, prefill_batch
 from worker.engine.kv_blocks import KvBlocks, blocks_for
@@ -47,10 +48,14 @@ class Token:
     finish: FinishReason | None
 
 
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+
 class _Reserved(NamedTuple):
     """What is kept of a prompt for a sequence that is to come."""
 
     prompt: list[int]
+    ids: Ids
     digests: list[bytes]
     table: Ints
 
@@ -97,14 +102,13 @@ class Engine:
             raise InvalidRequest.of(
                 ("max_tokens", f"must be 1 to {room}, what the context leaves", sequence.max_tokens)
             )
-        ids = np.array(sequence.prompt + sequence.replay)
-        if ids.min() < 0 or ids.max() >= self._runner.vocab_size:
-            raise InvalidRequest.of(("prompt_tokens", f"ids must be 0 to {self._runner.vocab_size - 1}", None))
         reserved = self._reserved.get(sequence.id)
-        if reserved is not None and reserved.prompt == sequence.prompt:
-            sequence.digests = reserved.digests
-        else:
-            sequence.digests = self._digests(ids[: len(sequence.prompt)])
+        known = reserved if reserved is not None and reserved.prompt == sequence.prompt else None
+        ids = _array(sequence.prompt) if known is None else known.ids
+        for some in (ids, _array(sequence.replay)):
+            if some.size and (some.min() < 0 or some.max() >= self._runner.vocab_size):
+                raise InvalidRequest.of(("prompt_tokens", f"ids must be 0 to {self._runner.vocab_size - 1}", None))
+        sequence.digests = self._digests(ids) if known is None else known.digests
         self._waiting.append(sequence)
 
     def reserve(self, sequence_id: str, prompt: list[int]) -> int:
@@ -114,11 +118,12 @@ class Engine:
         the reservation given up.
         """
         self._unreserve(sequence_id)
-        digests = self._digests(prompt)
+        ids = _array(prompt)
+        digests = self._digests(ids)
         prefix = self._find(prompt, digests)
         table = self._blocks.take(len(prefix), prefix)
         assert table is not None, "nothing but what was found is taken"
-        self._reserved[sequence_id] = _Reserved(prompt, digests, table)
+        self._reserved[sequence_id] = _Reserved(prompt, ids, digests, table)
         return len(prefix) * KV_BLOCK
 
     def abort(self, sequence_id: str) -> None:
@@ -203,8 +208,8 @@ class Engine:
             self._blocks.give_back(sequence.block_table)
             sequence.block_table = None
 
-    def _digests(self, prompt: list[int] | Ints) -> list[bytes]:
-        return block_digests(prompt) if self.settings.prefix_cache else []
+    def _digests(self, ids: Ids) -> list[bytes]:
+        return block_digests(ids) if self.settings.prefix_cache else []
 
     def _find(self, prompt: list[int], digests: list[bytes]) -> list[int]:
         """The cached blocks that a prompt begins with; its last token is always computed, for there its logits are."""
@@ -215,3 +220,8 @@ class Engine:
             reserved = self._reserved.pop(each, None)
             if reserved is not None:
                 self._blocks.give_back(reserved.table)
+
+
+def _array(ids: list[int]) -> Ids:
+    """With a type given, NumPy need not look for one first, which is a third of the time."""
+    return np.array(ids, np.int64)

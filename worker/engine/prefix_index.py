@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from worker.ops import KV_BLOCK, Ints
+from worker.ops import KV_BLOCK
 
 
-def block_digests(prompt: Sequence[int] | Ints) -> list[bytes]:
+def block_digests(prompt: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[bytes]:
     """One for each whole block of a prompt: SHA-256 of all ids up to its end, u32 little-endian.
 
     Prompts that differ anywhere before a block's end have other digests there, as sure as SHA-256 has no collision.
