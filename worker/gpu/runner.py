@@ -172,7 +172,7 @@ class GpuRunner:
         at_work()
         draw = result.draw(request)
         if ahead is not None:
-            ahead.batch.tokens[0] = draw.id
+            ahead.batch.tokens[0] = draw.id  # the rest was made while the device was at work
             self._ahead = ahead
         return draw
 

@@ -4,8 +4,8 @@
 // its own wait, which ends when the predecessor is complete and with it everything earlier, it may read what nobody writes
 // during a step: weights, tables, KV of earlier tokens. Behind a predecessor that only waits, also what the launch before
 // that one left. Blocks with nothing to do may leave without a wait if one of their grid waits: then the grid ends after
-// those before it. (Of a piece whose logits nobody wants, all of the head's blocks leave; what is copied then nobody reads,
-// and a graph ends after all of its nodes.)
+// those before it. (Of a piece whose logits nobody wants, all blocks leave of what follows the last layer's attention; what is
+// copied then nobody reads, and a graph ends after all of its nodes.)
 // Launched the ordinary way, and on older devices, these lines do nothing. Host side: `Kernel` in worker/gpu/kernel.py.
 #pragma once
 
