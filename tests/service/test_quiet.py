@@ -114,3 +114,16 @@ async def test_quiet_is_over_with_the_token_or_after_a_second_and_without_a_job(
     began = time.monotonic()
     await quiet.over()
     assert 0.8 < time.monotonic() - began < 3
+
+
+async def test_what_is_to_follow_follows_once_however_quiet_ends(monkeypatch):
+    monkeypatch.setattr("worker.service.quiet._LONGEST_S", 0.05)
+    quiet, told = Quiet(), []
+    quiet.begin(lambda: told.append("a token came"))
+    assert told == []
+    quiet.end()
+    quiet.end()
+    quiet.begin(lambda: told.append("it took too long"))
+    await wait_until(lambda: asyncio.sleep(0, len(told) == 2))
+    quiet.end()
+    assert told == ["a token came", "it took too long"]
