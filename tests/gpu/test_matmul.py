@@ -143,7 +143,7 @@ def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("kinds", [(Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
 def test_prefill_projections_of_one_input(kernels, memory, kinds):
     from worker.gpu.matmul import projections
 

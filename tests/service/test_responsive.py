@@ -13,13 +13,13 @@ nothing shows how late that is."""
 
 
 async def lateness(work):
-    """By how many seconds a sleep of 2 ms came late, rising, while `work` was done; and its result."""
+    """By how many seconds a sleep of 1 ms came late, rising, while `work` was done; and its result."""
     done, late = asyncio.create_task(work), []
     await asyncio.sleep(0)
     while not done.done():
         began = time.perf_counter()
-        await asyncio.sleep(0.002)
-        late.append(time.perf_counter() - began - 0.002)
+        await asyncio.sleep(0.001)
+        late.append(time.perf_counter() - began - 0.001)
     return sorted(late), done.result()
 
 
@@ -30,7 +30,7 @@ async def test_the_loop_answers_within_20_ms_during_a_prefill_of_2000_tokens(fak
             idle, _ = await lateness(asyncio.sleep(1))
             late, told = await lateness(ask(client, prompt_tokens=prompt, max_tokens=1))
             assert told.last.prompt_tokens == 2000
-            assert len(late) >= 100
+            assert len(late) >= 200
             p99, allowed = late[int(len(late) * 0.99)], max(0.020, 3 * idle[int(len(idle) * 0.99)])
             if p99 < allowed:
                 break
