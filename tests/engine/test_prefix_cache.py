@@ -9,7 +9,7 @@ from tests.engine.ledger import LedgerRunner
 from tests.models import cpu_runner, engine_of, ids, run
 from worker.engine import Sequence
 from worker.engine.kv_blocks import KvBlocks
-from worker.engine.prefix_index import block_digests
+from worker.engine.prefix_index import ROOT, PrefixIndex, whole_blocks
 from worker.errors import CudaError, VramOom
 from worker.ops import Phase
 from worker.sampling import Sampling
@@ -248,51 +248,81 @@ def test_reservations_give_way_to_one_that_could_never_start_otherwise():
     assert engine.kv_blocks["used"] == 0
 
 
+def keep(blocks, table, prompt):
+    """Let the blocks of a table be found as those of a prompt."""
+    place = ROOT
+    for block, content in zip(table, prompt, strict=True):
+        place = blocks.keep(int(block), content, place)
+
+
 def test_free_blocks_go_first_then_those_read_longest_ago_a_prompts_end_before_its_beginning():
     blocks = KvBlocks(6, np.array([4, 2, 0, 1, 3, 5], np.int32))
-    digests = {name: block_digests([n] * 32) for n, name in enumerate("ab")}
+    prompts = {name: whole_blocks([n] * 32) for n, name in enumerate("ab")}
     tables = {}
-    for name, prompt in digests.items():
+    for name, prompt in prompts.items():
         tables[name] = blocks.take(2)
-        for block, digest in zip(tables[name].tolist(), prompt, strict=True):
-            blocks.keep(block, digest)
+        keep(blocks, tables[name], prompt)
     assert [tables[name].tolist() for name in "ab"] == [[4, 2], [0, 1]]
     blocks.give_back(tables["a"])
     blocks.give_back(tables["b"])
-    blocks.give_back(blocks.take(2, blocks.find(digests["a"])))  # read again: b is the older one now
+    blocks.give_back(blocks.take(2, blocks.find(prompts["a"])))  # read again: b is the older one now
     taken = [int(blocks.take(1)[0]) for _ in range(6)]
     assert taken == [3, 5, 1, 0, 2, 4]
-    assert blocks.find(digests["a"]) == blocks.find(digests["b"]) == []
+    assert blocks.find(prompts["a"]) == blocks.find(prompts["b"]) == []
     assert blocks.take(1) is None
 
 
 def test_a_prefix_that_nobody_reads_is_not_counted_as_room():
     blocks = KvBlocks(3)
     table = blocks.take(2)
-    digests = block_digests(range(32))
-    for block, digest in zip(table.tolist(), digests, strict=True):
-        blocks.keep(block, digest)
+    prompt = whole_blocks(range(32))
+    keep(blocks, table, prompt)
     blocks.give_back(table)
     before = blocks.states
-    assert blocks.take(4, blocks.find(digests)) is None
+    assert blocks.take(4, blocks.find(prompt)) is None
     assert blocks.states == before == {"used": 0, "cached": 2, "free": 1}
-    assert blocks.take(3, blocks.find(digests)).tolist() == [*table.tolist(), 2]
+    assert blocks.take(3, blocks.find(prompt)).tolist() == [*table.tolist(), 2]
 
 
-def test_digests_tell_prompts_apart_by_all_before_a_block_and_cover_whole_blocks_only():
-    assert len(block_digests(range(47))) == 2
-    assert block_digests(range(15)) == []
-    assert block_digests(range(48))[:2] == block_digests(range(47))
-    one, other = block_digests([1] * 32), block_digests([2] * 16 + [1] * 16)
-    assert len({*one, *other}) == 4
+def test_blocks_are_found_by_their_ids_and_all_before_them_and_only_whole_ones():
+    assert len(whole_blocks(range(47))) == 2
+    assert whole_blocks(range(15)) == []
+    assert whole_blocks(range(48))[:2] == whole_blocks(range(47))
+    blocks, ones = KvBlocks(4), [1] * 16
+    keep(blocks, [0, 1], whole_blocks(ones * 2))
+    keep(blocks, [2, 3], whole_blocks([2] * 16 + ones))
+    assert blocks.find(whole_blocks(ones * 3)) == [0, 1]
+    assert blocks.find(whole_blocks([2] * 16 + ones)) == [2, 3]
+    assert blocks.find(whole_blocks(ones + [2] * 16)) == [0]
+    assert blocks.find(whole_blocks([3] * 16 + ones)) == []
 
 
-def test_a_reserved_prompt_is_hashed_once_and_another_one_under_its_name_by_itself(monkeypatch):
-    hashed = []
-    monkeypatch.setattr("worker.engine.engine.block_digests", lambda ids: hashed.append(len(ids)) or block_digests(ids))
+def test_what_followed_a_dropped_block_is_not_found_behind_another_that_takes_its_number():
+    index, (one, two, three) = PrefixIndex(), whole_blocks(range(48))
+    index.enter(index.enter(ROOT, one, 7), three, 8)
+    index.drop(7)
+    assert index.find([one, three]) == []
+    parent = index.enter(ROOT, two, 7)
+    assert index.find([two, three]) == [7]
+    assert index.enter(parent, three, 9) != index.place(8)
+    assert index.find([two, three]) == [7, 9]
+
+
+def test_a_block_that_holds_what_another_does_is_not_found_but_what_follows_it_is():
+    index, (one, two) = PrefixIndex(), whole_blocks(range(32))
+    first = index.enter(ROOT, one, 1)
+    assert index.enter(ROOT, one, 2) == first
+    assert 2 not in index
+    index.enter(first, two, 3)
+    assert index.find([one, two]) == [1, 3]
+
+
+def test_a_reserved_prompt_is_cut_once_and_another_one_under_its_name_by_itself(monkeypatch):
+    cut = []
+    monkeypatch.setattr("worker.engine.engine.whole_blocks", lambda ids: cut.append(len(ids)) or whole_blocks(ids))
     _, engine = ledger()
     for prompt in (range(64), range(1, 65)):
         engine.reserve("a", list(range(64)))
         run(engine, sequence(prompt))
-    assert hashed == [64, 64, 64]  # two reservations, and the sequence that asks for something else
+    assert cut == [64, 64, 64]  # two reservations, and the sequence that asks for something else
     assert engine.reserve("b", list(range(1, 65))) == 48

@@ -1,6 +1,6 @@
 """Any order of jobs, reservations, aborts and faults: no block is lost, none is written while another reads it.
 
-The ledger's slots hold all tokens before them, so a block that was handed out twice, or found under a wrong digest,
+The ledger's slots hold all tokens before them, so a block that was handed out twice, or found in a wrong place,
 fails the step that reads it. Prompts come from three that branch, so that much is shared.
 """
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from worker.engine.prefix_index import PrefixIndex
+from worker.engine.prefix_index import ROOT, PrefixIndex
 from worker.ops import KV_BLOCK, Ints
 
 
@@ -34,9 +34,13 @@ class KvBlocks:
         """How many blocks are used, cached and free: `count` in all."""
         return {"used": int(np.count_nonzero(self._readers)), "cached": len(self._cached), "free": len(self._free)}
 
-    def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known beginning of a prompt, given its `block_digests`."""
-        return self._index.find(digests)
+    def find(self, contents: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known beginning of a prompt, given its `whole_blocks`."""
+        return self._index.find(contents)
+
+    def place(self, found: Sequence[int]) -> int:
+        """Where a prompt goes on in the index after the blocks that were found."""
+        return self._index.place(found[-1]) if found else ROOT
 
     def take(self, count: int, prefix: Sequence[int] = ()) -> Ints | None:
         """A block table of `count` blocks that begins with those just found; or None, and nothing taken.
@@ -63,9 +67,12 @@ class KvBlocks:
             else:
                 self._free.append(block)
 
-    def keep(self, block: int, digest: bytes) -> None:
-        """Prefill has written the block whole: let others find it, and keep its content as long as there is room."""
-        self._index.enter(digest, block)
+    def keep(self, block: int, content: bytes, place: int) -> int:
+        """Prefill has written the block whole: let others find it, and keep its content as long as there is room.
+
+        `place` is where the prompt stands before it; the result is where it stands after it.
+        """
+        return self._index.enter(place, content, block)
 
     def forget(self) -> None:
         """Drop what is cached; who reads a block goes on reading it."""

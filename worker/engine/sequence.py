@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from worker.engine.prefix_index import ROOT
 from worker.ops import Ints
 from worker.sampling import DrawRequest, Sampling
 
@@ -30,8 +31,10 @@ class Sequence:
     generated: list[int] = field(default_factory=list, init=False)
     prefilled: int = field(default=0, init=False)
     """Prompt tokens whose K and V are there: computed, or found in the prefix cache."""
-    digests: list[bytes] = field(default_factory=list, init=False)
+    contents: list[bytes] = field(default_factory=list, init=False)
     """Of the prompt's whole blocks; empty where nothing of it is to be cached."""
+    place: int = field(default=ROOT, init=False)
+    """In the prefix index, after the whole blocks that are there."""
     block_table: Ints | None = field(default=None, init=False)
 
     @property
