@@ -54,7 +54,7 @@ SHAPES = [
 ]
 
 
-# Few heads, since these run after long prefixes: a segment is 512 positions.
+# Few heads, since these run after long prefixes: a segment is 256 positions.
 LONG_SHAPES = [
     Shape(64, 4, 2),
     Shape(64, 2, 1, window=128, sinks=True),
@@ -210,7 +210,7 @@ def test_a_short_piece_after_a_long_prefix_gives_the_bits_of_the_whole(kernels, 
 def test_a_piece_whose_parts_have_no_room_gives_the_same_bits(kernels, memory, monkeypatch):
     scene = Scene(Shape(64, 4, 2, sinks=True), 1200)
     y = Bench(scene, kernels, memory).after(1100, 1200)
-    monkeypatch.setattr("worker.gpu.attention.MOST_PART_BYTES", 80 * 4608)  # of the 84 parts that 100 tokens leave
+    monkeypatch.setattr("worker.gpu.attention.MOST_PART_BYTES", 136 * 4608)  # of the 140 parts that 100 tokens leave
     bench = Bench(scene, kernels, memory)
     assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
     assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))

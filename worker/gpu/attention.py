@@ -25,10 +25,10 @@ _QUERY_TILE = 64
 _STRIPS = {64: 2, 96: 2, 128: 1}  # of 16 queries, a warp's, where a piece is not split
 _KEYS = {64: 64, 96: 32, 128: 32}  # keys_per_tile of attention_tiles.cuh
 _ROW_PAD = 8  # kPad there
-_SEGMENT = 512  # kSegment of attention_prefill.cu
+_SEGMENT = 256  # kSegment of attention_prefill.cu
 _SPLIT_TOKENS = 128  # of a piece whose segments are spread over blocks: of a longer one there are blocks enough
 _BLOCKS_PER_PROCESSOR = 4
-MOST_PART_BYTES = 64 << 20
+MOST_PART_BYTES = 128 << 20
 """Of a split piece's parts. 128 tokens of 64 heads after 14,000 fit in, 32 of 14 after any number."""
 _ROPE_PARTS = 4  # blocks of a token in rope_kv
 _MAX_PARTS = 64  # kMaxParts in softmax_parts.cuh

@@ -9,7 +9,8 @@
 //
 // A block walks all segments of its queries. Of a short piece after a long prefix there are too few such blocks: where
 // SPLIT, the grid has Z layers, block z takes segments z, z + Z, … and leaves a part of each, and the block that arrives
-// last merges them. Should the parts need more than `room`, layer 0 walks all segments after all.
+// last merges them. Should the parts need more than `room`, layer 0 walks all segments after all. Which KV blocks a segment
+// lies in is looked up once, and a first tile of earlier pieces is on its way before q is there (early.cuh).
 //
 // q [T, H·D] f16, already turned (rope_kv.cu); caches as in kv_cache.cuh, written up to position start + T - 1; table i32
 // of this sequence; place: {start, T} on the device, of which the grid covers at least T; sinks [H] f32 or null;
@@ -25,7 +26,7 @@
 #include "fragments.cuh"
 #include "running_softmax.cuh"
 
-constexpr int kSegment = 512;
+constexpr int kSegment = 256;
 
 __host__ __device__ constexpr int strips(int head_dim, bool split) { return split || head_dim == 128 ? 1 : 2; }
 
@@ -104,26 +105,37 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         return parts + (size_t)of * kPart;
     };
 
+    constexpr int kLanes = kSegment / kKvBlock;
+    const auto blocks_of_segment = [=](int segment) {  // a lane each
+        const int at = segment * kLanes + threadIdx.x % 32 % kLanes;
+        return at * kKvBlock < valid ? table[at] : 0;
+    };
+    const auto fetch = [&](int stage, int tile, int blocks) {
+        fetch_tile<D, STRIPS, kLanes>(keys[stage], k_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
+        fetch_tile<D, STRIPS, kLanes>(values[stage], v_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
+        commit_copies();
+    };
+    const int last_tile = newest / kKeys, last_segment = newest / kSegment;
+    int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
+    int blocks = blocks_of_segment(segment);
+    if ((tile + 1) * kKeys > start) wait_for_inputs();  // else the first tile is of earlier pieces
+    fetch(0, tile, blocks);
     wait_for_inputs();
     Queries<D, STRIPS> queries;
     load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
     Softmax<D, STRIPS> state;
     const float scale = rsqrtf((float)D) * kLog2e;
-    const auto fetch = [&](int stage, int tile) {
-        fetch_tile<D, STRIPS>(keys[stage], k_cache, table, n_kv_heads, kv_head, tile * kKeys, valid);
-        fetch_tile<D, STRIPS>(values[stage], v_cache, table, n_kv_heads, kv_head, tile * kKeys, valid);
-    };
-    const int last_tile = newest / kKeys, last_segment = newest / kSegment;
-    int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
-    fetch(0, tile);
-    commit_copies();
     for (; segment <= last_segment; segment += stride) {
         state.begin();
+        const int blocks_then = blocks_of_segment(segment + stride);
         for (const int end = min((segment + 1) * kTiles, last_tile + 1); tile < end; stage ^= 1) {
             const int next = tile + 1 < end ? tile + 1 : (segment + stride) * kTiles;
-            if (next <= last_tile) fetch(stage ^ 1, next);
-            commit_copies();
-            wait_for_copies<1>();
+            if (next <= last_tile) {
+                fetch(stage ^ 1, next, tile + 1 < end ? blocks : blocks_then);
+                wait_for_copies<1>();
+            } else {
+                wait_for_copies<0>();
+            }
             __syncthreads();
             Scores<D, STRIPS> scores = {};
             score<D, STRIPS>(scores, queries, keys[stage]);
@@ -134,16 +146,22 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
             __syncthreads();
             tile = next;
         }
+        blocks = blocks_then;
         if (!split && segment > first_segment) state.follow(kept, scale);
         if (split ? warp_row < n_tokens : segment < last_segment) state.leave(split ? part(segment) : kept);
     }
 
     if (split && !arrives_last(arrivals + blockIdx.x * n_heads + head, min(segments, stride))) return;
     if (warp_row >= n_tokens) return;
-    for (int s = 0; split && s < segments; ++s) {
-        state.take(part(first_segment + s));
-        if (s) state.follow(kept, scale);
-        if (s < segments - 1) state.leave(kept);
+    if (split) {
+        Softmax<D, STRIPS> next;  // on its way while the one before it is merged
+        next.take(part(first_segment));
+        for (int s = 0; s < segments; ++s) {
+            state = next;
+            if (s < segments - 1) next.take(part(first_segment + s + 1));
+            if (s) state.follow(kept, scale);
+            if (s < segments - 1) state.leave(kept);
+        }
     }
     write_rows<D, STRIPS>(state, y, sinks, scale, row, n_tokens, head, n_heads);
 }

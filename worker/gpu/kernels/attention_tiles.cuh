@@ -19,15 +19,16 @@ template <int D, int STRIPS>
 using Queries = unsigned int[STRIPS][D / 16][4];
 
 // Rows of a cache at positions [tile, tile + KEYS) into shared memory; zeros from `valid` on, where slots are unwritten.
-// One head's part of a KV block is one piece of memory; each thread takes the same 16 bytes of every block.
-template <int D, int STRIPS>
-__device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* cache, const int* table,
-                                           int n_kv_heads, int kv_head, int tile, int valid) {
+// One head's part of a KV block is one piece of memory; each thread takes the same 16 bytes of every block. Lane i knows
+// the block of each position that is 16·i to 16·i + 15 after a multiple of 16·LANES.
+template <int D, int STRIPS, int LANES>
+__device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* cache, int blocks, int n_kv_heads,
+                                           int kv_head, int tile, int valid) {
     constexpr int kPieces = D / 8, kEach = kKvBlock * kPieces;
 #pragma unroll
     for (int b = 0; b < keys_per_tile(D) / kKvBlock; ++b) {
         const int first = tile + b * kKvBlock;
-        const int block = first < valid ? table[first / kKvBlock] : 0;
+        const int block = __shfl_sync(0xffffffffu, blocks, first / kKvBlock % LANES);
         const unsigned short* from = cache + kv_offset<D>(block, n_kv_heads, kv_head, 0);
 #pragma unroll
         for (int i = 0; i < (kEach + threads(STRIPS) - 1) / threads(STRIPS); ++i) {
