@@ -42,7 +42,13 @@ def exact_add(h, chosen, weights, down, residual):
 
 
 SHAPES = [(1, 8, 4, 66, 96, None), (3, 5, 3, 40, 64, None), (2, 32, 1, 33, 128, None)]
-MANY = [*SHAPES, (300, 8, 4, 66, 96, None), (150, 8, 2, 40, 64, (6, 1)), (17, 64, 6, 36, 32, None)]
+MANY = [
+    *SHAPES,
+    (24, 8, 4, 66, 96, None),
+    (300, 8, 4, 66, 96, None),
+    (150, 8, 2, 40, 64, (6, 1)),
+    (17, 64, 6, 36, 32, None),
+]
 
 
 @pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
@@ -84,7 +90,8 @@ def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < PREFILL_OWN
 
 
-def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory):
+@pytest.mark.parametrize("tokens", [16, 40])  # the smallest tiles and the middle ones, beside the largest
+def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, tokens):
     from worker.gpu.matmul import experts_add, glu, grouped
 
     gate, up = (Projection(kernels, memory, MXFP4, (8, 64, 96), name, bias=True) for name in ("gate", "up"))
@@ -102,8 +109,8 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory):
         return h.get(), y.get()
 
     h, y = both(slice(0, 200))
-    for at in range(0, 200, 16):
-        part = slice(at, min(at + 16, 200))
+    for at in range(0, 200, tokens):
+        part = slice(at, min(at + tokens, 200))
         h_part, y_part = both(part)
         assert h_part.tobytes() == h[part].tobytes()
         assert y_part.tobytes() == y[part].tobytes()

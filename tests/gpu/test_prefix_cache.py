@@ -26,9 +26,7 @@ PROMPT = np.random.default_rng(3).integers(0, 280, 150).tolist()
 OTHER = np.random.default_rng(4).integers(0, 280, 150).tolist()
 SHUFFLED = np.random.default_rng(5).permutation(40)
 TOKENS, BEGINNING, OWN, REPEATS = 8, 2000, 24, 5
-SHARE, SHARES = 0.15, {"qwen2.5-0.5b": 0.18}
-"""Of the whole prompt's time. The smallest model is at the edge of the 15 % asked for, by host at 14.9 to 17: its
-2,024 tokens take 12 ms, and 24 of them pass through 230 launches of some 7 µs. docs/performance-prefill.md has more."""
+SHARE = 0.15  # of the whole prompt's time
 
 
 class Observed:
@@ -91,7 +89,7 @@ def test_a_second_job_with_the_same_2000_tokens_has_its_first_token_in_15_percen
         f"{request.node.callspec.params['full']} first token, {BEGINNING} of {BEGINNING + OWN} tokens cached",
         f"{second:.2f} ms ({spread[1]}) in place of {first:.2f} ms ({spread[0]}): {100 * second / first:.1f} %",
     )
-    assert second < SHARES.get(request.node.callspec.params["full"], SHARE) * first
+    assert second < SHARE * first
 
 
 def first_token_s(engine, prompt):

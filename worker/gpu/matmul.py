@@ -26,12 +26,13 @@ from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
 
 class _Tile(NamedTuple):
-    """Of matmul.cu: 32·rows × tokens of y a block, its columns cut into depths·turns groups."""
+    """Of matmul.cu: 16·strips·rows × tokens of y a block, its columns cut into depths·turns groups."""
 
     rows: int
     depths: int
     tokens: int
     turns: int = 1
+    strips: int = 2
     enough: int = 80
     """Blocks that occupy the device: with fewer, a smaller tile is faster."""
 
@@ -39,20 +40,25 @@ class _Tile(NamedTuple):
     def shared_bytes(self) -> int:
         """256 bytes a token, of the step in hand and of those ahead; and the sums that turns keep."""
         steps = 2 if self.tokens > 32 or self.depths > 4 else 3
-        kept = 128 * self.rows if self.turns > 1 else 0
+        kept = 64 * self.strips * self.rows if self.turns > 1 else 0
         return (256 * steps + kept) * self.tokens * self.depths
 
 
 # Measured on an H100 over these models' shapes: the larger the tile, the less is read again; the fewer the rows, the
-# more groups, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least.
-_GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(2, 1, 32))
+# more groups, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least. Of a
+# short piece it is a warp's instructions that take the time: one strip each. The 16 tokens are for a row of logits.
+_GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(4, 1, 32, strips=1), _Tile(8, 1, 16, strips=1))
 _MOST = _GATED[1:]
-_MANY = (_Tile(4, 2, 64), _Tile(2, 2, 32))
-_FEW = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(1, 4, 32))
-_LEAST = (_Tile(4, 2, 64, turns=4), _Tile(4, 2, 32, turns=4), _Tile(1, 8, 32))
+_MANY = (_Tile(4, 2, 64), _Tile(4, 2, 32, strips=1))
+_FEW = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(2, 4, 32, strips=1))
+_LEAST = (
+    _Tile(4, 2, 64, turns=4),
+    _Tile(4, 2, 32, turns=4),
+    _Tile(2, 8, 32, strips=1),
+    _Tile(1, 8, 16, strips=1),
+)
 _FROM_ROWS = ((8192, _MOST), (4096, _MANY), (1536, _FEW), (0, _LEAST))
-_EXPERTS = (_Tile(4, 1, 64), _Tile(4, 1, 32))
-_FEW_SLOTS = 24  # of an expert, on average
+_EXPERTS = ((24, _Tile(4, 1, 64)), (8, _Tile(4, 1, 32)), (0, _Tile(8, 1, 16, strips=1)))  # for more slots each than
 _AT_ONCE = 3  # projections of one x in one launch
 _GROUP_THREADS = 1024
 _THREADS = 256
@@ -66,9 +72,11 @@ _NO_TILES = np.array((0, 0, 1), _TILES)
 
 
 def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: QuantType | None = None) -> KernelName:
-    flags = ", ".join(str(flag).lower() for flag in (experts, gated))
-    other = "" if last in (None, kind) else f", {last.name}"
-    return "matmul.cu", f"matmul<{kind.name}, {tile.rows}, {tile.depths}, {tile.turns}, {tile.tokens}, {flags}{other}>"
+    sizes = (tile.strips, tile.rows, tile.depths, tile.turns, tile.tokens)
+    arguments = [kind.name, *map(str, sizes), *(str(flag).lower() for flag in (experts, gated))]
+    if last not in (None, kind):
+        arguments.append(last.name)
+    return "matmul.cu", f"matmul<{', '.join(arguments)}>"
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
@@ -86,7 +94,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(
         _name(kind, tile, experts=True, gated=gated)
         for kind in (MXFP4, Q8_0)
-        for tile in _EXPERTS
+        for _, tile in _EXPERTS
         for gated in (False, True)
     ),
     ("group_routes.cu", "group_routes"),
@@ -115,7 +123,7 @@ def grouped(
     """Sort the routes' slots by expert."""
     tokens, k = routes.experts.shape
     slots = tokens * k
-    tile = _EXPERTS[slots <= _FEW_SLOTS * n_experts]
+    tile = next(tile for least, tile in _EXPERTS if slots > least * n_experts)
     tiles = slots // tile.tokens + min(n_experts, slots)
     order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
     sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tokens), np.int32(tiles))
@@ -224,14 +232,14 @@ def _launch(
 
 
 def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:
-    """The largest tile that still makes enough blocks of these rows, and takes half of the tokens at most."""
+    """The largest tile that still makes enough blocks of these rows, and takes half of the tokens at most, or 32."""
     tiles, matrices = _tiles(rows, gated=gated), rows[:1] if gated else rows
+    most = max(tokens // 2, min(tokens, 32))
 
     def blocks(tile: _Tile) -> int:
         return sum(_blocks(tile, each, gated=gated) for each in matrices) * -(-tokens // tile.tokens)
 
-    halves = (tile for tile in tiles if 2 * tile.tokens <= tokens)
-    return next((tile for tile in halves if blocks(tile) >= tile.enough), tiles[-1])
+    return next((tile for tile in tiles if tile.tokens <= most and blocks(tile) >= tile.enough), tiles[-1])
 
 
 def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
@@ -243,7 +251,7 @@ def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
     """Blocks side by side that a matrix of `rows` takes; a gated one is two of them, interleaved."""
-    return -(-rows // (tile.rows * (16 if gated else 32)))
+    return -(-rows // (tile.rows * tile.strips * (8 if gated else 16)))
 
 
 def _part(linear: Linear, y: DeviceArray, first: int) -> np.ndarray[Any, Any]:

@@ -3,16 +3,16 @@
 // half of them each where there are turns.
 #pragma once
 
-template <int TOKENS>
-using Accumulator = float[2][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
+template <int STRIPS, int TOKENS>
+using Accumulator = float[STRIPS][TOKENS / 8][4];  // 16 rows, 8 tokens, and a lane's four of these 128
 
 // Adds what this lane kept of the turns before, and keeps the sum for those to come, which begin at 0. kept is
 // a lane's own, `APART` apart.
-template <int TURNS, int APART, int TOKENS>
-__device__ __forceinline__ void keep(float4* kept, int turn, Accumulator<TOKENS>& acc) {
+template <int TURNS, int APART, int STRIPS, int TILES>
+__device__ __forceinline__ void keep(float4* kept, int turn, float (&acc)[STRIPS][TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < TOKENS / 4; ++i) {
-        float* a = acc[i / (TOKENS / 8)][i % (TOKENS / 8)];
+    for (int i = 0; i < STRIPS * TILES; ++i) {
+        float* a = acc[i / TILES][i % TILES];
         if (turn > 0) {
             const float4 before = kept[i * APART];
             a[0] = before.x + a[0], a[1] = before.y + a[1], a[2] = before.z + a[2], a[3] = before.w + a[3];
@@ -27,25 +27,26 @@ __device__ __forceinline__ void keep(float4* kept, int turn, Accumulator<TOKENS>
 __host__ __device__ constexpr int share_of(int tokens, int depths) { return tokens / depths < 8 ? 8 : tokens / depths; }
 
 // Adds the depths' parts; depth d is left with the sums of its share of the tokens, if there are any.
-template <int ROWS, int DEPTHS, int TOKENS, int SHARE>
-__device__ __forceinline__ void add_depths(float4* scratch, const Accumulator<TOKENS>& acc, Accumulator<SHARE>& sums) {
+template <int ROWS, int DEPTHS, int STRIPS, int TOKENS, int SHARE>
+__device__ __forceinline__ void add_depths(float4* scratch, const Accumulator<STRIPS, TOKENS>& acc,
+                                           Accumulator<STRIPS, SHARE>& sums) {
     constexpr int kThreads = 32 * ROWS, kTiles = TOKENS / 8, kShare = SHARE / 8;
     const int depth = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
+    for (int i = 0; i < STRIPS * kTiles; ++i) {
         const float* a = acc[i / kTiles][i % kTiles];
-        scratch[(depth * 2 * kTiles + i) * kThreads + thread] = make_float4(a[0], a[1], a[2], a[3]);
+        scratch[(depth * STRIPS * kTiles + i) * kThreads + thread] = make_float4(a[0], a[1], a[2], a[3]);
     }
     __syncthreads();
     if (depth * kShare >= kTiles) return;
 #pragma unroll
-    for (int i = 0; i < 2 * kShare; ++i) {
+    for (int i = 0; i < STRIPS * kShare; ++i) {
         const int at = i / kShare * kTiles + depth * kShare + i % kShare;
         float half[2][4];
 #pragma unroll
         for (int d = 0; d < DEPTHS; ++d) {
-            const float4 part = scratch[(d * 2 * kTiles + at) * kThreads + thread];
+            const float4 part = scratch[(d * STRIPS * kTiles + at) * kThreads + thread];
             float* h = half[d / (DEPTHS / 2)];
             const bool first = d % (DEPTHS / 2) == 0;
             h[0] = first ? part.x : h[0] + part.x, h[1] = first ? part.y : h[1] + part.y;
