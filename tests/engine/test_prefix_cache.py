@@ -308,6 +308,17 @@ def test_what_followed_a_dropped_block_is_not_found_behind_another_that_takes_it
     assert index.find([two, three]) == [7, 9]
 
 
+def test_nothing_is_entered_behind_a_dropped_block():
+    index, (one, two, three) = PrefixIndex(), whole_blocks(range(48))
+    parent = index.enter(ROOT, one, 1)
+    index.drop(1)
+    place = index.enter(parent, two, 2)
+    index.enter(place, three, 3)
+    assert 2 not in index
+    assert 3 not in index
+    assert index.find([one, two, three]) == []
+
+
 def test_a_block_that_holds_what_another_does_is_not_found_but_what_follows_it_is():
     index, (one, two) = PrefixIndex(), whole_blocks(range(32))
     first = index.enter(ROOT, one, 1)

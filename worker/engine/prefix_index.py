@@ -56,7 +56,12 @@ class PrefixIndex:
         return self._places[self._keys[block]]
 
     def enter(self, parent: int, content: bytes, block: int) -> int:
-        """Where `content` stands after `parent`: from now on `block` is found there, unless another one is already."""
+        """Where `content` stands after `parent`: from now on `block` is found there, unless another one is already.
+
+        Behind a parent that was dropped nothing can be found, so nothing is entered: the place is the parent's still.
+        """
+        if parent != ROOT and parent not in self._blocks:
+            return parent
         key = parent, content
         place = self._places.get(key)
         if place is None:
