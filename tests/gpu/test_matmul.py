@@ -98,6 +98,9 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
         matmul._MOST: lambda: matmul.matmul(kernels, pool, x, most),
         matmul._GATED: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
     }
+    kernels.prepare(  # side by side: one by one, each takes seconds to compile
+        matmul._name(kind, tile, experts=False, gated=tiles is matmul._GATED) for tiles in products for tile in tiles
+    )
     for tiles, product in products.items():
         found = set()
         for i in range(len(tiles)):
@@ -130,8 +133,9 @@ def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory
         Projection(kernels, memory, kind, (each, 512), f"w{i}")
         for i, (kind, each) in enumerate(zip(kinds, rows, strict=True))
     ]
-    x, found = rows_of(70, 512), set()
-    for i in range(len(matmul._tiles(rows, gated=False))):
+    x, found, tiles = rows_of(70, 512), set(), matmul._tiles(rows, gated=False)
+    kernels.prepare(matmul._name(kinds[0], tile, experts=False, gated=False, last=kinds[2]) for tile in tiles)
+    for i in range(len(tiles)):
         always(monkeypatch, itemgetter(i))
         for tokens in (70, 9):
             pool = GuardedPool()
