@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     };
 
     constexpr int kLanes = kSegment / kKvBlock;
+    static_assert(kLanes <= 32, "a lane knows one of a segment's blocks");
     const auto blocks_of_segment = [=](int segment) {  // a lane each
         const int at = segment * kLanes + threadIdx.x % 32 % kLanes;
         return at * kKvBlock < valid ? table[at] : 0;
