@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ async def all_is_well(world: World, **texts: str | None) -> None:
     holds(keys_without_expiry(await world.keys()))
 
 
-class World:
+class World(ABC):
     """The base of the three."""
 
     def __init__(self) -> None:
@@ -55,8 +56,9 @@ class World:
         self._opened.append(streams)
         return streams
 
+    @abstractmethod
     def _connect(self) -> Streams:
-        raise NotImplementedError
+        """A connection of its own."""
 
     async def transport(self, name: str, policy: Policy = PATIENT, streams: Streams | None = None) -> Transport:
         transport = Transport(streams or self.connect(), name, policy=policy)
@@ -66,21 +68,21 @@ class World:
     def client(self, **options: Any) -> Client:
         return Client(self.connect(), **options)
 
+    @abstractmethod
     async def keys(self) -> dict[str, int | None]:
         """Every key, with its milliseconds to live."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def drop(self, key: str) -> None:
         """What an expiry does."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def trim(self, key: str) -> None:
         """Remove every entry of a stream; its top stays."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
         """What brings these keys back as they are now: a server that lost its last writes."""
-        raise NotImplementedError
 
     async def close(self) -> None:
         for streams in self._opened:
@@ -124,8 +126,9 @@ class RedisWorld(World):
         super().__init__()
         self.raw = self._raw()
 
+    @abstractmethod
     def _raw(self) -> Redis:
-        raise NotImplementedError
+        """A connection that looks behind the protocol's back."""
 
     async def keys(self) -> dict[str, int | None]:
         found: dict[str, int | None] = {}
