@@ -21,7 +21,7 @@ from worker.sampling import Sampling
 PROMPT, TOKENS, RUNS = 512, 64, 3
 
 
-def one_run(loaded: runtime.Loaded) -> tuple[float, float]:
+def one_run(loaded: runtime.LoadedModel) -> tuple[float, float]:
     """Prefill and decode, tokens a second."""
     loaded.engine.add(Sequence("a", list(range(1000, 1000 + PROMPT)), TOKENS, Sampling(temperature=0)))
     began = time.perf_counter()
@@ -41,11 +41,10 @@ def main(model: str = "smollm2") -> None:
     load_s = time.perf_counter() - began
     runs = [one_run(loaded) for _ in range(RUNS)]
     prefill, decode = (statistics.median(column) for column in zip(*runs, strict=True))
-    hp = loaded.hparams
     print(f"{loaded.name}: loaded in {load_s:.1f} s; prefill {prefill:.0f} tokens/s, decode {decode:.1f} tokens/s")
     with LlamaCpp(path, context=1024, threads=2) as other:
         print(f"llama.cpp on 2 threads: decode {other.decode_speed(TOKENS):.1f} tokens/s")
-    print(f"promised: decode at 10 tokens/s or more (vocabulary {hp.vocab_size:,}, {hp.block_count} layers)")
+    print(f"promised: decode at 10 tokens/s or more (vocabulary {loaded.vocab_size:,})")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from worker.gpu import matmul as prefill
 from worker.gpu import matvec as decode
 from worker.gpu.bandwidth import read_seconds
 from worker.gpu.compiler import Kernels
-from worker.gpu.halved import halved_rows
 from worker.gpu.layouts import BlockMatrix, plane_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose, aligned
 from worker.gpu.quantized import activations_like
+from worker.gpu.scaled_f16 import scale_to_f16
 from worker.ops import Linear, QTensor
 from worker.quants import QUANT_TYPES, QuantType
 
@@ -104,7 +104,7 @@ def prefill_row(bench: Bench, kind: QuantType) -> str:
     for rows, cols in SHAPES[1:4]:
         linear = bench.matrices(kind, rows, cols)[0]
         for tokens in TOKENS:
-            x = halved_rows(bench.kernels, bench.pool, cupy.random.standard_normal((tokens, cols), dtype=np.float32))
+            x = scale_to_f16(bench.kernels, bench.pool, cupy.random.standard_normal((tokens, cols), dtype=np.float32))
             call = partial(prefill.matmul, bench.kernels, bench.pool, x, linear)
             cells.append(f"{2e-12 * rows * cols * tokens / bench.seconds([call] * 3):4.0f}")
     return " ".join(cells)

@@ -25,7 +25,7 @@ def loaded(request, tiny):
 def answer(loaded, published=(), **fields):
     job = Job.parse({"job_id": "j", "prompt": "the quick", "seed": 5, "max_tokens": 24, **fields})
     prompt = prompt_ids(job, loaded.tokenizer, NOW)
-    limits = Limits(loaded.name, loaded.hparams.vocab_size, loaded.engine.context)
+    limits = Limits(loaded.name, loaded.vocab_size, loaded.engine.context)
     return Answer(job, job.resolve(limits, len(prompt), "1-1"), loaded.tokenizer, prompt, published)
 
 

@@ -49,13 +49,26 @@ class Placement:
     end_ids: frozenset[int]
 
 
-class Backend(Protocol):
-    """One device."""
+class Device(Protocol):
+    """The part of a backend that the service uses once a model is loaded, on the engine's thread."""
+
+    device: str
+    """The device's own name, as logs and `worker inspect` give it."""
+
+    def memory(self) -> MemoryUse:
+        """Bytes by purpose, now."""
+        ...
+
+    def non_resident(self) -> tuple[int, list[str]]:
+        """Number of allocations checked, and the addresses of those that are not plain device memory."""
+        ...
+
+
+class Backend(Device, Protocol):
+    """One device: memory arithmetic before a model is loaded, loading, accounting afterwards."""
 
     name: str
     """cpu or gpu."""
-    device: str
-    """The device's own name, as logs and `worker inspect` give it."""
     prefill_chunk: int
     """Prompt tokens a step where the settings don't say: how long a cancellation waits."""
 
@@ -83,12 +96,4 @@ class Backend(Protocol):
 
         Raises VramOom, CudaError, ModelLoadFailed, and what `bind` raises; then nothing is left on the device.
         """
-        ...
-
-    def memory(self) -> MemoryUse:
-        """Bytes by purpose, now."""
-        ...
-
-    def strays(self) -> tuple[int, list[str]]:
-        """How many pieces of memory were checked, and those that don't lie in plain device memory."""
         ...

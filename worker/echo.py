@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from worker.model import AtWork
+from worker.model import OnLaunched
 from worker.ops import Batch
 from worker.sampling import Draw, DrawRequest
 
@@ -19,9 +19,9 @@ class EchoRunner:
         self.vocab_size = vocab_size
         self.kv_blocks = kv_blocks
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
-        at_work()
+        on_launched()
         return [_echo(request) for request in requests]
 
 

@@ -15,11 +15,10 @@ from worker.backend import MemoryUse
 from worker.echo import EchoRunner
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.model import AtWork, Runner
+from worker.model import OnLaunched, Runner
 from worker.ops import Batch
-from worker.runtime import Progress
+from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw, DrawRequest
-from worker.served import Served
 from worker.text.tokenizer import load_tokenizer
 
 _CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -39,9 +38,9 @@ class PacedRunner:
         self._runner = runner
         self._step_s = step_s
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
-        at_work()  # the pause is in the device's place
+        on_launched()  # the pause is in the device's place
         time.sleep(self._step_s)
         return self._runner.run(batch, requests)
 
@@ -55,14 +54,14 @@ class NoDevice:
         """Nothing."""
         return MemoryUse()
 
-    def strays(self) -> tuple[int, list[str]]:
+    def non_resident(self) -> tuple[int, list[str]]:
         """None."""
         return 0, []
 
 
 def load_echo(
     context: int, prefill_chunk: int, step_s: float, progress: Progress, *, prefix_cache: bool = True
-) -> Served:
+) -> LoadedModel:
     """A model that echoes prompts of up to `context` tokens, each step in at least `step_s` seconds."""
     tokens = [*_CONTROL, _SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [TokenType.CONTROL] * len(_CONTROL) + [TokenType.NORMAL] + [TokenType.BYTE] * 256
@@ -83,4 +82,4 @@ def load_echo(
     settings = EngineSettings(context, prefill_chunk, prefix_cache=prefix_cache)
     engine = Engine(PacedRunner(runner, step_s) if step_s else runner, settings)
     progress(1, 1)
-    return Served("echo", "echo-1", len(tokens), tokenizer, engine, NoDevice(), engine.free_kv_blocks)
+    return LoadedModel("echo", "echo-1", len(tokens), tokenizer, engine, NoDevice())

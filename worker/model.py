@@ -83,7 +83,7 @@ class Model(Protocol):
         ...
 
 
-AtWork = Callable[[], None]
+OnLaunched = Callable[[], None]
 """Called when a step's work is on its way to the device: what is left is to wait, and that needs no Python."""
 
 
@@ -98,10 +98,10 @@ class Runner(Protocol):
     vocab_size: int
     kv_blocks: int
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """Compute the batch and draw one token for each of its `logit_rows`.
 
-        `at_work` is called before the first wait for the device, or before the host computes where it does; perhaps
+        `on_launched` is called before the first wait for the device, or before the host computes where it does; perhaps
         more than once, and not at all where nothing is waited for.
 
         Raises VramOom when an allocation fails, CudaError when the device is lost.

@@ -182,6 +182,6 @@ class Ops(Protocol):
         """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32."""
         ...
 
-    def take_rows(self, x: Array, batch: Batch) -> Array:
+    def gather_rows(self, x: Array, batch: Batch) -> Array:
         """The rows whose logits are wanted: [R, …] of x [T, …], a residual stream or what `attention` gave."""
         ...

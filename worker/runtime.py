@@ -18,7 +18,7 @@ import numpy as np
 from worker.adapters import adapter_for
 from worker.adapters.hparams import read_hparams
 from worker.adapters.weights import Weights, describe
-from worker.backend import Backend, Placement, Upload
+from worker.backend import Backend, Device, Placement, Upload
 from worker.config import EngineSection, ModelSection
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
@@ -63,15 +63,21 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model that is ready to answer."""
+class LoadedModel:
+    """A model with its tokenizer and engine, ready to serve jobs. `worker/echo_model.py` makes one without a file."""
 
     name: str
     fingerprint: str
-    hparams: Hparams
+    """Digest of the model file; models with equal fingerprints produce equal tokens."""
+    vocab_size: int
+    """Rows of the embedding, padding rows included."""
     tokenizer: Tokenizer
     engine: Engine
-    backend: Backend
+    device: Device
+
+
+ModelLoader = Callable[[Progress], LoadedModel]
+"""Loads the model; called on the engine's thread."""
 
 
 def open_backend(engine: EngineSection) -> Backend:
@@ -133,7 +139,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @_no_collection()
-def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> Loaded:
+def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> LoadedModel:
     """Open, check, plan and load a model file. Raises ModelLoadFailed or InsufficientVram before anything is copied.
 
     Only that a tokenizer can't be built may be found out while weights are on their way; they are stopped then.
@@ -161,7 +167,8 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         chunk = engine.prefill_chunk or backend.prefill_chunk
         settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         name = model.name or file.get("general.name", str, path.stem)
-        return Loaded(name, file.fingerprint(), planned.hparams, tokenizer, Engine(runner, settings), backend)
+        vocab_size, built = planned.hparams.vocab_size, Engine(runner, settings)
+        return LoadedModel(name, file.fingerprint(), vocab_size, tokenizer, built, backend)
 
 
 def _placement(planned: Plan, vocab: Vocabulary, path: Path) -> Placement:

@@ -17,7 +17,7 @@ from typing import IO
 
 from tests.chaos.questions import ECHO_CONTEXT, POOLS, PREFILL_CHUNK, TINY_CONTEXT
 from worker.embedded import Child
-from worker.jobs.streams import Streams, insist
+from worker.jobs.streams import Streams, retry_until_connected
 
 LEASE_S = 2.0
 SETTINGS = f"""
@@ -208,5 +208,5 @@ class Fleet:
 
     async def _holders(self, streams: Streams, pool: str) -> set[int]:
         """Process ids of workers that hold an entry; a worker's id ends with its process's id and a random part."""
-        rows = await insist(streams.pending, pool, 100)
+        rows = await retry_until_connected(streams.pending, pool, 100)
         return {int(row.consumer.split("-")[-2]) for row in rows}

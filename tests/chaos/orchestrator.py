@@ -15,7 +15,7 @@ from worker.jobs.events import Event
 from worker.jobs.keys import START
 from worker.jobs.received import Received
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import Disconnected, insist
+from worker.jobs.streams import Disconnected, retry_until_connected
 from worker.jobs.sync_client import SyncClient
 
 KINDS = {
@@ -95,7 +95,7 @@ class Orchestrator:
         if job.kind == "doubled":
             beside.append(asyncio.create_task(self._later(self._submit(job))))
         elif job.kind == "cancelled":
-            beside.append(asyncio.create_task(self._later(insist(self._client.cancel, job.job_id))))
+            beside.append(asyncio.create_task(self._later(retry_until_connected(self._client.cancel, job.job_id))))
         if job.kind == "synchronous":
             await asyncio.to_thread(self._follow_in_a_thread, job)
         else:
@@ -110,16 +110,16 @@ class Orchestrator:
         """Enqueue; again where the answer was lost: two entries of one job are one job."""
         if job.kind in ("json", "invalid"):
             payload = json.dumps({"job_id": job.job_id, **job.asked.fields}).encode()
-            await insist(self._streams.enqueue, self._pool, {"p": payload}, 1_000_000)
+            await retry_until_connected(self._streams.enqueue, self._pool, {"p": payload}, 1_000_000)
         else:
-            await insist(self._client.submit, job_id=job.job_id, **job.asked.fields)
+            await retry_until_connected(self._client.submit, job_id=job.job_id, **job.asked.fields)
         job.sent = time.monotonic()
 
     async def _garbage(self) -> None:
         payload = b"\xc1" + self._random.randbytes(self._random.randint(0, 40))
         garbage = Garbage(self._pool, payload)
         self._ledger.garbage.append(garbage)
-        await insist(self._streams.enqueue, self._pool, {"p": payload}, 1_000_000)
+        await retry_until_connected(self._streams.enqueue, self._pool, {"p": payload}, 1_000_000)
         garbage.sent = time.monotonic()
 
     async def _follow(self, job: Job) -> None:
@@ -184,8 +184,8 @@ class Orchestrator:
 
     async def _submit_if_lost(self, job: Job) -> None:
         """Nothing for a while: where the server has lost writes, the job itself may be among them."""
-        if self._ledger.losses and not await insist(self._client.state, job.job_id):
-            queued = await insist(self._client.queue, 1000)
+        if self._ledger.losses and not await retry_until_connected(self._client.state, job.job_id):
+            queued = await retry_until_connected(self._client.queue, 1000)
             if job.job_id not in [entry.job_id for entry in queued]:
                 self._ledger.submitted_again += 1
                 await self._submit(job)

@@ -13,7 +13,7 @@ from worker.config import EngineSection, ModelSection
 from worker.echo_model import load_echo
 from worker.jobs.lease import History
 from worker.jobs.protocol import Job
-from worker.served import Served, load_served
+from worker.runtime import LoadedModel, load
 from worker.service.question import Question
 
 POISON = (11, 7, 11, 7, 11, 13)
@@ -38,7 +38,7 @@ class Asked:
         return "".join(self.texts)
 
 
-def undisturbed(served: Served, fields: Mapping[str, Any]) -> Asked:
+def undisturbed(served: LoadedModel, fields: Mapping[str, Any]) -> Asked:
     """Answer a job in this process, with neither server nor service."""
     job = Job.parse({"job_id": "undisturbed", **fields})
     answer = Question.of(job, served, "0-0", 0).answer(served, History())
@@ -55,7 +55,7 @@ def tiny_questions(folder: Path, seed: int, count: int) -> list[Asked]:
     """Sampled answers of a tiny llama: other prompts, temperatures, penalties and seeds each time."""
     random = Random(f"tiny {seed}")
     path = make_tiny("llama", folder / "tiny.gguf", quant="F32")
-    served = load_served(
+    served = load(
         path, ModelSection(context=TINY_CONTEXT), EngineSection(backend="cpu", prefill_chunk=PREFILL_CHUNK), _unheard
     )
     return [_with_stop(served, _tiny_fields(random), random) for _ in range(count)]
@@ -90,7 +90,7 @@ def _tiny_fields(random: Random) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _with_stop(served: Served, fields: dict[str, Any], random: Random) -> Asked:
+def _with_stop(served: LoadedModel, fields: dict[str, Any], random: Random) -> Asked:
     """The question; one in three with a stop string that its answer meets, so that text is held back."""
     asked = undisturbed(served, fields)
     middle = len(asked.text) // 2

@@ -25,7 +25,7 @@ class LedgerRunner:
         """Prompt tokens computed so far."""
         return sum(len(batch.tokens) for batch in self.batches if batch.phase is Phase.PREFILL)
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         fault, self.fault = self.fault, None
         tables = batch.block_tables * (len(batch.tokens) // len(batch.block_tables))
         held = []

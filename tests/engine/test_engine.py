@@ -26,12 +26,12 @@ class RecordingRunner(EchoRunner):
         self.batches = []
         self.failures = 0
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         if self.failures:
             self.failures -= 1
             raise VramOom("an allocation failed")
         self.batches.append(batch)
-        return super().run(batch, requests, at_work)
+        return super().run(batch, requests, on_launched)
 
 
 def sequence(name="a", prompt=(1, 2, 3), max_tokens=5, **kwargs):

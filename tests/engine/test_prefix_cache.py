@@ -30,10 +30,10 @@ class Observed:
         self.cache, self.batches, self.logits = runner.cache, [], []
         self._runner = runner
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         self.batches.append(batch)
         self.logits += list(self._runner.logits(batch))
-        return self._runner.run(batch, requests, at_work)
+        return self._runner.run(batch, requests, on_launched)
 
     def kv(self, tokens):
         """K and V of the last batch's sequence: the bits of its first `tokens` positions."""

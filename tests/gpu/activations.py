@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from worker.cpu.quantized import BLOCK, in_f16, quantize
-from worker.gpu.halved import Halved, padded
 from worker.gpu.quantized import Activations
+from worker.gpu.scaled_f16 import ScaledF16, padded
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32
 
@@ -54,12 +54,12 @@ def places(cols):
     return column // 128 * 128 + element // 4 * 16 + element // 2 % 2 * 8 + unit * 2 + element % 2
 
 
-def halved(pool, x):
+def scaled_f16(pool, x):
     """x [T, cols] as prefill's products read it."""
     scale = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1))) - 10)
     scaled = np.zeros((len(x), padded(x.shape[1])), np.float16)
     scaled[:, places(x.shape[1])] = in_f16(x) / scale[:, None]
-    return Halved(pool.put(scaled), pool.put(scale.astype(np.float32)))
+    return ScaledF16(pool.put(scaled), pool.put(scale.astype(np.float32)))
 
 
 def values_of(rows, cols):

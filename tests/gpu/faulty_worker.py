@@ -47,9 +47,9 @@ def install(fault):
     """Put the fault between the runner and its device."""
     run, upload = GpuRunner.run, PinnedRing.upload
 
-    def faulty_run(runner, batch, requests, at_work):
+    def faulty_run(runner, batch, requests, on_launched):
         fault.step()
-        return run(runner, batch, requests, at_work)
+        return run(runner, batch, requests, on_launched)
 
     def faulty_upload(ring, parts, target, stream):
         fault.call()

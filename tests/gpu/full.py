@@ -24,7 +24,7 @@ def path_of(model):
 
 
 def random_ids(full, count, seed=0):
-    return np.random.default_rng(seed).integers(0, full.loaded.hparams.vocab_size - 8, count).tolist()
+    return np.random.default_rng(seed).integers(0, full.loaded.vocab_size - 8, count).tolist()
 
 
 def relative(found, exact):

@@ -169,7 +169,7 @@ class SideBySide(CpuOps):
             y[at] = self._expert(h[at], down, expert)
         return self._led(residual + (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32), residual)
 
-    def take_rows(self, x, batch):
+    def gather_rows(self, x, batch):
         return np.concatenate([run[batch.logit_rows] for run in np.split(x, RUNS)])
 
     def _led(self, x, residual):

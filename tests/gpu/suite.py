@@ -27,7 +27,7 @@ PART_S, ALL_S = 8 * 60, 25 * 60
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": ()}
 _FOUND = 9  # what compute-sanitizer ends with where it found something
 
-OPS = ("attention", "halved", "routing", "sampler", "matvec", "matmul", "experts", "layouts", "memory")
+OPS = ("attention", "scaled_f16", "routing", "sampler", "matvec", "matmul", "experts", "layouts", "memory")
 PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism", "prefix_cache"),
@@ -40,7 +40,7 @@ SMALLEST = (
     *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "fill_no_whole_step and 96"),
     *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
-    *("prefill_equals and 77", "several_sequences", "beyond_f16", "leaves_its_rows", "halved"),
+    *("prefill_equals and 77", "several_sequences", "beyond_f16", "leaves_its_rows", "scaled_f16"),
     *("8_bit_blocks_too and 256", "glu_of_two_types", "quantizes_its_input and 32", "norms_its_input and 256"),
     *("draws_equal and 5-60", "moves_on", "forced", "no_numbers"),
 )

@@ -263,6 +263,6 @@ def test_of_a_long_piece_products_alone_launch_early():
         return lambda *shapes, **options: launched.append((file, options.get("early", False)))
 
     kernels = EarlyProducts(SimpleNamespace(get=lambda file, _: kernel(file)))
-    for file in ("halve.cu", "matmul.cu"):
+    for file in ("scale_to_f16.cu", "matmul.cu"):
         kernels.get(file, "name")((1,), (32,), (), shared_mem=16, early=True)
-    assert launched == [("halve.cu", False), ("matmul.cu", True)]
+    assert launched == [("scale_to_f16.cu", False), ("matmul.cu", True)]

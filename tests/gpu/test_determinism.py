@@ -35,7 +35,7 @@ def loaded(path):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_ten_runs_of_every_seed_and_prompt_draw_the_same_ids(loaded, temperature):
-    jobs = [(seed, prompt) for seed in SEEDS for prompt in prompts(loaded.hparams.vocab_size)]
+    jobs = [(seed, prompt) for seed in SEEDS for prompt in prompts(loaded.vocab_size)]
 
     def all_answers():
         return [answer(loaded, prompt, Sampling(temperature=temperature, seed=seed), TOKENS) for seed, prompt in jobs]
@@ -50,7 +50,7 @@ def test_ten_runs_of_every_seed_and_prompt_draw_the_same_ids(loaded, temperature
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_killed_workers_job_goes_on_in_a_second_process(path, loaded, temperature):
-    prompt, seed = prompts(loaded.hparams.vocab_size)[3], SEEDS[1]
+    prompt, seed = prompts(loaded.vocab_size)[3], SEEDS[1]
     whole = answer(loaded, prompt, Sampling(temperature=temperature, seed=seed), TOKENS)
     first = Child(path, prompt, seed=seed, temperature=temperature, tokens=TOKENS, pause=23)
     published = first.read(23)

@@ -16,7 +16,7 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or (decode_split and 20)",
-    "halved": "",
+    "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4)) or vectors",
     "memory": "",
     "matvec": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16) or residual",

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations, halved, rows_of
+from tests.gpu.activations import activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, PREFILL_OWN, seen
 from tests.gpu.weights import Projection, error
@@ -79,12 +79,12 @@ def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
     groups = grouped(kernels, pool, routes, experts)
-    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, CLAMPED, groups).get()
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, CLAMPED, groups).get()
     assert error(h, exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
     wide = rows_of(tokens * k, 64)
     down = Projection(kernels, memory, kind, (experts, d, 64), "down", bias=True)
     residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
-    out = experts_add(kernels, pool, halved(pool, wide), routes, groups, down.linear, pool.put(residual))
+    out = experts_add(kernels, pool, scaled_f16(pool, wide), routes, groups, down.linear, pool.put(residual))
     pool.check()
     inputs = in_f16(wide).reshape(tokens, k, -1)
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < PREFILL_OWN
@@ -103,9 +103,11 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
     def both(part):
         routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
         groups = grouped(kernels, pool, routes, 8)
-        h = glu(kernels, pool, halved(pool, x[part]), gate.linear, up.linear, CLAMPED, groups)
+        h = glu(kernels, pool, scaled_f16(pool, x[part]), gate.linear, up.linear, CLAMPED, groups)
         slots = slice(4 * part.start, 4 * part.stop)
-        y = experts_add(kernels, pool, halved(pool, wide[slots]), routes, groups, down.linear, pool.put(residual[part]))
+        y = experts_add(
+            kernels, pool, scaled_f16(pool, wide[slots]), routes, groups, down.linear, pool.put(residual[part])
+        )
         return h.get(), y.get()
 
     h, y = both(slice(0, 200))

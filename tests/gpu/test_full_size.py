@@ -39,19 +39,19 @@ def bandwidth(gpu):
 def test_resident_weights_are_the_files_within_2_percent(full, record_property):
     with GgufFile.open(full.path) as file:
         in_file = sum(info.nbytes for info in file.tensors.values())
-    resident = full.loaded.backend.memory().weights
+    resident = full.loaded.device.memory().weights
     record_property(
         f"{full.name} load", f"{full.load_s:.1f} s, {resident / 1e9:.3f} GB, {resident / in_file:.5f} of file"
     )
     assert abs(resident - in_file) <= 0.02 * in_file
-    assert full.loaded.backend.strays()[1] == []
+    assert full.loaded.device.non_resident()[1] == []
 
 
 def test_what_the_plan_says_before_loading_holds_after_it(full, record_property):
     """The arithmetic of `worker inspect` and of INSUFFICIENT_VRAM: exact for weights and KV, enough for all else."""
     with GgufFile.open(full.path) as file:
-        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.backend)
-    used = full.loaded.backend.memory()
+        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device)
+    used = full.loaded.device.memory()
     assert planned.weight_bytes == used.weights
     assert planned.kv_blocks * KV_BLOCK * planned.kv_bytes_per_token == used.kv
     working = used.activations + used.workspace
@@ -79,7 +79,7 @@ def test_a_first_start_compiles_in_20_s_and_a_later_one_loads_in_half_a_second(f
 def test_accounted_memory_is_the_drivers(full, record_property):
     answer(full.loaded, random_ids(full, 40), Sampling(temperature=0), 4)
     settle()
-    accounted, drivers = full.loaded.backend.memory().used, device_bytes()
+    accounted, drivers = full.loaded.device.memory().used, device_bytes()
     record_property(f"{full.name} memory", f"accounted {accounted / MIB:,.0f} MiB, driver {drivers / MIB:,.0f} MiB")
     assert abs(accounted - drivers) <= max(0.01 * drivers, 32 * MIB)
 
@@ -91,8 +91,8 @@ def test_256_tokens_decode_and_a_seed_repeats(full, bandwidth, record_property):
     assert len(first) == TOKENS
     assert again == first
     with GgufFile.open(full.path) as file:
-        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.backend)
-    moved = Traffic(planned, full.loaded.backend.weight_bytes).token_bytes(PROMPT + TOKENS // 2)
+        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device)
+    moved = Traffic(planned, full.loaded.device.weight_bytes).token_bytes(PROMPT + TOKENS // 2)
     rate = 1 / seconds
     share = 100 * moved * rate / bandwidth
     record_property(
@@ -128,7 +128,7 @@ def test_a_prompts_first_token_comes_and_repeats(full, tokens, record_property):
 
 
 def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kernels, memory, record_property):
-    from tests.gpu.activations import activations, halved, rows_of
+    from tests.gpu.activations import activations, rows_of, scaled_f16
     from tests.gpu.guarded import GuardedPool
     from worker.gpu import matmul, matvec
 
@@ -142,7 +142,7 @@ def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kerne
             pool, x = GuardedPool(), rows_of(20, shape[-1])
             exact = x.astype(np.float64) @ weights.astype(np.float64).T
             (decoded,) = matvec.matvec(kernels, pool, activations(pool, x), None, [linear])
-            prefilled = matmul.matmul(kernels, pool, halved(pool, x), linear)
+            prefilled = matmul.matmul(kernels, pool, scaled_f16(pool, x), linear)
             errors = relative(decoded.get(), exact), relative(prefilled.get(), exact)
             pool.check()
             found[kind.name] = max(found.get(kind.name, (0.0, 0.0)), errors)

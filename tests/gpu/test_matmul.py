@@ -10,7 +10,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations, halved, rows_of
+from tests.gpu.activations import activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, seen
 from tests.gpu.weights import Projection, error
@@ -44,7 +44,7 @@ def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
     x = rows_of(tokens, cols)
-    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    y = matmul(kernels, pool, scaled_f16(pool, x), projection.linear)
     pool.check()
     assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
     assert error(y.get(), projection.exact(x)) < WHOLE
@@ -58,7 +58,7 @@ def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (70, cols))
     x = rows_of(20, cols)
-    y = matmul(kernels, pool, halved(pool, x), projection.linear)
+    y = matmul(kernels, pool, scaled_f16(pool, x), projection.linear)
     (z,) = matvec(kernels, pool, activations(pool, x), None, [projection.linear])
     pool.check()
     assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
@@ -73,12 +73,12 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
     projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
     pool, x = GuardedPool(), rows_of(300, 512)
     residual = np.random.default_rng(1).normal(size=(300, rows)).astype(np.float32)
-    whole = matmul(kernels, pool, halved(pool, x), projection.linear, pool.put(residual)).get()
+    whole = matmul(kernels, pool, scaled_f16(pool, x), projection.linear, pool.put(residual)).get()
     assert error(whole, projection.exact(in_f16(x)) + residual) < PREFILL_OWN
     for step in (16, 64, 77, 1):
         for at in range(0, 300, step) if step > 1 else (0, 127, 128, 299):
             part = slice(at, at + step)
-            y = matmul(kernels, pool, halved(pool, x[part]), projection.linear, pool.put(residual[part]))
+            y = matmul(kernels, pool, scaled_f16(pool, x[part]), projection.linear, pool.put(residual[part]))
             assert y.get().tobytes() == whole[part].tobytes()
 
 
@@ -86,7 +86,7 @@ def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory,
 def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
     from worker.gpu import matmul
 
-    pool, x = GuardedPool(), halved(GuardedPool(), rows_of(70, 768))
+    pool, x = GuardedPool(), scaled_f16(GuardedPool(), rows_of(70, 768))
     sizes = enumerate((200, 1600, 4100, 8200, 75, 75))
     least, few, many, most, *both = (
         Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes
@@ -116,9 +116,9 @@ def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kern
 
     projection = Projection(kernels, memory, kind, (rows, 512))
     pool, x = GuardedPool(), rows_of(200, 512)
-    whole = matmul(kernels, pool, halved(pool, x), projection.linear).get()
+    whole = matmul(kernels, pool, scaled_f16(pool, x), projection.linear).get()
     for count in (1, 63, 64, 130):
-        real = replace(halved(pool, x), count=pool.put(np.array([count], np.int32)))
+        real = replace(scaled_f16(pool, x), count=pool.put(np.array([count], np.int32)))
         y = matmul(kernels, pool, real, projection.linear).get()
         assert y[:count].tobytes() == whole[:count].tobytes()
         assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
@@ -139,7 +139,7 @@ def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory
         always(monkeypatch, itemgetter(i))
         for tokens in (70, 9):
             pool = GuardedPool()
-            ys = matmul.projections(kernels, pool, halved(pool, x[:tokens]), [part.linear for part in parts])
+            ys = matmul.projections(kernels, pool, scaled_f16(pool, x[:tokens]), [part.linear for part in parts])
             pool.check()
             for part, y in zip(parts, ys, strict=True):
                 assert error(y.get(), part.exact(in_f16(x[:tokens]))) < PREFILL_OWN
@@ -157,7 +157,7 @@ def test_prefill_projections_of_one_input(kernels, memory, kinds):
         for i, (kind, shape) in enumerate(zip(kinds, shapes, strict=False))
     ]
     pool, x = GuardedPool(), rows_of(70, 512)
-    results = projections(kernels, pool, halved(pool, x), [part.linear for part in parts])
+    results = projections(kernels, pool, scaled_f16(pool, x), [part.linear for part in parts])
     pool.check()
     for part, y in zip(parts, results, strict=True):
         assert error(y.get(), part.exact(in_f16(x))) < PREFILL_OWN
@@ -171,7 +171,7 @@ def test_prefill_glu(kernels, memory, activation, kind):
     cols = 512 if kind.block_size > 32 else 320
     gate, up = (Projection(kernels, memory, kind, (75, cols), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(133, cols) * np.float32(0.3)
-    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, activation)
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, activation)
     pool.check()
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
 
@@ -181,6 +181,6 @@ def test_prefill_glu_of_two_types(kernels, memory):
 
     gate, up = (Projection(kernels, memory, kind, (75, 320), name) for kind, name in ((Q5_0, "gate"), (Q8_0, "up")))
     pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
-    h = glu(kernels, pool, halved(pool, x), gate.linear, up.linear, SWIGLU)
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, SWIGLU)
     pool.check()
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), SWIGLU)) < 2 * PREFILL_OWN

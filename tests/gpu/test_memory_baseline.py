@@ -29,20 +29,20 @@ def test_a_hundred_jobs_leave_memory_at_its_baseline_to_the_byte(name, request, 
     for kind in KINDS:
         answer(loaded, [1, 2, 3], kind, 4)
     settle()
-    baseline, taken, blocks = loaded.backend.memory(), device_bytes(), loaded.engine.free_kv_blocks
+    baseline, taken, blocks = loaded.device.memory(), device_bytes(), loaded.engine.free_kv_blocks
     for job in range(JOBS):
-        prompt = rng.integers(0, loaded.hparams.vocab_size, int(rng.integers(1, 400))).tolist()
+        prompt = rng.integers(0, loaded.vocab_size, int(rng.integers(1, 400))).tolist()
         tokens = int(rng.integers(1, 100))
         sampling = replace(KINDS[job % len(KINDS)], seed=job)
         if job % 7 == 6:
             cancelled(loaded.engine, prompt, tokens, sampling)
         else:
             assert len(answer(loaded, prompt, sampling, tokens)) == tokens
-        assert loaded.backend.memory() == baseline, f"job {job}"
+        assert loaded.device.memory() == baseline, f"job {job}"
     settle()
     assert device_bytes() == taken
     assert loaded.engine.free_kv_blocks == blocks
-    assert loaded.backend.strays() == (loaded.backend.strays()[0], [])
+    assert loaded.device.non_resident() == (loaded.device.non_resident()[0], [])
 
 
 def cancelled(engine, prompt, tokens, sampling):

@@ -37,12 +37,12 @@ class Observed:
         self.prefilled, self.table, self.logits = 0, None, []
         self._runner = runner
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         self.table = batch.block_tables[0]
         if batch.phase is Phase.PREFILL:
             self.prefilled += len(batch.tokens)
             self.logits += list(self._runner.logits(batch))
-        return self._runner.run(batch, requests, at_work)
+        return self._runner.run(batch, requests, on_launched)
 
     def kv(self, tokens):
         """The bits of K and V of the sequence's first `tokens` positions."""
@@ -80,7 +80,7 @@ def test_a_second_job_with_the_same_2000_tokens_has_its_first_token_in_15_percen
 ):
     rng, times = np.random.default_rng(0), []
     for _ in range(REPEATS + 1):
-        drawn = rng.integers(0, full.hparams.vocab_size - 8, BEGINNING + 2 * OWN).tolist()
+        drawn = rng.integers(0, full.vocab_size - 8, BEGINNING + 2 * OWN).tolist()
         beginning, ends = drawn[:BEGINNING], (drawn[BEGINNING:-OWN], drawn[-OWN:])
         times.append([first_token_s(full.engine, beginning + end) for end in ends])
     first, second = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))

@@ -182,7 +182,7 @@ def test_a_step_repeated_draws_the_same(load):
 
 
 def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load, monkeypatch):
-    from worker.gpu.ahead import Result
+    from worker.gpu.lookahead import Result
 
     class Noted:
         def __init__(self, name, graph):

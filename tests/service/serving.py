@@ -25,8 +25,8 @@ from worker.jobs.lease import Policy
 from worker.jobs.received import Received, received
 from worker.jobs.streams import Streams
 from worker.jobs.transport import Transport
+from worker.runtime import LoadedModel, load
 from worker.sampling import Draw
-from worker.served import Served, load_served
 from worker.service import Assignment, Service
 from worker.telemetry import open_log
 
@@ -37,20 +37,20 @@ QUICK = LeaseSection(lease_s=0.6, renew_s=0.1, scan_s=0.05)
 class Model:
     """A loaded model, of which each worker gets an engine of its own. Only one of them may run at a time."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: LoadedModel) -> None:
         self.served = served
         self.runner = served.engine._runner
 
     @classmethod
     def from_file(cls, path: Path, **engine: Any) -> Model:
         section = EngineSection(backend="cpu", **engine)
-        return cls(load_served(path, ModelSection(), section, lambda done, total: None))
+        return cls(load(path, ModelSection(), section, lambda done, total: None))
 
     @classmethod
     def echo(cls, context: int = 4096) -> Model:
         return cls(load_echo(context, 64, 0.0, lambda done, total: None))
 
-    def fresh(self, runner: Any = None, **changes: Any) -> Served:
+    def fresh(self, runner: Any = None, **changes: Any) -> LoadedModel:
         """Serve it with a new engine over `runner`, by default the model's own."""
         runner = runner or self.runner
         engine = Engine(runner, self.served.engine.settings, KvBlocks(runner.kv_blocks))
@@ -70,10 +70,10 @@ class Scripted:
         self.steps = 0
         self._runner, self._script, self._launch = runner, script, launch
 
-    def run(self, batch: Any, requests: Any, at_work: Callable[[], None]) -> list[Draw]:
+    def run(self, batch: Any, requests: Any, on_launched: Callable[[], None]) -> list[Draw]:
         step, self.steps = self.steps, self.steps + 1
         self._launch(step)
-        at_work()
+        on_launched()
         self._script(step)
         return self._runner.run(batch, requests)
 
@@ -126,7 +126,7 @@ class Worker:
 @contextlib.asynccontextmanager
 async def serving(
     world: World,
-    served: Served | Callable[[Any], Served],
+    served: LoadedModel | Callable[[Any], LoadedModel],
     *,
     name: str = "w1",
     lease: LeaseSection = QUICK,
@@ -140,7 +140,7 @@ async def serving(
     transport = Transport(streams or world.connect(), name, policy=policy)
     output = io.StringIO()
 
-    def load(progress: Any) -> Served:
+    def load(progress: Any) -> LoadedModel:
         if callable(served):
             return served(progress)
         progress(1, 2)
@@ -242,5 +242,5 @@ class FixedDevice:
     def memory(self) -> MemoryUse:
         return self._use
 
-    def strays(self) -> tuple[int, list[str]]:
+    def non_resident(self) -> tuple[int, list[str]]:
         return 3, []

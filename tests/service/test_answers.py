@@ -18,7 +18,7 @@ from tests.service.serving import Model, Scripted, ask, own_events, published, s
 from worker.answer import Answer, prompt_ids
 from worker.jobs.events import Tokens, decode_event
 from worker.jobs.keys import events_key, queue_key
-from worker.jobs.protocol import Job, derived_seed
+from worker.jobs.protocol import Job, Limits, derived_seed
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -28,7 +28,12 @@ def undisturbed(model, entry_id="1-1", **fields):
     served = model.fresh()
     job = Job.parse({"job_id": "j", **fields})
     prompt = prompt_ids(job, served.tokenizer, NOW)
-    answer = Answer(job, job.resolve(served.limits, len(prompt), entry_id), served.tokenizer, prompt)
+    answer = Answer(
+        job,
+        job.resolve(Limits(served.name, served.vocab_size, served.engine.context), len(prompt), entry_id),
+        served.tokenizer,
+        prompt,
+    )
     served.engine.add(answer.sequence)
     tokens = []
     while answer.finish_reason is None:
@@ -137,7 +142,7 @@ async def test_a_stop_string_across_tokens_ends_the_answer_unpublished(world, mo
     client = world.client()
     async with serving(world, model().fresh()) as worker:
         told = await ask(client, stop=[stop, "nowhere to be found"], **fields)
-        assert worker.engine.free_kv_blocks == model().served.kv_blocks
+        assert worker.engine.free_kv_blocks == model().served.engine.free_kv_blocks
     assert (told.last.finish_reason, told.last.stop_sequence) == ("stop_sequence", stop)
     assert told.text == text[: text.index(stop)]
     assert told.last.tokens_out == len(told.tokens)
@@ -192,8 +197,8 @@ class _Saying(Scripted):
         super().__init__(runner, lambda step: None)
         self._answer = answer
 
-    def run(self, batch, requests, at_work):
-        draws = super().run(batch, requests, at_work)
+    def run(self, batch, requests, on_launched):
+        draws = super().run(batch, requests, on_launched)
         return [type(d)(self._answer[r.index]) for d, r in zip(draws, requests, strict=True)]
 
 

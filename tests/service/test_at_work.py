@@ -25,7 +25,7 @@ def nothing(step):
 class Silent(Scripted):
     """A runner that waits for nothing, so it never says that it is at work."""
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         return super().run(batch, requests, lambda: None)
 
 

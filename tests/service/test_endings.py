@@ -131,7 +131,7 @@ async def test_a_running_job_is_cancelled_within_a_step_and_its_memory_is_free(w
         assert told.last.code == "CANCELLED"
         assert not told.last.retriable
         assert worker.engine.idle
-        assert worker.engine.free_kv_blocks == served.kv_blocks
+        assert worker.engine.free_kv_blocks == served.engine.free_kv_blocks
         assert await client.cancel("a") == "cancelled"
         assert (await ask(client, prompt="abc", max_tokens=3)).text == "abc"
         holds(await breaches_on(world.connect(), "default", {"a": None}))
@@ -246,7 +246,7 @@ async def test_a_failed_allocation_fails_its_job_alone(fake, error):
         assert told.kinds == ["started", "token", "error"]
         assert (told.last.code, told.last.retriable) == ("VRAM_OOM", True)
         await wait_until(lambda: _true(worker.service._health.degraded))
-        assert worker.engine.free_kv_blocks == served.kv_blocks
+        assert worker.engine.free_kv_blocks == served.engine.free_kv_blocks
         assert (await ask(client, prompt="abc", max_tokens=10)).text == "abcabcabca"
         await wait_until(lambda: _true(not worker.service._health.degraded))
         assert (await wait_for_vram(fake, worker)) == baseline

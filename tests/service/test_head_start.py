@@ -55,7 +55,7 @@ async def unread(worker, served):
 
     async def free():
         idle = worker.engine.idle and not worker.service._engine.busy
-        return idle and worker.engine.free_kv_blocks == served.kv_blocks
+        return idle and worker.engine.free_kv_blocks == served.engine.free_kv_blocks
 
     await wait_until(free)
 

@@ -165,7 +165,7 @@ async def test_every_metric_is_there_and_none_is_labelled_by_job(fake, model):
         "worker_queue_wait_seconds_count 2.0",
         "worker_model_load_seconds ",
         "worker_prefix_cache_hit_tokens_total 0.0",
-        f'worker_kv_blocks{{state="free"}} {model().served.kv_blocks}.0',
+        f'worker_kv_blocks{{state="free"}} {model().served.engine.free_kv_blocks}.0',
         'worker_kv_blocks{state="used"} 0.0',
         "worker_uptime_seconds ",
         'worker_state{state="ready"} 1.0',

@@ -82,7 +82,7 @@ async def test_a_failed_step_ends_every_sequence_and_frees_its_memory(thread):
     items = await drawn(inbox, woken, 3)
     assert [type(item) for item in items] == [Drawn, Drawn, ZeroDivisionError]
     assert engine.idle
-    assert engine.free_kv_blocks == model.served.kv_blocks
+    assert engine.free_kv_blocks == model.served.engine.free_kv_blocks
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.05), st.booleans()), max_size=120))

@@ -23,9 +23,9 @@ class Counted:
         self.vocab_size, self.kv_blocks, self.prefilled = runner.vocab_size, runner.kv_blocks, 0
         self._runner = runner
 
-    def run(self, batch, requests, at_work):
+    def run(self, batch, requests, on_launched):
         self.prefilled += len(batch.tokens) if batch.phase is Phase.PREFILL else 0
-        return self._runner.run(batch, requests, at_work)
+        return self._runner.run(batch, requests, on_launched)
 
 
 def cached(told):
@@ -67,7 +67,7 @@ async def test_metrics_count_hits_and_blocks_by_state(fake, model):
     async with serving(fake, model().fresh()) as worker:
         for _ in range(2):
             await ask(client, prompt_tokens=PROMPT, **FIELDS)
-        count = model().served.kv_blocks
+        count = model().served.engine.free_kv_blocks
         lines = (
             "worker_tokens_in_total 200.0",
             "worker_prefix_cache_hit_tokens_total 96.0",

@@ -24,9 +24,9 @@ class Asked(FixedDevice):
         self._notes.append("memory")
         return super().memory()
 
-    def strays(self):
-        self._notes.append("strays")
-        return super().strays()
+    def non_resident(self):
+        self._notes.append("non_resident")
+        return super().non_resident()
 
 
 def noted(world, notes):
@@ -48,15 +48,17 @@ async def test_a_workers_talk_waits_for_the_first_token_and_comes_then(fake):
         since = len(notes)
         await asyncio.sleep(0.3)
         assert "renew" in notes[since:], "what keeps the job goes on"
-        assert not {*TALK, "memory", "strays"} & set(notes[since:])
+        assert not {*TALK, "memory", "non_resident"} & set(notes[since:])
         since = len(notes)
         gate.open()
 
         async def told():
-            return {*TALK, "memory", "strays"} <= set(notes[since:])
+            return {*TALK, "memory", "non_resident"} <= set(notes[since:])
 
         await wait_until(told)
-        assert notes.index("append", since) < min(notes.index(name, since) for name in {*TALK, "memory", "strays"})
+        assert notes.index("append", since) < min(
+            notes.index(name, since) for name in {*TALK, "memory", "non_resident"}
+        )
         await story(client, "a")
 
 

@@ -63,7 +63,7 @@ class GptOss:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
             if layer is self.layers[-1]:  # what follows is wanted of few tokens
-                attended, x = ops.take_rows(attended, batch), ops.take_rows(x, batch)
+                attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             n, routes = ops.norm_route(x, layer.ffn_norm, layer.router, self.experts_used)
             h = ops.experts_glu(n, routes, layer.gate, layer.up, CLAMPED_SWIGLU)

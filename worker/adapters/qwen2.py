@@ -47,7 +47,7 @@ class Qwen2:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
             if layer is self.layers[-1]:  # what follows is wanted of few tokens
-                attended, x = ops.take_rows(attended, batch), ops.take_rows(x, batch)
+                attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up)
             x = ops.linear_add(h, layer.down, x)

@@ -125,7 +125,7 @@ class Bench:
             name=loaded.name,
             file=self._path.name,
             fingerprint=loaded.fingerprint,
-            architecture=loaded.hparams.architecture,
+            architecture=planned.hparams.architecture,
             context=loaded.engine.context,
             file_bytes=file_bytes,
             weight_bytes=planned.weight_bytes,
@@ -197,7 +197,7 @@ class Bench:
     def _answer_bytes(self) -> int:
         return self._traffic.token_bytes(self._sizes.first + self._sizes.answer // 2)
 
-    def _load(self) -> tuple[float, runtime.Loaded]:
+    def _load(self) -> tuple[float, runtime.LoadedModel]:
         began = time.perf_counter()
         loaded = runtime.load(self._path, self._settings.model, self._settings.engine)
         return time.perf_counter() - began, loaded

@@ -67,10 +67,10 @@ class _Figures:
         self.tokens += 1
 
 
-def run_job(loaded: runtime.Loaded, job: Job, output: Terminal | JsonLines) -> None:
+def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines) -> None:
     """Answer one job on this thread. Raises InvalidRequest, and what the engine raises."""
     prompt = prompt_ids(job, loaded.tokenizer, datetime.now(UTC))
-    limits = Limits(loaded.name, loaded.hparams.vocab_size, loaded.engine.context)
+    limits = Limits(loaded.name, loaded.vocab_size, loaded.engine.context)
     resolved = job.resolve(limits, len(prompt), "0-0")
     answer = Answer(job, resolved, loaded.tokenizer, prompt)
     output.started(resolved)
@@ -91,7 +91,7 @@ def run_job(loaded: runtime.Loaded, job: Job, output: Terminal | JsonLines) -> N
     )
 
 
-def _tokens(loaded: runtime.Loaded, answer: Answer) -> Iterator[Token]:
+def _tokens(loaded: runtime.LoadedModel, answer: Answer) -> Iterator[Token]:
     """Every published token of the answer, as the engine draws it."""
     loaded.engine.add(answer.sequence)
     while answer.finish_reason is None and not loaded.engine.idle:

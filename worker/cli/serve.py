@@ -22,8 +22,7 @@ from worker.gpu.wake import wake_device
 
 if TYPE_CHECKING:
     from worker.jobs.redis_streams import RedisStreams
-    from worker.runtime import Progress
-    from worker.served import Loader, Served
+    from worker.runtime import LoadedModel, ModelLoader, Progress
 
 _ECHO_CONTEXT = 8192
 _ECHO_CHUNK = 64
@@ -116,7 +115,7 @@ def run(
     raise typer.Exit(code)
 
 
-async def _serve(settings: Settings, load: Loader, echo: bool) -> tuple[int, bool]:
+async def _serve(settings: Settings, load: ModelLoader, echo: bool) -> tuple[int, bool]:
     """Serve to the end: the exit code, and whether the engine's thread has ended too."""
     from worker.jobs.lease import Policy  # noqa: PLC0415  # other commands don't wait for these imports
     from worker.jobs.streams import Disconnected  # noqa: PLC0415
@@ -174,8 +173,8 @@ async def _reason(streams: RedisStreams) -> str:
     return "it answers only now"
 
 
-def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
-    def load(progress: Progress) -> Served:
+def _loader(settings: Settings, echo: bool, step_s: float) -> ModelLoader:
+    def load(progress: Progress) -> LoadedModel:
         try:
             return _load_echo(settings, step_s, progress) if echo else _load_model(settings, progress)
         finally:
@@ -185,7 +184,7 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> Loader:
     return load
 
 
-def _load_echo(settings: Settings, step_s: float, progress: Progress) -> Served:
+def _load_echo(settings: Settings, step_s: float, progress: Progress) -> LoadedModel:
     from worker.echo_model import load_echo  # noqa: PLC0415  # as above
 
     context = settings.model.context or _ECHO_CONTEXT
@@ -193,9 +192,9 @@ def _load_echo(settings: Settings, step_s: float, progress: Progress) -> Served:
     return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
 
 
-def _load_model(settings: Settings, progress: Progress) -> Served:
+def _load_model(settings: Settings, progress: Progress) -> LoadedModel:
     from worker import hub  # noqa: PLC0415
-    from worker.served import load_served  # noqa: PLC0415
+    from worker.runtime import load  # noqa: PLC0415
 
     path = hub.resolve(settings.model.path, settings.hub.cache)
     with progress_bar("loading") as bar:
@@ -204,4 +203,4 @@ def _load_model(settings: Settings, progress: Progress) -> Served:
             bar(done, total)
             progress(done, total)
 
-        return load_served(path, settings.model, settings.engine, both)
+        return load(path, settings.model, settings.engine, both)

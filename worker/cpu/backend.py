@@ -83,6 +83,6 @@ class CpuBackend:
         weights = sum(self.weight_bytes(info) for info in placement.weights)
         return MemoryUse(weights=weights, kv=kv, runtime=self._runtime, free=self.available_bytes())
 
-    def strays(self) -> tuple[int, list[str]]:
+    def non_resident(self) -> tuple[int, list[str]]:
         """Every array of the host is plain memory."""
         return (len(self._placed[0].weights) if self._placed else 0), []

@@ -72,8 +72,8 @@ class CpuOps:
             x[t] += routes.weights[t, j] * self._expert(h[t, j], down, routes.experts[t, j])
         return x
 
-    def take_rows(self, x: F32, batch: Batch) -> F32:
-        """See `Ops.take_rows`."""
+    def gather_rows(self, x: F32, batch: Batch) -> F32:
+        """See `Ops.gather_rows`."""
         return x[batch.logit_rows]
 
     def _norm(self, x: F32, norm: RmsNorm) -> F32:

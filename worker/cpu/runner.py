@@ -11,7 +11,7 @@ from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.sampler import Sampler
 from worker.cpu.threads import Threads
-from worker.model import AtWork, Hparams, Model
+from worker.model import Hparams, Model, OnLaunched
 from worker.ops import Batch, Phase
 from worker.sampling import Draw, DrawRequest
 
@@ -37,9 +37,9 @@ class CpuRunner:
         threads = Threads()
         self._ops = {phase: CpuOps(self.cache, phase, threads) for phase in Phase}
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
-        at_work()
+        on_launched()
         logits = self.logits(batch)
         return [self._sampler.draw(row, request) for row, request in zip(logits, requests, strict=True)]
 

@@ -19,7 +19,7 @@ from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.engine.prefix_index import whole_blocks
 from worker.engine.sequence import FinishReason, Sequence
 from worker.errors import InvalidRequest, VramOom
-from worker.model import AtWork, Runner
+from worker.model import OnLaunched, Runner
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw
 
@@ -134,10 +134,10 @@ class Engine:
         for sequence in [s for s in self._running if s.id == sequence_id]:
             self._release(sequence)
 
-    def step(self, at_work: AtWork = lambda: None) -> list[Token]:
+    def step(self, on_launched: OnLaunched = lambda: None) -> list[Token]:
         """Compute one prefill chunk, or one token of every running sequence. Raises what the runner raises.
 
-        `at_work` is the runner's to call, as `Runner.run` says.
+        `on_launched` is the runner's to call, as `Runner.run` says.
         """
         self._admit()
         if not self._running:
@@ -146,7 +146,7 @@ class Engine:
         first = members[0]
         batch = prefill_batch(first, self.settings.prefill_chunk) if first.in_prefill else decode_batch(members)
         drawing = members if len(batch.logit_rows) else []
-        draws = self._run(batch, drawing, at_work)
+        draws = self._run(batch, drawing, on_launched)
         if batch.phase is Phase.PREFILL:
             self._advance(first, len(batch.tokens))
         return [self._commit(sequence, draw) for sequence, draw in zip(drawing, draws, strict=True)]
@@ -174,10 +174,10 @@ class Engine:
             else:  # only reservations are in its way, and what they wait for may be behind it
                 self._unreserve(*(self._reserved.keys() - {first.id}))
 
-    def _run(self, batch: Batch, drawing: list[Sequence], at_work: AtWork) -> list[Draw]:
+    def _run(self, batch: Batch, drawing: list[Sequence], on_launched: OnLaunched) -> list[Draw]:
         """The batch's draws. A fault that leaves doubt about what the device holds empties the prefix cache."""
         try:
-            return self._runner.run(batch, [s.next_draw() for s in drawing], at_work)
+            return self._runner.run(batch, [s.next_draw() for s in drawing], on_launched)
         except (VramOom, MemoryError):
             raise  # what could be launched wrote to blocks that nobody can find
         except Exception:

@@ -12,11 +12,11 @@ import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
-from worker.gpu.halved import Halved, padded
 from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
 from worker.gpu.quantized import Activations, activations_like
+from worker.gpu.scaled_f16 import ScaledF16, padded
 from worker.ops import KV_BLOCK, Attention, Rope
 
 HEAD_DIMS = (64, 96, 128)
@@ -96,7 +96,7 @@ class AttentionLauncher:
         v: DeviceArray,
         spec: Attention,
         prompt: Prompt,
-    ) -> Halved:
+    ) -> ScaledF16:
         """y [T, H·D] of q [T, H·D], k, v [T, Hk·D] f32; keys and values go to the cache first."""
         dim, tokens = _head_dim(spec), len(q)
         keys, values = self._cache.layer(spec.layer)
@@ -108,7 +108,7 @@ class AttentionLauncher:
             (turned, q, k, v, keys, values, *self._rope(spec.rope), prompt.table, prompt.place, *heads),
             early=True,
         )
-        y = Halved(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
+        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, prompt.place[1:])
         parts, arrivals, room, layers = self._split(spec, tokens, len(prompt.table) * KV_BLOCK)
         short = tokens <= _SPLIT_TOKENS
         warps = _QUERY_TILE // 16 // (1 if short else _STRIPS[dim])

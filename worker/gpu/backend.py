@@ -106,6 +106,6 @@ class GpuBackend:
             free=self._memory.free,
         )
 
-    def strays(self) -> tuple[int, list[str]]:
-        """See `Backend.strays`: slabs by their pointer attributes."""
+    def non_resident(self) -> tuple[int, list[str]]:
+        """See `Backend.non_resident`: slabs by their pointer attributes."""
         return self._memory.slabs, [hex(address) for address in self._memory.not_resident()]

@@ -75,6 +75,6 @@ class DecodeOps:
         """See `Ops.experts_add`."""
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
 
-    def take_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:
-        """See `Ops.take_rows`: a decode step wants the logits of all its rows."""
+    def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:
+        """See `Ops.gather_rows`: a decode step wants the logits of all its rows."""
         return x

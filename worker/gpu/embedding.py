@@ -27,7 +27,7 @@ def embed(kernels: Launcher, pool: Allocator, table: QTensor, tokens: DeviceArra
     return out
 
 
-def taken(kernels: Launcher, pool: Allocator, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
+def gather_rows(kernels: Launcher, pool: Allocator, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
     """x[rows] of x [T, …] and rows [R] i32, as from a table of f32: of any type, but rows of whole words."""
     out = pool.empty((len(rows), x.shape[-1]), x.dtype)
     words = x.shape[-1] * x.dtype.itemsize // 4

@@ -1,7 +1,7 @@
 """One kernel, ready to launch: in the ordinary way, or early, while the launch before it still runs.
 
 An early launch is CUDA's programmatic dependent launch: its blocks start as the predecessor's end, and their first
-weights are on their way when the predecessor's results arrive (`kernels/early.cuh`). CuPy has no such attribute, so
+weights are on their way when the predecessor's results arrive (`kernels/pdl.cuh`). CuPy has no such attribute, so
 that call goes through `cuda.bindings`. Knows no kernel by name.
 """
 
@@ -49,7 +49,7 @@ class Kernel:
         """Launch on the current stream; a launch that fails raises the driver's error.
 
         `args` are device arrays, None for a null pointer, NumPy scalars of the parameter's width, and 0-d arrays for
-        structures. `early` is for kernels that call `wait_for_inputs`.
+        structures. `early` is for kernels that call `grid_dependency_wait`.
         """
         if shared_mem > self._most_shared:
             self._raw.max_dynamic_shared_size_bytes = self._most_shared = shared_mem

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from worker.gpu.compiler import KernelName
-from worker.gpu.halved import Halved
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, address
 from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
+from worker.gpu.scaled_f16 import ScaledF16
 from worker.ops import SWIGLU, Activation, Linear, Routes
 from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
@@ -133,7 +133,7 @@ def grouped(
 
 
 def matmul(
-    kernels: Launcher, pool: Allocator, x: Halved, linear: Linear, residual: DeviceArray | None = None
+    kernels: Launcher, pool: Allocator, x: ScaledF16, linear: Linear, residual: DeviceArray | None = None
 ) -> DeviceArray:
     """W·x + b + residual: y [T, rows] f32 of x [T, cols]."""
     y = pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32)
@@ -141,7 +141,7 @@ def matmul(
     return y
 
 
-def projections(kernels: Launcher, pool: Allocator, x: Halved, linears: Sequence[Linear]) -> tuple[DeviceArray, ...]:
+def projections(kernels: Launcher, pool: Allocator, x: ScaledF16, linears: Sequence[Linear]) -> tuple[DeviceArray, ...]:
     """W_j·x + b_j: y_j [T, rows_j] f32 of one x.
 
     In one launch go neighbours of one type, and q, k and v as published files mix them.
@@ -160,7 +160,7 @@ def projections(kernels: Launcher, pool: Allocator, x: Halved, linears: Sequence
 def glu(
     kernels: Launcher,
     pool: Allocator,
-    x: Halved,
+    x: ScaledF16,
     gate: Linear,
     up: Linear,
     activation: Activation,
@@ -183,7 +183,7 @@ def glu(
 def experts_add(
     kernels: Launcher,
     pool: Allocator,
-    h: Halved,
+    h: ScaledF16,
     routes: Routes,
     groups: Groups,
     down: Linear,
@@ -201,7 +201,7 @@ def experts_add(
 
 def _launch(
     kernels: Launcher,
-    x: Halved,
+    x: ScaledF16,
     linears: Sequence[Linear],
     ys: Sequence[DeviceArray],
     *,

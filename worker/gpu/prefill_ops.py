@@ -12,31 +12,31 @@ from dataclasses import dataclass
 
 from worker.gpu import matmul
 from worker.gpu.attention import AttentionLauncher
-from worker.gpu.embedding import embed, taken
-from worker.gpu.halved import Halved, halved_rows
+from worker.gpu.embedding import embed, gather_rows
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.matmul import Groups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.prompt import PromptState
 from worker.gpu.routing import routed
+from worker.gpu.scaled_f16 import ScaledF16, scale_to_f16
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
 
 @dataclass(frozen=True, slots=True)
-class TakenRows:
+class GatheredRows:
     """Rows [R, …] f32 whose logits are wanted; the device knows how many of them are."""
 
     x: DeviceArray
 
 
-Rows = DeviceArray | TakenRows
+Rows = DeviceArray | GatheredRows
 
 
 @dataclass(frozen=True, slots=True)
 class RoutedRows:
     """Rows for experts' products, and their slots sorted by expert."""
 
-    rows: Halved
+    rows: ScaledF16
     groups: Groups
 
 
@@ -57,13 +57,13 @@ class PrefillOps:
         """See `Ops.norm_linear`."""
         return matmul.projections(self._kernels, self._pool, self._halved(x, norm), linears)
 
-    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Halved:
+    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> ScaledF16:
         """See `Ops.attention`; y comes as `linear_add` takes it."""
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
-    def linear_add(self, y: Rows | Halved, linear: Linear, residual: Rows) -> Rows:
+    def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:
         """See `Ops.linear_add`."""
-        rows = y if isinstance(y, Halved) else self._halved(y)
+        rows = y if isinstance(y, ScaledF16) else self._halved(y)
         return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _all(residual)))
 
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
@@ -82,33 +82,33 @@ class PrefillOps:
         """See `Ops.experts_glu`; h is what `experts_add` takes."""
         h = matmul.glu(self._kernels, self._pool, n.rows, gate, up, activation, n.groups)
         slots = h.reshape(-1, h.shape[-1])
-        return RoutedRows(halved_rows(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
+        return RoutedRows(scale_to_f16(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
 
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
         """See `Ops.experts_add`."""
         added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _all(residual))
         return _like(residual, added)
 
-    def take_rows(self, x: DeviceArray | Halved, batch: Batch) -> TakenRows | Halved:
-        """See `Ops.take_rows`."""
+    def gather_rows(self, x: DeviceArray | ScaledF16, batch: Batch) -> GatheredRows | ScaledF16:
+        """See `Ops.gather_rows`."""
         wanted = self._prompt.wanted[: len(batch.logit_rows)]
-        if not isinstance(x, Halved):
-            return TakenRows(taken(self._kernels, self._pool, x, wanted))
+        if not isinstance(x, ScaledF16):
+            return GatheredRows(gather_rows(self._kernels, self._pool, x, wanted))
         assert x.scale is None, "attention's rows have none"
-        return Halved(taken(self._kernels, self._pool, x.x, wanted), None, self._prompt.wanted_count)
+        return ScaledF16(gather_rows(self._kernels, self._pool, x.x, wanted), None, self._prompt.wanted_count)
 
-    def _halved(self, x: Rows, norm: RmsNorm | None = None) -> Halved:
-        return halved_rows(self._kernels, self._pool, _all(x), norm, self._count(x))
+    def _halved(self, x: Rows, norm: RmsNorm | None = None) -> ScaledF16:
+        return scale_to_f16(self._kernels, self._pool, _all(x), norm, self._count(x))
 
     def _count(self, x: Rows) -> DeviceArray:
         """[1] i32: how many of x are real."""
-        return self._prompt.wanted_count if isinstance(x, TakenRows) else self._prompt.count
+        return self._prompt.wanted_count if isinstance(x, GatheredRows) else self._prompt.count
 
 
 def _all(x: Rows) -> DeviceArray:
-    return x.x if isinstance(x, TakenRows) else x
+    return x.x if isinstance(x, GatheredRows) else x
 
 
 def _like(x: Rows, y: DeviceArray) -> Rows:
     """y, of the tokens that x is of."""
-    return TakenRows(y) if isinstance(x, TakenRows) else y
+    return GatheredRows(y) if isinstance(x, GatheredRows) else y

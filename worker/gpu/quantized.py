@@ -1,4 +1,4 @@
-"""Activations as decode's products take them: f32, and 8-bit blocks beside it. Shapes only. Prefill's: `halved.py`.
+"""Activations as decode's products take them: f32, and 8-bit blocks beside it. Shapes only. Prefill's: `scaled_f16.py`.
 
 The layout is drawn in `kernels/quantized.cuh`. Twin: `worker/cpu/quantized.py`.
 """

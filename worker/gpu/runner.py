@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from worker.gpu.ahead import Ahead, Result
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.graphs import captured, device_errors
 from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, EarlyProducts, Launcher, dry_run
+from worker.gpu.lookahead import Lookahead, Result
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.prompt import PromptState
 from worker.gpu.sampler import SamplerLauncher, unpack
 from worker.gpu.state import PinnedRing, StepState
-from worker.model import AtWork, Hparams, Model
+from worker.model import Hparams, Model, OnLaunched
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
 
@@ -93,17 +93,17 @@ class GpuRunner:
             self._pieces = {tokens: self._capture_piece(tokens) for tokens in self._piece_sizes()}
             wait_for_weights()  # only here: a capture reads none
             self._stream.synchronize()
-        self._ahead: Ahead | None = None
+        self._ahead: Lookahead | None = None
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork = lambda: None) -> list[Draw]:
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """See `Runner.run`."""
         ahead, self._ahead = self._ahead, None
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
-                return self._prefill(batch, requests, at_work)
+                return self._prefill(batch, requests, on_launched)
             if len(requests) > 1:
-                return self._decode_together(batch, requests, at_work)
-            return [self._decode_one(batch, requests[0], ahead, at_work)]
+                return self._decode_together(batch, requests, on_launched)
+            return [self._decode_one(batch, requests[0], ahead, on_launched)]
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The model's logits [R, V] f32, for comparisons."""
@@ -120,13 +120,13 @@ class GpuRunner:
         result: np.ndarray[Any, np.dtype[np.float32]] = self._cupy.asnumpy(array)
         return result
 
-    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:
+    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched) -> list[Draw]:
         """The whole batch, piece by piece, with a draw from each row that was asked for before the next piece runs."""
-        rows = (row[None] for logits in self._prefilled(batch, at_work) for row in logits)
+        rows = (row[None] for logits in self._prefilled(batch, on_launched) for row in logits)
         wanted = zip(rows, batch.logit_rows, requests, strict=True)
-        return [self._first_draw(batch, int(at), row, request, at_work) for row, at, request in wanted]
+        return [self._first_draw(batch, int(at), row, request, on_launched) for row, at, request in wanted]
 
-    def _prefilled(self, batch: Batch, at_work: AtWork = lambda: None) -> Iterator[DeviceArray]:
+    def _prefilled(self, batch: Batch, on_launched: OnLaunched = lambda: None) -> Iterator[DeviceArray]:
         """The logits [R, V] of each piece of a prompt in turn, valid until the next."""
         size = self._settings.prefill_tokens
         for start in range(0, len(batch.tokens), size):
@@ -136,9 +136,11 @@ class GpuRunner:
             self._prompt.load(piece, self._stream)
             self._pieces[next(most for most in self._pieces if len(tokens) <= most)].launch(self._stream)
             yield self._logits[: len(rows)]
-            at_work()  # the next piece's upload waits for this one
+            on_launched()  # the next piece's upload waits for this one
 
-    def _first_draw(self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, at_work: AtWork) -> Draw:
+    def _first_draw(
+        self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, on_launched: OnLaunched
+    ) -> Draw:
         """Draw after a prompt: the step state starts at its row `at`."""
         if request.forced is not None:
             return Draw(request.forced)
@@ -149,18 +151,18 @@ class GpuRunner:
             self._first.launch(self._stream)
         else:
             self._draw(logits)
-        return self._read(last, request, self._fetch(), at_work)
+        return self._read(last, request, self._fetch(), on_launched)
 
-    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: Ahead | None, at_work: AtWork) -> Draw:
+    def _decode_one(self, batch: Batch, request: DrawRequest, ahead: Lookahead | None, on_launched: OnLaunched) -> Draw:
         if ahead is not None and ahead.answers(batch, request):
-            return self._read(batch, request, ahead.result, at_work)
+            return self._read(batch, request, ahead.result, on_launched)
         self._load(batch, [request])
         self._step.launch(self._stream)
         if request.forced is not None:
             return Draw(request.forced)
-        return self._read(batch, request, self._fetch(), at_work)
+        return self._read(batch, request, self._fetch(), on_launched)
 
-    def _read(self, batch: Batch, request: DrawRequest, result: Result, at_work: AtWork) -> Draw:
+    def _read(self, batch: Batch, request: DrawRequest, result: Result, on_launched: OnLaunched) -> Draw:
         """Launch the step after the batch, then wait for the batch's draw."""
         position = int(batch.positions[0]) + 1
         room = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
@@ -168,20 +170,20 @@ class GpuRunner:
         if position < room:
             self._step.launch(self._stream)
             following = _one(np.zeros(1, np.int32), np.array([position], np.int32), batch.block_tables[0])
-            ahead = Ahead(following, replace(request, index=request.index + 1), self._fetch())
-        at_work()
+            ahead = Lookahead(following, replace(request, index=request.index + 1), self._fetch())
+        on_launched()
         draw = result.draw(request)
         if ahead is not None:
             ahead.batch.tokens[0] = draw.id  # the rest was made while the device was at work
             self._ahead = ahead
         return draw
 
-    def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest], at_work: AtWork) -> list[Draw]:
+    def _decode_together(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched) -> list[Draw]:
         """Several sequences: launched kernel by kernel, read at once."""
         self._load(batch, requests)
         self._draw(self._decode_forward(batch))
         result = self._fetch()
-        at_work()
+        on_launched()
         result.event.synchronize()
         rows = zip(result.raw.reshape(self._settings.sequences, -1), requests, strict=False)
         return [unpack(row, request) if request.forced is None else Draw(request.forced) for row, request in rows]

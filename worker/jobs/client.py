@@ -28,7 +28,7 @@ from worker.jobs.payload import JOB_ID, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
 from worker.jobs.received import Bookmark, JobFailed, Received, received
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, Written, insist
+from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, Written, retry_until_connected
 
 T = TypeVar("T")
 
@@ -264,7 +264,7 @@ class Client:
 
         Where the server forgot what the reader has heard, it goes back; also for a terminal event, unless `told` of it.
         """
-        state = await self._patiently(insist(self._streams.job_state, job_id))
+        state = await self._patiently(retry_until_connected(self._streams.job_state, job_id))
         ended, tokens = "ended_ms" in state.fields, int(state.fields.get("tokens") or 0)
         if order_of(state.top) > order_of(mark.after):
             return False
@@ -274,7 +274,7 @@ class Client:
         return not (forgot and mark.begin_again()) and ended
 
     async def _read(self, key: str, after: str, block_ms: int = READ_BLOCK_MS) -> list[Record]:
-        return await self._patiently(insist(self._streams.read, key, after, block_ms))
+        return await self._patiently(retry_until_connected(self._streams.read, key, after, block_ms))
 
     async def _patiently(self, asked: Awaitable[T]) -> T:
         try:

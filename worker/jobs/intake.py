@@ -11,7 +11,7 @@ import time
 
 from worker.jobs.keys import START
 from worker.jobs.lease import Policy
-from worker.jobs.streams import Disconnected, Entry, Streams, insist
+from worker.jobs.streams import Disconnected, Entry, Streams, retry_until_connected
 
 _GONE_CONSUMER_MS = 3_600_000
 """A live worker polls or renews every second: a consumer unseen for an hour is dead."""
@@ -37,8 +37,8 @@ class Intake:
 
     async def open(self) -> None:
         """Make the queue and sweep out dead consumers."""
-        await insist(self._streams.open_queue, self._queue)
-        await insist(self._streams.remove_consumers, self._queue, None, _GONE_CONSUMER_MS)
+        await retry_until_connected(self._streams.open_queue, self._queue)
+        await retry_until_connected(self._streams.remove_consumers, self._queue, None, _GONE_CONSUMER_MS)
 
     async def next(self) -> Entry | None:
         """An entry that is now ours, or None after about `scan_s`."""
@@ -61,7 +61,7 @@ class Intake:
 
     async def renew(self, entry_id: str) -> bool:
         """Restart the lease of an entry; False, and it is no longer held, where somebody else has it."""
-        if await insist(self._streams.renew, self._queue, self._worker_id, entry_id):
+        if await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id):
             self.contact = time.monotonic()
             return True
         self.held.discard(entry_id)
@@ -70,7 +70,9 @@ class Intake:
     async def give_back(self, entry_id: str, deliveries: int) -> None:
         """Let the next scan of any worker find the entry, delivered `deliveries` times."""
         idle_ms = int(self._policy.lease_s * 1000) + 1
-        await insist(self._streams.give_back, self._queue, self._worker_id, entry_id, idle_ms, max(0, deliveries))
+        await retry_until_connected(
+            self._streams.give_back, self._queue, self._worker_id, entry_id, idle_ms, max(0, deliveries)
+        )
         self.held.discard(entry_id)
 
     async def close(self) -> None:

@@ -17,7 +17,7 @@ from worker.jobs.events import Envelope, Event, encode_event
 from worker.jobs.keys import CONTROL, START, worker_events_key
 from worker.jobs.lease import Policy
 from worker.jobs.protocol import Trace
-from worker.jobs.streams import Disconnected, Streams, insist
+from worker.jobs.streams import Disconnected, Streams, retry_until_connected
 
 READ_BLOCK_MS = 1000
 
@@ -44,7 +44,7 @@ class Presence:
 
     async def open(self) -> None:
         """Commands count from now on."""
-        self._heard = await insist(self._streams.last_id, CONTROL)
+        self._heard = await retry_until_connected(self._streams.last_id, CONTROL)
 
     async def publish(
         self, event: Event, job_id: str | None = None, epoch: int = 0, trace: Trace | None = None

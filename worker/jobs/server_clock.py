@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 
-from worker.jobs.streams import Disconnected, Streams, insist
+from worker.jobs.streams import Disconnected, Streams, retry_until_connected
 
 _VALID_S = 10.0
 """For so long the lead over our clock is used: two clocks drift apart by less than a millisecond meanwhile."""
@@ -27,7 +27,7 @@ class ServerClock:
     async def ms(self) -> int:
         """Milliseconds since 1970."""
         if self._age_s > _VALID_S:
-            self._set(await insist(self._streams.time_ms))
+            self._set(await retry_until_connected(self._streams.time_ms))
         return int(time.monotonic() * 1000 + self._lead_ms)
 
     async def keep(self) -> None:

@@ -248,7 +248,7 @@ class Streams(Protocol):
         ...
 
 
-async def insist(ask: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+async def retry_until_connected(ask: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Ask until there is an answer, with growing pauses up to a second. Each call must be safe to repeat."""
     pause_s = FIRST_PAUSE_S
     while True:

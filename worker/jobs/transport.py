@@ -30,7 +30,7 @@ from worker.jobs.streams import (
     TakeCall,
     TakeReply,
     Written,
-    insist,
+    retry_until_connected,
 )
 
 Opening = Callable[[History], Event]
@@ -120,7 +120,7 @@ class Transport:
             event = opening(history) if history.intact else ErrorEvent.of(Internal("published events are missing"))
             errors = self._errors(claim, state, event)
             call = self._take_call(claim, job_id, trace, state, event, errors)
-            reply = await insist(self._streams.take, job_id, call)
+            reply = await retry_until_connected(self._streams.take, job_id, call)
             if reply.outcome == "TAKEN":
                 return Lease(claim, job_id, trace, history, call.expected, call.opening)
             if reply.outcome != "RETRY":
@@ -161,7 +161,7 @@ class Transport:
         if not await self._intake.renew(claim.entry_id):
             return Renewal.LOST
         if isinstance(held, Lease):
-            state = await insist(self._streams.job_state, held.job_id)
+            state = await retry_until_connected(self._streams.job_state, held.job_id)
             if "cancel" in state.fields:
                 return Renewal.CANCEL_REQUESTED
         return Renewal.HELD
@@ -223,12 +223,12 @@ class Transport:
 
     async def _look(self, job_id: str) -> tuple[JobState, History]:
         """The job as it is now; what changes afterwards moves its top, and `take` sees that."""
-        state = await insist(self._streams.job_state, job_id)
+        state = await retry_until_connected(self._streams.job_state, job_id)
         records: list[Record] = []
         page: list[Record] = []
         while not records or len(page) == _PAGE:
             first = "-" if not records else after(records[-1][0])
-            page = await insist(self._streams.range, events_key(job_id), first, state.top, _PAGE)
+            page = await retry_until_connected(self._streams.range, events_key(job_id), first, state.top, _PAGE)
             records += page
             if not page:
                 break
@@ -240,7 +240,7 @@ class Transport:
         """Settle an entry that has nothing to run."""
         dead: Mapping[str, bytes] | None = None
         if reply.code == DeadLettered.code:
-            state = await insist(self._streams.job_state, job_id)
+            state = await retry_until_connected(self._streams.job_state, job_id)
             attempts, last_error = state.next_epoch - 2, state.fields.get("last_error", "")
             dead = claim.dead_letter(
                 job_id, "attempts without one new token, or too many deliveries", attempts, last_error
@@ -275,7 +275,7 @@ class Transport:
                 now_ms=self._now(),
                 ttl_ms=int(self.policy.unsettled_s * 1000),
             )
-            top = await insist(self._streams.append, lease.job_id, call)
+            top = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(top):
                 self._intake.held.discard(lease.claim.entry_id)
                 raise Fenced(f"job {lease.job_id}: epoch {lease.epoch} ended at {top}")
@@ -284,12 +284,12 @@ class Transport:
                 return
 
     async def _settle(self, claim: Claim, dead: Mapping[str, bytes] | None) -> None:
-        await insist(self._streams.settle, self._queue, claim.entry_id, dead)
+        await retry_until_connected(self._streams.settle, self._queue, claim.entry_id, dead)
         self._intake.held.discard(claim.entry_id)
 
     async def _retire(self, job_id: str) -> None:
         for key in (events_key(job_id), state_key(job_id)):
-            await insist(self._streams.expire, key, int(self.policy.retention_s * 1000))
+            await retry_until_connected(self._streams.expire, key, int(self.policy.retention_s * 1000))
 
     def _now(self) -> int:
         return int(self._clock() * 1000)

@@ -73,10 +73,10 @@ class EngineThread:
         """Whether a sequence is being computed."""
         return bool(self._inboxes)
 
-    def call(self, work: Callable[[], T], *, told_at_work: bool = False) -> asyncio.Future[T]:
+    def call(self, work: Callable[[], T], *, on_launched: bool = False) -> asyncio.Future[T]:
         """The result of `work`, which runs on the engine's thread between two steps.
 
-        The thread is asked at once, not when the caller awaits: a turn of the loop earlier. `told_at_work` keeps a
+        The thread is asked at once, not when the caller awaits: a turn of the loop earlier. `on_launched` keeps a
         result, but no error, until the device is at work on the next step, or there is none.
         """
         loop = asyncio.get_running_loop()
@@ -102,7 +102,7 @@ class EngineThread:
             except BaseException as error:  # it belongs to the caller, whatever it is
                 tell(None, error)
                 return
-            if told_at_work:
+            if on_launched:
                 self._untold.append(lambda: tell(result, None))
             else:
                 tell(result, None)
@@ -135,7 +135,7 @@ class EngineThread:
             self._add(sequence, inbox)
             return cached
 
-        return self.call(begin, told_at_work=True)
+        return self.call(begin, on_launched=True)
 
     def reserve(self, sequence_id: str, prompt: list[int]) -> asyncio.Future[int]:
         """Keep what is cached of a prompt until `release`; how many tokens. See `Engine.reserve`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from worker.answer import Answer
 from worker.errors import CudaError
 from worker.jobs.lease import History
-from worker.served import Served
+from worker.runtime import LoadedModel
 from worker.service.bounds import Bounds
 from worker.service.engine_thread import EngineThread, Inbox
 from worker.service.question import Question
@@ -29,7 +29,7 @@ class HeadStart:
     """How many of the prompt's the engine found in the prefix cache and does not compute."""
 
     @classmethod
-    async def of(cls, question: Question, served: Served, engine: EngineThread, bounds: Bounds) -> HeadStart:
+    async def of(cls, question: Question, served: LoadedModel, engine: EngineThread, bounds: Bounds) -> HeadStart:
         """Begin the answer, and return when the device is at work on it.
 
         Raises as `Bounds.guard` does; whoever calls releases the job's sequence in the end.

@@ -18,8 +18,8 @@ from worker.answer import Answer, prompt_ids
 from worker.errors import InvalidRequest
 from worker.jobs.events import ErrorEvent, Event, Resumed, Started
 from worker.jobs.lease import History
-from worker.jobs.protocol import Job, Resolved
-from worker.served import Served
+from worker.jobs.protocol import Job, Limits, Resolved
+from worker.runtime import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Question:
     """How many of the prompt's are in the prefix cache, and reserved there."""
 
     @classmethod
-    def of(cls, job: Job, served: Served, entry_id: str, enqueued_ms: int) -> Question:
+    def of(cls, job: Job, served: LoadedModel, entry_id: str, enqueued_ms: int) -> Question:
         """Tokenize the job and fit it to the model. Raises InvalidRequest."""
         enqueued = datetime.fromtimestamp(min(enqueued_ms, _LATEST_MS) / 1000, UTC)
         prompt = prompt_ids(job, served.tokenizer, enqueued)
-        resolved = job.resolve(served.limits, len(prompt), entry_id)
+        resolved = job.resolve(Limits(served.name, served.vocab_size, served.engine.context), len(prompt), entry_id)
         return cls(job, prompt, resolved, enqueued_ms)
 
     @cached_property
@@ -46,7 +46,7 @@ class Question:
         """See `prompt_hash`: found when it is asked for, as the engine begins without it."""
         return prompt_hash(self.prompt)
 
-    def opening(self, served: Served, history: History, now_ms: int) -> Event:
+    def opening(self, served: LoadedModel, history: History, now_ms: int) -> Event:
         """What the attempt's epoch opens with: `started`, `resumed`, or an error where it can't be continued here."""
         started = history.started
         if started is None:
@@ -69,7 +69,7 @@ class Question:
         exact = (started.fingerprint, started.prompt_hash) == (served.fingerprint, self.prompt_hash)
         return Resumed(from_i=len(history.tokens), reason=history.reason, exact=exact)
 
-    def answer(self, served: Served, history: History) -> Answer:
+    def answer(self, served: LoadedModel, history: History) -> Answer:
         """The answer from where `history` leaves it, with what was resolved when it started."""
         resolved = self.resolved
         if history.started is not None:

@@ -20,7 +20,7 @@ from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.jobs.events import Event, LoadProgress, Ready, Residency, Starting, Vram
 from worker.jobs.presence import Presence
-from worker.served import Served
+from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import Health
 from worker.service.quiet import Quiet
@@ -67,7 +67,7 @@ class Reporter:
             "started_ms": str(int(time.time() * 1000)),
         }
 
-    def introduce(self, served: Served, load_s: float) -> None:
+    def introduce(self, served: LoadedModel, load_s: float) -> None:
         """The model is loaded and the worker about to take jobs."""
         self._facts |= {
             "model": served.name,
@@ -138,7 +138,7 @@ class Reporter:
             "seen_ms": str(int(time.time() * 1000)),
         }
 
-    async def watch_memory(self, engine: EngineThread, served: Served) -> NoReturn:
+    async def watch_memory(self, engine: EngineThread, served: LoadedModel) -> NoReturn:
         """Look at the memory at each job's edge and every few seconds; tell of it at edges and while it changes."""
         told = MemoryUse()
         while True:
@@ -158,12 +158,12 @@ class Reporter:
                 self.tell(Vram(weights=use.weights, kv=use.kv, activations=working, free=use.free))
                 told = use
 
-    async def check_residency(self, engine: EngineThread, served: Served) -> NoReturn:
+    async def check_residency(self, engine: EngineThread, served: LoadedModel) -> NoReturn:
         """Make sure that weights lie where they should, at the start and every minute."""
         while True:
             await self.quiet.over()
-            checked, strays = await engine.call(served.device.strays)
-            self.tell(Residency(ok=not strays, checked=checked, strays=strays[:16]))
-            if strays:
-                self._log.error("weights_astray", count=len(strays), first=strays[0])
+            checked, non_resident = await engine.call(served.device.non_resident)
+            self.tell(Residency(ok=not non_resident, checked=checked, strays=non_resident[:16]))
+            if non_resident:
+                self._log.error("weights_astray", count=len(non_resident), first=non_resident[0])
             await asyncio.sleep(self._section.residency_s)

@@ -23,7 +23,7 @@ from worker.jobs.events import Draining, ErrorEvent, Stopped
 from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
 from worker.jobs.transport import Transport
-from worker.served import Loader, Served
+from worker.runtime import LoadedModel, ModelLoader
 from worker.service.attempt import Attempt
 from worker.service.bounds import Stop
 from worker.service.drain import Drain
@@ -63,7 +63,7 @@ class Service:
         lease: LeaseSection,
         http: HttpSection,
         transport: Transport,
-        load: Loader,
+        load: ModelLoader,
         log: Log,
     ) -> None:
         self._assignment = assignment
@@ -167,7 +167,7 @@ class Service:
             self._always(lambda: self._reporter.check_residency(self._engine, served)),
         )
 
-    async def _start(self) -> Served | None:
+    async def _start(self) -> LoadedModel | None:
         """Load the model and reach the server, side by side; None where a drain comes first."""
         began, loop = time.monotonic(), asyncio.get_running_loop()
         self._log.info("worker_starting", version=__version__, http_port=self.http_port)
@@ -207,7 +207,7 @@ class Service:
         finally:
             opening.cancel()
 
-    def _ready(self, served: Served, load_s: float) -> None:
+    def _ready(self, served: LoadedModel, load_s: float) -> None:
         device = served.device.device
         self._log = self._log.bind(model=served.name, gpu=device)
         self._meters.model_load.set(load_s)

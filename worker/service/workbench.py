@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.jobs.transport import Transport
-from worker.served import Served
+from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.quiet import Quiet
 from worker.telemetry import Log, Metrics
@@ -20,7 +20,7 @@ class Workbench:
 
     transport: Transport
     engine: EngineThread
-    served: Served
+    served: LoadedModel
     section: ServiceSection
     renew_s: float
     meters: Metrics

@@ -10,11 +10,11 @@
 // part_floats f32; arrivals: S·(H/GROUP) u32, zeros before and after. q, caches and parts are 16-byte aligned.
 // Grid (G, H/GROUP, S), 32·warps_of(D, GROUP) threads: GROUP ≤ 8 query heads share one KV head; a warp takes a KV block or two
 // of a split (decode_heads.cuh), all their keys and values in flight together, those of a block's first split before the
-// queries are there (early.cuh). Bytes: the keys and values that are seen, once per GROUP heads; the parts stay in L2.
+// queries are there (pdl.cuh). Bytes: the keys and values that are seen, once per GROUP heads; the parts stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
 #include "arrival.cuh"
 #include "decode_heads.cuh"
-#include "early.cuh"
+#include "pdl.cuh"
 #include "rope.cuh"
 
 // Warps of a block, KV blocks of a split that each takes, and blocks of a multiprocessor. Where two fit, one finds room
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     }
     if (element >= 0) key_turn = turn_of<ADJACENT>(element, newest, rope);
     const size_t slot = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
-    let_next_begin();
-    wait_for_inputs();
+    launch_dependents();
+    grid_dependency_wait();
     if (turning) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f), other = x;
         if (of < GROUP) {

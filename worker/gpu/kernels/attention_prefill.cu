@@ -10,7 +10,7 @@
 // A block walks all segments of its queries. Of a short piece after a long prefix there are too few such blocks: where
 // SPLIT, the grid has Z layers, block z takes segments z, z + Z, … and leaves a part of each, and the block that arrives
 // last merges them. Should the parts need more than `room`, layer 0 walks all segments after all. Which KV blocks a segment
-// lies in is looked up once, and a first tile of earlier pieces is on its way before q is there (early.cuh).
+// lies in is looked up once, and a first tile of earlier pieces is on its way before q is there (pdl.cuh).
 //
 // q [T, H·D] f16, already turned (rope_kv.cu); caches as in kv_cache.cuh, written up to position start + T - 1; table i32
 // of this sequence; place: {start, T} on the device, of which the grid covers at least T; sinks [H] f32 or null;
@@ -22,7 +22,7 @@
 // per 64 queries and head, mostly from L2; where split, 4·(D+8) a query, head and segment, there and back.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
 #include "arrival.cuh"
-#include "early.cuh"
+#include "pdl.cuh"
 #include "fragments.cuh"
 #include "running_softmax.cuh"
 
@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     const int last_tile = newest / kKeys, last_segment = newest / kSegment;
     int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     int blocks = blocks_of_segment(segment);
-    if ((tile + 1) * kKeys > start) wait_for_inputs();  // else the first tile is of earlier pieces
+    if ((tile + 1) * kKeys > start) grid_dependency_wait();  // else the first tile is of earlier pieces
     fetch(0, tile, blocks);
-    wait_for_inputs();
+    grid_dependency_wait();
     Queries<D, STRIPS> queries;
     load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
     Softmax<D, STRIPS> state;

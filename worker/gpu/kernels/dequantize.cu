@@ -4,15 +4,15 @@
 // y over the units of a row; blocks of 128 threads. Moves the weights' bytes once and 4 bytes an element out.
 // `ids` null: row x of W becomes row x of out; else row ids[x] does. Rows are multiples of 32, stores float4.
 // Twin: `dequantize` in worker/quants.py, `embed` in worker/cpu/ops.py.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "formats.cuh"
 
 template <class Block>
 __global__ void dequantize(const Planes planes, const int* __restrict__ ids, float* __restrict__ out,
                            const int row_units) {
     const int unit = blockIdx.y * blockDim.x + threadIdx.x;
-    let_next_begin();
-    wait_for_inputs();
+    launch_dependents();
+    grid_dependency_wait();
     if (unit >= row_units) return;
     const u32 row = ids ? ids[blockIdx.x] : blockIdx.x;
     constexpr int n = Unit<Block>::kElements;

@@ -3,10 +3,10 @@
 // A block is a run of rows of the token's result: 16 warps, warp j of each k of them takes the j-th expert's row, then the
 // k results are added in the order of the routes. The k rows of h are staged in shared memory (staged.cuh). Grid x over
 // blocks, y over tokens; k ≤ 16. Reads each chosen expert's weights once a token, DEPTH loads of 16 bytes a lane in flight,
-// the first before h is there (early.cuh): routes and residual are older than the launch before this one.
+// the first before h is there (pdl.cuh): routes and residual are older than the launch before this one.
 // Twin: `experts_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
-#include "early.cuh"
+#include "pdl.cuh"
 
 template <int DEPTH, class W>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto residual_of = [&](int at) { return works(at) && j == 0 ? residual[(size_t)blockIdx.y * rows + at] : 0.f; };
     float next_bias = bias_of(row), next_residual = residual_of(row);
     Activations x;
-    let_next_begin();
-    wait_for_inputs();
+    launch_dependents();
+    grid_dependency_wait();
     stage<kReadsBlocks<W>, !kReadsBlocks<W>>(h, blockIdx.y * k, k, shared, x);
     for (int at = begin, turn = 0; at < end; at += slots, row += slots, turn ^= 1) {
         float sums[1] = {};

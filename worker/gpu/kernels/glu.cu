@@ -5,11 +5,11 @@
 // WARPS warps takes 32/WARPS of them, which are twice as many rows, in the order gate, up, gate, up and ROWS at a time: 16
 // warps of a dense FFN; 8 of experts, whose blocks are many, so that smaller ones end together. Grid x over ⌈rows/32⌉, y over
 // T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before the input is there
-// (early.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each chosen expert's
+// (pdl.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each chosen expert's
 // weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
 // Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
-#include "early.cuh"
+#include "pdl.cuh"
 #include "gated.cuh"
 
 struct Branch {
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     };
     if (!experts) begin(0);
     fetch_norm(input);
-    if (!experts) let_next_begin();  // else the next reads the routes at once
-    wait_for_inputs();
+    if (!experts) launch_dependents();  // else the next reads the routes at once
+    grid_dependency_wait();
     if (experts) {
         expert = experts[blockIdx.y];
         begin(0);

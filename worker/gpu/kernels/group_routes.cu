@@ -4,7 +4,7 @@
 // Of the slots the first *count · k are real; count may be null.
 // One block of 1024 threads: a warp counts an expert's slots by ballots, thread 0 lays the tiles out, then the warps
 // write. Dynamic shared memory: 2·E integers. Stable, so the order is the same every time. Twin: a stable argsort.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "tiles.cuh"
 
 __global__ void group_routes(const int* experts, const int most, const int* count, const int k, const int n_experts,
@@ -13,7 +13,7 @@ __global__ void group_routes(const int* experts, const int most, const int* coun
     int* const starts = counts + n_experts;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const int slots = count ? *count * k : most;
-    wait_for_inputs();
+    grid_dependency_wait();
     for (int e = warp; e < n_experts; e += warps) {
         int own = 0;
         for (int s = 0; s < slots; s += 32)

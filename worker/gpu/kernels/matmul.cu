@@ -10,11 +10,11 @@
 // *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
 // three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
 // DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts, and with turns what they
-// keep, 64·STRIPS·ROWS·TOKENS·DEPTHS. The first weights of a dense matrix are on their way before x is there (early.cuh).
+// keep, 64·STRIPS·ROWS·TOKENS·DEPTHS. The first weights of a dense matrix are on their way before x is there (pdl.cuh).
 // Last is the third projection's type where the first two have another. EXPERTS: grid y over tiles of slots of one expert each
 // (lists by group_routes.cu); slot s reads x[s / per_slot] and writes y[s]; W is [E, rows, cols], b [E, rows].
 // Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "fragments.cuh"
 #include "group_sums.cuh"
 #include "mma.cuh"
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, E
     extern __shared__ __align__(256) u8 shared[];
     __shared__ Scope<TOKENS> scope;
     const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * TOKENS;
-    if (EXPERTS) wait_for_inputs();
+    if (EXPERTS) grid_dependency_wait();
     const Tile tile = EXPERTS ? tiles.table[blockIdx.y]
                               : Tile{0, first, min(TOKENS, (p.count ? *p.count : tokens) - first)};
     if (tile.count <= 0) return;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, E
     __syncthreads();
     const auto await = [&](int turn) {
         if (turn > 0) return;
-        if (!EXPERTS) wait_for_inputs();
+        if (!EXPERTS) grid_dependency_wait();
         for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS)
             scope.scales[i] = p.scale ? p.scale[scope.slots[i] / per_slot] : 1.f;
     };

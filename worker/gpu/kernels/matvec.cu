@@ -4,10 +4,10 @@
 // each a run of its rows: 16 warps, of which `parts` (a power of two, fixed for a matrix by its shape) share ROWS rows and
 // add their sums in order. Grid x over the blocks of the first matrix, then of the second and third, y over tokens.
 // Weights are read once a token, 16 bytes a lane and ROWS·DEPTH such loads in flight, the first of them before the input
-// is there (early.cuh). A, B, C: the matrices' types.
+// is there (pdl.cuh). A, B, C: the matrices' types.
 // Twin: `norm_linear` and `linear_add` in worker/cpu/ops.py; worker/cpu/quantized.py.
 #include "dots.cuh"
-#include "early.cuh"
+#include "pdl.cuh"
 
 struct Matrix {
     Planes planes;
@@ -40,8 +40,8 @@ __device__ __forceinline__ void product(const Matrix& m, const Rows& input, int 
     if (row < end) tile.begin(run_from(row));
     fetch_norm(input);
     Activations x;
-    let_next_begin();
-    wait_for_inputs();
+    launch_dependents();
+    grid_dependency_wait();
     float next = added(row);
     const float factor = stage<BLOCKS, PLAIN>(input, blockIdx.y, 1, shared, x);
     for (int at = begin, turn = 0; at < end; at += slots * ROWS, row += slots * ROWS, turn ^= 1) {

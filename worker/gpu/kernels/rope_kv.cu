@@ -4,7 +4,7 @@
 // {start, T} on the device; token t is at position start + t. Grid x of at least T, y over parts of a token's elements,
 // 128 threads. f16 clamps to ±65504 (half.cuh). Bytes: 6 a query element, 6 a KV element.
 // Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16 cache.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "rope.cuh"
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(128)
             int n_heads, int n_kv_heads) {
     const int t = blockIdx.x, position = place[0] + t;
     if (t >= place[1]) return;
-    wait_for_inputs();
+    grid_dependency_wait();
     const int block = table[position / kKvBlock];
     const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
     const RopeTables rope = {cos, sin, dims};

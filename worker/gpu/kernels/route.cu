@@ -2,7 +2,7 @@
 //
 // logits [T, E] f32; experts [T, k] i32, weights [T, k] f32; E ≤ 32·PER_LANE, k ≤ 32. Grid (⌈T/4⌉), 128 threads: a warp a
 // token. Bytes: 4·E read and 8·k written a token. Twin: `top_k` in worker/cpu/plain.py.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "warp.cuh"
 
 // Rises with the logit, then with falling id; never 0, which stands for a taken expert. NaN comes somewhere, but valid.
@@ -16,8 +16,8 @@ template <int PER_LANE>
 __global__ void __launch_bounds__(128)
     route(int* experts, float* weights, const float* logits, int n_tokens, int n_experts, int k) {
     const int t = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-    let_next_begin();
-    wait_for_inputs();
+    launch_dependents();
+    grid_dependency_wait();
     if (t >= n_tokens) return;
     unsigned long long keys[PER_LANE];
 #pragma unroll

@@ -9,7 +9,7 @@
 // Writes `drawn`, and the next step's `token`, `position`, `index` and counts. Barriers: 1 greedy, 2 plain, 2 + 1–8 for
 // each of top-k and top-p. Bytes: the logits once, 16 a row of V in L2 a pass.
 // Twin: worker/cpu/sampler.py.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "sampling.cuh"
 
 // One thread of the grid finds the id and commits it.
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const Logits row = {raw, mask, counts, bias, size};
     const Slot slot = {token, position, counts, request, drawn};
     const Request r = *slot.request;  // the step's own, which its end moves on
-    wait_for_inputs();
+    grid_dependency_wait();
     const int t = threadIdx.x, each = (row.size + gridDim.x - 1) / gridDim.x;
     const int lo = min(row.size, (int)blockIdx.x * each), hi = min(row.size, lo + each);
     if (r.forced >= 0) {

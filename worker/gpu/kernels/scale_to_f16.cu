@@ -6,7 +6,7 @@
 // 16-byte aligned. Rows from *count · per on are left alone; count may be null. Grid (T), 256 threads: a block a row, four
 // neighbours a thread, KEPT times in registers: 1,024·KEPT columns, the rest is read twice. Bytes a row: 6·cols. Sums run in a
 // fixed order. Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in worker/cpu/quantized.py.
-#include "early.cuh"
+#include "pdl.cuh"
 #include "fragments.cuh"
 #include "half.cuh"
 #include "warp.cuh"
@@ -19,14 +19,14 @@ __device__ __forceinline__ float largest(float4 v) {
 
 template <int KEPT>
 __global__ void __launch_bounds__(kThreads)
-    halve(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int per, int cols,
+    scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int per, int cols,
           float eps) {
     __shared__ float2 of_warps[kWarps];  // sum of squares, peak
     if (count && blockIdx.x >= *count * per) return;
     const int quads = cols / 4, all = padded(cols) / 4;
     if (weight && 8 * threadIdx.x < quads)  // they last met the cache a layer or a piece ago
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
-    wait_for_inputs();
+    grid_dependency_wait();
     x += (size_t)blockIdx.x * quads;
     float peak = 0.f, squares = 0.f;
     const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), one = make_float4(1.f, 1.f, 1.f, 1.f);

@@ -26,7 +26,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class Lookahead:
     """A decode step that was launched before anyone asked for it, and what the call must be that asks for it."""
 
     batch: Batch

@@ -26,11 +26,11 @@ def rows_of(shape, seed=0):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_halved_rows_equal_their_twin(kernels, shape, normed):
-    from worker.gpu.halved import halved_rows
+    from worker.gpu.scaled_f16 import scale_to_f16
 
     pool, x = GuardedPool(), rows_of(shape)
     weight, norm = norm_of(pool, shape[1], EPS)
-    rows = halved_rows(kernels, pool, pool.put(x), norm if normed else None)
+    rows = scale_to_f16(kernels, pool, pool.put(x), norm if normed else None)
     values = values_of(rows, shape[1])
     if normed:
         np.testing.assert_allclose(values, rms_norm(x, weight, EPS), rtol=1e-3)
@@ -40,19 +40,19 @@ def test_halved_rows_equal_their_twin(kernels, shape, normed):
 
 
 def test_rows_beyond_the_real_ones_are_left_alone(kernels):
-    from worker.gpu.halved import halved_rows
+    from worker.gpu.scaled_f16 import scale_to_f16
 
     pool, x = GuardedPool(), rows_of((6, 96))
     count = pool.put(np.array([2], np.int32))
-    rows = halved_rows(kernels, pool, pool.put(x), None, count, 2)
+    rows = scale_to_f16(kernels, pool, pool.put(x), None, count, 2)
     assert np.isfinite(rows.x.get()[:4]).all()
     assert (rows.x.get()[4:].view(np.uint16) == 0xFFFF).all()
 
 
 def test_a_row_of_zeros_stays_zeros(kernels):
-    from worker.gpu.halved import halved_rows
+    from worker.gpu.scaled_f16 import scale_to_f16
 
     pool = GuardedPool()
-    halved = halved_rows(kernels, pool, pool.put(np.zeros((2, 64), np.float32)))
-    assert not halved.x.get().any()
-    assert halved.scale.get().tolist() == [1, 1]
+    scaled_f16 = scale_to_f16(kernels, pool, pool.put(np.zeros((2, 64), np.float32)))
+    assert not scaled_f16.x.get().any()
+    assert scaled_f16.scale.get().tolist() == [1, 1]
