@@ -15,7 +15,7 @@ import pytest
 
 from worker import embedded
 from worker.errors import ConfigInvalid
-from worker.jobs.sync_client import SyncClient
+from worker.jobs.client import SyncClient
 
 OUTLIVED = """
 import os, signal, sys

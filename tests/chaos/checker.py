@@ -9,10 +9,10 @@ from redis.asyncio import Redis
 
 from tests.chaos.ledger import Job, Ledger
 from tests.chaos.questions import POOLS
-from tests.jobs.stream_checker import breaches, keys_without_expiry
+from tests.jobs.stream_checker import keys_without_ttl, violations
+from worker.config import LeaseSection
 from worker.jobs.events import End, ErrorEvent, Event, Resumed, Token, Tokens, decode_event
 from worker.jobs.keys import dead_key, events_key, queue_key, state_key
-from worker.jobs.lease import Policy
 from worker.jobs.streams import Record, Streams
 
 ENDINGS = {
@@ -28,7 +28,7 @@ def judged(job: Job, records: Sequence[Record]) -> list[str]:
     """What is wrong with one job; with one that the server has forgotten, only what its reader heard."""
     if not records and job.perhaps_lost and job.last is not None:
         return [f"{job.job_id}: {wrong}" for wrong in (*job.wrong, *_misheard(job))]
-    found = breaches(job.job_id, records) + [f"{job.job_id}: {wrong}" for wrong in (*job.wrong, *_misheard(job))]
+    found = violations(job.job_id, records) + [f"{job.job_id}: {wrong}" for wrong in (*job.wrong, *_misheard(job))]
     if found:
         return found
     events = [event for kind, packed in map(_fields, records) if (event := _event(kind, packed)) is not None]
@@ -38,7 +38,7 @@ def judged(job: Job, records: Sequence[Record]) -> list[str]:
     if isinstance(last, End) and (last.finish_reason, last.stop_sequence) != (asked.finish_reason, asked.stop_sequence):
         found.append(f"it ended by {last.finish_reason}, undisturbed by {asked.finish_reason}")
     ending = last.code if isinstance(last, ErrorEvent) else last.kind
-    worn_out = ending == "DEAD_LETTERED" and barren_attempts(events) >= Policy().max_attempts
+    worn_out = ending == "DEAD_LETTERED" and barren_attempts(events) >= LeaseSection().max_attempts
     if not (worn_out or (ending != "DEAD_LETTERED" and ending in ENDINGS.get(job.kind, {"end"}))):
         found.append(f"a {job.kind} job ended with {ending}, after {barren_attempts(events)} attempts in vain")
     if any(isinstance(event, Resumed) and not event.exact for event in events):
@@ -73,7 +73,7 @@ async def judge(streams: Streams, raw: Redis, ledger: Ledger) -> list[list[str]]
         verdicts.append(await _queue(streams, raw, pool))
         verdicts.append(await _dead_letters(streams, raw, pool, ledger))
     ttls = {key.decode(): await raw.pttl(key) for key in await raw.keys("inf:*")}
-    verdicts.append(keys_without_expiry({key: None if ttl == -1 else ttl for key, ttl in ttls.items()}))
+    verdicts.append(keys_without_ttl({key: None if ttl == -1 else ttl for key, ttl in ttls.items()}))
     return verdicts
 
 

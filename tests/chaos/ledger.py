@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.chaos.questions import Asked
 from worker.jobs.events import Token
-from worker.jobs.received import Received
+from worker.jobs.reader import StreamEvent
 
 LOSS_S = 3.0
 """What was sent longer than this before a loss is safe: the server writes each second."""
@@ -24,7 +24,7 @@ class Job:
     asked: Asked
     heard: dict[int, int] = field(default_factory=dict)
     """Token ids by index, over all passes of its reader."""
-    last: Received | None = None
+    last: StreamEvent | None = None
     """Its terminal event."""
     wrong: list[str] = field(default_factory=list)
     """What its reader found wrong."""
@@ -84,7 +84,7 @@ class Pass:
         """Whether the server has lost writes since then: the reader's entries may not be the server's any more."""
         return self._ledger.losses != self._losses
 
-    def hear(self, item: Received) -> bool:
+    def hear(self, item: StreamEvent) -> bool:
         """Take one event; False where the reader must begin anew, since the server has lost what lay between."""
         if not isinstance(item.event, Token):
             return True

@@ -10,13 +10,12 @@ from typing import Any
 
 from tests.chaos.ledger import Garbage, Job, Ledger, Pass
 from tests.chaos.questions import POISON, Asked
-from worker.jobs.client import Client
+from worker.jobs.client import Client, SyncClient
 from worker.jobs.events import Event
 from worker.jobs.keys import START
-from worker.jobs.received import Received
+from worker.jobs.reader import StreamEvent
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected, retry_until_connected
-from worker.jobs.sync_client import SyncClient
 
 KINDS = {
     "plain": 108,
@@ -174,7 +173,7 @@ class Orchestrator:
                 except Disconnected:
                     continue
 
-    def _is_last(self, job: Job, item: Received) -> bool:
+    def _is_last(self, job: Job, item: StreamEvent) -> bool:
         if not isinstance(item.event, Event) or not item.event.terminal:
             return False
         job.last = item

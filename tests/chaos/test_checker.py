@@ -12,7 +12,7 @@ from tests.chaos.ledger import Job, Ledger, Pass
 from tests.chaos.questions import Asked
 from worker.errors import Cancelled, DeadLettered
 from worker.jobs.events import End, Envelope, ErrorEvent, Resumed, Started, Token, Tokens, encode_event
-from worker.jobs.received import received
+from worker.jobs.reader import decode_entry
 
 ASKED = Asked({"prompt": "x"}, (10, 11, 12, 13), ("a", "b", "c", "d"), "length", None)
 STARTED = Started(
@@ -117,7 +117,7 @@ def test_what_a_reader_found_wrong_is_a_breach():
 def heard(one, ledger, *ids):
     """A reader that hears the tokens of these indices; what it was told in the end."""
     reading = Pass(one, ledger, ledger.losses)
-    told = [reading.hear(received(stream([tokens(i, i + 1)])[0], "0-0")[0]) for i in ids]
+    told = [reading.hear(decode_entry(stream([tokens(i, i + 1)])[0], "0-0")[0]) for i in ids]
     return told, reading
 
 
@@ -137,7 +137,7 @@ def test_a_reader_may_begin_anywhere_and_again():
 
 
 def test_a_job_that_the_server_forgot_with_its_last_second_must_have_been_answered():
-    ended = received(GOOD[-1], "0-0")[0]
+    ended = decode_entry(GOOD[-1], "0-0")[0]
     assert judged(job(perhaps_lost=True, last=ended), []) == []
     assert "no terminal event" in judged(job(perhaps_lost=True), [])[0]
     assert "no terminal event" in judged(job(last=ended), [])[0]
@@ -153,9 +153,9 @@ def test_after_lost_writes_a_reader_may_hear_tokens_again_but_no_others():
     one, ledger = job(), Ledger()
     _, reading = heard(one, ledger, 0, 1)
     ledger.lose_last_second()
-    assert reading.hear(received(stream([tokens(1, 2)])[0], "0-0")[0])
-    assert not reading.hear(received(stream([tokens(3, 4)])[0], "0-0")[0])
+    assert reading.hear(decode_entry(stream([tokens(1, 2)])[0], "0-0")[0])
+    assert not reading.hear(decode_entry(stream([tokens(3, 4)])[0], "0-0")[0])
     assert one.wrong == []
     other = Tokens(tokens=(Token(1, 99, "b"),))
-    reading.hear(received(stream([other])[0], "0-0")[0])
+    reading.hear(decode_entry(stream([other])[0], "0-0")[0])
     assert "as 11, then 99" in one.wrong[0]

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs.servers import running_server
 from tests.service.processes import workers
 from worker import cli
-from worker.jobs.sync_client import SyncClient
+from worker.jobs.client import SyncClient
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_dead_letters_are_listed_shown_retried_and_dropped(worker, url):
     code, _, err = worker("dead", "show", first["id"])
     assert (code, err) == (
         1,
-        f"worker: NOT_FOUND: there is no dead letter {first['id']}; `worker dead ls` lists them\n",
+        f"worker: NOT_FOUND: no dead letter {first['id']}; `worker dead ls` lists them\n",
     )
 
 
@@ -197,11 +197,18 @@ def test_a_server_that_is_not_there_is_one_sentence_that_says_what_to_do(worker,
     assert "--redis-url" in err
 
 
-def test_a_url_that_cannot_be_is_a_setting_that_is_wrong(worker):
+def test_a_malformed_url_is_an_invalid_setting(worker):
     for bad in ("http://host", "redis://host:port"):
         code, _, err = worker("jobs", at=bad)
         assert (code, err.count("\n")) == (4, 1)
         assert "redis.url" in err
+
+
+@pytest.mark.parametrize("url", ["redis://:sec/ret@127.0.0.1:1", "redis://:secret@127.0.0.1:1", "http://:secret@host"])
+def test_a_password_is_never_printed(worker, url):
+    code, out, err = worker("jobs", at=url)
+    assert code in (4, 5)
+    assert "sec" not in out + err
 
 
 def test_run_without_a_model_says_what_to_give(worker):

@@ -83,7 +83,7 @@ def server(gpu):
 @pytest.fixture
 def client(server):
     """An orchestrator at that server."""
-    from worker.jobs.sync_client import SyncClient
+    from worker.jobs.client import SyncClient
 
     with SyncClient.from_url(server.url) as connected:
         yield connected

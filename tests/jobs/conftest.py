@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
+from tests.jobs.harness import FakeRedisHarness, Harness, MemoryHarness, ServerHarness
 from tests.jobs.servers import Server, running_server
-from tests.jobs.worlds import FakeWorld, MemoryWorld, ServerWorld, World
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +26,13 @@ def server(session_server: Server) -> Server:
 
 
 @pytest_asyncio.fixture(params=["memory", "fakeredis", "server"])
-async def world(request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    """An empty world of each kind."""
+async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
+    """An empty harness of each kind."""
     if request.param == "memory":
-        made: World = MemoryWorld()
+        made: Harness = MemoryHarness()
     elif request.param == "fakeredis":
-        made = FakeWorld()
+        made = FakeRedisHarness()
     else:
-        made = ServerWorld(request.getfixturevalue("server").url)
+        made = ServerHarness(request.getfixturevalue("server").url)
     yield made
     await made.close()

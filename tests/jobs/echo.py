@@ -53,16 +53,16 @@ async def begin(transport: Transport, claim: Claim) -> Lease | Closed:
     return await transport.take(claim, job.job_id, trace, opening(claim))
 
 
-async def claimed(transport: Transport) -> Claim:
+async def claim_next(transport: Transport) -> Claim:
     """The next claim, which must come at once."""
     claim = await transport.claim()
     assert claim is not None
     return claim
 
 
-async def taken(transport: Transport) -> Lease:
+async def take_next(transport: Transport) -> Lease:
     """The next claim, begun."""
-    lease = await begin(transport, await claimed(transport))
+    lease = await begin(transport, await claim_next(transport))
     assert isinstance(lease, Lease), lease
     return lease
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from worker.jobs.events import End, Resumed, Started, Tokens, decode_event
-from worker.jobs.keys import epoch_of, events_key, order_of
+from worker.jobs.keys import epoch_of, events_key, split_id
 from worker.jobs.streams import Record, Streams
 
 
-def breaches(job_id: str, records: Sequence[Record], text: str | None = None) -> list[str]:
+def violations(job_id: str, records: Sequence[Record], text: str | None = None) -> list[str]:
     """What is wrong with one job's whole event stream; `text` is the answer of an undisturbed run."""
     found: list[str] = []
     indices: list[int] = []
@@ -24,9 +24,9 @@ def breaches(job_id: str, records: Sequence[Record], text: str | None = None) ->
         if decoded is None:
             continue
         event, envelope = decoded
-        if order_of(entry_id) <= previous:
+        if split_id(entry_id) <= previous:
             found.append(f"{entry_id} does not rise")
-        previous = order_of(entry_id)
+        previous = split_id(entry_id)
         if over:
             found.append(f"{event.kind} at {entry_id} comes after the end")
         if envelope.epoch != epoch_of(entry_id) or envelope.job_id != job_id:
@@ -63,21 +63,21 @@ def _ending(event: End, indices: Sequence[int], released: str, text: str | None)
     return found
 
 
-async def breaches_on(streams: Streams, queue: str, texts: Mapping[str, str | None]) -> list[str]:
+async def find_violations(streams: Streams, queue: str, texts: Mapping[str, str | None]) -> list[str]:
     """What is wrong with the jobs of these ids, and with the queue, which should be empty by now."""
     found: list[str] = []
     for job_id, text in texts.items():
-        found += breaches(job_id, await streams.range(events_key(job_id), "-", "+", 1_000_000), text)
+        found += violations(job_id, await streams.range(events_key(job_id), "-", "+", 1_000_000), text)
     found += [f"{row.entry_id} is still pending for {row.consumer}" for row in await streams.pending(queue, 100)]
     return found
 
 
-def keys_without_expiry(keys: Mapping[str, int | None]) -> list[str]:
+def keys_without_ttl(keys: Mapping[str, int | None]) -> list[str]:
     """Job keys that would stay for ever; `keys` gives milliseconds to live."""
     return [key for key, ttl in keys.items() if key.startswith("inf:{job:") and ttl is None]
 
 
-def holds(found: Iterable[str]) -> None:
+def assert_none(found: Iterable[str]) -> None:
     """Fail with every breach."""
     listed = list(found)
     assert not listed, "\n".join(listed)

@@ -7,34 +7,35 @@ import asyncio
 import msgpack
 import pytest
 
-from tests.jobs.echo import begin, claimed, complete, taken, text, tokens
-from tests.jobs.worlds import PATIENT, Lossy, World, wait_until
+from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
+from tests.jobs.harness import LONG_LEASE, Harness, LossyStreams, lease_settings, wait_until
 from worker.errors import InvalidRequest, QueueFull
+from worker.jobs import registry
 from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent, Ready, Token
 from worker.jobs.keys import events_key
-from worker.jobs.lease import Closed, Policy
-from worker.jobs.received import JobFailed
+from worker.jobs.lease import Closed
+from worker.jobs.reader import JobFailed
 from worker.jobs.streams import Disconnected
 
 
-async def test_a_full_queue_says_when_to_try_again(world: World) -> None:
-    client, worker = world.client(bound=3, retry_after_s=0.7), await world.transport("w1")
+async def test_a_full_queue_says_when_to_try_again(harness: Harness) -> None:
+    client, worker = harness.client(bound=3, retry_after_s=0.7), await harness.transport("w1")
     accepted = await asyncio.gather(
         *(client.submit(job_id=f"j{n}", prompt="hello") for n in range(8)), return_exceptions=True
     )
     assert sum(isinstance(reply, str) for reply in accepted) == 3
     refused = [reply for reply in accepted if isinstance(reply, QueueFull)]
     assert [error.retry_after_s for error in refused] == [0.7] * 5
-    lease = await taken(worker)
+    lease = await take_next(worker)
     with pytest.raises(QueueFull):
         await client.submit(prompt="a running job still counts")
     await complete(worker, lease, 0)
     assert len(await client.submit(prompt="now there is room")) == 32
 
 
-async def test_a_job_is_validated_before_it_is_sent(world: World) -> None:
-    client = world.client()
+async def test_a_job_is_validated_before_it_is_sent(harness: Harness) -> None:
+    client = harness.client()
     with pytest.raises(InvalidRequest) as caught:
         await client.submit(prompt="hello", temperature=3, top_k="all", tempo=1)
     assert {error["field"] for error in caught.value.details["errors"]} == {"temperature", "top_k", "tempo"}
@@ -43,34 +44,34 @@ async def test_a_job_is_validated_before_it_is_sent(world: World) -> None:
     assert await client.queue() == []
 
 
-async def test_the_queue_shows_who_holds_what(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_the_queue_shows_who_holds_what(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     for job_id in ("a", "b"):
         await client.submit(job_id=job_id, prompt="hello")
-    await claimed(worker)
+    await claim_next(worker)
     rows = await client.queue()
     assert [(row.job_id, row.worker, row.deliveries) for row in rows] == [("a", "w1", 1), ("b", None, 0)]
 
 
-async def test_a_dead_letter_is_tried_again_under_a_new_id(world: World) -> None:
-    client, policy = world.client(), Policy(lease_s=0.0, scan_s=0.02, max_attempts=1)
+async def test_a_dead_letter_is_tried_again_under_a_new_id(harness: Harness) -> None:
+    client, policy = harness.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
     await client.submit(job_id="a", prompt="hello", logit_bias={5: 1.0}, seed=7)
-    await taken(await world.transport("w1", policy))
-    last = await world.transport("w2", policy)
-    assert isinstance(await begin(last, await claimed(last)), Closed)
+    await take_next(await harness.transport("w1", policy))
+    last = await harness.transport("w2", policy)
+    assert isinstance(await begin(last, await claim_next(last)), Closed)
     (letter,) = await client.dead_letters()
     assert await client.retry_dead_letter(letter) == "a.r1"
     assert await client.dead_letters() == []
-    lease = await taken(last)
+    lease = await take_next(last)
     assert lease.job_id == "a.r1"
     assert msgpack.unpackb(lease.claim.payload, strict_map_key=False)["seed"] == 7
     await complete(last, lease, 1)
 
 
-async def test_an_error_ends_the_iteration_over_tokens(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_an_error_ends_the_iteration_over_tokens(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    lease = await taken(worker)
+    lease = await take_next(worker)
     await worker.finish(lease, tokens(0, 2), ErrorEvent(code="VRAM_OOM", message="full", retriable=True))
     heard: list[Token] = []
     with pytest.raises(JobFailed, match="VRAM_OOM: full") as caught:  # noqa: PT012
@@ -82,34 +83,34 @@ async def test_an_error_ends_the_iteration_over_tokens(world: World) -> None:
         await client.result("a")
 
 
-async def test_readers_skip_types_that_they_do_not_know(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_readers_skip_types_that_they_do_not_know(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    await complete(worker, await taken(worker), 1)
-    await world.connect().add(events_key("b"), {"type": b"of_the_future", "p": b"\xc1"}, 10, 60_000)
+    await complete(worker, await take_next(worker), 1)
+    await harness.connect().add(events_key("b"), {"type": b"of_the_future", "p": b"\xc1"}, 10, 60_000)
     await client.cancel("b")
     assert [item.kind async for item in client.events("b")] == ["error"]
 
 
-async def test_a_reader_of_a_job_that_never_comes_gives_up_when_told(world: World) -> None:
+async def test_a_reader_of_a_job_that_never_comes_gives_up_when_told(harness: Harness) -> None:
     with pytest.raises(TimeoutError, match="no event of job a"):
-        await anext(world.client().events("a", idle_s=0.05))
+        await anext(harness.client().events("a", idle_s=0.05))
 
 
-async def test_a_reader_does_not_wait_for_events_that_have_expired(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_a_reader_does_not_wait_for_events_that_have_expired(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    await complete(worker, await taken(worker), 2)
-    for key in [key for key in await world.keys() if "{job:a}" in key]:
-        await world.drop(key)
+    await complete(worker, await take_next(worker), 2)
+    for key in [key for key in await harness.keys() if "{job:a}" in key]:
+        await harness.drop(key)
     assert [item async for item in client.events("a", after="1-1")] == []
 
 
-async def test_a_job_is_seen_as_it_is_at_one_moment(world: World) -> None:
+async def test_a_job_is_seen_as_it_is_at_one_moment(harness: Harness) -> None:
     """Who reads on from the newest entry just when the job ends must not take it for over and its end for heard."""
-    client, worker, seen = world.client(), await world.transport("w1"), []
+    client, worker, seen = harness.client(), await harness.transport("w1"), []
     await client.submit(job_id="a", prompt="hello")
-    lease, looking = await taken(worker), world.connect()
+    lease, looking = await take_next(worker), harness.connect()
 
     async def look() -> None:
         while "ended_ms" not in (state := await looking.job_state("a")).fields:
@@ -126,67 +127,73 @@ async def test_a_job_is_seen_as_it_is_at_one_moment(world: World) -> None:
     assert all(top == f"1-{count}" for top, count in seen)
 
 
-async def test_a_reader_rides_out_lost_replies_and_not_more(world: World) -> None:
-    worker = await world.transport("w1")
+async def test_a_reader_rides_out_lost_replies_and_not_more(harness: Harness) -> None:
+    worker = await harness.transport("w1")
     lost = iter([True, False, True])
-    flaky = Client(Lossy(world.connect(), lambda name: name == "read" and next(lost, False)))
+    flaky = Client(LossyStreams(harness.connect(), lambda name: name == "read" and next(lost, False)))
     await flaky.submit(job_id="a", prompt="hello")
-    await complete(worker, await taken(worker), 2)
+    await complete(worker, await take_next(worker), 2)
     assert (await flaky.result("a"))[0] == text(2)
-    cut = Client(Lossy(world.connect(), lambda name: True), patience_s=0.1)
+    cut = Client(LossyStreams(harness.connect(), lambda name: True), reconnect_timeout_s=0.1)
     with pytest.raises(Disconnected):
         await cut.result("a")
 
 
-async def test_a_living_worker_is_listed_with_its_status_until_it_leaves_or_falls_silent(world: World) -> None:
-    client = world.client()
-    leaving, silent = await world.transport("w1"), await world.transport("w2", Policy(status_ttl_s=0.05))
-    for worker in (leaving, silent):
-        await worker.presence.heartbeat({"state": "ready", "model": "echo"})
+async def test_a_living_worker_is_listed_with_its_status_until_it_leaves_or_stops_sending_heartbeats(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = harness.client()
+    leaving, silent = await harness.transport("w1"), await harness.transport("w2")
+    for worker, ttl_s in ((leaving, registry.STATUS_TTL_S), (silent, 0.05)):
+        monkeypatch.setattr(registry, "STATUS_TTL_S", ttl_s)
+        await worker.registration.heartbeat({"state": "ready", "model": "echo"})
     assert (await client.workers())["w1"] == {"state": "ready", "model": "echo"}
 
     async def the_silent_one_is_gone() -> bool:
         return set(await client.workers()) == {"w1"}
 
     await wait_until(the_silent_one_is_gone)
-    await world.transport("w1", PATIENT)
-    await leaving.presence.close()
+    await harness.transport("w1", LONG_LEASE)
+    await leaving.registration.close()
     assert await client.workers() == {}
 
 
-async def test_a_worker_s_own_events_can_be_followed(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_a_worker_s_own_events_can_be_followed(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     ready = Ready(model="echo", fingerprint="echo-1", context=4096, load_ms=1.0)
-    await worker.presence.publish(ready)
+    await worker.registration.publish(ready)
     following = client.worker_events("w1")
     first = await anext(following)
     assert (first.event, first.envelope.worker_id, first.envelope.job_id) == (ready, "w1", None)
-    await worker.presence.publish(ready)
+    await worker.registration.publish(ready)
     assert (await anext(following)).entry_id > first.entry_id
     await following.aclose()
 
 
-async def test_a_worker_s_own_stream_keeps_its_newest_events_and_expires(world: World) -> None:
-    worker = await world.transport("w1", Policy(worker_events=10))
+async def test_a_worker_s_own_stream_keeps_its_newest_events_and_expires(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "MAX_EVENTS", 10)
+    worker = await harness.transport("w1")
     for n in range(400):
-        await worker.presence.publish(Ready(model=str(n), fingerprint="", context=1, load_ms=0.0))
-    streams = world.connect()
+        await worker.registration.publish(Ready(model=str(n), fingerprint="", context=1, load_ms=0.0))
+    streams = harness.connect()
     kept = await streams.range("inf:worker:w1:events", "-", "+", 1000)
     assert 10 <= len(kept) < 200
-    assert (await world.keys())["inf:worker:w1:events"] is not None
+    assert (await harness.keys())["inf:worker:w1:events"] is not None
 
 
-async def test_a_drain_reaches_the_worker_that_is_named(world: World) -> None:
-    worker = await world.transport("w1")
-    hearing = asyncio.ensure_future(anext(worker.presence.commands()))
-    await world.client().drain("w1")
+async def test_a_drain_reaches_the_worker_that_is_named(harness: Harness) -> None:
+    worker = await harness.transport("w1")
+    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    await harness.client().drain("w1")
     command = await hearing
     assert (command.do, command.target) == ("drain", "w1")
 
 
-async def test_commands_given_before_a_worker_came_are_not_for_it(world: World) -> None:
-    await world.client().drain("w1")
-    worker = await world.transport("w1")
-    hearing = asyncio.ensure_future(anext(worker.presence.commands()))
-    await world.client().drain("w2")
+async def test_commands_given_before_a_worker_came_are_not_for_it(harness: Harness) -> None:
+    await harness.client().drain("w1")
+    worker = await harness.transport("w1")
+    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    await harness.client().drain("w2")
     assert (await hearing).target == "w2"

@@ -7,122 +7,133 @@ from itertools import count
 
 import pytest
 
-from tests.jobs.echo import claimed, complete, taken, text, tokens
-from tests.jobs.worlds import GREEDY, PATIENT, PROMPT, Lossy, World, all_is_well, wait_until
+from tests.jobs.echo import claim_next, complete, take_next, text, tokens
+from tests.jobs.harness import (
+    LONG_LEASE,
+    NO_LEASE,
+    SHORT_LEASE,
+    Harness,
+    LossyStreams,
+    assert_consistent,
+    lease_settings,
+    wait_until,
+)
 from worker.errors import InvalidRequest
 from worker.jobs.client import Client
 from worker.jobs.keys import events_key, queue_key, state_key
-from worker.jobs.lease import Fenced, Policy, Renewal
+from worker.jobs.lease import Fenced, Renewal
 from worker.jobs.streams import Disconnected
 
 
 @pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire", "job_state", "range"])
-async def test_a_lost_reply_is_harmless(world: World, call: str) -> None:
-    client, dead = world.client(), await world.transport("w1")
+async def test_a_lost_reply_is_harmless(harness: Harness, call: str) -> None:
+    client, dead = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    await dead.append(await taken(dead), tokens(0, 2))
+    await dead.append(await take_next(dead), tokens(0, 2))
     turns = count()
-    lossy = Lossy(world.connect(), lambda name: name == call and next(turns) % 2 == 0)
-    heir = await world.transport("w2", GREEDY, lossy)
-    lease = await taken(heir)
+    lossy = LossyStreams(harness.connect(), lambda name: name == call and next(turns) % 2 == 0)
+    successor = await harness.transport("w2", NO_LEASE, lossy)
+    lease = await take_next(successor)
     assert lease.epoch == 2
-    assert await heir.renew(lease) is Renewal.HELD
-    await complete(heir, lease, 5)
+    assert await successor.renew(lease) is Renewal.HELD
+    await complete(successor, lease, 5)
     assert next(turns) > 1
     assert await client.queue() == []
-    await all_is_well(world, a=text(5))
+    await assert_consistent(harness, a=text(5))
 
 
-async def test_a_lost_reply_to_a_first_take_makes_no_second_epoch(world: World) -> None:
-    client, turns = world.client(), count()
-    worker = await world.transport("w1", PATIENT, Lossy(world.connect(), lambda n: n == "take" and next(turns) < 3))
+async def test_a_lost_reply_to_a_first_take_makes_no_second_epoch(harness: Harness) -> None:
+    client, turns = harness.client(), count()
+    worker = await harness.transport(
+        "w1", LONG_LEASE, LossyStreams(harness.connect(), lambda n: n == "take" and next(turns) < 3)
+    )
     await client.submit(job_id="a", prompt="hello")
-    lease = await taken(worker)
+    lease = await take_next(worker)
     assert lease.epoch == 1
     assert (await client.state("a"))["barren"] == "0"
     await complete(worker, lease, 1)
-    await all_is_well(world, a=text(1))
+    await assert_consistent(harness, a=text(1))
 
 
-async def test_a_lost_reply_to_a_claim_is_found_again_before_anything_new(world: World) -> None:
-    client, turns = world.client(), count()
-    worker = await world.transport(
-        "w1", PATIENT, Lossy(world.connect(), lambda n: n == "read_new" and next(turns) == 0)
+async def test_a_lost_reply_to_a_claim_is_found_again_before_anything_new(harness: Harness) -> None:
+    client, turns = harness.client(), count()
+    worker = await harness.transport(
+        "w1", LONG_LEASE, LossyStreams(harness.connect(), lambda n: n == "read_new" and next(turns) == 0)
     )
     for job_id in ("a", "b"):
         await client.submit(job_id=job_id, prompt="hello")
     assert await worker.claim() is None
-    first = await taken(worker)
+    first = await take_next(worker)
     assert first.job_id == "a"
-    second = await taken(worker)
+    second = await take_next(worker)
     assert second.job_id == "b"
 
 
-async def test_the_running_job_is_not_among_the_lost_replies(world: World) -> None:
-    client, turns = world.client(), count()
-    worker = await world.transport(
-        "w1", PATIENT, Lossy(world.connect(), lambda n: n == "read_new" and next(turns) == 1)
+async def test_the_running_job_is_not_among_the_lost_replies(harness: Harness) -> None:
+    client, turns = harness.client(), count()
+    worker = await harness.transport(
+        "w1", LONG_LEASE, LossyStreams(harness.connect(), lambda n: n == "read_new" and next(turns) == 1)
     )
     await client.submit(job_id="a", prompt="hello")
-    lease = await taken(worker)
+    lease = await take_next(worker)
     assert await worker.claim() is None
     assert await worker.claim() is None
     await complete(worker, lease, 1)
 
 
-async def test_a_lost_reply_to_a_give_back_is_harmless(world: World) -> None:
+async def test_a_lost_reply_to_a_give_back_is_harmless(harness: Harness) -> None:
     turns = count()
-    lossy = Lossy(world.connect(), lambda name: name == "give_back" and next(turns) % 2 == 0)
-    client, worker = world.client(), await world.transport("w1", PATIENT, lossy)
+    lossy = LossyStreams(harness.connect(), lambda name: name == "give_back" and next(turns) % 2 == 0)
+    client, worker = harness.client(), await harness.transport("w1", LONG_LEASE, lossy)
     await client.submit(job_id="a", prompt="hello")
-    await worker.release(await taken(worker))
-    lease = await taken(await world.transport("w2"))
+    await worker.release(await take_next(worker))
+    lease = await take_next(await harness.transport("w2"))
     assert (lease.claim.deliveries, lease.history.reason) == (1, "drain")
 
 
-async def test_a_lost_reply_to_a_cancel_is_harmless(world: World) -> None:
+async def test_a_lost_reply_to_a_cancel_is_harmless(harness: Harness) -> None:
     turns = count()
-    client = Client(Lossy(world.connect(), lambda name: name == "cancel" and next(turns) == 0))
+    client = Client(LossyStreams(harness.connect(), lambda name: name == "cancel" and next(turns) == 0))
     with pytest.raises(Disconnected):
         await client.cancel("a")
     assert await client.cancel("a") == "cancelled"
-    await all_is_well(world, a=None)
+    await assert_consistent(harness, a=None)
 
 
-async def test_a_lost_reply_to_a_burial_makes_one_dead_letter(world: World) -> None:
-    client, turns = world.client(), count()
-    lossy = Lossy(world.connect(), lambda name: name == "settle" and next(turns) < 2)
-    worker = await world.transport("w1", PATIENT, lossy)
-    await world.connect().enqueue("default", {"p": b"\xc1"}, 10)
-    await worker.dead_letter(await claimed(worker), InvalidRequest("no readable job_id"))
+async def test_a_lost_reply_to_a_burial_makes_one_dead_letter(harness: Harness) -> None:
+    client, turns = harness.client(), count()
+    lossy = LossyStreams(harness.connect(), lambda name: name == "settle" and next(turns) < 2)
+    worker = await harness.transport("w1", LONG_LEASE, lossy)
+    await harness.connect().enqueue("default", {"p": b"\xc1"}, 10)
+    await worker.dead_letter(await claim_next(worker), InvalidRequest("no readable job_id"))
     assert next(turns) == 3
     assert len(await client.dead_letters()) == 1
 
 
-async def test_after_a_lost_connection_there_is_one_lease_of_silence(world: World) -> None:
-    client, dead, turns = world.client(), await world.transport("w1", PROMPT), count()
+async def test_after_a_lost_connection_there_is_one_lease_of_silence(harness: Harness) -> None:
+    client, dead, turns = harness.client(), await harness.transport("w1", SHORT_LEASE), count()
     await client.submit(job_id="a", prompt="hello")
-    await taken(dead)
-    lossy = Lossy(world.connect(), lambda name: name == "read_own" and next(turns) == 0)
-    heir = await world.transport("w2", Policy(lease_s=0.3, scan_s=0.02), lossy)
+    await take_next(dead)
+    lossy = LossyStreams(harness.connect(), lambda name: name == "read_own" and next(turns) == 0)
+    successor = await harness.transport("w2", lease_settings(lease_s=0.3, scan_s=0.02), lossy)
 
     async def its_lease_is_long_over() -> bool:
-        return (await world.connect().pending("default", 1))[0].idle_ms > 300
+        return (await harness.connect().pending("default", 1))[0].idle_ms > 300
 
     await wait_until(its_lease_is_long_over)
-    assert await heir.claim() is None
+    assert await successor.claim() is None
     loop = asyncio.get_running_loop()
     since = loop.time()
 
     async def taken_over() -> bool:
-        return await heir.claim() is not None
+        return await successor.claim() is not None
 
     await wait_until(taken_over)
     assert loop.time() - since > 0.25
 
 
-async def test_an_append_that_was_cancelled_leaves_its_events_for_the_next(world: World) -> None:
-    client = world.client()
+async def test_an_append_that_was_cancelled_leaves_its_events_for_the_next(harness: Harness) -> None:
+    client = harness.client()
     turns = count()
 
     def dies(name: str) -> bool:
@@ -130,68 +141,68 @@ async def test_an_append_that_was_cancelled_leaves_its_events_for_the_next(world
             raise asyncio.CancelledError
         return False
 
-    worker = await world.transport("w1", PATIENT, Lossy(world.connect(), dies))
+    worker = await harness.transport("w1", LONG_LEASE, LossyStreams(harness.connect(), dies))
     await client.submit(job_id="a", prompt="hello")
-    lease = await taken(worker)
+    lease = await take_next(worker)
     with pytest.raises(asyncio.CancelledError):
         await worker.append(lease, tokens(0, 1))
     await worker.append(lease, tokens(1, 2))
     await complete(worker, lease, 2)
-    await all_is_well(world, a=text(2))
+    await assert_consistent(harness, a=text(2))
 
 
-async def test_a_server_that_lost_its_last_writes_gets_them_again_with_the_same_ids(world: World) -> None:
-    client, worker = world.client(), await world.transport("w1")
+async def test_a_server_that_lost_its_last_writes_gets_them_again_with_the_same_ids(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    lease = await taken(worker)
+    lease = await take_next(worker)
     await worker.append(lease, tokens(0, 2))
-    restore = await world.snapshot(events_key("a"), state_key("a"))
+    restore = await harness.snapshot(events_key("a"), state_key("a"))
     await worker.append(lease, tokens(2, 3))
     await worker.append(lease, tokens(3, 4))
-    before = await world.connect().range(events_key("a"), "-", "+", 10)
+    before = await harness.connect().range(events_key("a"), "-", "+", 10)
     await restore()
     await complete(worker, lease, 5)
-    assert (await world.connect().range(events_key("a"), "-", "+", 10))[:4] == before
-    await all_is_well(world, a=text(5))
+    assert (await harness.connect().range(events_key("a"), "-", "+", 10))[:4] == before
+    await assert_consistent(harness, a=text(5))
 
 
-async def test_a_server_that_lost_a_take_gets_it_again_unless_another_took(world: World) -> None:
-    client, dead = world.client(), await world.transport("w1")
+async def test_a_server_that_lost_a_take_gets_it_again_unless_another_took(harness: Harness) -> None:
+    client, dead = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    await dead.append(await taken(dead), tokens(0, 2))
-    restore = await world.snapshot(events_key("a"), state_key("a"))
-    first = await world.transport("w2", GREEDY)
-    lease = await taken(first)
+    await dead.append(await take_next(dead), tokens(0, 2))
+    restore = await harness.snapshot(events_key("a"), state_key("a"))
+    first = await harness.transport("w2", NO_LEASE)
+    lease = await take_next(first)
     await first.append(lease, tokens(2, 3))
     await restore()
     await first.append(lease, tokens(3, 4))
     assert (await client.state("a"))["epoch"] == "2"
     await restore()
-    second = await world.transport("w3", GREEDY)
-    other = await taken(second)
+    second = await harness.transport("w3", NO_LEASE)
+    other = await take_next(second)
     assert other.epoch == lease.epoch == 2
     with pytest.raises(Fenced):
         await first.append(lease, tokens(4, 5))
     await complete(second, other, 5)
-    await all_is_well(world, a=text(5))
+    await assert_consistent(harness, a=text(5))
 
 
-async def test_an_entry_deleted_by_hand_while_it_was_pending_is_forgotten(world: World) -> None:
-    client, turns = world.client(), count()
-    lossy = Lossy(world.connect(), lambda name: name == "read_new" and next(turns) == 0)
-    worker = await world.transport("w1", PATIENT, lossy)
+async def test_an_entry_deleted_by_hand_while_it_was_pending_is_forgotten(harness: Harness) -> None:
+    client, turns = harness.client(), count()
+    lossy = LossyStreams(harness.connect(), lambda name: name == "read_new" and next(turns) == 0)
+    worker = await harness.transport("w1", LONG_LEASE, lossy)
     await client.submit(job_id="a", prompt="hello")
     assert await worker.claim() is None
     (row,) = await client.queue()
-    await world.connect().delete(queue_key("default"), row.entry_id)
+    await harness.connect().delete(queue_key("default"), row.entry_id)
     assert await worker.claim() is None
-    assert await world.connect().pending("default", 10) == []
+    assert await harness.connect().pending("default", 10) == []
 
 
-async def test_commands_are_heard_again_after_an_outage(world: World) -> None:
+async def test_commands_are_heard_again_after_an_outage(harness: Harness) -> None:
     turns = count()
-    lossy = Lossy(world.connect(), lambda name: name == "read" and next(turns) == 0)
-    worker = await world.transport("w1", PATIENT, lossy)
-    hearing = asyncio.ensure_future(anext(worker.presence.commands()))
-    await world.client().drain("w1")
+    lossy = LossyStreams(harness.connect(), lambda name: name == "read" and next(turns) == 0)
+    worker = await harness.transport("w1", LONG_LEASE, lossy)
+    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    await harness.client().drain("w1")
     assert (await hearing).target == "w1"

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.jobs.echo import begin, end, text, tokens
-from tests.jobs.stream_checker import breaches, breaches_on, holds, keys_without_expiry
-from tests.jobs.worlds import FakeWorld, Lossy, MemoryWorld, World
+from tests.jobs.harness import FakeRedisHarness, Harness, LossyStreams, MemoryHarness, lease_settings
+from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl, violations
 from worker.jobs import streams as streams_module
 from worker.jobs.events import ErrorEvent
 from worker.jobs.keys import events_key
-from worker.jobs.lease import Claim, Fenced, Lease, Policy, Renewal
+from worker.jobs.lease import Claim, Fenced, Lease, Renewal
 from worker.jobs.transport import Transport
 
-POLICY = Policy(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
+LEASE = lease_settings(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
 LENGTHS = {"a": 6, "b": 3, "c": 9, "d": 0, "e": 4, "f": 5}
 JOBS = st.sampled_from(sorted(LENGTHS))
 PICK = st.integers(0, 2)
@@ -41,7 +41,7 @@ class Worker:
 
 
 class ProtocolMachine(RuleBasedStateMachine):
-    world_class: type[World] = MemoryWorld
+    harness_class: type[Harness] = MemoryHarness
 
     @initialize(jobs=st.lists(JOBS, min_size=3, max_size=8))
     def open(self, jobs: list[str]) -> None:
@@ -55,14 +55,14 @@ class ProtocolMachine(RuleBasedStateMachine):
             self.submit(job_id)
 
     async def _open(self) -> None:
-        self.world = self.world_class()
-        self.streams = self.world.connect()
-        self.client = self.world.client()
+        self.harness = self.harness_class()
+        self.streams = self.harness.connect()
+        self.client = self.harness.client()
         self.workers = [await self._worker() for _ in range(3)]
 
     async def _worker(self) -> Worker:
-        lossy = Lossy(self.world.connect(), self._loses)
-        return Worker(await self.world.transport(f"w{next(self.names)}", POLICY, lossy))
+        lossy = LossyStreams(self.harness.connect(), self._loses)
+        return Worker(await self.harness.transport(f"w{next(self.names)}", LEASE, lossy))
 
     def _loses(self, _: str) -> bool:
         self.losing = max(0, self.losing - 1)
@@ -100,7 +100,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def _claimed(self, n: int) -> Claim | None:
         transport = self.workers[n].transport
-        transport._intake._next_scan = 0.0  # every claim scans: what happens must not depend on how fast it happens
+        transport._consumer._next_scan_s = 0.0  # every claim scans: what happens must not depend on how fast it happens
         return self.do(transport.claim())
 
     def _begin(self, worker: Worker, claim: Claim) -> None:
@@ -164,7 +164,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def trim(self, job_id: str, wanted: bool) -> None:
         if wanted:
             self.trimmed.add(job_id)
-            self.do(self.world.trim(events_key(job_id)))
+            self.do(self.harness.trim(events_key(job_id)))
 
     def _a_lease(self, n: int) -> list[tuple[Worker, Lease]]:
         """The oldest lease of that worker, else of another: the zombies' before all."""
@@ -183,16 +183,16 @@ class ProtocolMachine(RuleBasedStateMachine):
     def streams_are_right_so_far(self) -> None:
         for job_id in sorted(self.known - self.trimmed):
             records = self.do(self.streams.range(events_key(job_id), "-", "+", 1000))
-            holds(breach for breach in breaches(job_id, records) if "no terminal event" not in breach)
-        holds(keys_without_expiry(self.do(self.world.keys())))
+            assert_none(breach for breach in violations(job_id, records) if "no terminal event" not in breach)
+        assert_none(keys_without_ttl(self.do(self.harness.keys())))
 
     def teardown(self) -> None:
-        if hasattr(self, "world"):
+        if hasattr(self, "harness"):
             self.losing = 0
             self.do(self._serve_the_rest())
             texts = {job_id: text(LENGTHS[job_id]) for job_id in self.known - self.trimmed}
             self.do(self._check(texts))
-            self.do(self.world.close())
+            self.do(self.harness.close())
             self.runner.close()
 
     async def _serve_the_rest(self) -> None:
@@ -206,11 +206,11 @@ class ProtocolMachine(RuleBasedStateMachine):
                 await honest.transport.settle(lease)
 
     async def _check(self, texts: dict[str, str]) -> None:
-        holds(await breaches_on(self.streams, "default", texts))
+        assert_none(await find_violations(self.streams, "default", texts))
 
 
 class FakeRedisMachine(ProtocolMachine):
-    world_class = FakeWorld
+    harness_class = FakeRedisHarness
 
 
 QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
@@ -218,7 +218,7 @@ QUICK = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Healt
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(streams_module, "FIRST_DELAY_S", 0.0)
 
 
 class TestInMemory(ProtocolMachine.TestCase):

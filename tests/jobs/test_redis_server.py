@@ -10,31 +10,31 @@ import pytest
 import pytest_asyncio
 from redis.crc import key_slot
 
-from tests.jobs.echo import begin, claimed, complete, taken, text, tokens
+from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
+from tests.jobs.harness import LONG_LEASE, NO_LEASE, SHORT_LEASE, ServerHarness, lease_settings, wait_until
 from tests.jobs.servers import Server, running_server
-from tests.jobs.stream_checker import breaches_on, holds
-from tests.jobs.worlds import GREEDY, PATIENT, PROMPT, ServerWorld, wait_until
+from tests.jobs.stream_checker import assert_none, find_violations
 from worker.jobs import redis_streams
 from worker.jobs.keys import dead_key, events_key, queue_key, state_key
-from worker.jobs.lease import Claim, Policy
+from worker.jobs.lease import Claim
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected
 
 
 @pytest_asyncio.fixture
-async def real(server: Server) -> AsyncIterator[ServerWorld]:
-    world = ServerWorld(server.url)
-    yield world
-    await world.close()
+async def real(server: Server) -> AsyncIterator[ServerHarness]:
+    harness = ServerHarness(server.url)
+    yield harness
+    await harness.close()
 
 
 async def test_a_job_goes_on_across_a_restart_of_the_server() -> None:
     with running_server(persistent=True) as server:
-        world = ServerWorld(server.url)
-        client, worker = world.client(), await world.transport("w1", PROMPT)
+        harness = ServerHarness(server.url)
+        client, worker = harness.client(), await harness.transport("w1", SHORT_LEASE)
         for job_id in ("a", "b"):
             await client.submit(job_id=job_id, prompt="hello")
-        lease = await taken(worker)
+        lease = await take_next(worker)
         await worker.append(lease, tokens(0, 2))
         server.stop()
         writing = asyncio.create_task(worker.append(lease, tokens(2, 3)))
@@ -51,8 +51,8 @@ async def test_a_job_goes_on_across_a_restart_of_the_server() -> None:
         await wait_until(the_next_came)
         lease = await begin(worker, found[0])
         await complete(worker, lease, 1)
-        holds(await breaches_on(world.connect(), "default", {"a": text(4), "b": text(1)}))
-        await world.close()
+        assert_none(await find_violations(harness.connect(), "default", {"a": text(4), "b": text(1)}))
+        await harness.close()
 
 
 async def test_a_silent_reconnection_is_noticed() -> None:
@@ -84,7 +84,7 @@ async def test_an_unreachable_server_is_reported_at_once_and_not_retried_in_secr
 
 
 async def test_a_blocking_read_outlives_the_time_that_a_command_has(
-    real: ServerWorld, monkeypatch: pytest.MonkeyPatch
+    real: ServerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_streams, "COMMAND_TIMEOUT_S", 0.1)
     streams = real.connect()
@@ -97,7 +97,7 @@ async def test_a_blocking_read_outlives_the_time_that_a_command_has(
     assert streams.reconnects == 0
 
 
-async def test_commands_are_answered_while_a_read_blocks(real: ServerWorld) -> None:
+async def test_commands_are_answered_while_a_read_blocks(real: ServerHarness) -> None:
     streams = real.connect()
     await streams.open_queue("default")
     blocked = asyncio.create_task(streams.read_new("default", "w1", 5000))
@@ -111,22 +111,22 @@ async def test_commands_are_answered_while_a_read_blocks(real: ServerWorld) -> N
     assert len(await hearing) == 1
 
 
-async def test_a_server_that_forgot_its_scripts_and_its_data_is_served_again(real: ServerWorld) -> None:
-    client, worker = real.client(), await real.transport("w1", GREEDY)
+async def test_a_server_that_forgot_its_scripts_and_its_data_is_served_again(real: ServerHarness) -> None:
+    client, worker = real.client(), await real.transport("w1", NO_LEASE)
     await client.submit(job_id="a", prompt="hello")
-    await complete(worker, await taken(worker), 1)
+    await complete(worker, await take_next(worker), 1)
     await real.raw.script_flush()
     await real.raw.flushall()
     await client.submit(job_id="b", prompt="hello")
     assert await worker.claim() is None
-    await complete(worker, await taken(worker), 1)
+    await complete(worker, await take_next(worker), 1)
     assert (await client.result("b"))[0] == text(1)
 
 
-async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerWorld) -> None:
+async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerHarness) -> None:
     client, worker = real.client(), await real.transport("w1")
     await client.submit(job_id="a", prompt="hello")
-    claim = await claimed(worker)
+    claim = await claim_next(worker)
     await real.raw.flushall()
     await client.submit(job_id="b", prompt="hello")
     assert (await worker.renew(claim)).value == "lost"
@@ -142,14 +142,14 @@ async def test_a_cancellation_that_comes_with_the_reply_is_not_lost() -> None:
         except asyncio.CancelledError:
             return "the reply"
 
-    asking = asyncio.create_task(redis_streams._asked(a_reply_that_swallows_it()))
+    asking = asyncio.create_task(RedisStreams.from_url("redis://127.0.0.1:1")._call(a_reply_that_swallows_it()))
     await asked.wait()
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
 
 
-async def test_a_loop_over_the_server_can_be_cancelled_at_any_moment(real: ServerWorld) -> None:
+async def test_a_loop_over_the_server_can_be_cancelled_at_any_moment(real: ServerHarness) -> None:
     streams = real.connect()
 
     async def asks_for_ever() -> None:
@@ -165,10 +165,10 @@ async def test_a_loop_over_the_server_can_be_cancelled_at_any_moment(real: Serve
         assert done, f"the cancellation after {steps} steps was lost"
 
 
-async def test_bare_redis_and_json_are_enough_to_submit(real: ServerWorld) -> None:
+async def test_bare_redis_and_json_are_enough_to_submit(real: ServerHarness) -> None:
     worker = await real.transport("w1")
     await real.raw.xadd("inf:{q:default}:jobs", {"p": '{"job_id": "cli", "prompt": "hello", "seed": 5}'})
-    await complete(worker, await taken(worker), 2)
+    await complete(worker, await take_next(worker), 2)
     entries = await real.raw.xrange("inf:{job:cli}:events")
     assert [fields[b"type"] for _, fields in entries] == [b"started", b"tokens", b"tokens", b"end"]
 
@@ -179,20 +179,20 @@ async def test_the_keys_of_one_script_share_a_slot() -> None:
     assert len({key_slot(events_key(f"j{n}").encode()) for n in range(50)}) > 30
 
 
-async def test_no_command_is_newer_than_redis_7_0(real: ServerWorld) -> None:
+async def test_no_command_is_newer_than_redis_7_0(real: ServerHarness) -> None:
     await real.raw.config_resetstat()
-    client, policy = real.client(), Policy(lease_s=0.0, scan_s=0.02, max_attempts=1)
+    client, policy = real.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
     await client.submit(job_id="a", prompt="hello")
-    worker = await real.transport("w1", PATIENT)
-    await worker.presence.heartbeat({"state": "ready"})
-    await worker.release(await taken(worker))
-    await taken(await real.transport("w2", policy))
+    worker = await real.transport("w1", LONG_LEASE)
+    await worker.registration.heartbeat({"state": "ready"})
+    await worker.release(await take_next(worker))
+    await take_next(await real.transport("w2", policy))
     last = await real.transport("w3", policy)
-    await begin(last, await claimed(last))
+    await begin(last, await claim_next(last))
     await client.retry_dead_letter((await client.dead_letters())[0])
     await client.cancel("a.r1")
     leaving = await real.transport("w4")
-    await begin(leaving, await claimed(leaving))
+    await begin(leaving, await claim_next(leaving))
     await leaving.close()
     used = {name.removeprefix("cmdstat_") for name in await real.raw.info("commandstats")}
     used -= {"client|setinfo", "hello"}  # redis-py introduces itself, and shrugs at a server that does not listen

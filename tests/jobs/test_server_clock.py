@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from worker.jobs.server_clock import ServerClock
-from worker.jobs.streams import Disconnected
+from worker.jobs.streams import Disconnected, ServerClock
 
 
 class Server:
@@ -34,33 +33,33 @@ def lead_of(ms):
 
 async def test_the_server_is_asked_once_for_many_jobs(server):
     clock = ServerClock(server)
-    assert all([abs(lead_of(await clock.ms()) - 5000) < 1000 for _ in range(9)])
+    assert all([abs(lead_of(await clock.now_ms()) - 5000) < 1000 for _ in range(9)])
     assert server.asked == 1
 
 
 async def test_another_connection_may_be_another_server(server):
     clock = ServerClock(server)
-    await clock.ms()
+    await clock.now_ms()
     server.reconnects, server.ahead_ms = 1, 90_000
-    assert abs(lead_of(await clock.ms()) - 90_000) < 1000
+    assert abs(lead_of(await clock.now_ms()) - 90_000) < 1000
 
 
 async def test_an_idle_worker_asks_before_it_must(server, monkeypatch):
     clock, now = ServerClock(server), time.monotonic
-    await clock.keep()
-    await clock.keep()
+    await clock.refresh()
+    await clock.refresh()
     assert server.asked == 1
-    monkeypatch.setattr("worker.jobs.server_clock.time.monotonic", lambda: now() + 6)
-    await clock.keep()
+    monkeypatch.setattr("worker.jobs.streams.time.monotonic", lambda: now() + 6)
+    await clock.refresh()
     assert server.asked == 2
-    await clock.ms()
+    await clock.now_ms()
     assert server.asked == 2
-    monkeypatch.setattr("worker.jobs.server_clock.time.monotonic", lambda: now() + 17)
-    await clock.ms()
+    monkeypatch.setattr("worker.jobs.streams.time.monotonic", lambda: now() + 17)
+    await clock.now_ms()
     assert server.asked == 3
 
 
 async def test_a_server_that_is_away_while_idle_is_no_fault(server):
     server.away = True
-    await ServerClock(server).keep()
+    await ServerClock(server).refresh()
     assert server.asked == 1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.jobs.echo import end, text, tokens
-from tests.jobs.stream_checker import breaches, holds, keys_without_expiry
+from tests.jobs.stream_checker import assert_none, keys_without_ttl, violations
 from worker.jobs.events import Envelope, ErrorEvent, Event, Resumed, Started, encode_event
 from worker.jobs.streams import Record
 
@@ -34,9 +34,9 @@ def good() -> list[Record]:
 
 
 def test_a_right_stream_has_no_breach() -> None:
-    assert breaches("a", good(), text(3)) == []
-    assert breaches("a", [entry("1-0", ErrorEvent(code="CANCELLED", message=""))]) == []
-    holds([])
+    assert violations("a", good(), text(3)) == []
+    assert violations("a", [entry("1-0", ErrorEvent(code="CANCELLED", message=""))]) == []
+    assert_none([])
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_a_right_stream_has_no_breach() -> None:
     ],
 )
 def test_each_breach_is_found(spoil: Callable[[list[Record]], list[Record]], found: str) -> None:
-    assert found in "\n".join(breaches("a", spoil(good())))
+    assert found in "\n".join(violations("a", spoil(good())))
 
 
 def test_another_text_is_found() -> None:
-    assert "the text is" in breaches("a", good(), "something else")[0]
+    assert "the text is" in violations("a", good(), "something else")[0]
 
 
 def test_a_job_key_that_would_stay_is_found() -> None:
-    assert keys_without_expiry({"inf:{job:a}:state": None, "inf:{job:b}:state": 5, "inf:workers": None}) == [
+    assert keys_without_ttl({"inf:{job:a}:state": None, "inf:{job:b}:state": 5, "inf:workers": None}) == [
         "inf:{job:a}:state"
     ]
     with pytest.raises(AssertionError, match="one\ntwo"):
-        holds(["one", "two"])
+        assert_none(["one", "two"])

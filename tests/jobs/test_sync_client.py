@@ -6,26 +6,25 @@ import asyncio
 import threading
 
 from tests.jobs.echo import begin, complete, text
+from tests.jobs.harness import NO_LEASE, ServerHarness
 from tests.jobs.servers import Server
-from tests.jobs.worlds import GREEDY, ServerWorld
-from worker.jobs.client import retried
+from worker.jobs.client import SyncClient, retry_id
 from worker.jobs.lease import Closed
-from worker.jobs.sync_client import SyncClient
 
 
 def test_the_plain_client_needs_no_await(server: Server) -> None:
     answered = threading.Event()
 
     async def one_job() -> None:
-        world = ServerWorld(server.url)
-        worker = await world.transport("w1", GREEDY)
+        harness = ServerHarness(server.url)
+        worker = await harness.transport("w1", NO_LEASE)
         while (claim := await worker.claim()) is None:
             pass
         lease = await begin(worker, claim)
         assert not isinstance(lease, Closed)
         await complete(worker, lease, 4)
         answered.set()
-        await world.close()
+        await harness.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(one_job()))
     with SyncClient.from_url(server.url) as client:
@@ -51,5 +50,5 @@ def test_the_plain_client_needs_no_await(server: Server) -> None:
 
 
 def test_a_job_tried_again_counts_up_and_its_id_stays_valid() -> None:
-    assert [retried("a"), retried("a.r1"), retried("a.r9"), retried("a.rx")] == ["a.r1", "a.r2", "a.r10", "a.rx.r1"]
-    assert len(retried("x" * 128)) == 128
+    assert [retry_id("a"), retry_id("a.r1"), retry_id("a.r9"), retry_id("a.rx")] == ["a.r1", "a.r2", "a.r10", "a.rx.r1"]
+    assert len(retry_id("x" * 128)) == 128

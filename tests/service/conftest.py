@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.conftest import server, session_server, world  # noqa: F401  # fixtures are found by name
-from tests.jobs.worlds import FakeWorld
+from tests.jobs.conftest import harness, server, session_server  # noqa: F401  # fixtures are found by name
+from tests.jobs.harness import FakeRedisHarness
 from tests.service.serving import Model
 from worker.service.engine_thread import EngineThread
 
@@ -18,7 +18,7 @@ from worker.service.engine_thread import EngineThread
 @pytest.fixture
 async def fake():
     """fakeredis alone, for what does not depend on the server's kind."""
-    made = FakeWorld()
+    made = FakeRedisHarness()
     yield made
     await made.close()
 

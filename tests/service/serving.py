@@ -1,4 +1,4 @@
-"""Workers inside the test's own event loop, over any world of the transport's tests, with any runner."""
+"""Workers inside the test's own event loop, over any harness of the transport's tests, with any runner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.jobs.worlds import World, wait_until
+from tests.jobs.harness import Harness, wait_until
 from worker.backend import MemoryUse
 from worker.config import EngineSection, HttpSection, LeaseSection, LogSection, ModelSection, ServiceSection
 from worker.echo_model import load_echo
@@ -21,8 +21,7 @@ from worker.engine.kv_blocks import KvBlocks
 from worker.jobs.client import Client
 from worker.jobs.events import Event, Token
 from worker.jobs.keys import events_key, worker_events_key
-from worker.jobs.lease import Policy
-from worker.jobs.received import Received, received
+from worker.jobs.reader import StreamEvent, decode_entry
 from worker.jobs.streams import Streams
 from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel, load
@@ -125,7 +124,7 @@ class Worker:
 
 @contextlib.asynccontextmanager
 async def serving(
-    world: World,
+    harness: Harness,
     served: LoadedModel | Callable[[Any], LoadedModel],
     *,
     name: str = "w1",
@@ -135,9 +134,8 @@ async def serving(
     patience_s: float = 5.0,
     **section: Any,
 ) -> AsyncIterator[Worker]:
-    """A worker of this name over `world`, ready to take jobs; drained at the end."""
-    policy = Policy(lease_s=lease.lease_s, scan_s=lease.scan_s, max_attempts=lease.max_attempts)
-    transport = Transport(streams or world.connect(), name, policy=policy)
+    """A worker of this name over `harness`, ready to take jobs; drained at the end."""
+    transport = Transport(streams or harness.connect(), name, lease=lease)
     output = io.StringIO()
 
     def load(progress: Any) -> LoadedModel:
@@ -181,7 +179,7 @@ async def _ready(worker: Worker) -> bool:
 class Story:
     """A job's whole event stream, a `tokens` entry token by token."""
 
-    items: list[Received] = field(default_factory=list)
+    items: list[StreamEvent] = field(default_factory=list)
 
     @property
     def kinds(self) -> list[str]:
@@ -219,16 +217,16 @@ async def ask(client: Client, **fields: Any) -> Story:
     return await story(client, await client.submit(**fields))
 
 
-async def published(world: World, job_id: str) -> Story:
+async def published(harness: Harness, job_id: str) -> Story:
     """What the job's stream holds now."""
-    records = await world.connect().range(events_key(job_id), "-", "+", 10_000)
-    return Story([item for record in records for item in received(record, "0-0")])
+    records = await harness.connect().range(events_key(job_id), "-", "+", 10_000)
+    return Story([item for record in records for item in decode_entry(record, "0-0")])
 
 
-async def own_events(world: World, name: str) -> list[Event]:
+async def own_events(harness: Harness, name: str) -> list[Event]:
     """What the worker's own stream holds now."""
-    records = await world.connect().range(worker_events_key(name), "-", "+", 10_000)
-    return [item.event for record in records for item in received(record, "0-0") if isinstance(item.event, Event)]
+    records = await harness.connect().range(worker_events_key(name), "-", "+", 10_000)
+    return [item.event for record in records for item in decode_entry(record, "0-0") if isinstance(item.event, Event)]
 
 
 class FixedDevice:

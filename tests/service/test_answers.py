@@ -12,8 +12,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from tests.jobs.stream_checker import breaches_on, holds, keys_without_expiry
-from tests.jobs.worlds import wait_until
+from tests.jobs.harness import wait_until
+from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
 from tests.service.serving import Model, Scripted, ask, own_events, published, serving, story
 from worker.answer import Answer, prompt_ids
 from worker.jobs.events import Tokens, decode_event
@@ -41,28 +41,28 @@ def undisturbed(model, entry_id="1-1", **fields):
     return tokens
 
 
-async def settled(world, client, *job_ids):
+async def settled(harness, client, *job_ids):
     """Nothing is left of the jobs but their streams, which will expire."""
 
     async def empty():
         return not await client.queue()
 
     await wait_until(empty)
-    holds(await breaches_on(world.connect(), "default", dict.fromkeys(job_ids)))
-    holds(keys_without_expiry(await world.keys()))
+    assert_none(await find_violations(harness.connect(), "default", dict.fromkeys(job_ids)))
+    assert_none(keys_without_ttl(await harness.keys()))
 
 
-async def test_an_answer_arrives_as_started_tokens_end(world, model):
-    fields = {"prompt": "hello world", "seed": 7, "temperature": 0.8, "max_tokens": 20, "ignore_eos": True}
-    client = world.client()
-    async with serving(world, model().fresh()) as worker:
+async def test_an_answer_arrives_as_started_tokens_end(harness, model):
+    fields = {"prompt": "hello harness", "seed": 7, "temperature": 0.8, "max_tokens": 20, "ignore_eos": True}
+    client = harness.client()
+    async with serving(harness, model().fresh()) as worker:
         told = await ask(client, job_id="a", **fields)
-        await settled(world, client, "a")
+        await settled(harness, client, "a")
     assert told.kinds == ["started", "token", "end"]
     assert told.tokens == undisturbed(model(), **fields)
     started, end = told.of("started")[0], told.last
     served = model().served
-    ids = served.tokenizer.encode_prompt("hello world")
+    ids = served.tokenizer.encode_prompt("hello harness")
     assert (started.model, started.fingerprint) == (served.name, served.fingerprint)
     assert (started.seed, started.max_tokens) == (7, 20)
     assert (started.prompt_tokens, started.cached_tokens) == (len(ids), 0)
@@ -88,10 +88,10 @@ async def test_jobs_are_answered_one_after_another_as_by_fresh_workers(fake, mod
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "llama"])
 async def test_every_form_of_prompt(fake, model, name):
-    client, chat = fake.client(), [{"role": "user", "content": "hello <|im_end|> world"}]
+    client, chat = fake.client(), [{"role": "user", "content": "hello <|im_end|> harness"}]
     forms = [
-        {"prompt": "hello <|endoftext|> world"},
-        {"prompt": "hello <|endoftext|> world", "special": False},
+        {"prompt": "hello <|endoftext|> harness"},
+        {"prompt": "hello <|endoftext|> harness", "special": False},
         {"messages": chat},
         {"prompt_tokens": [5, 6, 7]},
     ]
@@ -104,13 +104,13 @@ async def test_every_form_of_prompt(fake, model, name):
             assert told.kinds == ["started", "token", "end"]
 
 
-async def test_a_json_job_by_bare_xadd_is_answered(world, model):
+async def test_a_json_job_by_bare_xadd_is_answered(harness, model):
     payload = {"job_id": "by-hand", "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    client = world.client()
+    client = harness.client()
     traceparent = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
-    async with serving(world, model().fresh()):
+    async with serving(harness, model().fresh()):
         fields = {"p": json.dumps(payload, indent=1).encode(), "traceparent": traceparent.encode()}
-        entry_id = await world.connect().enqueue("default", fields, 100)
+        entry_id = await harness.connect().enqueue("default", fields, 100)
         told = await story(client, "by-hand")
     assert told.last.tokens_out == 4
     assert told.of("started")[0].seed == derived_seed("by-hand", entry_id)
@@ -134,13 +134,13 @@ async def test_max_tokens_is_cut_to_what_the_context_leaves(fake, model):
         assert told.last.tokens_out == 3
 
 
-async def test_a_stop_string_across_tokens_ends_the_answer_unpublished(world, model):
+async def test_a_stop_string_across_tokens_ends_the_answer_unpublished(harness, model):
     fields = {"prompt": "the quick", "seed": 5, "max_tokens": 40, "ignore_eos": True}
     whole = undisturbed(model(), **fields)
     text = "".join(token.t for token in whole)
     stop = next(a.t + b.t for a, b in pairwise(whole[4:]) if a.t and b.t)
-    client = world.client()
-    async with serving(world, model().fresh()) as worker:
+    client = harness.client()
+    async with serving(harness, model().fresh()) as worker:
         told = await ask(client, stop=[stop, "nowhere to be found"], **fields)
         assert worker.engine.free_kv_blocks == model().served.engine.free_kv_blocks
     assert (told.last.finish_reason, told.last.stop_sequence) == ("stop_sequence", stop)
@@ -202,11 +202,11 @@ class _Saying(Scripted):
         return [type(d)(self._answer[r.index]) for d, r in zip(draws, requests, strict=True)]
 
 
-async def test_tokens_coalesce_after_the_first(world):
-    model, client = Model.echo(), world.client()
-    async with serving(world, model.fresh()):
+async def test_tokens_coalesce_after_the_first(harness):
+    model, client = Model.echo(), harness.client()
+    async with serving(harness, model.fresh()):
         told = await ask(client, job_id="a", prompt="abc", max_tokens=400)
-        records = await world.connect().range(events_key("a"), "-", "+", 10_000)
+        records = await harness.connect().range(events_key("a"), "-", "+", 10_000)
     entries = [decode_event(f["type"].decode(), f["p"])[0] for _, f in records]
     sizes = [len(entry.tokens) for entry in entries if isinstance(entry, Tokens)]
     assert sum(sizes) == 400
@@ -238,23 +238,23 @@ async def test_metrics_come_every_250_to_1000_ms(fake):
     assert last.decode_ms > first.decode_ms
 
 
-async def test_two_entries_of_one_job_run_once(world):
-    model, client = Model.echo(), world.client()
+async def test_two_entries_of_one_job_run_once(harness):
+    model, client = Model.echo(), harness.client()
     payload = msgpack.packb({"job_id": "twice", "prompt": "abc", "max_tokens": 5})
-    streams = world.connect()
+    streams = harness.connect()
     for _ in range(2):
         await streams.enqueue("default", {"p": payload}, 100)
-    async with serving(world, model.fresh()):
+    async with serving(harness, model.fresh()):
         await story(client, "twice")
-        await settled(world, client, "twice")
-        told = await published(world, "twice")
+        await settled(harness, client, "twice")
+        told = await published(harness, "twice")
     assert told.kinds == ["started", "token", "end"]
     assert await streams.range(queue_key("default"), "-", "+", 10) == []
 
 
-async def test_the_worker_says_what_happens_to_it(world, model):
-    client = world.client()
-    async with serving(world, model().fresh(), name="w1-1-abc") as worker:
+async def test_the_worker_says_what_happens_to_it(harness, model):
+    client = harness.client()
+    async with serving(harness, model().fresh(), name="w1-1-abc") as worker:
         await ask(client, prompt="x", max_tokens=3)
         await ask(client, prompt="x", max_tokens=100_000)
 
@@ -265,7 +265,7 @@ async def test_the_worker_says_what_happens_to_it(world, model):
         await wait_until(registered)
         assert await worker.stop() == 0
         assert await client.workers() == {}
-    events = await own_events(world, "w1-1-abc")
+    events = await own_events(harness, "w1-1-abc")
     kinds = [event.kind for event in events]
     assert kinds[0] == "starting"
     assert [event.percent for event in events if event.kind == "load_progress"] == [0, 25, 50, 75, 100]

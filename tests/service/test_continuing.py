@@ -7,26 +7,26 @@ import time
 
 import pytest
 
-from tests.jobs.echo import claimed
-from tests.jobs.stream_checker import breaches_on, holds
-from tests.jobs.worlds import FakeWorld, wait_until
+from tests.jobs.echo import claim_next
+from tests.jobs.harness import FakeRedisHarness, wait_until
+from tests.jobs.stream_checker import assert_none, find_violations
 from tests.service.serving import QUICK, Gate, Model, Scripted, published, serving, story
 from tests.service.test_answers import undisturbed
 from worker.config import LeaseSection
 from worker.jobs.events import End, Resumed, Started, Tokens
-from worker.jobs.lease import History, Lease, Policy
+from worker.jobs.lease import History, Lease
 from worker.jobs.protocol import Trace, decode_job
 from worker.jobs.transport import Transport
 from worker.service.question import Question
 
-FIELDS = {"prompt": "hello world", "seed": 7, "temperature": 0.8, "max_tokens": 12, "ignore_eos": True, "logprobs": 2}
+FIELDS = {"prompt": "hello harness", "seed": 7, "temperature": 0.8, "max_tokens": 12, "ignore_eos": True, "logprobs": 2}
 
 
-async def first_worker(world, served, tokens, *, job_id="a"):
+async def first_worker(harness, served, tokens, *, job_id="a"):
     """An attempt that publishes these tokens and then dies; its lease has ended already."""
-    transport = Transport(world.connect(), "first", policy=Policy(lease_s=60, scan_s=0.02))
+    transport = Transport(harness.connect(), "first", lease=LeaseSection(lease_s=60, scan_s=0.02))
     await transport.open()
-    claim = await claimed(transport)
+    claim = await claim_next(transport)
     job = decode_job(claim.payload)
     question = Question.of(job, served, claim.entry_id, claim.enqueued_ms)
     trace = Trace.of(job_id, claim.entry_id, job, claim.traceparent)
@@ -34,7 +34,7 @@ async def first_worker(world, served, tokens, *, job_id="a"):
     assert isinstance(lease, Lease)
     if tokens:
         await transport.append(lease, Tokens(tokens=tuple(tokens)))
-    await world.connect().give_back("default", "first", claim.entry_id, 60_000, 1)
+    await harness.connect().give_back("default", "first", claim.entry_id, 60_000, 1)
     return transport, lease
 
 
@@ -43,18 +43,18 @@ async def test_an_answer_is_continued_at_every_possible_token(model, name):
     made = model(name)
     whole = undisturbed(made, **FIELDS)
     for cut in range(len(whole) + 1):
-        world = FakeWorld()
-        client = world.client()
+        harness = FakeRedisHarness()
+        client = harness.client()
         await client.submit(job_id="a", **FIELDS)
-        await first_worker(world, made.fresh(), whole[:cut])
-        async with serving(world, made.fresh()):
+        await first_worker(harness, made.fresh(), whole[:cut])
+        async with serving(harness, made.fresh()):
             told = await story(client, "a")
-            holds(await breaches_on(world.connect(), "default", {"a": "".join(t.t for t in whole)}))
+            assert_none(await find_violations(harness.connect(), "default", {"a": "".join(t.t for t in whole)}))
         assert told.tokens == whole, f"cut at {cut}"
         resumed = told.of("resumed")[0]
         assert (resumed.from_i, resumed.reason, resumed.exact) == (cut, "crash", True)
         assert told.last.tokens_out == len(whole)
-        await world.close()
+        await harness.close()
 
 
 async def test_a_stop_string_that_began_before_the_crash_is_found_after_it(fake, model):
@@ -72,13 +72,13 @@ async def test_a_stop_string_that_began_before_the_crash_is_found_after_it(fake,
     assert told.last.stop_sequence == stop
 
 
-async def test_where_all_tokens_are_published_only_the_end_is_missing(world, model):
+async def test_where_all_tokens_are_published_only_the_end_is_missing(harness, model):
     whole = undisturbed(model(), **FIELDS)
-    client = world.client()
+    client = harness.client()
     await client.submit(job_id="a", **FIELDS)
-    await first_worker(world, model().fresh(), whole)
+    await first_worker(harness, model().fresh(), whole)
     runner = Scripted(model().runner, lambda step: None)
-    async with serving(world, model().fresh(runner)):
+    async with serving(harness, model().fresh(runner)):
         told = await story(client, "a")
     assert runner.steps == 0
     assert told.kinds == ["started", "token", "resumed", "end"]
@@ -90,9 +90,9 @@ async def test_where_all_tokens_are_published_only_the_end_is_missing(world, mod
 async def test_another_model_or_prompt_continues_inexactly(fake, model, changed):
     client, served = fake.client(), model().fresh()
     await client.submit(job_id="a", **FIELDS)
-    transport = Transport(fake.connect(), "first", policy=Policy(lease_s=60, scan_s=0.02))
+    transport = Transport(fake.connect(), "first", lease=LeaseSection(lease_s=60, scan_s=0.02))
     await transport.open()
-    claim = await claimed(transport)
+    claim = await claim_next(transport)
     job = decode_job(claim.payload)
     opening = Question.of(job, served, claim.entry_id, claim.enqueued_ms).opening(served, History(), 1)
     other = Started(**{**opening.to_fields(), changed: "another"})
@@ -135,14 +135,14 @@ async def test_ids_of_another_vocabulary_are_refused(fake, model):
     assert told.last.code == "INVALID_REQUEST"
 
 
-async def test_a_drain_without_time_hands_the_job_over_at_once(world):
-    client, model = world.client(), Model.echo()
+async def test_a_drain_without_time_hands_the_job_over_at_once(harness):
+    client, model = harness.client(), Model.echo()
     slow = Scripted(model.runner, lambda step: time.sleep(0.01))
     lease = LeaseSection(lease_s=8, renew_s=1, scan_s=0.05)
-    async with serving(world, model.fresh(slow), name="w1", grace_s=0.2, lease=lease) as one:
+    async with serving(harness, model.fresh(slow), name="w1", grace_s=0.2, lease=lease) as one:
         await client.submit(job_id="a", prompt="abc", max_tokens=300)
-        await wait_until(lambda: _longer_than(world, "a", 5))
-        async with serving(world, Model.echo().fresh(), name="w2", lease=lease):
+        await wait_until(lambda: _longer_than(harness, "a", 5))
+        async with serving(harness, Model.echo().fresh(), name="w2", lease=lease):
             one.service.signal("test")
             assert await asyncio.wait_for(one.task, 5) == 0
             began = time.monotonic()
@@ -153,20 +153,20 @@ async def test_a_drain_without_time_hands_the_job_over_at_once(world):
     assert one.logged("job_let_go")[0]["outcome"] == "handed_back"
 
 
-async def _longer_than(world, job_id, count):
-    return len((await published(world, job_id)).ids) > count
+async def _longer_than(harness, job_id, count):
+    return len((await published(harness, job_id)).ids) > count
 
 
-async def test_a_drain_with_time_finishes_the_job_and_takes_no_other(world):
-    client, model = world.client(), Model.echo()
+async def test_a_drain_with_time_finishes_the_job_and_takes_no_other(harness):
+    client, model = harness.client(), Model.echo()
     slow = Scripted(model.runner, lambda step: time.sleep(0.01))
-    async with serving(world, model.fresh(slow), name="w1") as worker:
+    async with serving(harness, model.fresh(slow), name="w1") as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=60)
         await client.submit(job_id="b", prompt="abc", max_tokens=60)
-        await wait_until(lambda: _longer_than(world, "a", 5))
+        await wait_until(lambda: _longer_than(harness, "a", 5))
         assert await worker.stop() == 0
-    assert (await published(world, "a")).kinds == ["started", "token", "end"]
-    assert (await published(world, "b")).items == []
+    assert (await published(harness, "a")).kinds == ["started", "token", "end"]
+    assert (await published(harness, "b")).items == []
     assert [entry.job_id for entry in await client.queue()] == ["b"]
 
 
@@ -189,20 +189,20 @@ async def test_many_hand_overs_are_no_failed_attempts(fake):
     assert {r.reason for r in told.of("resumed")} == {"drain"}
 
 
-async def test_a_worker_that_lost_its_entry_drops_the_job_and_goes_on(world):
+async def test_a_worker_that_lost_its_entry_drops_the_job_and_goes_on(harness):
     """As after a pause: by its next word somebody else has begun an epoch."""
-    client, gate, model = world.client(), Gate(at=5), Model.echo()
+    client, gate, model = harness.client(), Gate(at=5), Model.echo()
     sleepy = LeaseSection(lease_s=60, renew_s=30, scan_s=0.05)
-    async with serving(world, model.fresh(Scripted(model.runner, gate.script)), name="w1", lease=sleepy) as one:
+    async with serving(harness, model.fresh(Scripted(model.runner, gate.script)), name="w1", lease=sleepy) as one:
         await client.submit(job_id="a", prompt="abc", max_tokens=30)
         await gate.until_reached()
         entry = (await client.queue())[0]
-        await world.connect().give_back("default", "w1", entry.entry_id, 60_000, 1)
-        async with serving(world, Model.echo().fresh(), name="w2"):
+        await harness.connect().give_back("default", "w1", entry.entry_id, 60_000, 1)
+        async with serving(harness, Model.echo().fresh(), name="w2"):
             told = await story(client, "a")
         gate.open()
         await wait_until(lambda: _dropped(one))
-        assert [(i.entry_id, i.event) for i in (await published(world, "a")).items] == [
+        assert [(i.entry_id, i.event) for i in (await published(harness, "a")).items] == [
             (i.entry_id, i.event) for i in told.items
         ]
         assert told.text == "abc" * 10
@@ -210,21 +210,21 @@ async def test_a_worker_that_lost_its_entry_drops_the_job_and_goes_on(world):
         assert one.logged("job_let_go")[0]["outcome"] == "fenced"
         await client.submit(job_id="b", prompt="abc", max_tokens=3)
         assert (await story(client, "b")).text == "abc"
-    holds(await breaches_on(world.connect(), "default", {"a": "abc" * 10, "b": "abc"}))
+    assert_none(await find_violations(harness.connect(), "default", {"a": "abc" * 10, "b": "abc"}))
 
 
-async def test_a_renewal_that_finds_another_owner_stops_the_job_at_once(world):
-    client, model = world.client(), Model.echo()
+async def test_a_renewal_that_finds_another_owner_stops_the_job_at_once(harness):
+    client, model = harness.client(), Model.echo()
     slow = Scripted(model.runner, lambda step: time.sleep(0.02))
-    async with serving(world, model.fresh(slow), name="w1") as one:
+    async with serving(harness, model.fresh(slow), name="w1") as one:
         await client.submit(job_id="a", prompt="abc", max_tokens=1000)
-        await wait_until(lambda: _longer_than(world, "a", 3))
-        _, entry = await world.connect().reclaim("default", "thief", 0, "0-0")
+        await wait_until(lambda: _longer_than(harness, "a", 3))
+        _, entry = await harness.connect().reclaim("default", "thief", 0, "0-0")
         assert entry is not None
         await wait_until(lambda: _dropped(one))
         assert one.logged("job_let_go")[0]["outcome"] == "lost"
         assert one.engine.idle
-        assert (await published(world, "a")).kinds == ["started", "token"]
+        assert (await published(harness, "a")).kinds == ["started", "token"]
         assert [held.worker for held in await client.queue()] == ["thief"], "it was not acknowledged"
 
 

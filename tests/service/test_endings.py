@@ -8,8 +8,8 @@ import time
 import msgpack
 import pytest
 
-from tests.jobs.stream_checker import breaches_on, holds
-from tests.jobs.worlds import wait_until
+from tests.jobs.harness import wait_until
+from tests.jobs.stream_checker import assert_none, find_violations
 from tests.service.serving import (
     QUICK,
     FixedDevice,
@@ -82,11 +82,11 @@ async def test_what_the_model_cannot_do_is_refused_by_name(fake, fields, wrong):
         await gone(client)
 
 
-async def test_every_wrong_field_of_a_payload_is_named(world):
-    client = world.client()
+async def test_every_wrong_field_of_a_payload_is_named(harness):
+    client = harness.client()
     payload = {"job_id": "a", "prompt": "x", "temperature": 3, "top_p": -1, "tempo": 1, "stop": [""], "v": 2}
-    async with serving(world, Model.echo().fresh()):
-        await world.connect().enqueue("default", {"p": msgpack.packb(payload)}, 100)
+    async with serving(harness, Model.echo().fresh()):
+        await harness.connect().enqueue("default", {"p": msgpack.packb(payload)}, 100)
         told = await story(client, "a")
         assert {e["field"] for e in told.last.details["errors"]} == {"temperature", "top_p", "tempo", "stop.0", "v"}
         await gone(client)
@@ -104,24 +104,26 @@ async def test_an_oversize_payload_is_refused_unread(fake):
         assert told.text == "abc"
 
 
-async def test_a_payload_without_a_job_id_becomes_a_dead_letter(world):
-    client = world.client()
-    async with serving(world, Model.echo().fresh(), name="w1") as worker:
-        await world.connect().enqueue("default", {"p": b"\xc1 no job"}, 100)
+async def test_a_payload_without_a_job_id_becomes_a_dead_letter(harness):
+    client = harness.client()
+    async with serving(harness, Model.echo().fresh(), name="w1") as worker:
+        await harness.connect().enqueue("default", {"p": b"\xc1 no job"}, 100)
         await wait_until(lambda: _has(client.dead_letters()))
         letter = (await client.dead_letters())[0]
         assert (letter.job_id, letter.payload) == ("", b"\xc1 no job")
         assert (await ask(client, prompt="abc", max_tokens=3)).text == "abc"
-        assert "INVALID_REQUEST" in [e.code for e in await own_events(world, worker.name) if isinstance(e, ErrorEvent)]
+        assert "INVALID_REQUEST" in [
+            e.code for e in await own_events(harness, worker.name) if isinstance(e, ErrorEvent)
+        ]
 
 
 async def _has(listing):
     return bool(await listing)
 
 
-async def test_a_running_job_is_cancelled_within_a_step_and_its_memory_is_free(world):
-    client, served = world.client(), slow(0.02)
-    async with serving(world, served) as worker:
+async def test_a_running_job_is_cancelled_within_a_step_and_its_memory_is_free(harness):
+    client, served = harness.client(), slow(0.02)
+    async with serving(harness, served) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=1000)
         await is_running(client, "a")
         began = time.monotonic()
@@ -134,7 +136,7 @@ async def test_a_running_job_is_cancelled_within_a_step_and_its_memory_is_free(w
         assert worker.engine.free_kv_blocks == served.engine.free_kv_blocks
         assert await client.cancel("a") == "cancelled"
         assert (await ask(client, prompt="abc", max_tokens=3)).text == "abc"
-        holds(await breaches_on(world.connect(), "default", {"a": None}))
+        assert_none(await find_violations(harness.connect(), "default", {"a": None}))
 
 
 async def test_a_cancel_whose_command_was_lost_is_seen_at_the_next_renewal(fake):
@@ -166,9 +168,9 @@ async def test_a_long_prefill_is_cancelled_between_its_chunks(fake):
     assert runner.steps <= 4, "a prompt of 32 chunks went on after the cancel"
 
 
-async def test_a_waiting_job_is_cancelled_at_once_and_never_runs(world):
-    client, gate, model = world.client(), Gate(at=1), Model.echo()
-    async with serving(world, model.fresh(Scripted(model.runner, gate.script))):
+async def test_a_waiting_job_is_cancelled_at_once_and_never_runs(harness):
+    client, gate, model = harness.client(), Gate(at=1), Model.echo()
+    async with serving(harness, model.fresh(Scripted(model.runner, gate.script))):
         await client.submit(job_id="first", prompt="abc", max_tokens=5)
         await gate.until_reached()
         await client.submit(job_id="a", prompt="abc", max_tokens=5)
@@ -176,15 +178,15 @@ async def test_a_waiting_job_is_cancelled_at_once_and_never_runs(world):
         assert (await story(client, "a")).last.code == "CANCELLED"
         gate.open()
         await gone(client)
-        assert (await published(world, "a")).kinds == ["error"]
+        assert (await published(harness, "a")).kinds == ["error"]
         assert await client.cancel("a") == "cancelled"
         assert await client.cancel("first") == "over"
         assert await client.cancel("unheard-of") == "cancelled"
 
 
-async def test_a_deadline_that_passed_while_the_job_waited(world):
-    client, gate, model = world.client(), Gate(at=1), Model.echo()
-    async with serving(world, model.fresh(Scripted(model.runner, gate.script))):
+async def test_a_deadline_that_passed_while_the_job_waited(harness):
+    client, gate, model = harness.client(), Gate(at=1), Model.echo()
+    async with serving(harness, model.fresh(Scripted(model.runner, gate.script))):
         await client.submit(job_id="first", prompt="abc", max_tokens=5)
         await gate.until_reached()
         await client.submit(job_id="a", prompt="abc", max_tokens=5, deadline_ms=50)
@@ -195,9 +197,9 @@ async def test_a_deadline_that_passed_while_the_job_waited(world):
     assert (told.last.code, told.last.retriable) == ("INFERENCE_TIMEOUT", False)
 
 
-async def test_a_deadline_ends_a_running_job_in_time(world):
-    client = world.client()
-    async with serving(world, slow(0.01)) as worker:
+async def test_a_deadline_ends_a_running_job_in_time(harness):
+    client = harness.client()
+    async with serving(harness, slow(0.01)) as worker:
         began = time.monotonic()
         told = await ask(client, prompt="abc", max_tokens=4000, deadline_ms=400)
         assert 0.3 < time.monotonic() - began < 1.5
@@ -256,12 +258,12 @@ async def _true(value):
     return value
 
 
-async def wait_for_vram(world, worker):
+async def wait_for_vram(harness, worker):
     async def seen():
-        return any(event.kind == "vram" for event in await own_events(world, worker.name))
+        return any(event.kind == "vram" for event in await own_events(harness, worker.name))
 
     await wait_until(seen)
-    newest = [event for event in await own_events(world, worker.name) if event.kind == "vram"][-1]
+    newest = [event for event in await own_events(harness, worker.name) if event.kind == "vram"][-1]
     return newest.weights, newest.kv, newest.activations
 
 
@@ -285,34 +287,34 @@ async def test_a_fault_that_the_engine_names_itself_keeps_its_words(fake):
         assert (told.last.code, told.last.message) == ("INTERNAL", "the logits are not finite")
 
 
-async def test_a_lost_device_ends_the_worker_and_another_continues_the_job(world):
-    client = world.client()
+async def test_a_lost_device_ends_the_worker_and_another_continues_the_job(harness):
+    client = harness.client()
     served = failing(CudaError("an illegal address"), at=5, times=100)
-    async with serving(world, served, name="w1") as worker:
+    async with serving(harness, served, name="w1") as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=10)
         assert await asyncio.wait_for(worker.task, 10) == 2
-    codes = [event.code for event in await own_events(world, "w1") if isinstance(event, ErrorEvent)]
+    codes = [event.code for event in await own_events(harness, "w1") if isinstance(event, ErrorEvent)]
     assert codes == ["CUDA_ERROR"]
-    told = await published(world, "a")
+    told = await published(harness, "a")
     assert told.kinds == ["started", "token"]
     began = time.monotonic()
-    async with serving(world, Model.echo().fresh(), name="w2"):
+    async with serving(harness, Model.echo().fresh(), name="w2"):
         told = await story(client, "a")
     assert time.monotonic() - began < 4
     assert told.kinds == ["started", "token", "resumed", "token", "end"]
     assert told.text == "abcabcabca"
     assert told.of("resumed")[0].reason == "crash"
-    stopped = (await own_events(world, "w1"))[-1]
+    stopped = (await own_events(harness, "w1"))[-1]
     assert (stopped.kind, stopped.exit_code) == ("stopped", 2)
 
 
-async def test_an_engine_that_hangs_ends_the_worker_and_another_continues(world):
-    client, gate, model = world.client(), Gate(at=4), Model.echo()
+async def test_an_engine_that_hangs_ends_the_worker_and_another_continues(harness):
+    client, gate, model = harness.client(), Gate(at=4), Model.echo()
     served = model.fresh(Scripted(model.runner, gate.script))
-    async with serving(world, served, name="w1", stall_s=0.5) as worker:
+    async with serving(harness, served, name="w1", stall_s=0.5) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=10)
         assert await asyncio.wait_for(worker.task, 10) == 2
-        async with serving(world, Model.echo().fresh(), name="w2"):
+        async with serving(harness, Model.echo().fresh(), name="w2"):
             told = await story(client, "a")
         gate.open()
     assert told.text == "abcabcabca"
@@ -329,13 +331,13 @@ async def test_a_cancel_cannot_hang_a_worker_whose_engine_hangs(fake):
         gate.open()
 
 
-async def test_the_third_attempt_without_a_new_token_is_a_dead_letter(world):
-    client = world.client()
+async def test_the_third_attempt_without_a_new_token_is_a_dead_letter(harness):
+    client = harness.client()
     await client.submit(job_id="poison", prompt="abc", max_tokens=10)
     for n in range(3):
-        async with serving(world, failing(CudaError("again"), at=0, times=100), name=f"w{n}") as worker:
+        async with serving(harness, failing(CudaError("again"), at=0, times=100), name=f"w{n}") as worker:
             assert await asyncio.wait_for(worker.task, 10) == 2
-    async with serving(world, Model.echo().fresh(), name="last"):
+    async with serving(harness, Model.echo().fresh(), name="last"):
         told = await story(client, "poison")
         assert (told.last.code, told.last.retriable) == ("DEAD_LETTERED", False)
         assert told.kinds == ["started", "resumed", "resumed", "error"]

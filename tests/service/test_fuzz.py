@@ -9,8 +9,8 @@ import msgpack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.jobs.stream_checker import breaches_on, holds, keys_without_expiry
-from tests.jobs.worlds import FakeWorld, wait_until
+from tests.jobs.harness import FakeRedisHarness, wait_until
+from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
 from tests.service.serving import Model, ask, published, serving
 from worker.errors import InvalidRequest
 from worker.jobs.payload import job_id_of
@@ -61,11 +61,11 @@ def test_a_living_worker_answers_every_payload(batch):
 
 
 async def _answered(batch):
-    world = FakeWorld()
-    client, streams = world.client(), world.connect()
+    harness = FakeRedisHarness()
+    client, streams = harness.client(), harness.connect()
     for payload in batch:
         await streams.enqueue("default", {"p": payload}, 1000)
-    async with serving(world, Model.echo().fresh()) as worker:
+    async with serving(harness, Model.echo().fresh()) as worker:
 
         async def empty():
             return not await client.queue()
@@ -80,14 +80,16 @@ async def _answered(batch):
     for payload in batch:
         job_id = job_id_of(payload)
         if job_id is not None:
-            await _ended_rightly(world, job_id, payload)
-    holds(await breaches_on(streams, "default", {job: None for p in batch if (job := job_id_of(p)) is not None}))
-    holds(keys_without_expiry(await world.keys()))
-    await world.close()
+            await _ended_rightly(harness, job_id, payload)
+    assert_none(
+        await find_violations(streams, "default", {job: None for p in batch if (job := job_id_of(p)) is not None})
+    )
+    assert_none(keys_without_ttl(await harness.keys()))
+    await harness.close()
 
 
-async def _ended_rightly(world, job_id, payload):
-    last = (await published(world, job_id)).last
+async def _ended_rightly(harness, job_id, payload):
+    last = (await published(harness, job_id)).last
     refusal = _refusal(payload)
     if refusal is not None:
         assert last.code == "INVALID_REQUEST"

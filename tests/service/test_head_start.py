@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.jobs.stream_checker import breaches_on, holds
-from tests.jobs.worlds import Lossy, wait_until
+from tests.jobs.harness import LossyStreams, wait_until
+from tests.jobs.stream_checker import assert_none, find_violations
 from tests.service.serving import Gate, Model, Scripted, ask, published, serving, story
 from tests.service.test_answers import undisturbed
 from tests.service.test_continuing import FIELDS, first_worker
@@ -25,9 +25,9 @@ LONG = LeaseSection(lease_s=60, renew_s=0.1, scan_s=0.05)
 class Held:
     """A connection whose `take` waits before it asks the server, until `go`."""
 
-    def __init__(self, world):
+    def __init__(self, harness):
         self.asked, self.go = asyncio.Event(), asyncio.Event()
-        self.streams = Lossy(world.connect(), lambda name: False, self._before)
+        self.streams = LossyStreams(harness.connect(), lambda name: False, self._before)
 
     async def _before(self, name):
         if name == "take":
@@ -60,19 +60,19 @@ async def unread(worker, served):
     await wait_until(free)
 
 
-async def test_the_engine_draws_while_take_is_on_its_way_and_nothing_is_published_before(world):
-    client, held = world.client(), Held(world)
+async def test_the_engine_draws_while_take_is_on_its_way_and_nothing_is_published_before(harness):
+    client, held = harness.client(), Held(harness)
     runner, served = watched()
-    async with serving(world, served, streams=held.streams, lease=LONG) as worker:
+    async with serving(harness, served, streams=held.streams, lease=LONG) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=5)
         await held.until(lambda: runner.steps == 5 and worker.engine.idle)
-        assert (await published(world, "a")).items == []
+        assert (await published(harness, "a")).items == []
         held.go.set()
         told = await story(client, "a")
         assert told.kinds == ["started", "token", "end"]
         assert told.text == "abcab"
         await gone(client)
-        holds(await breaches_on(world.connect(), "default", {"a": "abcab"}))
+        assert_none(await find_violations(harness.connect(), "default", {"a": "abcab"}))
 
 
 async def test_what_is_cached_is_counted_as_it_was_when_the_engine_began(fake, model):
@@ -99,16 +99,16 @@ async def test_from_the_second_delivery_on_take_comes_first(fake):
         assert (await story(client, "a")).text == "abcab"
 
 
-async def over(world, client):
+async def over(harness, client):
     assert await client.cancel("a") == "cancelled"
 
 
-async def flagged(world, client):
-    await world.raw.hset(state_key("a"), "cancel", "1")
+async def flagged(harness, client):
+    await harness.raw.hset(state_key("a"), "cancel", "1")
 
 
-async def anothers(world, client):
-    await world.raw.hset(state_key("a"), mapping={"entry": "1-1", "worker": "another", "state": "running"})
+async def anothers(harness, client):
+    await harness.raw.hset(state_key("a"), mapping={"entry": "1-1", "worker": "another", "state": "running"})
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,10 @@ async def test_a_take_that_the_server_refuses_leaves_the_engine_as_it_was(fake):
         assert runner.steps < 1000
 
 
-async def given_back(world, served, tokens):
+async def given_back(harness, served, tokens):
     """As after a drain: the next delivery counts as the first one, and the job has a history."""
-    _, lease = await first_worker(world, served, tokens)
-    await world.connect().give_back("default", "first", lease.claim.entry_id, 60_000, 0)
+    _, lease = await first_worker(harness, served, tokens)
+    await harness.connect().give_back("default", "first", lease.claim.entry_id, 60_000, 0)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 12])
@@ -169,7 +169,7 @@ async def test_a_history_is_continued_with_its_replay_though_a_start_was_made(fa
         assert told.tokens == whole
         assert [r.from_i for r in told.of("resumed")] == [cut]
         await unread(worker, served)
-        holds(await breaches_on(fake.connect(), "default", {"a": "".join(t.t for t in whole)}))
+        assert_none(await find_violations(fake.connect(), "default", {"a": "".join(t.t for t in whole)}))
 
 
 async def test_what_an_earlier_attempt_resolved_holds_though_it_published_no_token(fake):
@@ -185,17 +185,17 @@ async def test_what_an_earlier_attempt_resolved_holds_though_it_published_no_tok
     assert told.of("started")[0].max_tokens == 61 == told.last.tokens_out == len(told.tokens)
 
 
-async def test_a_device_lost_while_taking_ends_the_worker_and_another_continues_at_once(world):
-    client, held, served = world.client(), Held(world), failing(CudaError("an illegal address"), at=0, times=100)
-    async with serving(world, served, name="w1", streams=held.streams, lease=LONG) as worker:
+async def test_a_device_lost_while_taking_ends_the_worker_and_another_continues_at_once(harness):
+    client, held, served = harness.client(), Held(harness), failing(CudaError("an illegal address"), at=0, times=100)
+    async with serving(harness, served, name="w1", streams=held.streams, lease=LONG) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=10)
         await held.until(lambda: served.engine._runner.steps == 1 and served.engine.idle)
         assert not worker.task.done()
         held.go.set()
         assert await asyncio.wait_for(worker.task, 10) == 2
-    assert (await published(world, "a")).kinds == ["started"]
+    assert (await published(harness, "a")).kinds == ["started"]
     assert (await client.state("a"))["last_error"] == "CUDA_ERROR"
-    async with serving(world, Model.echo().fresh(), name="w2", lease=LONG):
+    async with serving(harness, Model.echo().fresh(), name="w2", lease=LONG):
         told = await story(client, "a", idle_s=5)
     assert told.kinds == ["started", "resumed", "token", "end"]
     assert told.text == "abcabcabca"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.jobs.worlds import Lossy, wait_until
+from tests.jobs.harness import LossyStreams, wait_until
 from tests.service.serving import Gate, Model, Scripted, ask, own_events, serving, story
 from worker.config import HttpSection, LeaseSection
 from worker.errors import ConfigInvalid, InsufficientVram
@@ -66,7 +66,7 @@ async def test_health_follows_the_worker_from_start_to_drain(fake):
 
 async def test_a_worker_without_its_server_is_neither_alive_nor_ready_and_recovers(fake):
     away = False
-    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    streams = LossyStreams(fake.connect(), lambda name: away, lambda name: _refuse(away))
     lease = LeaseSection(lease_s=2, renew_s=0.1, scan_s=0.1)
     async with serving(fake, Model.echo().fresh(), streams=streams, lease=lease) as worker:
         await state_is(worker, "/livez", 200)
@@ -241,7 +241,7 @@ async def test_a_worker_told_to_stop_while_it_loads_stops(fake):
 
 
 async def test_a_server_that_is_not_there_at_the_start_is_an_error_in_time(fake):
-    streams = Lossy(fake.connect(), lambda name: True, lambda name: _refuse(True))
+    streams = LossyStreams(fake.connect(), lambda name: True, lambda name: _refuse(True))
     async with serving(fake, Model.echo().fresh(), streams=streams, ready=False, patience_s=0.2) as worker:
         with pytest.raises(Disconnected):
             await worker.task
@@ -262,7 +262,7 @@ async def test_commands_for_others_are_not_obeyed(fake):
 
 async def test_an_idle_worker_stops_while_its_server_is_away(fake):
     away = False
-    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    streams = LossyStreams(fake.connect(), lambda name: away, lambda name: _refuse(away))
     async with serving(fake, Model.echo().fresh(), streams=streams) as worker:
         away = True
         began = time.monotonic()
@@ -272,7 +272,7 @@ async def test_an_idle_worker_stops_while_its_server_is_away(fake):
 
 async def test_a_running_job_cannot_keep_a_worker_whose_server_is_away(fake):
     model, client, away = Model.echo(), fake.client(), False
-    streams = Lossy(fake.connect(), lambda name: away, lambda name: _refuse(away))
+    streams = LossyStreams(fake.connect(), lambda name: away, lambda name: _refuse(away))
     slow = model.fresh(Scripted(model.runner, lambda step: time.sleep(0.01)))
     async with serving(fake, slow, streams=streams, grace_s=0.2) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=2000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.jobs.worlds import wait_until
+from tests.jobs.harness import wait_until
 from tests.service.serving import Gate, Model, Scripted, ask, serving, story
 from tests.service.test_answers import undisturbed
 from tests.service.test_continuing import first_worker
@@ -43,10 +43,10 @@ async def blocks(worker):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt-oss"])
-async def test_a_second_job_computes_the_rest_says_so_and_gets_the_same_tokens(world, model, name):
-    client, runner = world.client(), Counted(model(name).runner)
+async def test_a_second_job_computes_the_rest_says_so_and_gets_the_same_tokens(harness, model, name):
+    client, runner = harness.client(), Counted(model(name).runner)
     other = [*PROMPT[:70], *PROMPT[:9]]
-    async with serving(world, model(name).fresh(runner)):
+    async with serving(harness, model(name).fresh(runner)):
         for prompt, known in ((PROMPT, 0), (PROMPT, 96), (other, 64)):
             before = runner.prefilled
             told = await ask(client, prompt_tokens=prompt, **FIELDS)

@@ -12,10 +12,10 @@ import pytest
 from tests.service.processes import Process, workers
 from tests.service.serving import Story
 from tests.service.test_answers import undisturbed
+from worker.jobs.client import SyncClient
 from worker.jobs.streams import Disconnected
-from worker.jobs.sync_client import SyncClient
 
-FIELDS = {"prompt": "hello world", "seed": 7, "temperature": 0.8, "max_tokens": 400, "ignore_eos": True}
+FIELDS = {"prompt": "hello harness", "seed": 7, "temperature": 0.8, "max_tokens": 400, "ignore_eos": True}
 
 
 @pytest.fixture

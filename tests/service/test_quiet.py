@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from tests.jobs.worlds import Lossy, wait_until
+from tests.jobs.harness import LossyStreams, wait_until
 from tests.service.serving import FixedDevice, Gate, Model, Scripted, ask, own_events, serving, story
 from worker.backend import MemoryUse
 from worker.service.quiet import Quiet
@@ -29,11 +29,11 @@ class Asked(FixedDevice):
         return super().non_resident()
 
 
-def noted(world, notes):
+def noted(harness, notes):
     async def before(name):
         notes.append(name)
 
-    return Lossy(world.connect(), lambda name: False, before)
+    return LossyStreams(harness.connect(), lambda name: False, before)
 
 
 async def test_a_workers_talk_waits_for_the_first_token_and_comes_then(fake):

@@ -42,7 +42,7 @@ async def test_reading_a_payload_of_megabytes_does_not_hold_the_loop(fake, model
     async with serving(fake, model("phi3").fresh()):
         worst = []
         while len(worst) < ROUNDS and not any(seconds < 0.1 for seconds in worst):
-            late, told = await lateness(ask(client, prompt="the world " * 100_000, max_tokens=1))
+            late, told = await lateness(ask(client, prompt="the harness " * 100_000, max_tokens=1))
             assert told.last.code == "INVALID_REQUEST"
             worst.append(late[-1])
     assert min(worst) < 0.1

@@ -19,7 +19,7 @@ from worker.bench.engine import Timed
 from worker.embedded import Child
 from worker.errors import Internal
 from worker.jobs.client import Client
-from worker.jobs.received import JobFailed
+from worker.jobs.reader import JobFailed
 
 READY_S = 180.0
 _IDLE_S = 60.0

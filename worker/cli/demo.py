@@ -23,7 +23,7 @@ from worker.embedded import Child, embedded_server
 from worker.jobs.events import End, ErrorEvent, Started, Token
 
 if TYPE_CHECKING:
-    from worker.jobs.sync_client import SyncClient
+    from worker.jobs.client import SyncClient
 
 _MODEL = "smollm2"
 _PROMPTS = {
@@ -50,7 +50,7 @@ def demo(
 
     Gets SmolLM2 (98 MB) before, if it isn't there.
     """
-    from worker.jobs.sync_client import SyncClient  # noqa: PLC0415  # redis, which other commands don't wait for
+    from worker.jobs.client import SyncClient  # noqa: PLC0415  # redis, which other commands don't wait for
 
     console = Console(highlight=False, soft_wrap=True)
     command = _command()

@@ -1,4 +1,4 @@
-"""An operator's everyday: `worker jobs`, `workers`, `drain`, `health` and `dead`."""
+"""Operations: `worker jobs`, `workers`, `drain`, `health` and `dead`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import http.client
 import json as jsonlib
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,46 +16,47 @@ from worker.cli.console import JsonOption, print_json
 from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client, redis_section
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
+from worker.jobs.client import DeadLetter, SyncClient
 from worker.jobs.payload import read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES
 
-if TYPE_CHECKING:
-    from worker.jobs.client import DeadLetter
-    from worker.jobs.sync_client import SyncClient
+dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
 
-dead = typer.Typer(help="The dead letters: jobs that were given up.", no_args_is_help=True)
-
-_HEALTH_S = 3.0
+_HEALTH_TIMEOUT_S = 3.0
 
 
 class NotFound(WorkerError):
-    """There is no such worker or dead letter."""
+    """No worker or dead letter has that name."""
 
     code = "NOT_FOUND"
 
 
 class Unhealthy(WorkerError):
-    """The worker did not answer, or answered that it is not well."""
+    """The worker's HTTP port did not reply."""
 
     code = "UNHEALTHY"
 
 
 def worker_id(connected: SyncClient, name: str) -> str:
-    """The id of the living worker called `name`, or `name` itself, which may be the id of one that has ended."""
-    found = [each for each, status in connected.workers().items() if name in (each, status.get("name"))]
-    if len(found) > 1:
-        raise NotFound(f"{name} is the name of {len(found)} workers; say which: {', '.join(sorted(found))}")
-    return found[0] if found else name
+    """The id of the live worker named `name`, or `name` itself: it may be the id of a stopped one."""
+    ids = _worker_ids(connected, name)
+    if len(ids) > 1:
+        raise NotFound(f"{len(ids)} workers are named {name}; pass one of their ids: {', '.join(sorted(ids))}")
+    return ids[0] if ids else name
+
+
+def _worker_ids(connected: SyncClient, name: str) -> list[str]:
+    return [each for each, status in connected.workers().items() if name in (each, status.get("name"))]
 
 
 def jobs(
-    count: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of jobs.")] = 100,
     json: JsonOption = False,
     config: ConfigOption = None,
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """List the jobs of the queue, oldest first: who holds which, and since when it waits."""
+    """List the jobs of the queue, oldest first, with their workers and ages."""
     with client(redis_section(config, redis_url, queue)) as connected:
         entries = connected.queue(count)
     now_ms = time.time() * 1000
@@ -76,55 +77,57 @@ def jobs(
 def workers(
     json: JsonOption = False, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
-    """List the living workers and how they are."""
+    """List the live workers and their status."""
     with client(redis_section(config, redis_url, queue)) as connected:
-        found = connected.workers()
-    shown = ("state", "model", "device", "queue", "jobs", "degraded", "host", "pid", "http_port")
+        statuses = connected.workers()
+    columns = ("state", "model", "device", "queue", "jobs", "degraded", "host", "pid", "http_port")
     rows: list[dict[str, Any]] = [
-        {"worker": name, **(status if json else {key: status.get(key) for key in shown})}
-        for name, status in sorted(found.items())
+        {"worker": name, **(status if json else {key: status.get(key) for key in columns})}
+        for name, status in sorted(statuses.items())
     ]
-    _print_rows(rows, json, "no worker is alive")
+    _print_rows(rows, json, "no live workers")
 
 
 def drain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A worker's id, or its --name: then all of that name.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Id of a worker, or the --name of one or more.")],
     config: ConfigOption = None,
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Ask a worker to take no more jobs, finish the running one within its grace period, and end."""
+    """Drain a worker: it takes no more jobs, finishes the running one within its grace period, and stops."""
     with client(redis_section(config, redis_url, queue)) as connected:
-        found = [each for each, status in connected.workers().items() if name in (each, status.get("name"))]
-        if not found:
-            raise NotFound(f"no living worker is called {name}; `worker workers` lists them")
+        ids = _worker_ids(connected, name)
+        if not ids:
+            raise NotFound(f"no live worker is named {name}; `worker workers` lists them")
         connected.drain(name)
-    for each in found:
+    for each in ids:
         print(each)
 
 
 def health(
-    url: Annotated[str | None, typer.Option(help="HOST:PORT; by default that of the settings.")] = None,
-    ready: Annotated[bool, typer.Option("--ready", help="Ask whether it takes jobs, not only if it lives.")] = False,
+    url: Annotated[str | None, typer.Option(help="HOST:PORT; by default from the settings.")] = None,
+    ready: Annotated[bool, typer.Option("--ready", help="Check readiness instead of liveness.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Ask a worker's HTTP port how it is: prints the answer, exit code 0 if it is well and 1 if not.
+    """Query a worker's HTTP port: print the reply; exit code 0 if healthy, 1 if not.
 
-    For a container's health check; --ready is for a load balancer's.
+    For a container's health check; with --ready for a load balancer's.
     """
     settings = load_settings(config).http
     host, _, port = (url or f"{settings.host}:{settings.port}").removeprefix("http://").rstrip("/").rpartition(":")
     if not port.isdigit():
-        raise typer.BadParameter(f"{url!r} is no HOST:PORT", param_hint="--url")
+        raise typer.BadParameter(f"{url!r} is not HOST:PORT", param_hint="--url")
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
     path = "/readyz" if ready else "/livez"
-    connection = http.client.HTTPConnection(host, int(port), timeout=_HEALTH_S)
+    connection = http.client.HTTPConnection(host, int(port), timeout=_HEALTH_TIMEOUT_S)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
         body = response.read().decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:
-        raise Unhealthy(f"http://{host}:{port}{path} does not answer ({error}); is `worker run` up?") from None
+        raise Unhealthy(
+            f"http://{host}:{port}{path} does not reply ({error}); start `worker run` or pass --url"
+        ) from None
     finally:
         connection.close()
     print(body)
@@ -138,17 +141,17 @@ def dead_ls(
     """List the dead letters, oldest first."""
     with client(redis_section(config, redis_url, queue)) as connected:
         letters = connected.dead_letters()
-    _print_rows([_facts(letter) for letter in letters], json, "no dead letters")
+    _print_rows([_summary(letter) for letter in letters], json, "no dead letters")
 
 
 @dead.command("show")
 def dead_show(
-    letter: Annotated[str, typer.Argument(metavar="ID", help="As `worker dead ls` gives it.")],
+    letter: Annotated[str, typer.Argument(metavar="ID", help="Id from `worker dead ls`.")],
     config: ConfigOption = None,
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Print one dead letter as JSON, with the job as it was submitted."""
+    """Print one dead letter as JSON, including the job as submitted."""
     with client(redis_section(config, redis_url, queue)) as connected:
         found = _letter(connected, letter)
     try:
@@ -156,7 +159,7 @@ def dead_show(
         jsonlib.dumps(job)
     except (InvalidRequest, TypeError, ValueError):
         job = found.payload.hex()
-    print_json({**_facts(found), "job": job})
+    print_json({**_summary(found), "job": job})
 
 
 @dead.command("retry")
@@ -166,7 +169,7 @@ def dead_retry(
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Submit the job again under a new id (JOB.r1, then JOB.r2), which is printed; the dead letter goes."""
+    """Resubmit the job under a new id (JOB.r1, then JOB.r2), print that id, and delete the dead letter."""
     with client(redis_section(config, redis_url, queue)) as connected:
         print(connected.retry_dead_letter(_letter(connected, letter)))
 
@@ -178,19 +181,19 @@ def dead_drop(
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Delete a dead letter for good."""
+    """Delete a dead letter."""
     with client(redis_section(config, redis_url, queue)) as connected:
         connected.drop_dead_letter(_letter(connected, letter).entry_id)
 
 
 def _letter(connected: SyncClient, entry_id: str) -> DeadLetter:
-    found = connected.dead_letter(entry_id)
-    if found is None:
-        raise NotFound(f"there is no dead letter {entry_id}; `worker dead ls` lists them")
-    return found
+    letter = connected.dead_letter(entry_id)
+    if letter is None:
+        raise NotFound(f"no dead letter {entry_id}; `worker dead ls` lists them")
+    return letter
 
 
-def _facts(letter: DeadLetter) -> dict[str, Any]:
+def _summary(letter: DeadLetter) -> dict[str, Any]:
     return {
         "id": letter.entry_id,
         "job_id": letter.job_id,
@@ -200,15 +203,15 @@ def _facts(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _print_rows(rows: Iterable[Mapping[str, Any]], json: bool, nothing: str) -> None:
-    """A JSON object a line, or a table for people."""
+def _print_rows(rows: Iterable[Mapping[str, Any]], json: bool, empty: str) -> None:
+    """Print one JSON object per line, or a table."""
     listed = list(rows)
     if json:
         for row in listed:
             print_json(dict(row))
         return
     if not listed:
-        print(nothing)
+        print(empty)
         return
     table = Table(box=None, pad_edge=False)
     for column in listed[0]:

@@ -1,4 +1,4 @@
-"""What the commands that talk to a server share: their options, a connected client, events as lines."""
+"""Shared by the commands that connect to a server: options, a client, events as JSON or text."""
 
 from __future__ import annotations
 
@@ -7,58 +7,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from worker.config import RedisSection, load_settings
 from worker.errors import ConfigInvalid
-
-if TYPE_CHECKING:
-    from worker.jobs.received import Received
-    from worker.jobs.redis_streams import RedisStreams
-    from worker.jobs.sync_client import SyncClient
+from worker.jobs.client import Client, SyncClient
+from worker.jobs.reader import StreamEvent
+from worker.jobs.redis_streams import RedisStreams
 
 _SERVER = "Server and queue"
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Settings, as of worker run.", rich_help_panel=_SERVER)
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings file of worker run.", rich_help_panel=_SERVER),
 ]
 UrlOption = Annotated[
-    str | None, typer.Option("--redis-url", help="Such as redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER)
+    str | None,
+    typer.Option("--redis-url", help="For example redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER),
 ]
-QueueOption = Annotated[str | None, typer.Option("--queue", help="The queue's name.", rich_help_panel=_SERVER)]
+QueueOption = Annotated[str | None, typer.Option("--queue", help="Name of the queue.", rich_help_panel=_SERVER)]
 
 
 def redis_section(config: Path | None, url: str | None, queue: str | None) -> RedisSection:
-    """The server and queue that flags, environment and file name together."""
+    """The server and queue from flags, environment and settings file."""
     return load_settings(config, {"redis.url": url, "redis.queue": queue}).redis
 
 
 def connect(url: str) -> RedisStreams:
-    """The streams of a server, not connected yet. Raises ConfigInvalid for a URL that can't be."""
-    from worker.jobs.redis_streams import RedisStreams  # noqa: PLC0415  # `worker generate` doesn't wait for redis
-
+    """Create the streams of a server; they connect on first use. Raises ConfigInvalid for a bad URL."""
     try:
         return RedisStreams.from_url(url)
-    except ValueError as error:
-        raise ConfigInvalid(f"redis.url: {error}; expected redis://HOST:PORT/DB") from None
+    except ValueError:  # its text may contain a part of the password
+        expected = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], with special characters of the password as %XX"
+        raise ConfigInvalid(f"redis.url: not a valid URL; expected {expected}") from None
 
 
 @contextmanager
 def client(section: RedisSection) -> Iterator[SyncClient]:
-    """A client whose server has answered once. Raises ConnectionError where it does not."""
-    from worker.jobs.client import Client  # noqa: PLC0415  # as above
-    from worker.jobs.sync_client import SyncClient  # noqa: PLC0415
-
-    streams = connect(section.url)
-    with SyncClient(lambda: Client(streams, section.queue, section.queue_bound)) as connected:
+    """A client whose server has replied once. Raises ConnectionError if it does not."""
+    with SyncClient(Client(connect(section.url), section.queue, section.queue_bound)) as connected:
         connected.state("")
         yield connected
 
 
-def as_json(item: Received) -> dict[str, Any]:
-    """One event as a JSON line has it: its own fields, its entry's id, the id to resume at, the envelope."""
+def as_json(item: StreamEvent) -> dict[str, Any]:
+    """One event as a JSON object: its own fields, entry id, resume id, envelope."""
     envelope = item.envelope
     return {
         "event": item.kind,
@@ -75,13 +70,13 @@ def as_json(item: Received) -> dict[str, Any]:
     }
 
 
-def as_line(item: Received) -> str:
-    """One event for people: when, whose, where to resume, what."""
+def as_line(item: StreamEvent) -> str:
+    """One event as a line of text: time, job or worker, entry id, type, fields."""
     at = datetime.fromtimestamp(item.envelope.ts_ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
-    facts = " ".join(f"{name}={_shown(value)}" for name, value in item.event.to_fields().items())
-    whose = item.envelope.job_id or item.envelope.worker_id
-    return f"{at}  {whose}  {item.entry_id}  {item.kind:<13} {facts}".rstrip()
+    fields = " ".join(f"{name}={_format(value)}" for name, value in item.event.to_fields().items())
+    source = item.envelope.job_id or item.envelope.worker_id
+    return f"{at}  {source}  {item.entry_id}  {item.kind:<13} {fields}".rstrip()
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return value if isinstance(value, str) and value.isalnum() else jsonlib.dumps(value, ensure_ascii=False)

@@ -1,4 +1,7 @@
-"""`worker run`: settings in, a serving worker out. Nothing of the service is imported before it is asked for."""
+"""`worker run`: read the settings, load the model in the background, serve jobs until drained.
+
+The service is imported in `_serve`, so that the GPU initializes during these imports.
+"""
 
 from __future__ import annotations
 
@@ -15,79 +18,77 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.console import progress_bar
-from worker.cli.remote import connect
 from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid
 from worker.gpu.wake import wake_device
 
-if TYPE_CHECKING:
-    from worker.jobs.redis_streams import RedisStreams
+if TYPE_CHECKING:  # imported after wake_device, see above
+    from worker.jobs.streams import Streams
     from worker.runtime import LoadedModel, ModelLoader, Progress
 
 _ECHO_CONTEXT = 8192
 _ECHO_CHUNK = 64
-_JOIN_S = 2.0
-_ENDING = (signal.SIGTERM, signal.SIGINT)
+_JOIN_TIMEOUT_S = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _SERVER = "Server and queue"
 _ENGINE = "Model and engine"
 
 
 def run(
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A TOML file such as configs/default.toml.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file such as configs/default.toml.")] = None,
     model: Annotated[
         str | None, typer.Option(help="A .gguf file, or a name that `worker pull` knows.", rich_help_panel=_ENGINE)
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="cpu or gpu; by default a GPU if there is one.", rich_help_panel=_ENGINE)
+        str | None, typer.Option(help="cpu or gpu; by default the GPU if there is one.", rich_help_panel=_ENGINE)
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Longest prompt and answer together, in tokens.", rich_help_panel=_ENGINE)
+        int | None, typer.Option(help="Maximum tokens of prompt and answer together.", rich_help_panel=_ENGINE)
     ] = None,
     prefix_cache: Annotated[
         bool | None,
         typer.Option(
             "--prefix-cache/--no-prefix-cache",
-            help="Whether prompts that begin alike share what was computed; on by default.",
+            help="Share the KV cache of common prompt prefixes; on by default.",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
     echo: Annotated[
         bool,
-        typer.Option("--echo", help="Serve no model: every answer repeats its prompt.", rich_help_panel=_ENGINE),
+        typer.Option("--echo", help="Serve no model: each answer repeats its prompt.", rich_help_panel=_ENGINE),
     ] = False,
     echo_step_ms: Annotated[
-        float, typer.Option(min=0, help="With --echo: how long a token takes.", rich_help_panel=_ENGINE)
+        float, typer.Option(min=0, help="With --echo: milliseconds per token.", rich_help_panel=_ENGINE)
     ] = 0.0,
     redis_url: Annotated[
-        str | None, typer.Option(help="Such as redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER)
+        str | None, typer.Option(help="For example redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER)
     ] = None,
-    queue: Annotated[str | None, typer.Option(help="The queue to take jobs from.", rich_help_panel=_SERVER)] = None,
+    queue: Annotated[str | None, typer.Option(help="Name of the queue.", rich_help_panel=_SERVER)] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Begins the worker's id, in place of the host's name.", rich_help_panel=_SERVER),
+        typer.Option(help="First part of the worker's id; by default the host name.", rich_help_panel=_SERVER),
     ] = None,
     grace: Annotated[
-        float | None, typer.Option(help="Seconds that SIGTERM leaves the running job.", rich_help_panel=_SERVER)
+        float | None, typer.Option(help="Seconds that the running job has after SIGTERM.", rich_help_panel=_SERVER)
     ] = None,
     http_port: Annotated[
-        int | None, typer.Option(help="Of /livez, /readyz and /metrics; 0 takes any.", rich_help_panel=_SERVER)
+        int | None,
+        typer.Option(help="Port of /livez, /readyz and /metrics; 0 picks a free one.", rich_help_panel=_SERVER),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="json, console, or by default auto.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="json, console or auto (default).")] = None,
 ) -> None:
-    """Serve one model: take jobs from a queue, publish their tokens, until told to stop.
+    """Serve one model: take jobs from a queue and publish their tokens.
 
-    Flags win over the environment (WORKER_REDIS__URL=…), that over the --config file, that over the defaults, which
-    configs/default.toml lists with their reasons.
+    Flags override the environment (WORKER_REDIS__URL=…), which overrides the --config file, which overrides the
+    defaults; configs/default.toml explains each setting.
 
         worker run --model smollm2 --redis-url redis://127.0.0.1:6379/0
 
-    SIGTERM or Ctrl-C: takes no more jobs, finishes the running one within the grace period or hands it back, exits 0.
-    A second one stops at once. Exit codes: 1 the model can't be served, 2 the device is lost or hangs, 4 the settings
-    are wrong, 5 the server can't be reached.
+    SIGTERM or Ctrl-C drains: the worker takes no more jobs, finishes the running one within the grace period or
+    returns it to the queue, and exits with 0. A second signal stops it immediately. Exit codes: 1 the model cannot be
+    served, 2 the device is lost or hangs, 4 invalid settings, 5 the server cannot be reached.
     """
     flags = {
         "model.path": model,
@@ -104,20 +105,20 @@ def run(
     }
     settings = load_settings(config, flags)
     if not echo and not settings.model.path:
-        raise ConfigInvalid("model.path: no model is named; give --model FILE or NAME, or --echo to try without one")
+        raise ConfigInvalid("model.path: no model given; pass --model FILE or NAME, or --echo to try without one")
     if not echo and settings.engine.backend != "cpu":
         wake_device()
-    gc.disable()  # until it is loaded: what is imported and read stays, and looking through it for cycles takes time
-    code, ended = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
+    gc.disable()  # until the model is loaded: a collection would traverse imports and metadata, which stay
+    code, joined = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
     sys.stderr.flush()
-    if not ended:  # the engine hangs in its device, and so would an orderly exit
+    if not joined:  # the engine thread hangs in a device call; interpreter shutdown would wait for it
         os._exit(code)
     raise typer.Exit(code)
 
 
 async def _serve(settings: Settings, load: ModelLoader, echo: bool) -> tuple[int, bool]:
-    """Serve to the end: the exit code, and whether the engine's thread has ended too."""
-    from worker.jobs.lease import Policy  # noqa: PLC0415  # other commands don't wait for these imports
+    """Serve until drained; return the exit code, and whether the engine thread has ended."""
+    from worker.cli.remote import connect  # noqa: PLC0415  # see the module's docstring
     from worker.jobs.streams import Disconnected  # noqa: PLC0415
     from worker.jobs.transport import Transport  # noqa: PLC0415
     from worker.service import Assignment, Service  # noqa: PLC0415
@@ -126,43 +127,34 @@ async def _serve(settings: Settings, load: ModelLoader, echo: bool) -> tuple[int
     name = settings.service.name or socket.gethostname()
     worker_id = f"{name}-{os.getpid()}-{secrets.token_hex(3)}"
     log, streams = open_log(settings.log, worker_id), connect(settings.redis.url)
-    lease = settings.lease
-    policy = Policy(
-        lease_s=lease.lease_s,
-        scan_s=lease.scan_s,
-        retention_s=lease.retention_s,
-        unsettled_s=lease.unsettled_s,
-        max_attempts=lease.max_attempts,
-        max_deliveries=lease.max_deliveries,
-    )
-    asked_for = "echo" if echo else settings.model.path
+    model = "echo" if echo else settings.model.path
     service = Service(
-        Assignment(asked_for, settings.engine.backend, settings.redis.queue, name, settings.redis.patience_s),
+        Assignment(model, settings.engine.backend, settings.redis.queue, name, settings.redis.patience_s),
         settings.service,
-        lease,
+        settings.lease,
         settings.http,
-        Transport(streams, worker_id, settings.redis.queue, policy),
+        Transport(streams, worker_id, settings.redis.queue, settings.lease),
         load,
         log,
     )
     loop = asyncio.get_running_loop()
-    for number in _ENDING:
+    for number in _SIGNALS:
         loop.add_signal_handler(number, service.signal, number.name)
     loop.set_exception_handler(lambda _, context: log.error("loop_fault", what=context["message"]))
     try:
         code = await service.run()
     except Disconnected as error:
-        raise Disconnected(f"{error}: {await _reason(streams)}") from None
+        raise Disconnected(f"{error}: {await _disconnect_reason(streams)}") from None
     finally:
-        for number in _ENDING:  # it ends already: one more must not replace the exit code, however late it comes
+        for number in _SIGNALS:  # a later signal must not replace the exit code
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
-    return code, service.join_engine(_JOIN_S)
+    return code, service.join_engine(_JOIN_TIMEOUT_S)
 
 
-async def _reason(streams: RedisStreams) -> str:
-    """Why a server can't be reached: refused, unknown, a wrong password."""
-    from worker.jobs.streams import Disconnected  # noqa: PLC0415  # as above
+async def _disconnect_reason(streams: Streams) -> str:
+    """Why the server cannot be reached: connection refused, unknown host, wrong password."""
+    from worker.jobs.streams import Disconnected  # noqa: PLC0415
 
     try:
         await streams.time_ms()
@@ -170,7 +162,7 @@ async def _reason(streams: RedisStreams) -> str:
         return str(error)
     finally:
         await streams.close()
-    return "it answers only now"
+    return "it replies again"
 
 
 def _loader(settings: Settings, echo: bool, step_s: float) -> ModelLoader:
@@ -178,14 +170,14 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> ModelLoader:
         try:
             return _load_echo(settings, step_s, progress) if echo else _load_model(settings, progress)
         finally:
-            gc.freeze()  # nor later, when a job waits: what a load made stays, and leaves no garbage
+            gc.freeze()  # what the load allocated stays: leave it out of later collections
             gc.enable()
 
     return load
 
 
 def _load_echo(settings: Settings, step_s: float, progress: Progress) -> LoadedModel:
-    from worker.echo_model import load_echo  # noqa: PLC0415  # as above
+    from worker.echo_model import load_echo  # noqa: PLC0415
 
     context = settings.model.context or _ECHO_CONTEXT
     chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
@@ -199,8 +191,8 @@ def _load_model(settings: Settings, progress: Progress) -> LoadedModel:
     path = hub.resolve(settings.model.path, settings.hub.cache)
     with progress_bar("loading") as bar:
 
-        def both(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             bar(done, total)
             progress(done, total)
 
-        return load(path, settings.model, settings.engine, both)
+        return load(path, settings.model, settings.engine, report)

@@ -1,4 +1,15 @@
-"""The jobs room: the wire contract, the transport on Redis streams and its in-memory twin, the orchestrator's client.
+"""Jobs on Redis streams: wire contract, protocol scripts, the worker's transport, the client.
 
-It knows nothing of models, engines or devices. Read `protocol.py` first, then `transport.py`.
+| question | module |
+| --- | --- |
+| what is in a job, an event, a key | `protocol.py`, `payload.py`, `events.py`, `keys.py` |
+| what each call does on the server | `streams.py` (interface), `lua/` (scripts, one step each) |
+| how the calls reach Redis | `redis_streams.py`, the only module that imports redis |
+| how a worker claims, writes and settles a job | `transport.py`, over `consumer.py` and `lease.py` |
+| where a lease is renewed | `Transport.renew` → `Consumer.renew` → `lua/renew.lua` on the server |
+| where a stale worker is fenced | `lua/take.lua` begins an epoch, `lua/append.lua` checks it |
+| heartbeats, worker events, drain and cancel commands | `registry.py` |
+| how an orchestrator submits and reads | `client.py` (`Client`, `SyncClient`), `reader.py` |
+
+Imports no model, engine or device code. Read `protocol.py` first, then `transport.py`.
 """

@@ -1,6 +1,7 @@
-"""What a worker holds while it works on a job: the claim on a queue entry, then the lease on the job itself.
+"""What a worker holds of a job: the claim on its queue entry, then the lease on the job itself.
 
-`transport.py` makes and moves these; nothing here talks to a server.
+`transport.py` creates and updates these records; nothing here performs I/O. A lease is renewed with
+`Transport.renew`, which runs `lua/renew.lua` on the server.
 """
 
 from __future__ import annotations
@@ -13,88 +14,68 @@ from typing import Literal
 
 from worker.errors import WorkerError
 from worker.jobs.events import ErrorEvent, Event, Started, Token, Tokens, decode_event
-from worker.jobs.keys import START, epoch_of, order_of
+from worker.jobs.keys import START, epoch_of, split_id
 from worker.jobs.protocol import Trace
-from worker.jobs.streams import Record, Written
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The protocol's times and bounds."""
-
-    lease_s: float = 4.0
-    """An entry that nobody renewed for so long may be taken over."""
-    scan_s: float = 0.5
-    """How often an idle worker looks for such entries."""
-    retention_s: float = 24 * 3600.0
-    """How long a settled job's keys live."""
-    unsettled_s: float = 7 * 24 * 3600.0
-    """How long they live while the job is not settled; pushed by each write."""
-    max_attempts: int = 3
-    """Attempts that end without a give-back and without one new token, before the job is dead-lettered."""
-    max_deliveries: int = 20
-    status_ttl_s: float = 15.0
-    worker_events: int = 10_000
-    """Kept, about, on a worker's own stream and on the control stream."""
+from worker.jobs.streams import EncodedEvent, Record
 
 
 class Fenced(Exception):
-    """The job is somebody else's now, or its keys are gone. Drop it: write nothing more and never acknowledge it."""
+    """Another worker owns the job, or its keys are gone: write nothing more and do not acknowledge."""
 
 
 class Renewal(Enum):
-    """What a renewal found."""
+    """Result of a renewal."""
 
     HELD = "held"
     LOST = "lost"
-    """Somebody else holds the entry: stop at once, as if fenced."""
+    """Another consumer has the entry: stop immediately, as if fenced."""
     CANCEL_REQUESTED = "cancel_requested"
-    """Held, and the job is to end as cancelled."""
+    """Held, and the job must end as cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A queue entry that is this worker's for one lease."""
+    """A queue entry that is pending for this worker."""
 
     entry_id: str
     payload: bytes
     traceparent: str | None
-    """The entry's own; it wins over the job's."""
+    """The entry's own, which overrides the job's."""
     deliveries: int
 
     @property
     def enqueued_ms(self) -> int:
-        """When it was submitted, by the server's clock; deadlines count from here."""
-        return order_of(self.entry_id)[0]
+        """When the job was submitted, by the server's clock; deadlines count from here."""
+        return split_id(self.entry_id)[0]
 
     def dead_letter(self, job_id: str, reason: str, attempts: int, last_error: str) -> dict[str, bytes]:
-        """The entry as the dead-letter stream keeps it."""
-        words = {"job_id": job_id, "reason": reason, "attempts": str(attempts), "last_error": last_error}
-        words |= {"entry": self.entry_id, "traceparent": self.traceparent or ""}
-        return {"p": self.payload} | {name: word.encode() for name, word in words.items()}
+        """Fields of the entry in the dead-letter stream."""
+        texts = {"job_id": job_id, "reason": reason, "attempts": str(attempts), "last_error": last_error}
+        texts |= {"entry": self.entry_id, "traceparent": self.traceparent or ""}
+        return {"p": self.payload} | {name: text.encode() for name, text in texts.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier attempts published. Everything about the next token is a function of the job and of this."""
+    """What earlier attempts published. The next token is a function of the job and of this."""
 
     epoch: int = 1
-    """Of the attempt that begins now."""
+    """Epoch of the attempt that begins now."""
     started: Started | None = None
     tokens: tuple[Token, ...] = ()
     handed_back: bool = False
-    """The last attempt ended by a give-back."""
+    """Whether the previous attempt released the job (state `handed_back`)."""
     intact: bool = True
-    """False where events are missing or can't be read: the job can't be continued then."""
+    """False if events are missing or unreadable; the job cannot be continued then."""
 
     @property
     def reason(self) -> Literal["crash", "drain"]:
-        """Why there is another attempt, as `resumed` says it."""
+        """Why this attempt follows another: the `reason` of `resumed`."""
         return "drain" if self.handed_back else "crash"
 
     @classmethod
     def read(cls, records: Sequence[Record], epoch: int, handed_back: bool) -> History:
-        """From a job's event stream, whole."""
+        """Read a job's whole event stream."""
         started: Started | None = None
         tokens: list[Token] = []
         try:
@@ -107,66 +88,64 @@ class History:
                     tokens += event.tokens
         except (WorkerError, KeyError, UnicodeDecodeError):
             return cls(epoch, handed_back=handed_back, intact=False)
-        whole = epoch == 1 or (started is not None and all(at == token.i for at, token in enumerate(tokens)))
-        return cls(epoch, started, tuple(tokens), handed_back, whole)
+        contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
+        return cls(epoch, started, tuple(tokens), handed_back, intact=epoch == 1 or contiguous)
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """There is nothing to run; the entry is settled already, or, where it was lost, left to its owner."""
+    """Nothing to run. The entry is settled, except after `lost`: then it belongs to another consumer."""
 
     reason: Literal["over", "duplicate", "lost", "refused", "cancelled", "dead_lettered"]
-    """`over`: finished before. `duplicate`: another queue entry's job. `refused`: `opening` was an error."""
+    """`over`: it had ended before. `duplicate`: another queue entry has the job. `refused`: the
+    opening event was an error."""
     error: ErrorEvent | None = None
     """The terminal event, if this call wrote it."""
 
 
 @dataclass(slots=True)
 class Lease:
-    """One epoch of one job. Keeps what it has written, to write it again where the server lost it."""
+    """One epoch of one job. Keeps the events it wrote, to write them again if the server loses them."""
 
     claim: Claim
     job_id: str
     trace: Trace
     history: History
     base: str
-    """The stream's top before this epoch."""
-    opening: InitVar[Written]
-    log: list[Written] = field(init=False)
+    """The stream's last id before this epoch."""
+    opening: InitVar[EncodedEvent]
+    log: list[EncodedEvent] = field(init=False)
     """Event n has the id `<epoch>-n`."""
     top: str = field(init=False)
-    """The stream's top as last known."""
+    """The stream's last id, as last reported by the server."""
     tokens: int = field(init=False)
-    """How many are in the log or were before it."""
+    """Number of tokens of the answer so far, those of earlier epochs included."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One batch in flight."""
+    """Held during an append: one batch is in flight at a time."""
 
-    def __post_init__(self, opening: Written) -> None:
+    def __post_init__(self, opening: EncodedEvent) -> None:
         self.log = [opening]
         self.top = f"{self.epoch}-0"
         self.tokens = len(self.history.tokens)
 
     @property
     def epoch(self) -> int:
-        """The fencing number, and the first half of every event's id."""
+        """The fencing token: the first number of every event id."""
         return self.history.epoch
 
-    def stage(self, event: Event, written: Written) -> None:
-        """Note an event that is to be written. Raises ValueError where a token's index is not the next."""
+    def stage(self, event: Event, encoded: EncodedEvent) -> None:
+        """Add an event to the log, to be written. Raises ValueError if a token's index is not the next."""
         for token in event.tokens if isinstance(event, Tokens) else ():
             if token.i != self.tokens:
                 raise ValueError(f"token {token.i} where {self.tokens} is the next")
             self.tokens += 1
-        self.log.append(written)
+        self.log.append(encoded)
 
-    def unwritten(self) -> list[tuple[str, Written]]:
-        """Events above `top`, with their ids."""
-        at = self._written(self.top)
-        return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[at:], at)]
+    def unwritten(self) -> list[tuple[str, EncodedEvent]]:
+        """Events of the log above `top`, with their ids."""
+        first = 0 if self.top == self.base else min(split_id(self.top)[1] + 1, len(self.log))
+        return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[first:], first)]
 
     def owns(self, top: str) -> bool:
-        """Whether a stream with this top is as this epoch, or the server's loss of a part of it, would leave it."""
+        """Whether a stream with the last id `top` is this epoch's, possibly with some writes lost."""
         return top == self.base != START or epoch_of(top) == self.epoch
-
-    def _written(self, top: str) -> int:
-        return 0 if top == self.base else min(order_of(top)[1] + 1, len(self.log))

@@ -1,7 +1,7 @@
-"""The wire contract of a job: its fields, their ranges and defaults, and what a worker makes of them.
+"""The wire contract of a job: its fields, their ranges and defaults, and how a worker resolves them.
 
-Unknown fields are rejected, no type is coerced, and every wrong field is collected before an answer is given. The
-bytes are `payload.py`'s, the events `events.py`'s; neither Redis nor a device is known here. Read `transport.py` next.
+Unknown fields are rejected, types are not coerced, and all wrong fields are reported at once.
+Bytes are decoded in `payload.py`; events are in `events.py`. Read `transport.py` next.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from pydantic_core import PydanticCustomError
 
 from worker.errors import InvalidRequest
 from worker.jobs.events import SCHEMA_VERSION
-from worker.jobs.faults import PROMPT_FIELDS, Fault, bounded, faults_of, name_of, shown, shown_in
-from worker.jobs.payload import JOB_ID, job_id_of, read_map
+from worker.jobs.payload import (
+    JOB_ID,
+    PROMPT_FIELDS,
+    FieldError,
+    describe,
+    describe_field,
+    field_errors,
+    field_name,
+    job_id_of,
+    limited,
+    read_map,
+)
 
 MAX_PAYLOAD_BYTES = 8 * 2**20
 DEFAULT_MAX_TOKENS = 2048
@@ -41,21 +51,24 @@ class _Strict(BaseModel):
 
 
 class Message(_Strict):
-    """One turn of a chat; special tokens in `content` stay plain text."""
+    """One turn of a chat. Special tokens in `content` are treated as plain text."""
 
     role: Literal["system", "user", "assistant", "developer", "tool"]
     content: Text
 
 
 class SamplingParams(_Strict):
-    """How each token is drawn, in the order of application: bias, penalties, temperature, top-k, top-p, min-p."""
+    """Sampling parameters, in the order of application.
+
+    Bias, penalties, temperature, top-k, top-p, min-p.
+    """
 
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     penalize_prompt: bool = False
-    """The penalties count the prompt's tokens too, not the generated ones alone."""
+    """Penalties count the prompt's tokens as well as the generated ones."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -67,7 +80,10 @@ class SamplingParams(_Strict):
 
 
 class Job(SamplingParams):
-    """One job as submitted. Build it with `Job.parse` or `decode_job`, which also check fields against each other."""
+    """One job as submitted.
+
+    Construct it with `Job.parse` or `decode_job`, which also check fields against each other.
+    """
 
     job_id: Annotated[str, Field(pattern=f"^{JOB_ID.pattern}$")]
     model: ShortText | None = None
@@ -85,31 +101,32 @@ class Job(SamplingParams):
     v: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
 
     @classmethod
-    def parse(cls, fields: Mapping[Any, Any], faults: list[Fault] | None = None) -> Self:
-        """The job of these fields; `faults` are those that the reader of the bytes had found.
+    def parse(cls, fields: Mapping[Any, Any], errors: list[FieldError] | None = None) -> Self:
+        """Validate fields; `errors` are those that `read_map` found in the bytes.
 
         Raises:
-            InvalidRequest: `details["errors"]` names every wrong field, its constraint and its value.
+            InvalidRequest: `details["errors"]` has each wrong field, its constraint and its value.
         """
-        bias, bias_faults = _bias(fields.get("logit_bias"))
-        found = [*(faults or []), *_contradictions(fields), *bias_faults]
+        bias, bias_errors = _parse_bias(fields.get("logit_bias"))
+        found = [*(errors or []), *_conflicts(fields), *bias_errors]
         try:
             job = cls.model_validate({**fields, "logit_bias": bias})
         except ValidationError as error:
-            found += faults_of(error)
+            found += field_errors(error)
         if found:
-            raise InvalidRequest.of(*bounded(found))
+            raise InvalidRequest.of(*limited(found))
         return job
 
     def resolve(self, limits: Limits, prompt_len: int, entry_id: str) -> Resolved:
-        """What this worker makes of the job: `prompt_len` tokens of prompt, submitted as queue entry `entry_id`.
+        """Resolve defaults for a prompt of `prompt_len` tokens, submitted as queue entry `entry_id`.
 
         Raises:
-            InvalidRequest: another model's job, a prompt or a max_tokens beyond the context, ids beyond the vocabulary.
+            InvalidRequest: a job for another model, a prompt or max_tokens that exceeds the
+                context, token ids outside the vocabulary.
         """
-        faults = _misfits(self, limits, prompt_len)
-        if faults:
-            raise InvalidRequest.of(*bounded(faults))
+        errors = _exceeded(self, limits, prompt_len)
+        if errors:
+            raise InvalidRequest.of(*limited(errors))
         left = limits.context - prompt_len
         max_tokens = min(DEFAULT_MAX_TOKENS, left) if self.max_tokens is None else self.max_tokens
         seed = derived_seed(self.job_id, entry_id) if self.seed is None else self.seed
@@ -118,7 +135,10 @@ class Job(SamplingParams):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a worker can serve: its model's name, rows of the vocabulary, and min(file, setting, KV pool) tokens."""
+    """A worker's limits: the model it serves, its vocabulary size, and its context in tokens.
+
+    The context is the minimum of the file's, the setting and the KV pool.
+    """
 
     model: str
     vocab_size: int
@@ -127,7 +147,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A job's open questions, answered: `max_tokens` as cut to the context, `seed` as given or derived."""
+    """A job's resolved values: `max_tokens` limited to the context, `seed` as given or derived."""
 
     model: str
     prompt_len: int
@@ -137,15 +157,16 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The two ids that every event and log line of a job carries."""
+    """The two correlation ids that every event and log line of a job carries."""
 
     correlation_id: str
     traceparent: str
 
     @classmethod
     def of(cls, job_id: str, entry_id: str, job: Job | None = None, entry_traceparent: str | None = None) -> Trace:
-        """The entry's own traceparent wins over the job's. What neither gives is derived from (job_id, entry_id), so
-        that a second attempt generates the same.
+        """The entry's traceparent overrides the job's.
+
+        Missing ids are derived from (job_id, entry_id), so that every attempt derives the same.
         """
         digest = hashlib.sha256(f"trace\0{job_id}\0{entry_id}".encode()).hexdigest()
         return cls(
@@ -155,10 +176,11 @@ class Trace:
 
 
 def decode_job(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Job:
-    """The job in a queue entry's `p`.
+    """Decode and validate the `p` field of a queue entry.
 
     Raises:
-        InvalidRequest: with every wrong field in `details["errors"]`, and `details["job_id"]` where one can be read.
+        InvalidRequest: `details["errors"]` has every wrong field, `details["job_id"]` the job's id
+            if it can be read.
     """
     try:
         return Job.parse(*read_map(payload, max_bytes))
@@ -170,63 +192,67 @@ def decode_job(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Job:
 
 
 def derived_seed(job_id: str, entry_id: str) -> int:
-    """The seed of a job that names none: the first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id)."""
+    """Seed of a job that gives none.
+
+    The first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id).
+    """
     return int.from_bytes(hashlib.sha256(f"{job_id}\0{entry_id}".encode()).digest()[:8], "big")
 
 
-def _bias(given: Any) -> tuple[Any, list[Fault]]:
-    """`logit_bias` with integer keys, as pydantic then checks it; wrong entries are taken out and reported."""
-    if not isinstance(given, Mapping):
-        return given, []
-    bias: dict[int, float] = {}
-    faults: list[Fault] = []
-    for key, value in given.items():
+def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
+    """`logit_bias` with integer keys, ready for pydantic; wrong items are removed and reported."""
+    if not isinstance(value, Mapping):
+        return value, []
+    parsed: dict[int, float] = {}
+    errors: list[FieldError] = []
+    for key, bias in value.items():
         decimal = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
         token = int(key) if decimal else key
-        where = f"logit_bias.{name_of(key)}"
+        field = f"logit_bias.{field_name(key)}"
         if type(token) is not int or token < 0:
-            faults.append((where, "a token id, as an integer or a decimal string", shown(key)))
-        elif token in bias:
-            faults.append((where, "given twice", shown(value)))
-        elif type(value) not in (int, float) or not -100 <= value <= 100:
-            faults.append((where, "a number from -100 to 100", shown(value)))
+            errors.append((field, "a token id, as an integer or a decimal string", describe(key)))
+        elif token in parsed:
+            errors.append((field, "given twice", describe(bias)))
+        elif type(bias) not in (int, float) or not -100 <= bias <= 100:
+            errors.append((field, "a number from -100 to 100", describe(bias)))
         else:
-            bias[token] = value
-    return bias, faults
+            parsed[token] = bias
+    return parsed, errors
 
 
-def _contradictions(fields: Mapping[Any, Any]) -> list[Fault]:
-    """What no field alone can show: a newer schema, more or less than one prompt, min_tokens above max_tokens."""
-    faults: list[Fault] = []
-    v, least, most = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
+def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
+    """A newer schema, not exactly one prompt, min_tokens above max_tokens."""
+    errors: list[FieldError] = []
+    v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
     if type(v) is int and v > SCHEMA_VERSION:
-        faults.append(("v", f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version", shown(v)))
-    given = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
-    if len(given) != 1:
+        rule = f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version"
+        errors.append(("v", rule, describe(v)))
+    prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
+    if len(prompts) != 1:
         rule = "exactly one of prompt, messages and prompt_tokens"
-        faults += [(name, rule, shown_in(name, fields.get(name))) for name in given or PROMPT_FIELDS[:1]]
-    if type(least) is int and type(most) is int and least > most > 0:
-        faults.append(("min_tokens", "at most max_tokens", shown(least)))
-    return faults
+        errors += [(name, rule, describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
+    if type(min_tokens) is int and type(max_tokens) is int and min_tokens > max_tokens > 0:
+        errors.append(("min_tokens", "at most max_tokens", describe(min_tokens)))
+    return errors
 
 
-def _misfits(job: Job, limits: Limits, prompt_len: int) -> list[Fault]:
-    """Where the job goes beyond this worker's limits."""
-    faults: list[Fault] = []
+def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
+    """The worker's limits that the job exceeds."""
+    errors: list[FieldError] = []
     vocab, left = limits.vocab_size, limits.context - prompt_len
     if job.model is not None and job.model != limits.model:
-        faults.append(("model", f"this worker serves {limits.model}", shown(job.model)))
+        errors.append(("model", f"this worker serves {limits.model}", describe(job.model)))
     source = next(name for name in PROMPT_FIELDS if getattr(job, name) is not None)
     if left < 1:
-        faults.append((source, f"at most {limits.context - 1} tokens, to leave one of the context", prompt_len))
+        errors.append((source, f"at most {limits.context - 1} tokens, to leave one of the context", prompt_len))
     elif prompt_len < 1:
-        faults.append((source, "at least one token", prompt_len))
+        errors.append((source, "at least one token", prompt_len))
     elif job.max_tokens is not None and job.max_tokens > left:
-        faults.append(("max_tokens", f"at most {left}: what the context leaves", shown(job.max_tokens)))
+        errors.append(("max_tokens", f"at most {left}: what the context leaves", describe(job.max_tokens)))
     below = f"below {vocab}, the size of the vocabulary"
     tokens, bias = job.prompt_tokens or (), job.logit_bias or ()
-    faults += [(f"prompt_tokens.{at}", below, token) for at, token in enumerate(tokens) if token >= vocab]
-    faults += [(f"logit_bias.{token}", below, shown(token)) for token in bias if token >= vocab]
+    errors += [(f"prompt_tokens.{i}", below, token) for i, token in enumerate(tokens) if token >= vocab]
+    errors += [(f"logit_bias.{token}", below, describe(token)) for token in bias if token >= vocab]
     if job.top_k > vocab:
-        faults.append(("top_k", f"at most {vocab}, the size of the vocabulary", shown(job.top_k)))
-    return faults
+        errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", describe(job.top_k)))
+    return errors

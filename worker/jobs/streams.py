@@ -1,13 +1,17 @@
-"""Seam 1: what a server of job streams offers, each method atomic, in one slot, and safe to repeat.
+"""The `Streams` interface: what the protocol needs of a Redis server, as atomic methods that are safe to repeat.
 
-Two sides stand behind it: `redis_streams.py` with its Lua scripts, and `memory_streams.py`, which is their definition
-in plain Python. The protocol that a worker speaks over it is `transport.py`'s, an orchestrator's `client.py`'s.
+Each method touches one hash slot. `redis_streams.py` implements the interface with redis-py and `lua/`;
+`tests/jobs/memory_streams.py` implements it in plain Python and defines what each script does. Two helpers over any
+implementation are here too: `retry_until_connected` and `ServerClock`. Read `transport.py` next.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import random
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
@@ -17,7 +21,8 @@ from worker.jobs.keys import START, epoch_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FIRST_PAUSE_S = 0.05
+FIRST_DELAY_S = 0.05
+MAX_DELAY_S = 1.0
 
 Fields = Mapping[str, bytes]
 Record = tuple[str, Fields]
@@ -25,12 +30,12 @@ Record = tuple[str, Fields]
 
 
 class Disconnected(ConnectionError):
-    """The server can't be reached, or its reply was lost: what was asked may have been done. Ask again."""
+    """The server cannot be reached, or its reply was lost: the call may have taken effect. Repeat it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A queue entry that was delivered to a consumer. Without fields it was deleted since."""
+    """A queue entry delivered to a consumer. `fields` is empty if the entry was deleted since."""
 
     id: str
     fields: Fields
@@ -38,8 +43,8 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """An event as the stream holds it: plain type and msgpack."""
+class EncodedEvent:
+    """The two fields of an event's entry: `type` as plain text and `p` as msgpack."""
 
     kind: str
     packed: bytes
@@ -47,35 +52,38 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class TakeCall:
-    """What `take` is asked: write `opening` as `<epoch>-0` if the stream's top is still `expected`.
+    """Arguments of `take`, which writes `opening` as `<epoch>-0` if the stream's last id is still `expected`.
 
-    In place of `opening` it writes `cancelled` where a cancel was requested, and `poisoned` after `max_barren` attempts
-    that ended without a give-back and without one new token, or more than `max_deliveries` deliveries.
+    In place of `opening` it writes `cancelled` if a cancel was requested, and `poisoned` after `max_attempts` attempts
+    that ended without a release and without a new token, or more than `max_deliveries` deliveries.
     """
 
     entry_id: str
     worker: str
     expected: str
     epoch: int
-    opening: Written
+    opening: EncodedEvent
     opening_code: str
-    """The error code if `opening` is the terminal error, else empty."""
-    cancelled: Written
-    poisoned: Written
+    """The error code if `opening` is a terminal error, else empty."""
+    cancelled: EncodedEvent
+    poisoned: EncodedEvent
     deliveries: int
     max_deliveries: int
-    max_barren: int
+    max_attempts: int
     now_ms: int
     ttl_ms: int
 
 
 @dataclass(frozen=True, slots=True)
 class TakeReply:
-    """How it went.
+    """Result of `take`.
 
-    TAKEN: the epoch is the caller's. RETRY: the top or the epoch is another; nothing was written. DUPLICATE: the job
-    belongs to another queue entry. CLOSED: a terminal error of this `code` was written. OVER: the stream had its
-    terminal event before; `code` says which error, if any, and `entry_id` which queue entry it was bound to, if any.
+    - TAKEN: the caller owns the epoch.
+    - RETRY: the last id or the epoch differs from the caller's; nothing was written.
+    - DUPLICATE: the job belongs to another queue entry.
+    - CLOSED: a terminal error with this `code` was written.
+    - OVER: the stream already had its terminal event; `code` is its error code, if any, and `entry_id` the queue entry
+      that the job was bound to, if any.
     """
 
     outcome: str
@@ -85,7 +93,7 @@ class TakeReply:
 
 @dataclass(frozen=True, slots=True)
 class AppendCall:
-    """What `append` is asked: write `events`, all or none, if the stream exists and its top is `expected`."""
+    """Arguments of `append`, which writes all of `events` if the stream exists and its last id is `expected`."""
 
     expected: str
     epoch: int
@@ -93,29 +101,29 @@ class AppendCall:
     state: str
     """`running`, `handed_back`, or the type of the terminal event."""
     tokens: int
-    """Published after this batch."""
+    """Number of tokens published after this batch."""
     code: str
-    """The last error's code, or empty."""
-    events: Sequence[tuple[str, Written]]
-    """With their ids, `<epoch>-<seq>`."""
+    """Error code, or empty."""
+    events: Sequence[tuple[str, EncodedEvent]]
+    """Each with its id, `<epoch>-<seq>`."""
     now_ms: int
     ttl_ms: int
 
 
 @dataclass(frozen=True, slots=True)
 class CancelCall:
-    """What `cancel` is asked: flag a running job; else end it with `event` as `<epoch>-0` if `expected` is the top."""
+    """Arguments of `cancel`, which flags a running job and ends any other with `event` as `<epoch>-0`."""
 
     expected: str
     epoch: int
-    event: Written
+    event: EncodedEvent
     now_ms: int
     ttl_ms: int
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
-    """A delivered entry and who holds it."""
+class PendingEntry:
+    """A delivered, unacknowledged queue entry and its consumer, as XPENDING lists it."""
 
     entry_id: str
     consumer: str
@@ -125,102 +133,102 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """The job's hash and its stream's top, as last seen; empty for an unknown job."""
+    """A job's state hash and the last id of its event stream, read in one step; empty for an unknown job."""
 
     top: str = START
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def next_epoch(self) -> int:
-        """One above the state's and the stream's."""
+        """One above the epochs of the hash and of the stream."""
         return max(int(self.fields.get("epoch", 0)), epoch_of(self.top)) + 1
 
 
 class Streams(Protocol):
-    """Every method may raise Disconnected; asking again is harmless. Times are ms."""
+    """A connection to a server of streams. Every method may raise Disconnected; times are in ms."""
 
     @property
     def reconnects(self) -> int:
-        """How often a connection was lost and made again: each time, replies may have been lost."""
+        """Number of reconnections so far. Each may have lost replies."""
         ...
 
     async def open_queue(self, queue: str) -> None:
-        """Make the stream and its group, from id 0, unless they are there."""
+        """Create the stream and its consumer group, from id 0, unless they exist."""
         ...
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        """Add an entry unless the queue holds `bound`; its id, or None. Not safe to repeat: the job id is the guard."""
-        ...
+        """Add an entry and return its id, or None if the queue holds `bound` entries.
 
-    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
-        """The next entry that nobody had, waiting for at most block_ms."""
-        ...
-
-    async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
-        """The consumer's own next pending entry above that id; neither its idle time nor its deliveries change."""
-        ...
-
-    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """Look at one page of pending entries and take over at most one that was idle so long; the next cursor."""
-        ...
-
-    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        """Restart the entry's idle time if it is pending for `consumer`; else False, and nothing changes."""
-        ...
-
-    async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        """Make the consumer's entry look idle for `idle_ms` and delivered `deliveries` times; guarded as `renew`."""
-        ...
-
-    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
-        """Acknowledge; the first time, add `dead` to the dead letters, if given, and delete the entry."""
-        ...
-
-    async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
-        """Delete the consumers, or the one of that name, unseen for so long and with nothing pending; how many.
-
-        A consumer with pending entries stays: its entries would be lost.
+        A repeated call adds a second entry; `take` then refuses it as a duplicate of the job.
         """
         ...
 
-    async def pending(self, queue: str, count: int) -> list[Pending]:
-        """The first `count` delivered entries."""
+    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
+        """Return the next undelivered entry, waiting up to `block_ms`."""
+        ...
+
+    async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
+        """Return the consumer's next pending entry above `above`; idle time and delivery count do not change."""
+        ...
+
+    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
+        """Scan one page of pending entries, claim at most one that is idle for `min_idle_ms`; the next cursor first."""
+        ...
+
+    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
+        """Reset the entry's idle time if it is pending for `consumer`; otherwise change nothing and return False."""
+        ...
+
+    async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
+        """Set the idle time and delivery count of the consumer's pending entry; guarded as `renew` is."""
+        ...
+
+    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
+        """Acknowledge the entry. The call that does so also adds `dead` to the dead letters and deletes the entry."""
+        ...
+
+    async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
+        """Delete idle consumers (or only `name`) and return how many. Consumers with pending entries are kept."""
+        ...
+
+    async def pending(self, queue: str, count: int) -> list[PendingEntry]:
+        """Return the first `count` pending entries."""
         ...
 
     async def job_state(self, job_id: str) -> JobState:
-        """Its stream's top and its state, of one moment."""
+        """Return the job's state and the last id of its stream, read atomically."""
         ...
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
-        """Begin an epoch."""
+        """Begin an epoch of the job."""
         ...
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        """The top after the call: the last new id if all was written; START where the stream is not the caller's."""
+        """Return the stream's last id after the call; START if the stream is gone or another worker has the epoch."""
         ...
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
-        """CANCELLED (it is over as cancelled), REQUESTED (running), OVER (it ended otherwise) or RETRY."""
+        """Return CANCELLED (ended as cancelled), REQUESTED (running), OVER (ended otherwise) or RETRY."""
         ...
 
     async def expire(self, key: str, ttl_ms: int) -> None:
-        """Let a key live for at most ttl_ms from now; a key that is gone stays gone."""
+        """Shorten a key's time to live to `ttl_ms`; never lengthen it."""
         ...
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        """Add to a stream that keeps about its `keep` newest entries, not to a job's or a queue."""
+        """Add to a stream trimmed to about its `keep` newest entries. Not for job or queue streams."""
         ...
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
-        """Entries above `after`, waiting for the first for at most block_ms."""
+        """Return entries above `after`, waiting up to `block_ms` for the first."""
         ...
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
-        """Entries from `first` to `last`, both included; `-` and `+` are the ends."""
+        """Return entries from `first` to `last`, inclusive; `-` and `+` are the ends."""
         ...
 
     async def last_id(self, key: str) -> str:
-        """The newest id that the stream has generated."""
+        """Return the last id that the stream generated, whether or not its entry still exists."""
         ...
 
     async def delete(self, key: str, entry_id: str) -> bool:
@@ -228,7 +236,7 @@ class Streams(Protocol):
         ...
 
     async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
-        """Register the worker and write its status hash, which ends after ttl_ms without another."""
+        """Register the worker and write its status hash, which expires after `ttl_ms`."""
         ...
 
     async def drop_status(self, worker: str) -> None:
@@ -236,11 +244,11 @@ class Streams(Protocol):
         ...
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
-        """The registered workers whose status lives, by name."""
+        """Return the status of each registered worker whose status has not expired, by name."""
         ...
 
     async def time_ms(self) -> int:
-        """The server's clock."""
+        """Return the server's clock, ms since 1970."""
         ...
 
     async def close(self) -> None:
@@ -248,12 +256,46 @@ class Streams(Protocol):
         ...
 
 
-async def retry_until_connected(ask: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Ask until there is an answer, with growing pauses up to a second. Each call must be safe to repeat."""
-    pause_s = FIRST_PAUSE_S
+async def retry_until_connected(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Repeat the call until it does not raise Disconnected, with exponential backoff and jitter."""
+    delay_s = FIRST_DELAY_S
     while True:
         try:
-            return await ask(*args, **kwargs)
+            return await call(*args, **kwargs)
         except Disconnected:
-            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(1.0, 2 * pause_s)
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+            delay_s = min(MAX_DELAY_S, 2 * delay_s)
+
+
+class ServerClock:
+    """The server's clock, extrapolated from one TIME reply for `VALID_S`, or until the next reconnection."""
+
+    VALID_S = 10.0
+    """Two clocks drift apart by less than 1 ms in this time."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._reconnects = streams.reconnects
+        self._read_s = -math.inf
+        self._offset_ms = 0.0
+
+    async def now_ms(self) -> int:
+        """Milliseconds since 1970, by the server."""
+        if self._age_s > self.VALID_S:
+            self._set(await retry_until_connected(self._streams.time_ms))
+        return int(time.monotonic() * 1000 + self._offset_ms)
+
+    async def refresh(self) -> None:
+        """Read the clock if more than half of `VALID_S` has passed. Does nothing if the server is unreachable."""
+        if self._age_s > self.VALID_S / 2:
+            with contextlib.suppress(Disconnected):
+                self._set(await self._streams.time_ms())
+
+    @property
+    def _age_s(self) -> float:
+        same_connection = self._reconnects == self._streams.reconnects  # another may be to another server
+        return time.monotonic() - self._read_s if same_connection else math.inf
+
+    def _set(self, server_ms: int) -> None:
+        self._reconnects, self._read_s = self._streams.reconnects, time.monotonic()
+        self._offset_ms = server_ms - self._read_s * 1000

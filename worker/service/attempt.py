@@ -89,7 +89,7 @@ class Attempt:
 
     async def _carry(self) -> str:
         claim, bench = self._claim, self._bench
-        self._server_lead_ms = await bench.transport.server_ms() - time.monotonic() * 1000
+        self._server_lead_ms = await bench.transport.server_time_ms() - time.monotonic() * 1000
         question, refusal = await self._read()
         if claim.deliveries == 1:
             waited_ms = self._claimed * 1000 + self._server_lead_ms - claim.enqueued_ms

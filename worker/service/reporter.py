@@ -19,7 +19,7 @@ from worker import __version__
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.jobs.events import Event, LoadProgress, Ready, Residency, Starting, Vram
-from worker.jobs.presence import Presence
+from worker.jobs.registry import Registration
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import Health
@@ -35,11 +35,13 @@ _FASTEST_HEARTBEAT_S = 0.25
 class Reporter:
     """Speaks for one worker. Its loops are run by `service.py`."""
 
-    def __init__(self, presence: Presence, health: Health, section: ServiceSection, meters: Metrics, log: Log) -> None:
+    def __init__(
+        self, registration: Registration, health: Health, section: ServiceSection, meters: Metrics, log: Log
+    ) -> None:
         self.quiet = Quiet()
         """While a job waits for its first token, nothing is told."""
         self._facts: dict[str, str] = {}
-        self._presence = presence
+        self._registration = registration
         self._health = health
         self._section = section
         self._meters = meters
@@ -106,7 +108,7 @@ class Reporter:
         while True:
             event = await self._news.get()
             await self.quiet.over()
-            await self._presence.publish(event)
+            await self._registration.publish(event)
             self._news.task_done()
 
     async def flush(self, timeout_s: float) -> None:
@@ -121,7 +123,7 @@ class Reporter:
         while True:
             await self.quiet.over()
             self._health.changed.clear()
-            await self._presence.heartbeat(self._status())
+            await self._registration.heartbeat(self._status())
             await asyncio.sleep(_FASTEST_HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.heartbeat_s - _FASTEST_HEARTBEAT_S):

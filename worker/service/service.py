@@ -74,8 +74,8 @@ class Service:
         self._load = load
         self._log = log
         self._meters = Metrics()
-        self._health = Health(self._meters, lambda: transport.silence_s, 3 * lease.scan_s)
-        self._reporter = Reporter(transport.presence, self._health, section, self._meters, log)
+        self._health = Health(self._meters, lambda: transport.seconds_since_contact, 3 * lease.scan_s)
+        self._reporter = Reporter(transport.registration, self._health, section, self._meters, log)
         self._engine = EngineThread()
         self._attempt: Attempt | None = None
         self._drain = Drain()
@@ -283,7 +283,7 @@ class Service:
 
     async def _hear_commands(self) -> None:
         """Obey what operators send."""
-        async for command in self._transport.presence.commands():
+        async for command in self._transport.registration.commands():
             if command.do == "cancel" and self._attempt is not None and self._attempt.job_id == command.target:
                 self._interrupt(Stop.CANCEL)
             elif command.do == "drain" and command.target in (self._transport.worker_id, self._assignment.name):

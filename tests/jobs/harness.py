@@ -1,6 +1,6 @@
 """One face on the three places where the protocol runs: in memory, fakeredis, a real server.
 
-A world gives transports and clients as separate processes would have them, and a look at the keys behind their backs.
+A harness gives transports and clients as separate processes would have them, and a look at the keys behind their backs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ from typing import Any
 import fakeredis
 from redis.asyncio import Redis
 
-from tests.jobs.stream_checker import breaches_on, holds, keys_without_expiry
+from tests.jobs.memory_streams import MemoryStreams
+from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
+from worker.config import LeaseSection
 from worker.jobs.client import Client
-from worker.jobs.lease import Policy
-from worker.jobs.memory_streams import MemoryStreams
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected, Streams
 from worker.jobs.transport import Transport
 
-PROMPT = Policy(lease_s=0.1, scan_s=0.05)
+
+def lease_settings(**settings: Any) -> LeaseSection:
+    """Lease settings that are not validated: a lease of 0 s is allowed."""
+    return LeaseSection.model_construct(**settings)
+
+
+SHORT_LEASE = lease_settings(lease_s=0.1, scan_s=0.05)
 """Short enough for tests to wait for."""
-GREEDY = Policy(lease_s=0.0, scan_s=0.02)
+NO_LEASE = lease_settings(lease_s=0.0, scan_s=0.02)
 """Every pending entry looks abandoned at once: whoever scans takes it over, as if its owner had been paused."""
-PATIENT = Policy(lease_s=60.0, scan_s=0.02)
+LONG_LEASE = lease_settings(lease_s=60.0, scan_s=0.02)
 """Nothing is ever taken over."""
 
 
@@ -39,13 +45,13 @@ async def wait_until(true: Callable[[], Awaitable[bool]], timeout_s: float = 5.0
         await asyncio.sleep(0.005)
 
 
-async def all_is_well(world: World, **texts: str | None) -> None:
+async def assert_consistent(harness: Harness, **texts: str | None) -> None:
     """These jobs' streams are right, with these texts where they ended; nothing is pending, no job key stays."""
-    holds(await breaches_on(world.connect(), "default", texts))
-    holds(keys_without_expiry(await world.keys()))
+    assert_none(await find_violations(harness.connect(), "default", texts))
+    assert_none(keys_without_ttl(await harness.keys()))
 
 
-class World(ABC):
+class Harness(ABC):
     """The base of the three."""
 
     def __init__(self) -> None:
@@ -60,8 +66,8 @@ class World(ABC):
     def _connect(self) -> Streams:
         """A connection of its own."""
 
-    async def transport(self, name: str, policy: Policy = PATIENT, streams: Streams | None = None) -> Transport:
-        transport = Transport(streams or self.connect(), name, policy=policy)
+    async def transport(self, name: str, lease: LeaseSection = LONG_LEASE, streams: Streams | None = None) -> Transport:
+        transport = Transport(streams or self.connect(), name, lease=lease)
         await transport.open()
         return transport
 
@@ -90,7 +96,7 @@ class World(ABC):
                 await streams.close()
 
 
-class MemoryWorld(World):
+class MemoryHarness(Harness):
     def __init__(self) -> None:
         super().__init__()
         self.streams = MemoryStreams()
@@ -119,7 +125,7 @@ class MemoryWorld(World):
         return restore
 
 
-class RedisWorld(World):
+class RedisHarness(Harness):
     """Any server that redis-py can talk to."""
 
     def __init__(self) -> None:
@@ -157,7 +163,7 @@ class RedisWorld(World):
         await self.raw.aclose()
 
 
-class FakeWorld(RedisWorld):
+class FakeRedisHarness(RedisHarness):
     def __init__(self) -> None:
         self.server = fakeredis.FakeServer()
         super().__init__()
@@ -169,7 +175,7 @@ class FakeWorld(RedisWorld):
         return RedisStreams(self._raw(), self._raw())
 
 
-class ServerWorld(RedisWorld):
+class ServerHarness(RedisHarness):
     def __init__(self, url: str) -> None:
         self.url = url
         super().__init__()
@@ -184,7 +190,7 @@ class ServerWorld(RedisWorld):
 async def _nothing(_: str) -> None: ...
 
 
-class Lossy:
+class LossyStreams:
     """A connection that does what it is asked and then loses the answer, if `lose` says so."""
 
     def __init__(

@@ -1,0 +1,343 @@
+"""`Streams` in memory: one process, no server. The definition of what each Lua script does.
+
+No method awaits between reading and writing, so each is atomic as a script is. `Keyspace` knows
+streams, hashes, expiry and blocking reads; `MemoryStreams` adds jobs. The meaning of the calls is in
+`worker/jobs/streams.py`, and the same tests run over this implementation and over Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from worker.jobs.events import TERMINAL_KINDS
+from worker.jobs.keys import START, dead_key, events_key, next_id, queue_key, split_id, state_key, worker_key
+from worker.jobs.streams import (
+    AppendCall,
+    CancelCall,
+    Entry,
+    Fields,
+    JobState,
+    PendingEntry,
+    Record,
+    TakeCall,
+    TakeReply,
+)
+
+
+@dataclass(slots=True)
+class Delivery:
+    """A pending entry: its consumer, when it was delivered last, and how often."""
+
+    consumer: str
+    at_ms: int
+    count: int
+
+
+@dataclass(slots=True)
+class Stream:
+    """A stream, with the one consumer group that a queue has."""
+
+    entries: dict[str, Fields] = field(default_factory=dict)
+    top: str = START
+    delivered: str = START
+    pending: dict[str, Delivery] = field(default_factory=dict)
+    consumers: dict[str, int] = field(default_factory=dict)
+    """Time of the last command of each consumer, ms."""
+
+    def add(self, entry_id: str, fields: Fields) -> str:
+        """XADD with an explicit id, which must be above the last one."""
+        if split_id(entry_id) <= split_id(self.top):
+            raise ValueError(f"{entry_id} is not above {self.top}")
+        self.entries[entry_id] = dict(fields)
+        self.top = entry_id
+        return entry_id
+
+    def above(self, after: str) -> list[Record]:
+        """The entries above that id."""
+        return [(i, f) for i, f in self.entries.items() if split_id(i) > split_id(after)]
+
+    def pending_rows(self) -> list[tuple[str, Delivery]]:
+        """Pending entries in the order of their ids."""
+        return sorted(self.pending.items(), key=lambda row: split_id(row[0]))
+
+
+class Keyspace:
+    """Streams and hashes of one process; `clock` returns seconds."""
+
+    reconnects = 0
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._streams: dict[str, Stream] = {}
+        self._hashes: dict[str, dict[str, str]] = {}
+        self._expiry_ms: dict[str, int] = {}
+        """Keys that expire, and when."""
+        self._added = asyncio.Event()
+
+    def keys(self) -> dict[str, int | None]:
+        """Every key with its time to live in ms, None if it does not expire."""
+        self._expire()
+        now = self._now()
+        return {
+            key: self._expiry_ms[key] - now if key in self._expiry_ms else None
+            for key in [*self._streams, *self._hashes]
+        }
+
+    def drop(self, key: str) -> None:
+        """Delete a key, as its expiry does."""
+        for table in (self._streams, self._hashes, self._expiry_ms):
+            table.pop(key, None)
+
+    def _now(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _expire(self) -> None:
+        for key in [key for key, at_ms in self._expiry_ms.items() if at_ms <= self._now()]:
+            self.drop(key)
+
+    def _stream(self, key: str) -> Stream | None:
+        self._expire()
+        return self._streams.get(key)
+
+    def _hash(self, key: str) -> dict[str, str]:
+        self._expire()
+        return self._hashes.get(key, {})
+
+    def _add(self, key: str, entry_id: str | None, fields: Fields) -> str:
+        stream = self._stream(key) or self._streams.setdefault(key, Stream())
+        if entry_id is None:
+            entry_id = f"{self._now()}-0" if self._now() > split_id(stream.top)[0] else next_id(stream.top)
+        self._added.set()
+        self._added = asyncio.Event()
+        return stream.add(entry_id, fields)
+
+    async def _wait_for_add(self, block_ms: int) -> bool:
+        try:
+            async with asyncio.timeout(block_ms / 1000):
+                await self._added.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def expire(self, key: str, ttl_ms: int) -> None:
+        if key in self._streams or key in self._hashes:
+            at_ms = self._now() + ttl_ms
+            self._expiry_ms[key] = min(at_ms, self._expiry_ms.get(key, at_ms))
+
+    async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
+        entry_id = self._add(key, None, fields)
+        entries = self._streams[key].entries
+        for old in list(entries)[:-keep]:
+            del entries[old]
+        if ttl_ms is not None:
+            self._expiry_ms[key] = self._now() + ttl_ms
+        return entry_id
+
+    async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
+        until = time.monotonic() + block_ms / 1000
+        while True:
+            stream = self._stream(key)
+            records = stream.above(after)[:count] if stream else []
+            left = int((until - time.monotonic()) * 1000)
+            if records or left <= 0 or not await self._wait_for_add(left):
+                return records
+
+    async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
+        stream = self._stream(key)
+        low = (0, 0) if first == "-" else split_id(first)
+        high = (2**64, 0) if last == "+" else split_id(last)
+        return [r for r in stream.above(START) if low <= split_id(r[0]) <= high][:count] if stream else []
+
+    async def last_id(self, key: str) -> str:
+        stream = self._stream(key)
+        return stream.top if stream else START
+
+    async def delete(self, key: str, entry_id: str) -> bool:
+        stream = self._stream(key)
+        return stream is not None and stream.entries.pop(entry_id, None) is not None
+
+    async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
+        """Write the hash, which is the registration as well."""
+        self._hashes[worker_key(worker)] = dict(status)
+        self._expiry_ms[worker_key(worker)] = self._now() + ttl_ms
+
+    async def drop_status(self, worker: str) -> None:
+        self.drop(worker_key(worker))
+
+    async def workers(self) -> dict[str, Mapping[str, str]]:
+        self._expire()
+        prefix = worker_key("")
+        return {key.removeprefix(prefix): dict(h) for key, h in self._hashes.items() if key.startswith(prefix)}
+
+    async def time_ms(self) -> int:
+        return self._now()
+
+    async def close(self) -> None:
+        pass
+
+
+class MemoryStreams(Keyspace):
+    """`Streams` over a keyspace of this process."""
+
+    async def open_queue(self, queue: str) -> None:
+        self._streams.setdefault(queue_key(queue), Stream())
+
+    async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
+        stream = self._stream(queue_key(queue))
+        if stream is not None and len(stream.entries) >= bound:
+            return None
+        return self._add(queue_key(queue), None, fields)
+
+    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
+        until = time.monotonic() + block_ms / 1000
+        while True:
+            stream = self._used_by(queue, consumer)
+            for entry_id, fields in stream.above(stream.delivered):
+                stream.delivered = entry_id
+                stream.pending[entry_id] = Delivery(consumer, self._now(), 1)
+                return Entry(entry_id, fields, 1)
+            left = int((until - time.monotonic()) * 1000)
+            if left <= 0 or not await self._wait_for_add(left):
+                return None
+
+    def _used_by(self, queue: str, consumer: str) -> Stream:
+        stream = self._stream(queue_key(queue)) or self._streams.setdefault(queue_key(queue), Stream())
+        stream.consumers[consumer] = self._now()
+        return stream
+
+    async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
+        stream = self._used_by(queue, consumer)
+        for entry_id, delivery in stream.pending_rows():
+            if split_id(entry_id) > split_id(above) and delivery.consumer == consumer:
+                return Entry(entry_id, stream.entries.get(entry_id, {}), delivery.count)
+        return None
+
+    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
+        """All pending entries are one page. A deleted entry is removed from the pending entries."""
+        stream = self._used_by(queue, consumer)
+        for entry_id, delivery in stream.pending_rows():
+            if split_id(entry_id) < split_id(cursor) or self._now() - delivery.at_ms < min_idle_ms:
+                continue
+            if entry_id not in stream.entries:
+                del stream.pending[entry_id]
+                continue
+            count = delivery.count + 1
+            stream.pending[entry_id] = Delivery(consumer, self._now(), count)
+            return next_id(entry_id), Entry(entry_id, stream.entries[entry_id], count)
+        return START, None
+
+    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
+        stream = self._stream(queue_key(queue))
+        delivery = stream.pending.get(entry_id) if stream else None
+        if stream is None or delivery is None or delivery.consumer != consumer or entry_id not in stream.entries:
+            return False
+        delivery.at_ms = stream.consumers[consumer] = self._now()
+        return True
+
+    async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
+        if not await self.renew(queue, consumer, entry_id):
+            return False
+        self._streams[queue_key(queue)].pending[entry_id] = Delivery(consumer, self._now() - idle_ms, deliveries)
+        return True
+
+    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
+        stream = self._stream(queue_key(queue))
+        if stream is None or stream.pending.pop(entry_id, None) is None:
+            return False
+        if dead:
+            self._add(dead_key(queue), None, dead)
+        stream.entries.pop(entry_id, None)
+        return True
+
+    async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
+        stream = self._stream(queue_key(queue)) or Stream()
+        busy = {delivery.consumer for delivery in stream.pending.values()}
+        idle = {n for n, seen in stream.consumers.items() if self._now() - seen >= min_idle_ms and name in (None, n)}
+        for each in idle - busy:
+            del stream.consumers[each]
+        return len(idle - busy)
+
+    async def pending(self, queue: str, count: int) -> list[PendingEntry]:
+        stream = self._stream(queue_key(queue)) or Stream()
+        rows = stream.pending_rows()[:count]
+        return [PendingEntry(i, d.consumer, self._now() - d.at_ms, d.count) for i, d in rows]
+
+    async def job_state(self, job_id: str) -> JobState:
+        return JobState(await self.last_id(events_key(job_id)), dict(self._hash(state_key(job_id))))
+
+    async def take(self, job_id: str, call: TakeCall) -> TakeReply:
+        """`take.lua`, line by line."""
+        now = await self.job_state(job_id)
+        state = now.fields
+        if state.get("state") in TERMINAL_KINDS:
+            return TakeReply("OVER", state.get("error", ""), state.get("entry", ""))
+        if state.get("entry", call.entry_id) != call.entry_id:
+            return TakeReply("DUPLICATE", "", state["entry"])
+        mine = (state.get("worker"), state.get("base")) == (call.worker, call.expected)
+        if mine and now.top == f"{call.epoch}-0":
+            return TakeReply("TAKEN")
+        if now.top != call.expected or now.next_epoch != call.epoch:
+            return TakeReply("RETRY")
+        tokens, barren = state.get("tokens", "0"), int(state.get("barren", 0))
+        if state.get("state") == "running" and tokens == state.get("tokens_before"):
+            barren += 1
+        event, code = call.opening, call.opening_code
+        if "cancel" in state:
+            event, code = call.cancelled, "CANCELLED"
+        elif barren >= call.max_attempts or call.deliveries > call.max_deliveries:
+            event, code = call.poisoned, "DEAD_LETTERED"
+        self._add(events_key(job_id), f"{call.epoch}-0", {"type": event.kind.encode(), "p": event.packed})
+        fields: dict[str, str | int] = {
+            "state": event.kind if code else "running",
+            "epoch": call.epoch,
+            "worker": call.worker,
+        }
+        fields |= {"entry": call.entry_id, "base": call.expected, "tokens": tokens, "tokens_before": tokens}
+        fields |= {"barren": barren, "taken_ms": call.now_ms, "updated_ms": call.now_ms}
+        self._put(job_id, call.ttl_ms, fields | ({"error": code, "ended_ms": call.now_ms} if code else {}))
+        return TakeReply("CLOSED" if code else "TAKEN", code)
+
+    def _put(self, job_id: str, ttl_ms: int, fields: Mapping[str, str | int]) -> None:
+        state = self._hashes.setdefault(state_key(job_id), {})
+        state.update((name, str(value)) for name, value in fields.items())
+        self._expiry_ms[state_key(job_id)] = self._expiry_ms[events_key(job_id)] = self._now() + ttl_ms
+
+    async def append(self, job_id: str, call: AppendCall) -> str:
+        """`append.lua`, line by line."""
+        stream = self._stream(events_key(job_id))
+        state = self._hash(state_key(job_id))
+        if stream is None or (state.get("epoch") == str(call.epoch) and state.get("worker") != call.worker):
+            return START
+        if stream.top != call.expected:
+            return stream.top
+        for entry_id, event in call.events:
+            self._add(events_key(job_id), entry_id, {"type": event.kind.encode(), "p": event.packed})
+        over = call.state in TERMINAL_KINDS
+        fields: dict[str, str | int] = {
+            "epoch": call.epoch,
+            "worker": call.worker,
+            "state": call.state,
+            "tokens": call.tokens,
+        }
+        fields |= {"updated_ms": call.now_ms} | ({"ended_ms": call.now_ms} if over else {})
+        fields |= {"error" if over else "last_error": call.code} if call.code else {}
+        self._put(job_id, call.ttl_ms, fields)
+        return stream.top
+
+    async def cancel(self, job_id: str, call: CancelCall) -> str:
+        """`cancel.lua`, line by line."""
+        now = await self.job_state(job_id)
+        if now.fields.get("state") in TERMINAL_KINDS:
+            return "CANCELLED" if now.fields.get("error") == "CANCELLED" else "OVER"
+        if now.fields.get("state") == "running":
+            self._hashes[state_key(job_id)]["cancel"] = str(call.now_ms)
+            return "REQUESTED"
+        if now.top != call.expected or now.next_epoch != call.epoch:
+            return "RETRY"
+        self._add(events_key(job_id), f"{call.epoch}-0", {"type": call.event.kind.encode(), "p": call.event.packed})
+        fields: dict[str, str | int] = {"state": call.event.kind, "error": "CANCELLED", "epoch": call.epoch}
+        self._put(job_id, call.ttl_ms, fields | {"cancel": call.now_ms, "ended_ms": call.now_ms})
+        return "CANCELLED"

@@ -1,0 +1,112 @@
+"""Reading event streams: entries decoded to events, and the cursor that yields each event once.
+
+A reader gets one event at a time, each with the id to resume at; a `tokens` entry is split into
+its tokens. `Client.events` in `client.py` does the I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.jobs.events import End, Envelope, ErrorEvent, Event, Token, Tokens, decode_event
+from worker.jobs.keys import START, split_id
+from worker.jobs.streams import Record
+
+
+class JobFailed(Exception):
+    """The job ended with the error event `error`."""
+
+    def __init__(self, error: ErrorEvent) -> None:
+        super().__init__(f"{error.code}: {error.message}")
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """One event of a stream; a `tokens` entry yields one of these for each token."""
+
+    kind: str
+    event: Event | Token
+    envelope: Envelope
+    entry_id: str
+    resume: str
+    """Pass it as `after` to continue behind this event. Tokens of the same entry are repeated then."""
+
+
+def decode_entry(record: Record, before: str) -> list[StreamEvent]:
+    """Decode one entry: empty for an unknown type, one event for each token of a `tokens` entry.
+
+    `before` is the id of the entry before it, the resume id of all but its last token.
+    """
+    entry_id, fields = record
+    decoded = decode_event(fields.get("type", b"").decode(errors="replace"), fields.get("p", b""))
+    if decoded is None:
+        return []
+    event, envelope = decoded
+    if not isinstance(event, Tokens):
+        return [StreamEvent(event.kind, event, envelope, entry_id, entry_id)]
+    last = len(event.tokens) - 1
+    return [
+        StreamEvent("token", token, envelope, entry_id, entry_id if n == last else before)
+        for n, token in enumerate(event.tokens)
+    ]
+
+
+class Cursor:
+    """Position of a reader in a job's stream. Yields each token once, even if the server lost writes.
+
+    Lost events are written again, but a repeated attempt may batch its tokens differently. Entry ids
+    are meaningless to the reader then, and token indices decide. `next_i` is the index of the first
+    token that the reader has not received, None if unknown.
+    """
+
+    def __init__(self, after: str, next_i: int | None) -> None:
+        self.after = after
+        self._next_i = 0 if next_i is None and after == START else next_i
+        self._newest = after
+        self._rewound = False
+
+    def is_behind(self, tokens: int) -> bool:
+        """Whether a stream of `tokens` tokens has some that the reader has not received."""
+        return self._next_i is not None and self._next_i < tokens
+
+    def rewind(self) -> bool:
+        """Move to the stream's start; received events are not repeated.
+
+        Returns False, without moving, if the last rewind found no new token.
+        """
+        if self._rewound:
+            return False
+        self.after, self._rewound = START, True
+        return True
+
+    def advance(self, record: Record) -> list[StreamEvent] | None:
+        """Move to the entry after `after`, and return the events that the reader has not received.
+
+        None if tokens before the entry are missing: the cursor is rewound, and the reader must read
+        on from `after`. Tokens that are missing at the start as well are skipped.
+        """
+        events = decode_entry(record, self.after)
+        span = _token_span(events)
+        if span is not None and self.is_behind(span[0]) and self.rewind():
+            return None
+        unseen = [item for item in events if self._is_unseen(item)]
+        self.after, self._newest = record[0], max(self._newest, record[0], key=split_id)
+        if span is not None:
+            self._rewound = self._rewound and span[1] <= (self._next_i or 0)
+            self._next_i = max(self._next_i or 0, span[1])
+        return unseen
+
+    def _is_unseen(self, item: StreamEvent) -> bool:
+        if isinstance(item.event, Token):
+            return item.event.i >= (self._next_i or 0)
+        return item.event.terminal or split_id(item.entry_id) > split_id(self._newest)
+
+
+def _token_span(events: list[StreamEvent]) -> tuple[int, int] | None:
+    """Index of an entry's first token and one past its last; for `end`, the token count twice."""
+    indices = [item.event.i for item in events if isinstance(item.event, Token)]
+    if indices:
+        return indices[0], indices[-1] + 1
+    counts = [item.event.tokens_out for item in events if isinstance(item.event, End)]
+    return (counts[0], counts[0]) if counts else None
