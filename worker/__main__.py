@@ -1,4 +1,4 @@
-"""`python -m worker`: the same as the console script."""
+"""`python -m worker`: the same as the console script `worker`."""
 
 from worker.cli import main
 
