@@ -1,7 +1,7 @@
-"""A GPU inference worker: jobs arrive on a Redis stream, and each job's tokens are published on its own stream.
+"""A GPU inference worker: takes jobs from a Redis stream, publishes tokens on a stream per job.
 
-`Client`, `SyncClient` and `Job` are the API for orchestrators. They are imported on first use, without
-the engine or any GPU library. To read the code, start with docs/architecture.md.
+`Client`, `SyncClient` and `Job` are the API for orchestrators. They are imported on first use,
+without the engine or any GPU library. To read the code, start with docs/architecture.md.
 """
 
 from importlib import import_module

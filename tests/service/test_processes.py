@@ -151,7 +151,7 @@ def test_a_server_that_is_not_there_is_exit_code_5_and_one_sentence(tmp_path):
     assert process.wait() == 5
     last = process.log.read_text().splitlines()[-1]
     assert last.startswith("worker: REDIS_UNREACHABLE: ")
-    assert "Connect call failed" in last
+    assert "cannot reach redis://127.0.0.1:1 (connection refused)" in last
     assert "--redis-url" in last
 
 

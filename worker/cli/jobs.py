@@ -56,9 +56,9 @@ def submit(
 
         JOB=$(worker submit "Once upon a time" --max-tokens 50); worker tail $JOB
 
-    With --wait, the text goes to stdout and statistics to stderr; with --json, each line is one event. Exit codes:
-    0 the answer is complete, 1 the job failed, 3 it was refused, 5 the server cannot be reached. Ctrl-C does not
-    cancel the job.
+    With --wait, the text goes to stdout and statistics to stderr; with --json, each line is one
+    event. Exit codes: 0 the answer is complete, 1 the job failed, 3 it was refused, 5 the server
+    cannot be reached. Ctrl-C does not cancel the job.
     """
     system_message = [{"role": "system", "content": system}] if system is not None else []
     fields: dict[str, Any] = {
@@ -113,8 +113,9 @@ def tail(
 ) -> None:
     """Show events as they are written, one per line.
 
-    Shows a job from its first event to its last, a worker from its start until it stops. --from takes the `resume` of
-    a line of --json and continues there. --all shows what is written from now on, or from the time in --from.
+    Shows a job from its first event to its last, a worker from its start until it stops. --from
+    takes the `resume` of a line of --json and continues there. --all shows what is written from now
+    on, or from the time in --from.
     """
     if (job is not None) + (worker is not None) + everything != 1:
         raise typer.BadParameter("give one of JOB, --worker NAME and --all")
@@ -151,8 +152,8 @@ def cancel(
 ) -> None:
     """Cancel a waiting or running job.
 
-    Prints `cancelled` (the job has ended as cancelled), `requested` (its worker stops at the next token) or `over` (it
-    had ended before).
+    Prints `cancelled` (the job has ended as cancelled), `requested` (its worker stops at the next
+    token) or `over` (it had ended before).
     """
     with client(redis_section(config, redis_url, queue)) as connected:
         print(connected.cancel(job))

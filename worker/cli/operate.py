@@ -38,7 +38,7 @@ class Unhealthy(WorkerError):
 
 
 def worker_id(connected: SyncClient, name: str) -> str:
-    """The id of the live worker named `name`, or `name` itself: it may be the id of a stopped one."""
+    """The id of the live worker named `name`; else `name`, which may be a stopped one's id."""
     ids = _worker_ids(connected, name)
     if len(ids) > 1:
         raise NotFound(f"{len(ids)} workers are named {name}; pass one of their ids: {', '.join(sorted(ids))}")
@@ -94,7 +94,7 @@ def drain(
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Drain a worker: it takes no more jobs, finishes the running one within its grace period, and stops."""
+    """Drain a worker: it takes no more jobs, finishes the running one in its grace period, ends."""
     with client(redis_section(config, redis_url, queue)) as connected:
         ids = _worker_ids(connected, name)
         if not ids:
@@ -169,7 +169,7 @@ def dead_retry(
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """Resubmit the job under a new id (JOB.r1, then JOB.r2), print that id, and delete the dead letter."""
+    """Resubmit the job as JOB.r1 (then JOB.r2), print that id, and delete the dead letter."""
     with client(redis_section(config, redis_url, queue)) as connected:
         print(connected.retry_dead_letter(_letter(connected, letter)))
 

@@ -36,7 +36,7 @@ def redis_section(config: Path | None, url: str | None, queue: str | None) -> Re
 
 
 def connect(url: str) -> RedisStreams:
-    """Create the streams of a server; they connect on first use. Raises ConfigInvalid for a bad URL."""
+    """Create the streams of a server; they connect on first use. Raises ConfigInvalid."""
     try:
         return RedisStreams.from_url(url)
     except ValueError:  # its text may contain a part of the password

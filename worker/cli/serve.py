@@ -81,14 +81,15 @@ def run(
 ) -> None:
     """Serve one model: take jobs from a queue and publish their tokens.
 
-    Flags override the environment (WORKER_REDIS__URL=…), which overrides the --config file, which overrides the
-    defaults; configs/default.toml explains each setting.
+    Flags override the environment (WORKER_REDIS__URL=…), which overrides the --config file, which
+    overrides the defaults; configs/default.toml explains each setting.
 
         worker run --model smollm2 --redis-url redis://127.0.0.1:6379/0
 
-    SIGTERM or Ctrl-C drains: the worker takes no more jobs, finishes the running one within the grace period or
-    returns it to the queue, and exits with 0. A second signal stops it immediately. Exit codes: 1 the model cannot be
-    served, 2 the device is lost or hangs, 4 invalid settings, 5 the server cannot be reached.
+    SIGTERM or Ctrl-C drains: the worker takes no more jobs, finishes the running one within the
+    grace period or returns it to the queue, and exits with 0. A second signal stops it immediately.
+    Exit codes: 1 the model cannot be served, 2 the device is lost or hangs, 4 invalid settings, 5
+    the server cannot be reached.
     """
     flags = {
         "model.path": model,

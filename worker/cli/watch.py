@@ -1,4 +1,4 @@
-"""`worker tail --all`: the events of all workers, and of all jobs of one queue, as they are written.
+"""`worker tail --all`: events of all workers, and of all jobs of one queue, as they are written.
 
 Polls the registry and the queue, and reads each stream found there with a `Client`.
 """
@@ -23,7 +23,7 @@ _MAX_BUFFERED = 10_000
 
 
 class Watch:
-    """Events of one queue's jobs and of all workers, from `since`, an id whose first part is a time."""
+    """Events of one queue's jobs and of all workers, from the entry id `since`."""
 
     def __init__(self, streams: Streams, queue: str, since: str | None) -> None:
         self._streams = streams
@@ -34,7 +34,7 @@ class Watch:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def events(self) -> AsyncGenerator[StreamEvent, None]:
-        """Yield every event, those of one stream in order. Never ends; raises what a reader raises."""
+        """Yield every event, those of one stream in order. Never ends; raises errors of reads."""
         self._start("workers", self._find_workers)
         self._start("jobs", self._find_jobs)
         try:

@@ -1,4 +1,4 @@
-"""The orchestrator's client: submit jobs, read their events, cancel them; inspect queue and workers.
+"""The orchestrator's client: submit, read and cancel jobs; inspect the queue and workers.
 
     client = Client.from_url("redis://localhost")
     job_id = await client.submit(prompt="Once upon a time", max_tokens=50)
@@ -16,28 +16,20 @@ import functools
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull
-from worker.jobs.events import End, Envelope, ErrorEvent, Event, Token, encode_event
+from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
 from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
 from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import (
-    CancelCall,
-    Disconnected,
-    EncodedEvent,
-    JobState,
-    Record,
-    Streams,
-    retry_until_connected,
-)
+from worker.jobs.streams import CancelCall, Disconnected, EncodedEvent, JobState, Record, Streams, retry_until_connected
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -122,7 +114,7 @@ class Client:
 
         Raises:
             InvalidRequest: with every wrong field, before anything is sent.
-            QueueFull: the queue holds `bound` jobs, waiting and running; retry after `retry_after_s`.
+            QueueFull: the queue holds `bound` jobs, waiting and running; see `retry_after_s`.
         """
         fields = {"job_id": uuid.uuid4().hex} | {name: value for name, value in fields.items() if value is not None}
         job = Job.parse(fields)
@@ -135,7 +127,7 @@ class Client:
 
     async def events(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
-    ) -> AsyncIterator[StreamEvent]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Yield the job's events above the id `after`, each once, up to the terminal one.
 
         Pass `next_i`, the index of the first token not received, when resuming: then no token is
@@ -168,8 +160,8 @@ class Client:
 
     async def tokens(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
-    ) -> AsyncIterator[Token]:
-        """Yield the answer's tokens; arguments as of `events`. Raises JobFailed on an error event."""
+    ) -> AsyncGenerator[Token, None]:
+        """Yield the answer's tokens; arguments as of `events`. Raises JobFailed."""
         async for item in self.events(job_id, after, idle_s, next_i):
             if isinstance(item.event, Token):
                 yield item.event
@@ -200,15 +192,7 @@ class Client:
         state, error, trace = JobState(), ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
             now_ms, epoch = int(self._clock() * 1000), state.next_epoch
-            envelope = Envelope(
-                job_id=job_id,
-                epoch=epoch,
-                ts_ms=now_ms,
-                worker_id="",
-                correlation_id=trace.correlation_id,
-                traceparent=trace.traceparent,
-            )
-            event = EncodedEvent(*encode_event(error, envelope))
+            event = EncodedEvent(*encode_event(error, trace.envelope(job_id, epoch, now_ms, worker_id="")))
             call = CancelCall(state.top, epoch, event, now_ms, CANCELLED_TTL_MS)
             outcome = await self._streams.cancel(job_id, call)
             if outcome == "REQUESTED":
@@ -242,7 +226,7 @@ class Client:
         """The status of each live worker, by its id."""
         return await self._streams.workers()
 
-    async def worker_events(self, worker: str, after: str = START) -> AsyncIterator[StreamEvent]:
+    async def worker_events(self, worker: str, after: str = START) -> AsyncGenerator[StreamEvent, None]:
         """Yield a worker's own events above the id `after`. Never ends."""
         while True:
             for record in await self._read(worker_events_key(worker), after):
@@ -321,7 +305,7 @@ def _sync(
 
 
 def _sync_iterator(
-    method: Callable[Concatenate[Client, P], AsyncIterator[T]],
+    method: Callable[Concatenate[Client, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[SyncClient, P], Iterator[T]]:
     @functools.wraps(method)
     def call(self: SyncClient, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
@@ -386,19 +370,16 @@ class SyncClient:
             loop.run_forever()
             raise
 
-    def _iterate(self, events: AsyncIterator[T]) -> Iterator[T]:
+    def _iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:
+        async def advance() -> T | None:
+            return await anext(events, None)
+
+        async def close() -> None:
+            await events.aclose()
+
         try:
-            while (item := self._run(_next(events))) is not None:
+            while (item := self._run(advance())) is not None:
                 yield item
         finally:
             if self._open:
-                self._run(_close(events))
-
-
-async def _next(events: AsyncIterator[T]) -> T | None:
-    return await anext(events, None)
-
-
-async def _close(events: AsyncIterator[Any]) -> None:
-    if hasattr(events, "aclose"):
-        await events.aclose()
+                self._run(close())

@@ -68,7 +68,7 @@ class Consumer:
         return entry
 
     async def renew(self, entry_id: str) -> bool:
-        """Reset the idle time of an entry. False, and it is no longer held, if it is not pending here."""
+        """Reset the idle time of an entry. Returns False if it is no longer pending here."""
         if await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id):
             self.last_contact_s = time.monotonic()
             return True
@@ -89,7 +89,7 @@ class Consumer:
         self.held.discard(entry_id)
 
     def _connection_lost(self) -> None:
-        """Reread own pending entries, since replies may be lost, and let others renew for one lease."""
+        """Reread own pending entries: replies may be lost. Others get one lease to renew theirs."""
         self._own_after = START
         self._no_scan_until_s = time.monotonic() + self._lease.lease_s
 

@@ -1,8 +1,8 @@
-"""What a worker publishes: the events of a job's stream and of the worker's own, msgpack both ways.
+"""Events of a job's stream and of a worker's own stream, encoded to and decoded from msgpack.
 
-Grammar of a job's stream: `[started (tokens | metrics | resumed)*] (end | error)`, and nothing after it. An entry holds
-`type` in plain text and `p`, a msgpack map of the event's fields and the envelope's. Readers skip types and fields that
-they don't know. Who writes them, and under which id, is `transport.py`'s.
+Grammar of a job's stream: `[started (tokens | metrics | resumed)*] (end | error)`. An entry has the
+fields `type`, plain text, and `p`, a msgpack map of the event's fields and the envelope's. Readers
+ignore unknown types and fields. `transport.py` writes events and assigns their ids.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SCHEMA_VERSION = 1
 FinishReason = Literal["stop", "stop_sequence", "length"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Envelope:
-    """What every event carries beside its own fields. `job_id` is None and `epoch` 0 on events about the worker."""
+    """Fields common to all events. `job_id` is None and `epoch` 0 for events about the worker."""
 
     job_id: str | None
     epoch: int
     ts_ms: int
-    """When it was written, ms since 1970, by the writer's clock."""
+    """Time of writing, ms since 1970, by the writer's clock."""
     worker_id: str
-    """The writer's consumer name; empty for what a client wrote."""
+    """The writer's consumer name; empty if a client wrote the event."""
     correlation_id: str | None = None
     traceparent: str | None = None
     v: int = SCHEMA_VERSION
@@ -37,24 +37,24 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """The root of all events; `kind` is the entry's plain `type`."""
+    """Base class of all events; `kind` is the entry's `type`."""
 
     kind: ClassVar[str]
     terminal: ClassVar[bool] = False
 
     def to_fields(self) -> dict[str, Any]:
-        """The event's own fields; an optional one that is None stays off the wire."""
+        """The event's own fields without those that are None."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> Self:
-        """The event of these fields, unknown ones skipped. Raises TypeError where one is missing."""
+        """Construct from `values`, ignoring unknown fields. Raises TypeError if one is missing."""
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(Event):
-    """The first attempt begins. Carries what was resolved, so that a later attempt need not resolve again."""
+    """The first attempt begins. Contains all resolved values, for later attempts."""
 
     kind = "started"
     model: str
@@ -63,41 +63,34 @@ class Started(Event):
     prompt_tokens: int
     cached_tokens: int
     started_at: int
-    """ms since 1970, as is `enqueued_at`, the queue entry's time by the server's clock."""
+    """ms since 1970, like `enqueued_at`, the time of the queue entry by the server's clock."""
     enqueued_at: int
     prompt_hash: str
-    """SHA-256 of the prompt's token ids, hex."""
+    """SHA-256 of the prompt's token ids, in hex."""
     fingerprint: str
-    """Of the model: equal ones give equal tokens."""
+    """Of the model: equal fingerprints give equal tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One drawn token: its index from 0, id, and the text that it released."""
+    """One generated token: index from 0, id, and the text that it completes."""
 
     i: int
     id: int
     t: str
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] | None = None
-    """(id, log-probability) by falling log-probability."""
+    """(id, log-probability), in descending order of log-probability."""
     channel: str | None = None
     """gpt-oss: analysis, commentary or final."""
 
     def to_fields(self) -> dict[str, Any]:
-        """The token as one item of a `tokens` entry."""
-        item: dict[str, Any] = {"i": self.i, "id": self.id, "t": self.t}
-        if self.logprob is not None:
-            item["logprob"] = self.logprob
-        if self.top is not None:
-            item["top"] = self.top
-        if self.channel is not None:
-            item["channel"] = self.channel
-        return item
+        """One item of a `tokens` entry."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     @classmethod
     def from_fields(cls, item: Mapping[str, Any]) -> Token:
-        """The token of one item of a `tokens` entry. Raises KeyError where a field is missing."""
+        """Construct from one item of a `tokens` entry. Raises KeyError if a field is missing."""
         top = item.get("top")
         pairs = None if top is None else tuple((int(id), float(logprob)) for id, logprob in top)
         return cls(item["i"], item["id"], item["t"], item.get("logprob"), pairs, item.get("channel"))
@@ -105,24 +98,24 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens(Event):
-    """One or more drawn tokens with consecutive indices, the end token too."""
+    """One or more generated tokens with consecutive indices, including the end token."""
 
     kind = "tokens"
     tokens: tuple[Token, ...]
 
     def to_fields(self) -> dict[str, Any]:
-        """One list, each token a map."""
+        """One list, with a map for each token."""
         return {"tokens": [token.to_fields() for token in self.tokens]}
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> Self:
-        """Raises KeyError where a field is missing."""
+        """Raises KeyError if a field is missing."""
         return cls(tokens=tuple(map(Token.from_fields, values["tokens"])))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics(Event):
-    """How the running job does; every 250–1000 ms. Memory is in bytes, of the device."""
+    """Progress of the running job, every 250–1000 ms. Device memory in bytes."""
 
     kind = "metrics"
     tokens_out: int
@@ -134,13 +127,13 @@ class Metrics(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(Event):
-    """Opens each later epoch, the envelope's: tokens before `from_i` are published, the next one drawn is `from_i`."""
+    """A later attempt begins, in a new epoch. The index of its first new token is `from_i`."""
 
     kind = "resumed"
     from_i: int
     reason: Literal["crash", "drain"]
     exact: bool
-    """Same model fingerprint and prompt hash as `started`'s."""
+    """Model fingerprint and prompt hash are those of `started`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,12 +148,12 @@ class End(Event):
     ttft_ms: float
     decode_ms: float
     stop_sequence: str | None = None
-    """Which stop string ended it, where `finish_reason` is `stop_sequence`."""
+    """The matched stop string if `finish_reason` is `stop_sequence`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorEvent(Event):
-    """The job is over without an answer; `retriable` advises the submitter. A copy goes to the worker's own stream."""
+    """The job failed; `retriable` advises the submitter. Copied to the worker's own stream."""
 
     kind = "error"
     terminal = True
@@ -171,13 +164,13 @@ class ErrorEvent(Event):
 
     @classmethod
     def of(cls, error: WorkerError) -> ErrorEvent:
-        """The event that reports `error`."""
+        """Construct from an exception."""
         return cls(code=error.code, message=error.message, details=error.details, retriable=error.retriable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Starting(Event):
-    """The worker's process is up and begins to load."""
+    """The worker's process has started and begins to load the model."""
 
     kind = "starting"
     model: str
@@ -189,7 +182,7 @@ class Starting(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadProgress(Event):
-    """Weights on their way to the device: at least at 0, 25, 50, 75 and 100 %."""
+    """Progress of the upload of weights: at least at 0, 25, 50, 75 and 100 %."""
 
     kind = "load_progress"
     percent: float
@@ -199,7 +192,7 @@ class LoadProgress(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready(Event):
-    """Loaded and about to take jobs."""
+    """The model is loaded and the worker takes jobs."""
 
     kind = "ready"
     model: str
@@ -210,7 +203,7 @@ class Ready(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vram(Event):
-    """Device memory by purpose, bytes; at each job's edge and every few seconds while it changes."""
+    """Device memory by purpose, in bytes: when a job starts or ends, and while it changes."""
 
     kind = "vram"
     weights: int
@@ -221,7 +214,7 @@ class Vram(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residency(Event):
-    """Whether every weight lies in plain device memory; `strays` names those that don't."""
+    """Whether all weights are in device memory; `strays` names those that are not."""
 
     kind = "residency"
     ok: bool
@@ -231,7 +224,7 @@ class Residency(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draining(Event):
-    """No more jobs are taken; the running ones have `grace_s` seconds."""
+    """The worker takes no more jobs; running ones have `grace_s` seconds."""
 
     kind = "draining"
     reason: str
@@ -241,7 +234,7 @@ class Draining(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stopped(Event):
-    """The worker's last words."""
+    """The worker's last event."""
 
     kind = "stopped"
     reason: str
@@ -260,17 +253,17 @@ TERMINAL_KINDS = frozenset(kind for kind, cls in _KINDS.items() if cls.terminal)
 
 
 def encode_event(event: Event, envelope: Envelope) -> tuple[str, bytes]:
-    """The entry's `type` and `p`."""
+    """Encode to the entry's `type` and `p`."""
     common = {name: getattr(envelope, name) for name in _ENVELOPE}
     packed: bytes = msgpack.packb(common | event.to_fields())
     return event.kind, packed
 
 
 def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
-    """The event and its envelope, or None for a type that this version doesn't know.
+    """The event and its envelope, or None for an unknown type.
 
     Raises:
-        Internal: a known type whose fields can't be read.
+        Internal: a known type with unreadable fields.
     """
     cls = _KINDS.get(kind)
     if cls is None:

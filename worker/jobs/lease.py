@@ -20,7 +20,7 @@ from worker.jobs.streams import EncodedEvent, Record
 
 
 class Fenced(Exception):
-    """Another worker owns the job, or its keys are gone: write nothing more and do not acknowledge."""
+    """Another worker owns the job, or its keys are gone: write and acknowledge nothing more."""
 
 
 class Renewal(Enum):
@@ -94,7 +94,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Nothing to run. The entry is settled, except after `lost`: then it belongs to another consumer."""
+    """Nothing to run. The entry is settled, or after `lost` pending for another consumer."""
 
     reason: Literal["over", "duplicate", "lost", "refused", "cancelled", "dead_lettered"]
     """`over`: it had ended before. `duplicate`: another queue entry has the job. `refused`: the
@@ -105,7 +105,7 @@ class Closed:
 
 @dataclass(slots=True)
 class Lease:
-    """One epoch of one job. Keeps the events it wrote, to write them again if the server loses them."""
+    """One epoch of one job. Keeps its events, to write them again if the server loses them."""
 
     claim: Claim
     job_id: str
@@ -134,7 +134,7 @@ class Lease:
         return self.history.epoch
 
     def stage(self, event: Event, encoded: EncodedEvent) -> None:
-        """Add an event to the log, to be written. Raises ValueError if a token's index is not the next."""
+        """Add an event to the log. Raises ValueError if a token's index is not the next."""
         for token in event.tokens if isinstance(event, Tokens) else ():
             if token.i != self.tokens:
                 raise ValueError(f"token {token.i} where {self.tokens} is the next")
@@ -147,5 +147,5 @@ class Lease:
         return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[first:], first)]
 
     def owns(self, top: str) -> bool:
-        """Whether a stream with the last id `top` is this epoch's, possibly with some writes lost."""
+        """Whether a stream that ends at `top` is this epoch's, some of its writes perhaps lost."""
         return top == self.base != START or epoch_of(top) == self.epoch

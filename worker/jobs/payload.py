@@ -130,7 +130,7 @@ def _json_pairs(text: str) -> Iterator[tuple[object, object]]:
 
 
 def describe(value: object) -> Any:
-    """`value` as an error reports it: numbers and short strings unchanged, others as kind and length."""
+    """`value` for an error: numbers and short strings unchanged, others as kind and length."""
     if isinstance(value, str):
         return field_name(value) if len(value) <= 64 else f"{field_name(value[:64])}… ({len(value)} characters)"
     if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The wire contract of a job: its fields, their ranges and defaults, and how a worker resolves them.
+"""The wire contract of a job: fields, ranges and defaults, and how a worker resolves them.
 
 Unknown fields are rejected, types are not coerced, and all wrong fields are reported at once.
 Bytes are decoded in `payload.py`; events are in `events.py`. Read `transport.py` next.
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from worker.errors import InvalidRequest
-from worker.jobs.events import SCHEMA_VERSION
+from worker.jobs.events import SCHEMA_VERSION, Envelope
 from worker.jobs.payload import (
     JOB_ID,
     PROMPT_FIELDS,
@@ -118,7 +118,7 @@ class Job(SamplingParams):
         return job
 
     def resolve(self, limits: Limits, prompt_len: int, entry_id: str) -> Resolved:
-        """Resolve defaults for a prompt of `prompt_len` tokens, submitted as queue entry `entry_id`.
+        """Resolve defaults, given the prompt's length in tokens and the queue entry.
 
         Raises:
             InvalidRequest: a job for another model, a prompt or max_tokens that exceeds the
@@ -161,6 +161,10 @@ class Trace:
 
     correlation_id: str
     traceparent: str
+
+    def envelope(self, job_id: str, epoch: int, ts_ms: int, worker_id: str) -> Envelope:
+        """The envelope of an event of the job."""
+        return Envelope(job_id, epoch, ts_ms, worker_id, self.correlation_id, self.traceparent)
 
     @classmethod
     def of(cls, job_id: str, entry_id: str, job: Job | None = None, entry_traceparent: str | None = None) -> Trace:

@@ -30,7 +30,7 @@ class StreamEvent:
     envelope: Envelope
     entry_id: str
     resume: str
-    """Pass it as `after` to continue behind this event. Tokens of the same entry are repeated then."""
+    """Pass it as `after` to continue here; other tokens of the same entry are repeated."""
 
 
 def decode_entry(record: Record, before: str) -> list[StreamEvent]:
@@ -53,11 +53,11 @@ def decode_entry(record: Record, before: str) -> list[StreamEvent]:
 
 
 class Cursor:
-    """Position of a reader in a job's stream. Yields each token once, even if the server lost writes.
+    """Position of a reader in a job's stream: each token once, even if the server lost writes.
 
-    Lost events are written again, but a repeated attempt may batch its tokens differently. Entry ids
-    are meaningless to the reader then, and token indices decide. `next_i` is the index of the first
-    token that the reader has not received, None if unknown.
+    Lost events are written again, but a repeated attempt may batch its tokens differently. Then
+    entry ids do not identify tokens, and indices do. `next_i` is the index of the first token that
+    the reader has not received, None if unknown.
     """
 
     def __init__(self, after: str, next_i: int | None) -> None:

@@ -20,17 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 
-from worker.jobs.keys import (
-    GROUP,
-    START,
-    WORKERS,
-    dead_key,
-    events_key,
-    next_id,
-    queue_key,
-    state_key,
-    worker_key,
-)
+from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.streams import (
     AppendCall,
     CancelCall,
@@ -59,13 +49,16 @@ _TRANSIENT = (
     exceptions.TryAgainError,
     exceptions.OutOfMemoryError,
 )
-"""Failover, restart, memory limit: the call can be repeated and succeeds once the condition ends."""
+"""Failover, restart, memory limit: a repeated call succeeds once the condition ends."""
 
 Value = str | int | bytes
 
 
 class RedisStreams:
-    """`Streams` over two redis-py clients, one for commands and one for blocking reads."""
+    """`Streams` over two redis-py clients, one for commands and one for blocking reads.
+
+    Methods are documented in `Streams`.
+    """
 
     def __init__(self, commands: Redis, blocking: Redis) -> None:
         self._commands = commands
@@ -99,7 +92,6 @@ class RedisStreams:
 
     @property
     def reconnects(self) -> int:
-        """Number of reconnections of either client."""
         return self._reconnects
 
     async def _on_connect(self, connection: Connection) -> None:
@@ -109,7 +101,6 @@ class RedisStreams:
         self._opened.add(connection)
 
     async def open_queue(self, queue: str) -> None:
-        """XGROUP CREATE MKSTREAM, from id 0."""
         try:
             await self._call(self._commands.xgroup_create(queue_key(queue), GROUP, id="0", mkstream=True))
         except exceptions.ResponseError as error:
@@ -117,7 +108,6 @@ class RedisStreams:
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        """`enqueue.lua`."""
         reply = await self._call(self._enqueue(keys=[queue_key(queue)], args=[bound, *_flat(fields.items())]))
         return None if reply is None else _text(reply)
 
@@ -147,7 +137,7 @@ class RedisStreams:
         return None
 
     async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """XAUTOCLAIM COUNT 1. The server examines ten entries for each that it may claim: hence the cursor."""
+        """XAUTOCLAIM COUNT 1 examines ten pending entries: hence the cursor."""
         claim = self._commands.xautoclaim(queue_key(queue), GROUP, consumer, min_idle_ms, cursor, count=1)
         reply = await self._call(claim, no_group=(START, []))
         for entry_id, fields in reply[1]:
@@ -157,19 +147,15 @@ class RedisStreams:
         return _text(reply[0]), None
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        """`renew.lua`."""
         return bool(await self._on_queue(self._renew, queue, consumer, entry_id))
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        """`renew.lua` with an idle time and a delivery count."""
         return bool(await self._on_queue(self._renew, queue, consumer, entry_id, idle_ms, deliveries))
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
-        """`settle.lua`."""
         return bool(await self._on_queue(self._settle, queue, entry_id, *_flat((dead or {}).items())))
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
-        """`remove_consumers.lua`."""
         names = [] if name is None else [name]
         return int(await self._on_queue(self._remove_consumers, queue, min_idle_ms, *names))
 
@@ -177,7 +163,6 @@ class RedisStreams:
         return await self._call(script(keys=[queue_key(queue), dead_key(queue)], args=[GROUP, *args]), no_group=0)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
-        """XPENDING."""
         rows = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, "-", "+", count), no_group=[])
         return [
             PendingEntry(_text(r["message_id"]), _text(r["consumer"]), r["time_since_delivered"], r["times_delivered"])
@@ -185,12 +170,10 @@ class RedisStreams:
         ]
 
     async def job_state(self, job_id: str) -> JobState:
-        """`state.lua`."""
         top, fields = await self._on_job(self._state, job_id)
         return JobState(_text(top), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
-        """`take.lua`."""
         opening = call.opening
         reply = await self._on_job(
             self._take,
@@ -202,7 +185,6 @@ class RedisStreams:
         return TakeReply(*map(_text, reply))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        """`append.lua`."""
         reply = await self._on_job(
             self._append,
             job_id,
@@ -212,7 +194,6 @@ class RedisStreams:
         return _text(reply)
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
-        """`cancel.lua`."""
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, call.event.kind, call.event.packed)
         return _text(await self._on_job(self._cancel, job_id, *args))
 
@@ -220,24 +201,20 @@ class RedisStreams:
         return await self._call(script(keys=[events_key(job_id), state_key(job_id)], args=args))
 
     async def expire(self, key: str, ttl_ms: int) -> None:
-        """PEXPIRE LT."""
         await self._call(self._commands.pexpire(key, ttl_ms, lt=True))
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        """XADD MAXLEN ~, and PEXPIRE."""
         entry_id = await self._call(self._commands.xadd(key, dict(fields.items()), maxlen=keep, approximate=True))
         if ttl_ms is not None:
             await self._call(self._commands.pexpire(key, ttl_ms))
         return _text(entry_id)
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
-        """XREAD, blocking if `block_ms` is above 0."""
         block = min(block_ms, MAX_BLOCK_MS)
         client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
         return _stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
-        """XRANGE."""
         records = await self._call(self._commands.xrange(key, first, last, count))
         return [(_text(entry_id), _fields(fields)) for entry_id, fields in records]
 
@@ -251,11 +228,10 @@ class RedisStreams:
             return START
 
     async def delete(self, key: str, entry_id: str) -> bool:
-        """XDEL."""
         return bool(await self._call(self._commands.xdel(key, entry_id)))
 
     async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
-        """HSET and PEXPIRE of the status hash, ZADD to the registry; members of long ago are removed."""
+        """Write the status hash and the registry; members without a heartbeat are removed later."""
         key, now = worker_key(worker), await self.time_ms()
         async with self._commands.pipeline(transaction=True) as pipe:
             pipe.hset(key, mapping=dict(status.items()))
@@ -265,23 +241,19 @@ class RedisStreams:
         await self._call(self._commands.zremrangebyscore(WORKERS, "-inf", now - 10 * ttl_ms))
 
     async def drop_status(self, worker: str) -> None:
-        """ZREM and DEL."""
         await self._call(self._commands.zrem(WORKERS, worker))
         await self._call(self._commands.delete(worker_key(worker)))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
-        """ZRANGE, and HGETALL of each member; members whose hash has expired are left out."""
         names = [_text(name) for name in await self._call(self._commands.zrange(WORKERS, 0, -1))]
         statuses = {name: _texts(await self._call(self._commands.hgetall(worker_key(name)))) for name in names}
         return {name: status for name, status in statuses.items() if status}
 
     async def time_ms(self) -> int:
-        """TIME."""
         seconds, micros = await self._call(self._commands.time())
         return int(seconds) * 1000 + int(micros) // 1000
 
     async def close(self) -> None:
-        """Close both clients."""
         await self._commands.aclose()
         await self._blocking.aclose()
 
@@ -320,7 +292,7 @@ def _address(client: Redis) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The operating system's reason if there is one, such as `connection refused`, else the error's text."""
+    """The operating system's reason, such as `connection refused`, or else the error's text."""
     system = error.__cause__ or error.__context__
     if isinstance(system, OSError) and system.errno:
         return (os.strerror(system.errno) if system.errno > 0 else str(system.strerror)).lower()

@@ -1,4 +1,4 @@
-"""A worker's registration: its heartbeat and status, its own event stream, operators' commands to it.
+"""A worker's registration: heartbeat and status, its own event stream, commands to it.
 
 None of this affects the result of a job: writes that fail are dropped, and no job waits for them.
 """
@@ -15,7 +15,6 @@ from typing import Literal, cast
 from worker.config import LeaseSection
 from worker.jobs.events import Envelope, Event, encode_event
 from worker.jobs.keys import CONTROL, START, worker_events_key
-from worker.jobs.protocol import Trace
 from worker.jobs.streams import Disconnected, Streams, retry_until_connected
 
 READ_BLOCK_MS = 1000
@@ -53,28 +52,16 @@ class Registration:
         """Unregister."""
         await self._streams.drop_status(self._worker_id)
 
-    async def publish(
-        self, event: Event, job_id: str | None = None, epoch: int = 0, trace: Trace | None = None
-    ) -> None:
-        """Append to the worker's own stream. The optional arguments mark the copy of a job's event."""
-        kind, packed = encode_event(event, self.envelope(job_id, epoch, trace))
+    async def publish(self, event: Event, envelope: Envelope | None = None) -> None:
+        """Append to the worker's own stream; pass the envelope to copy a job's event."""
+        envelope = envelope or Envelope(None, 0, int(self._clock() * 1000), self._worker_id)
+        kind, packed = encode_event(event, envelope)
         key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
         with contextlib.suppress(Disconnected):
             await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)
 
-    def envelope(self, job_id: str | None, epoch: int, trace: Trace | None) -> Envelope:
-        """The envelope of an event that this worker writes now."""
-        return Envelope(
-            job_id=job_id,
-            epoch=epoch,
-            ts_ms=int(self._clock() * 1000),
-            worker_id=self._worker_id,
-            correlation_id=trace.correlation_id if trace else None,
-            traceparent=trace.traceparent if trace else None,
-        )
-
     async def heartbeat(self, status: Mapping[str, str]) -> None:
-        """Register, and write the status hash, which expires STATUS_TTL_S after the last heartbeat."""
+        """Register, and write the status hash, which expires after STATUS_TTL_S."""
         with contextlib.suppress(Disconnected):
             await self._streams.put_status(self._worker_id, status, int(STATUS_TTL_S * 1000))
 

@@ -1,8 +1,8 @@
-"""The `Streams` interface: what the protocol needs of a Redis server, as atomic methods that are safe to repeat.
+"""The `Streams` interface: a Redis server as the protocol uses it, in atomic, repeatable calls.
 
-Each method touches one hash slot. `redis_streams.py` implements the interface with redis-py and `lua/`;
-`tests/jobs/memory_streams.py` implements it in plain Python and defines what each script does. Two helpers over any
-implementation are here too: `retry_until_connected` and `ServerClock`. Read `transport.py` next.
+Each method touches one hash slot. `redis_streams.py` implements the interface with redis-py and
+`lua/`; `tests/jobs/memory_streams.py` does in plain Python and defines what each script does.
+`retry_until_connected` and `ServerClock` work over any implementation. Read `transport.py` next.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Record = tuple[str, Fields]
 
 
 class Disconnected(ConnectionError):
-    """The server cannot be reached, or its reply was lost: the call may have taken effect. Repeat it."""
+    """The server is unreachable, or its reply was lost: the call may have taken effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,10 @@ class EncodedEvent:
 
 @dataclass(frozen=True, slots=True)
 class TakeCall:
-    """Arguments of `take`, which writes `opening` as `<epoch>-0` if the stream's last id is still `expected`.
+    """Arguments of `take`: write `opening` as `<epoch>-0` if the stream's last id is `expected`.
 
-    In place of `opening` it writes `cancelled` if a cancel was requested, and `poisoned` after `max_attempts` attempts
-    that ended without a release and without a new token, or more than `max_deliveries` deliveries.
+    Instead of `opening`, `cancelled` is written if a cancel was requested, and `poisoned` after
+    more than `max_deliveries` deliveries or `max_attempts` attempts without a new token or release.
     """
 
     entry_id: str
@@ -82,8 +82,8 @@ class TakeReply:
     - RETRY: the last id or the epoch differs from the caller's; nothing was written.
     - DUPLICATE: the job belongs to another queue entry.
     - CLOSED: a terminal error with this `code` was written.
-    - OVER: the stream already had its terminal event; `code` is its error code, if any, and `entry_id` the queue entry
-      that the job was bound to, if any.
+    - OVER: the stream had its terminal event before. `code` is its error code and `entry_id` the
+      queue entry that the job was bound to; each may be empty.
     """
 
     outcome: str
@@ -93,7 +93,7 @@ class TakeReply:
 
 @dataclass(frozen=True, slots=True)
 class AppendCall:
-    """Arguments of `append`, which writes all of `events` if the stream exists and its last id is `expected`."""
+    """Arguments of `append`: write all `events` if the stream's last id is `expected`."""
 
     expected: str
     epoch: int
@@ -112,7 +112,7 @@ class AppendCall:
 
 @dataclass(frozen=True, slots=True)
 class CancelCall:
-    """Arguments of `cancel`, which flags a running job and ends any other with `event` as `<epoch>-0`."""
+    """Arguments of `cancel`: flag a running job, end any other with `event` as `<epoch>-0`."""
 
     expected: str
     epoch: int
@@ -133,7 +133,7 @@ class PendingEntry:
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job's state hash and the last id of its event stream, read in one step; empty for an unknown job."""
+    """A job's state hash and the last id of its stream; empty for an unknown job."""
 
     top: str = START
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -150,110 +150,87 @@ class Streams(Protocol):
     @property
     def reconnects(self) -> int:
         """Number of reconnections so far. Each may have lost replies."""
-        ...
 
     async def open_queue(self, queue: str) -> None:
         """Create the stream and its consumer group, from id 0, unless they exist."""
-        ...
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
         """Add an entry and return its id, or None if the queue holds `bound` entries.
 
-        A repeated call adds a second entry; `take` then refuses it as a duplicate of the job.
+        Repeating it adds a second entry of the job, which `take` refuses as a duplicate.
         """
-        ...
 
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
         """Return the next undelivered entry, waiting up to `block_ms`."""
-        ...
 
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
-        """Return the consumer's next pending entry above `above`; idle time and delivery count do not change."""
-        ...
+        """Return the consumer's next pending entry, without counting a delivery."""
 
     async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """Scan one page of pending entries, claim at most one that is idle for `min_idle_ms`; the next cursor first."""
-        ...
+        """Claim one idle entry of a page of pending ones, if any; return the next cursor first."""
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        """Reset the entry's idle time if it is pending for `consumer`; otherwise change nothing and return False."""
-        ...
+        """Reset the entry's idle time if it is pending for `consumer`; otherwise return False."""
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        """Set the idle time and delivery count of the consumer's pending entry; guarded as `renew` is."""
-        ...
+        """Set idle time and delivery count of the entry, under the same condition as `renew`."""
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
-        """Acknowledge the entry. The call that does so also adds `dead` to the dead letters and deletes the entry."""
-        ...
+        """Acknowledge and delete the entry, and add `dead`, if given, to the dead letters.
+
+        Only the first call has an effect and returns True.
+        """
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
-        """Delete idle consumers (or only `name`) and return how many. Consumers with pending entries are kept."""
-        ...
+        """Delete idle consumers (or only `name`) without pending entries; return how many."""
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         """Return the first `count` pending entries."""
-        ...
 
     async def job_state(self, job_id: str) -> JobState:
         """Return the job's state and the last id of its stream, read atomically."""
-        ...
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         """Begin an epoch of the job."""
-        ...
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        """Return the stream's last id after the call; START if the stream is gone or another worker has the epoch."""
-        ...
+        """Return the stream's last id; START if it is gone or another worker has the epoch."""
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
-        """Return CANCELLED (ended as cancelled), REQUESTED (running), OVER (ended otherwise) or RETRY."""
-        ...
+        """Return CANCELLED (ended as such), REQUESTED (running), OVER (ended before) or RETRY."""
 
     async def expire(self, key: str, ttl_ms: int) -> None:
         """Shorten a key's time to live to `ttl_ms`; never lengthen it."""
-        ...
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        """Add to a stream trimmed to about its `keep` newest entries. Not for job or queue streams."""
-        ...
+        """Append to a stream trimmed to about `keep` entries. Not for job or queue streams."""
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
         """Return entries above `after`, waiting up to `block_ms` for the first."""
-        ...
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
         """Return entries from `first` to `last`, inclusive; `-` and `+` are the ends."""
-        ...
 
     async def last_id(self, key: str) -> str:
-        """Return the last id that the stream generated, whether or not its entry still exists."""
-        ...
+        """Return the last id of the stream, whether or not its entry still exists."""
 
     async def delete(self, key: str, entry_id: str) -> bool:
         """Delete one entry."""
-        ...
 
     async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
         """Register the worker and write its status hash, which expires after `ttl_ms`."""
-        ...
 
     async def drop_status(self, worker: str) -> None:
         """Unregister the worker."""
-        ...
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
-        """Return the status of each registered worker whose status has not expired, by name."""
-        ...
+        """Return the status of each registered, live worker by name."""
 
     async def time_ms(self) -> int:
         """Return the server's clock, ms since 1970."""
-        ...
 
     async def close(self) -> None:
         """Close the connections."""
-        ...
 
 
 async def retry_until_connected(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -268,7 +245,7 @@ async def retry_until_connected(call: Callable[P, Awaitable[T]], *args: P.args, 
 
 
 class ServerClock:
-    """The server's clock, extrapolated from one TIME reply for `VALID_S`, or until the next reconnection."""
+    """The server's clock: a TIME reply, extrapolated for `VALID_S` or until a reconnection."""
 
     VALID_S = 10.0
     """Two clocks drift apart by less than 1 ms in this time."""
@@ -286,7 +263,7 @@ class ServerClock:
         return int(time.monotonic() * 1000 + self._offset_ms)
 
     async def refresh(self) -> None:
-        """Read the clock if more than half of `VALID_S` has passed. Does nothing if the server is unreachable."""
+        """Read the clock if half of `VALID_S` has passed and the server is reachable."""
         if self._age_s > self.VALID_S / 2:
             with contextlib.suppress(Disconnected):
                 self._set(await self._streams.time_ms())

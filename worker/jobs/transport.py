@@ -1,9 +1,9 @@
 """A worker's side of the protocol: claim, take, append, finish, settle; renew, release, abandon.
 
 Exactly once on the event stream, at least once on the job: every event has the id `<epoch>-<seq>`,
-and a write takes effect only if the stream's last id is the one that the writer expects. This module
-decides which calls to make and repeats them after lost replies; `streams.py` defines what each call
-does on the server.
+and a write takes effect only if the stream's last id is the one that the writer expects. This
+module decides which calls to make and repeats them after lost replies; `streams.py` defines what
+each call does on the server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
 from worker.jobs.consumer import Consumer
-from worker.jobs.events import ErrorEvent, Event, encode_event
+from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event
 from worker.jobs.keys import events_key, next_id, state_key
 from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Renewal
 from worker.jobs.payload import job_id_of
@@ -83,7 +83,7 @@ class Transport:
 
     @property
     def seconds_since_contact(self) -> float:
-        """Seconds since a poll or a renewal last succeeded; /livez fails above three scan periods."""
+        """Seconds since the last successful poll or renewal; /livez fails above 3 × `scan_s`."""
         return time.monotonic() - self._consumer.last_contact_s
 
     async def server_time_ms(self) -> int:
@@ -91,7 +91,7 @@ class Transport:
         return await self._server_clock.now_ms()
 
     async def claim(self) -> Claim | None:
-        """The next queue entry, or None after about `scan_s`. Let it return instead of cancelling it.
+        """The next queue entry, or None after about `scan_s`. Do not cancel it: let it return.
 
         An entry with more than `max_deliveries` deliveries is dead-lettered here, unparsed.
         """
@@ -151,7 +151,7 @@ class Transport:
             self._stage(lease, events)
             await self._write(lease, last.kind, last.code if isinstance(last, ErrorEvent) else "")
         if isinstance(last, ErrorEvent):
-            await self.registration.publish(last, lease.job_id, lease.epoch, lease.trace)
+            await self.registration.publish(last, self._envelope(lease.job_id, lease.epoch, lease.trace))
 
     async def settle(self, lease: Lease) -> None:
         """Acknowledge a finished job and let its keys expire after `retention_s`."""
@@ -179,7 +179,7 @@ class Transport:
             await self._consumer.give_back(claim.entry_id, claim.deliveries - 1)
 
     async def abandon(self, lease: Lease, error: WorkerError) -> None:
-        """Make the job claimable at once after a failure of this worker; counts as a failed attempt."""
+        """Make the job claimable at once after a failure of this worker: a failed attempt."""
         with contextlib.suppress(Fenced):
             async with lease.writing:
                 await self._write(lease, "running", error.code)
@@ -204,9 +204,10 @@ class Transport:
         self, claim: Claim, job_id: str, trace: Trace, state: JobState, opening: Event, errors: Mapping[str, ErrorEvent]
     ) -> TakeCall:
         epoch = state.next_epoch
+        envelope = self._envelope(job_id, epoch, trace)
 
         def encode(event: Event) -> EncodedEvent:
-            return EncodedEvent(*encode_event(event, self.registration.envelope(job_id, epoch, trace)))
+            return EncodedEvent(*encode_event(event, envelope))
 
         return TakeCall(
             entry_id=claim.entry_id,
@@ -254,11 +255,11 @@ class Transport:
         if reply.outcome == "OVER":
             return Closed("over")
         error = errors[reply.code]
-        await self.registration.publish(error, job_id, epoch, trace)
+        await self.registration.publish(error, self._envelope(job_id, epoch, trace))
         return Closed(_REASONS.get(reply.code, "refused"), error)
 
     def _stage(self, lease: Lease, events: Sequence[Event]) -> None:
-        envelope = self.registration.envelope(lease.job_id, lease.epoch, lease.trace)
+        envelope = self._envelope(lease.job_id, lease.epoch, lease.trace)
         for event in events:
             lease.stage(event, EncodedEvent(*encode_event(event, envelope)))
 
@@ -287,6 +288,9 @@ class Transport:
     async def _expire_keys(self, job_id: str) -> None:
         for key in (events_key(job_id), state_key(job_id)):
             await retry_until_connected(self._streams.expire, key, int(self._settings.retention_s * 1000))
+
+    def _envelope(self, job_id: str, epoch: int, trace: Trace) -> Envelope:
+        return trace.envelope(job_id, epoch, self._now_ms(), self.worker_id)
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

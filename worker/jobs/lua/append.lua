@@ -1,8 +1,9 @@
--- Write a batch of events, all or none, if the stream's top is the expected one; answers the top as it is then.
--- A batch that is there already is not written again, since the top has moved; no key that has expired comes back.
--- ARGV: 1 expected top, 2 epoch, 3 worker, 4 state, 5 tokens, 6 error code, 7 now, 8 ttl; then id, type, payload of each.
+-- Append a batch of events if the stream's last id is the expected one; return the last id afterwards.
+-- Repeatable: a written batch has moved the last id. Does not create a stream that has expired.
+-- KEYS: 1 events, 2 state. ARGV: 1 expected last id, 2 epoch, 3 worker, 4 state, 5 tokens,
+--       6 error code, 7 now, 8 ttl; then id, type and payload of each event.
 local owner = redis.call('HMGET', KEYS[2], 'epoch', 'worker')
-if owner[1] == ARGV[2] and owner[2] ~= ARGV[3] then return '0-0' end -- the server lost our take; another has our epoch
+if owner[1] == ARGV[2] and owner[2] ~= ARGV[3] then return '0-0' end -- the server lost our take, and another worker has the epoch
 local top = top_of(KEYS[1])
 if top ~= ARGV[1] or top == '0-0' then return top end
 

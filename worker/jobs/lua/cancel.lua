@@ -1,5 +1,5 @@
--- Ask a running job to stop; end a job that nobody runs, known or not, at once. A finished one stays as it is.
--- ARGV: 1 expected top, 2 epoch, 3 now, 4 ttl, 5 type and 6 payload of the terminal event.
+-- Flag a running job; end a waiting or unknown one with the terminal event. A finished job is unchanged.
+-- KEYS: 1 events, 2 state. ARGV: 1 expected last id, 2 epoch, 3 now, 4 ttl, 5 type, 6 payload.
 local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
 if is_over(state) then return state.error == 'CANCELLED' and 'CANCELLED' or 'OVER' end

@@ -1,6 +1,6 @@
--- Read in before take, append, cancel and state. A job's slot holds two keys: KEYS[1] its events, KEYS[2] its state.
+-- Prepended to take, append, cancel and state. KEYS: 1 events, 2 state; both in the job's slot.
 
--- The newest id that the stream has generated, trimmed or not; 0-0 without a stream.
+-- The last id that the stream generated, whether or not trimmed; 0-0 without a stream.
 local function top_of(events)
   if redis.call('EXISTS', events) == 0 then return '0-0' end
   local info = redis.call('XINFO', 'STREAM', events)

@@ -1,5 +1,5 @@
--- Delete consumers that nobody has seen for a while and that hold nothing: with pending entries, DELCONSUMER loses jobs.
--- ARGV: 1 group, 2 least idle ms, 3 the only name to consider, if not all.
+-- Delete idle consumers without pending entries: DELCONSUMER would discard these, and lose jobs.
+-- KEYS: 1 queue. ARGV: 1 group, 2 minimum idle ms, 3 (optional) the only consumer to consider.
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local removed = 0
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do

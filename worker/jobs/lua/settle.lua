@@ -1,4 +1,4 @@
--- Acknowledge an entry; only the call that did so adds the dead letter, if one is given, and deletes the entry.
+-- Acknowledge an entry. Only the call that does so adds the dead letter, if given, and deletes the entry.
 -- KEYS: 1 queue, 2 dead letters. ARGV: 1 group, 2 entry; then the dead letter's fields and values.
 local acknowledged = redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 if acknowledged == 1 then

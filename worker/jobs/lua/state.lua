@@ -1,2 +1,2 @@
--- A job as it is at one moment: its stream's top, and its state, flat. Read one by one, the job could end in between.
+-- Return the stream's last id and the state hash, read atomically: the job could end between two reads.
 return { top_of(KEYS[1]), redis.call('HGETALL', KEYS[2]) }

@@ -1,6 +1,7 @@
--- Begin an epoch of a job, or find that there is none to begin. Called twice, it answers twice alike.
--- ARGV: 1 entry, 2 worker, 3 expected top, 4 epoch, 5 now, 6 ttl, 7 deliveries, 8 most deliveries, 9 most barren attempts,
---       10-12 opening: type, payload, error code; 13 payload of the error CANCELLED, 14 of DEAD_LETTERED.
+-- Begin an epoch of a job, unless it is over, another entry's, cancelled or poisoned. Repeatable.
+-- KEYS: 1 events, 2 state. ARGV: 1 entry, 2 worker, 3 expected last id, 4 epoch, 5 now, 6 ttl,
+--       7 deliveries, 8 maximum deliveries, 9 maximum attempts without progress, 10-12 type, payload
+--       and error code of the opening event, 13 payload of the error CANCELLED, 14 of DEAD_LETTERED.
 local entry, worker, expected, epoch, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
@@ -9,7 +10,7 @@ if state.entry and state.entry ~= entry then return {'DUPLICATE', '', state.entr
 if state.worker == worker and state.base == expected and top == epoch .. '-0' then return {'TAKEN'} end
 if top ~= expected or next_epoch(top, state) ~= tonumber(epoch) then return {'RETRY'} end
 
--- An attempt was barren if it ended neither by a give-back (then its state is no longer `running`) nor with a new token.
+-- An attempt was barren if it published no new token and did not give the job back (which changes its state).
 local tokens, barren = state.tokens or '0', tonumber(state.barren or 0)
 if state.state == 'running' and tokens == state.tokens_before then barren = barren + 1 end
 
