@@ -1,4 +1,4 @@
-"""The commands around a queue, against a real server and a worker that echoes: output, exit codes, sentences."""
+"""The queue commands against a real server and an echo worker: output, exit codes, messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker.jobs.client import SyncClient
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def server_and_port(tmp_path_factory):
     """A server with one echoing worker: the server's URL, and the worker's HTTP port."""
     with running_server() as server:
         slow = ("--echo", "--echo-step-ms", 5, "--name", "echoer")
@@ -28,13 +28,13 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def url(place):
-    return place[0]
+def url(server_and_port):
+    return server_and_port[0]
 
 
 @pytest.fixture
-def port(place):
-    return place[1]
+def port(server_and_port):
+    return server_and_port[1]
 
 
 @pytest.fixture
@@ -70,10 +70,10 @@ def test_submit_prints_the_id_and_tail_shows_the_job(worker):
     _, rest, _ = worker("tail", out.strip(), "--json", "--from", resume)
     indices = [event["i"] for event in lines(rest) if event["event"] == "token"]
     assert indices == list(range(indices[0], 5))
-    assert indices[0] <= 3, "within an entry its tokens come again, none is lost"
+    assert indices[0] <= 3, "tokens of the same entry are repeated, none is missing"
 
 
-def test_submit_wait_streams_text_and_figures_apart(worker):
+def test_submit_wait_separates_text_and_statistics(worker):
     code, out, err = worker("submit", "abc", "--max-tokens", 7, "--wait")
     assert (code, out) == (0, "abcabca\n")
     assert "7 drawn" in err
@@ -84,7 +84,7 @@ def test_submit_wait_streams_text_and_figures_apart(worker):
     assert lines(out) == [{"job_id": "mine"}]
 
 
-def test_submit_wait_tells_failures_by_exit_code(worker):
+def test_submit_wait_reports_failures_by_exit_code(worker):
     code, _, err = worker("submit", "abc", "--max-tokens", 100_000, "--wait")
     assert code == 3
     assert "INVALID_REQUEST" in err
@@ -114,19 +114,19 @@ def test_cancel_jobs_and_workers(worker):
     assert "echoer-" in worker("workers")[1]
 
 
-def _until(look, right, timeout_s=10.0):
+def _until(read, accept, timeout_s=10.0):
     deadline = time.monotonic() + timeout_s
     while True:
-        seen = look()
+        value = read()
         try:
-            if right(seen):
-                return seen
+            if accept(value):
+                return value
         except (IndexError, KeyError):
             pass
-        assert time.monotonic() < deadline, seen
+        assert time.monotonic() < deadline, value
 
 
-def test_health_asks_the_port(worker, port):
+def test_health_queries_the_port(worker, port):
     code, out, _ = worker("health", "--url", f"127.0.0.1:{port}")
     assert (code, json.loads(out)["alive"]) == (0, True)
     code, out, _ = worker("health", "--url", f"http://localhost:{port}/", "--ready")
@@ -160,19 +160,19 @@ def test_dead_letters_are_listed_shown_retried_and_dropped(worker, url):
 def test_tail_all_follows_workers_and_jobs_until_interrupted(worker, url, tmp_path):
     command = [sys.executable, "-m", "worker", "tail", "--all", "--json", "--redis-url", url]
     with (tmp_path / "out").open("w+") as output, subprocess.Popen(command, stdout=output) as process:
-        # Nothing says that it listens already: ask again until something is heard.
+        # The process does not report that it is listening: submit until its output shows events.
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             worker("submit", "abc", "--max-tokens", 3, "--wait")
-            heard = lines((tmp_path / "out").read_text())
-            if {"end", "vram"} <= {event["event"] for event in heard}:
+            received = lines((tmp_path / "out").read_text())
+            if {"end", "vram"} <= {event["event"] for event in received}:
                 break
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
-    assert {"started", "token", "end", "vram"} <= {event["event"] for event in heard}
+    assert {"started", "token", "end", "vram"} <= {event["event"] for event in received}
 
 
-def test_tail_of_a_worker_shows_its_life_from_the_start(worker, url):
+def test_tail_of_a_worker_starts_with_its_first_event(worker, url):
     command = [sys.executable, "-m", "worker", "tail", "--worker", "echoer", "--json", "--redis-url", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         kinds = [json.loads(process.stdout.readline())["event"] for _ in range(7)]
@@ -190,7 +190,7 @@ def test_wrong_usage_is_exit_code_2(worker, arguments):
     "arguments",
     [("submit", "x"), ("tail", "a"), ("tail", "--all"), ("jobs",), ("workers",), ("drain", "w"), ("dead", "ls")],
 )
-def test_a_server_that_is_not_there_is_one_sentence_that_says_what_to_do(worker, arguments):
+def test_an_unreachable_server_is_one_message_with_a_remedy(worker, arguments):
     code, out, err = worker(*arguments, at="redis://127.0.0.1:1")
     assert (code, out, err.count("\n")) == (5, "", 1)
     assert err.startswith("worker: REDIS_UNREACHABLE: ")
@@ -211,19 +211,19 @@ def test_a_password_is_never_printed(worker, url):
     assert "sec" not in out + err
 
 
-def test_run_without_a_model_says_what_to_give(worker):
+def test_run_without_a_model_names_the_option(worker):
     code, _, err = worker("run")
     assert code == 4
     assert "--model" in err
 
 
-def test_drain_of_nobody_is_told(worker):
-    code, _, err = worker("drain", "nobody")
+def test_drain_of_an_unknown_worker_is_an_error(worker):
+    code, _, err = worker("drain", "no-such-worker")
     assert code == 1
     assert "worker workers" in err
 
 
-def test_every_command_teaches(worker):
+def test_every_command_has_help(worker):
     _, out, _ = worker("--help")
     for command in ("run", "submit", "tail", "cancel", "jobs", "workers", "drain", "health", "dead"):
         assert command in out
@@ -232,7 +232,7 @@ def test_every_command_teaches(worker):
         assert len(shown) > 200
 
 
-def test_generate_does_not_wait_for_redis():
+def test_generate_does_not_import_redis():
     code = "import sys, worker.cli; print([m for m in ('redis', 'structlog', 'prometheus_client') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""The worlds that the transport's tests run in."""
+"""Fixtures: a real server, and a harness over each implementation of `Streams`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tests.jobs.servers import Server, running_server
 
 @pytest.fixture(scope="session")
 def session_server() -> Iterator[Server]:
-    """A real server for the whole session."""
+    """One server process for the session."""
     with running_server() as server:
         yield server
 
 
 @pytest.fixture
 def server(session_server: Server) -> Server:
-    """A real server with nothing on it."""
-    session_server.empty()
+    """The server, flushed."""
+    session_server.flush()
     return session_server
 
 
 @pytest_asyncio.fixture(params=["memory", "fakeredis", "server"])
 async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
-    """An empty harness of each kind."""
+    """A harness over an empty server, of each kind."""
     if request.param == "memory":
-        made: Harness = MemoryHarness()
+        created: Harness = MemoryHarness()
     elif request.param == "fakeredis":
-        made = FakeRedisHarness()
+        created = FakeRedisHarness()
     else:
-        made = ServerHarness(request.getfixturevalue("server").url)
-    yield made
-    await made.close()
+        created = ServerHarness(request.getfixturevalue("server").url)
+    yield created
+    await created.close()

@@ -1,4 +1,4 @@
-"""A worker without an engine, for the transport's tests: token i of every answer is a function of i."""
+"""A worker without an engine: token i of every answer is a function of i."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ async def begin(transport: Transport, claim: Claim) -> Lease | Closed:
 
 
 async def claim_next(transport: Transport) -> Claim:
-    """The next claim, which must come at once."""
+    """Claim the next entry, which must be available."""
     claim = await transport.claim()
     assert claim is not None
     return claim
 
 
 async def take_next(transport: Transport) -> Lease:
-    """The next claim, begun."""
+    """Claim the next entry and take its lease."""
     lease = await begin(transport, await claim_next(transport))
     assert isinstance(lease, Lease), lease
     return lease
 
 
 async def complete(transport: Transport, lease: Lease, count: int) -> None:
-    """From where the lease stands to the end of an answer of `count` tokens."""
+    """Publish the rest of an answer of `count` tokens, and settle."""
     for i in range(lease.tokens, count):
         await transport.append(lease, tokens(i, i + 1))
     await transport.finish(lease, end(count))

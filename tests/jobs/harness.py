@@ -1,6 +1,7 @@
-"""One face on the three places where the protocol runs: in memory, fakeredis, a real server.
+"""One interface to the three servers under test: in memory, fakeredis, a real process.
 
-A harness gives transports and clients as separate processes would have them, and a look at the keys behind their backs.
+A harness creates transports and clients with connections of their own, as separate processes have
+them, and inspects and changes keys directly.
 """
 
 from __future__ import annotations
@@ -26,33 +27,33 @@ from worker.jobs.transport import Transport
 
 
 def lease_settings(**settings: Any) -> LeaseSection:
-    """Lease settings that are not validated: a lease of 0 s is allowed."""
+    """Lease settings without validation, which allows a lease of 0 s."""
     return LeaseSection.model_construct(**settings)
 
 
 SHORT_LEASE = lease_settings(lease_s=0.1, scan_s=0.05)
 """Short enough for tests to wait for."""
 NO_LEASE = lease_settings(lease_s=0.0, scan_s=0.02)
-"""Every pending entry looks abandoned at once: whoever scans takes it over, as if its owner had been paused."""
+"""Every pending entry can be reclaimed at once, as if its consumer had been paused."""
 LONG_LEASE = lease_settings(lease_s=60.0, scan_s=0.02)
-"""Nothing is ever taken over."""
+"""No entry is reclaimed."""
 
 
-async def wait_until(true: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not await true():
-        assert time.monotonic() < deadline, "it did not become true in time"
+    while not await condition():
+        assert time.monotonic() < deadline, f"{condition.__name__} is not true after {timeout_s} s"
         await asyncio.sleep(0.005)
 
 
 async def assert_consistent(harness: Harness, **texts: str | None) -> None:
-    """These jobs' streams are right, with these texts where they ended; nothing is pending, no job key stays."""
+    """Check these jobs' streams and texts, that nothing is pending, and that keys expire."""
     assert_none(await find_violations(harness.connect(), "default", texts))
     assert_none(keys_without_ttl(await harness.keys()))
 
 
 class Harness(ABC):
-    """The base of the three."""
+    """Base class of the three."""
 
     def __init__(self) -> None:
         self._opened: list[Streams] = []
@@ -64,7 +65,7 @@ class Harness(ABC):
 
     @abstractmethod
     def _connect(self) -> Streams:
-        """A connection of its own."""
+        """A new connection."""
 
     async def transport(self, name: str, lease: LeaseSection = LONG_LEASE, streams: Streams | None = None) -> Transport:
         transport = Transport(streams or self.connect(), name, lease=lease)
@@ -76,19 +77,19 @@ class Harness(ABC):
 
     @abstractmethod
     async def keys(self) -> dict[str, int | None]:
-        """Every key, with its milliseconds to live."""
+        """Every key, with its time to live in ms."""
 
     @abstractmethod
     async def drop(self, key: str) -> None:
-        """What an expiry does."""
+        """Delete a key, as its expiry does."""
 
     @abstractmethod
     async def trim(self, key: str) -> None:
-        """Remove every entry of a stream; its top stays."""
+        """Delete every entry of a stream; its last id stays."""
 
     @abstractmethod
     async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
-        """What brings these keys back as they are now: a server that lost its last writes."""
+        """Save these keys; the returned function restores them, like a server losing writes."""
 
     async def close(self) -> None:
         for streams in self._opened:
@@ -115,18 +116,18 @@ class MemoryHarness(Harness):
             await self.streams.delete(key, entry_id)
 
     async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
-        kept = {key: copy.deepcopy(self.streams._streams.get(key) or self.streams._hashes.get(key)) for key in keys}
+        saved = {key: copy.deepcopy(self.streams._streams.get(key) or self.streams._hashes.get(key)) for key in keys}
 
         async def restore() -> None:
-            for key, value in kept.items():
-                held = self.streams._hashes if isinstance(value, dict) else self.streams._streams
-                held[key] = copy.deepcopy(value)
+            for key, value in saved.items():
+                table = self.streams._hashes if isinstance(value, dict) else self.streams._streams
+                table[key] = copy.deepcopy(value)
 
         return restore
 
 
 class RedisHarness(Harness):
-    """Any server that redis-py can talk to."""
+    """Base class for servers that redis-py connects to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class RedisHarness(Harness):
 
     @abstractmethod
     def _raw(self) -> Redis:
-        """A connection that looks behind the protocol's back."""
+        """A client for direct access to keys."""
 
     async def keys(self) -> dict[str, int | None]:
         found: dict[str, int | None] = {}
@@ -150,10 +151,10 @@ class RedisHarness(Harness):
         await self.raw.xtrim(key, maxlen=0, approximate=False)
 
     async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
-        kept = {key: await self.raw.dump(key) for key in keys}
+        saved = {key: await self.raw.dump(key) for key in keys}
 
         async def restore() -> None:
-            for key, value in kept.items():
+            for key, value in saved.items():
                 await self.raw.restore(key, 60_000, value, replace=True)
 
         return restore
@@ -191,7 +192,7 @@ async def _nothing(_: str) -> None: ...
 
 
 class LossyStreams:
-    """A connection that does what it is asked and then loses the answer, if `lose` says so."""
+    """A connection that executes each call and then loses the reply if `lose(name)` is true."""
 
     def __init__(
         self, streams: Streams, lose: Callable[[str], bool], before: Callable[[str], Awaitable[None]] = _nothing
@@ -201,15 +202,15 @@ class LossyStreams:
         self._before = before
 
     def __getattr__(self, name: str) -> Any:
-        asked = getattr(self._streams, name)
+        attribute = getattr(self._streams, name)
         if name in ("reconnects", "close"):
-            return asked
+            return attribute
 
-        async def ask(*args: Any, **kwargs: Any) -> Any:
+        async def call(*args: Any, **kwargs: Any) -> Any:
             await self._before(name)
-            answer = await asked(*args, **kwargs)
+            reply = await attribute(*args, **kwargs)
             if self._lose(name):
-                raise Disconnected("the answer was lost")
-            return answer
+                raise Disconnected("the reply was lost")
+            return reply
 
-        return ask
+        return call

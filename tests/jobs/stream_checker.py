@@ -1,7 +1,8 @@
-"""Replays what a run left on the server and lists every breach of the protocol. For any tests, chaos too.
+"""Replays the event streams on a server and lists every violation of the protocol.
 
-A job's stream: ids rising, `[started (tokens | metrics | resumed)*] (end | error)`, one terminal event and nothing
-after it, token indices 0…n with no gap or duplicate, each later epoch opened by `resumed` at the next index.
+A valid stream has increasing ids, the grammar `[started (tokens | metrics | resumed)*] (end |
+error)`, one terminal event as its last, token indices 0…n without gap or duplicate, and opens each
+later epoch with `resumed` at the next index.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ from worker.jobs.streams import Record, Streams
 
 
 def violations(job_id: str, records: Sequence[Record], text: str | None = None) -> list[str]:
-    """What is wrong with one job's whole event stream; `text` is the answer of an undisturbed run."""
+    """Violations in one job's whole event stream; `text` is the answer without faults."""
     found: list[str] = []
     indices: list[int] = []
     released: list[str] = []
-    previous, epoch, started, over = (0, -1), 0, False, False
+    previous, epoch, started, ended = (0, -1), 0, False, False
     for entry_id, fields in records:
         decoded = decode_event(fields["type"].decode(), fields["p"])
         if decoded is None:
             continue
         event, envelope = decoded
         if split_id(entry_id) <= previous:
-            found.append(f"{entry_id} does not rise")
+            found.append(f"{entry_id} is not above the id before it")
         previous = split_id(entry_id)
-        if over:
-            found.append(f"{event.kind} at {entry_id} comes after the end")
+        if ended:
+            found.append(f"{event.kind} at {entry_id} follows the terminal event")
         if envelope.epoch != epoch_of(entry_id) or envelope.job_id != job_id:
-            found.append(f"{entry_id} carries epoch {envelope.epoch} and job {envelope.job_id}")
+            found.append(f"{entry_id} has epoch {envelope.epoch} and job {envelope.job_id}")
         if isinstance(event, Started):
             found += [f"a second started at {entry_id}"] if started else []
             started = True
         elif not started and not event.terminal:
-            found.append(f"{event.kind} at {entry_id} comes before started")
+            found.append(f"{event.kind} at {entry_id} precedes started")
         if isinstance(event, Resumed) and event.from_i != len(indices):
-            found.append(f"resumed at {entry_id} goes on at {event.from_i}, not {len(indices)}")
+            found.append(f"resumed at {entry_id} continues at {event.from_i}, not {len(indices)}")
         if epoch_of(entry_id) != epoch:
             opens = isinstance(event, Started if not epoch else Resumed) or event.terminal
             found += [] if opens and previous[1] == 0 else [f"epoch {epoch_of(entry_id)} opens with {event.kind}"]
@@ -45,13 +46,13 @@ def violations(job_id: str, records: Sequence[Record], text: str | None = None) 
         if isinstance(event, Tokens):
             indices += [token.i for token in event.tokens]
             released += [token.t for token in event.tokens]
-        over = over or event.terminal
+        ended = ended or event.terminal
         if isinstance(event, End):
             found += _ending(event, indices, "".join(released), text)
     if indices != list(range(len(indices))):
         found.append(f"token indices are {indices}")
-    found += [] if over else ["there is no terminal event"]
-    return [f"{job_id}: {breach}" for breach in found]
+    found += [] if ended else ["there is no terminal event"]
+    return [f"{job_id}: {violation}" for violation in found]
 
 
 def _ending(event: End, indices: Sequence[int], released: str, text: str | None) -> list[str]:
@@ -59,12 +60,12 @@ def _ending(event: End, indices: Sequence[int], released: str, text: str | None)
     if event.tokens_out != len(indices):
         found.append(f"end counts {event.tokens_out} tokens, the stream {len(indices)}")
     if text is not None and released != text:
-        found.append(f"the text is {released!r}, undisturbed {text!r}")
+        found.append(f"the text is {released!r}, expected {text!r}")
     return found
 
 
 async def find_violations(streams: Streams, queue: str, texts: Mapping[str, str | None]) -> list[str]:
-    """What is wrong with the jobs of these ids, and with the queue, which should be empty by now."""
+    """Violations of the jobs in `texts` (id to text), and entries that are still pending."""
     found: list[str] = []
     for job_id, text in texts.items():
         found += violations(job_id, await streams.range(events_key(job_id), "-", "+", 1_000_000), text)
@@ -73,11 +74,11 @@ async def find_violations(streams: Streams, queue: str, texts: Mapping[str, str 
 
 
 def keys_without_ttl(keys: Mapping[str, int | None]) -> list[str]:
-    """Job keys that would stay for ever; `keys` gives milliseconds to live."""
+    """Job keys that do not expire; `keys` maps each key to its time to live in ms."""
     return [key for key, ttl in keys.items() if key.startswith("inf:{job:") and ttl is None]
 
 
 def assert_none(found: Iterable[str]) -> None:
-    """Fail with every breach."""
+    """Fail with all violations."""
     listed = list(found)
     assert not listed, "\n".join(listed)

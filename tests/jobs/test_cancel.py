@@ -1,4 +1,4 @@
-"""Cancelling: waiting, unknown, running, finished, handed back; by command, by flag, and after a death."""
+"""Cancelling a job that is waiting, unknown, running, finished, released, or whose worker died."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def test_a_waiting_job_is_cancelled_at_once_and_its_entry_settled_when_cla
     await assert_consistent(harness, a=None)
 
 
-async def test_an_unknown_job_can_be_cancelled_before_it_comes(harness: Harness) -> None:
+async def test_an_unknown_job_can_be_cancelled_before_it_is_submitted(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     assert await client.cancel("a") == "cancelled"
     assert_none(keys_without_ttl(await harness.keys()))
@@ -36,15 +36,15 @@ async def test_an_unknown_job_can_be_cancelled_before_it_comes(harness: Harness)
     await assert_consistent(harness, a=None)
 
 
-async def test_a_running_job_is_asked_to_stop_by_command_and_by_flag(harness: Harness) -> None:
+async def test_cancelling_a_running_job_sends_a_command_and_sets_a_flag(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
     assert await worker.renew(lease) is Renewal.HELD
-    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    next_command = asyncio.ensure_future(anext(worker.registration.commands()))
     assert await client.cancel("a") == "requested"
     assert await client.cancel("a") == "requested"
-    command = await hearing
+    command = await next_command
     assert (command.do, command.target) == ("cancel", "a")
     assert await worker.renew(lease) is Renewal.CANCEL_REQUESTED
     await worker.finish(lease, ErrorEvent(code="CANCELLED", message="cancelled by request"))
@@ -63,7 +63,7 @@ async def test_a_finished_job_cannot_be_cancelled(harness: Harness) -> None:
         await client.cancel("not an id")
 
 
-async def test_a_cancel_of_a_dead_worker_s_job_is_honoured_by_the_next(harness: Harness) -> None:
+async def test_a_cancelled_job_of_a_dead_worker_is_ended_by_the_next_worker(harness: Harness) -> None:
     client, dead = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     await dead.append(await take_next(dead), tokens(0, 2))
@@ -76,7 +76,7 @@ async def test_a_cancel_of_a_dead_worker_s_job_is_honoured_by_the_next(harness: 
     await assert_consistent(harness, a=None)
 
 
-async def test_a_job_that_was_handed_back_is_waiting_and_cancelled_at_once(harness: Harness) -> None:
+async def test_a_released_job_is_waiting_and_cancelled_at_once(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)

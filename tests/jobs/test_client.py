@@ -1,4 +1,4 @@
-"""What an orchestrator sees: submitting, the queue's bound, dead letters tried again, workers, the plain face."""
+"""The client: submitting, the queue's bound, reading, dead letters, workers and their events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.jobs.reader import JobFailed
 from worker.jobs.streams import Disconnected
 
 
-async def test_a_full_queue_says_when_to_try_again(harness: Harness) -> None:
+async def test_a_full_queue_reports_when_to_retry(harness: Harness) -> None:
     client, worker = harness.client(bound=3, retry_after_s=0.7), await harness.transport("w1")
     accepted = await asyncio.gather(
         *(client.submit(job_id=f"j{n}", prompt="hello") for n in range(8)), return_exceptions=True
@@ -44,7 +44,7 @@ async def test_a_job_is_validated_before_it_is_sent(harness: Harness) -> None:
     assert await client.queue() == []
 
 
-async def test_the_queue_shows_who_holds_what(harness: Harness) -> None:
+async def test_the_queue_lists_the_worker_of_each_job(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     for job_id in ("a", "b"):
         await client.submit(job_id=job_id, prompt="hello")
@@ -53,11 +53,11 @@ async def test_the_queue_shows_who_holds_what(harness: Harness) -> None:
     assert [(row.job_id, row.worker, row.deliveries) for row in rows] == [("a", "w1", 1), ("b", None, 0)]
 
 
-async def test_a_dead_letter_is_tried_again_under_a_new_id(harness: Harness) -> None:
-    client, policy = harness.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
+async def test_a_dead_letter_is_retried_under_a_new_id(harness: Harness) -> None:
+    client, settings = harness.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
     await client.submit(job_id="a", prompt="hello", logit_bias={5: 1.0}, seed=7)
-    await take_next(await harness.transport("w1", policy))
-    last = await harness.transport("w2", policy)
+    await take_next(await harness.transport("w1", settings))
+    last = await harness.transport("w2", settings)
     assert isinstance(await begin(last, await claim_next(last)), Closed)
     (letter,) = await client.dead_letters()
     assert await client.retry_dead_letter(letter) == "a.r1"
@@ -73,17 +73,17 @@ async def test_an_error_ends_the_iteration_over_tokens(harness: Harness) -> None
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
     await worker.finish(lease, tokens(0, 2), ErrorEvent(code="VRAM_OOM", message="full", retriable=True))
-    heard: list[Token] = []
+    received: list[Token] = []
     with pytest.raises(JobFailed, match="VRAM_OOM: full") as caught:  # noqa: PT012
         async for token in client.tokens("a"):
-            heard.append(token)  # noqa: PERF401  # what came before the error counts
-    assert "".join(token.t for token in heard) == text(2)
+            received.append(token)  # noqa: PERF401  # what came before the error counts
+    assert "".join(token.t for token in received) == text(2)
     assert caught.value.error.retriable
     with pytest.raises(JobFailed):
         await client.result("a")
 
 
-async def test_readers_skip_types_that_they_do_not_know(harness: Harness) -> None:
+async def test_readers_ignore_unknown_event_types(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     await complete(worker, await take_next(worker), 1)
@@ -92,7 +92,7 @@ async def test_readers_skip_types_that_they_do_not_know(harness: Harness) -> Non
     assert [item.kind async for item in client.events("b")] == ["error"]
 
 
-async def test_a_reader_of_a_job_that_never_comes_gives_up_when_told(harness: Harness) -> None:
+async def test_a_reader_of_an_unknown_job_times_out_after_idle_s(harness: Harness) -> None:
     with pytest.raises(TimeoutError, match="no event of job a"):
         await anext(harness.client().events("a", idle_s=0.05))
 
@@ -106,8 +106,8 @@ async def test_a_reader_does_not_wait_for_events_that_have_expired(harness: Harn
     assert [item async for item in client.events("a", after="1-1")] == []
 
 
-async def test_a_job_is_seen_as_it_is_at_one_moment(harness: Harness) -> None:
-    """Who reads on from the newest entry just when the job ends must not take it for over and its end for heard."""
+async def test_state_and_last_id_are_read_atomically(harness: Harness) -> None:
+    """Otherwise a reader at the last entry could miss the `end` that is written meanwhile."""
     client, worker, seen = harness.client(), await harness.transport("w1"), []
     await client.submit(job_id="a", prompt="hello")
     lease, looking = await take_next(worker), harness.connect()
@@ -127,7 +127,7 @@ async def test_a_job_is_seen_as_it_is_at_one_moment(harness: Harness) -> None:
     assert all(top == f"1-{count}" for top, count in seen)
 
 
-async def test_a_reader_rides_out_lost_replies_and_not_more(harness: Harness) -> None:
+async def test_a_reader_retries_after_lost_replies_for_a_limited_time(harness: Harness) -> None:
     worker = await harness.transport("w1")
     lost = iter([True, False, True])
     flaky = Client(LossyStreams(harness.connect(), lambda name: name == "read" and next(lost, False)))
@@ -139,7 +139,7 @@ async def test_a_reader_rides_out_lost_replies_and_not_more(harness: Harness) ->
         await cut.result("a")
 
 
-async def test_a_living_worker_is_listed_with_its_status_until_it_leaves_or_stops_sending_heartbeats(
+async def test_a_live_worker_is_listed_with_its_status_until_it_leaves_or_stops_sending_heartbeats(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = harness.client()
@@ -149,10 +149,10 @@ async def test_a_living_worker_is_listed_with_its_status_until_it_leaves_or_stop
         await worker.registration.heartbeat({"state": "ready", "model": "echo"})
     assert (await client.workers())["w1"] == {"state": "ready", "model": "echo"}
 
-    async def the_silent_one_is_gone() -> bool:
+    async def silent_worker_is_gone() -> bool:
         return set(await client.workers()) == {"w1"}
 
-    await wait_until(the_silent_one_is_gone)
+    await wait_until(silent_worker_is_gone)
     await harness.transport("w1", LONG_LEASE)
     await leaving.registration.close()
     assert await client.workers() == {}
@@ -183,17 +183,17 @@ async def test_a_worker_s_own_stream_keeps_its_newest_events_and_expires(
     assert (await harness.keys())["inf:worker:w1:events"] is not None
 
 
-async def test_a_drain_reaches_the_worker_that_is_named(harness: Harness) -> None:
+async def test_a_drain_command_names_its_worker(harness: Harness) -> None:
     worker = await harness.transport("w1")
-    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    next_command = asyncio.ensure_future(anext(worker.registration.commands()))
     await harness.client().drain("w1")
-    command = await hearing
+    command = await next_command
     assert (command.do, command.target) == ("drain", "w1")
 
 
-async def test_commands_given_before_a_worker_came_are_not_for_it(harness: Harness) -> None:
+async def test_commands_sent_before_a_worker_opened_are_ignored(harness: Harness) -> None:
     await harness.client().drain("w1")
     worker = await harness.transport("w1")
-    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    next_command = asyncio.ensure_future(anext(worker.registration.commands()))
     await harness.client().drain("w2")
-    assert (await hearing).target == "w2"
+    assert (await next_command).target == "w2"

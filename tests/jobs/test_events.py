@@ -1,4 +1,4 @@
-"""What every event carries, and that it survives the wire."""
+"""Encoding and decoding of events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVELOPE = Envelope(job_id="a", epoch=2, ts_ms=5, worker_id="w", correlation_id=
 
 
 @pytest.mark.parametrize("cls", [cls for cls in ALL_EVENTS if cls is not events.Event])
-def test_every_event_survives_the_wire(cls: type[events.Event]) -> None:
+def test_every_event_is_decoded_as_it_was_encoded(cls: type[events.Event]) -> None:
     event = sample(cls)
     kind, packed = encode_event(event, ENVELOPE)
     assert decode_event(kind, packed) == (event, ENVELOPE)
@@ -37,14 +37,14 @@ def test_every_event_survives_the_wire(cls: type[events.Event]) -> None:
     assert decode_event(kind, later) == (event, ENVELOPE)
 
 
-def test_a_token_carries_only_what_it_has() -> None:
+def test_a_token_is_encoded_without_its_empty_fields() -> None:
     _, packed = encode_event(sample(Tokens), ENVELOPE)
     plain, rich = msgpack.unpackb(packed)["tokens"]
     assert plain == {"i": 0, "id": 5, "t": "a"}
     assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "analysis"}
 
 
-def test_an_error_event_says_what_the_error_says() -> None:
+def test_an_error_event_has_the_fields_of_its_exception() -> None:
     event = ErrorEvent.of(VramOom("full", {"required": 5}))
     assert (event.code, event.message, event.details, event.retriable) == ("VRAM_OOM", "full", {"required": 5}, True)
 
@@ -57,7 +57,7 @@ def test_an_unknown_type_is_skipped_and_a_broken_event_is_not() -> None:
 
 
 @given(st.text(max_size=200))
-def test_any_text_of_a_token_survives_the_wire(text: str) -> None:
+def test_any_text_of_a_token_is_decoded_as_it_was_encoded(text: str) -> None:
     event = Tokens(tokens=(Token(0, 1, text),))
     kind, packed = encode_event(event, ENVELOPE)
     assert decode_event(kind, packed) == (event, ENVELOPE)

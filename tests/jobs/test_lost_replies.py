@@ -1,4 +1,4 @@
-"""Replies that never came and writes that the server lost: asking again has the same effect."""
+"""Lost replies and lost writes: a repeated call has the same effect."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_a_lost_reply_to_a_first_take_makes_no_second_epoch(harness: Harne
     await assert_consistent(harness, a=text(1))
 
 
-async def test_a_lost_reply_to_a_claim_is_found_again_before_anything_new(harness: Harness) -> None:
+async def test_after_a_lost_reply_to_a_claim_its_entry_comes_before_new_ones(harness: Harness) -> None:
     client, turns = harness.client(), count()
     worker = await harness.transport(
         "w1", LONG_LEASE, LossyStreams(harness.connect(), lambda n: n == "read_new" and next(turns) == 0)
@@ -69,7 +69,7 @@ async def test_a_lost_reply_to_a_claim_is_found_again_before_anything_new(harnes
     assert second.job_id == "b"
 
 
-async def test_the_running_job_is_not_among_the_lost_replies(harness: Harness) -> None:
+async def test_the_running_job_is_not_claimed_again_after_a_lost_reply(harness: Harness) -> None:
     client, turns = harness.client(), count()
     worker = await harness.transport(
         "w1", LONG_LEASE, LossyStreams(harness.connect(), lambda n: n == "read_new" and next(turns) == 1)
@@ -100,7 +100,7 @@ async def test_a_lost_reply_to_a_cancel_is_harmless(harness: Harness) -> None:
     await assert_consistent(harness, a=None)
 
 
-async def test_a_lost_reply_to_a_burial_makes_one_dead_letter(harness: Harness) -> None:
+async def test_a_lost_reply_to_a_dead_letter_adds_no_second_one(harness: Harness) -> None:
     client, turns = harness.client(), count()
     lossy = LossyStreams(harness.connect(), lambda name: name == "settle" and next(turns) < 2)
     worker = await harness.transport("w1", LONG_LEASE, lossy)
@@ -110,17 +110,17 @@ async def test_a_lost_reply_to_a_burial_makes_one_dead_letter(harness: Harness) 
     assert len(await client.dead_letters()) == 1
 
 
-async def test_after_a_lost_connection_there_is_one_lease_of_silence(harness: Harness) -> None:
+async def test_after_a_lost_connection_nothing_is_reclaimed_for_one_lease(harness: Harness) -> None:
     client, dead, turns = harness.client(), await harness.transport("w1", SHORT_LEASE), count()
     await client.submit(job_id="a", prompt="hello")
     await take_next(dead)
     lossy = LossyStreams(harness.connect(), lambda name: name == "read_own" and next(turns) == 0)
     successor = await harness.transport("w2", lease_settings(lease_s=0.3, scan_s=0.02), lossy)
 
-    async def its_lease_is_long_over() -> bool:
+    async def lease_has_expired() -> bool:
         return (await harness.connect().pending("default", 1))[0].idle_ms > 300
 
-    await wait_until(its_lease_is_long_over)
+    await wait_until(lease_has_expired)
     assert await successor.claim() is None
     loop = asyncio.get_running_loop()
     since = loop.time()
@@ -132,7 +132,7 @@ async def test_after_a_lost_connection_there_is_one_lease_of_silence(harness: Ha
     assert loop.time() - since > 0.25
 
 
-async def test_an_append_that_was_cancelled_leaves_its_events_for_the_next(harness: Harness) -> None:
+async def test_the_events_of_a_cancelled_append_are_written_by_the_next(harness: Harness) -> None:
     client = harness.client()
     turns = count()
 
@@ -151,7 +151,7 @@ async def test_an_append_that_was_cancelled_leaves_its_events_for_the_next(harne
     await assert_consistent(harness, a=text(2))
 
 
-async def test_a_server_that_lost_its_last_writes_gets_them_again_with_the_same_ids(harness: Harness) -> None:
+async def test_lost_writes_are_written_again_with_the_same_ids(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
@@ -166,7 +166,7 @@ async def test_a_server_that_lost_its_last_writes_gets_them_again_with_the_same_
     await assert_consistent(harness, a=text(5))
 
 
-async def test_a_server_that_lost_a_take_gets_it_again_unless_another_took(harness: Harness) -> None:
+async def test_a_lost_take_is_written_again_unless_another_worker_has_the_epoch(harness: Harness) -> None:
     client, dead = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     await dead.append(await take_next(dead), tokens(0, 2))
@@ -187,7 +187,7 @@ async def test_a_server_that_lost_a_take_gets_it_again_unless_another_took(harne
     await assert_consistent(harness, a=text(5))
 
 
-async def test_an_entry_deleted_by_hand_while_it_was_pending_is_forgotten(harness: Harness) -> None:
+async def test_an_entry_deleted_while_pending_is_acknowledged(harness: Harness) -> None:
     client, turns = harness.client(), count()
     lossy = LossyStreams(harness.connect(), lambda name: name == "read_new" and next(turns) == 0)
     worker = await harness.transport("w1", LONG_LEASE, lossy)
@@ -199,10 +199,10 @@ async def test_an_entry_deleted_by_hand_while_it_was_pending_is_forgotten(harnes
     assert await harness.connect().pending("default", 10) == []
 
 
-async def test_commands_are_heard_again_after_an_outage(harness: Harness) -> None:
+async def test_commands_are_received_after_an_outage(harness: Harness) -> None:
     turns = count()
     lossy = LossyStreams(harness.connect(), lambda name: name == "read" and next(turns) == 0)
     worker = await harness.transport("w1", LONG_LEASE, lossy)
-    hearing = asyncio.ensure_future(anext(worker.registration.commands()))
+    next_command = asyncio.ensure_future(anext(worker.registration.commands()))
     await harness.client().drain("w1")
-    assert (await hearing).target == "w1"
+    assert (await next_command).target == "w1"

@@ -1,7 +1,7 @@
-"""A server that forgets acknowledged writes in which a job began: its readers miss nothing and hear nothing twice.
+"""A server loses acknowledged writes, including a job's start: readers get each token once.
 
-The job is begun again as the same epoch, and its entries are cut elsewhere, so ids that a reader has heard of hold
-other tokens now.
+The job starts again in the same epoch and batches its tokens differently, so entry ids that a
+reader has seen now hold other tokens.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from worker.jobs.transport import Transport
 METRICS = Metrics(tokens_out=1, tokens_per_second=1.0, decode_ms=1.0, vram_used=1, vram_free=1)
 
 
-async def until(events: AsyncIterator[StreamEvent], index: int) -> list[StreamEvent]:
-    """What comes up to the token of this index."""
-    heard = []
+async def read_until(events: AsyncIterator[StreamEvent], index: int) -> list[StreamEvent]:
+    """Read up to the token with this index."""
+    received = []
     async for item in events:
-        heard.append(item)
+        received.append(item)
         if isinstance(item.event, Token) and item.event.i == index:
             break
-    return heard
+    return received
 
 
-def shown(items: list[StreamEvent]) -> list[str | int]:
+def summary(items: list[StreamEvent]) -> list[str | int]:
     return [item.event.i if isinstance(item.event, Token) else item.kind for item in items]
 
 
-async def begun(harness: Harness, client: Client, *batches: tuple[int, int]) -> Transport:
-    """A worker has published these batches of a job; the one that takes over when the server has forgotten them."""
+async def publish_batches(harness: Harness, client: Client, *batches: tuple[int, int]) -> Transport:
+    """Publish these batches of a job; return a second worker, which can take the job over."""
     await client.submit(job_id="a", prompt="hello")
     first, second = await harness.transport("w1", LONG_LEASE), await harness.transport("w2", NO_LEASE)
     lease = await take_next(first)
@@ -45,13 +45,13 @@ async def begun(harness: Harness, client: Client, *batches: tuple[int, int]) -> 
     return second
 
 
-async def forget(harness: Harness) -> None:
+async def lose_writes(harness: Harness) -> None:
     for key in (events_key("a"), state_key("a")):
         await harness.drop(key)
 
 
-async def begin_again(worker: Transport, *batches: tuple[int, int] | None) -> None:
-    """The job from its beginning to its end, in other batches; None stands for an entry without tokens."""
+async def run_again(worker: Transport, *batches: tuple[int, int] | None) -> None:
+    """Run the job from start to end in other batches; None is an entry without tokens."""
     lease = await take_next(worker)
     assert lease.epoch == 1
     for batch in batches:
@@ -62,62 +62,62 @@ async def begin_again(worker: Transport, *batches: tuple[int, int] | None) -> No
 @pytest.mark.parametrize(
     "batches",
     [
-        [(0, 5), (5, 6), (6, 9), (9, 12)],  # the reader goes on after the third entry: tokens 4 to 8 would be missing
-        [None, None, (0, 2), (2, 6), (6, 12)],  # it would hear 2 and 3 again
-        [None, (0, 2), (2, 12)],  # it would hear the end alone
-        [(0, 12)],  # all that it lacks is below where it goes on
+        [(0, 5), (5, 6), (6, 9), (9, 12)],  # by entry ids, tokens 4 to 8 would be missing
+        [None, None, (0, 2), (2, 6), (6, 12)],  # by entry ids, 2 and 3 would be repeated
+        [None, (0, 2), (2, 12)],  # by entry ids, only the end would follow
+        [(0, 12)],  # all missing tokens are at or below its entry id
     ],
 )
-async def test_a_reader_that_was_there_hears_every_token_once(
+async def test_a_connected_reader_gets_every_token_once(
     harness: Harness, batches: list[tuple[int, int] | None]
 ) -> None:
     client = harness.client()
-    successor = await begun(harness, client, (0, 1), (1, 3), (3, 4))
+    successor = await publish_batches(harness, client, (0, 1), (1, 3), (3, 4))
     events = client.events("a", idle_s=0.2)
-    heard = await until(events, 3)
-    await forget(harness)
-    await begin_again(successor, *batches)
-    heard += [item async for item in events]
-    assert shown(heard) == ["started", *range(12), "end"]
+    received = await read_until(events, 3)
+    await lose_writes(harness)
+    await run_again(successor, *batches)
+    received += [item async for item in events]
+    assert summary(received) == ["started", *range(12), "end"]
 
 
 @pytest.mark.parametrize("batches", [[(0, 7), (7, 9), (9, 12)], [(0, 12)], [(0, 1), (1, 2), (2, 12)]])
-async def test_a_reader_that_comes_back_with_its_index_hears_the_rest_once(
+async def test_a_reader_that_resumes_with_its_index_gets_the_rest_once(
     harness: Harness, batches: list[tuple[int, int]]
 ) -> None:
     client = harness.client()
-    successor = await begun(harness, client, (0, 1), (1, 4))
-    heard = await until(client.events("a", idle_s=0.2), 3)
-    await forget(harness)
-    await begin_again(successor, *batches)
-    rest = [token.i async for token in client.tokens("a", heard[-1].resume, 0.2, next_i=4)]
+    successor = await publish_batches(harness, client, (0, 1), (1, 4))
+    received = await read_until(client.events("a", idle_s=0.2), 3)
+    await lose_writes(harness)
+    await run_again(successor, *batches)
+    rest = [token.i async for token in client.tokens("a", received[-1].resume, 0.2, next_i=4)]
     assert rest == list(range(4, 12))
 
 
-async def test_a_reader_at_an_id_that_is_nowhere_hears_all_again_where_it_knows_no_index(harness: Harness) -> None:
+async def test_a_reader_that_resumes_at_a_lost_id_without_an_index_gets_all_tokens_again(harness: Harness) -> None:
     client = harness.client()
-    successor = await begun(harness, client, (0, 1), (1, 2), (2, 4))
-    heard = await until(client.events("a", idle_s=0.2), 3)
-    await forget(harness)
-    await begin_again(successor, (0, 12))
-    assert shown([item async for item in client.events("a", heard[-1].resume, 0.2)]) == [*range(12), "end"]
+    successor = await publish_batches(harness, client, (0, 1), (1, 2), (2, 4))
+    received = await read_until(client.events("a", idle_s=0.2), 3)
+    await lose_writes(harness)
+    await run_again(successor, (0, 12))
+    assert summary([item async for item in client.events("a", received[-1].resume, 0.2)]) == [*range(12), "end"]
 
 
-async def test_the_index_also_goes_on_within_an_entry(harness: Harness) -> None:
+async def test_a_reader_resumes_within_an_entry_by_index(harness: Harness) -> None:
     client = harness.client()
-    worker = await begun(harness, client)
-    await forget(harness)
-    await begin_again(worker, (0, 8), (8, 12))
-    heard = await until(client.events("a"), 5)
-    assert [token.i async for token in client.tokens("a", heard[-1].resume, next_i=6)] == list(range(6, 12))
+    worker = await publish_batches(harness, client)
+    await lose_writes(harness)
+    await run_again(worker, (0, 8), (8, 12))
+    received = await read_until(client.events("a"), 5)
+    assert [token.i async for token in client.tokens("a", received[-1].resume, next_i=6)] == list(range(6, 12))
 
 
-async def test_tokens_that_are_nowhere_hold_a_reader_up_only_once(harness: Harness) -> None:
+async def test_a_reader_rewinds_only_once_for_missing_tokens(harness: Harness) -> None:
     client = harness.client()
-    worker = await begun(harness, client)
-    await forget(harness)
-    await begin_again(worker, (0, 2), (2, 4), (4, 6), (6, 8), (8, 12))
+    worker = await publish_batches(harness, client)
+    await lose_writes(harness)
+    await run_again(worker, (0, 2), (2, 4), (4, 6), (6, 8), (8, 12))
     streams, key = harness.connect(), events_key("a")
     for lost in ("1-2", "1-4"):
         await streams.delete(key, lost)
-    assert shown([item async for item in client.events("a")]) == ["started", 0, 1, 4, 5, *range(8, 12), "end"]
+    assert summary([item async for item in client.events("a")]) == ["started", 0, 1, 4, 5, *range(8, 12), "end"]

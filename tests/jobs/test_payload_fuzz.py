@@ -1,4 +1,4 @@
-"""Thousands of payloads that nobody would write: a job comes out, or an InvalidRequest that names every fault."""
+"""Random payloads decode to a job, or to an InvalidRequest that names every wrong field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def out_of(low: float, high: float) -> st.SearchStrategy[Any]:
     return outside | st.sampled_from([float("nan"), "1", True, None, [], {}])
 
 
-def no_whole_number(low: int, high: int | None = None) -> st.SearchStrategy[Any]:
+def not_an_integer(low: int, high: int | None = None) -> st.SearchStrategy[Any]:
     below = st.integers(-(2**63), low - 1)
     outside = below if high is None else below | st.integers(high + 1, high + 2**66)
     return outside | st.floats() | st.sampled_from(["1", True, []])
@@ -62,9 +62,9 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "job_id": NO_TEXT | st.sampled_from(["", "a b", "x" * 129, "é", "a\n"]),
     "model": NO_TEXT | st.just(""),
     "special": st.sampled_from([0, 1, "yes", None, []]),
-    "max_tokens": no_whole_number(1),
+    "max_tokens": not_an_integer(1),
     "temperature": out_of(0, 2),
-    "top_k": no_whole_number(0) | st.none(),
+    "top_k": not_an_integer(0) | st.none(),
     "top_p": out_of(0, 1),
     "min_p": out_of(0, 1),
     "repetition_penalty": out_of(0, 2) | st.just(0),
@@ -74,14 +74,14 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     | st.dictionaries(st.integers(0, 9).map(str), st.sampled_from([101, -100.5, "1", None, True, []]), min_size=1)
     | st.sampled_from([[], "5", 5]),
     "stop": st.sampled_from(["x", [""], ["x" * 101], ["x"] * 17, [5], [None], {}]),
-    "min_tokens": no_whole_number(0) | st.none(),
+    "min_tokens": not_an_integer(0) | st.none(),
     "ignore_eos": st.sampled_from([0, 1, "no", None]),
-    "seed": no_whole_number(0, 2**64 - 1),
-    "logprobs": no_whole_number(0, 20),
-    "deadline_ms": no_whole_number(1, 2**53),
+    "seed": not_an_integer(0, 2**64 - 1),
+    "logprobs": not_an_integer(0, 20),
+    "deadline_ms": not_an_integer(1, 2**53),
     "correlation_id": NO_TEXT | st.sampled_from(["", "x" * 257]),
     "traceparent": NO_TEXT | st.sampled_from(["", "x" * 257]),
-    "v": no_whole_number(1, 1) | st.none(),
+    "v": not_an_integer(1, 1) | st.none(),
 }
 PROMPTS = st.one_of(
     st.fixed_dictionaries({"prompt": TEXTS}),
@@ -103,7 +103,7 @@ BAD_PROMPTS: st.SearchStrategy[tuple[dict[str, Any], set[str]]] = st.sampled_fro
         ({"prompt": "x", "prompt_tokens": [1]}, {"prompt", "prompt_tokens"}),
         ({"messages": []}, {"messages"}),
         ({"messages": [{"role": "user"}]}, {"messages"}),
-        ({"messages": [{"role": "nobody", "content": "x"}]}, {"messages"}),
+        ({"messages": [{"role": "owner", "content": "x"}]}, {"messages"}),
         ({"prompt_tokens": []}, {"prompt_tokens"}),
         ({"prompt_tokens": [1, "2"]}, {"prompt_tokens"}),
         ({"prompt_tokens": [-1]}, {"prompt_tokens"}),
@@ -113,7 +113,7 @@ BAD_PROMPTS: st.SearchStrategy[tuple[dict[str, Any], set[str]]] = st.sampled_fro
 
 @st.composite
 def jobs(draw: st.DrawFn) -> tuple[dict[str, Any], set[str]]:
-    """Fields, and the names of those that are wrong."""
+    """Fields, and the names of the wrong ones."""
     chosen = draw(st.sets(st.sampled_from(sorted(GOOD)))) | {"job_id"}
     broken = draw(st.sets(st.sampled_from(sorted(chosen)), max_size=6))
     fields = {name: draw((BAD if name in broken else GOOD)[name]) for name in chosen}
@@ -131,8 +131,8 @@ def packed(fields: dict[str, Any], as_json: bool) -> bytes:
 
 @settings(max_examples=1000, deadline=None)
 @given(jobs(), st.booleans())
-def test_every_wrong_field_is_named_and_no_other(made: tuple[dict[str, Any], set[str]], as_json: bool) -> None:
-    fields, wrong = made
+def test_every_wrong_field_is_named_and_no_other(generated: tuple[dict[str, Any], set[str]], as_json: bool) -> None:
+    fields, wrong = generated
     outcome = outcome_of(packed(fields, as_json))
     if isinstance(outcome, Job):
         assert not wrong
@@ -163,16 +163,16 @@ ANYTHING = st.recursive(
 )
 @example(b"\xc7\x00\x05")
 @example(b"{" * 5000)
-def test_whatever_comes_is_a_job_or_an_invalid_request(payload: bytes) -> None:
+def test_any_bytes_are_a_job_or_an_invalid_request(payload: bytes) -> None:
     check(payload)
 
 
 @settings(max_examples=400, deadline=None)
 @given(jobs(), st.booleans(), st.data())
 def test_a_damaged_payload_is_a_job_or_an_invalid_request(
-    made: tuple[dict[str, Any], set[str]], as_json: bool, data: st.DataObject
+    generated: tuple[dict[str, Any], set[str]], as_json: bool, data: st.DataObject
 ) -> None:
-    payload = bytearray(packed(made[0], as_json))
+    payload = bytearray(packed(generated[0], as_json))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(payload) - 1))
         payload[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))

@@ -1,4 +1,4 @@
-"""Jobs that kill who runs them: attempts without progress, too many deliveries, and the dead-letter stream."""
+"""Poison jobs: attempts without progress, too many deliveries, the dead-letter stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_third_attempt_without_progress_is_dead_lettered(harness: Harnes
     await assert_consistent(harness, a=None)
 
 
-async def test_attempts_that_made_progress_or_were_given_back_are_not_poison(harness: Harness) -> None:
+async def test_attempts_with_progress_or_a_release_do_not_count(harness: Harness) -> None:
     client = harness.client()
     await client.submit(job_id="a", prompt="long")
     for n in range(6):
@@ -47,11 +47,11 @@ async def test_attempts_that_made_progress_or_were_given_back_are_not_poison(har
     await assert_consistent(harness, a=text(5))
 
 
-async def test_an_entry_that_was_delivered_too_often_is_not_looked_into_again(harness: Harness) -> None:
-    client, policy = harness.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_deliveries=2)
-    await client.submit(job_id="a", prompt="it kills whoever reads it")
+async def test_an_entry_delivered_too_often_is_dead_lettered_unparsed(harness: Harness) -> None:
+    client, lease = harness.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_deliveries=2)
+    await client.submit(job_id="a", prompt="kills its reader")
     await harness.connect().enqueue("default", {"p": b"\xc1"}, 10)
-    handed_out = [await (await harness.transport(f"w{n}", policy)).claim() for n in range(6)]
+    handed_out = [await (await harness.transport(f"w{n}", lease)).claim() for n in range(6)]
     assert [claim and claim.deliveries for claim in handed_out] == [1, 2, None, 1, 2, None]
     assert [letter.job_id for letter in await client.dead_letters()] == ["a", ""]
     (only,) = [item async for item in client.events("a")]
@@ -60,7 +60,7 @@ async def test_an_entry_that_was_delivered_too_often_is_not_looked_into_again(ha
     await assert_consistent(harness, a=None)
 
 
-async def test_death_between_the_dead_letter_s_event_and_its_record_loses_no_dead_letter(harness: Harness) -> None:
+async def test_a_crash_between_the_error_event_and_the_dead_letter_loses_neither(harness: Harness) -> None:
     client = harness.client()
     await client.submit(job_id="a", prompt="poison")
     for n in range(3):

@@ -1,4 +1,4 @@
-"""A job's fields, one by one: ranges, defaults, what a worker makes of them, and what every event carries."""
+"""A job's fields: ranges, defaults, resolution by a worker, trace ids."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         ("v", [1], [0, -1, 2, 99, "1", 1.0, None, True]),
     ],
 )
-def test_a_field_takes_its_range_and_nothing_else(field: str, good: list[Any], bad: list[Any]) -> None:
+def test_a_field_accepts_its_range_only(field: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
         job(**{field: value})
     for value in bad:
@@ -95,7 +95,7 @@ def test_a_field_takes_its_range_and_nothing_else(field: str, good: list[Any], b
         ("prompt_tokens", [[0], [5, 6]], [[], [-1], [1.5], ["5"], [True], 5, "5", [2**31]]),
     ],
 )
-def test_a_prompt_comes_in_three_forms(field: str, good: list[Any], bad: list[Any]) -> None:
+def test_a_prompt_has_one_of_three_forms(field: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
         Job.parse({"job_id": "a", field: value})
     for value in bad:
@@ -120,7 +120,7 @@ def test_every_error_is_reported_with_its_value() -> None:
     }
 
 
-def test_a_newer_schema_says_so() -> None:
+def test_a_newer_schema_version_is_named_in_the_error() -> None:
     with pytest.raises(InvalidRequest, match="v: at most 1: this worker is older than the job's schema version"):
         job(v=2)
 
@@ -198,7 +198,7 @@ def test_json_and_msgpack_give_the_same_job() -> None:
     assert decode_job(msgpack.packb(fields | {"logit_bias": {5: 1.0}})).logit_bias == {5: 1.0}
 
 
-def test_max_tokens_is_cut_to_what_the_context_leaves_unless_it_was_asked_for() -> None:
+def test_default_max_tokens_is_limited_to_the_context_and_a_given_one_refused() -> None:
     roomy = Limits(model="echo", vocab_size=1000, context=10_000)
     assert job().resolve(roomy, 10, "1-0").max_tokens == 2048
     assert job().resolve(LIMITS, 10, "1-0").max_tokens == 90
@@ -208,7 +208,7 @@ def test_max_tokens_is_cut_to_what_the_context_leaves_unless_it_was_asked_for() 
         job(max_tokens=91).resolve(LIMITS, 10, "1-0")
 
 
-def test_what_a_worker_cannot_serve_is_refused_with_every_reason() -> None:
+def test_a_job_beyond_the_worker_s_limits_is_refused_with_every_reason() -> None:
     many = Job.parse(
         {"job_id": "a", "prompt_tokens": [5, 1000, 999], "model": "b", "top_k": 1001, "logit_bias": {1000: 1}}
     )
@@ -228,30 +228,30 @@ def test_what_a_worker_cannot_serve_is_refused_with_every_reason() -> None:
     assert (resolved.model, resolved.prompt_len) == ("echo", 99)
 
 
-def test_a_seed_that_is_not_given_follows_from_the_job_and_its_entry() -> None:
+def test_a_missing_seed_is_derived_from_the_job_and_its_entry() -> None:
     assert job(seed=0).resolve(LIMITS, 1, "5-0").seed == 0
     digest = hashlib.sha256(b"a\x005-0").digest()
     assert job().resolve(LIMITS, 1, "5-0").seed == derived_seed("a", "5-0") == int.from_bytes(digest[:8], "big")
     assert derived_seed("a", "12-3") != derived_seed("a1", "2-3")
 
 
-def test_the_entry_s_traceparent_wins_and_what_is_missing_is_the_same_in_every_attempt() -> None:
-    told = job(correlation_id="mine", traceparent="00-job")
-    assert Trace.of("a", "5-0", told, "00-entry") == Trace("mine", "00-entry")
-    assert Trace.of("a", "5-0", told) == Trace("mine", "00-job")
-    made = Trace.of("a", "5-0", job())
-    assert made == Trace.of("a", "5-0") != Trace.of("a", "5-1")
-    version, trace_id, span_id, flags = made.traceparent.split("-")
+def test_the_entry_s_traceparent_overrides_the_job_s_and_missing_ids_are_derived() -> None:
+    given = job(correlation_id="mine", traceparent="00-job")
+    assert Trace.of("a", "5-0", given, "00-entry") == Trace("mine", "00-entry")
+    assert Trace.of("a", "5-0", given) == Trace("mine", "00-job")
+    derived = Trace.of("a", "5-0", job())
+    assert derived == Trace.of("a", "5-0") != Trace.of("a", "5-1")
+    version, trace_id, span_id, flags = derived.traceparent.split("-")
     assert (version, len(trace_id), len(span_id), flags) == ("00", 32, 16, "01")
-    assert made.correlation_id == trace_id
+    assert derived.correlation_id == trace_id
 
 
 def test_a_payload_of_four_kilobytes_is_validated_in_under_a_millisecond() -> None:
     payload = msgpack.packb({"job_id": "a", "messages": [{"role": "user", "content": "x" * 80}] * 40, "stop": ["\n"]})
     assert len(payload) > 4000
-    took = []
+    durations = []
     for _ in range(50):
         since = time.perf_counter()
         decode_job(payload)
-        took.append(time.perf_counter() - since)
-    assert sorted(took)[25] < 0.001
+        durations.append(time.perf_counter() - since)
+    assert sorted(durations)[25] < 0.001

@@ -1,6 +1,7 @@
-"""Claims, takes, appends, crashes, take-overs, cancels, trims and lost replies, in any order: the streams stay right.
+"""State machine: protocol calls, crashes, cancels, trims and lost replies in any order.
 
-A worker that is not picked for a while is paused; leases last no time at all, so that every scan takes over.
+The streams stay valid throughout. A worker that is not picked for a while is in effect paused;
+leases last 0 s, so every scan reclaims.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.losing = 0
         self.names = count()
         self.trimmed: set[str] = set()
-        self.known: set[str] = set()
+        self.submitted: set[str] = set()
         self.do(self._open())
         for job_id in jobs:
             self.submit(job_id)
@@ -73,7 +74,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(job_id=JOBS)
     def submit(self, job_id: str) -> None:
-        self.known.add(job_id)
+        self.submitted.add(job_id)
         self.do(self.client.submit(job_id=job_id, prompt="hello"))
 
     @rule(calls=st.integers(1, 6))
@@ -100,7 +101,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def _claimed(self, n: int) -> Claim | None:
         transport = self.workers[n].transport
-        transport._consumer._next_scan_s = 0.0  # every claim scans: what happens must not depend on how fast it happens
+        transport._consumer._next_scan_s = 0.0  # every claim scans: results must not depend on time
         return self.do(transport.claim())
 
     def _begin(self, worker: Worker, claim: Claim) -> None:
@@ -112,7 +113,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def append(self, n: int, size: int) -> None:
         for worker, lease in self._a_lease(n):
             until = min(lease.tokens + size, LENGTHS[lease.job_id])
-            self._unless_fenced(worker, lease, worker.transport.append(lease, tokens(lease.tokens, until)))
+            self._try_write(worker, lease, worker.transport.append(lease, tokens(lease.tokens, until)))
 
     @precondition(lambda self: any(worker.leases for worker in self.workers))
     @rule(n=PICK)
@@ -120,7 +121,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         for worker, lease in self._a_lease(n):
             until = LENGTHS[lease.job_id]
             rest = [tokens(lease.tokens, until)] if lease.tokens < until else []
-            if self._unless_fenced(worker, lease, worker.transport.finish(lease, *rest, end(until))):
+            if self._try_write(worker, lease, worker.transport.finish(lease, *rest, end(until))):
                 worker.leases.remove(lease)
                 worker.finished.append(lease)
 
@@ -139,7 +140,7 @@ class ProtocolMachine(RuleBasedStateMachine):
                 worker.leases.remove(lease)
             elif renewal is Renewal.CANCEL_REQUESTED:
                 cancelled = ErrorEvent(code="CANCELLED", message="cancelled by request")
-                if self._unless_fenced(worker, lease, worker.transport.finish(lease, cancelled)):
+                if self._try_write(worker, lease, worker.transport.finish(lease, cancelled)):
                     worker.leases.remove(lease)
                     worker.finished.append(lease)
 
@@ -157,7 +158,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(job_id=JOBS, wanted=RARELY)
     def cancel(self, job_id: str, wanted: bool) -> None:
         if wanted:
-            self.known.add(job_id)
+            self.submitted.add(job_id)
             self.do(self.client.cancel(job_id))
 
     @rule(job_id=JOBS, wanted=RARELY)
@@ -167,11 +168,11 @@ class ProtocolMachine(RuleBasedStateMachine):
             self.do(self.harness.trim(events_key(job_id)))
 
     def _a_lease(self, n: int) -> list[tuple[Worker, Lease]]:
-        """The oldest lease of that worker, else of another: the zombies' before all."""
+        """The oldest lease of that worker, else of another; stale leases come first."""
         held = [(worker, lease) for worker in self.workers[n:] + self.workers[:n] for lease in worker.leases]
         return held[:1]
 
-    def _unless_fenced(self, worker: Worker, lease: Lease, work: Coroutine[Any, Any, None]) -> bool:
+    def _try_write(self, worker: Worker, lease: Lease, work: Coroutine[Any, Any, None]) -> bool:
         try:
             self.do(work)
         except Fenced:
@@ -180,30 +181,30 @@ class ProtocolMachine(RuleBasedStateMachine):
         return True
 
     @invariant()
-    def streams_are_right_so_far(self) -> None:
-        for job_id in sorted(self.known - self.trimmed):
+    def streams_are_valid_so_far(self) -> None:
+        for job_id in sorted(self.submitted - self.trimmed):
             records = self.do(self.streams.range(events_key(job_id), "-", "+", 1000))
-            assert_none(breach for breach in violations(job_id, records) if "no terminal event" not in breach)
+            assert_none(violation for violation in violations(job_id, records) if "no terminal event" not in violation)
         assert_none(keys_without_ttl(self.do(self.harness.keys())))
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
             self.losing = 0
-            self.do(self._serve_the_rest())
-            texts = {job_id: text(LENGTHS[job_id]) for job_id in self.known - self.trimmed}
+            self.do(self._finish_all())
+            texts = {job_id: text(LENGTHS[job_id]) for job_id in self.submitted - self.trimmed}
             self.do(self._check(texts))
             self.do(self.harness.close())
             self.runner.close()
 
-    async def _serve_the_rest(self) -> None:
-        honest = await self._worker()
+    async def _finish_all(self) -> None:
+        reliable = await self._worker()
         while await self.client.queue():
-            claim = await honest.transport.claim()
-            lease = await begin(honest.transport, claim) if claim else None
+            claim = await reliable.transport.claim()
+            lease = await begin(reliable.transport, claim) if claim else None
             if isinstance(lease, Lease):
                 until = LENGTHS[lease.job_id]
-                await honest.transport.finish(lease, tokens(lease.tokens, until), end(until))
-                await honest.transport.settle(lease)
+                await reliable.transport.finish(lease, tokens(lease.tokens, until), end(until))
+                await reliable.transport.settle(lease)
 
     async def _check(self, texts: dict[str, str]) -> None:
         assert_none(await find_violations(self.streams, "default", texts))

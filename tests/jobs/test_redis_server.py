@@ -1,4 +1,4 @@
-"""What only a real server can show: restarts, blocking, its script cache, and which commands were used at all."""
+"""Tests that need a real server: restarts, blocking reads, the script cache, the commands used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def real(server: Server) -> AsyncIterator[ServerHarness]:
     await harness.close()
 
 
-async def test_a_job_goes_on_across_a_restart_of_the_server() -> None:
+async def test_a_job_continues_across_a_restart_of_the_server() -> None:
     with running_server(persistent=True) as server:
         harness = ServerHarness(server.url)
         client, worker = harness.client(), await harness.transport("w1", SHORT_LEASE)
@@ -44,18 +44,18 @@ async def test_a_job_goes_on_across_a_restart_of_the_server() -> None:
         await complete(worker, lease, 4)
         found: list[Claim] = []
 
-        async def the_next_came() -> bool:
+        async def next_is_claimed() -> bool:
             found.extend(claim for claim in [await worker.claim()] if claim)
             return bool(found)
 
-        await wait_until(the_next_came)
+        await wait_until(next_is_claimed)
         lease = await begin(worker, found[0])
         await complete(worker, lease, 1)
         assert_none(await find_violations(harness.connect(), "default", {"a": text(4), "b": text(1)}))
         await harness.close()
 
 
-async def test_a_silent_reconnection_is_noticed() -> None:
+async def test_a_reconnection_is_counted() -> None:
     with running_server(persistent=True) as server:
         streams = RedisStreams.from_url(server.url)
         await streams.open_queue("default")
@@ -69,7 +69,7 @@ async def test_a_silent_reconnection_is_noticed() -> None:
         await streams.close()
 
 
-async def test_an_unreachable_server_is_reported_at_once_and_not_retried_in_secret() -> None:
+async def test_an_unreachable_server_is_reported_at_once_without_retries() -> None:
     with running_server() as server:
         streams = RedisStreams.from_url(server.url)
         await streams.open_queue("default")
@@ -83,7 +83,7 @@ async def test_an_unreachable_server_is_reported_at_once_and_not_retried_in_secr
     await streams.close()
 
 
-async def test_a_blocking_read_outlives_the_time_that_a_command_has(
+async def test_a_blocking_read_may_exceed_the_command_timeout(
     real: ServerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_streams, "COMMAND_TIMEOUT_S", 0.1)
@@ -97,21 +97,21 @@ async def test_a_blocking_read_outlives_the_time_that_a_command_has(
     assert streams.reconnects == 0
 
 
-async def test_commands_are_answered_while_a_read_blocks(real: ServerHarness) -> None:
+async def test_commands_are_served_while_a_read_blocks(real: ServerHarness) -> None:
     streams = real.connect()
     await streams.open_queue("default")
     blocked = asyncio.create_task(streams.read_new("default", "w1", 5000))
-    hearing = asyncio.create_task(streams.read("inf:control", "0-0", 5000))
+    next_command = asyncio.create_task(streams.read("inf:control", "0-0", 5000))
     for _ in range(20):
         await streams.time_ms()
     assert not blocked.done()
     await streams.enqueue("default", {"p": b"x"}, 10)
     await streams.add("inf:control", {"do": b"drain"}, 10, None)
     assert (await blocked).fields == {"p": b"x"}
-    assert len(await hearing) == 1
+    assert len(await next_command) == 1
 
 
-async def test_a_server_that_forgot_its_scripts_and_its_data_is_served_again(real: ServerHarness) -> None:
+async def test_work_continues_after_the_server_loses_its_scripts_and_data(real: ServerHarness) -> None:
     client, worker = real.client(), await real.transport("w1", NO_LEASE)
     await client.submit(job_id="a", prompt="hello")
     await complete(worker, await take_next(worker), 1)
@@ -123,7 +123,7 @@ async def test_a_server_that_forgot_its_scripts_and_its_data_is_served_again(rea
     assert (await client.result("b"))[0] == text(1)
 
 
-async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerHarness) -> None:
+async def test_a_lease_on_a_recreated_queue_is_lost(real: ServerHarness) -> None:
     client, worker = real.client(), await real.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     claim = await claim_next(worker)
@@ -132,40 +132,42 @@ async def test_a_lease_on_a_queue_that_was_made_anew_is_lost(real: ServerHarness
     assert (await worker.renew(claim)).value == "lost"
 
 
-async def test_a_cancellation_that_comes_with_the_reply_is_not_lost() -> None:
-    asked = asyncio.Event()
+async def test_a_cancellation_that_arrives_with_the_reply_is_raised() -> None:
+    waiting = asyncio.Event()
 
-    async def a_reply_that_swallows_it() -> str:
-        asked.set()
+    async def reply_that_drops_the_cancellation() -> str:
+        waiting.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             return "the reply"
 
-    asking = asyncio.create_task(RedisStreams.from_url("redis://127.0.0.1:1")._call(a_reply_that_swallows_it()))
-    await asked.wait()
-    asking.cancel()
+    calling = asyncio.create_task(
+        RedisStreams.from_url("redis://127.0.0.1:1")._call(reply_that_drops_the_cancellation())
+    )
+    await waiting.wait()
+    calling.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asking
+        await calling
 
 
-async def test_a_loop_over_the_server_can_be_cancelled_at_any_moment(real: ServerHarness) -> None:
+async def test_a_loop_of_calls_can_be_cancelled_at_any_step(real: ServerHarness) -> None:
     streams = real.connect()
 
-    async def asks_for_ever() -> None:
+    async def call_forever() -> None:
         while True:
             await streams.time_ms()
 
     for steps in range(60):
-        asking = asyncio.create_task(asks_for_ever())
+        calling = asyncio.create_task(call_forever())
         for _ in range(steps):
             await asyncio.sleep(0)
-        asking.cancel()
-        done, _ = await asyncio.wait([asking], timeout=1)
+        calling.cancel()
+        done, _ = await asyncio.wait([calling], timeout=1)
         assert done, f"the cancellation after {steps} steps was lost"
 
 
-async def test_bare_redis_and_json_are_enough_to_submit(real: ServerHarness) -> None:
+async def test_one_xadd_with_json_submits_a_job(real: ServerHarness) -> None:
     worker = await real.transport("w1")
     await real.raw.xadd("inf:{q:default}:jobs", {"p": '{"job_id": "cli", "prompt": "hello", "seed": 5}'})
     await complete(worker, await take_next(worker), 2)
@@ -181,13 +183,13 @@ async def test_the_keys_of_one_script_share_a_slot() -> None:
 
 async def test_no_command_is_newer_than_redis_7_0(real: ServerHarness) -> None:
     await real.raw.config_resetstat()
-    client, policy = real.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
+    client, lease = real.client(), lease_settings(lease_s=0.0, scan_s=0.02, max_attempts=1)
     await client.submit(job_id="a", prompt="hello")
     worker = await real.transport("w1", LONG_LEASE)
     await worker.registration.heartbeat({"state": "ready"})
     await worker.release(await take_next(worker))
-    await take_next(await real.transport("w2", policy))
-    last = await real.transport("w3", policy)
+    await take_next(await real.transport("w2", lease))
+    last = await real.transport("w3", lease)
     await begin(last, await claim_next(last))
     await client.retry_dead_letter((await client.dead_letters())[0])
     await client.cancel("a.r1")
@@ -195,7 +197,7 @@ async def test_no_command_is_newer_than_redis_7_0(real: ServerHarness) -> None:
     await begin(leaving, await claim_next(leaving))
     await leaving.close()
     used = {name.removeprefix("cmdstat_") for name in await real.raw.info("commandstats")}
-    used -= {"client|setinfo", "hello"}  # redis-py introduces itself, and shrugs at a server that does not listen
+    used -= {"client|setinfo", "hello"}  # sent by redis-py, which ignores a failure
     assert {"xautoclaim", "evalsha", "xgroup|delconsumer"} <= used
     for name in used:
         _, docs = await real.raw.execute_command("COMMAND DOCS", name)

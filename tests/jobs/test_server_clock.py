@@ -1,4 +1,4 @@
-"""The server's clock is asked for seldom, and again after another connection."""
+"""The server's clock is read rarely, and again after a reconnection."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from worker.jobs.streams import Disconnected, ServerClock
 
 
 class Server:
-    """Its clock is `ahead_ms` of ours."""
+    """A server whose clock is `ahead_ms` ahead of the local one."""
 
     def __init__(self, ahead_ms=5000):
-        self.ahead_ms, self.asked, self.reconnects, self.away = ahead_ms, 0, 0, False
+        self.ahead_ms, self.calls, self.reconnects, self.unreachable = ahead_ms, 0, 0, False
 
     async def time_ms(self):
-        self.asked += 1
-        if self.away:
-            raise Disconnected("away")
+        self.calls += 1
+        if self.unreachable:
+            raise Disconnected("unreachable")
         return int(time.monotonic() * 1000) + self.ahead_ms
 
 
@@ -27,39 +27,39 @@ def server():
     return Server()
 
 
-def lead_of(ms):
+def offset_ms(ms):
     return ms - time.monotonic() * 1000
 
 
-async def test_the_server_is_asked_once_for_many_jobs(server):
+async def test_one_read_serves_many_jobs(server):
     clock = ServerClock(server)
-    assert all([abs(lead_of(await clock.now_ms()) - 5000) < 1000 for _ in range(9)])
-    assert server.asked == 1
+    assert all([abs(offset_ms(await clock.now_ms()) - 5000) < 1000 for _ in range(9)])
+    assert server.calls == 1
 
 
-async def test_another_connection_may_be_another_server(server):
+async def test_a_reconnection_may_be_to_another_server(server):
     clock = ServerClock(server)
     await clock.now_ms()
     server.reconnects, server.ahead_ms = 1, 90_000
-    assert abs(lead_of(await clock.now_ms()) - 90_000) < 1000
+    assert abs(offset_ms(await clock.now_ms()) - 90_000) < 1000
 
 
-async def test_an_idle_worker_asks_before_it_must(server, monkeypatch):
+async def test_an_idle_worker_refreshes_the_clock_early(server, monkeypatch):
     clock, now = ServerClock(server), time.monotonic
     await clock.refresh()
     await clock.refresh()
-    assert server.asked == 1
+    assert server.calls == 1
     monkeypatch.setattr("worker.jobs.streams.time.monotonic", lambda: now() + 6)
     await clock.refresh()
-    assert server.asked == 2
+    assert server.calls == 2
     await clock.now_ms()
-    assert server.asked == 2
+    assert server.calls == 2
     monkeypatch.setattr("worker.jobs.streams.time.monotonic", lambda: now() + 17)
     await clock.now_ms()
-    assert server.asked == 3
+    assert server.calls == 3
 
 
-async def test_a_server_that_is_away_while_idle_is_no_fault(server):
-    server.away = True
+async def test_refreshing_from_an_unreachable_server_raises_nothing(server):
+    server.unreachable = True
     await ServerClock(server).refresh()
-    assert server.asked == 1
+    assert server.calls == 1

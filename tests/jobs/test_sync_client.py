@@ -1,4 +1,4 @@
-"""The client without await, against a real server."""
+"""SyncClient against a real server."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from worker.jobs.client import SyncClient, retry_id
 from worker.jobs.lease import Closed
 
 
-def test_the_plain_client_needs_no_await(server: Server) -> None:
-    answered = threading.Event()
+def test_the_sync_client_has_the_same_calls_without_await(server: Server) -> None:
+    done = threading.Event()
 
     async def one_job() -> None:
         harness = ServerHarness(server.url)
@@ -23,7 +23,7 @@ def test_the_plain_client_needs_no_await(server: Server) -> None:
         lease = await begin(worker, claim)
         assert not isinstance(lease, Closed)
         await complete(worker, lease, 4)
-        answered.set()
+        done.set()
         await harness.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(one_job()))
@@ -41,14 +41,14 @@ def test_the_plain_client_needs_no_await(server: Server) -> None:
         assert client.state(job_id)["state"] == "end"
         assert (client.queue(), client.dead_letters(), client.dead_letter("1-0")) == ([], [], None)
         assert client.drop_dead_letter("1-0") is False
-        client.drain("nobody")
+        client.drain("no-such-worker")
         assert client.workers() == {}
         left_open = client.events(job_id)
         next(left_open)
     left_open.close()
-    assert answered.is_set()
+    assert done.is_set()
 
 
-def test_a_job_tried_again_counts_up_and_its_id_stays_valid() -> None:
+def test_a_retried_job_gets_a_numbered_valid_id() -> None:
     assert [retry_id("a"), retry_id("a.r1"), retry_id("a.r9"), retry_id("a.rx")] == ["a.r1", "a.r2", "a.r10", "a.rx.r1"]
     assert len(retry_id("x" * 128)) == 128

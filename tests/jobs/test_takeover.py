@@ -1,4 +1,4 @@
-"""Workers die, sleep and wake: who owns a job, who continues it, and who writes nothing any more."""
+"""Workers die, pause and wake: who owns a job, who continues it, and who is fenced."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_a_paused_worker_woken_after_its_lease_writes_nothing(harness: Har
     await assert_consistent(harness, a=text(4))
 
 
-async def test_a_late_claimer_cannot_fence_the_rightful_owner(harness: Harness) -> None:
+async def test_a_late_claimer_cannot_fence_the_owner(harness: Harness) -> None:
     client, late, owner = harness.client(), await harness.transport("w1"), await harness.transport("w2", NO_LEASE)
     await client.submit(job_id="a", prompt="hello")
     old = await claim_next(late)
@@ -61,7 +61,7 @@ async def test_a_late_claimer_cannot_fence_the_rightful_owner(harness: Harness) 
     await assert_consistent(harness, a=text(2))
 
 
-async def test_the_rightful_owner_fences_a_late_claimer_that_began_first(harness: Harness) -> None:
+async def test_the_owner_fences_a_late_claimer_that_began_first(harness: Harness) -> None:
     client, late, owner = harness.client(), await harness.transport("w1"), await harness.transport("w2", NO_LEASE)
     await client.submit(job_id="a", prompt="hello")
     old, new = await claim_next(late), await claim_next(owner)
@@ -75,17 +75,17 @@ async def test_the_rightful_owner_fences_a_late_claimer_that_began_first(harness
     await assert_consistent(harness, a=text(2))
 
 
-async def test_what_is_published_between_a_look_and_a_take_is_not_lost(harness: Harness) -> None:
+async def test_tokens_published_between_reading_a_job_and_taking_it_are_kept(harness: Harness) -> None:
     client, slow, takes = harness.client(), await harness.transport("w1"), count()
     await client.submit(job_id="a", prompt="hello")
     old = await take_next(slow)
 
-    async def the_other_still_writes(name: str) -> None:
+    async def other_worker_writes(name: str) -> None:
         if name == "take" and next(takes) == 1:
             await slow.append(old, tokens(0, 1))
 
     successor = await harness.transport(
-        "w2", NO_LEASE, LossyStreams(harness.connect(), lambda _: False, the_other_still_writes)
+        "w2", NO_LEASE, LossyStreams(harness.connect(), lambda _: False, other_worker_writes)
     )
     lease = await take_next(successor)
     assert next(takes) == 3
@@ -94,7 +94,7 @@ async def test_what_is_published_between_a_look_and_a_take_is_not_lost(harness: 
     await assert_consistent(harness, a=text(2))
 
 
-async def test_death_between_the_terminal_event_and_the_acknowledgement_is_settled_by_another(harness: Harness) -> None:
+async def test_a_finished_job_of_a_crashed_worker_is_settled_by_another(harness: Harness) -> None:
     client, dead, successor = harness.client(), await harness.transport("w1"), await harness.transport("w2", NO_LEASE)
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(dead)
@@ -105,7 +105,7 @@ async def test_death_between_the_terminal_event_and_the_acknowledgement_is_settl
     await assert_consistent(harness, a=text(2))
 
 
-async def test_a_worker_that_died_is_noticed_within_its_lease_and_a_scan(harness: Harness) -> None:
+async def test_a_dead_worker_s_job_is_reclaimed_within_lease_and_scan(harness: Harness) -> None:
     client, dead = harness.client(), await harness.transport("w1", SHORT_LEASE)
     await client.submit(job_id="a", prompt="hello")
     await take_next(dead)
@@ -113,14 +113,14 @@ async def test_a_worker_that_died_is_noticed_within_its_lease_and_a_scan(harness
     assert await successor.claim() is None
     found = []
 
-    async def taken_over() -> bool:
+    async def is_reclaimed() -> bool:
         found.append(await successor.claim())
         return found[-1] is not None
 
-    await wait_until(taken_over, timeout_s=1.0)
+    await wait_until(is_reclaimed, timeout_s=1.0)
 
 
-async def test_a_renewed_lease_is_not_taken_over(harness: Harness) -> None:
+async def test_a_renewed_lease_is_not_reclaimed(harness: Harness) -> None:
     client, owner = harness.client(), await harness.transport("w1", SHORT_LEASE)
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(owner)
@@ -131,7 +131,7 @@ async def test_a_renewed_lease_is_not_taken_over(harness: Harness) -> None:
     assert lease.claim.deliveries == (await harness.connect().pending("default", 1))[0].deliveries == 1
 
 
-async def test_a_give_back_counts_as_no_delivery_and_is_found_at_once(harness: Harness) -> None:
+async def test_a_released_job_is_claimable_at_once_and_counts_no_delivery(harness: Harness) -> None:
     client = harness.client()
     await client.submit(job_id="a", prompt="hello")
     for n in range(4):
@@ -146,7 +146,7 @@ async def test_a_give_back_counts_as_no_delivery_and_is_found_at_once(harness: H
     await assert_consistent(harness, a=text(4))
 
 
-async def test_a_claim_can_be_given_back_before_it_is_begun(harness: Harness) -> None:
+async def test_a_claim_can_be_released_before_it_is_taken(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     await worker.release(await claim_next(worker))
@@ -155,7 +155,7 @@ async def test_a_claim_can_be_given_back_before_it_is_begun(harness: Harness) ->
     assert (lease.epoch, lease.claim.deliveries) == (1, 1)
 
 
-async def test_a_failing_worker_leaves_its_job_at_once_and_says_why(harness: Harness) -> None:
+async def test_an_abandoned_job_is_claimable_at_once_with_a_last_error(harness: Harness) -> None:
     client, failing = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(failing)
@@ -198,7 +198,7 @@ async def test_a_consumer_is_deleted_only_when_nothing_is_pending_for_it(harness
     assert await streams.remove_consumers("default", None, 0) == 1
 
 
-async def test_a_new_worker_sweeps_out_consumers_that_nobody_has_seen(harness: Harness) -> None:
+async def test_a_new_worker_deletes_dead_consumers(harness: Harness) -> None:
     gone = await harness.transport("w1")
     await gone.claim()
     assert await harness.connect().remove_consumers("default", "w1", 3_600_000) == 0

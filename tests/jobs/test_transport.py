@@ -1,4 +1,4 @@
-"""What the protocol promises to one job and its reader, in memory, on fakeredis and on a real server alike."""
+"""The protocol for one job and its reader, over each implementation of `Streams`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_reader_resumes_at_any_id_without_gap_or_repetition(harness: Har
     assert [later async for later in client.events("a", after=whole[-1].resume)] == []
 
 
-async def test_a_reader_that_came_first_hears_the_answer_as_it_is_written(harness: Harness) -> None:
+async def test_a_waiting_reader_gets_the_answer_as_it_is_written(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     reading = asyncio.create_task(client.result("a"))
     await client.submit(job_id="a", prompt="hello")
@@ -123,7 +123,7 @@ async def test_an_answer_can_be_long(harness: Harness) -> None:
     await assert_consistent(harness, a=text(2501))
 
 
-async def test_an_index_out_of_turn_is_refused_before_it_is_written(harness: Harness) -> None:
+async def test_a_token_index_out_of_order_is_refused_before_it_is_written(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
@@ -135,7 +135,7 @@ async def test_an_index_out_of_turn_is_refused_before_it_is_written(harness: Har
     await assert_consistent(harness, a=text(1))
 
 
-async def test_a_json_payload_added_by_hand_is_a_job(harness: Harness) -> None:
+async def test_a_json_payload_added_directly_is_a_job(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     fields = {"p": b'{"job_id": "by-hand", "prompt": "hello", "max_tokens": 2}', "traceparent": b"00-cc-dd-01"}
     await harness.connect().enqueue("default", fields, 10)
@@ -145,7 +145,7 @@ async def test_a_json_payload_added_by_hand_is_a_job(harness: Harness) -> None:
     await assert_consistent(harness, **{"by-hand": text(2)})
 
 
-async def test_a_refused_job_has_its_error_alone(harness: Harness) -> None:
+async def test_a_refused_job_has_only_its_error_event(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     claim = await claim_next(worker)
@@ -159,7 +159,7 @@ async def test_a_refused_job_has_its_error_alone(harness: Harness) -> None:
     await assert_consistent(harness, a=None)
 
 
-async def test_an_entry_that_names_no_job_goes_to_the_dead_letters(harness: Harness) -> None:
+async def test_an_entry_without_a_job_id_goes_to_the_dead_letters(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await harness.connect().enqueue("default", {"p": b"\xc1"}, 10)
     await worker.dead_letter(await claim_next(worker), InvalidRequest("no readable job_id"))
@@ -172,7 +172,7 @@ async def test_an_entry_that_names_no_job_goes_to_the_dead_letters(harness: Harn
     assert await client.dead_letters() == []
 
 
-async def test_a_second_settling_gives_the_keys_no_longer_life(harness: Harness) -> None:
+async def test_settling_again_does_not_extend_the_keys_ttl(harness: Harness) -> None:
     client, streams, worker = harness.client(), harness.connect(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
@@ -197,23 +197,23 @@ async def test_keys_that_have_expired_are_not_created_again(harness: Harness) ->
     assert not [key for key in await harness.keys() if "{job:" in key]
 
 
-async def test_what_is_only_to_be_seen_is_never_waited_for(harness: Harness) -> None:
+async def test_status_and_worker_events_are_not_retried(harness: Harness) -> None:
     worker = await harness.transport("w1")
-    deaf = await harness.transport(
+    lossy_worker = await harness.transport(
         "w2", LONG_LEASE, LossyStreams(harness.connect(), lambda name: name in ("add", "put_status"))
     )
-    await deaf.registration.publish(ErrorEvent(code="INTERNAL", message="x"))
-    await deaf.registration.heartbeat({"state": "ready"})
+    await lossy_worker.registration.publish(ErrorEvent(code="INTERNAL", message="x"))
+    await lossy_worker.registration.heartbeat({"state": "ready"})
     await worker.close()
 
 
-async def test_silence_is_the_time_since_the_last_poll_or_renewal(harness: Harness) -> None:
+async def test_contact_is_the_last_poll_or_renewal(harness: Harness) -> None:
     worker = await harness.transport("w1")
 
-    async def silent() -> bool:
+    async def out_of_contact() -> bool:
         return worker.seconds_since_contact > 0.03
 
-    await wait_until(silent)
+    await wait_until(out_of_contact)
     await worker.claim()
     assert worker.seconds_since_contact < 0.03
     assert abs(await worker.server_time_ms() - 1000 * time.time()) < 1000
