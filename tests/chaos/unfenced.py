@@ -1,6 +1,6 @@
-"""A world without the fence, for one purpose: to show that the checker would notice. Never used by the product.
+"""Writes without fencing, to prove that the checker finds the resulting violations.
 
-What is written goes to the end of the stream, whoever writes it; an entry is renewed for whoever asks.
+Any worker's events are appended at the end of the stream, and any worker can renew an entry.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from worker.jobs.streams import AppendCall, Disconnected
 
 
 async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
-    """In place of `append.lua`: no look at the top, nor at the epoch."""
+    """Replaces `append.lua`: checks neither the last id nor the epoch."""
     commands = self._commands
     try:
         epoch = epoch_of(await self.last_id(events_key(job_id)))
@@ -27,12 +27,12 @@ async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
 
 
 async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) -> bool:
-    """In place of `renew.lua`: the entry goes to whoever asks."""
+    """Replaces `renew.lua`: the calling consumer always gets the entry."""
     await self._commands.xclaim(queue_key(queue), GROUP, consumer, 0, [entry_id], justid=True)
     return True
 
 
-def take_the_fence_away() -> None:
-    """From now on, in this process."""
+def remove_fencing() -> None:
+    """Patch RedisStreams in this process."""
     RedisStreams.append = append  # type: ignore[method-assign]
     RedisStreams.renew = renew  # type: ignore[method-assign]

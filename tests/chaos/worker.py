@@ -1,4 +1,4 @@
-"""`worker run` with what only a test may have: prompts that kill, and no fence where that is asked for.
+"""`worker run` with poison prompts that kill it and, with --unfenced, without fencing.
 
 python -m tests.chaos.worker [--unfenced] run …
 """
@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 
-from tests.chaos.questions import POISON
-from tests.chaos.unfenced import take_the_fence_away
+from tests.chaos.unfenced import remove_fencing
+from tests.chaos.workload import POISON
 from worker import cli
 from worker.engine import Engine, Sequence
 
 
-def let_poison_work() -> None:
-    """A prompt that begins with POISON ends this process, as a fault in a kernel would."""
+def install_poison() -> None:
+    """Make prompts that begin with POISON kill this process."""
     add = Engine.add
 
     def poisoned(self: Engine, sequence: Sequence) -> None:
@@ -28,8 +28,8 @@ def let_poison_work() -> None:
 
 
 if __name__ == "__main__":
-    let_poison_work()
+    install_poison()
     if "--unfenced" in sys.argv:
         sys.argv.remove("--unfenced")
-        take_the_fence_away()
+        remove_fencing()
     cli.main()

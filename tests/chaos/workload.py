@@ -1,4 +1,4 @@
-"""What is asked in a run, and the answers of an engine that nobody disturbs, computed beforehand in this process."""
+"""Jobs of a run and their reference answers, computed in this process without faults."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from worker.runtime import LoadedModel, load
 from worker.service.question import Question
 
 POISON = (11, 7, 11, 7, 11, 13)
-"""A prompt that begins so ends the process of every worker that runs it; see `worker.py`."""
-POOLS = ("tiny", "echo")
+"""A prompt with this prefix ends the process of each worker that runs it; see `worker.py`."""
+QUEUES = ("tiny", "echo")
 TINY_CONTEXT, ECHO_CONTEXT = 512, 2048
 PREFILL_CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A job's fields, all but its id, and what an undisturbed run answers."""
+class Case:
+    """A job's fields, except its id, and its reference answer."""
 
     fields: Mapping[str, Any]
     ids: tuple[int, ...]
@@ -38,9 +38,9 @@ class Asked:
         return "".join(self.texts)
 
 
-def undisturbed(served: LoadedModel, fields: Mapping[str, Any]) -> Asked:
-    """Answer a job in this process, with neither server nor service."""
-    job = Job.parse({"job_id": "undisturbed", **fields})
+def reference_case(served: LoadedModel, fields: Mapping[str, Any]) -> Case:
+    """Compute the answer in this process, without server and service."""
+    job = Job.parse({"job_id": "reference", **fields})
     answer = Question.of(job, served, "0-0", 0).answer(served, History())
     served.engine.add(answer.sequence)
     tokens = []
@@ -48,29 +48,32 @@ def undisturbed(served: LoadedModel, fields: Mapping[str, Any]) -> Asked:
         tokens += [token for drawn in served.engine.step() if (token := answer.push(drawn))]
     served.engine.abort(answer.sequence.id)
     ids, texts = tuple(token.id for token in tokens), tuple(token.t for token in tokens)
-    return Asked(fields, ids, texts, answer.finish_reason, answer.stop_sequence)
+    return Case(fields, ids, texts, answer.finish_reason, answer.stop_sequence)
 
 
-def tiny_questions(folder: Path, seed: int, count: int) -> list[Asked]:
-    """Sampled answers of a tiny llama: other prompts, temperatures, penalties and seeds each time."""
+def tiny_cases(folder: Path, seed: int, count: int) -> list[Case]:
+    """Answers of a tiny llama with random prompts, temperatures, penalties and seeds."""
     random = Random(f"tiny {seed}")
     path = make_tiny("llama", folder / "tiny.gguf", quant="F32")
     served = load(
-        path, ModelSection(context=TINY_CONTEXT), EngineSection(backend="cpu", prefill_chunk=PREFILL_CHUNK), _unheard
+        path,
+        ModelSection(context=TINY_CONTEXT),
+        EngineSection(backend="cpu", prefill_chunk=PREFILL_CHUNK),
+        _no_progress,
     )
     return [_with_stop(served, _tiny_fields(random), random) for _ in range(count)]
 
 
-def echo_questions(seed: int, count: int) -> list[Asked]:
-    """Long answers that cost nothing."""
+def echo_cases(seed: int, count: int) -> list[Case]:
+    """Long answers of the echo model, which cost no computation."""
     random = Random(f"echo {seed}")
-    served = load_echo(ECHO_CONTEXT, PREFILL_CHUNK, 0.0, _unheard)
-    asked = []
+    served = load_echo(ECHO_CONTEXT, PREFILL_CHUNK, 0.0, _no_progress)
+    cases = []
     for _ in range(count):
         prompt = "".join(random.choices("abcdefghij äöü€ 😀\n", k=random.randint(1, 90)))
         fields = {"prompt": prompt, "max_tokens": random.randint(1, 600), "seed": random.getrandbits(64)}
-        asked.append(_with_stop(served, fields, random))
-    return asked
+        cases.append(_with_stop(served, fields, random))
+    return cases
 
 
 def _tiny_fields(random: Random) -> dict[str, Any]:
@@ -90,15 +93,15 @@ def _tiny_fields(random: Random) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _with_stop(served: LoadedModel, fields: dict[str, Any], random: Random) -> Asked:
-    """The question; one in three with a stop string that its answer meets, so that text is held back."""
-    asked = undisturbed(served, fields)
-    middle = len(asked.text) // 2
-    stop = asked.text[middle : middle + 3]
+def _with_stop(served: LoadedModel, fields: dict[str, Any], random: Random) -> Case:
+    """The case; one in three has a stop string that occurs in its answer."""
+    case = reference_case(served, fields)
+    middle = len(case.text) // 2
+    stop = case.text[middle : middle + 3]
     if not stop or random.random() > 0.3:
-        return asked
-    return undisturbed(served, {**fields, "stop": [stop]})
+        return case
+    return reference_case(served, {**fields, "stop": [stop]})
 
 
-def _unheard(done: int, total: int) -> None:
-    """Nobody watches this load."""
+def _no_progress(done: int, total: int) -> None:
+    """Ignore the progress of a load."""
