@@ -41,7 +41,7 @@ class Stream:
     """A stream, with the one consumer group that a queue has."""
 
     entries: dict[str, Fields] = field(default_factory=dict)
-    top: str = START
+    last_id: str = START
     delivered: str = START
     pending: dict[str, Delivery] = field(default_factory=dict)
     consumers: dict[str, int] = field(default_factory=dict)
@@ -49,10 +49,10 @@ class Stream:
 
     def add(self, entry_id: str, fields: Fields) -> str:
         """XADD with an explicit id, which must be above the last one."""
-        if split_id(entry_id) <= split_id(self.top):
-            raise ValueError(f"{entry_id} is not above {self.top}")
+        if split_id(entry_id) <= split_id(self.last_id):
+            raise ValueError(f"{entry_id} is not above {self.last_id}")
         self.entries[entry_id] = dict(fields)
-        self.top = entry_id
+        self.last_id = entry_id
         return entry_id
 
     def above(self, after: str) -> list[Record]:
@@ -109,7 +109,7 @@ class Keyspace:
     def _add(self, key: str, entry_id: str | None, fields: Fields) -> str:
         stream = self._stream(key) or self._streams.setdefault(key, Stream())
         if entry_id is None:
-            entry_id = f"{self._now()}-0" if self._now() > split_id(stream.top)[0] else next_id(stream.top)
+            entry_id = f"{self._now()}-0" if self._now() > split_id(stream.last_id)[0] else next_id(stream.last_id)
         self._added.set()
         self._added = asyncio.Event()
         return stream.add(entry_id, fields)
@@ -153,7 +153,7 @@ class Keyspace:
 
     async def last_id(self, key: str) -> str:
         stream = self._stream(key)
-        return stream.top if stream else START
+        return stream.last_id if stream else START
 
     async def delete(self, key: str, entry_id: str) -> bool:
         stream = self._stream(key)
@@ -277,9 +277,9 @@ class MemoryStreams(Keyspace):
         if state.get("entry", call.entry_id) != call.entry_id:
             return TakeReply("DUPLICATE", "", state["entry"])
         mine = (state.get("worker"), state.get("base")) == (call.worker, call.expected)
-        if mine and now.top == f"{call.epoch}-0":
+        if mine and now.last_id == f"{call.epoch}-0":
             return TakeReply("TAKEN")
-        if now.top != call.expected or now.next_epoch != call.epoch:
+        if now.last_id != call.expected or now.next_epoch != call.epoch:
             return TakeReply("RETRY")
         tokens, barren = state.get("tokens", "0"), int(state.get("barren", 0))
         if state.get("state") == "running" and tokens == state.get("tokens_before"):
@@ -311,8 +311,8 @@ class MemoryStreams(Keyspace):
         state = self._hash(state_key(job_id))
         if stream is None or (state.get("epoch") == str(call.epoch) and state.get("worker") != call.worker):
             return START
-        if stream.top != call.expected:
-            return stream.top
+        if stream.last_id != call.expected:
+            return stream.last_id
         for entry_id, event in call.events:
             self._add(events_key(job_id), entry_id, {"type": event.kind.encode(), "p": event.packed})
         over = call.state in TERMINAL_KINDS
@@ -325,7 +325,7 @@ class MemoryStreams(Keyspace):
         fields |= {"updated_ms": call.now_ms} | ({"ended_ms": call.now_ms} if over else {})
         fields |= {"error" if over else "last_error": call.code} if call.code else {}
         self._put(job_id, call.ttl_ms, fields)
-        return stream.top
+        return stream.last_id
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         """`cancel.lua`, line by line."""
@@ -335,7 +335,7 @@ class MemoryStreams(Keyspace):
         if now.fields.get("state") == "running":
             self._hashes[state_key(job_id)]["cancel"] = str(call.now_ms)
             return "REQUESTED"
-        if now.top != call.expected or now.next_epoch != call.epoch:
+        if now.last_id != call.expected or now.next_epoch != call.epoch:
             return "RETRY"
         self._add(events_key(job_id), f"{call.epoch}-0", {"type": call.event.kind.encode(), "p": call.event.packed})
         fields: dict[str, str | int] = {"state": call.event.kind, "error": "CANCELLED", "epoch": call.epoch}

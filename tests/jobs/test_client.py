@@ -114,7 +114,7 @@ async def test_state_and_last_id_are_read_atomically(harness: Harness) -> None:
 
     async def look() -> None:
         while "ended_ms" not in (state := await looking.job_state("a")).fields:
-            seen.append((state.top, int(state.fields["tokens"])))
+            seen.append((state.last_id, int(state.fields["tokens"])))
             await asyncio.sleep(0)
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -123,8 +123,8 @@ async def test_state_and_last_id_are_read_atomically(harness: Harness) -> None:
             await worker.append(lease, tokens(i, i + 1))
             await asyncio.sleep(0)
         await complete(worker, lease, 100)
-    assert len({top for top, _ in seen}) > 10
-    assert all(top == f"1-{count}" for top, count in seen)
+    assert len({last_id for last_id, _ in seen}) > 10
+    assert all(last_id == f"1-{count}" for last_id, count in seen)
 
 
 async def test_a_reader_retries_after_lost_replies_for_a_limited_time(harness: Harness) -> None:

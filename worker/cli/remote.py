@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,20 +55,8 @@ def client(section: RedisSection) -> Iterator[SyncClient]:
 
 def as_json(item: StreamEvent) -> dict[str, Any]:
     """One event as a JSON object: its own fields, entry id, resume id, envelope."""
-    envelope = item.envelope
-    return {
-        "event": item.kind,
-        **item.event.to_fields(),
-        "entry": item.entry_id,
-        "resume": item.resume,
-        "job_id": envelope.job_id,
-        "epoch": envelope.epoch,
-        "ts_ms": envelope.ts_ms,
-        "worker_id": envelope.worker_id,
-        "correlation_id": envelope.correlation_id,
-        "traceparent": envelope.traceparent,
-        "v": envelope.v,
-    }
+    ids = {"entry": item.entry_id, "resume": item.resume}
+    return {"event": item.kind, **item.event.to_fields(), **ids, **asdict(item.envelope)}
 
 
 def as_line(item: StreamEvent) -> str:

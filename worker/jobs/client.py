@@ -193,7 +193,7 @@ class Client:
         while True:
             now_ms, epoch = int(self._clock() * 1000), state.next_epoch
             event = EncodedEvent(*encode_event(error, trace.envelope(job_id, epoch, now_ms, worker_id="")))
-            call = CancelCall(state.top, epoch, event, now_ms, CANCELLED_TTL_MS)
+            call = CancelCall(state.last_id, epoch, event, now_ms, CANCELLED_TTL_MS)
             outcome = await self._streams.cancel(job_id, call)
             if outcome == "REQUESTED":
                 await self._command("cancel", job_id)
@@ -268,11 +268,15 @@ class Client:
         """
         state = await self._with_timeout(retry_until_connected(self._streams.job_state, job_id))
         ended, tokens = "ended_ms" in state.fields, int(state.fields.get("tokens") or 0)
-        if split_id(state.top) > split_id(cursor.after):
+        if split_id(state.last_id) > split_id(cursor.after):
             return False
         if not state.fields or cursor.after == START:
             return ended or cursor.after != START
-        lost = split_id(state.top) < split_id(cursor.after) or cursor.is_behind(tokens) or (ended and not terminal_seen)
+        lost = (
+            split_id(state.last_id) < split_id(cursor.after)
+            or cursor.is_behind(tokens)
+            or (ended and not terminal_seen)
+        )
         return not (lost and cursor.rewind()) and ended
 
     async def _read(self, key: str, after: str, block_ms: int = READ_BLOCK_MS) -> list[Record]:

@@ -116,7 +116,7 @@ class Lease:
     opening: InitVar[EncodedEvent]
     log: list[EncodedEvent] = field(init=False)
     """Event n has the id `<epoch>-n`."""
-    top: str = field(init=False)
+    last_id: str = field(init=False)
     """The stream's last id, as last reported by the server."""
     tokens: int = field(init=False)
     """Number of tokens of the answer so far, those of earlier epochs included."""
@@ -125,7 +125,7 @@ class Lease:
 
     def __post_init__(self, opening: EncodedEvent) -> None:
         self.log = [opening]
-        self.top = f"{self.epoch}-0"
+        self.last_id = f"{self.epoch}-0"
         self.tokens = len(self.history.tokens)
 
     @property
@@ -142,10 +142,10 @@ class Lease:
         self.log.append(encoded)
 
     def unwritten(self) -> list[tuple[str, EncodedEvent]]:
-        """Events of the log above `top`, with their ids."""
-        first = 0 if self.top == self.base else min(split_id(self.top)[1] + 1, len(self.log))
+        """Events of the log above `last_id`, with their ids."""
+        first = 0 if self.last_id == self.base else min(split_id(self.last_id)[1] + 1, len(self.log))
         return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[first:], first)]
 
-    def owns(self, top: str) -> bool:
-        """Whether a stream that ends at `top` is this epoch's, some of its writes perhaps lost."""
-        return top == self.base != START or epoch_of(top) == self.epoch
+    def owns(self, last_id: str) -> bool:
+        """Whether a stream that ends at `last_id` is this epoch's, possibly with writes lost."""
+        return last_id == self.base != START or epoch_of(last_id) == self.epoch

@@ -170,8 +170,8 @@ class RedisStreams:
         ]
 
     async def job_state(self, job_id: str) -> JobState:
-        top, fields = await self._on_job(self._state, job_id)
-        return JobState(_text(top), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
+        last_id, fields = await self._on_job(self._state, job_id)
+        return JobState(_text(last_id), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         opening = call.opening

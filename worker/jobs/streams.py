@@ -135,13 +135,13 @@ class PendingEntry:
 class JobState:
     """A job's state hash and the last id of its stream; empty for an unknown job."""
 
-    top: str = START
+    last_id: str = START
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def next_epoch(self) -> int:
         """One above the epochs of the hash and of the stream."""
-        return max(int(self.fields.get("epoch", 0)), epoch_of(self.top)) + 1
+        return max(int(self.fields.get("epoch", 0)), epoch_of(self.last_id)) + 1
 
 
 class Streams(Protocol):

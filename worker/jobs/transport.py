@@ -212,7 +212,7 @@ class Transport:
         return TakeCall(
             entry_id=claim.entry_id,
             worker=self.worker_id,
-            expected=state.top,
+            expected=state.last_id,
             epoch=epoch,
             opening=encode(opening),
             opening_code=opening.code if isinstance(opening, ErrorEvent) else "",
@@ -231,7 +231,7 @@ class Transport:
         records: list[Record] = []
         first = "-"
         while True:
-            page = await retry_until_connected(self._streams.range, events_key(job_id), first, state.top, _PAGE)
+            page = await retry_until_connected(self._streams.range, events_key(job_id), first, state.last_id, _PAGE)
             records += page
             if len(page) < _PAGE:
                 return state, History.read(records, state.next_epoch, state.fields.get("state") == "handed_back")
@@ -267,7 +267,7 @@ class Transport:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""
         while True:
             call = AppendCall(
-                expected=lease.top,
+                expected=lease.last_id,
                 epoch=lease.epoch,
                 worker=self.worker_id,
                 state=state,
@@ -277,11 +277,11 @@ class Transport:
                 now_ms=self._now_ms(),
                 ttl_ms=int(self._settings.unsettled_s * 1000),
             )
-            top = await retry_until_connected(self._streams.append, lease.job_id, call)
-            if not lease.owns(top):
+            last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
+            if not lease.owns(last_id):
                 self._consumer.held.discard(lease.claim.entry_id)
-                raise Fenced(f"job {lease.job_id}: epoch {lease.epoch} ended at {top}")
-            lease.top = top
+                raise Fenced(f"job {lease.job_id}: epoch {lease.epoch} ended at {last_id}")
+            lease.last_id = last_id
             if not lease.unwritten():
                 return
 
