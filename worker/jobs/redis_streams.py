@@ -18,7 +18,6 @@ from redis import exceptions
 from redis.asyncio import Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
 
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.streams import (
@@ -67,10 +66,8 @@ class RedisStreams:
         self._reconnects = 0
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
-        scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
-        scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
-        self._take, self._append, self._cancel, self._state = (scripts[name] for name in of_job)
-        self._renew, self._settle, self._enqueue, self._remove_consumers = (scripts[name] for name in of_queue)
+        self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
+        self._scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -108,7 +105,9 @@ class RedisStreams:
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        reply = await self._call(self._enqueue(keys=[queue_key(queue)], args=[bound, *_flat(fields.items())]))
+        reply = await self._call(
+            self._scripts["enqueue"](keys=[queue_key(queue)], args=[bound, *_flat(fields.items())])
+        )
         return None if reply is None else _text(reply)
 
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
@@ -147,20 +146,22 @@ class RedisStreams:
         return _text(reply[0]), None
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        return bool(await self._on_queue(self._renew, queue, consumer, entry_id))
+        return bool(await self._on_queue("renew", queue, consumer, entry_id))
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        return bool(await self._on_queue(self._renew, queue, consumer, entry_id, idle_ms, deliveries))
+        return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries))
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
-        return bool(await self._on_queue(self._settle, queue, entry_id, *_flat((dead or {}).items())))
+        return bool(await self._on_queue("settle", queue, entry_id, *_flat((dead or {}).items())))
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
         names = [] if name is None else [name]
-        return int(await self._on_queue(self._remove_consumers, queue, min_idle_ms, *names))
+        return int(await self._on_queue("remove_consumers", queue, min_idle_ms, *names))
 
-    async def _on_queue(self, script: AsyncScript, queue: str, *args: Value) -> Any:
-        return await self._call(script(keys=[queue_key(queue), dead_key(queue)], args=[GROUP, *args]), no_group=0)
+    async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
+        return await self._call(
+            self._scripts[script](keys=[queue_key(queue), dead_key(queue)], args=[GROUP, *args]), no_group=0
+        )
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         rows = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, "-", "+", count), no_group=[])
@@ -170,13 +171,13 @@ class RedisStreams:
         ]
 
     async def job_state(self, job_id: str) -> JobState:
-        last_id, fields = await self._on_job(self._state, job_id)
+        last_id, fields = await self._on_job("state", job_id)
         return JobState(_text(last_id), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         opening = call.opening
         reply = await self._on_job(
-            self._take,
+            "take",
             job_id,
             *(call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms),
             *(call.deliveries, call.max_deliveries, call.max_attempts),
@@ -186,7 +187,7 @@ class RedisStreams:
 
     async def append(self, job_id: str, call: AppendCall) -> str:
         reply = await self._on_job(
-            self._append,
+            "append",
             job_id,
             *(call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms),
             *_flat((entry_id, event.kind, event.packed) for entry_id, event in call.events),
@@ -195,10 +196,10 @@ class RedisStreams:
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, call.event.kind, call.event.packed)
-        return _text(await self._on_job(self._cancel, job_id, *args))
+        return _text(await self._on_job("cancel", job_id, *args))
 
-    async def _on_job(self, script: AsyncScript, job_id: str, *args: Value) -> Any:
-        return await self._call(script(keys=[events_key(job_id), state_key(job_id)], args=args))
+    async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
+        return await self._call(self._scripts[script](keys=[events_key(job_id), state_key(job_id)], args=args))
 
     async def expire(self, key: str, ttl_ms: int) -> None:
         await self._call(self._commands.pexpire(key, ttl_ms, lt=True))
