@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import re
 import sys
 import threading
@@ -15,10 +13,9 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-import worker.gpu
 from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
-from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, inlined
+from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, defines_of, inlined, launcher_modules
 from worker.gpu.kernel import Kernel, can_launch_early
 from worker.gpu.launch import EarlyProducts
 
@@ -30,13 +27,7 @@ REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
 
 
-def launchers():
-    """The modules that say which kernels they may launch."""
-    names = (f"worker.gpu.{module.name}" for module in pkgutil.iter_modules(worker.gpu.__path__))
-    return [module for module in map(importlib.import_module, names) if hasattr(module, "INSTANTIATIONS")]
-
-
-INSTANTIATIONS = tuple(dict.fromkeys(name for module in launchers() for name in module.INSTANTIATIONS))
+INSTANTIATIONS = tuple(dict.fromkeys(name for module in launcher_modules() for name in module.INSTANTIATIONS))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +105,17 @@ def test_a_mistake_in_a_header_is_reported_with_its_file_and_line(nvrtc, kernel_
         compile_kernel(nvrtc, ("k.cu", "k"), "sm_90")
 
 
+def test_constants_of_a_launcher_reach_the_kernel_files_of_its_instantiations(nvrtc, kernel_files, monkeypatch):
+    launcher = SimpleNamespace(INSTANTIATIONS=(("k.cu", "k"),), DEFINES={"SEGMENT": 256, "DEPTH": 2})
+    monkeypatch.setattr("worker.gpu.compiler.launcher_modules", lambda: (launcher,))
+    defines_of.cache_clear()
+    assert defines_of("k.cu") == ("-DDEPTH=2", "-DSEGMENT=256")
+    assert defines_of("other.cu") == ()
+    (kernel_files / "k.cu").write_text('static_assert(SEGMENT == 256 && DEPTH == 2, "");\n__global__ void k() {}\n')
+    compile_kernel(nvrtc, ("k.cu", "k"), "sm_90")
+    defines_of.cache_clear()
+
+
 class FakeNvrtc:
     """Counts compilations; machine code is the name."""
 
@@ -186,14 +188,16 @@ def test_a_kernel_that_does_not_compile_is_the_preparation_s_error_and_leaves_no
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernels")]
 
 
-def test_a_changed_header_compiler_or_card_compiles_again(cached, kernel_files):
+def test_a_changed_header_constant_compiler_or_card_compiles_again(cached, kernel_files, monkeypatch):
     kernels, compiled = cached
     kernels().get("k.cu", "k<1>")
     kernels("sm_80").get("k.cu", "k<1>")
     kernels(version=(13, 1)).get("k.cu", "k<1>")
     (kernel_files / "a.cuh").write_text("#pragma once\nint edited;\n")
     kernels().get("k.cu", "k<1>")
-    assert len(compiled) == 4
+    monkeypatch.setattr("worker.gpu.compiler.defines_of", lambda file: ("-DTILE=64",))
+    kernels().get("k.cu", "k<1>")
+    assert len(compiled) == 5
 
 
 def test_kernels_are_compiled_loaded_and_launched(gpu, tmp_path, kernel_files):

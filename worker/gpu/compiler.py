@@ -1,21 +1,27 @@
-"""Kernels: from a file and a name expression to something to launch, compiled by NVRTC once and kept on disk.
+"""Compile kernels with NVRTC, cache the machine code on disk, and load it.
 
-A kernel is `(file, expression)`, such as ("matvec.cu", "matvec<Q4_K, 4>"). Headers of `kernels/` are inlined with
-`#line`, so that a cache key covers them and a compile error names their lines. Each kernel is a program of its own:
-they compile in parallel, and a model compiles what it needs and no more. Knows no kernel by name.
+A kernel is `(file, expression)`, such as ("matvec.cu", "matvec<Q4_K, 4>"). The headers of `kernels/`
+are inlined with `#line`, so the cache key covers them and compile errors name their lines. Each
+kernel is a program of its own: kernels compile in parallel, and only those that a model uses.
+Constants that Python and CUDA share are passed as `-D` options: see `launcher_modules`. Next:
+`kernel.py`, `launch.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from worker.errors import Internal
@@ -71,14 +77,40 @@ def _lines(file: str, seen: set[str]) -> Iterable[str]:
         yield f'#line {number + 1} "{file}"'
 
 
+@cache
+def launcher_modules() -> tuple[ModuleType, ...]:
+    """Modules of this package that launch kernels: those with `INSTANTIATIONS`, the kernels they may launch.
+
+    A launcher module may also have `DEFINES: Mapping[str, int]`: constants for every .cu file of its
+    INSTANTIATIONS. Launchers import this module, so they are imported here on the first call.
+    """
+    package = __name__.rpartition(".")[0]
+    paths = importlib.import_module(package).__path__
+    modules = [importlib.import_module(f"{package}.{module.name}") for module in pkgutil.iter_modules(paths)]
+    return tuple(module for module in modules if hasattr(module, "INSTANTIATIONS"))
+
+
+@cache
+def defines_of(file: str) -> tuple[str, ...]:
+    """The `-DNAME=VALUE` options of a .cu file, in order of name."""
+    defines: dict[str, int] = {}
+    for module in launcher_modules():
+        if any(file == kernel_file for kernel_file, _ in module.INSTANTIATIONS):
+            defines |= getattr(module, "DEFINES", {})
+    return tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
+
+
 def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str, ...] = OPTIONS) -> Compiled:
-    """Compile one kernel for `arch` (sm_90). Raises Internal with NVRTC's log, which names file and line."""
+    """Compile one kernel for `arch` (such as sm_90), with the DEFINES of its file.
+
+    Raises: Internal with NVRTC's log, which names file and line.
+    """
     file, expression = name
     program = nvrtc.createProgram(inlined(file), file, (), ())
     try:
         nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(program, (*options, f"-arch={arch}"))
+            nvrtc.compileProgram(program, (*options, *defines_of(file), f"-arch={arch}"))
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise Internal(f"kernel {expression} of {file} does not compile for {arch}:\n{log}") from error
@@ -148,7 +180,7 @@ class Kernels:
     def _entry(self, name: KernelName, digest: str) -> tuple[Path, str]:
         """The cubin on disk and the kernel's symbol in it; written now unless the same text was compiled before."""
         version = "{}.{}".format(*self._nvrtc.getVersion())
-        key = json.dumps([digest, name[1], OPTIONS, self.arch, version])
+        key = json.dumps([digest, name[1], OPTIONS, defines_of(name[0]), self.arch, version])
         image = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
         symbol = image.with_suffix(".symbol")
         if not (image.exists() and symbol.exists()):

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +113,7 @@ class GxxNvrtc:
                 f'extern "C" const int meets_across_blocks = {int(GRID_BARRIER in prog.text)};\n',
             ]
         )
-        prog.image, prog.log = compiled(source)
+        prog.image, prog.log = compiled(source, [option for option in options if option.startswith("-D")])
         if not prog.image:
             raise GxxError(prog.expression)
 
@@ -129,11 +130,11 @@ class GxxNvrtc:
         pass
 
 
-def compiled(source: str) -> tuple[bytes, str]:
-    """A shared library, empty if g++ does not take the source, and what g++ said."""
+def compiled(source: str, defines: Sequence[str] = ()) -> tuple[bytes, str]:
+    """A shared library (empty if g++ reports errors), and g++'s messages."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernel.so"
-        command = ["g++", *OPTIONS, f"-I{HERE}", "-x", "c++", "-", "-o", str(library)]
+        command = ["g++", *OPTIONS, *defines, f"-I{HERE}", "-x", "c++", "-", "-o", str(library)]
         done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
         return library.read_bytes() if done.returncode == 0 else b"", done.stderr
 
