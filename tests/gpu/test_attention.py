@@ -7,6 +7,7 @@ computes in f32 throughout, so 1e-5.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.gpu.guarded import GuardedPool
 from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
+from worker.gpu.attention import decode_splits, group_size
 from worker.model import Hparams, RopeScaling
 from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor, Rope
 from worker.quants import F32
@@ -210,7 +212,7 @@ def test_a_short_piece_after_a_long_prefix_gives_the_bits_of_the_whole(kernels, 
 def test_a_piece_whose_parts_have_no_room_gives_the_same_bits(kernels, memory, monkeypatch):
     scene = Scene(Shape(64, 4, 2, sinks=True), 1200)
     y = Bench(scene, kernels, memory).after(1100, 1200)
-    monkeypatch.setattr("worker.gpu.attention.MOST_PART_BYTES", 136 * 4608)  # of the 140 parts that 100 tokens leave
+    monkeypatch.setattr("worker.gpu.attention.MAX_PARTIAL_BYTES", 136 * 4608)  # of the 140 parts that 100 tokens leave
     bench = Bench(scene, kernels, memory)
     assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
     assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))
@@ -226,14 +228,30 @@ def test_decode_equals_its_twin_at_every_kind_of_position(kernels, memory, shape
         bench.pool.check()
 
 
-@pytest.mark.parametrize("processors", [1, 8, 20, 132])
-def test_decode_split_over_any_number_of_blocks_equals_its_twin(kernels, memory, processors):
+@pytest.mark.parametrize("blocks", [2, 16, 40, 264])
+def test_decode_split_over_any_number_of_blocks_equals_its_twin(kernels, memory, monkeypatch, blocks):
+    monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", blocks)
     scene = Scene(Shape(64, 16, 2, window=500, sinks=True), 700)
-    bench = Bench(scene, kernels, memory, processors)
+    bench = Bench(scene, kernels, memory)
     bench.fill(699)
     first = bench.decode([699])
     assert distance(first[0], scene.expected[699]) < DECODE_BOUND
     assert np.array_equal(bench.decode([699]).view(np.uint32), first.view(np.uint32))
+
+
+def test_decode_on_a_device_of_any_size_gives_the_same_bits(kernels, memory):
+    scene, decoded = Scene(Shape(64, 14, 2), 700), []
+    for processors in (1, 8, 132, 148):
+        bench = Bench(scene, kernels, memory, processors)
+        bench.fill(699)
+        decoded.append(bench.decode([699]).view(np.uint32))
+    assert all(np.array_equal(bits, decoded[0]) for bits in decoded)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "splits"), [(14, 2, 64), (64, 8, 33), (32, 32, 8), (32, 4, 64)])
+def test_the_number_of_splits_is_that_of_an_h100(heads, kv_heads, splits):
+    spec = SimpleNamespace(n_heads=heads, n_kv_heads=kv_heads)
+    assert decode_splits(spec) == splits == min(64, max(1, 2 * 132 // (heads // group_size(spec))))
 
 
 def test_decode_of_several_sequences_gives_each_the_bits_that_it_gets_alone(kernels, memory):

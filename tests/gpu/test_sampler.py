@@ -6,6 +6,10 @@ two tokens: no case below does.
 
 from __future__ import annotations
 
+import math
+from functools import reduce
+from operator import add
+
 import numpy as np
 import pytest
 
@@ -25,6 +29,7 @@ class Bench:
         from worker.gpu.state import StepState
 
         self.kernels, self.cupy = kernels, cupy
+        self.emulated = cupy.cuda.Device().attributes["MultiProcessorCount"] == 1
         processors = processors or cupy.cuda.Device().attributes["MultiProcessorCount"]
         self.state = StepState(memory, 1, 4)
         self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=1, processors=processors)
@@ -91,12 +96,33 @@ def test_draws_equal_those_of_the_twin(kernels, memory, size, cases):
 
 
 @pytest.mark.parametrize("processors", [1, 3, 64])
-def test_a_draw_does_not_depend_on_the_number_of_blocks(kernels, memory, processors):
+def test_a_device_of_fewer_multiprocessors_draws_the_same_bits(kernels, memory, processors):
     rng = np.random.default_rng(5)
-    bench = Bench(kernels, memory, 4999, processors=processors)
+    bench, whole = (Bench(kernels, memory, 4999, processors=n) for n in (processors, 132))
     for _ in range(20):
         logits, request = random_logits(rng, 4999), random_case(rng, 4999)
-        same(bench.draw(logits, request), bench.twin.draw(logits, request))
+        assert bench.draw(logits, request) == whole.draw(logits, request)
+
+
+@pytest.mark.parametrize("size", [100, 4999])
+def test_log_probabilities_are_sums_over_fixed_slices_whatever_the_grid(kernels, memory, size):
+    bench = Bench(kernels, memory, size)
+    logits = random_logits(np.random.default_rng(2), size)
+    drawn = bench.draw(logits, DrawRequest(Sampling(temperature=0, logprobs=1), 0, [], []))
+    expected = float(logits.max()) - float(logits.max()) - math.log(sum_in_slices(logits))
+    assert drawn.logprob == (expected if bench.emulated else pytest.approx(expected, abs=1e-14))
+
+
+def sum_in_slices(logits):
+    """Sum exp(l - max l) in the order of sample.cu: by thread, pairwise over 256 threads, then over 128 slices."""
+    each, total = -(-len(logits) // 128), 0.0
+    weights = [math.exp(float(x) - float(logits.max())) for x in logits]
+    for at in range(0, 128 * each, each):
+        sums = [reduce(add, weights[at : at + each][thread::256], 0.0) for thread in range(256)]
+        while len(sums) > 1:
+            sums = [a + b for a, b in zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True)]
+        total += sums[0]
+    return total
 
 
 def test_the_device_moves_on_by_itself_as_the_host_would(kernels, memory):

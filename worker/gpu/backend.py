@@ -11,7 +11,7 @@ from pathlib import Path
 from worker.backend import Bind, MemoryUse, Placement
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MOST_PART_BYTES
+from worker.gpu.attention import MAX_PARTIAL_BYTES
 from worker.gpu.compiler import Kernels
 from worker.gpu.kv_cache import ELEMENT_BYTES
 from worker.gpu.layouts import weight_bytes
@@ -66,7 +66,7 @@ class GpuBackend:
         """Activations of a chunk, f32 and f16 side by side, attention's parts, the margin; a dry run tells exactly."""
         experts = max(1, hp.expert_used_count)
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
-        return 6 * self.prefill_chunk * a_token + 16 * hp.vocab_size + MOST_PART_BYTES + _MARGIN
+        return 6 * self.prefill_chunk * a_token + 16 * hp.vocab_size + MAX_PARTIAL_BYTES + _MARGIN
 
     def available_bytes(self) -> int:
         """See `Backend.available_bytes`."""

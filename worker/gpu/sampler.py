@@ -1,12 +1,12 @@
-"""The launcher of the sampler: one row of logits in device memory to one drawn token, without the host.
+"""The launcher of the sampler: draw one token per row of logits in device memory, without the host.
 
-It keeps what a draw depends on besides its request: the padding and end masks, how often each token was seen, the
-biases. Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
+It keeps what a draw depends on besides its request: padding and end masks, token counts, biases.
+Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,51 @@ from worker.errors import Internal
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
-from worker.gpu.state import PinnedRing, StepState, penalized
+from worker.gpu.state import REQUEST, PinnedRing, StepState, penalized
 from worker.sampling import Draw, DrawRequest
 
 _TOP = 20
+_THREADS = 256
+_SLICES = 128  # of the vocabulary, in sums of log-probabilities; also the most blocks of a launch
+_PADDING, _END = 1, 2
+
 DRAWN = np.dtype(
     [("id", "i4"), ("count", "i4"), ("logprob", "f8"), ("top_logprobs", "f8", _TOP), ("top_ids", "i4", _TOP)]
 )
-"""`Drawn` of sample.cu."""
+"""`Drawn` of sampling.cuh."""
+_BEST = np.dtype([("score", "f8"), ("raw", "f8"), ("id", "i4"), ("broken", "i4")])
+_BLOCK_RESULT = np.dtype([("best", _BEST), ("mass", "u8"), ("kept", "u8"), ("ties", "u8")])
+_SCRATCH = np.dtype(
+    [
+        *(("barrier", "u4", 2), ("id", "i4"), ("listed", "i4"), ("list", "i4", _TOP)),
+        *(("blocks", _BLOCK_RESULT, _SLICES), ("slice_sums", "f8", _SLICES)),
+        ("histograms", [("count", "u8"), ("mass", "u8")], (3, 8, _THREADS)),
+    ]
+)
+"""`GridScratch` of sampling.cuh."""
+
+DEFINES: Mapping[str, int] = {
+    "THREADS": _THREADS,
+    "TOP": _TOP,
+    "LOGPROB_SLICES": _SLICES,
+    "REQUEST_BYTES": REQUEST.itemsize,
+    "DRAWN_BYTES": DRAWN.itemsize,
+    "SCRATCH_BYTES": _SCRATCH.itemsize,
+}
+FIXED_ORDERS: Mapping[str, str] = {
+    "logprob_slices": f"sums over {_SLICES} slices of the vocabulary, {_THREADS} threads each, slices in order"
+}
+"""The orders of sums that `worker.gpu.numerics` reports."""
 
 INSTANTIATIONS: tuple[KernelName, ...] = (("sample.cu", "sample"),)
-_THREADS = 256
-_BLOCKS = 128
-_BOARD_BYTES = 112736  # sizeof(Board)
-_PADDING, _END = 1, 2
 
 
 class SamplerLauncher:
-    """Draws for one vocabulary and at most `sequences` at once."""
+    """Draws for one vocabulary and at most `sequences` sequences.
+
+    `processors` is the device's number of multiprocessors: the blocks of a launch must all be
+    resident. It changes no bit of a result.
+    """
 
     def __init__(
         self,
@@ -56,16 +83,16 @@ class SamplerLauncher:
         self._bias = array((sequences, vocab_size), np.float64)
         self._scores = array((vocab_size,), np.float64)
         self._weights = array((vocab_size,), np.uint64)
-        self._board = array((_BOARD_BYTES,), np.uint8)
-        self._board.fill(0)
+        self._scratch = array((_SCRATCH.itemsize,), np.uint8)
+        self._scratch.fill(0)
         self.drawn = array((sequences, DRAWN.itemsize), np.uint8)
         self.drawn.fill(0)
         self._ring = PinnedRing(vocab_size * 8, slots=1)
-        self._blocks = min(_BLOCKS, processors)
+        self._blocks = min(_SLICES, processors)
         self._vocab_size = vocab_size
 
     def load(self, row: int, request: DrawRequest, stream: Any) -> None:
-        """Bring a sequence's counts and biases to the device, where its draws depend on them."""
+        """Upload the counts and biases of a sequence, if its draws depend on them."""
         sampling = request.sampling
         if request.forced is not None:
             return
@@ -79,7 +106,7 @@ class SamplerLauncher:
             self._ring.upload([(0, bias)], self._bias[row], stream)
 
     def launch(self, kernels: Launcher, logits: DeviceArray, state: StepState) -> None:
-        """Draw for each row of logits [S, V] f32: into `drawn`, and on to the state's next step."""
+        """Draw from each row of logits [S, V] f32, into `drawn` and the state's next step."""
         kernel = kernels.get("sample.cu", "sample")
         for row in range(len(logits)):
             kernel(
@@ -88,14 +115,17 @@ class SamplerLauncher:
                 (
                     *(logits[row], self._mask, self._counts[row], self._bias[row], np.int32(self._vocab_size)),
                     *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
-                    *(self._scores, self._weights, self._board),
+                    *(self._scores, self._weights, self._scratch),
                 ),
                 early=True,
             )
 
 
 def unpack(raw: np.ndarray[Any, Any], request: DrawRequest) -> Draw:
-    """The draw that a row of `drawn` [bytes] holds. Raises Internal where no token could be drawn."""
+    """The draw in a row of `drawn` [bytes].
+
+    Raises: Internal if the logits were not finite.
+    """
     drawn = raw.view(DRAWN)[0]
     token = int(drawn["id"])
     if token < 0:

@@ -1,44 +1,57 @@
-// One generated token a sequence: RoPE of q and k, the KV write, and attention over the cache, split over its length.
+// Decode attention: RoPE of q and k, the KV write, and attention over the cache, for one new token of each sequence.
 //
 //   y_h = Σ_p softmax_p(q_h · k_p / √D) v_p   over positions max(0, t-window+1) … t; a sink logit joins the denominator.
-// Flash-decoding (Dao et al. 2023): positions are cut into splits of 128 or 256 at absolute multiples of that. Block g of
-// the grid takes the splits s ≡ g (mod G) by online softmax, the block that arrives last adds the blocks' parts in the order of
-// their oldest split. G is fixed at load, so the arithmetic follows from the position alone.
+// Flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding): the positions are cut into
+// tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the tiles s ≡ g
+// (mod G) by online softmax; the block that arrives last adds the blocks' partial results in the order
+// of their oldest tile. G is a constant of the model's shape (worker/gpu/attention.py: decode_splits), so
+// the order of the sums depends on the position alone, never on the device.
 //
-// q [S, H·D], k, v [S, Hk·D] f32; y [S, H·D] f32 and the same rows as q8, meta (quantized.cuh); caches as in kv_cache.cuh;
-// tables [S, table_stride] i32, positions [S] i32; sinks [H] f32 or null. parts: S·(H/GROUP)·G of
-// part_floats f32; arrivals: S·(H/GROUP) u32, zeros before and after. q, caches and parts are 16-byte aligned.
-// Grid (G, H/GROUP, S), 32·warps_of(D, GROUP) threads: GROUP ≤ 8 query heads share one KV head; a warp takes a KV block or two
-// of a split (decode_heads.cuh), all their keys and values in flight together, those of a block's first split before the
-// queries are there (pdl.cuh). Bytes: the keys and values that are seen, once per GROUP heads; the parts stay in L2.
+// Inputs: q [S, H·D], k, v [S, Hk·D] f32; caches as in kv_cache.cuh; positions [S] i32; tables
+// [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
+// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (quantized.cuh); the new key and value.
+// Scratch: partials, S·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, S·(H/GROUP) u32, zero before
+// and after each launch.
+// Grid (G, H/GROUP, S), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp computes
+// one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at once; those of a
+// block's first tile are loaded before the wait (pdl.cuh).
+// Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP heads; the
+// partials stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
 #include "arrival.cuh"
 #include "decode_heads.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
 
-// Warps of a block, KV blocks of a split that each takes, and blocks of a multiprocessor. Where two fit, one finds room
-// beside the blocks of the product before it, and its keys and values are on their way while those still work. Groups of
-// more heads take twice the warps all the same: the longer a context, the more they have to add (docs/performance-decode.md).
-__host__ __device__ constexpr bool is_wide(int head_dim, int group) { return head_dim == 64 && group > 4; }
-__host__ __device__ constexpr int warps_of(int head_dim, int group) { return is_wide(head_dim, group) ? 16 : 8; }
-__host__ __device__ constexpr int pieces_of(int head_dim, int group) { return head_dim == 64 && group <= 4 ? 2 : 1; }
+// Warps of a block, KV blocks of a tile for each warp, and blocks of a multiprocessor. Two blocks of a
+// multiprocessor let one start beside the preceding product's blocks and load its keys and values while
+// those still run. Groups of more than 4 heads use 16 warps: they add more per position in a long context.
+__host__ __device__ constexpr bool is_wide(int head_dim, int group) {
+    return head_dim == DECODE_WIDE_DIM && group >= DECODE_WIDE_GROUP;
+}
+__host__ __device__ constexpr int warps_of(int head_dim, int group) {
+    return is_wide(head_dim, group) ? DECODE_WIDE_WARPS : DECODE_WARPS;
+}
+__host__ __device__ constexpr int kv_blocks_of(int head_dim, int group) {
+    return head_dim == DECODE_WIDE_DIM && !is_wide(head_dim, group) ? 2 : 1;
+}
 __host__ __device__ constexpr int blocks_of(int head_dim, int group) {
     return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
 }
 
-// Which splits of a sequence this block takes: those of `periods` that lie `mine` after the first one.
-struct Share {
-    int newest, oldest, first, splits, periods, mine;
+// The tiles of a sequence that this block computes: of `tiles` from the tile `first` on, those that lie
+// `mine` after it, `splits` apart (splits = G).
+struct SplitTiles {
+    int newest, oldest, first, tiles, splits, mine;
 
-    __device__ __forceinline__ Share(int position, int window, int split)
-        : newest(position), oldest(window && position >= window ? position - window + 1 : 0), first(oldest / split),
-          splits(newest / split - first + 1), periods(gridDim.x) {
-        const int turn = blockIdx.x - (first < periods ? first : first % periods);
-        mine = turn < 0 ? turn + periods : turn;
+    __device__ __forceinline__ SplitTiles(int position, int window, int tile)
+        : newest(position), oldest(window && position >= window ? position - window + 1 : 0), first(oldest / tile),
+          tiles(newest / tile - first + 1), splits(gridDim.x) {
+        const int offset = blockIdx.x - (first < splits ? first : first % splits);
+        mine = offset < 0 ? offset + splits : offset;
     }
     __device__ __forceinline__ bool has_newest() const {
-        return splits <= periods ? mine == splits - 1 : (splits - 1 - mine) % periods == 0;
+        return tiles <= splits ? mine == tiles - 1 : (tiles - 1 - mine) % splits == 0;
     }
     __device__ __forceinline__ bool sees(int start) const { return start <= newest && start + kKvBlock > oldest; }
 };
@@ -47,101 +60,101 @@ template <int D, int GROUP, bool ADJACENT>
 __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     attention_decode(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                      unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
-                     const int* positions, const int* tables, int table_stride, const float* sinks, float* parts,
+                     const int* positions, const int* tables, int table_stride, const float* sinks, float* partials,
                      unsigned int* arrivals, int n_heads, int n_kv_heads, int window) {
-    constexpr int kPart = part_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
-    constexpr int kPieces = pieces_of(D, GROUP), kOfWarp = kPieces * kKvBlock, kSplit = kWarps * kOfWarp;
-    static_assert(GROUP <= kWarps, "combine takes a warp a head");
+    constexpr int kPartial = partial_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
+    constexpr int kBlocks = kv_blocks_of(D, GROUP), kOfWarp = kBlocks * kKvBlock, kTile = kWarps * kOfWarp;
+    static_assert(GROUP <= kWarps, "combine computes the weights of a head in one warp");
     __shared__ uint4 queries[Heads<D>::kSteps][32];
-    __shared__ __align__(16) float block_parts[kWarps][kPart];
+    __shared__ __align__(16) float warp_partials[kWarps][kPartial];
     __shared__ union {
-        float warps[GROUP][kWarps], blocks[GROUP][kMaxParts];
+        float warps[GROUP][kWarps], blocks[GROUP][MAX_DECODE_SPLITS];
     } weights;
     __shared__ __align__(16) unsigned short new_key[D], new_value[D];
     const int sequence = blockIdx.z, head = blockIdx.y * GROUP, kv_head = head / (n_heads / n_kv_heads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Share share(positions[sequence], window, kSplit);
-    if (share.mine >= share.splits) return;
-    const int newest = share.newest;
+    const SplitTiles tiles(positions[sequence], window, kTile);
+    if (tiles.mine >= tiles.tiles) return;
+    const int newest = tiles.newest;
     const int* table = tables + (size_t)sequence * table_stride;
-    const auto start_of = [&](int split, int piece) {
-        return (share.first + split) * kSplit + warp * kOfWarp + piece * kKvBlock;
+    const auto start_of = [&](int tile, int i) {
+        return (tiles.first + tile) * kTile + warp * kOfWarp + i * kKvBlock;
     };
-    KvPiece<D> pieces[kPieces];
-    const auto load = [&](int split) {
+    KvFragments<D> kv[kBlocks];
+    const auto load = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            const int start = start_of(split, i);
-            if (!share.sees(start)) continue;
+        for (int i = 0; i < kBlocks; ++i) {
+            const int start = start_of(tile, i);
+            if (!tiles.sees(start)) continue;
             const size_t at = kv_offset<D>(table[start / kKvBlock], n_kv_heads, kv_head, start);
-            pieces[i].load(k_cache + at, v_cache + at, start, share.oldest, newest);
+            kv[i].load(k_cache + at, v_cache + at, start, tiles.oldest, newest);
         }
     };
-    load(share.mine);
+    load(tiles.mine);
 
-    // The first warps turn the queries, the last ones bring the newest key and value, whose readers are all in one block.
+    // The first warps rotate the queries, the last ones write the newest key and value; one block reads those.
     const RopeTables rope = {cos, sin, dims};
-    const bool turning = warp < Heads<D>::kSteps;
-    const int of = lane / 4, e = Heads<D>::query_element(warp, lane);
-    const int element = share.has_newest() ? (int)threadIdx.x - (kThreads - D) : -1;
-    Turn turns[4], key_turn;
-    if (turning) {
+    const bool rotates = warp < Heads<D>::kSteps;
+    const int row = lane / 4, e = Heads<D>::query_element(warp, lane);
+    const int element = tiles.has_newest() ? (int)threadIdx.x - (kThreads - D) : -1;
+    Rotation rotations[4], key_rotation;
+    if (rotates) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) turns[i] = turn_of<ADJACENT>(e + i, newest, rope);
+        for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, newest, rope);
     }
-    if (element >= 0) key_turn = turn_of<ADJACENT>(element, newest, rope);
+    if (element >= 0) key_rotation = rotation_of<ADJACENT>(element, newest, rope);
     const size_t slot = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
     launch_dependents();
     grid_dependency_wait();
-    if (turning) {
+    if (rotates) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f), other = x;
-        if (of < GROUP) {
-            const float* from = q + ((size_t)sequence * n_heads + head + of) * D;
+        if (row < GROUP) {
+            const float* from = q + ((size_t)sequence * n_heads + head + row) * D;
             x = *reinterpret_cast<const float4*>(from + e);
             other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
-                             : make_float4(from[turns[0].partner], from[turns[1].partner], from[turns[2].partner],
-                                           from[turns[3].partner]);
+                             : make_float4(from[rotations[0].partner], from[rotations[1].partner], from[rotations[2].partner],
+                                           from[rotations[3].partner]);
         }
         const float scale = rsqrtf((float)D) * kLog2e;
         queries[warp][lane] = Heads<D>::query(
-            make_float4(turned(x.x, other.x, turns[0]) * scale, turned(x.y, other.y, turns[1]) * scale,
-                        turned(x.z, other.z, turns[2]) * scale, turned(x.w, other.w, turns[3]) * scale));
+            make_float4(rotate(x.x, other.x, rotations[0]) * scale, rotate(x.y, other.y, rotations[1]) * scale,
+                        rotate(x.z, other.z, rotations[2]) * scale, rotate(x.w, other.w, rotations[3]) * scale));
     }
     if (element >= 0) {
-        const size_t row = ((size_t)sequence * n_kv_heads + kv_head) * D;
-        const float key = turned(k[row + element], k[row + key_turn.partner], key_turn);
+        const size_t at = ((size_t)sequence * n_kv_heads + kv_head) * D;
+        const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
         k_cache[slot + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
-        v_cache[slot + element] = new_value[element] = float_to_half(clamp_to_half_range(v[row + element]));
+        v_cache[slot + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
     }
     __syncthreads();
 
     Heads<D> heads;
-    heads.begin();
-    for (int split = share.mine; split < share.splits; split += share.periods) {
-        if (split != share.mine) load(split);
-#pragma unroll 1  // code that is not in the instruction cache costs more than moving a piece
-        for (int i = 0; i < kPieces; ++i) {
-            const int start = start_of(split, i);
-            if (share.sees(start)) {
-                pieces[0].take(new_key, new_value, start, newest);
-                heads.attend(pieces[0], queries, start, share.oldest, newest);
+    heads.reset();
+    for (int tile = tiles.mine; tile < tiles.tiles; tile += tiles.splits) {
+        if (tile != tiles.mine) load(tile);
+#pragma unroll 1  // unrolled code misses the instruction cache, which costs more than moving registers
+        for (int i = 0; i < kBlocks; ++i) {
+            const int start = start_of(tile, i);
+            if (tiles.sees(start)) {
+                kv[0].insert_newest(new_key, new_value, start, newest);
+                heads.attend(kv[0], queries, start, tiles.oldest, newest);
             }
-            pieces[0] = pieces[kPieces - 1];
+            kv[0] = kv[kBlocks - 1];
         }
     }
-    // Of the newest split alone, warps behind the newest position saw nothing.
-    const int warps = share.mine == share.splits - 1 ? newest % kSplit / kOfWarp + 1 : kWarps;
-    if (warp < warps) heads.leave(block_parts[warp], GROUP);
+    // In the newest tile, warps after the newest position have computed nothing.
+    const int warps = tiles.mine == tiles.tiles - 1 ? newest % kTile / kOfWarp + 1 : kWarps;
+    if (warp < warps) heads.store_partial(warp_partials[warp], GROUP);
     __syncthreads();
 
-    const int active = min(share.splits, share.periods);
-    const size_t row = (size_t)sequence * n_heads * D, group = (size_t)sequence * gridDim.y + blockIdx.y;
-    const Result result = {y + row, q8 + row, meta + row / 32, sinks ? sinks + head : nullptr, head * D, n_heads * D};
+    const int active = min(tiles.tiles, tiles.splits);
+    const size_t first = (size_t)sequence * n_heads * D, group = (size_t)sequence * gridDim.y + blockIdx.y;
+    const FinalRows result = {y + first, q8 + first, meta + first / 32, sinks ? sinks + head : nullptr, head * D, n_heads * D};
     if (active == 1) {
-        combine<D, GROUP>(block_parts[0], warps, weights.warps, result);
+        combine<D, GROUP>(warp_partials[0], warps, weights.warps, result);
         return;
     }
-    parts += group * share.periods * kPart;
-    combine<D, GROUP>(block_parts[0], warps, weights.warps, NextPart{parts + share.mine * kPart});
-    if (arrives_last(arrivals + group, active)) combine<D, GROUP>(parts, active, weights.blocks, result);
+    partials += group * tiles.splits * kPartial;
+    combine<D, GROUP>(warp_partials[0], warps, weights.warps, Partial{partials + tiles.mine * kPartial});
+    if (arrives_last(arrivals + group, active)) combine<D, GROUP>(partials, active, weights.blocks, result);
 }

@@ -1,36 +1,41 @@
-// Prompt tokens of one sequence: attention over its cache, on tensor cores, without ever storing the scores.
+// Prefill attention: the queries of a chunk of one sequence over its KV cache, on tensor cores (FlashAttention-2).
 //
 //   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t; a sink joins the denominator.
-// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp owns strips of 16 queries of one head, keys and values pass in
-// tiles of KEYS positions that start at absolute multiples of KEYS, double-buffered by cp.async. At each absolute multiple
-// of kSegment positions the softmax starts afresh; segments are merged from the oldest on (running_softmax.cuh). So what a
-// query computes follows from its position alone: a tile or segment that it does not see multiplies its sums by one and
-// adds zeros, and who walks a segment does not matter. Chunks, cached prefixes and neighbours never move its bits.
+// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp computes strips of 16 queries of one head; keys and
+// values pass in tiles that start at absolute multiples of the tile, double-buffered by cp.async. At each
+// absolute multiple of SEGMENT positions the softmax starts anew; segments are merged oldest first
+// (running_softmax.cuh). The arithmetic of a query thus follows from its position alone: a tile or segment
+// without visible keys multiplies its sums by one and adds zeros, and the bits do not depend on which block
+// computes a segment. Chunking, cached prefixes and other queries never change the bits of a query.
 //
-// A block walks all segments of its queries. Of a short piece after a long prefix there are too few such blocks: where
-// SPLIT, the grid has Z layers, block z takes segments z, z + Z, … and leaves a part of each, and the block that arrives
-// last merges them. Should the parts need more than `room`, layer 0 walks all segments after all. Which KV blocks a segment
-// lies in is looked up once, and a first tile of earlier pieces is on its way before q is there (pdl.cuh).
+// Without SPLIT a block computes all segments of its queries. A short chunk after a long prefix has too few
+// such blocks. With SPLIT the grid has Z layers: block z computes segments z, z + Z, … and stores a partial
+// result of each; the block that arrives last merges them. If the partial results exceed `capacity`, layer 0
+// computes all segments. The KV blocks of a segment are looked up once.
 //
-// q [T, H·D] f16, already turned (rope_kv.cu); caches as in kv_cache.cuh, written up to position start + T - 1; table i32
-// of this sequence; place: {start, T} on the device, of which the grid covers at least T; sinks [H] f32 or null;
-// y [T, padded H·D] f16 in the order of fragments.cuh: a mean of values of an f16 cache needs no scale. D is 64, 96 or
-// 128; every row is 16-byte aligned. parts: `room` times part_quads float4; arrivals: ⌈T/64⌉·H u32, zeros before and
-// after; both null where Z is 1.
-// Grid (⌈T/64⌉, H, Z), threads(strips(D, SPLIT)) threads; dynamic shared memory: 4·KEYS·(D+8)·2 bytes of tiles, 256·(D+8)
-// of parts. Flops: 4·D per head and seen pair. Bytes: q and y once, 2 an element; keys and values of all seen tiles once
-// per 64 queries and head, mostly from L2; where split, 4·(D+8) a query, head and segment, there and back.
+// Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to position
+// start + T - 1; table [blocks] i32 of the sequence; place {start, T} i32 on the device; sinks [H] f32 or
+// null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of f16 values needs no scale).
+// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero before and
+// after each launch; both null where Z is 1. D is 64, 96 or 128.
+// Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic shared
+// memory: 4·keys_per_tile(D)·(D + ROW_PAD)·2 bytes of tiles, 256·(D+8) of partial results.
+// Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an element;
+// keys and values of all visible tiles once per 64 queries and head, mostly from L2; with SPLIT also
+// 4·(D+8) per query, head and segment, written and read.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
 #include "arrival.cuh"
 #include "pdl.cuh"
 #include "fragments.cuh"
 #include "running_softmax.cuh"
 
-constexpr int kSegment = 256;
+__host__ __device__ constexpr int strips(int head_dim, bool split) {
+    return split ? 1 : head_dim == 64 ? STRIPS_64 : head_dim == 96 ? STRIPS_96 : STRIPS_128;
+}
+static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quads(96, 1) == PARTIAL_BYTES_96 &&
+                  16 * partial_quads(128, 1) == PARTIAL_BYTES_128, "as reserved by worker/gpu/attention.py");
 
-__host__ __device__ constexpr int strips(int head_dim, bool split) { return split || head_dim == 128 ? 1 : 2; }
-
-// Blocks of a multiprocessor: as many as registers allow without spills; sm_90 has the shared memory for them.
+// Blocks of a multiprocessor: the most that registers allow without spills and shared memory allows on sm_90.
 __host__ __device__ constexpr int blocks_of(int head_dim, bool split) { return (head_dim == 128 ? 3 : 4) - split; }
 
 template <int D, int STRIPS>
@@ -47,7 +52,7 @@ __device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const 
     }
 }
 
-// Ends the softmax, sinks included, and writes y; a sum that underflowed below zero is zero like any other.
+// Normalize the sums, sinks included, and write y. The FMA with +0 turns a sum of -0 into +0.
 template <int D, int STRIPS>
 __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned int* y, const float* sinks, float scale,
                                            int row, int n_tokens, int head, int n_heads) {
@@ -77,37 +82,37 @@ template <int D, bool SPLIT>
 __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT))
     attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache,
                       const unsigned short* v_cache, const int* table, const float* sinks, const int* place,
-                      float4* parts, unsigned int* arrivals, int room, int n_heads, int n_kv_heads, int window) {
-    constexpr int STRIPS = strips(D, SPLIT), kRows = 16 * STRIPS, kPart = part_quads(D, STRIPS);
-    constexpr int kKeys = keys_per_tile(D), kTiles = kSegment / kKeys;
+                      float4* partials, unsigned int* arrivals, int capacity, int n_heads, int n_kv_heads, int window) {
+    constexpr int STRIPS = strips(D, SPLIT), kRows = 16 * STRIPS, kPartial = partial_quads(D, STRIPS);
+    constexpr int kKeys = keys_per_tile(D), kTiles = SEGMENT / kKeys;
     extern __shared__ __align__(16) unsigned short shared[];
     Tile<D>* keys = reinterpret_cast<Tile<D>*>(shared);
     Tile<D>* values = keys + 2;
-    float4* kept = reinterpret_cast<float4*>(values + 2) + threadIdx.x / 32 * kPart;
+    float4* kept = reinterpret_cast<float4*>(values + 2) + threadIdx.x / 32 * kPartial;
     const int start = place[0], n_tokens = place[1];
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * kQueries;  // the longest rows first: they end last
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // descending: the last rows take longest and start first
     if (first_row >= n_tokens) return;
     const int warp_row = first_row + threadIdx.x / 32 * kRows, row = warp_row + threadIdx.x % 32 / 4;
     const int seen_by_all = start + warp_row;
-    const int valid = start + n_tokens, newest = min(start + first_row + kQueries, valid) - 1;
+    const int valid = start + n_tokens, newest = min(start + first_row + QUERY_TILE, valid) - 1;
     const auto oldest_of = [=](int position) { return window && position >= window ? position - window + 1 : 0; };
-    const int oldest = oldest_of(start + first_row), first_segment = oldest / kSegment;
+    const int oldest = oldest_of(start + first_row), first_segment = oldest / SEGMENT;
 
-    const int segments = newest / kSegment - first_segment + 1;
-    const int pieces_first = oldest_of(start) / kSegment, pieces_segments = (valid - 1) / kSegment - pieces_first + 1;
+    const int segments = newest / SEGMENT - first_segment + 1;
+    const int chunk_first = oldest_of(start) / SEGMENT, chunk_segments = (valid - 1) / SEGMENT - chunk_first + 1;
     const int warps = (n_tokens + kRows - 1) / kRows;
-    const bool split = SPLIT && gridDim.z > 1 && segments > 1 && warps * n_heads * pieces_segments <= room;
+    const bool split = SPLIT && gridDim.z > 1 && segments > 1 && warps * n_heads * chunk_segments <= capacity;
     const int stride = split ? gridDim.z : 1;
     if (blockIdx.z >= (split ? segments : 1)) return;
-    const auto part = [=](int segment) {
-        const int of = (warp_row / kRows * n_heads + head) * pieces_segments + segment - pieces_first;
-        return parts + (size_t)of * kPart;
+    const auto partial_of = [=](int segment) {
+        const int at = (warp_row / kRows * n_heads + head) * chunk_segments + segment - chunk_first;
+        return partials + (size_t)at * kPartial;
     };
 
-    constexpr int kLanes = kSegment / kKvBlock;
-    static_assert(kLanes <= 32, "a lane knows one of a segment's blocks");
-    const auto blocks_of_segment = [=](int segment) {  // a lane each
+    constexpr int kLanes = SEGMENT / kKvBlock;
+    static_assert(kLanes <= 32, "each lane holds one KV block of a segment");
+    const auto blocks_of_segment = [=](int segment) {  // one a lane
         const int at = segment * kLanes + threadIdx.x % 32 % kLanes;
         return at * kKvBlock < valid ? table[at] : 0;
     };
@@ -116,10 +121,10 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         fetch_tile<D, STRIPS, kLanes>(values[stage], v_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
         commit_copies();
     };
-    const int last_tile = newest / kKeys, last_segment = newest / kSegment;
+    const int last_tile = newest / kKeys, last_segment = newest / SEGMENT;
     int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     int blocks = blocks_of_segment(segment);
-    if ((tile + 1) * kKeys > start) grid_dependency_wait();  // else the first tile is of earlier pieces
+    if ((tile + 1) * kKeys > start) grid_dependency_wait();  // earlier tiles hold tokens of earlier chunks only
     fetch(0, tile, blocks);
     grid_dependency_wait();
     Queries<D, STRIPS> queries;
@@ -127,12 +132,12 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     Softmax<D, STRIPS> state;
     const float scale = rsqrtf((float)D) * kLog2e;
     for (; segment <= last_segment; segment += stride) {
-        state.begin();
-        const int blocks_then = blocks_of_segment(segment + stride);
+        state.reset();
+        const int next_blocks = blocks_of_segment(segment + stride);
         for (const int end = min((segment + 1) * kTiles, last_tile + 1); tile < end; stage ^= 1) {
             const int next = tile + 1 < end ? tile + 1 : (segment + stride) * kTiles;
             if (next <= last_tile) {
-                fetch(stage ^ 1, next, tile + 1 < end ? blocks : blocks_then);
+                fetch(stage ^ 1, next, tile + 1 < end ? blocks : next_blocks);
                 wait_for_copies<1>();
             } else {
                 wait_for_copies<0>();
@@ -141,27 +146,27 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
             Scores<D, STRIPS> scores = {};
             score<D, STRIPS>(scores, queries, keys[stage]);
             if ((tile + 1) * kKeys > seen_by_all + 1 || (window && tile * kKeys < seen_by_all + kRows - window))
-                hide<D, STRIPS>(scores, start + row, tile * kKeys, window);
-            state.soften(scores, scale);
+                apply_mask<D, STRIPS>(scores, start + row, tile * kKeys, window);
+            state.update(scores, scale);
             add_values<D, STRIPS>(state.sums, scores, values[stage]);
             __syncthreads();
             tile = next;
         }
-        blocks = blocks_then;
-        if (!split && segment > first_segment) state.follow(kept, scale);
-        if (split ? warp_row < n_tokens : segment < last_segment) state.leave(split ? part(segment) : kept);
+        blocks = next_blocks;
+        if (!split && segment > first_segment) state.merge_older(kept, scale);
+        if (split ? warp_row < n_tokens : segment < last_segment) state.store(split ? partial_of(segment) : kept);
     }
 
     if (split && !arrives_last(arrivals + blockIdx.x * n_heads + head, min(segments, stride))) return;
     if (warp_row >= n_tokens) return;
     if (split) {
-        Softmax<D, STRIPS> next;  // on its way while the one before it is merged
-        next.take(part(first_segment));
+        Softmax<D, STRIPS> next;  // loaded while the preceding one is merged
+        next.load(partial_of(first_segment));
         for (int s = 0; s < segments; ++s) {
             state = next;
-            if (s < segments - 1) next.take(part(first_segment + s + 1));
-            if (s) state.follow(kept, scale);
-            if (s < segments - 1) state.leave(kept);
+            if (s < segments - 1) next.load(partial_of(first_segment + s + 1));
+            if (s) state.merge_older(kept, scale);
+            if (s < segments - 1) state.store(kept);
         }
     }
     write_rows<D, STRIPS>(state, y, sinks, scale, row, n_tokens, head, n_heads);

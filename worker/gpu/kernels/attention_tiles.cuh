@@ -1,30 +1,34 @@
-// One tile of keys and values, and what a warp's queries make of it on tensor cores: scores and weighted sums.
+// Tiles of keys and values in shared memory, and a warp's scores and weighted sums over one tile on tensor cores.
 //
-// A warp owns 16 queries of one head a strip; strips share each fragment that is read, and no query's bits depend on how
-// many there are. KEYS positions a tile, D elements a head. Users: attention_prefill.cu; softmax: running_softmax.cuh.
+// A strip is 16 queries of one head. A warp computes STRIPS strips, which share each key or value fragment;
+// the bits of a query do not depend on STRIPS. keys_per_tile(D) positions a tile, D elements a head.
+// QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/attention.py.
+// Users: attention_prefill.cu, running_softmax.cuh.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "mma.cuh"
 #include "warp.cuh"
 
-constexpr int kQueries = 64, kPad = 8;  // an odd number of 16-byte pieces a row: no bank conflicts
+static_assert(ROW_PAD % 16 == 8, "an odd number of 16-byte units a row avoids bank conflicts");
 
-__host__ __device__ constexpr int keys_per_tile(int head_dim) { return head_dim == 64 ? 64 : 32; }
-__host__ __device__ constexpr int threads(int strips) { return 32 * kQueries / (16 * strips); }
+__host__ __device__ constexpr int keys_per_tile(int head_dim) {
+    return head_dim == 64 ? TILE_KEYS_64 : head_dim == 96 ? TILE_KEYS_96 : TILE_KEYS_128;
+}
+__host__ __device__ constexpr int threads(int strips) { return 32 * QUERY_TILE / (16 * strips); }
 
 template <int D>
-using Tile = unsigned short[keys_per_tile(D)][D + kPad];
+using Tile = unsigned short[keys_per_tile(D)][D + ROW_PAD];
 template <int D, int STRIPS>
 using Queries = unsigned int[STRIPS][D / 16][4];
 
-// Rows of a cache at positions [tile, tile + KEYS) into shared memory; zeros from `valid` on, where slots are unwritten.
-// One head's part of a KV block is one piece of memory; each thread takes the same 16 bytes of every block. Lane i knows
-// the block of each position that is 16·i to 16·i + 15 after a multiple of 16·LANES.
+// Copy the rows of a cache at positions [tile, tile + keys_per_tile(D)) to shared memory; rows from `valid`
+// on, whose slots are unwritten, become zeros. Each thread copies the same 16 bytes of every KV block.
+// `blocks` of lane i is the KV block of positions 16·i … 16·i + 15 after a multiple of 16·LANES.
 template <int D, int STRIPS, int LANES>
 __device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* cache, int blocks, int n_kv_heads,
                                            int kv_head, int tile, int valid) {
-    constexpr int kPieces = D / 8, kEach = kKvBlock * kPieces;
+    constexpr int kUnits = D / 8, kEach = kKvBlock * kUnits;  // of 16 bytes, in a row and in a KV block
 #pragma unroll
     for (int b = 0; b < keys_per_tile(D) / kKvBlock; ++b) {
         const int first = tile + b * kKvBlock;
@@ -32,19 +36,19 @@ __device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* 
         const unsigned short* from = cache + kv_offset<D>(block, n_kv_heads, kv_head, 0);
 #pragma unroll
         for (int i = 0; i < (kEach + threads(STRIPS) - 1) / threads(STRIPS); ++i) {
-            const int at = threadIdx.x + i * threads(STRIPS), row = at / kPieces;
+            const int at = threadIdx.x + i * threads(STRIPS), row = at / kUnits;
             if (kEach % threads(STRIPS) && at >= kEach) continue;
-            copy_16_async(&rows[b * kKvBlock + row][at % kPieces * 8], from + 8 * at, first + row < valid);
+            copy_16_async(&rows[b * kKvBlock + row][at % kUnits * 8], from + 8 * at, first + row < valid);
         }
     }
 }
 
 template <int D, int STRIPS>
-using Scores = float[STRIPS][keys_per_tile(D) / 8][4];  // 16 queries, 8 keys, and a lane's four of these 128
+using Scores = float[STRIPS][keys_per_tile(D) / 8][4];  // 16 queries × 8 keys: four values a lane
 template <int D, int STRIPS>
 using Sums = float[STRIPS][D / 8][4];
 
-// scores [16·strips, KEYS] = q · kᵀ: the keys' rows are the columns of B.
+// scores [16·STRIPS, keys] = q · kᵀ: the rows of keys are the columns of B.
 template <int D, int STRIPS>
 __device__ __forceinline__ void score(Scores<D, STRIPS>& scores, const Queries<D, STRIPS>& q, const Tile<D>& keys) {
     const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, column = lane / 8 % 2 * 8;
@@ -63,7 +67,7 @@ __device__ __forceinline__ void score(Scores<D, STRIPS>& scores, const Queries<D
     }
 }
 
-// sums [16·strips, D] += weights · v: an accumulator's lanes already hold what A wants, 16 keys at a time.
+// sums [16·STRIPS, D] += weights · v: the score accumulators of 16 keys have the lane layout of A.
 template <int D, int STRIPS>
 __device__ __forceinline__ void add_values(Sums<D, STRIPS>& sums, const Scores<D, STRIPS>& weights,
                                            const Tile<D>& values) {
@@ -89,9 +93,10 @@ __device__ __forceinline__ void add_values(Sums<D, STRIPS>& sums, const Scores<D
     }
 }
 
-// Scores of keys that a query does not see become -∞. A lane's first query is at `first`.
+// Set the scores of keys that a query must not attend to (causal mask, window) to -∞. `first` is the
+// position of the lane's first query.
 template <int D, int STRIPS>
-__device__ __forceinline__ void hide(Scores<D, STRIPS>& scores, int first, int tile, int window) {
+__device__ __forceinline__ void apply_mask(Scores<D, STRIPS>& scores, int first, int tile, int window) {
 #pragma unroll
     for (int n = 0; n < keys_per_tile(D) / 8; ++n) {
 #pragma unroll

@@ -1,18 +1,21 @@
-// Up to eight query heads of one token against 16 positions of their KV head, on the tensor cores, in a warp.
+// Up to eight query heads of one token against 16 positions of their KV head, on tensor cores, in one warp.
 //
-// Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 would be idle: they carry what f16 rounds
-// away of rows 0–7, so queries and weights count with 22 bits, and products with the cache's f16 are as good as f32's. The
-// order of a product's inner elements is free, so lanes take keys and values as 16 neighbouring bytes lie in the cache:
-//   scores: lane (g, c) = (lane/4, lane%4) holds of keys g and g + 8 the elements 32i + 8c to 32i + 8c + 7
-//   sums:   of positions 2c, 2c + 1, 2c + 8, 2c + 9 the values' elements 64i + 8g to 64i + 8g + 7, the last 32 of D = 96: 4 each
-// Softmax is online and in base 2: of its head g every lane keeps the peak, and its own positions' total.
+// Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 hold the rounding errors
+// of the f16 values in rows 0–7: queries and weights have 22 significant bits, and products with the f16
+// cache are as precise as in f32. The order of a product's inner elements is free, so each lane loads keys
+// and values as 16 neighbouring bytes of the cache:
+//   scores: lane (g, c) = (lane/4, lane%4) holds elements 32i + 8c … 32i + 8c + 7 of keys g and g + 8
+//   sums:   elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c, 2c + 1, 2c + 8, 2c + 9;
+//           of the last 32 elements of D = 96, 4 each
+// The softmax is online and in base 2: each lane keeps the peak of its head g and the total of its own
+// positions. Users: attention_decode.cu.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "mma.cuh"
 #include "softmax_parts.cuh"
 
-// a, b as f16 pairs: what they round to, and what is left.
+// a and b as pairs of f16: the rounded values, and the rounding errors.
 __device__ __forceinline__ void split_pair(float a, float b, unsigned int& high, unsigned int& low) {
     high = floats_to_half2(a, b);
     const float2 rounded = half2_to_float2(high);
@@ -20,8 +23,8 @@ __device__ __forceinline__ void split_pair(float a, float b, unsigned int& high,
 }
 
 template <int D>
-struct KvPiece {  // a KV block's keys and values of one head, in a warp's registers
-    static constexpr int kSections = D / 32, kWide = D / 64;  // wide: of 64 values, 16 bytes a lane
+struct KvFragments {  // keys and values of one head in one KV block, in a warp's registers
+    static constexpr int kSections = D / 32, kWide = D / 64;  // kWide: runs of 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
@@ -41,8 +44,8 @@ struct KvPiece {  // a KV block's keys and values of one head, in a warp's regis
         if (kNarrow) narrow[t] = *reinterpret_cast<const uint2*>(row + 64 * kWide + 4 * g);
     }
 
-    // The block's rows whose positions are from `oldest` to before `newest`; the others become zeros: an unwritten slot may
-    // hold NaN, and 0·NaN is none.
+    // Load the rows at positions [oldest, newest); zero the others: an unwritten slot may hold NaN, and
+    // 0·NaN is NaN.
     __device__ __forceinline__ void load(const unsigned short* key_block, const unsigned short* value_block, int start,
                                          int oldest, int newest) {
 #pragma unroll
@@ -62,8 +65,8 @@ struct KvPiece {  // a KV block's keys and values of one head, in a warp's regis
         }
     }
 
-    // The newest position's, which are on their way to the cache only now.
-    __device__ __forceinline__ void take(const unsigned short* key, const unsigned short* value, int start, int newest) {
+    // Insert the newest position's key and value, which this launch computes.
+    __device__ __forceinline__ void insert_newest(const unsigned short* key, const unsigned short* value, int start, int newest) {
 #pragma unroll
         for (int t = 0; t < 2; ++t)
             if (start + key_row(t) == newest) load_key(t, key);
@@ -72,7 +75,7 @@ struct KvPiece {  // a KV block's keys and values of one head, in a warp's regis
             if (start + value_row(t) == newest) load_value(t, value);
     }
 
-    // The word that holds the lane's element of tile j in its value row t.
+    // The 32-bit word that holds the lane's element of tile j in its value row t.
     __device__ __forceinline__ unsigned int word(int t, int j) const {
         if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
         const uint4 v = values[t][j / 8];
@@ -83,15 +86,15 @@ struct KvPiece {  // a KV block's keys and values of one head, in a warp's regis
 
 template <int D>
 struct Heads {
-    static constexpr int kTiles = D / 8, kWide = KvPiece<D>::kWide;
-    static constexpr bool kNarrow = KvPiece<D>::kNarrow;
-    static constexpr int kSteps = D / 16;  // of a score's inner product, 16 elements each
+    static constexpr int kTiles = D / 8, kWide = KvFragments<D>::kWide;
+    static constexpr bool kNarrow = KvFragments<D>::kNarrow;
+    static constexpr int kSteps = D / 16;  // steps of a score's inner product, 16 elements each
     float sums[kTiles][4], peak, total;
 
-    // The first element of the four that lane (g, c) holds of head g in step s of a score.
+    // The first of the four elements of head g that lane (g, c) holds in step s of a score.
     __device__ __forceinline__ static int query_element(int s, int lane) { return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4; }
 
-    // Those four as a piece of A: [kSteps][32] of them are the queries, in shared memory, as `attend` takes them.
+    // Those four elements as a fragment of A; `attend` reads [kSteps][32] of them from shared memory.
     __device__ __forceinline__ static uint4 query(const float4 v) {
         uint4 a;
         split_pair(v.x, v.y, a.x, a.y);
@@ -99,14 +102,14 @@ struct Heads {
         return a;
     }
 
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void reset() {
         peak = -kInfinity, total = 0.f;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
     }
 
-    // The positions of a piece, of which at least one is seen.
-    __device__ __forceinline__ void attend(const KvPiece<D>& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
+    // Add the positions of one KV block; at least one of them is visible.
+    __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
         const int c = threadIdx.x % 4;
         float weights[2][2], scores[2][4] = {}, highest = peak;
 #pragma unroll
@@ -152,8 +155,8 @@ struct Heads {
         }
     }
 
-    // Leaves the warp's part of `count` heads.
-    __device__ __forceinline__ void leave(float* part, int count) {
+    // Store the partial result (softmax_parts.cuh) of `count` heads.
+    __device__ __forceinline__ void store_partial(float* partial, int count) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
@@ -162,7 +165,7 @@ struct Heads {
             return make_float4(sums[j][e] + sums[j][e + 2], sums[j + 1][e] + sums[j + 1][e + 2],
                                sums[j + 2][e] + sums[j + 2][e + 2], sums[j + 3][e] + sums[j + 3][e + 2]);
         };
-        float4* const quads = reinterpret_cast<float4*>(part + g * D);
+        float4* const quads = reinterpret_cast<float4*>(partial + g * D);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int of = 2 * c + e;
@@ -173,6 +176,6 @@ struct Heads {
             }
             if (kNarrow) quads[16 * kWide + of] = four(e, 8 * kWide);
         }
-        if (c == 0) part[count * D + 2 * g] = peak, part[count * D + 2 * g + 1] = total;
+        if (c == 0) partial[count * D + 2 * g] = peak, partial[count * D + 2 * g + 1] = total;
     }
 };

@@ -1,10 +1,11 @@
-// Where a position's key or value lies: KV blocks of 16 tokens, found through a sequence's block table.
+// Paged KV cache: KV blocks of 16 tokens, addressed through each sequence's block table.
 //
-// One layer's keys are [blocks, Hk, 16, D] f16 and its values the same, so one head's part of a KV block is one piece of
-// 16·D·2 bytes (2, 3 or 4 KiB) and every row of it starts at a multiple of 16 bytes.
+// One layer's keys are [blocks, Hk, 16, D] f16, and so are its values. The rows of one head in one KV block
+// are contiguous, 16·D·2 bytes (2, 3 or 4 KiB), and each row is 16-byte aligned. KV_BLOCK is defined by
+// worker/gpu/attention.py. Twin: worker/cpu/kv_cache.py.
 #pragma once
 
-constexpr int kKvBlock = 16;
+constexpr int kKvBlock = KV_BLOCK;
 
 template <int D>
 __device__ __forceinline__ size_t kv_offset(int block, int n_kv_heads, int kv_head, int position) {

@@ -1,7 +1,9 @@
-// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of one element of a head; twin: `rotate`, worker/cpu/plain.py.
+// Rotary position embedding (RoFormer, Su et al. 2021, arXiv:2104.09864).
 //
-// Pair i of a head turns by the angle whose cosine and sine stand at [position][i] of two tables [context, dims/2] f32
-// that already hold the magnitude. ADJACENT pairs (2i, 2i+1), else (i, i + dims/2). Elements from `dims` on stay.
+//   (x, y) → (x·cos - y·sin, y·cos + x·sin) for pair i of a head, with cos and sin [position][i]
+// The tables [context, dims/2] f32 include the magnitude factor. Pair i is (2i, 2i+1) if ADJACENT, else
+// (i, i + dims/2). Elements from `dims` on are copied. Each result is one product, rounded, and one FMA.
+// Twin: `rotate` in worker/cpu/plain.py. Users: rope_kv.cu, attention_decode.cu.
 #pragma once
 
 struct RopeTables {
@@ -10,15 +12,16 @@ struct RopeTables {
     int dims;
 };
 
-// How one element turns, for who knows the position before the head is there: with the element that it turns against.
-struct Turn {
+// The rotation of one element, read before the head is available: cosine, signed sine, and the index of
+// the other element of its pair.
+struct Rotation {
     float cos, sin;
     int partner;
 };
 
-// Of element `e` at `position`.
+// The rotation of element `e` at `position`.
 template <bool ADJACENT>
-__device__ __forceinline__ Turn turn_of(int e, int position, const RopeTables rope) {
+__device__ __forceinline__ Rotation rotation_of(int e, int position, const RopeTables rope) {
     if (e >= rope.dims) return {1.f, 0.f, e};
     const int half = rope.dims / 2;
     const bool first = ADJACENT ? e % 2 == 0 : e < half;
@@ -28,9 +31,9 @@ __device__ __forceinline__ Turn turn_of(int e, int position, const RopeTables ro
     return {rope.cos[at], first ? -sin : sin, ADJACENT ? e ^ 1 : (first ? e + half : e - half)};
 }
 
-__device__ __forceinline__ float turned(float x, float partner, const Turn turn) { return x * turn.cos + partner * turn.sin; }
+__device__ __forceinline__ float rotate(float x, float partner, const Rotation r) { return x * r.cos + partner * r.sin; }
 
-// Two elements of a head that turn together, or neither of which turns: the i-th of D/2 such pairs.
+// The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.
 template <int D, bool ADJACENT>
 struct RopePair {
     int first, second;
@@ -39,8 +42,8 @@ struct RopePair {
         const bool neighbours = ADJACENT || i >= half;
         first = neighbours ? 2 * i : i, second = neighbours ? 2 * i + 1 : i + half;
     }
-    // Both elements of the head at `head`, turned to `position`.
-    __device__ __forceinline__ float2 rotated(const float* head, int position, const RopeTables rope) const {
+    // Both elements of `head`, rotated to `position`.
+    __device__ __forceinline__ float2 rotate(const float* head, int position, const RopeTables rope) const {
         const float x = head[first], y = head[second];
         if (first >= rope.dims) return make_float2(x, y);
         const size_t at = (size_t)position * (rope.dims / 2) + (ADJACENT ? first / 2 : first);

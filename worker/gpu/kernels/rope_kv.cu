@@ -1,8 +1,11 @@
-// Prompt tokens of one sequence: RoPE of q and k, q as f16 for the tensor cores, k and v to the KV blocks.
+// Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the KV cache.
 //
-// q [T, H·D], k, v [T, Hk·D] f32; turned [T, H·D] f16; caches as in kv_cache.cuh; table i32 of this sequence; place:
-// {start, T} on the device; token t is at position start + t. Grid x of at least T, y over parts of a token's elements,
-// 128 threads. f16 clamps to ±65504 (half.cuh). Bytes: 6 a query element, 6 a KV element.
+//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t], rounded to f16
+// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; place {start, T} i32 on the device; cos, sin
+// [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16 values are clamped
+// to ±65504 (half.cuh).
+// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2 for f16.
+// Bytes: 6 a query element, 6 a KV element.
 // Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16 cache.
 #include "pdl.cuh"
 #include "half.cuh"
@@ -17,7 +20,7 @@ __device__ __forceinline__ void store(unsigned short* head, const RopePair<D, AD
 
 template <int D, bool ADJACENT>
 __global__ void __launch_bounds__(128)
-    rope_kv(unsigned short* turned, const float* q, const float* k, const float* v, unsigned short* k_cache,
+    rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, unsigned short* k_cache,
             unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* place,
             int n_heads, int n_kv_heads) {
     const int t = blockIdx.x, position = place[0] + t;
@@ -31,12 +34,12 @@ __global__ void __launch_bounds__(128)
     for (int at = first; at < n_heads * kPairs; at += stride) {
         const RopePair<D, ADJACENT> pair(at % kPairs, dims);
         const size_t from = queries + at / kPairs * D;
-        store(turned + from, pair, pair.rotated(q + from, position, rope));
+        store(rotated + from, pair, pair.rotate(q + from, position, rope));
     }
     for (int at = first; at < n_kv_heads * kPairs; at += stride) {
         const RopePair<D, ADJACENT> pair(at % kPairs, dims);
         const size_t from = kvs + at / kPairs * D, to = kv_offset<D>(block, n_kv_heads, at / kPairs, position);
-        store(k_cache + to, pair, pair.rotated(k + from, position, rope));
+        store(k_cache + to, pair, pair.rotate(k + from, position, rope));
         store(v_cache + to, pair, make_float2(v[from + pair.first], v[from + pair.second]));
     }
 }

@@ -1,32 +1,33 @@
-// The softmax of a warp's queries over one segment of positions, tile by tile, and how segments become one.
+// Online softmax of a warp's queries over one segment of positions, tile by tile, and the merge of segments.
 //
-// Online softmax in base 2 (FlashAttention-2, Dao 2023): weights exp2(score - peak), their totals, their sums of values.
-// Segments are merged by log-sum-exp from the oldest on. Every product and sum that the compiler could contract is
-// written out, so a query's bits are the same in every instantiation and wherever its segments meet. A part, one warp's
-// state in memory, is part_quads float4 [..][32 lanes]; only the lane that left a quad reads it.
+// Base 2 (FlashAttention-2, Dao 2023): weights exp2(score - peak), their totals, their sums of values.
+// Segments are merged by log-sum-exp, oldest first. Every product and sum that the compiler could contract
+// is explicit, so the bits of a query are equal in every instantiation and wherever segments are merged.
+// A stored state of one warp, a partial result, is partial_quads float4 [..][32 lanes]; each float4 is
+// stored and loaded by the same lane. Users: attention_prefill.cu.
 #pragma once
 #include "attention_tiles.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-__host__ __device__ constexpr int part_quads(int head_dim, int strips) { return 32 * strips * (head_dim / 8 + 1); }
+__host__ __device__ constexpr int partial_quads(int head_dim, int strips) { return 32 * strips * (head_dim / 8 + 1); }
 
 template <int D, int STRIPS>
 struct Softmax {
     static constexpr int kColumns = D / 8, kRows = 2 * STRIPS;
     Sums<D, STRIPS> sums;
-    float peak[kRows], total[kRows];  // of rows lane/4 and 8, 16, 24 after it; a quad's lanes have each a share of total
+    float peak[kRows], total[kRows];  // rows lane/4 + 8·r; total: a partial sum in each of four lanes
 
-    __device__ __forceinline__ void begin() {
+    __device__ __forceinline__ void reset() {
 #pragma unroll
         for (int i = 0; i < STRIPS * kColumns * 4; ++i) sums[i / (4 * kColumns)][i / 4 % kColumns][i % 4] = 0.f;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) peak[r] = -kInfinity, total[r] = 0.f;
     }
 
-    // One tile's step: scores become weights, sums and totals are brought to the new peak. Peaks are unscaled; they are
-    // scaled with a rounding of its own, so that an old peak's distance from itself is zero.
-    __device__ __forceinline__ void soften(Scores<D, STRIPS>& scores, float scale) {
+    // Replace the scores of one tile by weights, and rescale sums and totals to the new peak. Peaks are kept
+    // unscaled; scaling rounds separately, so an unchanged peak gives a factor of exactly one.
+    __device__ __forceinline__ void update(Scores<D, STRIPS>& scores, float scale) {
         constexpr int kScores = keys_per_tile(D) / 4;
         float factors[kRows];
         bool rises = false;
@@ -47,7 +48,7 @@ struct Softmax {
                 total[r] = __fadd_rn(total[r], weight);
             }
         }
-        if (!__ballot_sync(0xffffffffu, rises)) return;  // as mostly: what is multiplied by one stays
+        if (!__ballot_sync(0xffffffffu, rises)) return;  // the usual case: every factor is one
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -58,35 +59,35 @@ struct Softmax {
         }
     }
 
-    __device__ __forceinline__ void leave(float4* part) const {
-        part += threadIdx.x % 32;
+    __device__ __forceinline__ void store(float4* partial) const {
+        partial += threadIdx.x % 32;
 #pragma unroll
-        for (int m = 0; m < STRIPS; ++m, part += 32 * (kColumns + 1)) {
-            part[0] = make_float4(peak[2 * m], peak[2 * m + 1], total[2 * m], total[2 * m + 1]);
+        for (int m = 0; m < STRIPS; ++m, partial += 32 * (kColumns + 1)) {
+            partial[0] = make_float4(peak[2 * m], peak[2 * m + 1], total[2 * m], total[2 * m + 1]);
 #pragma unroll
             for (int n = 0; n < kColumns; ++n) {
                 const float* sum = sums[m][n];
-                part[32 * (n + 1)] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+                partial[32 * (n + 1)] = make_float4(sum[0], sum[1], sum[2], sum[3]);
             }
         }
     }
 
-    __device__ __forceinline__ void take(const float4* part) {
-        part += threadIdx.x % 32;
+    __device__ __forceinline__ void load(const float4* partial) {
+        partial += threadIdx.x % 32;
 #pragma unroll
-        for (int m = 0; m < STRIPS; ++m, part += 32 * (kColumns + 1)) {
-            const float4 ends = part[0];
+        for (int m = 0; m < STRIPS; ++m, partial += 32 * (kColumns + 1)) {
+            const float4 ends = partial[0];
             peak[2 * m] = ends.x, peak[2 * m + 1] = ends.y, total[2 * m] = ends.z, total[2 * m + 1] = ends.w;
 #pragma unroll
             for (int n = 0; n < kColumns; ++n) {
-                const float4 sum = part[32 * (n + 1)];
+                const float4 sum = partial[32 * (n + 1)];
                 sums[m][n][0] = sum.x, sums[m][n][1] = sum.y, sums[m][n][2] = sum.z, sums[m][n][3] = sum.w;
             }
         }
     }
 
-    // The state becomes `older`, followed by what it was. What is empty has a factor of zero, and the other then of one.
-    __device__ __forceinline__ void follow(const float4* older, float scale) {
+    // Merge the state of older positions into this one. An empty state has a factor of zero, the other then of one.
+    __device__ __forceinline__ void merge_older(const float4* older, float scale) {
         older += threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < STRIPS; ++m, older += 32 * (kColumns + 1)) {
@@ -114,7 +115,7 @@ struct Softmax {
     }
 
 private:
-    // None seen yet: weights are zero.
+    // Zero while no key is visible: the weights are then zero.
     static __device__ __forceinline__ float base_of(float highest, float scale) {
         return highest == -kInfinity ? 0.f : __fmul_rn(highest, scale);
     }

@@ -1,133 +1,152 @@
-// One token from one row of logits: bias, penalties, masks, temperature, top-k, top-p, min-p, draw; log-probabilities.
+// Sampling: one row of logits to one token. Bias, penalties, masks, temperature, top-k, top-p, min-p, draw;
+// log-probabilities.
 //
-//   w_i = exp((s_i - max s) / temperature), drawn: the first kept id whose running sum of w exceeds u · (their sum).
-// Weights are integers of 2^-44, so sums are exact in any order and the same on every device; scores are f64, as in the
-// twin. u is Philox4x32-10's (Salmon et al., SC'11) of (seed, index). Ties go to the lower id everywhere.
+//   w_i = exp((s_i - max s) / temperature); drawn: the first kept id whose running sum of w exceeds u · Σ w.
+//   logprob_i = l_i - max l - log Σ exp(l - max l), of the raw logits l.
+// Weights are integers of 2^-44: their sums are exact in any order. Scores are f64, as in the twin. u is
+// Philox4x32-10 (Salmon et al., SC'11) of (seed, index). Ties go to the lower id. The f64 sum of the
+// log-probabilities is the only sum whose order matters: it is taken over LOGPROB_SLICES slices of the
+// vocabulary, each by one block of THREADS threads, then slice by slice, whatever the grid.
 //
-// logits [V] f32; mask [V] u8: 1 padding, 2 end token; counts [V] i32 of tokens that penalties count; bias [V] f64;
-// scores, weights [V] scratch. Grid (C), C ≤ multiprocessors and ≤ 256, 256 threads; block b owns ⌈V/C⌉ ids.
-// Writes `drawn`, and the next step's `token`, `position`, `index` and counts. Barriers: 1 greedy, 2 plain, 2 + 1–8 for
-// each of top-k and top-p. Bytes: the logits once, 16 a row of V in L2 a pass.
+// Inputs: logits [V] f32; mask [V] u8 (1: padding, 2: end token); counts [V] i32 of the tokens that penalties
+// count; bias [V] f64; the Request. Scratch: scores [V] f64, weights [V] u64, one GridScratch.
+// Outputs: `drawn`, and the next step's `token`, `position`, `index` and counts.
+// Grid (C), block THREADS; C ≤ the number of multiprocessors (grid.cuh) and ≤ LOGPROB_SLICES; block b
+// computes ids [b·⌈V/C⌉, (b+1)·⌈V/C⌉). Grid barriers: 1 greedy, 2 plain, 2 + 1–8 for each of top-k and top-p.
+// Alignment: of the elements. Bytes: the logits once, then 16 per id and pass, from L2.
 // Twin: worker/cpu/sampler.py.
 #include "pdl.cuh"
 #include "sampling.cuh"
 
-// One thread of the grid finds the id and commits it.
+// Draw an id by inverse CDF in id order; the one thread that finds it commits it.
 __device__ void draw(const Request& r, const double* scores, u64* weights, double peak, int size, int lo, int hi,
-                     const Slot& slot, Board* board, SelectScratch& shared) {
+                     const Sequence& sequence, GridScratch* grid, SelectScratch& shared) {
     u64 own = 0, total, base;
-    for (int i = lo + threadIdx.x; i < hi; i += kThreads)
+    for (int i = lo + threadIdx.x; i < hi; i += THREADS)
         own += weights[i] = (u64)__double2ll_rn(exp((scores[i] - peak) / r.temperature) * kOne);
     block_scan(own, shared.warps, total);
-    if (threadIdx.x == 0) board->slices[blockIdx.x].mass = total;
-    grid_barrier(&board->barrier);
-    block_scan(threadIdx.x < gridDim.x ? board->slices[threadIdx.x].mass : 0, shared.warps, total);
+    if (threadIdx.x == 0) grid->blocks[blockIdx.x].mass = total;
+    grid_barrier(&grid->barrier);
+    block_scan(threadIdx.x < gridDim.x ? grid->blocks[threadIdx.x].mass : 0, shared.warps, total);
 
     const auto key_of = [=](int i) { return ordered_key(scores[i]); };
     const auto mass_of = [=](int i) { return weights[i]; };
     Cutoff cut = {0, 0, total};
     if (r.top_k > 0 && r.top_k < size)
-        cut = cutoff(key_of, mass_of, lo, hi, r.top_k, false, board->histograms[0], &board->barrier, shared);
+        cut = cutoff(key_of, mass_of, lo, hi, r.top_k, false, grid->histograms[0], &grid->barrier, shared);
     if (r.top_p < 1.0) {
         const u64 wanted = max(1ull, min(cut.mass, (u64)ceil(r.top_p * (double)cut.mass)));
-        cut = cutoff(key_of, mass_of, lo, hi, wanted, true, board->histograms[1], &board->barrier, shared);
+        cut = cutoff(key_of, mass_of, lo, hi, wanted, true, grid->histograms[1], &grid->barrier, shared);
     }
-    const Chunk chunk(lo, hi);
-    const double least = r.min_p * kOne;
+    const ThreadRange range(lo, hi);
+    const double min_weight = r.min_p * kOne;
     own = 0;
-    for_each_kept(cut, chunk, key_of, board, shared.warps, [&](int i) {
-        if ((double)weights[i] < least) weights[i] = 0;
+    for_each_kept(cut, range, key_of, grid, shared.warps, [&](int i) {
+        if ((double)weights[i] < min_weight) weights[i] = 0;
         own += weights[i];
         weights[i] |= 1ull << 63;
     });
     const u64 before = block_scan(own, shared.warps, total);
-    if (threadIdx.x == 0) board->slices[blockIdx.x].kept = total;
-    grid_barrier(&board->barrier);
-    const u64 kept = threadIdx.x < gridDim.x ? board->slices[threadIdx.x].kept : 0;
+    if (threadIdx.x == 0) grid->blocks[blockIdx.x].kept = total;
+    grid_barrier(&grid->barrier);
+    const u64 kept = threadIdx.x < gridDim.x ? grid->blocks[threadIdx.x].kept : 0;
     block_scan(threadIdx.x < blockIdx.x ? kept : 0, shared.warps, base);
     block_scan(kept, shared.warps, total);
     const u64 x = philox_word(r.seed, r.index) >> 8;
     const u64 at = __umul64hi(x, total) << 40 | x * total >> 24;  // ⌊u · total⌋
     u64 reached = base + before;
     if (at < reached || at >= reached + own) return;
-    for (int i = chunk.begin; i < chunk.end; ++i) {
+    for (int i = range.begin; i < range.end; ++i) {
         if (!(weights[i] >> 63)) continue;
         reached += weights[i] & ~(1ull << 63);
         if (reached > at) {
-            commit(slot, i, board);
+            commit(sequence, i, grid);
             return;
         }
     }
 }
 
-// Log-probabilities of the raw logits: the committed token's, and the `count` highest by falling logit.
-__device__ void report(const Logits& row, double raw_best, int count, int lo, int hi, Drawn* drawn, Board* board,
-                       SelectScratch& shared) {
-    __shared__ double sums[kThreads];
-    const int t = threadIdx.x;
-    sums[t] = 0;
-    for (int i = lo + t; i < hi; i += kThreads) sums[t] += exp((double)row.raw[i] - raw_best);
-    for (int half = kThreads / 2; half; half /= 2) {
+// Sum exp(l - raw_best) over each slice of the vocabulary: by thread with stride THREADS, then pairwise over
+// the threads. Blocks take slices b, b + gridDim.x, …, so the sums do not depend on the grid.
+__device__ void sum_slices(const Logits& row, double raw_best, GridScratch* grid) {
+    __shared__ double sums[THREADS];
+    const int t = threadIdx.x, each = (row.size + LOGPROB_SLICES - 1) / LOGPROB_SLICES;
+#pragma unroll 1
+    for (int slice = blockIdx.x; slice < LOGPROB_SLICES; slice += gridDim.x) {
+        const int lo = min(row.size, slice * each), hi = min(row.size, lo + each);
+        sums[t] = 0;
+        for (int i = lo + t; i < hi; i += THREADS) sums[t] = __dadd_rn(sums[t], exp((double)row.raw[i] - raw_best));
+        for (int half = THREADS / 2; half; half /= 2) {
+            __syncthreads();
+            if (t < half) sums[t] = __dadd_rn(sums[t], sums[t + half]);
+        }
+        if (t == 0) grid->slice_sums[slice] = sums[0];
         __syncthreads();
-        if (t < half) sums[t] += sums[t + half];
     }
-    if (t == 0) board->slices[blockIdx.x].raw_sum = sums[0];
+}
+
+// Log-probabilities of the raw logits: the committed token's, and the `count` highest in descending order.
+__device__ void report(const Logits& row, double raw_best, int count, int lo, int hi, Drawn* drawn, GridScratch* grid,
+                       SelectScratch& shared) {
+    const int t = threadIdx.x;
+    sum_slices(row, raw_best, grid);
 
     const auto key_of = [=](int i) { return ordered_key(row.raw[i]); };
     const auto no_mass = [](int) { return 0ull; };
     Cutoff cut = {0, 0, 0};
     if (count > 0 && count < row.size)
-        cut = cutoff(key_of, no_mass, lo, hi, count, false, board->histograms[2], &board->barrier, shared);
+        cut = cutoff(key_of, no_mass, lo, hi, count, false, grid->histograms[2], &grid->barrier, shared);
     if (count > 0)
-        for_each_kept(cut, Chunk(lo, hi), key_of, board, shared.warps,
-                      [&](int i) { board->list[atomicAdd(&board->listed, 1)] = i; });
-    grid_barrier(&board->barrier);
+        for_each_kept(cut, ThreadRange(lo, hi), key_of, grid, shared.warps,
+                      [&](int i) { grid->list[atomicAdd(&grid->listed, 1)] = i; });
+    grid_barrier(&grid->barrier);
     if (blockIdx.x) return;
     double sum = 0;
-    for (int b = 0; b < gridDim.x; ++b) sum += board->slices[b].raw_sum;
+#pragma unroll 16
+    for (int s = 0; s < LOGPROB_SLICES; ++s) sum = __dadd_rn(sum, grid->slice_sums[s]);
     const double log_sum = log(sum);
-    if (t == 0) drawn->count = count, drawn->logprob = board->id < 0 ? 0 : row.raw[board->id] - raw_best - log_sum;
+    if (t == 0) drawn->count = count, drawn->logprob = grid->id < 0 ? 0 : row.raw[grid->id] - raw_best - log_sum;
     if (t >= count) return;
-    const int id = board->list[t];
+    const int id = grid->list[t];
     int rank = 0;
     for (int u = 0; u < count; ++u) {
-        const int other = board->list[u];
+        const int other = grid->list[u];
         rank += row.raw[other] > row.raw[id] || (row.raw[other] == row.raw[id] && other < id);
     }
     drawn->top_ids[rank] = id;
     drawn->top_logprobs[rank] = row.raw[id] - raw_best - log_sum;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sample(const float* raw, const unsigned char* mask, int* counts, const double* bias, int size, int* token,
-           int* position, Request* request, Drawn* drawn, double* scores, u64* weights, Board* board) {
+           int* position, Request* request, Drawn* drawn, double* scores, u64* weights, GridScratch* grid) {
     __shared__ SelectScratch shared;
     const Logits row = {raw, mask, counts, bias, size};
-    const Slot slot = {token, position, counts, request, drawn};
-    const Request r = *slot.request;  // the step's own, which its end moves on
+    const Sequence sequence = {token, position, counts, request, drawn};
+    const Request r = *sequence.request;  // a copy: commit() advances the request
     grid_dependency_wait();
     const int t = threadIdx.x, each = (row.size + gridDim.x - 1) / gridDim.x;
     const int lo = min(row.size, (int)blockIdx.x * each), hi = min(row.size, lo + each);
     if (r.forced >= 0) {
-        if (t == 0 && blockIdx.x == 0) commit(slot, r.forced, board);
+        if (t == 0 && blockIdx.x == 0) commit(sequence, r.forced, grid);
         return;
     }
-    u64* zeros = reinterpret_cast<u64*>(board->histograms);
-    const int bins = r.temperature > 0 || r.logprobs >= 0 ? sizeof(board->histograms) / sizeof(u64) : 0;
-    for (int i = blockIdx.x * kThreads + t; i < bins; i += gridDim.x * kThreads) zeros[i] = 0;
-    if (t == 0 && blockIdx.x == 0) board->listed = 0;
+    u64* zeros = reinterpret_cast<u64*>(grid->histograms);
+    const int bins = r.temperature > 0 || r.logprobs >= 0 ? sizeof(grid->histograms) / sizeof(u64) : 0;
+    for (int i = blockIdx.x * THREADS + t; i < bins; i += gridDim.x * THREADS) zeros[i] = 0;
+    if (t == 0 && blockIdx.x == 0) grid->listed = 0;
     const Best mine = best_in(row, r, scores, lo, hi);
-    if (t == 0) board->slices[blockIdx.x].best = mine;
-    grid_barrier(&board->barrier);
+    if (t == 0) grid->blocks[blockIdx.x].best = mine;
+    grid_barrier(&grid->barrier);
 
-    const Best all = best_of(t < gridDim.x ? board->slices[t].best : Best{-(double)kInfinity, -(double)kInfinity, -1, 0});
+    const Best all = best_of(t < gridDim.x ? grid->blocks[t].best : Best{-(double)kInfinity, -(double)kInfinity, -1, 0});
     const double peak = all.score, raw_best = all.raw;
     int id = all.id;
     if (all.broken || fabs(peak) == (double)kInfinity) id = -1;
     if (id >= 0 && r.temperature > 0) {
-        draw(r, scores, weights, peak, row.size, lo, hi, slot, board, shared);
+        draw(r, scores, weights, peak, row.size, lo, hi, sequence, grid, shared);
     } else if (t == 0 && blockIdx.x == 0) {
-        commit(slot, id, board);
+        commit(sequence, id, grid);
     }
-    if (r.logprobs >= 0) report(row, raw_best, min(r.logprobs, min(kTop, row.size)), lo, hi, slot.drawn, board, shared);
+    if (r.logprobs >= 0) report(row, raw_best, min(r.logprobs, min(TOP, row.size)), lo, hi, sequence.drawn, grid, shared);
 }

@@ -1,48 +1,50 @@
-// What the sampler's phases in sample.cu share: a row's request and result, what blocks tell each other, adjusted scores.
+// Data of sample.cu: the request and result of one row, scratch memory shared by the grid, adjusted scores.
 //
-// Request and Drawn are packed and read by worker/gpu/state.py and sampler.py. Twin: worker/cpu/sampler.py and philox.py.
+// Request, Drawn and GridScratch mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define
+// REQUEST_BYTES, DRAWN_BYTES, SCRATCH_BYTES, THREADS, TOP and LOGPROB_SLICES.
+// Twin: worker/cpu/sampler.py, worker/cpu/philox.py.
 #pragma once
 #include "select.cuh"
 #include "warp.cuh"
 
-constexpr int kThreads = 256, kTop = 20;
-constexpr double kOne = 17592186044416.0;  // 2^44: a vocabulary of a million equal tokens still fits 64 bits
+constexpr double kOne = 17592186044416.0;  // 2^44: the sum of a million equal weights fits in 64 bits
 
 struct Request {
     double temperature, top_p, min_p, repetition, frequency, presence;
     u64 seed;
     int index, min_tokens, top_k, logprobs, forced, penalized, biased, unused;
 };
-static_assert(sizeof(Request) == 88, "worker/gpu/state.py packs it");
+static_assert(sizeof(Request) == REQUEST_BYTES, "REQUEST of worker/gpu/state.py");
 
 struct Drawn {
     int id, count;
     double logprob;
-    double top_logprobs[kTop];
-    int top_ids[kTop];
+    double top_logprobs[TOP];
+    int top_ids[TOP];
 };
-static_assert(sizeof(Drawn) == 256, "worker/gpu/sampler.py reads it");
+static_assert(sizeof(Drawn) == DRAWN_BYTES, "DRAWN of worker/gpu/sampler.py");
 
-struct Best {  // of some ids: the highest score and its lowest id, the highest raw logit, whether a score is no number
+struct Best {  // over some ids: the highest score and its lowest id, the highest raw logit, whether a score is NaN
     double score, raw;
     int id, broken;
 };
 
-struct Slice {  // what a block tells the others, each field before a barrier of its own
+struct BlockResult {  // of one block, for the others; each field is written before a grid barrier of its own
     Best best;
-    double raw_sum;
     u64 mass, kept, ties;
 };
 
-struct Board {  // device memory, zeros before the first launch; its size stands in worker/gpu/sampler.py
+struct GridScratch {  // device memory, zeros before the first launch
     Barrier barrier;
-    int id, listed, list[kTop];
-    Slice slices[kThreads];
+    int id, listed, list[TOP];
+    BlockResult blocks[LOGPROB_SLICES];
+    double slice_sums[LOGPROB_SLICES];
     Bin histograms[3][kRounds][kBins];
 };
-static_assert(sizeof(Board) == 112736, "worker/gpu/sampler.py reserves it");
+static_assert(sizeof(GridScratch) == SCRATCH_BYTES, "SCRATCH of worker/gpu/sampler.py");
+static_assert(THREADS >= LOGPROB_SLICES && THREADS == kBins, "one thread reads a block's result, one a bin");
 
-struct Logits {  // one row, and what is known of its ids
+struct Logits {  // one row, with the mask, counts and bias of its ids
     const float* raw;
     const unsigned char* mask;
     const int* counts;
@@ -50,7 +52,7 @@ struct Logits {  // one row, and what is known of its ids
     int size;
 };
 
-struct Slot {  // the sequence's state, which the drawn token moves on
+struct Sequence {  // the row's state in device memory, advanced by the drawn token
     int *token, *position, *counts;
     Request* request;
     Drawn* drawn;
@@ -66,7 +68,7 @@ __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index
     return c0;
 }
 
-// The score of an id with this raw logit and mask. Operations one by one, as the twin rounds them.
+// The score of an id with this raw logit and mask; each operation rounds, as in the twin.
 __device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int mask, const Request& r) {
     if (mask & 1 || (mask & 2 && r.index < r.min_tokens)) return -(double)kInfinity;
     if (!r.biased && !r.penalized) return raw;
@@ -82,9 +84,9 @@ __device__ __forceinline__ Best better(const Best& a, const Best& b) {
     return {first ? a.score : b.score, fmax(a.raw, b.raw), first ? a.id : b.id, a.broken | b.broken};
 }
 
-// The best over the block's threads, to every thread.
+// The best over the block's threads, returned to every thread.
 __device__ __forceinline__ Best best_of(Best mine) {
-    __shared__ Best warps[kThreads / 32];
+    __shared__ Best warps[THREADS / 32];
     for (int lane = 16; lane; lane /= 2) {
         mine = better(mine, {__shfl_xor_sync(0xffffffffu, mine.score, lane), __shfl_xor_sync(0xffffffffu, mine.raw, lane),
                              __shfl_xor_sync(0xffffffffu, mine.id, lane), __shfl_xor_sync(0xffffffffu, mine.broken, lane)});
@@ -93,25 +95,25 @@ __device__ __forceinline__ Best best_of(Best mine) {
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
     __syncthreads();
     Best all = warps[0];
-    for (int w = 1; w < kThreads / 32; ++w) all = better(all, warps[w]);
+    for (int w = 1; w < THREADS / 32; ++w) all = better(all, warps[w]);
     return all;
 }
 
-// The best of ids [lo, hi), whose scores are stored for a draw. kAtOnce ids a thread are on their way together.
+// The best of ids [lo, hi); with a temperature, also store their scores. Each thread loads kAtOnce ids at a time.
 __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
     constexpr int kAtOnce = 8;
     Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
-    for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * kThreads) {
+    for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * THREADS) {
         float raw[kAtOnce];
         unsigned int mask[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int id = from + i * kThreads;
+            const int id = from + i * THREADS;
             if (id < hi) raw[i] = row.raw[id], mask[i] = row.mask[id];
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-            const int id = from + i * kThreads;
+            const int id = from + i * THREADS;
             if (id >= hi) break;
             const double s = adjusted(row, id, raw[i], mask[i], r);
             if (r.temperature > 0) scores[id] = s;
@@ -121,42 +123,42 @@ __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, dou
     return best_of(mine);
 }
 
-// Elements [begin, end) of this thread: neighbours, so that thread order is id order.
-struct Chunk {
+// Ids [begin, end) of this thread: contiguous, so thread order is id order.
+struct ThreadRange {
     int begin, end;
-    __device__ Chunk(int lo, int hi) {
-        const int each = (hi - lo + kThreads - 1) / kThreads;
+    __device__ ThreadRange(int lo, int hi) {
+        const int each = (hi - lo + THREADS - 1) / THREADS;
         begin = min(hi, lo + (int)threadIdx.x * each), end = min(hi, begin + each);
     }
 };
 
-// Calls visit(i) for each element of the head in this thread's chunk. Where the head ends among equal keys, the blocks
-// first tell each other how many they have: one barrier.
+// Call visit(i) for each kept id of this thread's range. If the cutoff lies among equal keys, the blocks first
+// exchange their numbers of such keys: one grid barrier.
 template <typename KeyOf, typename Visit>
-__device__ void for_each_kept(const Cutoff& cut, const Chunk chunk, KeyOf key_of, Board* board, u64* warps, Visit visit) {
+__device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf key_of, GridScratch* grid, u64* warps, Visit visit) {
     u64 rank = 0;
     if (cut.ties) {
         u64 ties = 0, all;
-        for (int i = chunk.begin; i < chunk.end; ++i) ties += key_of(i) == cut.key;
+        for (int i = range.begin; i < range.end; ++i) ties += key_of(i) == cut.key;
         rank = block_scan(ties, warps, all);
-        if (threadIdx.x == 0) board->slices[blockIdx.x].ties = all;
-        grid_barrier(&board->barrier);
+        if (threadIdx.x == 0) grid->blocks[blockIdx.x].ties = all;
+        grid_barrier(&grid->barrier);
         u64 of_lower;
-        block_scan(threadIdx.x < blockIdx.x ? board->slices[threadIdx.x].ties : 0, warps, of_lower);
+        block_scan(threadIdx.x < blockIdx.x ? grid->blocks[threadIdx.x].ties : 0, warps, of_lower);
         rank += of_lower;
     }
-    for (int i = chunk.begin; i < chunk.end; ++i) {
+    for (int i = range.begin; i < range.end; ++i) {
         const u64 key = key_of(i);
         if (key > cut.key || (key == cut.key && rank++ < cut.ties)) visit(i);
     }
 }
 
-// The drawn token becomes the next step's input; -1 says that none could be drawn.
-__device__ void commit(const Slot& slot, int id, Board* board) {
-    board->id = slot.drawn->id = id;
+// Make the drawn token the next step's input; id -1: no token could be drawn.
+__device__ void commit(const Sequence& sequence, int id, GridScratch* grid) {
+    grid->id = sequence.drawn->id = id;
     if (id < 0) return;
-    *slot.token = id;
-    *slot.position += 1;
-    if (slot.request->penalized) slot.counts[id] += 1;
-    slot.request->index += 1;
+    *sequence.token = id;
+    *sequence.position += 1;
+    if (sequence.request->penalized) sequence.counts[id] += 1;
+    sequence.request->index += 1;
 }

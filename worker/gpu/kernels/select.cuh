@@ -1,8 +1,9 @@
-// The head of a falling order without sorting: radix select over 64-bit keys, eight bits a round, by the whole grid.
+// Top-k and top-p without sorting: radix select over 64-bit keys by the whole grid, eight bits a round.
 //
-// Elements are ordered by falling key, then rising index. Block b owns the slice [lo, hi) of them. `cutoff` finds where
-// the head ends that holds `target` elements, or the fewest elements whose masses reach `target`. Masses are integers,
-// so no order of additions matters and every block finds the same. Each round costs one grid barrier.
+// Elements are ordered by descending key, then ascending index. Each block computes elements [lo, hi).
+// `cutoff` returns the end of the shortest prefix of that order that holds `target` elements, or whose masses
+// reach `target`. Masses are integers, so the order of additions does not matter and every block computes the
+// same result. Each round costs one grid barrier. Users: sample.cu.
 // Twin: `_largest` and `_nucleus` in worker/cpu/sampler.py.
 #pragma once
 #include "grid.cuh"
@@ -13,12 +14,12 @@ struct Bin {
     u64 count, mass;
 };
 
-// The head: keys above `key`, and the first `ties` of those equal to it; `mass` is that of the whole head.
+// The kept elements: keys above `key`, and the first `ties` of those equal to it; `mass` is their total mass.
 struct Cutoff {
     u64 key, ties, mass;
 };
 
-// Rises with the number; -0 equals +0, and NaN comes last.
+// Ascending with x; -0 equals +0, and NaN has the lowest key.
 __device__ __forceinline__ u64 ordered_key(double x) {
     if (x != x) return 0;
     const u64 bits = (u64)__double_as_longlong(x + 0.0);
@@ -32,7 +33,7 @@ struct SelectScratch {
     Bin chosen;
 };
 
-// `histogram` [kRounds][kBins] are zeros that all blocks can see. key_of(i) and mass_of(i) give element i's.
+// `histogram` [kRounds][kBins] is zero and visible to all blocks; key_of(i) and mass_of(i) belong to element i.
 template <typename KeyOf, typename MassOf>
 __device__ Cutoff cutoff(KeyOf key_of, MassOf mass_of, int lo, int hi, u64 target, bool by_mass, Bin (*histogram)[kBins],
                          Barrier* barrier, SelectScratch& shared) {

@@ -1,18 +1,18 @@
-// Softmax-weighted sums that several warps or blocks found of different positions, and how they become one result.
+// Partial softmax results of decode attention, over disjoint positions, and their combination.
 //
-// A part holds, of GROUP heads, sums [GROUP][D] of weights exp2(score - peak)·value, then (peak, total) [GROUP][2], and is
-// 16-byte aligned. Parts are added by log-sum-exp in a fixed order (flash-decoding, Dao et al. 2023), for a target: one part
-// more, or the result.
+// A partial result of GROUP heads holds sums [GROUP][D] of exp2(score - peak)·value, then (peak, total)
+// [GROUP][2]; it is 16-byte aligned. `combine` adds partial results by log-sum-exp in a fixed order
+// (flash-decoding, Dao et al. 2023) into a target: one further partial result, or the final rows.
+// Users: attention_decode.cu.
 #pragma once
 #include "quantized.cuh"
 #include "warp.cuh"
 
-constexpr int kMaxParts = 64;
 constexpr float kLog2e = 1.4426950408889634f;
 
-__host__ __device__ constexpr int part_floats(int head_dim, int group) { return (group * (head_dim + 2) + 3) / 4 * 4; }
+__host__ __device__ constexpr int partial_floats(int head_dim, int group) { return (group * (head_dim + 2) + 3) / 4 * 4; }
 
-struct NextPart {  // one part more, at `out`, of all that were added
+struct Partial {  // target: a partial result at `out`
     float* out;
     template <int D, int GROUP>
     __device__ __forceinline__ float end(int g, float peak, float total) const {
@@ -25,11 +25,11 @@ struct NextPart {  // one part more, at `out`, of all that were added
     }
 };
 
-struct Result {  // the softmax's end: rows [GROUP][D] that begin at element `column` of a row of `cols`
+struct FinalRows {  // target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on
     float* y;
     u8* q8;
     Meta* meta;
-    const float* sinks;  // of the GROUP heads, or null
+    const float* sinks;  // [GROUP] or null
     int column, cols;
     template <int D, int GROUP>
     __device__ __forceinline__ float end(int g, float peak, float total) const {
@@ -44,28 +44,29 @@ struct Result {  // the softmax's end: rows [GROUP][D] that begin at element `co
     }
 };
 
-// Adds `n` ≤ MOST parts. By a block of at least GROUP·D/4 threads and GROUP warps, synchronized before: four elements a
-// thread, and a head's weights are found by one warp, first of all by those that have no elements.
-template <int D, int GROUP, int MOST, class Target>
-__device__ __forceinline__ void combine(const float* parts, int n, float (*weights)[MOST], const Target target) {
-    constexpr int kPart = part_floats(D, GROUP), kEach = (MOST + 31) / 32, kEarly = MOST < 16 ? MOST : 16;
+// Add `n` ≤ MAX partial results. Call from all threads of a synchronized block of at least GROUP·D/4 threads
+// and GROUP warps: four elements a thread; one warp computes the weights of one head, preferably a warp
+// without elements.
+template <int D, int GROUP, int MAX, class Target>
+__device__ __forceinline__ void combine(const float* partials, int n, float (*weights)[MAX], const Target target) {
+    constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < 16 ? MAX : 16;
     constexpr int kAdding = (GROUP * D / 4 + 31) / 32;  // warps
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = 4 * threadIdx.x;
     const int g = warp < kAdding ? warp - kAdding + blockDim.x / 32 : warp - kAdding;
     const bool real = at < GROUP * D;
-    const auto quad = [=](int i) { return *reinterpret_cast<const float4*>(parts + i * kPart + at); };
+    const auto quad = [=](int i) { return *reinterpret_cast<const float4*>(partials + i * kPartial + at); };
     float2 ends[kEach];
-    float4 early[kEarly];  // on their way while the weights are found
+    float4 first[kFirst];  // loaded while the weights are computed
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
         const int i = lane + 32 * j;
         ends[j] = make_float2(-kInfinity, 0.f);
-        if (g < GROUP && i < n) ends[j] = *reinterpret_cast<const float2*>(parts + i * kPart + GROUP * D + 2 * g);
+        if (g < GROUP && i < n) ends[j] = *reinterpret_cast<const float2*>(partials + i * kPartial + GROUP * D + 2 * g);
     }
     if (warp < kAdding) {
 #pragma unroll
-        for (int i = 0; i < kEarly; ++i)
-            if (real && i < n) early[i] = quad(i);
+        for (int i = 0; i < kFirst; ++i)
+            if (real && i < n) first[i] = quad(i);
     }
     if (g < GROUP) {
         float peak = ends[0].x, total = 0.f;
@@ -90,10 +91,10 @@ __device__ __forceinline__ void combine(const float* parts, int n, float (*weigh
     };
     if (real) {
 #pragma unroll
-        for (int i = 0; i < kEarly; ++i)
-            if (i < n) add(i, early[i]);
+        for (int i = 0; i < kFirst; ++i)
+            if (i < n) add(i, first[i]);
 #pragma unroll 4
-        for (int i = kEarly; i < (MOST > kEarly ? n : 0); ++i) add(i, quad(i));
+        for (int i = kFirst; i < (MAX > kFirst ? n : 0); ++i) add(i, quad(i));
     }
     target.template store<D, GROUP>(sum, at);
 }
