@@ -48,8 +48,8 @@ PHASES = {
     "worker.gpu.runner": {
         "GpuRunner.__init__": "runner, all of it",
         "GpuRunner._prepare": "dry runs, kernels",
-        "GpuRunner._capture": "capture: a step",
-        "GpuRunner._capture_piece": "capture: pieces",
+        "GpuRunner._capture_decode": "capture: decode step",
+        "GpuRunner._capture_chunk": "capture: chunks",
     },
     "worker.service.service": {"Service._ready": "ready"},
 }

@@ -1,7 +1,7 @@
-"""The full-size files, and what their tests share; the fixture that loads them is in `conftest.py`.
+"""Full-size model files and helpers of their tests; the fixture that loads them is in `conftest.py`.
 
-Files lie in `full-size/` of the worker's cache folder; `suite.py --synth` writes them, and where one is missing its
-tests are skipped by name.
+The files are in `full-size/` of the worker's cache folder; `suite.py --synth` writes them. Tests of a
+missing file are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CONTEXT = 4096
 
 
 def path_of(model):
-    """The model's file, or a skip where it is missing."""
+    """The model's file; skip the test if it is missing."""
     path = load_settings().hub.cache / "full-size" / f"{model}.gguf"
     if not path.exists():
         pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")

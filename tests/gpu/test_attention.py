@@ -1,4 +1,4 @@
-"""Attention on the GPU against its twin with an f16 cache: both phases, shuffled blocks, poisoned caches and results.
+"""Attention on the GPU compared with its twin with an f16 cache: both phases, shuffled blocks, poisoned memory.
 
 Bounds: the prefill kernel rounds q, the softmax's weights and y to f16 (2^-11 each), so 1e-3 of the norm; decode
 computes in f32 throughout, so 1e-5.
@@ -34,11 +34,11 @@ class Shape:
     adjacent: bool = False
     window: int = 0
     sinks: bool = False
-    turned: int = 0
+    rotary_dims: int = 0
 
     @property
     def rotary(self):
-        return self.turned or self.dim
+        return self.rotary_dims or self.dim
 
 
 SHAPES = [
@@ -46,17 +46,17 @@ SHAPES = [
     Shape(64, 16, 2, window=128, sinks=True),
     Shape(64, 9, 3, adjacent=True),
     Shape(64, 64, 8, sinks=True),
-    Shape(64, 4, 4, window=5, sinks=True, turned=32),
+    Shape(64, 4, 4, window=5, sinks=True, rotary_dims=32),
     Shape(64, 32, 2, window=33),
     Shape(96, 4, 4),
-    Shape(96, 6, 2, window=40, adjacent=True, turned=64),
+    Shape(96, 6, 2, window=40, adjacent=True, rotary_dims=64),
     Shape(128, 8, 2, adjacent=True),
     Shape(128, 16, 2, window=100, sinks=True),
     Shape(64, 5, 1),
 ]
 
 
-# Few heads, since these run after long prefixes: a segment is 256 positions.
+# Few heads, since these run after prefixes of several segments (256 positions).
 LONG_SHAPES = [
     Shape(64, 4, 2),
     Shape(64, 2, 1, window=128, sinks=True),
@@ -68,7 +68,7 @@ LONG_SHAPES = [
 
 @dataclass
 class Scene:
-    """Random q, k, v of one sequence of `tokens`, and what the twin makes of them."""
+    """Random q, k, v of one sequence of `tokens`, and the twin's result."""
 
     shape: Shape
     tokens: int
@@ -105,7 +105,7 @@ class Scene:
 
 @dataclass
 class Bench:
-    """A poisoned cache on the device, a launcher over it, and a pool that sees writes beside its arrays."""
+    """A poisoned KV cache on the device, its launcher, and a pool that detects writes outside its arrays."""
 
     scene: Scene
     kernels: object
@@ -125,8 +125,8 @@ class Bench:
 
     def prefill(self, start, stop):
         q, k, v = (self.pool.put(x[start:stop]) for x in (self.scene.q, self.scene.k, self.scene.v))
-        piece = Piece(self.pool.put(np.array([start, stop - start], np.int32)), self.table)
-        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, piece)
+        chunk = Chunk(self.pool.put(np.array([start, stop - start], np.int32)), self.table)
+        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, chunk)
         return values_of(y, q.shape[1])
 
     def decode(self, positions):
@@ -137,12 +137,12 @@ class Bench:
         return self.rows.x.get()
 
     def after(self, start, stop):
-        """A piece's y, after the prefix that the cache holds."""
+        """y of a chunk after the twin's cached prefix."""
         self.fill(start)
         return self.prefill(start, stop)
 
     def fill(self, tokens):
-        """Keys and values of the first `tokens` positions as the twin has them; the rest stays poison."""
+        """Copy the twin's keys and values of the first `tokens` positions; the rest stays poisoned."""
         raw = self.cache.array.get()
         at = np.arange(tokens)
         blocks, offsets = self.scene.table[at // KV_BLOCK], at % KV_BLOCK
@@ -152,8 +152,8 @@ class Bench:
 
 
 @dataclass
-class Piece:
-    place: object
+class Chunk:
+    span: object
     table: object
 
 
@@ -177,14 +177,14 @@ def test_prefill_equals_its_twin_and_writes_nothing_else(kernels, memory, shape,
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_prefill_in_chunks_gives_the_bits_of_the_whole(kernels, memory, shape):
+def test_prefill_in_chunks_gives_the_bits_of_the_whole_prompt(kernels, memory, shape):
     scene = Scene(shape, 300)
     whole = Bench(scene, kernels, memory)
     y, written = whole.prefill(0, 300), whole.cache.array.get()
     for chunk in (16, 64, 208):
         bench = Bench(scene, kernels, memory)
-        parts = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
-        assert np.array_equal(np.concatenate(parts).view(np.uint32), y.view(np.uint32))
+        chunks = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
+        assert np.array_equal(np.concatenate(chunks).view(np.uint32), y.view(np.uint32))
         assert np.array_equal(bench.cache.array.get().view(np.uint16), written.view(np.uint16))
 
 
@@ -198,7 +198,7 @@ def test_prefill_over_several_segments_equals_its_twin(kernels, memory, shape, s
 
 
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
-def test_a_short_piece_after_a_long_prefix_gives_the_bits_of_the_whole(kernels, memory, shape):
+def test_a_short_chunk_after_a_long_prefix_gives_the_bits_of_the_whole_prompt(kernels, memory, shape):
     scene = Scene(shape, 1100)
     whole = Bench(scene, kernels, memory)
     y = whole.prefill(0, 1100)
@@ -209,10 +209,10 @@ def test_a_short_piece_after_a_long_prefix_gives_the_bits_of_the_whole(kernels, 
             assert np.array_equal(bench.prefill(start, stop).view(np.uint32), y[start:stop].view(np.uint32))
 
 
-def test_a_piece_whose_parts_have_no_room_gives_the_same_bits(kernels, memory, monkeypatch):
+def test_a_chunk_whose_partial_results_exceed_the_capacity_gives_the_same_bits(kernels, memory, monkeypatch):
     scene = Scene(Shape(64, 4, 2, sinks=True), 1200)
     y = Bench(scene, kernels, memory).after(1100, 1200)
-    monkeypatch.setattr("worker.gpu.attention.MAX_PARTIAL_BYTES", 136 * 4608)  # of the 140 parts that 100 tokens leave
+    monkeypatch.setattr("worker.gpu.attention.MAX_PARTIAL_BYTES", 136 * 4608)  # of 140 partial results of 100 tokens
     bench = Bench(scene, kernels, memory)
     assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
     assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))
@@ -266,7 +266,7 @@ def test_decode_of_several_sequences_gives_each_the_bits_that_it_gets_alone(kern
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode_leaves_its_rows_in_8_bits_as_well(kernels, memory, shape):
+def test_decode_also_writes_its_rows_in_8_bits(kernels, memory, shape):
     bench = Bench(Scene(shape, 400), kernels, memory)
     bench.fill(400)
     twin = activations(GuardedPool(), bench.decode([399, 3]))

@@ -1,4 +1,4 @@
-"""Every kernel in every form that a model can ask for compiles for every card, without one, and keeps to registers."""
+"""Every instantiation of every kernel compiles for every architecture within its registers, without a GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import pytest
 from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
 from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, defines_of, inlined, launcher_modules
-from worker.gpu.kernel import Kernel, can_launch_early
-from worker.gpu.launch import EarlyProducts
+from worker.gpu.kernel import Kernel, supports_pdl
+from worker.gpu.launch import PdlInMatmulOnly
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Bytes a thread, frame, stores and loads together. Decode products are held to 64 registers, so that two blocks share a
-# multiprocessor and one loads while the other adds; the loads that this costs come from L1, a few words a row.
+# Bytes per thread: stack frame, spill stores and spill loads together. Decode products are limited to 64
+# registers, so that two blocks share a multiprocessor and one loads while the other adds; the spill loads
+# come from L1, a few words per row.
 SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
@@ -39,7 +40,7 @@ def nvrtc():
 
 
 def local_bytes(log):
-    """Bytes of stack frame and of spills that ptxas reports."""
+    """Bytes of stack frame and spills in ptxas' report."""
     return sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", log))
 
 
@@ -62,7 +63,7 @@ def test_no_kernel_file_is_without_an_instantiation():
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES)
-def test_kernel_files_are_short_and_open_with_what_they_are(file):
+def test_kernel_files_are_short_and_open_with_a_description(file):
     lines = (resources.files("worker.gpu") / "kernels" / file).read_text().splitlines()
     assert len(lines) <= 250
     assert lines[0].startswith("// ")
@@ -70,7 +71,7 @@ def test_kernel_files_are_short_and_open_with_what_they_are(file):
 
 @pytest.fixture
 def kernel_files(tmp_path, monkeypatch):
-    """A folder of kernels in place of the package's own."""
+    """A folder of kernels that replaces the package's own."""
     folder = tmp_path / "kernels"
     folder.mkdir()
     monkeypatch.setattr("worker.gpu.compiler.resources.files", lambda _: tmp_path)
@@ -96,7 +97,7 @@ def test_headers_are_inlined_once_and_lines_keep_their_names(kernel_files):
     ]
 
 
-def test_a_mistake_in_a_header_is_reported_with_its_file_and_line(nvrtc, kernel_files):
+def test_an_error_in_a_header_is_reported_with_its_file_and_line(nvrtc, kernel_files):
     (kernel_files / "bad.cuh").write_text("#pragma once\n\n__device__ int wrong() { return nothing; }\n")
     (kernel_files / "k.cu").write_text('// k\n#include "bad.cuh"\n__global__ void k() {}\n')
     with pytest.raises(
@@ -117,7 +118,7 @@ def test_constants_of_a_launcher_reach_the_kernel_files_of_its_instantiations(nv
 
 
 class FakeNvrtc:
-    """Counts compilations; machine code is the name."""
+    """Only a version: compilations are replaced by a recorder."""
 
     NVRTCError = RuntimeError
 
@@ -131,7 +132,7 @@ class FakeNvrtc:
 
 @pytest.fixture
 def cached(monkeypatch, kernel_files, tmp_path):
-    """Kernels over a fake compiler: a function that makes them, and the list of what was compiled."""
+    """A function that creates Kernels over a fake compiler, and the list of compiled names."""
     (kernel_files / "a.cuh").write_text("#pragma once\nint a;\n")
     (kernel_files / "k.cu").write_text('#include "a.cuh"\n')
     compiled = []
@@ -147,13 +148,13 @@ def cached(monkeypatch, kernel_files, tmp_path):
         made = Kernels.__new__(Kernels)
         here = SimpleNamespace(cuda=SimpleNamespace(Device=lambda: SimpleNamespace(use=lambda: None)))
         made.__dict__.update(arch=arch, _nvrtc=FakeNvrtc(version), _threads=2, _cache=tmp_path, _cupy=here)
-        made.__dict__.update(_loaded={}, _coming={}, _digests={}, _pool=None)
+        made.__dict__.update(_loaded={}, _pending={}, _digests={}, _pool=None)
         return made
 
     return kernels, compiled
 
 
-def test_a_kernel_is_compiled_once_a_machine_and_loaded_once_a_process(cached):
+def test_a_kernel_is_compiled_once_per_machine_and_loaded_once_per_process(cached):
     kernels, compiled = cached
     first = kernels()
     first.prepare([("k.cu", "k<1>"), ("k.cu", "k<2>"), ("k.cu", "k<1>")])
@@ -164,7 +165,7 @@ def test_a_kernel_is_compiled_once_a_machine_and_loaded_once_a_process(cached):
     assert len(compiled) == 2
 
 
-def test_a_kernel_that_was_begun_is_what_a_preparation_waits_for(cached):
+def test_a_preparation_waits_for_kernels_that_have_begun(cached):
     kernels, compiled = cached
     first = kernels()
     for _ in range(2):
@@ -177,7 +178,7 @@ def test_a_kernel_that_was_begun_is_what_a_preparation_waits_for(cached):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernels")]
 
 
-def test_a_kernel_that_does_not_compile_is_the_preparation_s_error_and_leaves_no_thread(cached, monkeypatch):
+def test_a_compile_error_fails_the_preparation_and_leaves_no_thread(cached, monkeypatch):
     def refuses(_, name, arch):
         raise Internal("no")
 
@@ -188,7 +189,7 @@ def test_a_kernel_that_does_not_compile_is_the_preparation_s_error_and_leaves_no
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernels")]
 
 
-def test_a_changed_header_constant_compiler_or_card_compiles_again(cached, kernel_files, monkeypatch):
+def test_a_changed_header_constant_compiler_or_architecture_compiles_again(cached, kernel_files, monkeypatch):
     kernels, compiled = cached
     kernels().get("k.cu", "k<1>")
     kernels("sm_80").get("k.cu", "k<1>")
@@ -212,16 +213,16 @@ def test_kernels_are_compiled_loaded_and_launched(gpu, tmp_path, kernel_files):
     assert len(list((tmp_path / "cache").glob("*.cubin"))) == 1
 
 
-@pytest.mark.parametrize(("arch", "early"), [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
-def test_launches_are_early_where_the_device_knows_them(monkeypatch, arch, early):
+@pytest.mark.parametrize(("arch", "supported"), [("sm_80", False), ("sm_89", False), ("sm_90", True), ("sm_100", True)])
+def test_pdl_is_used_where_the_device_supports_it(monkeypatch, arch, supported):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", ModuleType("driver"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", ModuleType("bindings"))
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    assert can_launch_early(arch) is early
+    assert supports_pdl(arch) is supported
 
 
-def test_threads_launch_one_kernel_side_by_side_each_in_its_own_shape(monkeypatch):
-    """The driver's call lets other threads in: what it was given must not be theirs meanwhile."""
+def test_threads_launch_one_kernel_at_the_same_time_each_with_its_own_shape(monkeypatch):
+    """The driver's call releases the GIL, so a launch must not share its configuration with other threads."""
     both, seen = threading.Barrier(2), {}
 
     def launch(config, function, arguments, extra):
@@ -240,10 +241,10 @@ def test_threads_launch_one_kernel_side_by_side_each_in_its_own_shape(monkeypatc
     stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    kernel = Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=1)), early=True)
+    kernel = Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=1)), pdl=True)
     threads = [
         threading.Thread(
-            target=kernel, name=f"{n}", args=((n,), (32,), (np.int32(n),)), kwargs={"shared_mem": 16 * n, "early": True}
+            target=kernel, name=f"{n}", args=((n,), (32,), (np.int32(n),)), kwargs={"shared_mem": 16 * n, "pdl": True}
         )
         for n in (1, 2)
     ]
@@ -254,19 +255,19 @@ def test_threads_launch_one_kernel_side_by_side_each_in_its_own_shape(monkeypatc
     assert seen == {"1": (1, 16), "2": (2, 32)}
 
 
-def test_without_the_bindings_launches_are_ordinary_and_somebody_hears_of_it(monkeypatch):
+def test_without_the_bindings_launches_are_ordinary_and_a_warning_is_issued(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     with pytest.warns(UserWarning, match="cuda-bindings is not installed"):
-        assert not can_launch_early("sm_90")
+        assert not supports_pdl("sm_90")
 
 
-def test_of_a_long_piece_products_alone_launch_early():
+def test_in_long_chunks_only_matmul_launches_with_pdl():
     launched = []
 
     def kernel(file):
-        return lambda *shapes, **options: launched.append((file, options.get("early", False)))
+        return lambda *shapes, **options: launched.append((file, options.get("pdl", False)))
 
-    kernels = EarlyProducts(SimpleNamespace(get=lambda file, _: kernel(file)))
+    kernels = PdlInMatmulOnly(SimpleNamespace(get=lambda file, _: kernel(file)))
     for file in ("scale_to_f16.cu", "matmul.cu"):
-        kernels.get(file, "name")((1,), (32,), (), shared_mem=16, early=True)
+        kernels.get(file, "name")((1,), (32,), (), shared_mem=16, pdl=True)
     assert launched == [("scale_to_f16.cu", False), ("matmul.cu", True)]

@@ -1,7 +1,8 @@
-"""The same job gives the same ids: run after run whatever ran between, and in a second process after SIGKILL.
+"""The same job gives the same ids, in repeated runs and in a second process after SIGKILL.
 
-3 seeds × 5 prompts × 10 runs of 64 tokens at temperatures 0 and 0.8, on a tiny gpt-oss (experts, sinks, windows) and on
-SmolLM2. Chunks, blocks and neighbours are `test_runner.py`'s; a seed on each full-size file is `test_full_size.py`'s.
+3 seeds × 5 prompts × 10 runs of 64 tokens at temperatures 0 and 0.8, on a tiny gpt-oss (experts, sinks,
+windows) and on SmolLM2. `test_runner.py` covers chunks, blocks and other sequences, `test_full_size.py`
+one seed on each full-size file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def prompts(vocab):
 
 @pytest.fixture(scope="module", params=MODELS)
 def path(request, gpu, tiny):
-    """A model's file; SmolLM2's test is skipped where it was not pulled."""
+    """A model's file; SmolLM2's tests are skipped if it was not pulled."""
     return request.getfixturevalue("smollm2_here") if request.param == "smollm2" else tiny(request.param)
 
 
@@ -49,13 +50,13 @@ def test_ten_runs_of_every_seed_and_prompt_draw_the_same_ids(loaded, temperature
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_killed_workers_job_goes_on_in_a_second_process(path, loaded, temperature):
+def test_a_killed_worker_s_job_continues_in_a_second_process(path, loaded, temperature):
     prompt, seed = prompts(loaded.vocab_size)[3], SEEDS[1]
     whole = answer(loaded, prompt, Sampling(temperature=temperature, seed=seed), TOKENS)
     first = Child(path, prompt, seed=seed, temperature=temperature, tokens=TOKENS, pause=23)
     published = first.read(23)
     assert first.kill() == -signal.SIGKILL
     second = Child(path, prompt, seed=seed, temperature=temperature, tokens=TOKENS, replay=published)
-    code, rest, said = second.finish()
-    assert code == 0, said
+    code, rest, stderr = second.finish()
+    assert code == 0, stderr
     assert published + rest == whole

@@ -1,4 +1,4 @@
-"""A dry run knows a forward's kernels and the bytes that its activations need, without a device or their memory."""
+"""A dry run determines the kernels and the activation bytes of a forward without a device."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from worker.gpu.launch import dry_run
 MIB = 1 << 20
 
 
-def test_each_kernel_is_heard_of_once_and_in_the_order_of_its_first_use():
-    heard = []
+def test_each_kernel_is_reported_once_in_the_order_of_first_use():
+    reported = []
 
     def forward(kernels, pool):
         for name in ("b", "a", "b"):
-            kernels.get("k.cu", name)((1,), (32,), (), shared_mem=0, early=True)
+            kernels.get("k.cu", name)((1,), (32,), (), shared_mem=0, pdl=True)
 
-    assert dry_run(forward, heard.append).kernels == (("k.cu", "b"), ("k.cu", "a")) == tuple(heard)
+    assert dry_run(forward, reported.append).kernels == (("k.cu", "b"), ("k.cu", "a")) == tuple(reported)
 
 
-def test_a_view_keeps_its_array_s_place_and_the_last_one_gives_it_back():
+def test_an_array_s_memory_is_reused_after_its_last_view_dies():
     def forward(kernels, pool):
         views = [view(pool.empty((1024, 1024), np.uint8)) for view in (lambda a: a[3:], lambda a: a.reshape(-1, 64))]
         first = pool.empty(MIB, np.uint8)
         assert first.shape == (MIB,)
         views.pop(0)
-        pool.empty((MIB,), np.uint8)  # where the first view's array was
+        pool.empty((MIB,), np.uint8)  # reuses the memory of the first view's array
 
     assert dry_run(forward).pool_bytes == 3 * MIB
 
 
-def test_arrays_have_sizes_and_no_memory():
+def test_arrays_have_sizes_but_no_memory():
     def forward(kernels, pool):
         array = pool.empty((1 << 20, 1 << 20), np.float32)
         assert array.nbytes == 1 << 42

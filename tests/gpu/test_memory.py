@@ -1,4 +1,4 @@
-"""Accounted device memory: offsets that repeat, bytes that come back, failures that leave nothing behind."""
+"""Accounted device memory: repeatable offsets, complete release, failures without leaks."""
 
 from __future__ import annotations
 
@@ -10,37 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.errors import VramOom
-from worker.gpu.free_list import FreeList
-from worker.gpu.memory import ALIGNMENT, DeviceMemory, Pool, Purpose, aligned
+from worker.gpu.memory import ALIGNMENT, DeviceMemory, FreeList, Pool, Purpose, aligned
 
 
-def test_the_first_hole_that_fits_is_taken():
-    holes = FreeList(100)
-    assert [holes.take(30), holes.take(30), holes.take(30)] == [0, 30, 60]
-    assert holes.take(20) is None
-    holes.give(0, 30)
-    holes.give(60, 30)
-    assert holes.take(40) == 60
-    assert holes.take(30) == 0
-    assert holes.free == 0
+def test_the_first_range_that_fits_is_allocated():
+    free_list = FreeList(100)
+    assert [free_list.allocate(30), free_list.allocate(30), free_list.allocate(30)] == [0, 30, 60]
+    assert free_list.allocate(20) is None
+    free_list.release(0, 30)
+    free_list.release(60, 30)
+    assert free_list.allocate(40) == 60
+    assert free_list.allocate(30) == 0
+    assert free_list.free == 0
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 1000)), max_size=80))
-def test_what_is_handed_out_never_overlaps_and_all_comes_back(steps):
-    holes, taken = FreeList(200), []
-    for give, size, pick in steps:
-        if give and taken:
-            holes.give(*taken.pop(pick % len(taken)))
+def test_allocations_never_overlap_and_all_bytes_are_released(steps):
+    free_list, allocated = FreeList(200), []
+    for release, size, pick in steps:
+        if release and allocated:
+            free_list.release(*allocated.pop(pick % len(allocated)))
             continue
-        offset = holes.take(size)
+        offset = free_list.allocate(size)
         if offset is not None:
             assert 0 <= offset <= 200 - size
-            assert all(offset + size <= at or at + length <= offset for at, length in taken)
-            taken.append((offset, size))
-        assert holes.free == 200 - sum(length for _, length in taken)
-    for piece in taken:
-        holes.give(*piece)
-    assert holes.take(200) == 0
+            assert all(offset + size <= at or at + length <= offset for at, length in allocated)
+            allocated.append((offset, size))
+        assert free_list.free == 200 - sum(length for _, length in allocated)
+    for range_ in allocated:
+        free_list.release(*range_)
+    assert free_list.allocate(200) == 0
 
 
 def test_a_slab_is_accounted_until_the_last_array_over_it_dies(memory):
@@ -75,16 +74,16 @@ def test_a_pool_gives_the_same_addresses_to_the_same_forward(memory):
     assert 0 < pool.peak <= pool.nbytes
 
 
-def test_a_pool_that_is_full_says_so_and_works_again(memory):
+def test_a_full_pool_raises_and_works_again_after_a_release(memory):
     pool = Pool(memory, 1024, Purpose.ACTIVATIONS)
     held = pool.empty(192)
-    with pytest.raises(VramOom, match="no 512 bytes of device memory for activations; 256 are free"):
+    with pytest.raises(VramOom, match="cannot allocate 512 bytes of device memory for activations: 256 are free"):
         pool.empty(100)
     del held
     assert pool.empty(256).nbytes == 1024
 
 
-def test_more_than_the_device_has_is_an_oom_that_costs_nothing(memory):
+def test_a_failed_allocation_is_vram_oom_and_is_not_accounted(memory):
     with pytest.raises(VramOom) as refused:
         memory.reserve(1 << 50, Purpose.WEIGHTS)
     assert refused.value.details["required"] == 1 << 50
@@ -112,5 +111,5 @@ def test_each_allocation_can_be_made_to_fail(gpu):
 
 def test_slabs_are_plain_device_memory(memory):
     slabs = [memory.reserve(1 << 20, purpose) for purpose in Purpose]
-    assert memory.not_resident() == []
+    assert memory.non_resident() == []
     assert [memory.used[purpose] for purpose in Purpose] == [slab.nbytes for slab in slabs]

@@ -1,8 +1,9 @@
-"""Whole tiny models on the GPU: against Hugging Face's logits, against the twin that rounds alike, and against itself.
+"""Whole tiny models on the GPU: compared with Hugging Face's logits, with a CPU twin, and with themselves.
 
-Bounds: the twin that rounds alike is itself 1e-3 (f16, prefill) and 2e-2 to 4e-2 (8 bits, decode) from Hugging Face in
-the median over positions, and up to ten times that where a near tie sends a token to another expert. From that twin,
-given the same cache, the GPU differs by the order of its sums, and by what a last place moves across a rounding's edge.
+Bounds: the CPU twin with the same roundings is itself 1e-3 (f16, prefill) and 2e-2 to 4e-2 (8 bits,
+decode) from Hugging Face in the median over positions, and up to ten times that where a near tie sends
+a token to another expert. With the same cache, the GPU differs from that twin only by the order of its
+sums, and by values whose last bit crosses a rounding boundary.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ PREFILL_BOUND, DECODE_BOUND, TWIN_BOUND, WORST_BOUND = 3e-3, 5e-2, 2e-3, 5e-2
 
 @pytest.fixture
 def load(tiny, kernels, memory):
-    """A tiny model on the GPU, by its name."""
+    """A function that loads a tiny model on the GPU by name."""
     return lambda name, **settings: gpu_runner(tiny(name), kernels, memory, **settings)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_logits_are_transformers_but_for_f16(name, tmp_path, kernels, memory):
+def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, memory):
     golden = load_golden(name)
     runner = gpu_runner(golden_model(name, tmp_path), kernels, memory, phi3_window=CASES[name].window)
     logits = runner.logits(prefill(golden.prompt.tolist(), rows=golden.positions.tolist()))
@@ -47,7 +48,7 @@ def test_prefill_logits_are_transformers_but_for_f16(name, tmp_path, kernels, me
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decode_logits_are_transformers_but_for_8_bits(name, tmp_path, kernels, memory):
+def test_decode_logits_equal_transformers_within_8_bits(name, tmp_path, kernels, memory):
     golden, start = load_golden(name), 20
     path = golden_model(name, tmp_path)
     runner = gpu_runner(path, kernels, memory, phi3_window=CASES[name].window)
@@ -87,14 +88,14 @@ def test_a_prompt_in_chunks_of_any_size_gives_equal_bits(name, load):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prompt_in_pieces_of_the_runner_gives_equal_bits(name, load):
+def test_a_prompt_in_the_runner_s_own_chunks_gives_equal_bits(name, load):
     table = np.arange(10, dtype=np.int32)
     whole = load(name).logits(prefill(PROMPT, table=table))
     np.testing.assert_array_equal(load(name, prefill_tokens=32).logits(prefill(PROMPT, table=table)), whole)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_piece_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, load):
+def test_a_chunk_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, load):
     runner, table = load(name, prefill_tokens=256), np.arange(10, dtype=np.int32)
     short = prefill(PROMPT[:70], table=table, rows=[69])
     alone = runner.logits(short)
@@ -104,13 +105,13 @@ def test_a_piece_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, loa
 
 
 def written(runner, table):
-    """K and V of the prompt's positions, as bits."""
+    """The bits of K and V at the prompt's positions."""
     blocks = runner.cache.array.get()[:, :, table].view(np.uint16)
     return np.moveaxis(blocks, 3, 4).reshape(*blocks.shape[:2], -1, *blocks.shape[3::2])[:, :, : len(PROMPT)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_that_runs_ahead_draws_what_single_steps_draw(name, load):
+def test_lookahead_draws_equal_those_of_single_steps(name, load):
     table = np.arange(12, dtype=np.int32)
     stepped, sampler, generated = load(name), Sampler(load(name).vocab_size, (), ()), []
     batch = prefill(PROMPT, table=table, rows=[len(PROMPT) - 1])
@@ -123,29 +124,29 @@ def test_a_graph_that_runs_ahead_draws_what_single_steps_draw(name, load):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_launches_that_begin_early_give_the_bits_of_launches_in_order(name, tiny, load, memory, monkeypatch):
+def test_launches_with_pdl_give_the_bits_of_ordinary_launches(name, tiny, load, memory, monkeypatch):
     from worker.gpu.compiler import Kernels
 
     job = Sequence("a", PROMPT, 40, WARM)
-    early = run(engine_of(load(name)), replace(job))["a"]
-    monkeypatch.setattr("worker.gpu.compiler.can_launch_early", lambda arch: False)
-    in_order = gpu_runner(tiny(name), Kernels(served.KERNEL_CACHE), memory)
-    assert run(engine_of(in_order), replace(job))["a"] == early
+    with_pdl = run(engine_of(load(name)), replace(job))["a"]
+    monkeypatch.setattr("worker.gpu.compiler.supports_pdl", lambda arch: False)
+    ordinary = gpu_runner(tiny(name), Kernels(served.KERNEL_CACHE), memory)
+    assert run(engine_of(ordinary), replace(job))["a"] == with_pdl
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(temperature=1.0, seed=9)])
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_blocks_and_neighbours_change_no_token(name, sampling, load):
-    def answer(**settings):
+def test_chunks_blocks_and_other_sequences_change_no_token(name, sampling, load):
+    def engine(**settings):
         return engine_of(load(name, kv_blocks=40, sequences=3), **settings)
 
     def sequence(key="a", prompt=PROMPT):
         return Sequence(key, prompt, 24, sampling)
 
-    expected = run(answer(), sequence())["a"]
+    expected = run(engine(), sequence())["a"]
     shuffled = np.random.default_rng(5).permutation(40)
-    assert run(answer(chunk=16, order=shuffled), sequence())["a"] == expected
-    together = run(answer(running=3), sequence("b", PROMPT[5:]), sequence(), sequence("c", PROMPT[::-1]))
+    assert run(engine(chunk=16, order=shuffled), sequence())["a"] == expected
+    together = run(engine(running=3), sequence("b", PROMPT[5:]), sequence(), sequence("c", PROMPT[::-1]))
     assert together["a"] == expected
 
 
@@ -161,13 +162,13 @@ def test_jobs_in_a_row_equal_fresh_engines_and_leave_memory_as_it_was(name, load
 
 @pytest.mark.parametrize("published", [1, 7, 19])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_continued_elsewhere_goes_on_as_it_would_have(name, published, load):
+def test_a_resumed_answer_continues_with_the_same_tokens(name, published, load):
     whole = ids(run(engine_of(load(name)), Sequence("a", PROMPT, 24, WARM))["a"])
     rest = run(engine_of(load(name)), Sequence("a", PROMPT, 24, WARM, replay=whole[:published]))["a"]
     assert ids(rest) == whole
 
 
-def test_a_step_repeated_draws_the_same(load):
+def test_a_repeated_step_draws_the_same_token(load):
     runner, table = load("llama3-rope"), np.arange(12, dtype=np.int32)
     generated = []
     first = DrawRequest(WARM, 0, PROMPT, generated)
@@ -181,10 +182,10 @@ def test_a_step_repeated_draws_the_same(load):
     assert runner.run(step, [second]) == again
 
 
-def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load, monkeypatch):
-    from worker.gpu.lookahead import Result
+def test_on_launched_is_called_after_the_launches_and_before_the_first_wait(load, monkeypatch):
+    from worker.gpu.runner import PendingDraw
 
-    class Noted:
+    class Recorded:
         def __init__(self, name, graph):
             self._name, self._graph = name, graph
 
@@ -192,29 +193,29 @@ def test_a_step_is_at_work_when_all_is_launched_that_its_first_wait_is_for(load,
             order.append(self._name)
             self._graph.launch(stream)
 
-    def noted(result, request):
+    def recorded_wait(pending, request):
         order.append("wait")
-        return draw(result, request)
+        return wait(pending, request)
 
     def step(batch, request):
         order.clear()
-        (drawn,) = runner.run(batch, [request], lambda: order.append("at work"))
+        (drawn,) = runner.run(batch, [request], lambda: order.append("launched"))
         return drawn.id, order[: order.index("wait") + 1]
 
     runner, table = load("llama3-rope", prefill_tokens=128), np.arange(12, dtype=np.int32)
-    order, draw = [], Result.draw
-    monkeypatch.setattr(Result, "draw", noted)
-    runner._step = Noted("step", runner._step)
-    runner._pieces = {tokens: Noted("piece", graph) for tokens, graph in runner._pieces.items()}
+    order, wait = [], PendingDraw.wait
+    monkeypatch.setattr(PendingDraw, "wait", recorded_wait)
+    runner._decode_graph = Recorded("step", runner._decode_graph)
+    runner._chunk_graphs = {size: Recorded("chunk", graph) for size, graph in runner._chunk_graphs.items()}
     last = [len(PROMPT) - 1]
     first, order_of_two = step(prefill(PROMPT, table=table, rows=last), DrawRequest(GREEDY, 0, PROMPT, []))
-    assert order_of_two == ["piece", "at work", "piece", "step", "at work", "wait"]
+    assert order_of_two == ["chunk", "launched", "chunk", "step", "launched", "wait"]
     rest = prefill(PROMPT, 128, table=table, rows=[last[0] - 128])
     again, order_of_one = step(rest, DrawRequest(GREEDY, 0, PROMPT, generated := []))
-    assert (again, order_of_one) == (first, ["piece", "step", "at work", "wait"])
+    assert (again, order_of_one) == (first, ["chunk", "step", "launched", "wait"])
     generated.append(first)
     _, order_ahead = step(decode(first, len(PROMPT), table), DrawRequest(GREEDY, 1, PROMPT, generated))
-    assert order_ahead == ["step", "at work", "wait"]
+    assert order_ahead == ["step", "launched", "wait"]
 
 
 def test_a_failed_allocation_in_a_job_is_vram_oom_and_the_next_job_is_right(tiny, kernels):
@@ -230,7 +231,7 @@ def test_a_failed_allocation_in_a_job_is_vram_oom_and_the_next_job_is_right(tiny
     def jobs():
         return Sequence("a", PROMPT, 4, WARM), Sequence("b", PROMPT[9:], 4, WARM)
 
-    memory = DeviceMemory(fails)  # of sequences that decode together a step allocates, as those alone never do
+    memory = DeviceMemory(fails)  # only steps of several sequences allocate
     engine = engine_of(gpu_runner(tiny("gpt-oss"), kernels, memory, kv_blocks=40, sequences=2), running=2)
     expected = run(engine, *jobs())
     baseline, before = memory.used, len(counted)
@@ -269,7 +270,7 @@ def test_a_lost_device_is_a_cuda_error(gpu):
     code = """
 import cupy
 from worker.errors import CudaError
-from worker.gpu.graphs import device_errors
+from worker.gpu.kernel import device_errors
 trap = cupy.RawKernel('extern "C" __global__ void trap_now() { asm("trap;"); }', "trap_now")
 for _ in range(2):
     try:
@@ -279,7 +280,7 @@ for _ in range(2):
     except CudaError as error:
         print("lost", error.details["status"] != 0)
 import os
-os._exit(0)  # the context can't be torn down any more
+os._exit(0)  # the CUDA context cannot be destroyed after a trap
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["lost", "True"] * 2

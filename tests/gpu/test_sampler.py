@@ -1,7 +1,7 @@
-"""The sampler on the GPU against its twin: the same ids from the same logits, seeds and parameters.
+"""The sampler on the GPU compared with its twin: equal ids from equal logits, seeds and parameters.
 
-Weights are rounded to 2^-44 here and to f64 there, so a draw may differ where u falls within 1e-12 of an edge between
-two tokens: no case below does.
+The kernel rounds weights to 2^-44, the twin to f64, so a draw could differ where u is within 1e-12 of
+the boundary between two tokens. No case below is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Bench:
         return self.again(logits, request, unpack)
 
     def again(self, logits, request, unpack=None):
-        """Draw on from the state that the last draw left."""
+        """Draw from the state after the last draw."""
         from worker.gpu.sampler import unpack
 
         self.sampler.launch(self.kernels, self.cupy.asarray(logits)[None], self.state)
@@ -125,7 +125,7 @@ def sum_in_slices(logits):
     return total
 
 
-def test_the_device_moves_on_by_itself_as_the_host_would(kernels, memory):
+def test_the_device_advances_its_state_as_the_host_would(kernels, memory):
     rng = np.random.default_rng(3)
     sampling = Sampling(temperature=1.0, seed=11, repetition_penalty=1.2, frequency_penalty=0.3, logprobs=2)
     bench, generated = Bench(kernels, memory, 320), []
@@ -139,7 +139,7 @@ def test_the_device_moves_on_by_itself_as_the_host_would(kernels, memory):
         assert int(bench.state.positions.get()[0]) == 11 + index
 
 
-def test_a_forced_token_is_taken_and_nothing_is_drawn(kernels, memory):
+def test_a_forced_token_is_returned_without_a_draw(kernels, memory):
     bench = Bench(kernels, memory, 320)
     request = DrawRequest(Sampling(), 4, [1], [2, 3, 4, 5], forced=77)
     assert bench.draw(np.full(320, np.nan, np.float32), request).id == 77
@@ -148,7 +148,7 @@ def test_a_forced_token_is_taken_and_nothing_is_drawn(kernels, memory):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_draw_nothing(kernels, memory, temperature, broken):
+def test_logits_that_are_not_finite_draw_no_token(kernels, memory, temperature, broken):
     bench = Bench(kernels, memory, 320)
     logits = np.zeros(320, np.float32)
     logits[200] = broken
@@ -159,7 +159,7 @@ def test_logits_that_are_no_numbers_draw_nothing(kernels, memory, temperature, b
     same(bench.draw(fine, request), bench.twin.draw(fine, request))
 
 
-def test_a_padding_row_that_is_no_number_is_never_looked_at(kernels, memory):
+def test_a_padding_row_of_nan_is_ignored(kernels, memory):
     bench = Bench(kernels, memory, 320, padding=[319])
     logits = np.zeros(320, np.float32)
     logits[319] = np.nan

@@ -1,7 +1,8 @@
-"""What a forward did on its device, for a reference to follow: the experts it chose, its residual stream.
+"""Record a forward's chosen experts and residual stream, for a reference to follow.
 
-A mixture of random experts is chaotic: f32 with an f16 cache already sends some token to another expert, and a few
-layers on nothing is alike. So references take the experts that the GPU chose, and tell how near a tie its choice was.
+A mixture of random experts is chaotic: f32 with an f16 cache already routes some token to another
+expert, and a few layers later all values differ. References therefore use the experts that the GPU
+chose, and report how near to a tie each choice was.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from worker.ops import Phase
 
 @dataclass
 class Trail:
-    """Of each layer in turn: `experts` [T, k] i32, `residuals` [T, d] f32 after each half; the last's are [R, …]."""
+    """Per layer: `experts` [T, k] i32; `residuals` [T, d] f32 after each half ([R, …] in the last layer)."""
 
     experts: list[np.ndarray] = field(default_factory=list)
     residuals: list[np.ndarray] = field(default_factory=list)
 
 
 class Trailed:
-    """Any device's ops, which leave a trail."""
+    """Ops of any device that record a trail."""
 
     def __init__(self, ops: Any, trail: Trail) -> None:
         self._ops = ops
@@ -32,30 +33,30 @@ class Trailed:
     def __getattr__(self, name):
         return getattr(self._ops, name)
 
-    def norm_route(self, *given):
-        n, routes = self._ops.norm_route(*given)
+    def norm_route(self, *args):
+        n, routes = self._ops.norm_route(*args)
         self._trail.experts.append(on_host(routes.experts))
         return n, routes
 
-    def linear_add(self, *given):
-        return self._left(self._ops.linear_add(*given))
+    def linear_add(self, *args):
+        return self._recorded(self._ops.linear_add(*args))
 
-    def experts_add(self, *given):
-        return self._left(self._ops.experts_add(*given))
+    def experts_add(self, *args):
+        return self._recorded(self._ops.experts_add(*args))
 
-    def _left(self, x):
+    def _recorded(self, x):
         self._trail.residuals.append(on_host(x))
         return x
 
 
 def on_host(array):
-    """A copy of an array of any device, or of the rows that prefill has taken of one."""
+    """A host copy of an array of any device, or of a GatheredRows' array."""
     array = getattr(array, "x", array)
     return array.get() if hasattr(array, "get") else array.copy()
 
 
 class _TrailedModel:
-    """A model whose forwards leave a trail."""
+    """A model whose forwards record a trail."""
 
     def __init__(self, model, trail):
         self._model = model
@@ -70,15 +71,15 @@ def logits_and_trail(runner, batch):
     trail, model = Trail(), runner._model
     runner._model = _TrailedModel(model, trail)
     try:
-        return _launched(runner, batch), trail
+        return _logits(runner, batch), trail
     finally:
         runner._model = model
 
 
-def _launched(runner, batch):
-    """What a captured piece of a prompt does at once; a step of `runner.logits` is no graph anyway."""
+def _logits(runner, batch):
+    """Launch a chunk without its graph; `runner.logits` launches decode steps without one anyway."""
     if batch.phase is Phase.DECODE:
         return runner.logits(batch)
     with runner._stream:
-        runner._prompt.load(batch, runner._stream)
+        runner._chunk.load(batch, runner._stream)
         return runner._prefill_forward(runner._kernels, runner._pools[batch.phase], len(batch.tokens)).get()

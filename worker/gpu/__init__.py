@@ -1,5 +1,13 @@
-"""The GPU backend: launchers of every op over CUDA kernels of this project's own, and a runner over them.
+"""The GPU backend: launchers of every op over this project's CUDA kernels, and a runner over them.
 
-Nothing outside this package imports CuPy, and nothing imports this package unless the GPU was chosen. Start with
-`memory.py` and `compiler.py`; the kernels and their layouts stand in `kernels/`.
+- `backend.py`: the device as the worker sees it; `upload.py` brings the weights.
+- `runner.py`: the model runner: prepares memory and kernels, captures the CUDA graphs of a prompt's
+  chunk and of a decode step, runs steps, and launches one step ahead.
+- `memory.py`: every allocation of VRAM, accounted by purpose.
+- `compiler.py`, `kernel.py`, `launch.py`: from a kernel file to a launch; kernels: `kernels/`.
+- `decode_ops.py`, `prefill_ops.py`: ops as compositions of launchers (`attention.py`, `matvec.py`,
+  `matmul.py`, …); `sampler.py`: from logits to tokens.
+- `numerics.py`: the facts that decide the bits of the results.
+
+No other package imports CuPy, and this package is imported only if the GPU was chosen.
 """

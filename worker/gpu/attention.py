@@ -83,11 +83,11 @@ class DecodeInputs(Protocol):
 class ChunkInputs(Protocol):
     """Device inputs of the prefill kernels.
 
-    `place` [2] i32: position of the chunk's first token, number of tokens; `table` [blocks] i32: the
+    `span` [2] i32: position of the chunk's first token, number of tokens; `table` [blocks] i32: the
     sequence's block table.
     """
 
-    place: DeviceArray
+    span: DeviceArray
     table: DeviceArray
 
 
@@ -139,10 +139,10 @@ class AttentionLauncher:
         kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}>")(
             (tokens, _ROPE_BLOCKS),
             (_ROPE_THREADS,),
-            (rotated, q, k, v, keys, values, *self._rope(spec.rope), chunk.table, chunk.place, *heads),
-            early=True,
+            (rotated, q, k, v, keys, values, *self._rope(spec.rope), chunk.table, chunk.span, *heads),
+            pdl=True,
         )
-        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.place[1:])
+        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
         partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, len(chunk.table) * KV_BLOCK)
         split = tokens <= _SPLIT_TOKENS
         warps = _QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
@@ -150,11 +150,11 @@ class AttentionLauncher:
             (-(-tokens // _QUERY_TILE), spec.n_heads, layers),
             (32 * warps,),
             (
-                *(y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.place),
+                *(y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span),
                 *(partials, arrivals, np.int32(capacity), *heads, np.int32(spec.window)),
             ),
             shared_mem=4 * _TILE_KEYS[dim] * (dim + _ROW_PAD) * 2 + _QUERY_TILE // 16 * _PARTIAL_BYTES[dim],
-            early=True,
+            pdl=True,
         )
         return y
 
@@ -181,7 +181,7 @@ class AttentionLauncher:
                 *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
                 *(partials, arrivals, np.int32(spec.n_heads), np.int32(spec.n_kv_heads), np.int32(spec.window)),
             ),
-            early=True,
+            pdl=True,
         )
         return y
 

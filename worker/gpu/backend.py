@@ -108,4 +108,4 @@ class GpuBackend:
 
     def non_resident(self) -> tuple[int, list[str]]:
         """See `Backend.non_resident`: slabs by their pointer attributes."""
-        return self._memory.slabs, [hex(address) for address in self._memory.not_resident()]
+        return self._memory.slabs, [hex(address) for address in self._memory.non_resident()]

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from worker.errors import Internal
-from worker.gpu.kernel import Kernel, can_launch_early
+from worker.gpu.kernel import Kernel, supports_pdl
 
 KernelName = tuple[str, str]
 """A file of `kernels/` and a name expression in it."""
@@ -35,7 +35,7 @@ _INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
 
 
 class Nvrtc(Protocol):
-    """The functions of `cupy.cuda.nvrtc` that a compilation needs; a test gives the wheel's library their shape."""
+    """The functions of `cupy.cuda.nvrtc` that a compilation uses; tests implement them over the wheel's library."""
 
     NVRTCError: type[Exception]
 
@@ -51,7 +51,7 @@ class Nvrtc(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """Machine code, the mangled name of the kernel in it, and what the compiler had to say."""
+    """Machine code, the mangled name of its kernel, and the compiler's log."""
 
     image: bytes
     symbol: str
@@ -59,7 +59,7 @@ class Compiled:
 
 
 def inlined(file: str) -> str:
-    """The text of a kernel file with each header in place of its first #include; `#line` keeps names and numbers."""
+    """The text of a kernel file with each header inlined at its first #include, with `#line` directives."""
     return "\n".join(_lines(file, set())) + "\n"
 
 
@@ -121,9 +121,9 @@ def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str
 
 
 class Kernels:
-    """The kernels of one device, compiled at most once a machine and loaded at most once a process.
+    """The kernels of one device, compiled once per machine and loaded once per process.
 
-    A call of a kernel is `kernels.get(file, expression)(grid, block, args)`: see `Kernel`.
+    `kernels.get(file, expression)(grid, block, args)` launches one: see `Kernel`.
     """
 
     def __init__(self, cache: Path, *, threads: int | None = None) -> None:
@@ -136,65 +136,65 @@ class Kernels:
         self._cache = cache
         self._cache.mkdir(parents=True, exist_ok=True)
         self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
-        self._early = can_launch_early(self.arch)
+        self._pdl = supports_pdl(self.arch)
         self._loaded: dict[KernelName, Any] = {}
-        self._coming: dict[KernelName, Future[Any]] = {}
+        self._pending: dict[KernelName, Future[Any]] = {}
         self._digests: dict[str, str] = {}
         self._pool: ThreadPoolExecutor | None = None
 
     def begin(self, name: KernelName) -> None:
-        """Compile and load a kernel on a thread, for `prepare` or `get` to wait for: all of a model's side by side."""
-        if name in self._loaded or name in self._coming:
+        """Start to compile and load a kernel on a thread; `prepare` and `get` wait for it."""
+        if name in self._loaded or name in self._pending:
             return
         file = name[0]
         if file not in self._digests:
             self._digests[file] = hashlib.sha256(inlined(file).encode()).hexdigest()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, "kernels", self._cupy.cuda.Device().use)
-        self._coming[name] = self._pool.submit(self._made, name, self._digests[file])
+        self._pending[name] = self._pool.submit(self._compile_and_load, name, self._digests[file])
 
     def prepare(self, names: Iterable[KernelName]) -> None:
-        """Compile, in parallel, and load all of `names` and what has begun: what a model needs, before it is ready."""
+        """Compile in parallel and load `names` and all kernels that have begun, before the model is ready."""
         try:
             for name in names:
                 self.begin(name)
-            for name, made in self._coming.items():
-                self._loaded[name] = made.result()
+            for name, kernel in self._pending.items():
+                self._loaded[name] = kernel.result()
         finally:
-            self._coming.clear()
-            self._digests.clear()  # a file that is edited meanwhile counts for the next kernel of it
+            self._pending.clear()
+            self._digests.clear()  # a later edit of a file applies to its next kernel
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
                 self._pool = None
 
     def get(self, file: str, expression: str) -> Any:
-        """The kernel, ready to launch; compiled now if nobody prepared it."""
+        """The kernel, ready to launch; compiled now if it was not prepared."""
         name = (file, expression)
         if name not in self._loaded:
             self.prepare([name])
         return self._loaded[name]
 
-    def _made(self, name: KernelName, digest: str) -> Any:
+    def _compile_and_load(self, name: KernelName, digest: str) -> Any:
         return self._load(*self._entry(name, digest))
 
     def _entry(self, name: KernelName, digest: str) -> tuple[Path, str]:
-        """The cubin on disk and the kernel's symbol in it; written now unless the same text was compiled before."""
+        """The cubin on disk and its kernel's symbol, compiled unless the cache has them."""
         version = "{}.{}".format(*self._nvrtc.getVersion())
         key = json.dumps([digest, name[1], OPTIONS, defines_of(name[0]), self.arch, version])
         image = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
         symbol = image.with_suffix(".symbol")
         if not (image.exists() and symbol.exists()):
             compiled = compile_kernel(self._nvrtc, name, self.arch)
-            _write_whole(image, compiled.image)
-            _write_whole(symbol, compiled.symbol.encode())
+            _write_atomically(image, compiled.image)
+            _write_atomically(symbol, compiled.symbol.encode())
         return image, symbol.read_text()
 
     def _load(self, image: Path, symbol: str) -> Any:
-        return Kernel(self._cupy.RawModule(path=str(image)).get_function(symbol), early=self._early)
+        return Kernel(self._cupy.RawModule(path=str(image)).get_function(symbol), pdl=self._pdl)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that another process sees whole or not at all."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that other processes see all of it or none."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     part.replace(path)

@@ -47,5 +47,5 @@ def _launch(kernels: Launcher, matrix: QTensor, tokens: DeviceArray | None, out:
     rows = math.prod(out.shape[:-1])
     planes = np.array(matrix.data.addresses(), PLANES)
     kernels.get("dequantize.cu", f"dequantize<{matrix.kind.name}>")(
-        (rows, -(-units // _THREADS)), (_THREADS,), (planes, tokens, out, np.int32(units)), early=True
+        (rows, -(-units // _THREADS)), (_THREADS,), (planes, tokens, out, np.int32(units)), pdl=True
     )

@@ -1,6 +1,6 @@
-"""The GPU's KV storage: blocks of B tokens for every layer, f16, found through block tables by the attention kernels.
+"""The paged KV cache: blocks of B tokens of every layer, in f16, addressed through block tables.
 
-One plain slab of device memory; layout as in `kernels/kv_cache.cuh`. What an unwritten slot holds is never read.
+One slab of device memory, laid out as in `kernels/kv_cache.cuh`. Unwritten slots are never read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from worker.model import Hparams
 from worker.ops import KV_BLOCK
 
 ELEMENT_BYTES = 2
-"""An f16."""
+"""Bytes of an f16."""
 
 
 class KvCache:

@@ -1,7 +1,7 @@
-"""What launchers need of the world: kernels by name, and arrays for their results. The dry run gives them stand-ins.
+"""The interfaces that launchers use: kernels by name, and arrays for results; and the dry run of a forward.
 
-`dry_run` plays a forward with kernels that only note their names and NumPy arrays without memory: so a model's kernels
-and the bytes of its activations are known before either exists.
+`dry_run` runs a forward with kernels that only record their names and arrays without memory. It
+determines the kernels and the activation bytes of a model before either exists.
 """
 
 from __future__ import annotations
@@ -16,30 +16,29 @@ from typing import Any, Protocol
 import numpy as np
 
 from worker.gpu.compiler import KernelName
-from worker.gpu.free_list import FreeList
-from worker.gpu.memory import DeviceArray, aligned
+from worker.gpu.memory import DeviceArray, FreeList, aligned
 
-_ENDLESS = 1 << 50
+_UNLIMITED = 1 << 50
 
 
 class Launcher(Protocol):
-    """`worker.gpu.compiler.Kernels` to those who launch."""
+    """Kernels by name: `worker.gpu.compiler.Kernels`, or the recorder of a dry run."""
 
     def get(self, file: str, expression: str) -> Any:
-        """A kernel: call it with (grid, block, args)."""
+        """A kernel, called as `Kernel` is: (grid, block, args)."""
         ...
 
 
 class Allocator(Protocol):
-    """`worker.gpu.memory.Pool` to those who need an array."""
+    """Arrays for results: `worker.gpu.memory.Pool`, or that of a dry run."""
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> DeviceArray:
-        """An array of whatever the memory holds, taken back when its last view dies."""
+        """An uninitialized array, whose memory is reused when its last view dies."""
         ...
 
 
-class EarlyProducts:
-    """Kernels of which matmul.cu's alone launch early: in a long piece of a prompt that is faster than all or none."""
+class PdlInMatmulOnly:
+    """Kernels of which only matmul.cu launches with PDL: in long chunks that is faster than all or none."""
 
     def __init__(self, kernels: Launcher) -> None:
         self._kernels = kernels
@@ -47,16 +46,16 @@ class EarlyProducts:
     def get(self, file: str, expression: str) -> Any:
         """See `Launcher`."""
         kernel = self._kernels.get(file, expression)
-        return kernel if file == "matmul.cu" else partial(_in_order, kernel)
+        return kernel if file == "matmul.cu" else partial(_without_pdl, kernel)
 
 
-def _in_order(kernel: Any, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, early: bool = False) -> None:
+def _without_pdl(kernel: Any, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, pdl: bool = False) -> None:
     kernel(grid, block, args, shared_mem=shared_mem)
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """What a forward needs: its kernels, in the order of their first use, and the pool's bytes at their highest."""
+class Requirements:
+    """The kernels of a forward, in the order of first use, and the peak bytes of its pool."""
 
     kernels: tuple[KernelName, ...]
     pool_bytes: int
@@ -64,15 +63,15 @@ class Needs:
 
 def dry_run(
     forward: Callable[[Launcher, Allocator], object], on_kernel: Callable[[KernelName], None] = lambda _: None
-) -> Needs:
-    """Play `forward` on nothing. `on_kernel` hears each kernel's name when it is first asked for."""
-    kernels, pool = _Names(on_kernel), _NoMemory()
+) -> Requirements:
+    """Run `forward` without a device. `on_kernel` is called with each kernel's name at its first use."""
+    kernels, pool = _Recorder(on_kernel), _DryPool()
     forward(kernels, pool)
-    return Needs(tuple(kernels.names), pool.peak)
+    return Requirements(tuple(kernels.names), pool.peak)
 
 
-class _Names:
-    """Kernels that do nothing but be remembered."""
+class _Recorder:
+    """Kernels that do nothing; their names are recorded."""
 
     def __init__(self, on_kernel: Callable[[KernelName], None]) -> None:
         self.names: dict[KernelName, None] = {}
@@ -83,30 +82,30 @@ class _Names:
         if name not in self.names:
             self.names[name] = None
             self._on_kernel(name)
-        return _nothing
+        return _no_launch
 
 
-def _nothing(*args: Any, **options: Any) -> None:
-    """A launch."""
+def _no_launch(*args: Any, **options: Any) -> None:
+    """A launch in a dry run."""
 
 
-class _NoMemory:
-    """Cuts a slab that does not exist as a `Pool` cuts a real one.
+class _DryPool:
+    """Allocates offsets as `Pool` does, without memory.
 
-    All elements of an array are the same one, and views of it refer to that, however they were made. Memory that nobody
-    touches would do too, but not for free: mapping some at each op waits for the threads that read the model's file.
+    All elements of an array are one element, which its views keep alive. Untouched memory would also
+    do, but each mapping of pages waits for the threads that read the model's file.
     """
 
     def __init__(self) -> None:
-        self._holes = FreeList(_ENDLESS)
+        self._free_list = FreeList(_UNLIMITED)
         self.peak = 0
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> np.ndarray[Any, Any]:
         element = np.empty(1, dtype)
         shape = (shape,) if isinstance(shape, int) else shape
         size = aligned(max(1, math.prod(shape) * element.itemsize))
-        offset = self._holes.take(size)
-        assert offset is not None, "the slab is endless"
+        offset = self._free_list.allocate(size)
+        assert offset is not None, "the slab is unlimited"
         self.peak = max(self.peak, offset + size)
-        weakref.finalize(element, self._holes.give, offset, size)
+        weakref.finalize(element, self._free_list.release, offset, size)
         return np.ndarray(shape, dtype, element, strides=(0,) * len(shape))

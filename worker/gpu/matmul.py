@@ -128,7 +128,7 @@ def grouped(
     order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
     sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tokens), np.int32(tiles))
     args = (routes.experts, np.int32(slots), count, *sizes, order, table)
-    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, early=True)
+    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, pdl=True)
     return Groups(k, tile, order, table, count)
 
 
@@ -176,7 +176,7 @@ def glu(
     _launch(kernels, x, (gate,), (h,), groups=groups, shared=True)
     _launch(kernels, x, (up,), (other,), groups=groups, shared=True)
     args = (h, other, gate_of(activation), np.uint64(h.size), h)
-    kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args, early=True)
+    kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args, pdl=True)
     return h
 
 
@@ -195,7 +195,7 @@ def experts_add(
     x, y = pool.empty((tokens, d), np.float32), pool.empty((tokens * k, d), np.float32)
     _launch(kernels, h, (down,), (y,), groups=groups)
     args = (y, routes.weights, groups.count, np.int32(k), np.int32(d), residual, x)
-    kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args, early=True)
+    kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args, pdl=True)
     return x
 
 
@@ -228,7 +228,7 @@ def _launch(
     product = np.array((parts, *pointers, linears[0].weight.shape[-1], gate_of(activation)), _PRODUCT)
     grid = (blocks[0] if gated else sum(blocks), tiles)
     args, threads = (product, x.x, np.int32(tokens), where), 32 * tile.rows * tile.depths
-    kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, early=True)
+    kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, pdl=True)
 
 
 def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:

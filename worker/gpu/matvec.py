@@ -114,7 +114,7 @@ def matvec(
     types = kinds if len(set(kinds)) > 1 else kinds[:1]
     kernel = kernels.get("matvec.cu", f"matvec<{shares.tile}, {', '.join(kind.name for kind in types)}>")
     args = (*matrices, _rows(x, norm), np.int32(shares.parts))
-    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged(cols, kinds), early=True)
+    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged(cols, kinds), pdl=True)
     return tuple(results)
 
 
@@ -143,7 +143,7 @@ def glu(
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {', '.join(kind.name for kind in types)}>")
     args = (*branches, _rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
     grid = (-(-rows // _GLU_ROWS), tokens * k)
-    kernel(grid, (32 * warps,), args, shared_mem=_staged(cols, kinds), early=True)
+    kernel(grid, (32 * warps,), args, shared_mem=_staged(cols, kinds), pdl=True)
     return h
 
 
@@ -171,7 +171,7 @@ def experts_add(
         (_THREADS,),
         (planes, _bias(down), _rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
         shared_mem=_staged(k * h.shape[1], (kind,)),
-        early=True,
+        pdl=True,
     )
     return x
 

@@ -1,14 +1,16 @@
-"""Device memory, accounted by purpose: every byte that the worker takes goes through one `DeviceMemory`.
+"""Device memory, accounted by purpose: every allocation of this process goes through one `DeviceMemory`.
 
-Plain cudaMalloc in large slabs; a `Pool` cuts one slab into arrays at 256-byte offsets and takes each back when the
-last view of it dies. First fit and reference counts make a forward in plain Python meet the same addresses every time,
-so it can be captured in a CUDA graph and a step allocates nothing. Work on one stream orders a block's old use before
-its new one. Knows no model. Next: `free_list.py`, `upload.py`.
+Memory comes from plain cudaMalloc in large slabs. A `Pool` divides one slab into arrays at 256-byte
+offsets and reuses each range when the last view of its array dies. First fit and reference counts
+give a forward the same addresses every time, so it can be captured as a CUDA graph, and a step
+allocates nothing. All uses of a pool are on one stream, which orders the old use of a range before
+the new one. Next: `upload.py`, `runner.py`.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
@@ -17,17 +19,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from worker.errors import VramOom
-from worker.gpu.free_list import FreeList
 
 DeviceArray: TypeAlias = Any
 """A `cupy.ndarray`."""
 
 ALIGNMENT = 256
-_DEVICE_TYPE = 2  # cudaMemoryTypeDevice: neither host, nor managed
+_DEVICE_TYPE = 2  # cudaMemoryTypeDevice: neither host nor managed memory
 
 
 class Purpose(Enum):
-    """What memory is for, as VRAM events and metrics name it."""
+    """The purpose of an allocation, as VRAM events and metrics name it."""
 
     WEIGHTS = "weights"
     KV = "kv"
@@ -40,11 +41,44 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-class _Lease:
-    """The owner of a piece of memory: says so when the last array over it dies."""
+class FreeList:
+    """The free ranges of `size` bytes, first fit: (offset, size) in ascending order, neighbours merged."""
 
-    def __init__(self, keep: Any, release: Callable[[], None]) -> None:
-        self._keep = keep
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._ranges: list[tuple[int, int]] = [(0, size)] if size else []
+
+    @property
+    def free(self) -> int:
+        """Bytes in all free ranges."""
+        return sum(size for _, size in self._ranges)
+
+    def allocate(self, size: int) -> int | None:
+        """The offset of `size` bytes at the start of the first range that holds them; None if none does."""
+        for index, (offset, available) in enumerate(self._ranges):
+            if available >= size:
+                rest = [(offset + size, available - size)] if available > size else []
+                self._ranges[index : index + 1] = rest
+                return offset
+        return None
+
+    def release(self, offset: int, size: int) -> None:
+        """Free `size` bytes that `allocate` returned at `offset`."""
+        at = bisect_left(self._ranges, (offset, 0))
+        end = offset + size
+        if at < len(self._ranges) and self._ranges[at][0] == end:
+            end += self._ranges.pop(at)[1]
+        if at and sum(self._ranges[at - 1]) == offset:
+            at -= 1
+            offset = self._ranges.pop(at)[0]
+        self._ranges.insert(at, (offset, end - offset))
+
+
+class _Owner:
+    """Keeps `memory` alive for the arrays over it, and calls `release` when the last of them dies."""
+
+    def __init__(self, memory: Any, release: Callable[[], None]) -> None:
+        self._memory = memory
         self._release = release
 
     def __del__(self) -> None:
@@ -52,34 +86,34 @@ class _Lease:
 
 
 class Slab:
-    """One plain allocation. It is freed when neither the slab nor an array over it is left."""
+    """One allocation; it is freed when neither the slab nor an array over it is left."""
 
-    def __init__(self, cupy: ModuleType, memory: Any, nbytes: int) -> None:
+    def __init__(self, cupy: ModuleType, owner: _Owner, address: int, nbytes: int) -> None:
         self._cupy = cupy
-        self._memory = memory
+        self._owner = owner
         self._device = cupy.cuda.Device().id
         self.nbytes = nbytes
-        self.address = int(memory.ptr)
-        """Its first byte on the device."""
+        self.address = address
+        """Address of the first byte on the device."""
 
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0, owner: Any = None) -> DeviceArray:
-        """An array over the slab's bytes from `offset` on; `owner` lives as long as any view of it does."""
+        """An array over the slab's bytes from `offset` on; all views of it keep `owner` alive."""
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         cuda = self._cupy.cuda
-        piece = cuda.UnownedMemory(self.address + offset, size, owner or self._memory, self._device)
-        return self._cupy.ndarray(shape, dtype, memptr=cuda.MemoryPointer(piece, 0))
+        memory = cuda.UnownedMemory(self.address + offset, size, owner or self._owner, self._device)
+        return self._cupy.ndarray(shape, dtype, memptr=cuda.MemoryPointer(memory, 0))
 
 
 class DeviceMemory:
-    """The device's memory as this process uses it.
+    """The device memory of this process.
 
-    `fails` is for tests: it hears the number of each allocation, from 1, pools' included, and makes those fail for
-    which it says so.
+    `fails` is for tests: it is called with the number of each allocation, from 1, including those of
+    pools, and returns whether the allocation fails.
     """
 
     def __init__(self, fails: Callable[[int], bool] | None = None) -> None:
-        import cupy  # noqa: PLC0415  (launchers are imported, and their kernels compiled, where there is no CuPy)
+        import cupy  # noqa: PLC0415  (launchers are imported, and kernels compiled, without CuPy)
 
         self._cupy: ModuleType = cupy
         self._fails = fails
@@ -94,11 +128,11 @@ class DeviceMemory:
 
     @property
     def free(self) -> int:
-        """Bytes that the driver still has for anyone."""
+        """Bytes free on the device, for all processes."""
         return int(self._cupy.cuda.runtime.memGetInfo()[0])
 
     def reserve(self, nbytes: int, purpose: Purpose) -> Slab:
-        """Allocate `nbytes` of plain device memory, rounded up to ALIGNMENT. Raises VramOom."""
+        """Allocate `nbytes` of device memory, rounded up to ALIGNMENT. Raises: VramOom."""
         nbytes = aligned(nbytes)
         self.count(nbytes, purpose)
         cuda = self._cupy.cuda
@@ -114,43 +148,35 @@ class DeviceMemory:
             self._used[purpose] -= nbytes
             del self._live[address]
 
-        return Slab(self._cupy, _Held(memory, release), nbytes)
+        return Slab(self._cupy, _Owner(memory, release), address, nbytes)
 
     def count(self, nbytes: int, purpose: Purpose) -> None:
-        """Number an allocation; VramOom where the test's hook wants it to fail."""
+        """Count an allocation of `nbytes`. Raises: VramOom if `fails` returns true for it."""
         self._allocations += 1
         if self._fails is not None and self._fails(self._allocations):
             raise _oom(nbytes, 0, purpose)
 
     @property
     def slabs(self) -> int:
-        """Allocations that are alive."""
+        """The number of live slabs."""
         return len(self._live)
 
-    def not_resident(self) -> list[int]:
-        """Addresses of slabs that are no longer plain device memory: always none, unless something is broken."""
+    def non_resident(self) -> list[int]:
+        """Addresses of slabs that are not plain device memory: a check that must return none."""
         attributes = self._cupy.cuda.runtime.pointerGetAttributes
         return [address for address in self._live if attributes(address).type != _DEVICE_TYPE]
 
 
-class _Held:
-    """A cudaMalloc and the accounting of it, which end together."""
-
-    def __init__(self, memory: Any, release: Callable[[], None]) -> None:
-        self.ptr = memory.ptr
-        self._lease = _Lease(memory, release)
-
-
 class Pool:
-    """A slab that hands out arrays and takes them back: `empty` is all that an op needs."""
+    """Arrays of one slab; a range is reused when its array and all views of it have died."""
 
     def __init__(self, memory: DeviceMemory, nbytes: int, purpose: Purpose) -> None:
         self._memory = memory
         self._purpose = purpose
         self._slab = memory.reserve(nbytes, purpose)
-        self._holes = FreeList(self._slab.nbytes)
+        self._free_list = FreeList(self._slab.nbytes)
         self.peak = 0
-        """The most bytes that were ever needed, fragmentation included."""
+        """The largest extent in use so far in bytes, fragmentation included."""
 
     @property
     def nbytes(self) -> int:
@@ -159,22 +185,22 @@ class Pool:
 
     @property
     def in_use(self) -> int:
-        """Bytes handed out."""
-        return self._slab.nbytes - self._holes.free
+        """Bytes of live arrays."""
+        return self._slab.nbytes - self._free_list.free
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> DeviceArray:
-        """An array [shape] of whatever the memory holds, at a multiple of ALIGNMENT. Raises VramOom."""
+        """An uninitialized array [shape] at a multiple of ALIGNMENT. Raises: VramOom."""
         shape = (shape,) if isinstance(shape, int) else shape
         size = aligned(max(1, math.prod(shape) * np.dtype(dtype).itemsize))
         self._memory.count(size, self._purpose)
-        offset = self._holes.take(size)
+        offset = self._free_list.allocate(size)
         if offset is None:
-            raise _oom(size, self._holes.free, self._purpose)
+            raise _oom(size, self._free_list.free, self._purpose)
         self.peak = max(self.peak, offset + size)
-        lease = _Lease(self._slab, lambda: self._holes.give(offset, size))
-        return self._slab.array(shape, dtype, offset, lease)
+        owner = _Owner(self._slab, lambda: self._free_list.release(offset, size))
+        return self._slab.array(shape, dtype, offset, owner)
 
 
 def _oom(nbytes: int, free: int, purpose: Purpose) -> VramOom:
     details = {"required": nbytes, "available": free, "purpose": purpose.value}
-    return VramOom(f"no {nbytes:,} bytes of device memory for {purpose.value}; {free:,} are free", details)
+    return VramOom(f"cannot allocate {nbytes:,} bytes of device memory for {purpose.value}: {free:,} are free", details)

@@ -16,9 +16,9 @@ from worker.gpu.embedding import embed, gather_rows
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.matmul import Groups
 from worker.gpu.memory import DeviceArray
-from worker.gpu.prompt import PromptState
 from worker.gpu.routing import routed
 from worker.gpu.scaled_f16 import ScaledF16, scale_to_f16
+from worker.gpu.state import ChunkState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
 
@@ -43,7 +43,7 @@ class RoutedRows:
 class PrefillOps:
     """Ops of one piece of a prompt, the one that `prompt` holds when they run."""
 
-    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, prompt: PromptState) -> None:
+    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, prompt: ChunkState) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention

@@ -28,7 +28,7 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
         (-(-tokens // _TOKENS_PER_BLOCK),),
         (32 * _TOKENS_PER_BLOCK,),
         (routes.experts, routes.weights, logits, np.int32(tokens), np.int32(experts), np.int32(k)),
-        early=True,
+        pdl=True,
     )
     return routes
 

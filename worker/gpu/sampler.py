@@ -117,7 +117,7 @@ class SamplerLauncher:
                     *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
                     *(self._scores, self._weights, self._scratch),
                 ),
-                early=True,
+                pdl=True,
             )
 
 

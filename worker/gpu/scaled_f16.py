@@ -52,5 +52,5 @@ def scale_to_f16(
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
     args = (y.x, y.scale, x, weight, count, np.int32(per), np.int32(cols), np.float32(eps))
     kept = next((kept for kept in _KEPT if padded(cols) <= 4 * _THREADS * kept), _KEPT[-1])
-    kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((rows,), (_THREADS,), args, early=True)
+    kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((rows,), (_THREADS,), args, pdl=True)
     return y

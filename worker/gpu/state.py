@@ -1,7 +1,8 @@
-"""What a step reads of its sequences, held in device memory, and how it gets there: one asynchronous copy.
+"""Inputs of a step or a prompt's chunk in device memory, and their upload in one asynchronous copy.
 
-A `StepState` moves on by itself: the sampler's kernel writes the next token, position and index into it, so the host
-loads it only when a sequence starts or continues elsewhere. Knows no model. Kernel side: `kernels/sample.cu`.
+Captured graphs read all their inputs from here. The sampler's kernel writes a sequence's next token,
+position and index into `StepState`, so the host loads it only when a sequence starts or another one
+continues. Kernel side: `kernels/sample.cu`. Next: `runner.py`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ REQUEST = np.dtype(
         ("unused", "i4"),
     ]
 )
-"""`Request` of sample.cu."""
+"""`Request` of kernels/sampling.cuh."""
 
 _PINNED_SLOTS = 4
 
 
 class PinnedRing:
-    """A few page-locked buffers in turn: one is written again only after the device is done with it."""
+    """Page-locked buffers used in turn; a buffer is rewritten only after the device has finished with it."""
 
     def __init__(self, nbytes: int, slots: int = _PINNED_SLOTS) -> None:
         import cupy  # noqa: PLC0415
@@ -39,26 +40,26 @@ class PinnedRing:
         self._views = [np.frombuffer(memory, np.uint8, nbytes) for memory in self._memory]
         self._writable = [view.data for view in self._views]
         for view in self._views:
-            view.fill(0)  # what lies between parts travels too, and a captured piece reads ids beyond the real ones
+            view.fill(0)  # gaps between the uploaded arrays are copied too, and must hold valid ids
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(slots)]
         self._next = 0
 
-    def upload(self, parts: Sequence[tuple[int, np.ndarray[Any, Any]]], target: DeviceArray, stream: Any) -> None:
-        """Copy `parts`, each at its byte offset, over the first bytes of `target`, in the stream's order."""
+    def upload(self, arrays: Sequence[tuple[int, np.ndarray[Any, Any]]], target: DeviceArray, stream: Any) -> None:
+        """Copy `arrays`, each to its byte offset, into `target`, in stream order."""
         slot, self._next = self._next, (self._next + 1) % len(self._views)
         self._events[slot].synchronize()
         end = 0
-        for offset, part in parts:
-            stop = offset + part.nbytes
-            self._writable[slot][offset:stop] = part.tobytes()
+        for offset, array in arrays:
+            stop = offset + array.nbytes
+            self._writable[slot][offset:stop] = array.tobytes()
             end = max(end, stop)
         self._runtime.memcpyAsync(target.data.ptr, self._memory[slot].ptr, end, 1, stream.ptr)
         self._events[slot].record(stream)
 
     def download(self, source: DeviceArray, stream: Any) -> tuple[np.ndarray[Any, Any], Any]:
-        """Copy `source` here, in the stream's order: a view that holds it once the event has happened.
+        """Copy `source` to the host in stream order: a view that is valid once the event has completed.
 
-        The view is written again after as many downloads as there are slots.
+        The view is overwritten after as many downloads as there are slots.
         """
         slot, self._next = self._next, (self._next + 1) % len(self._views)
         self._runtime.memcpyAsync(self._memory[slot].ptr, source.data.ptr, source.nbytes, 2, stream.ptr)
@@ -66,42 +67,81 @@ class PinnedRing:
         return self._views[slot][: source.nbytes], self._events[slot]
 
 
-class StepState:
-    """Of each of S sequences: `tokens` [S] and `positions` [S] i32, `requests` [S], `tables` [S, blocks] i32."""
+class _Inputs:
+    """Arrays at fixed offsets of one zeroed slab, uploaded together through a `PinnedRing`."""
 
-    def __init__(self, memory: DeviceMemory, sequences: int, blocks: int) -> None:
-        sizes = (4 * sequences, 4 * sequences, REQUEST.itemsize * sequences, 4 * sequences * blocks)
-        ends = np.cumsum([aligned(size) for size in sizes]).tolist()
+    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]], slots: int) -> None:
+        sizes = [aligned(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in shapes]
+        ends = np.cumsum(sizes).tolist()
         self._offsets = [0, *ends[:-1]]
         slab = memory.reserve(ends[-1], Purpose.WORKSPACE)
-        at = self._offsets
         self._bytes = slab.array((ends[-1],), np.uint8)
-        self._bytes.fill(0)
-        self.tokens = slab.array((sequences,), np.int32, at[0])
-        self.positions = slab.array((sequences,), np.int32, at[1])
-        self.requests = slab.array((sequences, REQUEST.itemsize), np.uint8, at[2])
-        self.tables = slab.array((sequences, blocks), np.int32, at[3])
-        self._ring = PinnedRing(ends[-1])
+        self._bytes.fill(0)  # a captured chunk covers more tokens than are valid: their ids must be valid too
+        self.arrays = [slab.array(*shape, at) for shape, at in zip(shapes, self._offsets, strict=True)]
+        self._ring = PinnedRing(ends[-1], slots)
+
+    def upload(self, values: Sequence[np.ndarray[Any, Any]], stream: Any) -> None:
+        """Upload a value, or the beginning of one, for each array."""
+        self._ring.upload(list(zip(self._offsets, values, strict=True)), self._bytes, stream)
+
+
+class StepState:
+    """Inputs of a decode step of S sequences.
+
+    `tokens` [S] and `positions` [S] i32, `requests` [S] (bytes of REQUEST), `tables` [S, blocks] i32.
+    """
+
+    def __init__(self, memory: DeviceMemory, sequences: int, blocks: int) -> None:
+        rows = ((sequences,), np.int32)
+        requests = ((sequences, REQUEST.itemsize), np.uint8)
+        self._inputs = _Inputs(memory, (rows, rows, requests, ((sequences, blocks), np.int32)), _PINNED_SLOTS)
+        self.tokens, self.positions, self.requests, self.tables = self._inputs.arrays
 
     def load(self, batch: Batch, requests: Sequence[DrawRequest], stream: Any) -> None:
-        """Set all rows: the tokens to compute, their positions and tables, and the draws that follow."""
+        """Set all rows: tokens to compute, their positions and block tables, and the draws that follow."""
         tables = np.zeros(self.tables.shape, np.int32)
         if len(batch.block_tables) > len(tables):
-            raise ValueError(f"{len(batch.block_tables)} sequences where the step state holds {len(tables)}")
+            raise ValueError(f"a step of {len(batch.block_tables)} sequences exceeds the step state's {len(tables)}")
         for row, table in enumerate(batch.block_tables):
             tables[row, : len(table)] = table
         packed = np.array([pack(request) for request in requests], REQUEST)
-        parts = zip(self._offsets, (batch.tokens, batch.positions, packed, tables), strict=True)
-        self._ring.upload([(at, part) for at, part in parts], self._bytes, stream)
+        self._inputs.upload((batch.tokens, batch.positions, packed, tables), stream)
+
+
+class ChunkState:
+    """Inputs of a chunk of a prompt.
+
+    `tokens` [T]; `span` [2]: position of the first token, number of valid tokens; `wanted` [R]: rows
+    whose logits are requested; `table` [blocks]; all i32. `count` [1] is the second element of `span`,
+    `wanted_count` [1] the number of valid rows in `wanted`.
+    """
+
+    def __init__(self, memory: DeviceMemory, tokens: int, rows: int, blocks: int) -> None:
+        shapes = [((size,), np.int32) for size in (tokens, 2, 1 + rows, blocks)]
+        self._inputs = _Inputs(memory, shapes, slots=1)  # the host prepares one chunk ahead: a cancel waits for no more
+        self.tokens, self.span, wanted, self.table = self._inputs.arrays
+        self.count = self.span[1:]
+        self.wanted_count, self.wanted = wanted[:1], wanted[1:]
+        self._rows = rows
+
+    def load(self, chunk: Batch, stream: Any) -> None:
+        """Upload `chunk`, of at most T tokens and R rows with logits."""
+        rows = chunk.logit_rows
+        if len(rows) > self._rows:
+            raise ValueError(f"a chunk with logits of {len(rows)} rows exceeds the limit of {self._rows}")
+        wanted = np.zeros(1 + self._rows, np.int32)
+        wanted[0], wanted[1 : 1 + len(rows)] = len(rows), rows
+        span = np.array((chunk.positions[0], len(chunk.tokens)), np.int32)
+        self._inputs.upload((chunk.tokens, span, wanted, chunk.block_tables[0]), stream)
 
 
 def penalized(sampling: Sampling) -> bool:
-    """Whether a draw depends on what was drawn before."""
+    """Whether a draw depends on the tokens drawn before it."""
     return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1, 0, 0)
 
 
 def pack(request: DrawRequest) -> tuple[float | int, ...]:
-    """A request as sample.cu reads it: the fields of REQUEST in order."""
+    """The fields of REQUEST in order."""
     s = request.sampling
     return (
         *(s.temperature, s.top_p, s.min_p),

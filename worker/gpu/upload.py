@@ -22,7 +22,7 @@ import numpy as np
 from worker.errors import CudaError, VramOom
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.gpu.compiler import KernelName, Kernels
-from worker.gpu.graphs import device_errors
+from worker.gpu.kernel import device_errors
 from worker.gpu.launch import Allocator
 from worker.gpu.layouts import PLANES, BlockMatrix, address, is_vector, plane_bytes
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, Slab, aligned

@@ -115,10 +115,10 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
                              : make_float4(from[rotations[0].partner], from[rotations[1].partner], from[rotations[2].partner],
                                            from[rotations[3].partner]);
         }
-        const float scale = rsqrtf((float)D) * kLog2e;
+        const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
         queries[warp][lane] = Heads<D>::query(
-            make_float4(rotate(x.x, other.x, rotations[0]) * scale, rotate(x.y, other.y, rotations[1]) * scale,
-                        rotate(x.z, other.z, rotations[2]) * scale, rotate(x.w, other.w, rotations[3]) * scale));
+            make_float4(__fmul_rn(rotate(x.x, other.x, rotations[0]), scale), __fmul_rn(rotate(x.y, other.y, rotations[1]), scale),
+                        __fmul_rn(rotate(x.z, other.z, rotations[2]), scale), __fmul_rn(rotate(x.w, other.w, rotations[3]), scale)));
     }
     if (element >= 0) {
         const size_t at = ((size_t)sequence * n_kv_heads + kv_head) * D;

@@ -14,7 +14,7 @@
 // computes all segments. The KV blocks of a segment are looked up once.
 //
 // Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to position
-// start + T - 1; table [blocks] i32 of the sequence; place {start, T} i32 on the device; sinks [H] f32 or
+// start + T - 1; table [blocks] i32 of the sequence; span {start, T} i32 on the device; sinks [H] f32 or
 // null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of f16 values needs no scale).
 // Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero before and
 // after each launch; both null where Z is 1. D is 64, 96 or 128.
@@ -65,8 +65,8 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
         const int t = row + 8 * r;
         if (t >= n_tokens) continue;
-        const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink), factor = exp2f(high - top);
-        const float inverse = factor / fmaf(total, factor, exp2f(sink - top));
+        const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink), factor = exp2f(__fsub_rn(high, top));
+        const float inverse = __fdiv_rn(factor, fmaf(total, factor, exp2f(__fsub_rn(sink, top))));
         unsigned int* out = y + (size_t)t * (end / 2);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
 template <int D, bool SPLIT>
 __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT))
     attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache,
-                      const unsigned short* v_cache, const int* table, const float* sinks, const int* place,
+                      const unsigned short* v_cache, const int* table, const float* sinks, const int* span,
                       float4* partials, unsigned int* arrivals, int capacity, int n_heads, int n_kv_heads, int window) {
     constexpr int STRIPS = strips(D, SPLIT), kRows = 16 * STRIPS, kPartial = partial_quads(D, STRIPS);
     constexpr int kKeys = keys_per_tile(D), kTiles = SEGMENT / kKeys;
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     Tile<D>* keys = reinterpret_cast<Tile<D>*>(shared);
     Tile<D>* values = keys + 2;
     float4* kept = reinterpret_cast<float4*>(values + 2) + threadIdx.x / 32 * kPartial;
-    const int start = place[0], n_tokens = place[1];
+    const int start = span[0], n_tokens = span[1];
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
     const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // descending: the last rows take longest and start first
     if (first_row >= n_tokens) return;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     Queries<D, STRIPS> queries;
     load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
     Softmax<D, STRIPS> state;
-    const float scale = rsqrtf((float)D) * kLog2e;
+    const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
     for (; segment <= last_segment; segment += stride) {
         state.reset();
         const int next_blocks = blocks_of_segment(segment + stride);

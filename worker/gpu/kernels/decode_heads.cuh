@@ -19,7 +19,7 @@
 __device__ __forceinline__ void split_pair(float a, float b, unsigned int& high, unsigned int& low) {
     high = floats_to_half2(a, b);
     const float2 rounded = half2_to_float2(high);
-    low = floats_to_half2(a - rounded.x, b - rounded.y);
+    low = floats_to_half2(__fsub_rn(a, rounded.x), __fsub_rn(b, rounded.y));
 }
 
 template <int D>
@@ -133,20 +133,23 @@ struct Heads {
         }
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
         highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-        const float scale = exp2f(peak - highest);
+        const float scale = exp2f(__fsub_rn(peak, highest));
         peak = highest;
-        total *= scale;
 #pragma unroll
-        for (int t = 0; t < 2; ++t)
+        for (int t = 0; t < 2; ++t) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) total += weights[t][e] = exp2f(weights[t][e] - peak);
+            for (int e = 0; e < 2; ++e) {
+                const float weight = weights[t][e] = exp2f(__fsub_rn(weights[t][e], peak));
+                total = t + e == 0 ? fmaf(total, scale, weight) : __fadd_rn(total, weight);
+            }
+        }
         unsigned int a[4];
         split_pair(weights[0][0], weights[0][1], a[0], a[1]);
         split_pair(weights[1][0], weights[1][1], a[2], a[3]);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[j][e] *= scale;
+            for (int e = 0; e < 4; ++e) sums[j][e] = __fmul_rn(sums[j][e], scale);
             unsigned int row[4];
 #pragma unroll
             for (int t = 0; t < 4; ++t) row[t] = kv.word(t, j);
@@ -158,12 +161,13 @@ struct Heads {
     // Store the partial result (softmax_parts.cuh) of `count` heads.
     __device__ __forceinline__ void store_partial(float* partial, int count) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 1));
+        total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
         if (g >= count) return;
         const auto four = [&](int e, int j) {
-            return make_float4(sums[j][e] + sums[j][e + 2], sums[j + 1][e] + sums[j + 1][e + 2],
-                               sums[j + 2][e] + sums[j + 2][e + 2], sums[j + 3][e] + sums[j + 3][e + 2]);
+            return make_float4(
+                __fadd_rn(sums[j][e], sums[j][e + 2]), __fadd_rn(sums[j + 1][e], sums[j + 1][e + 2]),
+                __fadd_rn(sums[j + 2][e], sums[j + 2][e + 2]), __fadd_rn(sums[j + 3][e], sums[j + 3][e + 2]));
         };
         float4* const quads = reinterpret_cast<float4*>(partial + g * D);
 #pragma unroll

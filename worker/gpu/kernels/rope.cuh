@@ -31,7 +31,7 @@ __device__ __forceinline__ Rotation rotation_of(int e, int position, const RopeT
     return {rope.cos[at], first ? -sin : sin, ADJACENT ? e ^ 1 : (first ? e + half : e - half)};
 }
 
-__device__ __forceinline__ float rotate(float x, float partner, const Rotation r) { return x * r.cos + partner * r.sin; }
+__device__ __forceinline__ float rotate(float x, float partner, const Rotation r) { return fmaf(x, r.cos, partner * r.sin); }
 
 // The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.
 template <int D, bool ADJACENT>
@@ -48,6 +48,6 @@ struct RopePair {
         if (first >= rope.dims) return make_float2(x, y);
         const size_t at = (size_t)position * (rope.dims / 2) + (ADJACENT ? first / 2 : first);
         const float c = rope.cos[at], s = rope.sin[at];
-        return make_float2(x * c - y * s, y * c + x * s);
+        return make_float2(fmaf(x, c, -(y * s)), fmaf(y, c, x * s));
     }
 };

@@ -1,7 +1,7 @@
 // Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the KV cache.
 //
 //   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t], rounded to f16
-// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; place {start, T} i32 on the device; cos, sin
+// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device; cos, sin
 // [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16 values are clamped
 // to ±65504 (half.cuh).
 // Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2 for f16.
@@ -21,10 +21,10 @@ __device__ __forceinline__ void store(unsigned short* head, const RopePair<D, AD
 template <int D, bool ADJACENT>
 __global__ void __launch_bounds__(128)
     rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, unsigned short* k_cache,
-            unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* place,
+            unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* span,
             int n_heads, int n_kv_heads) {
-    const int t = blockIdx.x, position = place[0] + t;
-    if (t >= place[1]) return;
+    const int t = blockIdx.x, position = span[0] + t;
+    if (t >= span[1]) return;
     grid_dependency_wait();
     const int block = table[position / kKvBlock];
     const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;

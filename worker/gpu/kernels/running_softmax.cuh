@@ -38,7 +38,7 @@ struct Softmax {
             for (int i = 0; i < kScores; ++i) highest = fmaxf(highest, scores[r / 2][i / 2][r % 2 * 2 + i % 2]);
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            const float base = base_of(highest, scale), factor = exp2f(__fmul_rn(peak[r], scale) - base);
+            const float base = base_of(highest, scale), factor = exp2f(__fsub_rn(__fmul_rn(peak[r], scale), base));
             peak[r] = highest, factors[r] = factor, rises |= factor != 1.f;
             total[r] = __fmul_rn(total[r], factor);
 #pragma unroll
@@ -97,8 +97,8 @@ struct Softmax {
             for (int r = 0; r < 2; ++r) {
                 const float old_peak = r ? ends.y : ends.x, highest = fmaxf(old_peak, peak[2 * m + r]);
                 const float base = base_of(highest, scale);
-                was[r] = exp2f(__fmul_rn(old_peak, scale) - base);
-                is[r] = exp2f(__fmul_rn(peak[2 * m + r], scale) - base);
+                was[r] = exp2f(__fsub_rn(__fmul_rn(old_peak, scale), base));
+                is[r] = exp2f(__fsub_rn(__fmul_rn(peak[2 * m + r], scale), base));
                 peak[2 * m + r] = highest;
                 total[2 * m + r] = fmaf(r ? ends.w : ends.z, was[r], __fmul_rn(total[2 * m + r], is[r]));
             }

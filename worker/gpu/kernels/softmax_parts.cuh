@@ -33,7 +33,7 @@ struct FinalRows {  // target: the normalized rows [GROUP][D], from element `col
     int column, cols;
     template <int D, int GROUP>
     __device__ __forceinline__ float end(int g, float peak, float total) const {
-        return 1.f / (sinks ? total + exp2f(sinks[g] * kLog2e - peak) : total);
+        return 1.f / (sinks ? __fadd_rn(total, exp2f(fmaf(sinks[g], kLog2e, -peak))) : total);
     }
     template <int D, int GROUP>
     __device__ __forceinline__ void store(const float4 sum, int at) const {
@@ -74,12 +74,12 @@ __device__ __forceinline__ void combine(const float* partials, int n, float (*we
         for (int j = 1; j < kEach; ++j) peak = fmaxf(peak, ends[j].x);
         peak = warp_max(peak);
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) total = fmaf(exp2f(ends[j].x - peak), ends[j].y, total);
+        for (int j = 0; j < kEach; ++j) total = fmaf(exp2f(__fsub_rn(ends[j].x, peak)), ends[j].y, total);
         total = warp_sum(total);
         const float scale = target.template end<D, GROUP>(g, peak, total);
 #pragma unroll
         for (int j = 0; j < kEach; ++j)
-            if (lane + 32 * j < n) weights[g][lane + 32 * j] = exp2f(ends[j].x - peak) * scale;
+            if (lane + 32 * j < n) weights[g][lane + 32 * j] = exp2f(__fsub_rn(ends[j].x, peak)) * scale;
     }
     __syncthreads();
     if (warp >= kAdding) return;
