@@ -44,7 +44,7 @@ PHASES = {
         "Upload._run": "weights: chunks",
         "Upload.close": "weights: waited for",
     },
-    "worker.gpu.compiler": {"Kernels._made": "kernels: loaded", "Kernels.prepare": "kernels: waited for"},
+    "worker.gpu.compiler": {"Kernels._compile_and_load": "kernels: loaded", "Kernels.prepare": "kernels: waited for"},
     "worker.gpu.runner": {
         "GpuRunner.__init__": "runner, all of it",
         "GpuRunner._prepare": "dry runs, kernels",

@@ -1,31 +1,36 @@
-// Decode attention: RoPE of q and k, the KV write, and attention over the cache, for one new token of each sequence.
+// Decode attention of one new token per sequence: RoPE of q and k, KV write, split-KV attention.
 //
-//   y_h = Σ_p softmax_p(q_h · k_p / √D) v_p   over positions max(0, t-window+1) … t; a sink logit joins the denominator.
-// Flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding): the positions are cut into
-// tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the tiles s ≡ g
-// (mod G) by online softmax; the block that arrives last adds the blocks' partial results in the order
-// of their oldest tile. G is a constant of the model's shape (worker/gpu/attention.py: decode_splits), so
-// the order of the sums depends on the position alone, never on the device.
+//   y_h = Σ_p softmax_p(q_h · k_p / √D) v_p   over positions max(0, t-window+1) … t
+// A sink logit, if any, joins the denominator.
+// Flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding): the positions are cut
+// into tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the
+// tiles s ≡ g (mod G) by online softmax; the block that arrives last adds the blocks' partial
+// results in the order of their oldest tile. G is a constant of the model's shape
+// (worker/gpu/attention.py: decode_splits), so the order of the sums depends on the position alone,
+// never on the device.
 //
-// Inputs: q [S, H·D], k, v [S, Hk·D] f32; caches as in kv_cache.cuh; positions [S] i32; tables
-// [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
-// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (quantized.cuh); the new key and value.
-// Scratch: partials, S·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, S·(H/GROUP) u32, zero before
-// and after each launch.
-// Grid (G, H/GROUP, S), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp computes
-// one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at once; those of a
-// block's first tile are loaded before the wait (pdl.cuh).
-// Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP heads; the
-// partials stay in L2.
-// Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in worker/cpu/quantized.py.
+// Inputs: q [S, H·D], k, v [S, Hk·D] f32; caches as in kv_cache.cuh; positions [S] i32; tables [S,
+// table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
+// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (quantized.cuh); the new key and
+// value.
+// Scratch: partials, S·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, S·(H/GROUP) u32,
+// zero before and after each launch.
+// Grid (G, H/GROUP, S), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
+// computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at
+// once; those of a block's first tile are loaded before the wait (pdl.cuh).
+// Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
+// heads; the partials stay in L2.
+// Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in
+// worker/cpu/quantized.py.
 #include "arrival.cuh"
 #include "decode_heads.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
 
-// Warps of a block, KV blocks of a tile for each warp, and blocks of a multiprocessor. Two blocks of a
-// multiprocessor let one start beside the preceding product's blocks and load its keys and values while
-// those still run. Groups of more than 4 heads use 16 warps: they add more per position in a long context.
+// Warps of a block, KV blocks of a tile for each warp, and blocks of a multiprocessor. Two blocks
+// of a multiprocessor let one start beside the preceding product's blocks and load its keys and
+// values while those still run. Groups of more than 4 heads use 16 warps: they add more per
+// position in a long context.
 __host__ __device__ constexpr bool is_wide(int head_dim, int group) {
     return head_dim == DECODE_WIDE_DIM && group >= DECODE_WIDE_GROUP;
 }
@@ -39,8 +44,8 @@ __host__ __device__ constexpr int blocks_of(int head_dim, int group) {
     return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
 }
 
-// The tiles of a sequence that this block computes: of `tiles` from the tile `first` on, those that lie
-// `mine` after it, `splits` apart (splits = G).
+// The tiles of a sequence that this block computes: of `tiles` from the tile `first` on, those that
+// lie `mine` after it, `splits` apart (splits = G).
 struct SplitTiles {
     int newest, oldest, first, tiles, splits, mine;
 
@@ -92,7 +97,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     };
     load(tiles.mine);
 
-    // The first warps rotate the queries, the last ones write the newest key and value; one block reads those.
+    // The first warps rotate the queries, the last ones write the newest key and value; one block
+    // reads those.
     const RopeTables rope = {cos, sin, dims};
     const bool rotates = warp < Heads<D>::kSteps;
     const int row = lane / 4, e = Heads<D>::query_element(warp, lane);
@@ -112,13 +118,15 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
             const float* from = q + ((size_t)sequence * n_heads + head + row) * D;
             x = *reinterpret_cast<const float4*>(from + e);
             other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
-                             : make_float4(from[rotations[0].partner], from[rotations[1].partner], from[rotations[2].partner],
-                                           from[rotations[3].partner]);
+                             : make_float4(from[rotations[0].partner], from[rotations[1].partner],
+                                           from[rotations[2].partner], from[rotations[3].partner]);
         }
         const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
-        queries[warp][lane] = Heads<D>::query(
-            make_float4(__fmul_rn(rotate(x.x, other.x, rotations[0]), scale), __fmul_rn(rotate(x.y, other.y, rotations[1]), scale),
-                        __fmul_rn(rotate(x.z, other.z, rotations[2]), scale), __fmul_rn(rotate(x.w, other.w, rotations[3]), scale)));
+        const auto scaled = [&](float from, float partner, int i) {
+            return __fmul_rn(rotate(from, partner, rotations[i]), scale);
+        };
+        queries[warp][lane] = Heads<D>::query(make_float4(scaled(x.x, other.x, 0), scaled(x.y, other.y, 1),
+                                                          scaled(x.z, other.z, 2), scaled(x.w, other.w, 3)));
     }
     if (element >= 0) {
         const size_t at = ((size_t)sequence * n_kv_heads + kv_head) * D;
@@ -132,7 +140,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     heads.reset();
     for (int tile = tiles.mine; tile < tiles.tiles; tile += tiles.splits) {
         if (tile != tiles.mine) load(tile);
-#pragma unroll 1  // unrolled code misses the instruction cache, which costs more than moving registers
+#pragma unroll 1  // unrolled code misses the instruction cache: dearer than moving registers
         for (int i = 0; i < kBlocks; ++i) {
             const int start = start_of(tile, i);
             if (tiles.sees(start)) {
@@ -149,7 +157,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
 
     const int active = min(tiles.tiles, tiles.splits);
     const size_t first = (size_t)sequence * n_heads * D, group = (size_t)sequence * gridDim.y + blockIdx.y;
-    const FinalRows result = {y + first, q8 + first, meta + first / 32, sinks ? sinks + head : nullptr, head * D, n_heads * D};
+    const float* sink = sinks ? sinks + head : nullptr;
+    const FinalRows result = {y + first, q8 + first, meta + first / 32, sink, head * D, n_heads * D};
     if (active == 1) {
         combine<D, GROUP>(warp_partials[0], warps, weights.warps, result);
         return;

@@ -1,28 +1,31 @@
-// Prefill attention: the queries of a chunk of one sequence over its KV cache, on tensor cores (FlashAttention-2).
+// Prefill attention of a chunk of one sequence over its KV cache (FlashAttention-2, tensor cores).
 //
-//   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t; a sink joins the denominator.
-// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp computes strips of 16 queries of one head; keys and
-// values pass in tiles that start at absolute multiples of the tile, double-buffered by cp.async. At each
-// absolute multiple of SEGMENT positions the softmax starts anew; segments are merged oldest first
-// (running_softmax.cuh). The arithmetic of a query thus follows from its position alone: a tile or segment
-// without visible keys multiplies its sums by one and adds zeros, and the bits do not depend on which block
-// computes a segment. Chunking, cached prefixes and other queries never change the bits of a query.
+//   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t
+// A sink logit, if any, joins the denominator.
+// FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp computes strips of 16 queries of one head;
+// keys and values pass in tiles that start at absolute multiples of the tile, double-buffered by
+// cp.async. At each absolute multiple of SEGMENT positions the softmax starts anew; segments are
+// merged oldest first (running_softmax.cuh). The arithmetic of a query thus follows from its
+// position alone: a tile or segment without visible keys multiplies its sums by one and adds zeros,
+// and the bits do not depend on which block computes a segment. Chunking, cached prefixes and other
+// queries never change the bits of a query.
 //
-// Without SPLIT a block computes all segments of its queries. A short chunk after a long prefix has too few
-// such blocks. With SPLIT the grid has Z layers: block z computes segments z, z + Z, … and stores a partial
-// result of each; the block that arrives last merges them. If the partial results exceed `capacity`, layer 0
-// computes all segments. The KV blocks of a segment are looked up once.
+// Without SPLIT a block computes all segments of its queries. A short chunk after a long prefix has
+// too few such blocks. With SPLIT the grid has Z layers: block z computes segments z, z + Z, … and
+// stores a partial result of each; the block that arrives last merges them. If the partial results
+// exceed `capacity`, layer 0 computes all segments. The KV blocks of a segment are looked up once.
 //
-// Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to position
-// start + T - 1; table [blocks] i32 of the sequence; span {start, T} i32 on the device; sinks [H] f32 or
-// null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of f16 values needs no scale).
-// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero before and
-// after each launch; both null where Z is 1. D is 64, 96 or 128.
-// Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic shared
-// memory: 4·keys_per_tile(D)·(D + ROW_PAD)·2 bytes of tiles, 256·(D+8) of partial results.
-// Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an element;
-// keys and values of all visible tiles once per 64 queries and head, mostly from L2; with SPLIT also
-// 4·(D+8) per query, head and segment, written and read.
+// Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to
+// position start + T - 1; table [blocks] i32 of the sequence; span {start, T} i32 on the device;
+// sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of
+// f16 values needs no scale).
+// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero
+// before and after each launch; both null where Z is 1. D is 64, 96 or 128.
+// Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic
+// shared memory: 4·keys_per_tile(D)·(D + ROW_PAD)·2 bytes of tiles, 256·(D+8) of partial results.
+// Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an
+// element; keys and values of all visible tiles once per 64 queries and head, mostly from L2; with
+// SPLIT also 4·(D+8) per query, head and segment, written and read.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
 #include "arrival.cuh"
 #include "pdl.cuh"
@@ -35,12 +38,13 @@ __host__ __device__ constexpr int strips(int head_dim, bool split) {
 static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quads(96, 1) == PARTIAL_BYTES_96 &&
                   16 * partial_quads(128, 1) == PARTIAL_BYTES_128, "as reserved by worker/gpu/attention.py");
 
-// Blocks of a multiprocessor: the most that registers allow without spills and shared memory allows on sm_90.
+// Blocks of a multiprocessor: the most that registers allow without spills and shared memory allows
+// on sm_90.
 __host__ __device__ constexpr int blocks_of(int head_dim, bool split) { return (head_dim == 128 ? 3 : 4) - split; }
 
 template <int D, int STRIPS>
-__device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const unsigned short* q, int row, int n_tokens,
-                                             int head, int n_heads) {
+__device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const unsigned short* q, int row,
+                                             int n_tokens, int head, int n_heads) {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
@@ -65,7 +69,8 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
         const int t = row + 8 * r;
         if (t >= n_tokens) continue;
-        const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink), factor = exp2f(__fsub_rn(high, top));
+        const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink);
+        const float factor = exp2f(__fsub_rn(high, top));
         const float inverse = __fdiv_rn(factor, fmaf(total, factor, exp2f(__fsub_rn(sink, top))));
         unsigned int* out = y + (size_t)t * (end / 2);
 #pragma unroll
@@ -91,7 +96,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     float4* kept = reinterpret_cast<float4*>(values + 2) + threadIdx.x / 32 * kPartial;
     const int start = span[0], n_tokens = span[1];
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // descending: the last rows take longest and start first
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // longest rows first
     if (first_row >= n_tokens) return;
     const int warp_row = first_row + threadIdx.x / 32 * kRows, row = warp_row + threadIdx.x % 32 / 4;
     const int seen_by_all = start + warp_row;
@@ -124,7 +129,8 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     const int last_tile = newest / kKeys, last_segment = newest / SEGMENT;
     int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     int blocks = blocks_of_segment(segment);
-    if ((tile + 1) * kKeys > start) grid_dependency_wait();  // earlier tiles hold tokens of earlier chunks only
+    // A tile before `start` holds tokens of earlier chunks only: fetch it before the wait.
+    if ((tile + 1) * kKeys > start) grid_dependency_wait();
     fetch(0, tile, blocks);
     grid_dependency_wait();
     Queries<D, STRIPS> queries;

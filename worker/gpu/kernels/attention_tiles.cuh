@@ -1,8 +1,8 @@
-// Tiles of keys and values in shared memory, and a warp's scores and weighted sums over one tile on tensor cores.
+// Tiles of keys and values in shared memory, and a warp's tensor-core products over one tile.
 //
-// A strip is 16 queries of one head. A warp computes STRIPS strips, which share each key or value fragment;
-// the bits of a query do not depend on STRIPS. keys_per_tile(D) positions a tile, D elements a head.
-// QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/attention.py.
+// A strip is 16 queries of one head. A warp computes STRIPS strips, which share each key or value
+// fragment; the bits of a query do not depend on STRIPS. keys_per_tile(D) positions a tile, D
+// elements a head. QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/attention.py.
 // Users: attention_prefill.cu, running_softmax.cuh.
 #pragma once
 #include "half.cuh"
@@ -22,13 +22,14 @@ using Tile = unsigned short[keys_per_tile(D)][D + ROW_PAD];
 template <int D, int STRIPS>
 using Queries = unsigned int[STRIPS][D / 16][4];
 
-// Copy the rows of a cache at positions [tile, tile + keys_per_tile(D)) to shared memory; rows from `valid`
-// on, whose slots are unwritten, become zeros. Each thread copies the same 16 bytes of every KV block.
-// `blocks` of lane i is the KV block of positions 16·i … 16·i + 15 after a multiple of 16·LANES.
+// Copy the rows of a cache at positions [tile, tile + keys_per_tile(D)) to shared memory; rows from
+// `valid` on, whose slots are unwritten, become zeros. Each thread copies the same 16 bytes of
+// every KV block. `blocks` of lane i is the KV block of positions 16·i … 16·i + 15 after a multiple
+// of 16·LANES.
 template <int D, int STRIPS, int LANES>
 __device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* cache, int blocks, int n_kv_heads,
                                            int kv_head, int tile, int valid) {
-    constexpr int kUnits = D / 8, kEach = kKvBlock * kUnits;  // of 16 bytes, in a row and in a KV block
+    constexpr int kUnits = D / 8, kEach = kKvBlock * kUnits;  // 16 bytes each: of a row, of a block
 #pragma unroll
     for (int b = 0; b < keys_per_tile(D) / kKvBlock; ++b) {
         const int first = tile + b * kKvBlock;
@@ -93,8 +94,8 @@ __device__ __forceinline__ void add_values(Sums<D, STRIPS>& sums, const Scores<D
     }
 }
 
-// Set the scores of keys that a query must not attend to (causal mask, window) to -∞. `first` is the
-// position of the lane's first query.
+// Set the scores of keys that a query must not attend to (causal mask, window) to -∞. `first` is
+// the position of the lane's first query.
 template <int D, int STRIPS>
 __device__ __forceinline__ void apply_mask(Scores<D, STRIPS>& scores, int first, int tile, int window) {
 #pragma unroll

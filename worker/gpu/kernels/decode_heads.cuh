@@ -1,14 +1,14 @@
-// Up to eight query heads of one token against 16 positions of their KV head, on tensor cores, in one warp.
+// Attention of up to eight query heads of one token to one KV block, on tensor cores, in one warp.
 //
-// Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 hold the rounding errors
-// of the f16 values in rows 0–7: queries and weights have 22 significant bits, and products with the f16
-// cache are as precise as in f32. The order of a product's inner elements is free, so each lane loads keys
-// and values as 16 neighbouring bytes of the cache:
-//   scores: lane (g, c) = (lane/4, lane%4) holds elements 32i + 8c … 32i + 8c + 7 of keys g and g + 8
+// Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 hold the rounding
+// errors of the f16 values in rows 0–7: queries and weights have 22 significant bits, and products
+// with the f16 cache are as precise as in f32. The order of a product's inner elements is free, so
+// each lane loads keys and values as 16 neighbouring bytes of the cache:
+//   scores: lane (g, c) = (lane/4, lane%4) holds elements 32i + 8c … 32i + 8c + 7 of keys g, g + 8
 //   sums:   elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c, 2c + 1, 2c + 8, 2c + 9;
 //           of the last 32 elements of D = 96, 4 each
-// The softmax is online and in base 2: each lane keeps the peak of its head g and the total of its own
-// positions. Users: attention_decode.cu.
+// The softmax is online and in base 2: each lane keeps the peak of its head g and the total of its
+// own positions. Users: attention_decode.cu.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
@@ -24,7 +24,7 @@ __device__ __forceinline__ void split_pair(float a, float b, unsigned int& high,
 
 template <int D>
 struct KvFragments {  // keys and values of one head in one KV block, in a warp's registers
-    static constexpr int kSections = D / 32, kWide = D / 64;  // kWide: runs of 64 values, 16 bytes a lane
+    static constexpr int kSections = D / 32, kWide = D / 64;  // wide: 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
@@ -44,8 +44,8 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
         if (kNarrow) narrow[t] = *reinterpret_cast<const uint2*>(row + 64 * kWide + 4 * g);
     }
 
-    // Load the rows at positions [oldest, newest); zero the others: an unwritten slot may hold NaN, and
-    // 0·NaN is NaN.
+    // Load the rows at positions [oldest, newest); zero the others: an unwritten slot may hold NaN,
+    // and 0·NaN is NaN.
     __device__ __forceinline__ void load(const unsigned short* key_block, const unsigned short* value_block, int start,
                                          int oldest, int newest) {
 #pragma unroll
@@ -66,7 +66,8 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
     }
 
     // Insert the newest position's key and value, which this launch computes.
-    __device__ __forceinline__ void insert_newest(const unsigned short* key, const unsigned short* value, int start, int newest) {
+    __device__ __forceinline__ void insert_newest(const unsigned short* key, const unsigned short* value, int start,
+                                                  int newest) {
 #pragma unroll
         for (int t = 0; t < 2; ++t)
             if (start + key_row(t) == newest) load_key(t, key);
@@ -92,9 +93,12 @@ struct Heads {
     float sums[kTiles][4], peak, total;
 
     // The first of the four elements of head g that lane (g, c) holds in step s of a score.
-    __device__ __forceinline__ static int query_element(int s, int lane) { return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4; }
+    __device__ __forceinline__ static int query_element(int s, int lane) {
+        return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4;
+    }
 
-    // Those four elements as a fragment of A; `attend` reads [kSteps][32] of them from shared memory.
+    // Those four elements as a fragment of A; `attend` reads [kSteps][32] of them from shared
+    // memory.
     __device__ __forceinline__ static uint4 query(const float4 v) {
         uint4 a;
         split_pair(v.x, v.y, a.x, a.y);
@@ -109,7 +113,8 @@ struct Heads {
     }
 
     // Add the positions of one KV block; at least one of them is visible.
-    __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
+    __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest,
+                                           int newest) {
         const int c = threadIdx.x % 4;
         float weights[2][2], scores[2][4] = {}, highest = peak;
 #pragma unroll

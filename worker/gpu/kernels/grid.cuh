@@ -1,7 +1,8 @@
 // A barrier over all blocks of a grid, and block-wide prefix sums of integers.
 //
-// The barrier requires all blocks to be resident: launch at most one block per multiprocessor. `Barrier` is
-// device memory, zero before the first launch; each barrier leaves it ready for the next one.
+// The barrier requires all blocks to be resident: launch at most one block per multiprocessor.
+// `Barrier` is device memory, zero before the first launch; each barrier leaves it ready for the
+// next one.
 // Users: select.cuh, sample.cu.
 #pragma once
 
@@ -27,8 +28,9 @@ __device__ __forceinline__ void grid_barrier(Barrier* barrier) {
     __syncthreads();
 }
 
-// Return the sum of `v` over the threads before this one; `total` is the sum over the block. Integers, so
-// the order does not matter. `scratch` holds one value a warp; the block is synchronized before and after.
+// Return the sum of `v` over the threads before this one; `total` is the sum over the block.
+// Integers, so the order does not matter. `scratch` holds one value a warp; the block is
+// synchronized before and after.
 __device__ __forceinline__ u64 block_scan(u64 v, u64* scratch, u64& total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     u64 up_to = v;

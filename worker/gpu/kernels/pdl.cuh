@@ -1,46 +1,47 @@
-// Programmatic dependent launch (PDL, CUDA Programming Guide; sm_90 and later): a secondary kernel starts before
-// its primary, the kernel launched before it on the stream, has ended.
+// Programmatic dependent launch (PDL; CUDA Programming Guide; sm_90 and later).
 //
-// `launch_dependents`: once every block of the primary has called it, has called grid_dependency_wait, or has
-// exited, the secondary's blocks may start. `grid_dependency_wait`: returns when the primary and everything
-// launched before it are complete and their writes are visible. On an ordinary launch, and before sm_90, both
-// do nothing. Host side: `Kernel` in worker/gpu/kernel.py.
+// A secondary kernel starts before its primary, the kernel launched before it on the stream, has
+// ended. Its blocks may start once every block of the primary has called `launch_dependents` or
+// `grid_dependency_wait`, or has exited. `grid_dependency_wait` returns when the primary and all
+// launches before it are complete and their writes are visible. On an ordinary launch, and before
+// sm_90, both functions do nothing. Host side: `Kernel` in worker/gpu/kernel.py.
 //
-// What a kernel may read before its wait:
-// | data                               | kernels                      | why                                            |
-// | ---------------------------------- | ---------------------------- | ---------------------------------------------- |
-// | weights, biases, norm weights      | matvec, glu, experts_add,    | written at load only                           |
-// |                                    | matmul, dequantize           |                                                |
-// | RoPE tables, sinks                 | attention_decode             | written at load only                           |
-// | positions, block tables            | attention_decode             | written by the host's copy or the preceding    |
-// |                                    |                              | step's sampler, both before this graph         |
-// | span, block table, count of a     | rope_kv, attention_prefill,  | written by the host's copy before the chunk's  |
-// | chunk                              | matmul, scale_to_f16,        | graph                                          |
-// |                                    | combine, group_routes        |                                                |
-// | KV of earlier tokens or chunks     | attention_decode (newest     | written by earlier graphs; this graph writes   |
-// |                                    | excluded), attention_prefill | only slots of its own tokens                   |
-// | routes, residual                   | experts_add                  | written two launches earlier; see rule 3       |
-// | the sampler's request              | sample                       | written by the host's copy or the preceding    |
-// |                                    |                              | step's sampler, both before this graph         |
-// Everything else is read after the wait: activations, logits, the other fields of the step state, partial
-// results, counters. Every write comes after the wait too: the primary may still read what is overwritten.
-// Loads of data that the primary writes must not be __restrict__ const: the compiler could move them above
-// the wait.
+// Data that a kernel may read before its wait:
+//
+// | data                            | kernels                        | why                        |
+// | ------------------------------- | ------------------------------ | -------------------------- |
+// | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
+// |                                 | matmul, scale_to_f16           |                            |
+// | RoPE tables                     | attention_decode               | written at load only       |
+// | positions, block tables         | attention_decode               | before this graph (1)      |
+// | the sampler's request           | sample                         | before this graph (1)      |
+// | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
+// |                                 | matmul, scale_to_f16, combine, |                            |
+// |                                 | group_routes                   |                            |
+// | block table of a chunk          | attention_prefill              | uploaded before this graph |
+// | KV of earlier tokens or chunks  | attention_decode,              | this graph writes only its |
+// |                                 | attention_prefill              | own tokens' slots          |
+// | routes and residual             | experts_add                    | two launches earlier (3)   |
+//
+// Everything else is read after the wait: activations, logits, partial results, counters. All
+// writes come after the wait, because earlier kernels may still read the memory. A plain load of
+// data that the primary writes must not go through a `const __restrict__` pointer: the compiler could
+// move it above the wait.
 //
 // Rules:
-// 1. A graph launch is an ordinary launch: the first kernel of a graph waits for all of the preceding graph.
-//    "Before this graph" above relies on one step or one chunk per graph. Several steps in one graph need
-//    positions and requests to be read after the wait.
-// 2. A kernel may call launch_dependents before its wait only if its secondary reads, before its own wait,
-//    nothing that this kernel or an incomplete earlier one writes. grid_dependency_wait calls
-//    launch_dependents itself, after the wait.
-// 3. If the primary calls launch_dependents only after its wait, everything before the primary is complete
-//    when the secondary starts, so the secondary may also read the results of the launch before the primary.
-//    experts_add (routes, residual) relies on glu doing so when it computes experts.
-// 4. A block without work may exit without waiting if another block of its grid waits: the grid then ends
-//    after the primary. When every block exits (the launches after the last layer's attention of a chunk
-//    without requested logits), the grid may end before the primary; that is allowed because nothing reads
-//    the result, and because a graph ends after all of its kernels.
+// 1. The first kernel of a graph waits for the complete preceding graph or copy. Positions and
+//    requests are written by a copy or by the preceding step's sampler; reading them before the
+//    wait is valid because a graph holds one step. Several steps in one graph would need the reads
+//    after the wait.
+// 2. A kernel may call launch_dependents before its wait if its secondary reads, before its own
+//    wait, only data that no incomplete kernel writes. grid_dependency_wait calls it afterwards.
+// 3. If a primary calls launch_dependents only after its wait, all launches before the primary are
+//    complete when the secondary starts, and the secondary may read their results before its wait.
+//    glu does so for experts, and experts_add relies on it.
+// 4. A block without work may exit without a wait if another block of its grid waits: the grid then
+//    ends after its primary. If all blocks exit, the grid may end before its primary. That happens
+//    after the last layer's attention of a chunk without requested logits; it is valid because the
+//    results are not read and a graph ends after all of its kernels.
 #pragma once
 
 __device__ __forceinline__ void launch_dependents() {

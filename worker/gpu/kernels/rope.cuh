@@ -1,8 +1,9 @@
 // Rotary position embedding (RoFormer, Su et al. 2021, arXiv:2104.09864).
 //
 //   (x, y) → (x·cos - y·sin, y·cos + x·sin) for pair i of a head, with cos and sin [position][i]
-// The tables [context, dims/2] f32 include the magnitude factor. Pair i is (2i, 2i+1) if ADJACENT, else
-// (i, i + dims/2). Elements from `dims` on are copied. Each result is one product, rounded, and one FMA.
+// The tables [context, dims/2] f32 include the magnitude factor. Pair i is (2i, 2i+1) if ADJACENT,
+// else (i, i + dims/2). Elements from `dims` on are copied. Each result is one product, rounded,
+// and one FMA.
 // Twin: `rotate` in worker/cpu/plain.py. Users: rope_kv.cu, attention_decode.cu.
 #pragma once
 
@@ -12,8 +13,8 @@ struct RopeTables {
     int dims;
 };
 
-// The rotation of one element, read before the head is available: cosine, signed sine, and the index of
-// the other element of its pair.
+// The rotation of one element, read before the head is available: cosine, signed sine, and the
+// index of the other element of its pair.
 struct Rotation {
     float cos, sin;
     int partner;
@@ -31,7 +32,9 @@ __device__ __forceinline__ Rotation rotation_of(int e, int position, const RopeT
     return {rope.cos[at], first ? -sin : sin, ADJACENT ? e ^ 1 : (first ? e + half : e - half)};
 }
 
-__device__ __forceinline__ float rotate(float x, float partner, const Rotation r) { return fmaf(x, r.cos, partner * r.sin); }
+__device__ __forceinline__ float rotate(float x, float partner, const Rotation r) {
+    return fmaf(x, r.cos, partner * r.sin);
+}
 
 // The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.
 template <int D, bool ADJACENT>

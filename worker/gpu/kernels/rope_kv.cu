@@ -1,12 +1,15 @@
-// Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the KV cache.
+// Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the
+// KV cache.
 //
-//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t], rounded to f16
-// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device; cos, sin
-// [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16 values are clamped
-// to ±65504 (half.cuh).
-// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2 for f16.
+//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t] (f16)
+// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device;
+// cos, sin [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16
+// values are clamped to ±65504 (half.cuh).
+// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2
+// for f16.
 // Bytes: 6 a query element, 6 a KV element.
-// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16 cache.
+// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16
+// cache.
 #include "pdl.cuh"
 #include "half.cuh"
 #include "kv_cache.cuh"

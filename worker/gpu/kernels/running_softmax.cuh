@@ -1,10 +1,11 @@
-// Online softmax of a warp's queries over one segment of positions, tile by tile, and the merge of segments.
+// Online softmax of a warp's queries over one segment of positions, tile by tile, and the merge of
+// segments.
 //
-// Base 2 (FlashAttention-2, Dao 2023): weights exp2(score - peak), their totals, their sums of values.
-// Segments are merged by log-sum-exp, oldest first. Every product and sum that the compiler could contract
-// is explicit, so the bits of a query are equal in every instantiation and wherever segments are merged.
-// A stored state of one warp, a partial result, is partial_quads float4 [..][32 lanes]; each float4 is
-// stored and loaded by the same lane. Users: attention_prefill.cu.
+// Base 2 (FlashAttention-2, Dao 2023): weights exp2(score - peak), their totals, their sums of
+// values. Segments are merged by log-sum-exp, oldest first. Every product and sum that the compiler
+// could contract is explicit, so the bits of a query are equal in every instantiation and wherever
+// segments are merged. A stored state of one warp, a partial result, is partial_quads float4
+// [..][32 lanes]; each float4 is stored and loaded by the same lane. Users: attention_prefill.cu.
 #pragma once
 #include "attention_tiles.cuh"
 
@@ -16,7 +17,7 @@ template <int D, int STRIPS>
 struct Softmax {
     static constexpr int kColumns = D / 8, kRows = 2 * STRIPS;
     Sums<D, STRIPS> sums;
-    float peak[kRows], total[kRows];  // rows lane/4 + 8·r; total: a partial sum in each of four lanes
+    float peak[kRows], total[kRows];  // row lane/4 + 8·r; total: each of four lanes has a part
 
     __device__ __forceinline__ void reset() {
 #pragma unroll
@@ -25,8 +26,9 @@ struct Softmax {
         for (int r = 0; r < kRows; ++r) peak[r] = -kInfinity, total[r] = 0.f;
     }
 
-    // Replace the scores of one tile by weights, and rescale sums and totals to the new peak. Peaks are kept
-    // unscaled; scaling rounds separately, so an unchanged peak gives a factor of exactly one.
+    // Replace the scores of one tile by weights, and rescale sums and totals to the new peak. Peaks
+    // are kept unscaled; scaling rounds separately, so an unchanged peak gives a factor of exactly
+    // one.
     __device__ __forceinline__ void update(Scores<D, STRIPS>& scores, float scale) {
         constexpr int kScores = keys_per_tile(D) / 4;
         float factors[kRows];
@@ -86,7 +88,8 @@ struct Softmax {
         }
     }
 
-    // Merge the state of older positions into this one. An empty state has a factor of zero, the other then of one.
+    // Merge the state of older positions into this one. An empty state has a factor of zero, the
+    // other then of one.
     __device__ __forceinline__ void merge_older(const float4* older, float scale) {
         older += threadIdx.x % 32;
 #pragma unroll

@@ -1,18 +1,22 @@
-// Sampling: one row of logits to one token. Bias, penalties, masks, temperature, top-k, top-p, min-p, draw;
+// Sampling: one row of logits to one token. Bias, penalties, masks, temperature, top-k, top-p,
+// min-p, draw;
 // log-probabilities.
 //
-//   w_i = exp((s_i - max s) / temperature); drawn: the first kept id whose running sum of w exceeds u · Σ w.
+//   w_i = exp((s_i - max s) / temperature); the first kept id with Σ_{j≤i} w_j > u · Σ w is drawn.
 //   logprob_i = l_i - max l - log Σ exp(l - max l), of the raw logits l.
-// Weights are integers of 2^-44: their sums are exact in any order. Scores are f64, as in the twin. u is
-// Philox4x32-10 (Salmon et al., SC'11) of (seed, index). Ties go to the lower id. The f64 sum of the
-// log-probabilities is the only sum whose order matters: it is taken over LOGPROB_SLICES slices of the
-// vocabulary, each by one block of THREADS threads, then slice by slice, whatever the grid.
+// Weights are integers of 2^-44: their sums are exact in any order. Scores are f64, as in the twin.
+// u is Philox4x32-10 (Salmon et al., SC'11) of (seed, index). Ties go to the lower id. The f64 sum
+// of the log-probabilities is the only sum whose order matters: it is taken over LOGPROB_SLICES
+// slices of the vocabulary, each by one block of THREADS threads, then slice by slice, whatever the
+// grid.
 //
-// Inputs: logits [V] f32; mask [V] u8 (1: padding, 2: end token); counts [V] i32 of the tokens that penalties
-// count; bias [V] f64; the Request. Scratch: scores [V] f64, weights [V] u64, one GridScratch.
+// Inputs: logits [V] f32; mask [V] u8 (1: padding, 2: end token); counts [V] i32 of the tokens that
+// penalties count; bias [V] f64; the Request. Scratch: scores [V] f64, weights [V] u64, one
+// GridScratch.
 // Outputs: `drawn`, and the next step's `token`, `position`, `index` and counts.
-// Grid (C), block THREADS; C ≤ the number of multiprocessors (grid.cuh) and ≤ LOGPROB_SLICES; block b
-// computes ids [b·⌈V/C⌉, (b+1)·⌈V/C⌉). Grid barriers: 1 greedy, 2 plain, 2 + 1–8 for each of top-k and top-p.
+// Grid (C), block THREADS; C ≤ the number of multiprocessors (grid.cuh) and ≤ LOGPROB_SLICES; block
+// b computes ids [b·⌈V/C⌉, (b+1)·⌈V/C⌉). Grid barriers: 1 greedy, 2 plain, 2 + 1–8 for each of
+// top-k and top-p.
 // Alignment: of the elements. Bytes: the logits once, then 16 per id and pass, from L2.
 // Twin: worker/cpu/sampler.py.
 #include "pdl.cuh"
@@ -66,8 +70,9 @@ __device__ void draw(const Request& r, const double* scores, u64* weights, doubl
     }
 }
 
-// Sum exp(l - raw_best) over each slice of the vocabulary: by thread with stride THREADS, then pairwise over
-// the threads. Blocks take slices b, b + gridDim.x, …, so the sums do not depend on the grid.
+// Sum exp(l - raw_best) over each slice of the vocabulary: by thread with stride THREADS, then
+// pairwise over the threads. Blocks take slices b, b + gridDim.x, …, so the sums do not depend on
+// the grid.
 __device__ void sum_slices(const Logits& row, double raw_best, GridScratch* grid) {
     __shared__ double sums[THREADS];
     const int t = threadIdx.x, each = (row.size + LOGPROB_SLICES - 1) / LOGPROB_SLICES;
@@ -85,7 +90,8 @@ __device__ void sum_slices(const Logits& row, double raw_best, GridScratch* grid
     }
 }
 
-// Log-probabilities of the raw logits: the committed token's, and the `count` highest in descending order.
+// Log-probabilities of the raw logits: the committed token's, and the `count` highest in descending
+// order.
 __device__ void report(const Logits& row, double raw_best, int count, int lo, int hi, Drawn* drawn, GridScratch* grid,
                        SelectScratch& shared) {
     const int t = threadIdx.x;
@@ -139,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (t == 0) grid->blocks[blockIdx.x].best = mine;
     grid_barrier(&grid->barrier);
 
-    const Best all = best_of(t < gridDim.x ? grid->blocks[t].best : Best{-(double)kInfinity, -(double)kInfinity, -1, 0});
+    const Best none = {-(double)kInfinity, -(double)kInfinity, -1, 0};
+    const Best all = best_of(t < gridDim.x ? grid->blocks[t].best : none);
     const double peak = all.score, raw_best = all.raw;
     int id = all.id;
     if (all.broken || fabs(peak) == (double)kInfinity) id = -1;
@@ -148,5 +155,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else if (t == 0 && blockIdx.x == 0) {
         commit(sequence, id, grid);
     }
-    if (r.logprobs >= 0) report(row, raw_best, min(r.logprobs, min(TOP, row.size)), lo, hi, sequence.drawn, grid, shared);
+    const int top = min(r.logprobs, min(TOP, row.size));
+    if (r.logprobs >= 0) report(row, raw_best, top, lo, hi, sequence.drawn, grid, shared);
 }

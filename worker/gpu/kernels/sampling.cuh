@@ -1,13 +1,14 @@
-// Data of sample.cu: the request and result of one row, scratch memory shared by the grid, adjusted scores.
+// Data of sample.cu: the request and result of one row, scratch memory shared by the grid, adjusted
+// scores.
 //
-// Request, Drawn and GridScratch mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define
-// REQUEST_BYTES, DRAWN_BYTES, SCRATCH_BYTES, THREADS, TOP and LOGPROB_SLICES.
+// Request, Drawn and GridScratch mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which
+// define REQUEST_BYTES, DRAWN_BYTES, SCRATCH_BYTES, THREADS, TOP and LOGPROB_SLICES.
 // Twin: worker/cpu/sampler.py, worker/cpu/philox.py.
 #pragma once
 #include "select.cuh"
 #include "warp.cuh"
 
-constexpr double kOne = 17592186044416.0;  // 2^44: the sum of a million equal weights fits in 64 bits
+constexpr double kOne = 17592186044416.0;  // 2^44: a sum of a million of them fits in 64 bits
 
 struct Request {
     double temperature, top_p, min_p, repetition, frequency, presence;
@@ -24,12 +25,14 @@ struct Drawn {
 };
 static_assert(sizeof(Drawn) == DRAWN_BYTES, "DRAWN of worker/gpu/sampler.py");
 
-struct Best {  // over some ids: the highest score and its lowest id, the highest raw logit, whether a score is NaN
+// Over some ids: highest score and its lowest id, highest raw logit, whether any score is NaN.
+struct Best {
     double score, raw;
     int id, broken;
 };
 
-struct BlockResult {  // of one block, for the others; each field is written before a grid barrier of its own
+// Results of one block for the others; each field is written before a grid barrier of its own.
+struct BlockResult {
     Best best;
     u64 mass, kept, ties;
 };
@@ -88,8 +91,10 @@ __device__ __forceinline__ Best better(const Best& a, const Best& b) {
 __device__ __forceinline__ Best best_of(Best mine) {
     __shared__ Best warps[THREADS / 32];
     for (int lane = 16; lane; lane /= 2) {
-        mine = better(mine, {__shfl_xor_sync(0xffffffffu, mine.score, lane), __shfl_xor_sync(0xffffffffu, mine.raw, lane),
-                             __shfl_xor_sync(0xffffffffu, mine.id, lane), __shfl_xor_sync(0xffffffffu, mine.broken, lane)});
+        const Best other = {
+            __shfl_xor_sync(0xffffffffu, mine.score, lane), __shfl_xor_sync(0xffffffffu, mine.raw, lane),
+            __shfl_xor_sync(0xffffffffu, mine.id, lane), __shfl_xor_sync(0xffffffffu, mine.broken, lane)};
+        mine = better(mine, other);
     }
     __syncthreads();
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
@@ -99,7 +104,8 @@ __device__ __forceinline__ Best best_of(Best mine) {
     return all;
 }
 
-// The best of ids [lo, hi); with a temperature, also store their scores. Each thread loads kAtOnce ids at a time.
+// The best of ids [lo, hi); with a temperature, also store their scores. Each thread loads kAtOnce
+// ids at a time.
 __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
     constexpr int kAtOnce = 8;
     Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
@@ -132,10 +138,11 @@ struct ThreadRange {
     }
 };
 
-// Call visit(i) for each kept id of this thread's range. If the cutoff lies among equal keys, the blocks first
-// exchange their numbers of such keys: one grid barrier.
+// Call visit(i) for each kept id of this thread's range. If the cutoff lies among equal keys, the
+// blocks first exchange their numbers of such keys: one grid barrier.
 template <typename KeyOf, typename Visit>
-__device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf key_of, GridScratch* grid, u64* warps, Visit visit) {
+__device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf key_of, GridScratch* grid, u64* warps,
+                              Visit visit) {
     u64 rank = 0;
     if (cut.ties) {
         u64 ties = 0, all;

@@ -1,9 +1,10 @@
-// Top-k and top-p without sorting: radix select over 64-bit keys by the whole grid, eight bits a round.
+// Top-k and top-p without sorting: radix select over 64-bit keys by the whole grid, eight bits a
+// round.
 //
-// Elements are ordered by descending key, then ascending index. Each block computes elements [lo, hi).
-// `cutoff` returns the end of the shortest prefix of that order that holds `target` elements, or whose masses
-// reach `target`. Masses are integers, so the order of additions does not matter and every block computes the
-// same result. Each round costs one grid barrier. Users: sample.cu.
+// Elements are ordered by descending key, then ascending index. Each block computes elements [lo,
+// hi). `cutoff` returns the end of the shortest prefix of that order that holds `target` elements,
+// or whose masses reach `target`. Masses are integers, so the order of additions does not matter
+// and every block computes the same result. Each round costs one grid barrier. Users: sample.cu.
 // Twin: `_largest` and `_nucleus` in worker/cpu/sampler.py.
 #pragma once
 #include "grid.cuh"
@@ -14,7 +15,8 @@ struct Bin {
     u64 count, mass;
 };
 
-// The kept elements: keys above `key`, and the first `ties` of those equal to it; `mass` is their total mass.
+// The kept elements: keys above `key`, and the first `ties` of those equal to it; `mass` is their
+// total mass.
 struct Cutoff {
     u64 key, ties, mass;
 };
@@ -33,10 +35,11 @@ struct SelectScratch {
     Bin chosen;
 };
 
-// `histogram` [kRounds][kBins] is zero and visible to all blocks; key_of(i) and mass_of(i) belong to element i.
+// `histogram` [kRounds][kBins] is zero and visible to all blocks; key_of(i) and mass_of(i) belong
+// to element i.
 template <typename KeyOf, typename MassOf>
-__device__ Cutoff cutoff(KeyOf key_of, MassOf mass_of, int lo, int hi, u64 target, bool by_mass, Bin (*histogram)[kBins],
-                         Barrier* barrier, SelectScratch& shared) {
+__device__ Cutoff cutoff(KeyOf key_of, MassOf mass_of, int lo, int hi, u64 target, bool by_mass,
+                         Bin (*histogram)[kBins], Barrier* barrier, SelectScratch& shared) {
     u64 prefix = 0, above = 0, above_mass = 0;
     Bin chosen = {};
     for (int round = 0; round < kRounds; ++round) {
@@ -74,7 +77,7 @@ __device__ Cutoff cutoff(KeyOf key_of, MassOf mass_of, int lo, int hi, u64 targe
         const bool whole = chosen.count == 1 || (!by_mass && above + chosen.count == target);
         if (whole) return {prefix ? (prefix << shift) - 1 : 0, 0, above_mass + chosen.mass};
     }
-    const u64 each = chosen.mass / chosen.count;  // all keys of the bin are equal, so are their masses
+    const u64 each = chosen.mass / chosen.count;  // equal keys have equal masses
     const u64 ties = by_mass ? (target - above_mass + each - 1) / each : target - above;
     return {prefix, ties, above_mass + ties * each};
 }

@@ -1,8 +1,9 @@
 // Partial softmax results of decode attention, over disjoint positions, and their combination.
 //
-// A partial result of GROUP heads holds sums [GROUP][D] of exp2(score - peak)·value, then (peak, total)
-// [GROUP][2]; it is 16-byte aligned. `combine` adds partial results by log-sum-exp in a fixed order
-// (flash-decoding, Dao et al. 2023) into a target: one further partial result, or the final rows.
+// A partial result of GROUP heads holds sums [GROUP][D] of exp2(score - peak)·value, then (peak,
+// total) [GROUP][2]; it is 16-byte aligned. `combine` adds partial results by log-sum-exp in a
+// fixed order (flash-decoding, Dao et al. 2023) into a target: one further partial result, or the
+// final rows.
 // Users: attention_decode.cu.
 #pragma once
 #include "quantized.cuh"
@@ -10,7 +11,9 @@
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-__host__ __device__ constexpr int partial_floats(int head_dim, int group) { return (group * (head_dim + 2) + 3) / 4 * 4; }
+__host__ __device__ constexpr int partial_floats(int head_dim, int group) {
+    return (group * (head_dim + 2) + 3) / 4 * 4;
+}
 
 struct Partial {  // target: a partial result at `out`
     float* out;
@@ -25,7 +28,8 @@ struct Partial {  // target: a partial result at `out`
     }
 };
 
-struct FinalRows {  // target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on
+// Target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on.
+struct FinalRows {
     float* y;
     u8* q8;
     Meta* meta;
@@ -44,9 +48,9 @@ struct FinalRows {  // target: the normalized rows [GROUP][D], from element `col
     }
 };
 
-// Add `n` ≤ MAX partial results. Call from all threads of a synchronized block of at least GROUP·D/4 threads
-// and GROUP warps: four elements a thread; one warp computes the weights of one head, preferably a warp
-// without elements.
+// Add `n` ≤ MAX partial results. Call from all threads of a synchronized block of at least
+// GROUP·D/4 threads and GROUP warps: four elements a thread; one warp computes the weights of one
+// head, preferably a warp without elements.
 template <int D, int GROUP, int MAX, class Target>
 __device__ __forceinline__ void combine(const float* partials, int n, float (*weights)[MAX], const Target target) {
     constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < 16 ? MAX : 16;
