@@ -1,9 +1,9 @@
-"""A worker process for tests: answer one job on the GPU, print one id a line, exit as `worker` commands do.
+"""A worker process for tests: answer one job on the GPU, print its ids, exit as `worker`.
 
     python -m tests.gpu.child MODEL.gguf JOB
 
-JOB is JSON: prompt, seed, temperature, tokens, replay; after `pause` ids it waits forever, after `trap`
-ids it breaks the device with a kernel that traps.
+JOB is JSON: prompt, seed, temperature, tokens, replay; after `pause` ids it waits forever, after
+`trap` ids it breaks the device with a kernel that traps.
 """
 
 from __future__ import annotations

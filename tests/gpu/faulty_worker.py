@@ -1,9 +1,9 @@
-"""The `worker` command with one fault in it, in the step that FAULT names, counted from the first job's first.
+"""The `worker` command with one fault, in the step that FAULT names.
 
     FAULT=trap:20 python -m tests.gpu.faulty_worker run --model MODEL.gguf …
 
-`trap:N` breaks the device for good at step N, by a kernel that traps. `oom:N` makes the driver refuse step N memory: a
-job allocates nothing of its own, but what it launches may still find none.
+`trap:N` breaks the device at step N with a kernel that traps. `oom:N` makes the driver report out
+of memory in step N: a job allocates nothing itself, but its launches may still run out of memory.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
 
 
 class Fault:
-    """What goes wrong, and when."""
+    """One fault at one step."""
 
     def __init__(self, spec):
         self._kind, _, at = spec.partition(":")
         self._at, self._steps, self._armed = int(at), 0, False
 
     def step(self):
-        """A step begins."""
+        """Begin a step."""
         self._steps += 1
         if self._steps != self._at:
             return
@@ -35,7 +35,7 @@ class Fault:
         self._armed = self._kind == "oom"
 
     def call(self):
-        """The step calls the driver."""
+        """Raise the armed fault at a driver call of the step."""
         if self._armed:
             from cupy.cuda import runtime
 
@@ -44,16 +44,16 @@ class Fault:
 
 
 def install(fault):
-    """Put the fault between the runner and its device."""
+    """Insert the fault between the runner and its device."""
     run, upload = GpuRunner.run, PinnedRing.upload
 
     def faulty_run(runner, batch, requests, on_launched):
         fault.step()
         return run(runner, batch, requests, on_launched)
 
-    def faulty_upload(ring, parts, target, stream):
+    def faulty_upload(ring, arrays, target, stream):
         fault.call()
-        upload(ring, parts, target, stream)
+        upload(ring, arrays, target, stream)
 
     GpuRunner.run, PinnedRing.upload = faulty_run, faulty_upload
 

@@ -1,7 +1,7 @@
-"""Full-size model files and helpers of their tests; the fixture that loads them is in `conftest.py`.
+"""Full-size model files and helpers of their tests; `conftest.py` has the fixture.
 
-The files are in `full-size/` of the worker's cache folder; `suite.py --synth` writes them. Tests of a
-missing file are skipped.
+The files are in `full-size/` of the worker's cache folder; `suite.py --synth` writes them. Tests of
+a missing file are skipped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Write `tests/data/smollm2_llama_cpp.npz`: llama.cpp's greedy answers to the 24 prompts, from exact products.
+"""Write `tests/data/smollm2_llama_cpp.npz`: llama.cpp's greedy answers to 24 prompts.
 
     python -m tests.gpu.make_smollm2_golden
 
-The weights are those of the published Q4_1 file as F32, so that llama.cpp rounds nothing; a GPU machine then needs no
-second engine. Of each prompt: its ids, the greedy ids of STEPS steps, and each step's 20 best as ids and nat.
+The weights are those of the published Q4_1 file converted to F32, so llama.cpp does not quantize
+activations, and a GPU machine needs no second engine. Per prompt: its ids, the greedy ids of STEPS
+steps, and each step's 20 best as ids and nats.
 """
 
 from __future__ import annotations

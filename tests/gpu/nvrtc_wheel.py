@@ -1,4 +1,4 @@
-"""NVRTC's wheel in the shape of `cupy.cuda.nvrtc`: so that kernels are compiled, and checked, where there is no GPU."""
+"""`cupy.cuda.nvrtc` over the wheel's NVRTC library, to compile and check kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def library():
 
 
 class NvrtcWheel:
-    """The few functions that `worker.gpu.compiler` asks for. Calls release the interpreter's lock."""
+    """The functions that `worker.gpu.compiler` uses. Calls release the GIL."""
 
     class NVRTCError(Exception):
         pass
 
     def __init__(self, path):
-        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # which NVRTC itself looks for elsewhere
+        for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC would search for it elsewhere
             ctypes.CDLL(str(builtins))
         self._lib = ctypes.CDLL(str(path))
 

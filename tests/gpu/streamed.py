@@ -1,8 +1,9 @@
-"""References of any size for a model on the GPU: its weights come to the host slab by slab, as f32, and go again.
+"""References for a GPU model of any size: its weights are copied to the host slab by slab as f32.
 
-gpt-oss-20b is 84 GB as f32, so no host holds its reference; here a slab serves three runs at once, which are rows of
-one batch (`SideBySide`). The device's way back to f32 is `gguf.quants`' to the bit (`test_layouts.py`), and
-`test_full_logits.py` compares what the device holds with the file. `trail.py` tells what the runs follow.
+gpt-oss-20b takes 84 GB as f32, more than a host's memory. Each slab serves three runs at once,
+which are rows of one batch (`ThreeRuns`). The device's dequantization equals `gguf.quants` bitwise
+(`test_layouts.py`), and `test_full_logits.py` compares the device's weights with the file. The runs
+follow a trail: see `trail.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ RUNS = 3
 
 
 class DeviceRows:
-    """Weights of a model on the GPU as f32 on the host, a slab at a time; a context, which ends its threads."""
+    """Weights of a GPU model as f32 on the host, a slab at a time; close with `with`."""
 
     def __init__(self, kernels, memory):
         self._kernels = kernels
@@ -41,17 +42,17 @@ class DeviceRows:
         self._threads.shutdown()
 
     def fetch(self, matrix):
-        """A matrix [rows, cols] of at most SLAB bytes; overwritten by this thread's next one."""
+        """A matrix [rows, cols] of at most SLAB bytes; this thread's next fetch overwrites it."""
         if not hasattr(self._lanes, "mine"):
             self._lanes.mine = _Lane(self._memory)
         return self._lanes.mine.fetch(self._kernels, matrix)
 
     def vector(self, tensor):
-        """A norm's weight, a bias, sinks: [n] or [E, n]."""
+        """A norm's weight, a bias or sinks: [n] or [E, n]."""
         return tensor.data.get()
 
     def expert(self, weight, expert):
-        """One matrix [rows, cols] of [E, rows, cols]."""
+        """The matrix [rows, cols] of one expert."""
         planes = tuple(None if plane is None else plane[expert] for plane in weight.data.planes)
         return replace(weight, shape=weight.shape[1:], data=replace(weight.data, planes=planes))
 
@@ -70,7 +71,7 @@ class DeviceRows:
 
 
 class _Lane:
-    """One thread's way from the device: a stream, room for a slab there, page-locked room for it here."""
+    """One thread's stream, device slab and page-locked host slab."""
 
     def __init__(self, memory):
         import cupy
@@ -91,8 +92,11 @@ class _Lane:
 
 @dataclass
 class Answers:
-    """Logits [R, V] of the three runs, and what the led one found from the GPU's own inputs: how far the GPU is off in
-    each half of a layer, as a share of what that half adds, and by how much, at most, its experts are not the best."""
+    """Logits [R, V] of the three runs, and what the led run found from the GPU's inputs.
+
+    `halves`: per half of a layer, the GPU's distance relative to what the half adds. `tie`: the
+    largest router logit by which the GPU's experts fall short of the best ones.
+    """
 
     exact: np.ndarray
     twin: np.ndarray
@@ -102,8 +106,10 @@ class Answers:
 
 
 class References:
-    """A model on the host beside the same on the GPU: the exact run, the twin that rounds as the GPU does, and one that
-    is led: a twin that begins each half of a layer with the GPU's own residual stream."""
+    """Three host runs of a GPU model: exact; a twin with the GPU's roundings; and a led twin.
+
+    The led twin starts each half of a layer with the GPU's own residual stream.
+    """
 
     def __init__(self, model, hparams, rows, *, blocks=16):
         self._model = model
@@ -111,19 +117,22 @@ class References:
         self.caches = [KvCache(hparams, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
 
     def set_cache(self, k, v):
-        """What the GPU's cache holds [layers, blocks, B, Hk, D], for the runs that round."""
+        """Copy the GPU's KV cache [layers, blocks, B, Hk, D] into those of the two twins."""
         for cache in self.caches[1:]:
             cache.k[:, : k.shape[1]], cache.v[:, : v.shape[1]] = k, v
 
     def answers(self, batch, trail):
-        """The forward of a batch along the GPU's trail."""
-        ops = SideBySide(self.caches, batch.phase, self._rows, trail)
+        """The forward of a batch that follows the GPU's trail."""
+        ops = ThreeRuns(self.caches, batch.phase, self._rows, trail)
         logits = np.split(self._model.forward(ops, batch), RUNS)
         return Answers(*logits, ops.halves, ops.tie)
 
 
-class SideBySide(CpuOps):
-    """The twins' ops for three runs as rows of one batch [3·T, …]: exact, twin, led. All take the GPU's experts."""
+class ThreeRuns(CpuOps):
+    """Ops of three runs (exact, twin, led) as rows of one batch [3·T, …].
+
+    All use the GPU's experts.
+    """
 
     def __init__(self, caches, phase, rows, trail):
         super().__init__(caches[0], phase, Threads(1))
@@ -173,14 +182,14 @@ class SideBySide(CpuOps):
         return np.concatenate([run[batch.logit_rows] for run in np.split(x, RUNS)])
 
     def _led(self, x, residual):
-        """x, but in the last run the GPU's in its place, after the two were compared."""
+        """x with the led run's rows replaced by the GPU's, after both were compared."""
         theirs, at = next(self._residuals), len(x) // RUNS * (RUNS - 1)
         added = np.linalg.norm(x[at:] - residual[at:])
         self.halves.append(float(np.linalg.norm(theirs - x[at:]) / added))
         return np.concatenate([x[:at], theirs])
 
     def _rounded(self, x, linear):
-        """x as the product sees it: the exact run's as it is."""
+        """x as the products round it; the exact run's rows unchanged."""
         at = len(x) // RUNS
         return np.concatenate([x[:at], self._twin._rounded(x[at:], linear)])
 
@@ -200,5 +209,5 @@ class SideBySide(CpuOps):
 
 
 def by_expert(routes):
-    """Each expert in use, and where: (tokens, slots), both [n]."""
+    """Each chosen expert with its (tokens, slots), both [n]."""
     return [(expert, np.nonzero(routes.experts == expert)) for expert in np.unique(routes.experts).tolist()]

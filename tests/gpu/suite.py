@@ -1,11 +1,11 @@
-"""Run the GPU tests in parts; report what ran, what was skipped and why, and the figures tests recorded.
+"""Run the GPU tests in parts; report results, skipped tests with reasons, and recorded figures.
 
     python -m tests.gpu.suite [ops|models|full|faults|sanitize] [--synth TOOL] [-k EXPRESSION]
 
-Without an argument all parts run, within 25 minutes; a part has 8. Each part is a process of its own, so
-a lost device affects no other part. `--synth` is the script that writes full-size files missing from the
-cache (`synth_gguf.py MODEL OUT.gguf`). Without a GPU each test is listed as skipped and the exit code is
-0; with one it is 1 if a test failed.
+Without an argument all parts run, within 25 minutes; a part has 8. Each part is a process of its
+own, so a lost device affects no other part. `--synth` is the script that writes full-size files
+missing from the cache (`synth_gguf.py MODEL OUT.gguf`). Without a GPU each test is listed as
+skipped and the exit code is 0; with one it is 1 if a test failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 PART_S, ALL_S = 8 * 60, 25 * 60
-# API errors are not reported: the worker checks its own calls, and cuda-bindings probes for missing functions.
+# API errors are not reported: the worker checks its calls, and cuda-bindings probes for functions.
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": ()}
 _FOUND = 9  # exit code of compute-sanitizer after a finding
 
@@ -36,7 +36,7 @@ PARTS = {
     "faults": ("faults", "memory_baseline", "worker_faults", "wake"),
     "sanitize": OPS,
 }
-# The smallest shapes that cover every branch and all 14 types: a sanitizer makes kernels 100 times slower.
+# The smallest shapes of every branch and all 14 types: a sanitizer makes kernels 100 times slower.
 SMALLEST = (
     *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "fill_no_whole_step and 96"),
     *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
@@ -108,12 +108,12 @@ def first_line(command: Sequence[str]) -> str:
 
 def pytest_command(part: str, *options: str) -> list[str]:
     files = [f"tests/gpu/test_{name}.py" for name in PARTS[part]]
-    quiet = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]  # the other family holds no figures
+    quiet = ["-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]  # xunit2 has no properties
     return [sys.executable, "-m", "pytest", *quiet, *options, *files]
 
 
 def run(part: str, expression: str, until: float) -> list[Outcome]:
-    """Run a part, to an end at `until` by `time.monotonic`; sanitize is one outcome a tool."""
+    """Run a part until at most `until` (`time.monotonic`); sanitize: one outcome per tool."""
     if part != "sanitize":
         return [run_tests(part, [], ["-k", expression] if expression else [], until)]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -126,7 +126,7 @@ def run(part: str, expression: str, until: float) -> list[Outcome]:
 
 
 def run_tests(name: str, before: list[str], chosen: list[str], until: float) -> Outcome:
-    """Run one pytest process, under a tool if `before` names it, and read what became of its tests."""
+    """Run one pytest process, under the tool of `before` if any, and read its report."""
     outcome, began = Outcome(name), time.monotonic()
     limit_s = max(0.0, until - began)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,18 +160,18 @@ def read_report(report: Path, outcome: Outcome) -> None:
 
 
 def skipped(part: str, reason: str) -> Outcome:
-    """Every test of a part by name, none of them run."""
+    """Every test of a part, listed as skipped."""
     chosen = ["-k", " or ".join(SMALLEST)] if part == "sanitize" else []
-    listed = said_lines(pytest_command(part, "--collect-only", *chosen))
+    listed = output_lines(pytest_command(part, "--collect-only", *chosen))
     return Outcome(part, skipped=[f"{line}: {reason}" for line in listed if "::" in line])
 
 
-def said_lines(command: Sequence[str]) -> list[str]:
+def output_lines(command: Sequence[str]) -> list[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def write_models(tool: Path) -> None:
-    """Write the full-size files that the cache does not have, side by side."""
+    """Write the full-size files missing from the cache, in parallel."""
     from tests.gpu.full import MODELS
     from worker.config import load_settings
 
@@ -190,17 +190,17 @@ def write_models(tool: Path) -> None:
 
 
 def remedies(outcomes: Sequence[Outcome]) -> list[str]:
-    """How to get what tests were skipped for."""
+    """How to get what the skipped tests need."""
     reasons = [each for outcome in outcomes for each in outcome.skipped]
     return [remedy for sign, remedy in REMEDIES.items() if any(sign in reason for reason in reasons)]
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
-    """The figures, the skipped and failed by name, and the table last."""
+    """Print figures, skipped and failed tests, and a table."""
     for outcome in outcomes:
-        told = [f"{name}: {value}" for name, value in outcome.figures]
-        told += [f"SKIP {each}" for each in outcome.skipped] + [f"FAIL {each}" for each in outcome.failed]
-        for line in told:
+        lines = [f"{name}: {value}" for name, value in outcome.figures]
+        lines += [f"SKIP {each}" for each in outcome.skipped] + [f"FAIL {each}" for each in outcome.failed]
+        for line in lines:
             print(line)
     if missing := remedies(outcomes):
         print(f"To run what was skipped: {'; '.join(missing)}.")
@@ -215,7 +215,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS)
     parser.add_argument("--synth", type=Path, metavar="TOOL", help="the script that writes full-size files")
-    parser.add_argument("-k", dest="expression", default="", help="only the tests that pytest -k takes")
+    parser.add_argument(
+        "-k", dest="expression", default="", help="run only the tests that this pytest -k expression selects"
+    )
     chosen = parser.parse_args()
     parts = [chosen.part] if chosen.part else list(PARTS)
     if reason := why_no_gpu():

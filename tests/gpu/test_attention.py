@@ -1,7 +1,7 @@
-"""Attention on the GPU compared with its twin with an f16 cache: both phases, shuffled blocks, poisoned memory.
+"""Attention on the GPU compared with its twin with an f16 cache, in both phases.
 
-Bounds: the prefill kernel rounds q, the softmax's weights and y to f16 (2^-11 each), so 1e-3 of the norm; decode
-computes in f32 throughout, so 1e-5.
+Bounds: the prefill kernel rounds q, the softmax's weights and y to f16 (2^-11 each), so 1e-3 of the
+norm; decode computes in f32 throughout, so 1e-5.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Scene:
 
 @dataclass
 class Bench:
-    """A poisoned KV cache on the device, its launcher, and a pool that detects writes outside its arrays."""
+    """A poisoned KV cache, its launcher, and a pool that detects stray writes."""
 
     scene: Scene
     kernels: object
@@ -142,7 +142,7 @@ class Bench:
         return self.prefill(start, stop)
 
     def fill(self, tokens):
-        """Copy the twin's keys and values of the first `tokens` positions; the rest stays poisoned."""
+        """Copy the twin's keys and values of the first `tokens` positions."""
         raw = self.cache.array.get()
         at = np.arange(tokens)
         blocks, offsets = self.scene.table[at // KV_BLOCK], at % KV_BLOCK

@@ -1,4 +1,4 @@
-"""Every instantiation of every kernel compiles for every architecture within its registers, without a GPU."""
+"""Every instantiation of every kernel compiles for every architecture, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from worker.gpu.kernel import Kernel, supports_pdl
 from worker.gpu.launch import PdlInMatmulOnly
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Bytes per thread: stack frame, spill stores and spill loads together. Decode products are limited to 64
-# registers, so that two blocks share a multiprocessor and one loads while the other adds; the spill loads
-# come from L1, a few words per row.
+# Bytes per thread: stack frame, spill stores and spill loads together. Decode products are limited
+# to 64 registers, so that two blocks share a multiprocessor and one loads while the other adds; the
+# spill loads come from L1, a few words per row.
 SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
@@ -222,7 +222,7 @@ def test_pdl_is_used_where_the_device_supports_it(monkeypatch, arch, supported):
 
 
 def test_threads_launch_one_kernel_at_the_same_time_each_with_its_own_shape(monkeypatch):
-    """The driver's call releases the GIL, so a launch must not share its configuration with other threads."""
+    """The driver's call releases the GIL: launches must not share a configuration."""
     both, seen = threading.Barrier(2), {}
 
     def launch(config, function, arguments, extra):

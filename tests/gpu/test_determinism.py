@@ -1,8 +1,8 @@
 """The same job gives the same ids, in repeated runs and in a second process after SIGKILL.
 
-3 seeds × 5 prompts × 10 runs of 64 tokens at temperatures 0 and 0.8, on a tiny gpt-oss (experts, sinks,
-windows) and on SmolLM2. `test_runner.py` covers chunks, blocks and other sequences, `test_full_size.py`
-one seed on each full-size file.
+3 seeds × 5 prompts × 10 runs of 64 tokens at temperatures 0 and 0.8, on a tiny gpt-oss (experts,
+sinks, windows) and on SmolLM2. `test_runner.py` covers chunks, blocks and other sequences,
+`test_full_size.py` one seed on each full-size file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Every allocation of a load fails once; the card is full; the device is lost. Nothing leaks, all goes on.
+"""Each allocation of a load fails once, memory is full, the device is lost: nothing leaks.
 
-The n-th allocation fails for n = 1, 2, 3, … until a load gets through. Accounted bytes must be at their baseline to the
-byte after each; the driver's own figure is compared over all of them, in which a leak of one slab a failure would be
-gigabytes. A job's allocations, where it has any, are `test_runner.py`'s.
+The n-th allocation fails for n = 1, 2, 3, … until a load succeeds. Accounted bytes must return to
+their baseline after each failure. The driver's figure is compared once over all failures: a leak of
+one slab per failure would be gigabytes. `test_runner.py` covers the allocations of jobs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DRIVERS_OWN = 4 << 20
 
 
 class Faults:
-    """Counts allocations and fails those that are `at`."""
+    """Counts allocations and fails the one whose number is `at`."""
 
     def __init__(self):
         self.count = 0
@@ -34,17 +34,17 @@ class Faults:
         return number == self.at
 
     def arm(self, nth):
-        """Fail the nth allocation from now on."""
+        """Fail the nth allocation after this call."""
         self.at = self.count + nth
 
     def disarm(self):
-        """Fail no more."""
+        """Stop failing."""
         self.at = 0
 
 
 @pytest.fixture
 def faulty(gpu, monkeypatch):
-    """A backend whose allocations can be made to fail, in place of the runtime's own; and the faults."""
+    """A backend of the runtime whose allocations can fail, and its Faults."""
     from worker.gpu.backend import GpuBackend
     from worker.gpu.memory import DeviceMemory
 
@@ -55,7 +55,7 @@ def faulty(gpu, monkeypatch):
 
 
 def refused(attempt):
-    """The VramOom of an attempt, without its frames, which would keep alive what they hold; None if it gets through."""
+    """The code of an attempt's VramOom (its frames would keep memory alive), or None."""
     try:
         attempt()
     except VramOom as error:
@@ -69,7 +69,7 @@ def finish(engine):
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen2"])
-def test_each_allocation_of_a_load_fails_once_and_leaves_nothing(name, tiny, faulty):
+def test_a_failure_of_each_allocation_of_a_load_leaks_nothing(name, tiny, faulty):
     backend, faults = faulty
     path = tiny(name)
     expected = answer(load(path), PROMPT, WARM, TOKENS)
@@ -101,7 +101,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_copied(tiny, fa
     assert faults.count == 0
 
 
-def test_a_tokenizer_that_can_t_be_built_calls_the_weights_back(tiny, faulty, monkeypatch):
+def test_a_tokenizer_that_cannot_be_built_releases_the_weights(tiny, faulty, monkeypatch):
     backend, _ = faulty
 
     def broken(metadata, vocab):
@@ -116,28 +116,28 @@ def test_a_tokenizer_that_can_t_be_built_calls_the_weights_back(tiny, faulty, mo
     assert len(answer(load(tiny("gpt-oss")), PROMPT, WARM, TOKENS)) == TOKENS
 
 
-def test_a_full_card_is_insufficient_vram_and_serves_again_once_there_is_room(tiny, gpu):
+def test_a_full_gpu_is_insufficient_vram_and_serves_after_memory_is_freed(tiny, gpu):
     from worker.gpu.memory import DeviceMemory, Purpose
 
     settle()
     other = DeviceMemory()
-    taken = other.reserve(other.free - (128 << 20), Purpose.WORKSPACE)
+    reserved = other.reserve(other.free - (128 << 20), Purpose.WORKSPACE)
     assert other.free < 256 << 20
     with pytest.raises(InsufficientVram):
         load(tiny("llama"))
-    del taken
+    del reserved
     assert len(answer(load(tiny("llama")), PROMPT, WARM, TOKENS)) == TOKENS
 
 
-def test_a_lost_device_ends_the_process_with_2_and_another_goes_on(tiny, gpu):
+def test_a_lost_device_ends_the_process_with_2_and_another_process_continues(tiny, gpu):
     path = tiny("gpt-oss")
     whole = answer(load(path), PROMPT, WARM, 40)
     first = Child(path, PROMPT, seed=WARM.seed, tokens=40, trap=9)
-    code, published, said = first.finish()
-    assert code == CudaError.exit_code == 2, said
-    assert "CUDA_ERROR" in said
+    code, published, stderr = first.finish()
+    assert code == CudaError.exit_code == 2, stderr
+    assert "CUDA_ERROR" in stderr
     assert published == whole[: len(published)]
     assert len(published) >= 9
-    code, rest, said = Child(path, PROMPT, seed=WARM.seed, tokens=40, replay=published).finish()
-    assert code == 0, said
+    code, rest, stderr = Child(path, PROMPT, seed=WARM.seed, tokens=40, replay=published).finish()
+    assert code == 0, stderr
     assert published + rest == whole

@@ -1,6 +1,7 @@
-"""Whole-model logits at full size: against the twin that rounds alike, and against f32; and the weights they rest on.
+"""Whole-model logits at full size, compared with the CPU twin and with f32.
 
-The references take their weights from the device (`streamed.py`), so that those are the file's is a test of its own.
+The references read their weights from the device (`streamed.py`), so a separate test compares those
+with the file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def rows(kernels, memory):
 
 
 def test_the_device_holds_the_files_values(full, rows):
-    """A matrix's first and last row and those in which a piece of its way to the device ends: bit for bit."""
+    """Compare each matrix's first and last row, and rows at upload chunk boundaries, bitwise."""
     from worker.gpu.upload import CHUNK
 
     compared = 0
@@ -54,7 +55,7 @@ def test_the_device_holds_the_files_values(full, rows):
 
 
 def held(value):
-    """Every tensor of a model, wherever its adapter keeps it."""
+    """Every tensor of a model, in whatever attribute its adapter stores it."""
     if isinstance(value, QTensor):
         yield value
         return
@@ -68,16 +69,18 @@ def names_in(value):
 
 
 def flattened(matrix):
-    """A matrix of experts [E, rows, cols] as one of [E·rows, cols]; others as they are."""
+    """A matrix of experts [E, rows, cols] as one [E·rows, cols]; other matrices unchanged."""
     planes = tuple(None if plane is None else plane.reshape(-1, plane.shape[-1]) for plane in matrix.data.planes)
     shape = math.prod(matrix.shape[:-1]), matrix.shape[-1]
     return replace(matrix, shape=shape, data=replace(matrix.data, planes=planes))
 
 
-def test_logits_of_100_tokens_and_3_steps_are_the_twins_and_the_references(full, rows, record_property):
-    """A prompt's are within 1 % of the twin and 5 % of f32. A step's are chaotic in 8 bits: a last place that crosses a
-    rounding's edge is percents some layers on. So a step is the twin's half a layer at a time, from the GPU's own
-    inputs, and as a whole it is no further from f32 than the twin is.
+def test_logits_of_100_tokens_and_3_steps_equal_the_twins_and_the_references(full, rows, record_property):
+    """Compare a prompt with the twin (1 %) and f32 (5 %), and steps half a layer at a time.
+
+    With 8-bit activations a step is chaotic: a last bit that crosses a rounding boundary becomes
+    percents some layers later. Each half of a layer is therefore compared with the twin's from the
+    GPU's own inputs, and the whole step must be no further from f32 than the twin is.
     """
     began, table, steps = time.perf_counter(), np.arange(8, dtype=np.int32), {}
     batches = {"prefill": prefill(random_ids(full, 100), table=table, rows=[99])}
@@ -88,10 +91,10 @@ def test_logits_of_100_tokens_and_3_steps_are_the_twins_and_the_references(full,
     for name, batch in batches.items():
         references.set_cache(*first_blocks(runner.cache.array))
         logits, trail = logits_and_trail(runner, batch)
-        assert np.array_equal(logits, runner.logits(batch)), "a graph launches what its capture did"
+        assert np.array_equal(logits, runner.logits(batch)), "the graph gives the logits of single launches"
         steps[name] = Distances.of(logits, references.answers(batch, trail))
-    said = "; ".join(f"{name} {each}" for name, each in steps.items())
-    record_property(f"{full.name} logits", f"{said}; {time.perf_counter() - began:.0f} s")
+    summary = "; ".join(f"{name} {each}" for name, each in steps.items())
+    record_property(f"{full.name} logits", f"{summary}; {time.perf_counter() - began:.0f} s")
     assert steps["prefill"].from_twin < TWIN
     for each in steps.values():
         assert each.from_f32 < max(REFERENCE, 1.5 * each.twins_from_f32)
@@ -101,7 +104,7 @@ def test_logits_of_100_tokens_and_3_steps_are_the_twins_and_the_references(full,
 
 @dataclass
 class Distances:
-    """How far logits are from the references', and the worst that the led run found."""
+    """Distances of logits from the references', and the worst distances of the guided run."""
 
     from_twin: float
     from_f32: float
@@ -126,5 +129,5 @@ class Distances:
 
 
 def first_blocks(cache):
-    """K and V of the first 8 blocks, as the CPU's cache holds them: [layers, 8, B, Hk, D] each."""
+    """K and V of the first 8 blocks in the CPU cache's layout: [layers, 8, B, Hk, D] each."""
     return np.moveaxis(cache[:, :, :8].get().swapaxes(3, 4), 1, 0)

@@ -1,7 +1,7 @@
-"""The three models and llama-3.2-1b at their exact shapes and type mixes, random weights: load, answer, numbers.
+"""The three models and llama-3.2-1b at full size with random weights: load and answer.
 
-`full.py` says where their files lie. Speeds are recorded, not judged, beside the bytes that a token moves and the read
-bandwidth of the same run. Whole-model logits are `test_full_logits.py`'s.
+For the files see `full.py`. Speeds are recorded without a limit, beside the bytes that a token
+moves and the read bandwidth of the same run. `test_full_logits.py` compares whole-model logits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from worker.sampling import Sampling
 
 TOKENS, PROMPT = 256, 128
 COMPILE_S, LOAD_S = 20, 0.5
-SAMPLED = 512  # rows of a matrix that are compared with f64
+SAMPLED = 512  # rows of a matrix compared with f64
 MIB = 1 << 20
 
 
@@ -36,7 +36,7 @@ def bandwidth(gpu):
     return nbytes / min(seconds)
 
 
-def test_resident_weights_are_the_files_within_2_percent(full, record_property):
+def test_resident_weights_equal_the_files_within_2_percent(full, record_property):
     with GgufFile.open(full.path) as file:
         in_file = sum(info.nbytes for info in file.tensors.values())
     resident = full.loaded.device.memory().weights
@@ -47,8 +47,8 @@ def test_resident_weights_are_the_files_within_2_percent(full, record_property):
     assert full.loaded.device.non_resident()[1] == []
 
 
-def test_what_the_plan_says_before_loading_holds_after_it(full, record_property):
-    """The arithmetic of `worker inspect` and of INSUFFICIENT_VRAM: exact for weights and KV, enough for all else."""
+def test_the_plan_before_loading_equals_the_memory_after_it(full, record_property):
+    """The plan is exact for weights and KV, and an upper bound otherwise."""
     with GgufFile.open(full.path) as file:
         planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device)
     used = full.loaded.device.memory()
@@ -76,7 +76,7 @@ def test_a_first_start_compiles_in_20_s_and_a_later_one_loads_in_half_a_second(f
     assert loaded < LOAD_S
 
 
-def test_accounted_memory_is_the_drivers(full, record_property):
+def test_accounted_memory_equals_the_drivers(full, record_property):
     answer(full.loaded, random_ids(full, 40), Sampling(temperature=0), 4)
     settle()
     accounted, drivers = full.loaded.device.memory().used, device_bytes()
@@ -102,7 +102,7 @@ def test_256_tokens_decode_and_a_seed_repeats(full, bandwidth, record_property):
 
 
 def timed_decode(engine, prompt, sampling):
-    """Seconds a token after the first, and all ids."""
+    """Seconds per token after the first, and all ids."""
     engine.add(Sequence("timed", prompt, TOKENS, sampling))
     tokens = []
     while not tokens:
@@ -114,7 +114,7 @@ def timed_decode(engine, prompt, sampling):
 
 
 @pytest.mark.parametrize("tokens", [128, 512, 2048])
-def test_a_prompts_first_token_comes_and_repeats(full, tokens, record_property):
+def test_a_prompts_first_token_is_drawn_and_repeats(full, tokens, record_property):
     prompt, greedy = random_ids(full, tokens), Sampling(temperature=0)
     seconds, drawn = [], set()
     for _ in range(4):
@@ -153,7 +153,7 @@ def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kerne
 
 
 def sampled_rows(file, info, kernels, memory):
-    """The last SAMPLED rows of a matrix, of its last expert if it has any: on the device, and as f32."""
+    """The last SAMPLED rows of a matrix (of its last expert, if any), on the device and as f32."""
     from tests.gpu.weights import upload
     from worker.ops import Linear
     from worker.quants import dequantize

@@ -1,6 +1,6 @@
-"""`worker run` over a full-size file: what it tells of its memory is the driver's word, and a cancellation is quick.
+"""`worker run` with a full-size file: its memory figures, and quick cancellation.
 
-Skipped by name where the file is missing; `suite.py --synth` writes it.
+Skipped if the file is missing; `suite.py --synth` writes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def worker(gpu, start):
-    """A worker that is ready, and nothing else on the card but this process' context."""
+    """A ready worker; otherwise the GPU holds only this process' CUDA context."""
     path = path_of(MODEL)
     settle()
     return start(path, "--context", CONTEXT)
@@ -37,7 +37,7 @@ def close(found, drivers):
 
 
 def own_events(client, worker):
-    """Everything that the worker told of itself, to its end."""
+    """The worker's own events up to `stopped`."""
     events = []
     for item in client.worker_events(worker.id):
         events.append(item.event)
@@ -45,9 +45,9 @@ def own_events(client, worker):
             return events
 
 
-def test_what_a_worker_tells_of_its_memory_is_the_drivers_word(worker, client, record_property):
+def test_a_worker_s_reported_memory_equals_the_driver_s(worker, client, record_property):
     client.submit(job_id="a", prompt_tokens=random_ids(1000), **ANSWERED)
-    told = list(client.events("a", idle_s=IDLE_S))
+    published = list(client.events("a", idle_s=IDLE_S))
     drivers, (free, total) = device_bytes(), memory_info()
     runtime = worker.metric('worker_vram_bytes{purpose="runtime"}')
     worker.send(signal.SIGTERM)
@@ -63,7 +63,7 @@ def test_what_a_worker_tells_of_its_memory_is_the_drivers_word(worker, client, r
     assert len(vram) >= 2
     assert all(close(each, drivers) for each in sums)
     assert all(close(each.free, free) for each in vram)
-    for metrics in (item.event for item in told if item.kind == "metrics"):
+    for metrics in (item.event for item in published if item.kind == "metrics"):
         assert close(metrics.vram_used, drivers)
         assert close(metrics.vram_used + metrics.vram_free, total)
     assert [event.percent for event in events if event.kind == "load_progress"] == [0, 25, 50, 75, 100]
@@ -78,7 +78,7 @@ def memory_info():
     return cupy.cuda.runtime.memGetInfo()
 
 
-def test_a_cancelled_job_ends_within_100_ms_in_its_prompt_and_in_its_answer(worker, client, record_property):
+def test_a_job_cancelled_in_prefill_or_decode_ends_within_100_ms(worker, client, record_property):
     took = {"prefill": [], "decode": []}
     for n in range(TIMES):
         long, short = random_ids(PROMPT, n), random_ids(100, n)
@@ -97,14 +97,14 @@ def test_a_cancelled_job_ends_within_100_ms_in_its_prompt_and_in_its_answer(work
 
 
 def cancelled(client, job_id, when):
-    """Seconds from the cancellation, asked for once an event says `when`, to the job's last event."""
-    events, asked, tokens = client.events(job_id, idle_s=IDLE_S), 0.0, 0
+    """Seconds from the cancellation, at the first event that satisfies `when`, to the end."""
+    events, requested_at, tokens = client.events(job_id, idle_s=IDLE_S), 0.0, 0
     for item in events:
         tokens += item.kind == "token"
-        if not asked and when(item):
+        if not requested_at and when(item):
             assert (item.kind == "metrics") == (tokens == 0), "the prompt was over before it could be cancelled"
-            asked = time.perf_counter()
+            requested_at = time.perf_counter()
             assert client.cancel(job_id) == "requested"
-    took = time.perf_counter() - asked
+    took = time.perf_counter() - requested_at
     assert item.event.code == "CANCELLED"
     return took

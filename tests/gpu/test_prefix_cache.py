@@ -1,7 +1,7 @@
-"""Cached KV blocks on the GPU: bits after hits of every block count, and what a hit saves.
+"""The prefix cache on the GPU: bits after hits of any number of blocks, and time saved.
 
-Times are taken with the full-size files that lie in the worker's cache folder, as in `test_full_size.py`; where one is
-missing its test is skipped by name. On the CPU `tests/engine/test_prefix_cache.py` counts tokens in place of time.
+Times use the full-size files in the worker's cache folder; tests of a missing file are skipped. On
+the CPU, `tests/engine/test_prefix_cache.py` counts tokens in place of time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARE = 0.15  # of the whole prompt's time
 
 
 class Observed:
-    """A GPU runner that keeps the block table of its last batch and the logits after each prompt."""
+    """A GPU runner that records its last batch's block table and the logits after each prompt."""
 
     def __init__(self, runner):
         self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
@@ -69,7 +69,7 @@ def test_after_hits_of_every_block_count_bits_and_tokens_are_those_of_a_fresh_en
 
 @pytest.fixture(params=MODELS)
 def full(request, gpu):
-    """A full-size model, loaded with its cache on once the one before is gone."""
+    """A full-size model with the prefix cache enabled, loaded after the preceding one is freed."""
     path = path_of(request.param)
     settle()
     return load(path, context=4096, prefix_cache=True)

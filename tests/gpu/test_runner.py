@@ -1,9 +1,9 @@
-"""Whole tiny models on the GPU: compared with Hugging Face's logits, with a CPU twin, and with themselves.
+"""Whole tiny models on the GPU, compared with Hugging Face, a CPU twin, and themselves.
 
 Bounds: the CPU twin with the same roundings is itself 1e-3 (f16, prefill) and 2e-2 to 4e-2 (8 bits,
-decode) from Hugging Face in the median over positions, and up to ten times that where a near tie sends
-a token to another expert. With the same cache, the GPU differs from that twin only by the order of its
-sums, and by values whose last bit crosses a rounding boundary.
+decode) from Hugging Face in the median over positions, and up to ten times that where a near tie
+sends a token to another expert. With the same cache, the GPU differs from that twin only by the
+order of its sums, and by values whose last bit crosses a rounding boundary.
 """
 
 from __future__ import annotations

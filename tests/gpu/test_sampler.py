@@ -1,7 +1,7 @@
 """The sampler on the GPU compared with its twin: equal ids from equal logits, seeds and parameters.
 
-The kernel rounds weights to 2^-44, the twin to f64, so a draw could differ where u is within 1e-12 of
-the boundary between two tokens. No case below is.
+The kernel rounds weights to 2^-44, the twin to f64, so a draw could differ where u is within 1e-12
+of the boundary between two tokens. No case below is.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_log_probabilities_are_sums_over_fixed_slices_whatever_the_grid(kernels,
 
 
 def sum_in_slices(logits):
-    """Sum exp(l - max l) in the order of sample.cu: by thread, pairwise over 256 threads, then over 128 slices."""
+    """Sum exp(l - max l) as sample.cu does: by thread, pairwise, then over 128 slices."""
     each, total = -(-len(logits) // 128), 0.0
     weights = [math.exp(float(x) - float(logits.max())) for x in logits]
     for at in range(0, 128 * each, each):

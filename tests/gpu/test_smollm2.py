@@ -1,9 +1,10 @@
-"""SmolLM2 on the GPU against llama.cpp: log-probabilities and greedy choices of 24 prompts, step by step.
+"""SmolLM2 on the GPU compared with llama.cpp: log-probabilities and greedy choices.
 
-The other side is `tests/data/smollm2_llama_cpp.npz`: llama.cpp's answers from the same weights with exact products
-(`make_smollm2_golden.py`). A prompt's last token goes through prefill, whose products take f16: hundredths of a nat.
-Those after it go through decode, whose products take 8-bit blocks as llama.cpp's own do on the published file: so the
-bounds are those of the CPU suite's comparison with it, and its comments say why.
+The references are in `tests/data/smollm2_llama_cpp.npz`: llama.cpp's answers from the same weights
+with exact products (`make_smollm2_golden.py`). Prefill computes a prompt's last token with f16
+products: differences of hundredths of a nat. Decode computes the tokens after it with 8-bit
+activations, as llama.cpp does with the published file; the bounds are those of the CPU suite's
+comparison, which explains them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FLIPS, FLIP_GAP = 0.1, 0.5
 
 @pytest.fixture(scope="module")
 def golden():
-    """Of each prompt by name: prompt [T], ids [steps], top [steps, 20], logprobs [steps, 20]."""
+    """By prompt name: prompt [T], ids [steps], top [steps, 20], logprobs [steps, 20]."""
     with np.load(GOLDEN) as file:
         names = dict.fromkeys(key.rpartition("/")[0] for key in file.files)
         return {n: {k: file[f"{n}/{k}"] for k in ("prompt", "ids", "top", "logprobs")} for n in names}
@@ -37,7 +38,7 @@ def loaded(gpu, smollm2_here):
 
 
 def logprobs_of(runner, prompt, generated):
-    """Log-probabilities [steps, V] of each next token, as the GPU goes on from the golden's ids."""
+    """Log-probabilities [steps, V] of each next token, with the golden ids as input."""
     table = np.random.default_rng(len(prompt)).permutation(runner.kv_blocks).astype(np.int32)
     table = table[: blocks_for(len(prompt) + len(generated) + KV_BLOCK)]
     rows = [runner.logits(prefill(prompt, table=table, rows=[len(prompt) - 1]))]
@@ -47,7 +48,7 @@ def logprobs_of(runner, prompt, generated):
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
-def test_log_probabilities_are_llama_cpps_but_for_8_bits(loaded, golden, record_property):
+def test_log_probabilities_equal_llama_cpps_within_8_bits(loaded, golden, record_property):
     first, top, chosen, flips, steps = [], [], [], [], 0
     for name, of in golden.items():
         ours = logprobs_of(loaded.engine._runner, of["prompt"].tolist(), of["ids"].tolist())
@@ -72,7 +73,7 @@ def test_log_probabilities_are_llama_cpps_but_for_8_bits(loaded, golden, record_
     assert all(gap < FLIP_GAP for *_, gap in flips), flips
 
 
-def test_greedy_answers_are_llama_cpps_up_to_a_near_tie(loaded, golden):
+def test_greedy_answers_equal_llama_cpps_up_to_a_near_tie(loaded, golden):
     same = 0
     for name, of in golden.items():
         wanted = of["ids"].tolist()

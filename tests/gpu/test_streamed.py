@@ -1,4 +1,4 @@
-"""The streamed references against the twins; here all weights come from the host, so no GPU is needed."""
+"""The streamed references compared with the twins, with weights on the host (no GPU)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from worker.gguf_file import GgufFile
 PROMPT = np.random.default_rng(2).integers(0, 280, 50).tolist()
 TABLE = np.arange(8, dtype=np.int32)
 BATCHES = [prefill(PROMPT, table=TABLE, rows=[0, 49]), decode(7, 50, TABLE), decode(9, 51, TABLE)]
-ORDER_OF_SUMS, ACROSS_A_ROUNDINGS_EDGE, NEAR_TIE = 1e-5, 2e-3, 1e-3
+ORDER_OF_SUMS, ROUNDING_BOUNDARY, NEAR_TIE = 1e-5, 2e-3, 1e-3
 
 
 class HostRows(streamed.DeviceRows):
-    """Weights that lie on the host already."""
+    """Weights that are already on the host."""
 
     def __init__(self):
         super().__init__(None, None)
@@ -39,7 +39,7 @@ class HostRows(streamed.DeviceRows):
 
 @pytest.mark.parametrize("name", ["gpt-oss", "phi3", "qwen2"])
 @pytest.mark.parametrize("rounds", [False, True])
-def test_a_reference_along_a_twins_trail_gives_the_twins_logits(name, rounds, tiny, monkeypatch):
+def test_a_reference_that_follows_a_twin_s_trail_gives_the_twin_s_logits(name, rounds, tiny, monkeypatch):
     monkeypatch.setattr(streamed, "SLAB", 40_000)  # several slabs a matrix, the last one shorter
     twin, exact = rounding_twin(tiny(name)), cpu_runner(tiny(name))
     walker = twin if rounds else exact
@@ -54,8 +54,8 @@ def test_a_reference_along_a_twins_trail_gives_the_twins_logits(name, rounds, ti
             if not rounds:
                 assert relative_error(answers.exact, logits) < ORDER_OF_SUMS
                 continue
-            assert relative_error(answers.twin, logits) < ACROSS_A_ROUNDINGS_EDGE
-            assert relative_error(answers.led, logits) < ACROSS_A_ROUNDINGS_EDGE
+            assert relative_error(answers.twin, logits) < ROUNDING_BOUNDARY
+            assert relative_error(answers.led, logits) < ROUNDING_BOUNDARY
             assert len(answers.halves) == 2 * len(exact._model.layers)
-            assert max(answers.halves) < ACROSS_A_ROUNDINGS_EDGE
+            assert max(answers.halves) < ROUNDING_BOUNDARY
             assert answers.tie < NEAR_TIE

@@ -1,4 +1,4 @@
-"""The suite's bookkeeping, also without a GPU: every file belongs to a part, and outcomes are counted."""
+"""The suite's bookkeeping without a GPU: parts of all files, counted outcomes."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def test_the_table_tells_failed_skipped_and_passed_parts_apart(capsys):
 def test_what_is_missing_is_told_in_one_sentence_before_the_table(capsys):
     reason = "SmolLM2 is not here: the model is not in the cache"
     suite.show([suite.Outcome("models", passed=1, skipped=[f"a: {reason}", f"b: {reason}"])])
-    told = capsys.readouterr().out.splitlines()
-    assert told[2] == "To run what was skipped: `worker pull smollm2` fetches SmolLM2."
-    assert told[-1].split()[:2] == ["models", "PASS"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "To run what was skipped: `worker pull smollm2` fetches SmolLM2."
+    assert lines[-1].split()[:2] == ["models", "PASS"]
 
 
 def test_every_choice_for_the_sanitizers_takes_a_test():

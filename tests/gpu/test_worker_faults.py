@@ -1,7 +1,7 @@
-"""`worker run` on the GPU and a Redis server: the device is lost, the process is killed, an allocation fails.
+"""`worker run` on the GPU and Redis: a lost device, a killed process, no memory.
 
-Whatever happens in the middle of an answer, its reader sees the ids of an undisturbed run, each once; that the protocol
-itself keeps this promise is `tests/service`'s, on other devices.
+After each fault in the middle of an answer, its reader receives the ids of an undisturbed run, each
+once. `tests/service` tests the protocol itself on other devices.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def whole(gpu, path):
 
 
 def read_to(events, kind, count=1):
-    """The events up to the `count`-th of a kind, that one included."""
+    """The events up to and including the `count`-th of a kind."""
     items = []
     for item in events:
         items.append(item)
@@ -42,15 +42,15 @@ def read_to(events, kind, count=1):
     return items
 
 
-def told_of(client, job_id):
-    """The whole story of a job: ids in the order of their publication, and all that is no token."""
+def events_of(client, job_id):
+    """A job's events: ids in the order of publication, and all events but tokens and metrics."""
     items = list(client.events(job_id, idle_s=IDLE_S))
     ids = [(item.event.i, item.event.id) for item in items if item.kind == "token"]
     return ids, [item.event for item in items if item.kind not in ("token", "metrics")]
 
 
-def is_the_whole_answer_continued(client, job_id, whole):
-    ids, others = told_of(client, job_id)
+def assert_continued(client, job_id, whole):
+    ids, others = events_of(client, job_id)
     assert ids == list(enumerate(whole))
     started, resumed, end = others
     assert (started.kind, resumed.kind, end.kind) == ("started", "resumed", "end")
@@ -59,13 +59,13 @@ def is_the_whole_answer_continued(client, job_id, whole):
     assert (end.finish_reason, end.tokens_out) == ("length", TOKENS)
 
 
-def test_a_lost_device_ends_the_worker_and_another_goes_on(path, whole, client, start):
+def test_a_lost_device_ends_the_worker_and_another_continues(path, whole, client, start):
     first = start(path, "--context", CONTEXT, FAULT="trap:300")
     client.submit(job_id="a", **FIELDS)
     read_to(client.events("a", idle_s=IDLE_S), "started")
     second = start(path, "--context", CONTEXT)
     assert first.wait(IDLE_S) == CudaError.exit_code == 2
-    is_the_whole_answer_continued(client, "a", whole)
+    assert_continued(client, "a", whole)
     own = [item.event for item in read_to(client.worker_events(first.id), "stopped")]
     assert [event.code for event in own if event.kind == "error"] == ["CUDA_ERROR"]
     assert own[-1].exit_code == 2
@@ -79,16 +79,16 @@ def test_a_killed_workers_job_is_continued_by_another(path, whole, client, start
     first.send(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     start(path, "--context", CONTEXT)
-    is_the_whole_answer_continued(client, "a", whole)
+    assert_continued(client, "a", whole)
 
 
 def test_a_failed_allocation_is_vram_oom_to_the_reader_and_the_next_job_is_right(path, whole, client, start):
     worker = start(path, "--context", CONTEXT, FAULT="oom:1")
     for job_id in ("a", "b"):
         client.submit(job_id=job_id, **FIELDS)
-    ids, (started, error) = told_of(client, "a")
+    ids, (started, error) = events_of(client, "a")
     assert (ids, started.kind, error.code, error.retriable) == ([], "started", "VRAM_OOM", True)
-    ids, others = told_of(client, "b")
+    ids, others = events_of(client, "b")
     assert ids == list(enumerate(whole))
     assert [event.kind for event in others] == ["started", "end"]
     worker.send(signal.SIGTERM)
@@ -96,4 +96,4 @@ def test_a_failed_allocation_is_vram_oom_to_the_reader_and_the_next_job_is_right
     own = [item.event for item in read_to(client.worker_events(worker.id), "stopped")]
     assert [event.code for event in own if event.kind == "error"] == ["VRAM_OOM"]
     held = {(event.weights, event.kv, event.activations) for event in own if event.kind == "vram"}
-    assert len(held) == 1, "memory is back at its baseline to the byte"
+    assert len(held) == 1, "accounted memory returns to its baseline"

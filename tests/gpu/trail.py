@@ -17,7 +17,7 @@ from worker.ops import Phase
 
 @dataclass
 class Trail:
-    """Per layer: `experts` [T, k] i32; `residuals` [T, d] f32 after each half ([R, …] in the last layer)."""
+    """Per layer: `experts` [T, k] i32, `residuals` [T, d] f32 after each half."""
 
     experts: list[np.ndarray] = field(default_factory=list)
     residuals: list[np.ndarray] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _TrailedModel:
 
 
 def logits_and_trail(runner, batch):
-    """The logits [R, V] of a batch on the GPU's runner, launched kernel by kernel, and the trail of that forward."""
+    """The logits [R, V] of a batch launched kernel by kernel, and the forward's trail."""
     trail, model = Trail(), runner._model
     runner._model = _TrailedModel(model, trail)
     try:
@@ -77,7 +77,7 @@ def logits_and_trail(runner, batch):
 
 
 def _logits(runner, batch):
-    """Launch a chunk without its graph; `runner.logits` launches decode steps without one anyway."""
+    """Launch a chunk without its graph; `runner.logits` uses none for decode steps."""
     if batch.phase is Phase.DECODE:
         return runner.logits(batch)
     with runner._stream:

@@ -1,4 +1,4 @@
-"""Launchers of attention over the KV cache: RoPE and KV write, then FlashAttention or split-KV decode.
+"""Launchers of RoPE, KV writes and attention: FlashAttention in prefill, split KV in decode.
 
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
 `rope_kv.cu`, `attention_prefill.cu`, `attention_decode.cu`. Twin: `worker/cpu/attention.py`.
@@ -92,7 +92,7 @@ class ChunkInputs(Protocol):
 
 
 def group_size(spec: Attention) -> int:
-    """GROUP: the number of query heads of one KV head that a block of the decode kernel computes."""
+    """GROUP: how many query heads of one KV head a block of the decode kernel computes."""
     heads = spec.n_heads // spec.n_kv_heads
     return max(size for size in range(1, _MAX_GROUP + 1) if heads % size == 0)
 
@@ -168,7 +168,7 @@ class AttentionLauncher:
         spec: Attention,
         state: DecodeInputs,
     ) -> Activations:
-        """Return y [S, H·D] of one token per sequence, as f32 and as q8; the same launch writes the cache."""
+        """Write k, v to the cache and return y [S, H·D] of one token per sequence, f32 and q8."""
         dim, group = _head_dim(spec), group_size(spec)
         keys, values = self._cache.layer(spec.layer)
         partials, arrivals = self._decode_split(spec, group)
@@ -199,10 +199,10 @@ class AttentionLauncher:
     def _prefill_split(
         self, spec: Attention, tokens: int, positions: int
     ) -> tuple[DeviceArray | None, DeviceArray | None, int, int]:
-        """Partial results, arrival counters, capacity in partial results, and Z, the layers of the grid.
+        """Partial results, arrival counters, capacity in results, and Z, the layers of the grid.
 
-        Z changes no bit, so it may depend on the device. Memory is reserved by the dry run of a chunk,
-        before graphs are captured.
+        Z changes no bit, so it may depend on the device. Memory is reserved by the dry run of a
+        chunk, before graphs are captured.
         """
         tiles, segments = -(-tokens // _QUERY_TILE), -(-positions // _SEGMENT)
         if tokens > _SPLIT_TOKENS or segments == 1:
@@ -217,7 +217,7 @@ class AttentionLauncher:
         return *self._prefill_scratch[key], min(segments, layers)
 
     def _decode_split(self, spec: Attention, group: int) -> tuple[DeviceArray, DeviceArray]:
-        """Partial results (partial_floats of kernels/softmax_parts.cuh each) and arrival counters."""
+        """Partial results (partial_floats of softmax_parts.cuh each) and arrival counters."""
         key = (spec.n_heads, spec.head_dim, group)
         if key not in self._decode_scratch:
             counters = self._sequences * spec.n_heads // group

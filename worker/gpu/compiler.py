@@ -1,9 +1,9 @@
 """Compile kernels with NVRTC, cache the machine code on disk, and load it.
 
-A kernel is `(file, expression)`, such as ("matvec.cu", "matvec<Q4_K, 4>"). The headers of `kernels/`
-are inlined with `#line`, so the cache key covers them and compile errors name their lines. Each
-kernel is a program of its own: kernels compile in parallel, and only those that a model uses.
-Constants that Python and CUDA share are passed as `-D` options: see `launcher_modules`. Next:
+A kernel is `(file, expression)`, such as ("matvec.cu", "matvec<Q4_K, 4>"). The headers of
+`kernels/` are inlined with `#line`, so the cache key covers them and compile errors name their
+lines. Each kernel is a program of its own: kernels compile in parallel, and only those that a model
+uses. Constants that Python and CUDA share are passed as `-D` options: see `launcher_modules`. Next:
 `kernel.py`, `launch.py`.
 """
 
@@ -35,7 +35,7 @@ _INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
 
 
 class Nvrtc(Protocol):
-    """The functions of `cupy.cuda.nvrtc` that a compilation uses; tests implement them over the wheel's library."""
+    """The functions of `cupy.cuda.nvrtc` that a compilation uses."""
 
     NVRTCError: type[Exception]
 
@@ -59,7 +59,7 @@ class Compiled:
 
 
 def inlined(file: str) -> str:
-    """The text of a kernel file with each header inlined at its first #include, with `#line` directives."""
+    """The text of a kernel file with its headers inlined once each, with `#line` directives."""
     return "\n".join(_lines(file, set())) + "\n"
 
 
@@ -79,10 +79,10 @@ def _lines(file: str, seen: set[str]) -> Iterable[str]:
 
 @cache
 def launcher_modules() -> tuple[ModuleType, ...]:
-    """Modules of this package that launch kernels: those with `INSTANTIATIONS`, the kernels they may launch.
+    """This package's launcher modules: those with `INSTANTIATIONS`, the kernels they launch.
 
-    A launcher module may also have `DEFINES: Mapping[str, int]`: constants for every .cu file of its
-    INSTANTIATIONS. Launchers import this module, so they are imported here on the first call.
+    A launcher module may also have `DEFINES: Mapping[str, int]`: constants for every .cu file of
+    its INSTANTIATIONS. Launchers import this module, so they are imported here on the first call.
     """
     package = __name__.rpartition(".")[0]
     paths = importlib.import_module(package).__path__
@@ -154,7 +154,7 @@ class Kernels:
         self._pending[name] = self._pool.submit(self._compile_and_load, name, self._digests[file])
 
     def prepare(self, names: Iterable[KernelName]) -> None:
-        """Compile in parallel and load `names` and all kernels that have begun, before the model is ready."""
+        """Compile in parallel and load `names` and all kernels that have begun."""
         try:
             for name in names:
                 self.begin(name)

@@ -1,4 +1,4 @@
-"""Launch one kernel, with or without PDL; capture launches as a CUDA graph; translate driver errors.
+"""Launch kernels, with or without PDL; capture CUDA graphs; translate driver errors.
 
 PDL is CUDA's programmatic dependent launch: the blocks of a kernel start while the preceding kernel
 still runs, so its first weights are loading when the predecessor's results become visible (rules:
@@ -53,8 +53,8 @@ class Kernel:
     ) -> None:
         """Launch on the current stream.
 
-        `args` are device arrays, None for a null pointer, NumPy scalars of the parameter's width, and
-        0-d arrays for structs. `pdl` requires a kernel that calls `grid_dependency_wait`.
+        `args` are device arrays, None for a null pointer, NumPy scalars of the parameter's width,
+        and 0-d arrays for structs. `pdl` requires a kernel that calls `grid_dependency_wait`.
 
         Raises: the driver's error if the launch fails.
         """
@@ -69,8 +69,8 @@ class Kernel:
 def launch_with_pdl(function: int, grid: Shape, block: Shape, args: Sequence[Any], shared_mem: int) -> None:
     """cuLaunchKernelEx with programmatic stream serialization, on CuPy's current stream.
 
-    The driver copies the arguments. Each launch has its own configuration: the call releases the GIL,
-    and several threads may launch one kernel at the same time.
+    The driver copies the arguments. Each launch has its own configuration: the call releases the
+    GIL, and several threads may launch one kernel at the same time.
     """
     import cupy  # noqa: PLC0415
     from cuda.bindings import driver  # noqa: PLC0415
@@ -95,8 +95,8 @@ def launch_with_pdl(function: int, grid: Shape, block: Shape, args: Sequence[Any
 def _parameter_bytes(arg: Any) -> bytes:
     """The bytes of one kernel parameter, padded to whole slots.
 
-    `tobytes` avoids `__array_interface__` of each struct, which describes its dtype and would take a
-    third of the launch time.
+    `tobytes` avoids `__array_interface__` of each struct, which describes its dtype and would take
+    a third of the launch time.
     """
     if arg is None:
         return bytes(_SLOT)
@@ -106,10 +106,12 @@ def _parameter_bytes(arg: Any) -> bytes:
 
 
 def capture_graph(enqueue: Callable[[], None], stream: Any) -> Any:
-    """Capture everything that `enqueue` launches on `stream`, without running it; launch with `graph.launch(stream)`.
+    """Capture all that `enqueue` launches on `stream`, without running it.
 
-    Before the capture, the kernels must be loaded and the scratch memory reserved (see `dry_run`). All
-    memory that the graph uses must outlive it at the same address.
+    Launch the graph with `graph.launch(stream)`.
+
+    Before the capture, the kernels must be loaded and the scratch memory reserved (see `dry_run`).
+    All memory that the graph uses must outlive it at the same address.
     """
     stream.begin_capture()
     try:
@@ -126,8 +128,8 @@ def capture_graph(enqueue: Callable[[], None], stream: Any) -> Any:
 def device_errors() -> Iterator[None]:
     """Translate the driver's errors: VramOom for a failed allocation, CudaError for all others.
 
-    An error of an earlier kernel surfaces at a later launch or synchronization, and every call after it
-    fails too: after CudaError the process must end.
+    An error of an earlier kernel surfaces at a later launch or synchronization, and every call
+    after it fails too: after CudaError the process must end.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The interfaces that launchers use: kernels by name, and arrays for results; and the dry run of a forward.
+"""The interfaces that launchers use, kernels and result arrays, and the dry run of a forward.
 
 `dry_run` runs a forward with kernels that only record their names and arrays without memory. It
 determines the kernels and the activation bytes of a model before either exists.
@@ -38,7 +38,7 @@ class Allocator(Protocol):
 
 
 class PdlInMatmulOnly:
-    """Kernels of which only matmul.cu launches with PDL: in long chunks that is faster than all or none."""
+    """Kernels of which only matmul.cu launches with PDL: in long chunks the fastest choice."""
 
     def __init__(self, kernels: Launcher) -> None:
         self._kernels = kernels
@@ -64,7 +64,10 @@ class Requirements:
 def dry_run(
     forward: Callable[[Launcher, Allocator], object], on_kernel: Callable[[KernelName], None] = lambda _: None
 ) -> Requirements:
-    """Run `forward` without a device. `on_kernel` is called with each kernel's name at its first use."""
+    """Run `forward` without a device.
+
+    `on_kernel` is called with each kernel's name at its first use.
+    """
     kernels, pool = _Recorder(on_kernel), _DryPool()
     forward(kernels, pool)
     return Requirements(tuple(kernels.names), pool.peak)
@@ -92,8 +95,8 @@ def _no_launch(*args: Any, **options: Any) -> None:
 class _DryPool:
     """Allocates offsets as `Pool` does, without memory.
 
-    All elements of an array are one element, which its views keep alive. Untouched memory would also
-    do, but each mapping of pages waits for the threads that read the model's file.
+    All elements of an array are one element, which its views keep alive. Untouched memory would
+    also do, but each mapping of pages waits for the threads that read the model's file.
     """
 
     def __init__(self) -> None:

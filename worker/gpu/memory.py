@@ -1,4 +1,4 @@
-"""Device memory, accounted by purpose: every allocation of this process goes through one `DeviceMemory`.
+"""Device memory by purpose: every allocation of this process goes through `DeviceMemory`.
 
 Memory comes from plain cudaMalloc in large slabs. A `Pool` divides one slab into arrays at 256-byte
 offsets and reuses each range when the last view of its array dies. First fit and reference counts
@@ -42,7 +42,7 @@ def aligned(nbytes: int) -> int:
 
 
 class FreeList:
-    """The free ranges of `size` bytes, first fit: (offset, size) in ascending order, neighbours merged."""
+    """Free ranges (offset, size) of a slab, ascending, neighbours merged; first fit."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -54,7 +54,7 @@ class FreeList:
         return sum(size for _, size in self._ranges)
 
     def allocate(self, size: int) -> int | None:
-        """The offset of `size` bytes at the start of the first range that holds them; None if none does."""
+        """The offset of `size` bytes in the first range that holds them, or None."""
         for index, (offset, available) in enumerate(self._ranges):
             if available >= size:
                 rest = [(offset + size, available - size)] if available > size else []
@@ -75,7 +75,7 @@ class FreeList:
 
 
 class _Owner:
-    """Keeps `memory` alive for the arrays over it, and calls `release` when the last of them dies."""
+    """Keeps `memory` alive for the arrays over it; calls `release` after the last one."""
 
     def __init__(self, memory: Any, release: Callable[[], None]) -> None:
         self._memory = memory
@@ -108,8 +108,8 @@ class Slab:
 class DeviceMemory:
     """The device memory of this process.
 
-    `fails` is for tests: it is called with the number of each allocation, from 1, including those of
-    pools, and returns whether the allocation fails.
+    `fails` is for tests: it is called with the number of each allocation, from 1, including those
+    of pools, and returns whether the allocation fails.
     """
 
     def __init__(self, fails: Callable[[int], bool] | None = None) -> None:

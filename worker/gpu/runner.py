@@ -1,12 +1,13 @@
-"""The GPU's model runner: prepare memory and kernels, capture CUDA graphs, run steps, launch one step ahead.
+"""The GPU's model runner: prepare, capture CUDA graphs, run steps, launch one step ahead.
 
-- Prepare (`_prepare`): dry runs determine the kernels to compile and the bytes of the activation pools.
-- Capture (`_capture_decode`, `_capture_chunk`): one graph for the decode step of a single sequence, the
-  sampler included, and one per chunk size for prompts.
-- Run (`run`): a prompt runs in chunks, one graph launch each; a decode step of one sequence is one graph
-  launch; several sequences are launched kernel by kernel.
-- Lookahead (`_read`): the next decode step is launched before the token of the last one is read, since
-  its inputs are already on the device. It is discarded if the next call is for another step.
+- Prepare (`_prepare`): dry runs determine the kernels to compile and the bytes of the activation
+  pools.
+- Capture (`_capture_decode`, `_capture_chunk`): one graph for the decode step of a single sequence,
+  the sampler included, and one per chunk size for prompts.
+- Run (`run`): a prompt runs in chunks, one graph launch each; a decode step of one sequence is one
+  graph launch; several sequences are launched kernel by kernel.
+- Lookahead (`_read`): the next decode step is launched before the token of the last one is read,
+  since its inputs are already on the device. It is discarded if the next call is for another step.
 
 Independent of the model's architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`.
 """
@@ -46,7 +47,10 @@ class GpuSettings:
     kv_blocks: int
     context: int
     prefill_tokens: int = 1024
-    """A multiple of B. It changes no bit, but the activation memory and the time a cancellation waits."""
+    """A multiple of B.
+
+    It changes no bit, but the activation memory and the time a cancellation waits.
+    """
     sequences: int = 1
     """Maximum number of sequences in a decode step."""
     logit_rows: int = 1
@@ -77,7 +81,8 @@ class Lookahead:
     def matches(self, batch: Batch, request: DrawRequest) -> bool:
         """Whether a call is for this step: the next token of the same sequence, drawn the same way.
 
-        A sequence has one list of generated ids for its whole life, so its identity identifies the sequence.
+        A sequence has one list of generated ids for its whole life, so its identity identifies the
+        sequence.
         """
         return (
             request.generated is self.request.generated
@@ -160,7 +165,7 @@ class GpuRunner:
     # Preparation and capture
 
     def _prepare(self, memory: DeviceMemory) -> dict[Phase, Pool]:
-        """Compile the model's kernels and reserve its activation pools, as dry runs determine them."""
+        """Compile the kernels and reserve the activation pools that dry runs determine."""
 
         def prefill(kernels: Launcher, pool: Allocator) -> None:
             for tokens in self._chunk_sizes():
@@ -178,11 +183,11 @@ class GpuRunner:
         return {phase: Pool(memory, size, Purpose.ACTIVATIONS) for phase, size in sizes.items()}
 
     def _capture_decode(self) -> Any:
-        """Capture the decode graph: one step of one sequence over the step state, sampler included."""
+        """Capture the decode graph: one sequence's step over the step state, with sampler."""
         return capture_graph(lambda: self._draw(self._decode_forward(_empty_step(1))), self._stream)
 
     def _chunk_sizes(self) -> list[int]:
-        """The captured chunk sizes, ascending; a shorter chunk uses the next size, with equal bits."""
+        """The captured chunk sizes, ascending; a shorter chunk uses the next one."""
         longest = self._settings.prefill_tokens
         return [*(tokens for tokens in _SHORT_CHUNKS if tokens < longest), longest]
 
@@ -212,7 +217,7 @@ class GpuRunner:
     # Prefill
 
     def _prefill(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched) -> list[Draw]:
-        """Run the batch chunk by chunk; draw from each row with logits before the next chunk runs."""
+        """Run the batch in chunks; draw from a chunk's rows before the next chunk runs."""
         rows = (row[None] for logits in self._run_chunks(batch, on_launched) for row in logits)
         wanted = zip(rows, batch.logit_rows, requests, strict=True)
         return [self._first_draw(batch, int(at), row, request, on_launched) for row, at, request in wanted]

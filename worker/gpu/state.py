@@ -1,8 +1,8 @@
 """Inputs of a step or a prompt's chunk in device memory, and their upload in one asynchronous copy.
 
-Captured graphs read all their inputs from here. The sampler's kernel writes a sequence's next token,
-position and index into `StepState`, so the host loads it only when a sequence starts or another one
-continues. Kernel side: `kernels/sample.cu`. Next: `runner.py`.
+Captured graphs read all their inputs from here. The sampler's kernel writes a sequence's next
+token, position and index into `StepState`, so the host loads it only when a sequence starts or
+another one continues. Kernel side: `kernels/sample.cu`. Next: `runner.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PINNED_SLOTS = 4
 
 
 class PinnedRing:
-    """Page-locked buffers used in turn; a buffer is rewritten only after the device has finished with it."""
+    """Page-locked buffers in turn; each is rewritten only after the device has finished with it."""
 
     def __init__(self, nbytes: int, slots: int = _PINNED_SLOTS) -> None:
         import cupy  # noqa: PLC0415
@@ -57,7 +57,7 @@ class PinnedRing:
         self._events[slot].record(stream)
 
     def download(self, source: DeviceArray, stream: Any) -> tuple[np.ndarray[Any, Any], Any]:
-        """Copy `source` to the host in stream order: a view that is valid once the event has completed.
+        """Copy `source` to the host in stream order: a view, valid once the event has completed.
 
         The view is overwritten after as many downloads as there are slots.
         """
@@ -88,7 +88,8 @@ class _Inputs:
 class StepState:
     """Inputs of a decode step of S sequences.
 
-    `tokens` [S] and `positions` [S] i32, `requests` [S] (bytes of REQUEST), `tables` [S, blocks] i32.
+    `tokens` [S] and `positions` [S] i32, `requests` [S] (bytes of REQUEST), `tables` [S, blocks]
+    i32.
     """
 
     def __init__(self, memory: DeviceMemory, sequences: int, blocks: int) -> None:
@@ -98,7 +99,7 @@ class StepState:
         self.tokens, self.positions, self.requests, self.tables = self._inputs.arrays
 
     def load(self, batch: Batch, requests: Sequence[DrawRequest], stream: Any) -> None:
-        """Set all rows: tokens to compute, their positions and block tables, and the draws that follow."""
+        """Upload all rows: tokens, their positions and block tables, and the draws that follow."""
         tables = np.zeros(self.tables.shape, np.int32)
         if len(batch.block_tables) > len(tables):
             raise ValueError(f"a step of {len(batch.block_tables)} sequences exceeds the step state's {len(tables)}")
@@ -111,9 +112,9 @@ class StepState:
 class ChunkState:
     """Inputs of a chunk of a prompt.
 
-    `tokens` [T]; `span` [2]: position of the first token, number of valid tokens; `wanted` [R]: rows
-    whose logits are requested; `table` [blocks]; all i32. `count` [1] is the second element of `span`,
-    `wanted_count` [1] the number of valid rows in `wanted`.
+    `tokens` [T]; `span` [2]: position of the first token, number of valid tokens; `wanted` [R]:
+    rows whose logits are requested; `table` [blocks]; all i32. `count` [1] is the second element of
+    `span`, `wanted_count` [1] the number of valid rows in `wanted`.
     """
 
     def __init__(self, memory: DeviceMemory, tokens: int, rows: int, blocks: int) -> None:
