@@ -1,4 +1,4 @@
-"""As much of CuPy as an upload asks for, over host memory and done at once, for machines without a GPU."""
+"""The part of CuPy that an upload uses, over host memory and synchronous."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CudaFailure(Exception):
 
 
 class FakeCupy:
-    """`cupy`: `copies` counts; the copy number `fails_at` fails."""
+    """`cupy`: `copies` counts copies; the copy with number `fails_at` fails."""
 
     def __init__(self):
         self.copies = 0
@@ -86,7 +86,7 @@ class _Stream:
 
 
 class FakeArray:
-    """Bytes of a plane or values of a vector, full of what nobody wrote."""
+    """Bytes of a plane or values of a vector, poisoned."""
 
     def __init__(self, shape, dtype):
         self.host = np.full(shape, 0xAA, np.uint8).view() if dtype == np.uint8 else np.full(shape, np.nan, dtype)
@@ -94,7 +94,7 @@ class FakeArray:
 
 
 class FakePool:
-    """`Pool` without a bound; `alive` counts arrays that somebody holds."""
+    """`Pool` without a limit; `alive` counts referenced arrays."""
 
     def __init__(self):
         self.alive = 0
@@ -110,7 +110,7 @@ class FakePool:
 
 
 class FakeMemory:
-    """`DeviceMemory` that counts what is held."""
+    """`DeviceMemory` that counts the reserved bytes in `held`."""
 
     def __init__(self):
         self.held = 0
@@ -131,14 +131,14 @@ class FakeMemory:
 
 
 def cut(kind, blocks):
-    """Blocks cut into four pieces of the planes' sizes: no layout of ours, but every byte has one place."""
+    """Split blocks into four arrays of the planes' sizes (not a real layout)."""
     rows = blocks.reshape(-1, kind.block_bytes)
     ends = np.cumsum(plane_bytes(kind, kind.block_size)).tolist()
     return [rows[:, start:end].reshape(-1) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 class FakeKernels:
-    """`Kernels` whose repack cuts as `cut` does."""
+    """`Kernels` whose repack splits blocks as `cut` does."""
 
     def get(self, file, expression):
         kind = next(kind for kind in QUANT_TYPES if expression == f"repack<{kind.name}>")
@@ -149,8 +149,8 @@ class FakeKernels:
             assert grid[0] * block[0] >= units
             size = int(units) * 32 // kind.block_size * kind.block_bytes
             source = np.frombuffer((ctypes.c_uint8 * size).from_address(int(address)), np.uint8)
-            for place, piece in zip(to.item(), cut(kind, source), strict=True):
-                if piece.size:
-                    ctypes.memmove(place, piece.tobytes(), piece.size)
+            for target, plane in zip(to.item(), cut(kind, source), strict=True):
+                if plane.size:
+                    ctypes.memmove(target, plane.tobytes(), plane.size)
 
         return repack

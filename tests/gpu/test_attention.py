@@ -114,7 +114,7 @@ class Bench:
 
     def __post_init__(self):
         from worker.gpu.attention import AttentionLauncher
-        from worker.gpu.kv_cache import KvCache
+        from worker.gpu.state import KvCache
 
         self.pool = GuardedPool()
         self.cache = KvCache(self.memory, self.scene.hp, BLOCKS)

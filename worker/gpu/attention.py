@@ -7,17 +7,16 @@ The phase chooses the kernel; the arithmetic of a token depends on its position 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
-from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
 from worker.gpu.quantized import Activations, activations_like
 from worker.gpu.scaled_f16 import ScaledF16, padded
+from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention, Rope
 
 HEAD_DIMS = (64, 96, 128)
@@ -73,24 +72,6 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
 )
 
 
-class DecodeInputs(Protocol):
-    """Device inputs of the decode kernel: `positions` [S] i32, block `tables` [S, blocks] i32."""
-
-    positions: DeviceArray
-    tables: DeviceArray
-
-
-class ChunkInputs(Protocol):
-    """Device inputs of the prefill kernels.
-
-    `span` [2] i32: position of the chunk's first token, number of tokens; `table` [blocks] i32: the
-    sequence's block table.
-    """
-
-    span: DeviceArray
-    table: DeviceArray
-
-
 def group_size(spec: Attention) -> int:
     """GROUP: how many query heads of one KV head a block of the decode kernel computes."""
     heads = spec.n_heads // spec.n_kv_heads
@@ -129,7 +110,7 @@ class AttentionLauncher:
         k: DeviceArray,
         v: DeviceArray,
         spec: Attention,
-        chunk: ChunkInputs,
+        chunk: ChunkState,
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = _head_dim(spec), len(q)
@@ -166,7 +147,7 @@ class AttentionLauncher:
         k: DeviceArray,
         v: DeviceArray,
         spec: Attention,
-        state: DecodeInputs,
+        state: StepState,
     ) -> Activations:
         """Write k, v to the cache and return y [S, H·D] of one token per sequence, f32 and q8."""
         dim, group = _head_dim(spec), group_size(spec)

@@ -13,10 +13,10 @@ from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.gpu.attention import MAX_PARTIAL_BYTES
 from worker.gpu.compiler import Kernels
-from worker.gpu.kv_cache import ELEMENT_BYTES
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.runner import GpuRunner, GpuSettings
+from worker.gpu.state import KV_ELEMENT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
 from worker.model import Hparams
 
@@ -60,7 +60,7 @@ class GpuBackend:
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         """See `Backend.kv_bytes_per_token`."""
-        return hp.kv_bytes_per_token(ELEMENT_BYTES)
+        return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
     def overhead_bytes(self, hp: Hparams) -> int:
         """Activations of a chunk, f32 and f16 side by side, attention's parts, the margin; a dry run tells exactly."""

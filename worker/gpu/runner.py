@@ -24,12 +24,11 @@ from worker.gpu.attention import AttentionLauncher
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.kernel import capture_graph, device_errors
-from worker.gpu.kv_cache import KvCache
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.sampler import SamplerLauncher, unpack
-from worker.gpu.state import ChunkState, PinnedRing, StepState
+from worker.gpu.state import ChunkState, KvCache, PinnedRing, StepState
 from worker.model import Hparams, Model, OnLaunched
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest

@@ -1,8 +1,9 @@
-"""Inputs of a step or a prompt's chunk in device memory, and their upload in one asynchronous copy.
+"""The state of sequences in device memory: KV cache, inputs of a decode step, inputs of a chunk.
 
-Captured graphs read all their inputs from here. The sampler's kernel writes a sequence's next
-token, position and index into `StepState`, so the host loads it only when a sequence starts or
-another one continues. Kernel side: `kernels/sample.cu`. Next: `runner.py`.
+Captured graphs read all their inputs from here; the host uploads them in one asynchronous copy. The
+sampler's kernel writes a sequence's next token, position and index into `StepState`, so the host
+loads it only when a sequence starts or another one continues. Kernel side: `kernels/kv_cache.cuh`,
+`kernels/sampling.cuh`. Next: `runner.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.ops import Batch
+from worker.model import Hparams
+from worker.ops import KV_BLOCK, Batch
 from worker.sampling import DrawRequest, Sampling
 
 REQUEST = np.dtype(
@@ -26,7 +28,27 @@ REQUEST = np.dtype(
 )
 """`Request` of kernels/sampling.cuh."""
 
+KV_ELEMENT_BYTES = 2
+"""Bytes of an f16."""
+
 _PINNED_SLOTS = 4
+
+
+class KvCache:
+    """The paged KV cache: K and V of each layer as [blocks, Hk, B, D] f16.
+
+    Unwritten slots are never read.
+    """
+
+    def __init__(self, memory: DeviceMemory, hp: Hparams, blocks: int) -> None:
+        shape = (hp.block_count, 2, blocks, hp.head_count_kv, KV_BLOCK, hp.head_dim)
+        slab = memory.reserve(blocks * KV_BLOCK * hp.kv_bytes_per_token(KV_ELEMENT_BYTES), Purpose.KV)
+        self.array: DeviceArray = slab.array(shape, np.float16)
+        self._layers = [(self.array[layer, 0], self.array[layer, 1]) for layer in range(hp.block_count)]
+
+    def layer(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
+        """The keys and values of one layer."""
+        return self._layers[layer]
 
 
 class PinnedRing:
