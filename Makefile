@@ -11,28 +11,28 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test kernels test-gpu check lint types contracts chaos bench clean
 
 help:
-	@echo "make demo    get a small real model and chat with it"
-	@echo "make test    the whole suite that needs no GPU"
-	@echo "make check   what CI runs: lint, types, import contracts, tests, kernels, three minutes of chaos"
-	@echo "make chaos   kill workers for a while and check every event stream: [SEED=n] [MINUTES=m]"
-	@echo "make test-gpu  the suite for a machine with an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
-	@echo "make bench   measure a model, by default SmolLM2: [MODELS='a.gguf b.gguf']"
-	@echo "make clean   remove .venv and caches; pulled models stay"
+	@echo "make demo    download a small model, start a server and a worker, run two jobs"
+	@echo "make test    run the whole test suite; no GPU needed"
+	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
+	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m]"
+	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
+	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
+	@echo "make clean   remove .venv and caches; keep pulled models"
 
 demo: $(VENV)/.installed
 	@$(BIN)/worker demo
 
-# One BLAS thread: the tests' matrices are small, and two threads on a busy machine wait for each other.
+# One BLAS thread: the matrices of the tests are small, and more threads contend on a busy machine.
 test: $(VENV)/.installed-dev
 	@$(BIN)/worker pull smollm2
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -m "not kernels"
 
-# Every kernel in every form for sm_80, sm_90 and sm_100, with NVRTC's wheel and no GPU.
+# Compile every kernel in every form for sm_80, sm_90 and sm_100 with the NVRTC wheel; no GPU needed.
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m kernels
 
-# On a machine with an NVIDIA GPU, after `.venv/bin/pip install '.[gpu]'`: PART=ops, models, full, faults or sanitize.
-# SYNTH names the script that writes the full-size files where the cache has none.
+# Needs an NVIDIA GPU and `.venv/bin/pip install '.[gpu]'`. PART is ops, models, full, faults or
+# sanitize. SYNTH is a script that writes the full-size files that the cache lacks.
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.gpu.suite $(PART) $(if $(SYNTH),--synth $(SYNTH))
 
@@ -49,11 +49,12 @@ types: $(VENV)/.installed-dev
 contracts: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
-# Options are left out where they are not given: the seed is drawn then, and printed.
+# Without SEED a seed is drawn and printed.
 chaos: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
-# A file a model in benchmarks/results, a plot of them, and their tables; docs/performance.md says how it is filled.
+# Write one file for each model to benchmarks/results, plot them and print their tables.
+# docs/performance.md describes how its tables are generated.
 bench: $(VENV)/.installed-dev
 	@mkdir -p $(RESULTS)
 	@case " $(MODELS) " in *" smollm2 "*) $(BIN)/worker pull smollm2;; esac
