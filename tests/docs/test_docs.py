@@ -21,8 +21,8 @@ def names(pages):
     return [str(page.relative_to(ROOT)) for page in pages]
 
 
-def words_in_code(page):
-    """The words of a page's code blocks and code spans."""
+def code_of(page):
+    """The lines of a page's code blocks, without trailing comments, and its code spans."""
     text = page.read_text("utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
@@ -39,14 +39,14 @@ def test_every_link_to_a_file_resolves(page):
 @pytest.mark.parametrize("page", CURRENT, ids=names(CURRENT))
 def test_every_command_exists(page):
     commands = get_command(command_line()).commands
-    shown = [re.match(r"(?:worker|python -m worker) ([a-z-]+)", code) for code in words_in_code(page)]
+    shown = [re.match(r"(?:worker|python -m worker) ([a-z-]+)", code) for code in code_of(page)]
     assert {match[1] for match in shown if match} - set(commands) == set()
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=names(CURRENT))
 def test_every_make_target_exists(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    shown = [re.match(r"make ([a-z-]+)", code) for code in words_in_code(page)]
+    shown = [re.match(r"make ([a-z-]+)", code) for code in code_of(page)]
     assert {match[1] for match in shown if match} - targets == set()
 
 
