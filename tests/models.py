@@ -12,7 +12,7 @@ from worker.adapters.hparams import read_hparams
 from worker.adapters.weights import Weights
 from worker.cpu.backend import upload
 from worker.cpu.runner import CpuRunner
-from worker.engine import Engine, EngineSettings, Sequence, Token
+from worker.engine import DrawnToken, Engine, EngineSettings, Sequence
 from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
@@ -55,17 +55,17 @@ def engine_of(
     return Engine(runner, EngineSettings(context, chunk, running, prefix_cache), blocks)
 
 
-def run(engine: Engine, *sequences: Sequence) -> dict[str, list[Token]]:
+def run(engine: Engine, *sequences: Sequence) -> dict[str, list[DrawnToken]]:
     """Run sequences to their ends: their tokens by sequence id."""
     for sequence in sequences:
         engine.add(sequence)
-    tokens: dict[str, list[Token]] = {s.id: [] for s in sequences}
+    tokens: dict[str, list[DrawnToken]] = {s.id: [] for s in sequences}
     while not engine.idle:
         for token in engine.step():
             tokens[token.sequence_id].append(token)
     return tokens
 
 
-def ids(tokens: list[Token]) -> list[int]:
+def ids(tokens: list[DrawnToken]) -> list[int]:
     """The drawn ids."""
     return [token.draw.id for token in tokens]

@@ -1,4 +1,4 @@
-"""A job's answer: prompt to ids, drawn ids to published tokens, and going on from published ids."""
+"""A job's answer: prompt to ids, drawn ids to published tokens, and continuing published ids."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def answer(loaded, published=(), **fields):
     return Answer(job, job.resolve(limits, len(prompt), "1-1"), loaded.tokenizer, prompt, published)
 
 
-def tokens_of(loaded, made):
+def tokens_of(loaded, answered):
     published = []
-    loaded.engine.add(made.sequence)
-    while made.finish_reason is None:
-        published += [token for drawn in loaded.engine.step() if (token := made.push(drawn))]
-    loaded.engine.abort(made.sequence.id)
+    loaded.engine.add(answered.sequence)
+    while answered.finish_reason is None:
+        published += [token for drawn in loaded.engine.step() if (token := answered.push(drawn))]
+    loaded.engine.abort(answered.sequence.id)
     return published
 
 
@@ -52,7 +52,7 @@ def test_a_second_worker_publishes_what_the_first_would_have(loaded):
         assert tokens_of(loaded, answer(loaded, published, temperature=0.8, ignore_eos=True)) == whole[cut:]
 
 
-def test_published_ids_that_already_meet_an_end_leave_nothing_to_run(loaded):
+def test_published_ids_that_are_a_whole_answer_leave_nothing_to_run(loaded):
     whole = tokens_of(loaded, answer(loaded))
     done = answer(loaded, [token.id for token in whole])
     assert done.finish_reason in ("length", "stop")
@@ -74,11 +74,11 @@ def test_a_stop_string_ends_the_answer_and_is_not_published(loaded):
 
 
 def test_tokens_after_the_end_are_dropped(loaded):
-    made = answer(loaded, max_tokens=2)
-    drawn = run(loaded.engine, made.sequence)["j"]
-    assert [made.push(token) is not None for token in [*drawn, drawn[-1]]] == [True, True, False]
+    answered = answer(loaded, max_tokens=2)
+    drawn = run(loaded.engine, answered.sequence)["j"]
+    assert [answered.push(token) is not None for token in [*drawn, drawn[-1]]] == [True, True, False]
 
 
-def test_a_chat_that_its_template_refuses_is_an_invalid_request(loaded):
+def test_a_chat_that_its_template_rejects_is_an_invalid_request(loaded):
     with pytest.raises(InvalidRequest):
         answer(loaded, prompt=None, messages=[{"role": "user", "content": "\ud800"}])

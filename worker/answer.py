@@ -1,8 +1,9 @@
-"""A job's answer in the making: prompt to ids before the engine, ids to published tokens after it.
+"""One job's answer: prompt to token ids before the engine, drawn ids to published tokens after it.
 
-What joins jobs, text and engine, without a clock, a server or a device: everything about token i follows from the job,
-what was resolved for it and the ids before i. So a second worker that is given the published ids goes on where the
-first one was. `worker/service.py` and `worker generate` both drive it.
+No clock, server or device: everything about token i is a function of the job, its resolved
+parameters and the ids before i, so a second worker that gets the published ids continues exactly.
+Callers are `worker/service/generation.py` and `worker generate`. Stop strings are matched, and text
+withheld for them, in `worker/text/text_stream.py`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections.abc import Sequence as Ids
 from datetime import datetime
 
 from worker import engine
-from worker.jobs.events import FinishReason, Token
+from worker.jobs.events import Token
 from worker.jobs.protocol import Job, Resolved
-from worker.sampling import Sampling
+from worker.sampling import FinishReason, Sampling
 from worker.text.text_stream import TextStream
 from worker.text.tokenizer import Tokenizer
 
 
 def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
-    """The job's prompt as token ids. Raises InvalidRequest, among others for a chat without a usable template."""
+    """The job's prompt as token ids. Raises InvalidRequest, e.g. if the chat template fails."""
     if job.prompt_tokens is not None:
         return list(job.prompt_tokens)
     if job.messages is not None:
@@ -28,14 +29,14 @@ def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
 
 
 class Answer:
-    """One job's answer. `sequence` goes to the engine; every token that comes back goes through `push`."""
+    """One job's answer. Add `sequence` to the engine; pass each token that it draws to `push`."""
 
     def __init__(
         self, job: Job, resolved: Resolved, tokenizer: Tokenizer, prompt: Ids[int], published: Ids[int] = ()
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
-        """Which stop string ended the answer."""
+        """The stop string that ended the answer."""
         self.sequence = engine.Sequence(
             job.job_id,
             list(prompt),
@@ -48,15 +49,15 @@ class Answer:
         for index, token_id in enumerate(published):
             self._release(index, token_id)
 
-    def push(self, token: engine.Token) -> Token | None:
-        """The token as it is published, or None if it was published before or comes after the answer's end."""
+    def push(self, token: engine.DrawnToken) -> Token | None:
+        """The token to publish, or None if it is a replayed one or follows the answer's end."""
         if token.replayed or self.finish_reason:
             return None
         text, channel = self._release(token.index, token.draw.id)
         return Token(token.index, token.draw.id, text, token.draw.logprob, token.draw.top, channel)
 
     def _release(self, index: int, token_id: int) -> tuple[str, str | None]:
-        """The text and channel of token `index`; sets what ends the answer, a stop string before anything else."""
+        """The text and channel of a token. Sets the finish reason; a stop string takes priority."""
         finish = self.sequence.finish_at(index, token_id)
         piece = self._text.push(token_id, last=finish is not None)
         self.stop_sequence = piece.stop

@@ -1,19 +1,35 @@
-"""The simple side of the model seam: a Runner that says its prompt again, over and over, and computes nothing.
+"""A model that repeats its prompt: `worker run --echo`, for queue and load tests without a GPU.
 
-It measures what everything around a model costs, and gives tests answers that are known beforehand.
+Its vocabulary is the space and the 256 bytes, so it accepts every text and answers are known
+beforehand. `EchoRunner` is the simple implementation of the Runner protocol (`worker/model.py`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-from worker.model import OnLaunched
+from gguf import TokenType
+
+from worker.backend import MemoryUse
+from worker.engine import Engine, EngineSettings
+from worker.engine.kv_blocks import blocks_for
+from worker.model import OnLaunched, Runner
 from worker.ops import Batch
+from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw, DrawRequest
+from worker.text.tokenizer import load_tokenizer
+
+_CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+_SPACE = "▁"
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 class EchoRunner:
-    """The token of index i is the prompt's token i modulo its length; sampling parameters change nothing."""
+    """The token of index i is the prompt's token i modulo its length, whatever the parameters."""
 
     def __init__(self, vocab_size: int, kv_blocks: int) -> None:
         self.vocab_size = vocab_size
@@ -23,6 +39,62 @@ class EchoRunner:
         """See `Runner.run`."""
         on_launched()
         return [_echo(request) for request in requests]
+
+
+class PacedRunner:
+    """Another runner, each step of which takes at least `step_s` seconds."""
+
+    def __init__(self, runner: Runner, step_s: float) -> None:
+        self.vocab_size = runner.vocab_size
+        self.kv_blocks = runner.kv_blocks
+        self._runner = runner
+        self._step_s = step_s
+
+    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
+        """See `Runner.run`."""
+        on_launched()  # the pause stands for the device's time
+        time.sleep(self._step_s)
+        return self._runner.run(batch, requests)
+
+
+class NoDevice:
+    """The device of a model without weights."""
+
+    device = "none"
+
+    def memory(self) -> MemoryUse:
+        """No memory."""
+        return MemoryUse()
+
+    def non_resident(self) -> tuple[int, list[str]]:
+        """No weights are checked."""
+        return 0, []
+
+
+def load_echo(
+    context: int, prefill_chunk: int, step_s: float, progress: Progress, *, prefix_cache: bool = True
+) -> LoadedModel:
+    """A model that echoes prompts of up to `context` tokens, in `step_s` seconds or more a step."""
+    tokens = [*_CONTROL, _SPACE, *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [TokenType.CONTROL] * len(_CONTROL) + [TokenType.NORMAL] + [TokenType.BYTE] * 256
+    tokenizer = load_tokenizer(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": [0.0] * len(tokens),
+            "tokenizer.ggml.token_type": [int(kind) for kind in types],
+            "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+            "tokenizer.ggml.unknown_token_id": tokens.index("<unk>"),
+            "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.add_space_prefix": False,
+            "tokenizer.chat_template": _TEMPLATE,
+        }
+    )
+    runner: Runner = EchoRunner(len(tokens), blocks_for(context))
+    settings = EngineSettings(context, prefill_chunk, prefix_cache=prefix_cache)
+    engine = Engine(PacedRunner(runner, step_s) if step_s else runner, settings)
+    progress(1, 1)
+    return LoadedModel("echo", "echo-1", len(tokens), tokenizer, engine, NoDevice(), numerics_id="echo-1")
 
 
 def _echo(request: DrawRequest) -> Draw:

@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with its tokenizer and engine, ready to serve jobs. `worker/echo_model.py` makes one without a file."""
+    """A model with its tokenizer and engine, ready to serve jobs. `worker/echo.py` makes one without a file."""
 
     name: str
     fingerprint: str
@@ -74,6 +74,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     engine: Engine
     device: Device
+    numerics_id: str
+    """Equal ids compute equal bits from equal files: backend, kernels, compiler, device kind, fixed orders."""
 
 
 ModelLoader = Callable[[Progress], LoadedModel]
@@ -168,7 +170,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         name = model.name or file.get("general.name", str, path.stem)
         vocab_size, built = planned.hparams.vocab_size, Engine(runner, settings)
-        return LoadedModel(name, file.fingerprint(), vocab_size, tokenizer, built, backend)
+        return LoadedModel(name, file.fingerprint(), vocab_size, tokenizer, built, backend, backend.name)
 
 
 def _placement(planned: Plan, vocab: Vocabulary, path: Path) -> Placement:

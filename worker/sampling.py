@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+EngineFinishReason = Literal["stop", "length"]
+"""Why the engine ends a sequence: an end token was drawn, or `max_tokens` were."""
+
+FinishReason = Literal[EngineFinishReason, "stop_sequence"]
+"""Why an answer ends: one of the engine's reasons, or a stop string in its text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def _summarize(outcome: Outcome) -> None:
         f"repeated, {run_log.reread} readers restarted)",
         "workers started": f"{counts.starts}",
         "takeovers": f"{outcome.resumed['crash']} after a crash or a pause, {outcome.resumed['drain']} after a release",
-        "fenced workers": f"{logged['job_let_go fenced']} writes, {logged['job_let_go lost']} renewals",
+        "fenced workers": f"{logged['job_released fenced']} writes, {logged['job_released lost']} renewals",
         "faults logged": f"{sum(n for event, n in logged.items() if 'fault' in event)}",
     }
     for name, fact in facts.items():

@@ -17,14 +17,22 @@ from worker.engine import Engine, Sequence
 
 def install_poison() -> None:
     """Make prompts that begin with POISON kill this process."""
-    add = Engine.add
+    add, resume = Engine.add, Engine.resume
 
-    def poisoned(self: Engine, sequence: Sequence) -> None:
+    def kill_if_poisoned(sequence: Sequence) -> None:
         if tuple(sequence.prompt[: len(POISON)]) == POISON:
             os.kill(os.getpid(), signal.SIGKILL)
-        add(self, sequence)
 
-    Engine.add = poisoned  # type: ignore[method-assign]
+    def poisoned_add(self: Engine, sequence: Sequence, *, paused: bool = False) -> int:
+        if not paused:
+            kill_if_poisoned(sequence)
+        return add(self, sequence, paused=paused)
+
+    def poisoned_resume(self: Engine, sequence: Sequence) -> None:
+        kill_if_poisoned(sequence)
+        resume(self, sequence)
+
+    Engine.add, Engine.resume = poisoned_add, poisoned_resume  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from typing import Any
 
 from tests.tiny_models import make_tiny
 from worker.config import EngineSection, ModelSection
-from worker.echo_model import load_echo
+from worker.echo import load_echo
 from worker.jobs.lease import History
 from worker.jobs.protocol import Job
 from worker.runtime import LoadedModel, load
-from worker.service.question import Question
+from worker.service.prepared_job import PreparedJob
 
 POISON = (11, 7, 11, 7, 11, 13)
 """A prompt with this prefix ends the process of each worker that runs it; see `worker.py`."""
@@ -41,7 +41,7 @@ class Case:
 def reference_case(served: LoadedModel, fields: Mapping[str, Any]) -> Case:
     """Compute the answer in this process, without server and service."""
     job = Job.parse({"job_id": "reference", **fields})
-    answer = Question.of(job, served, "0-0", 0).answer(served, History())
+    answer = PreparedJob.of(job, served, "0-0", 0).answer(served, History())
     served.engine.add(answer.sequence)
     tokens = []
     while answer.finish_reason is None:

@@ -1,4 +1,4 @@
-"""The engine over the echo model: admission, steps, ends, blocks. What it computes is next door."""
+"""The engine over the echo model: admission, steps, ends, blocks. Next: `test_exactness.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import cpu_runner, engine_of, ids, run
-from worker.echo import EchoRunner
-from worker.echo_model import PacedRunner
+from worker.echo import EchoRunner, PacedRunner
 from worker.engine import Sequence
 from worker.errors import InvalidRequest, VramOom
 from worker.ops import Phase
@@ -19,7 +18,7 @@ from worker.sampling import Sampling
 
 
 class RecordingRunner(EchoRunner):
-    """An echo that remembers its batches and fails when told to."""
+    """An echo that records its batches; its next `failures` steps raise VramOom."""
 
     def __init__(self, kv_blocks=64):
         super().__init__(100, kv_blocks)
@@ -56,12 +55,12 @@ def test_an_end_token_as_the_last_of_max_tokens_ends_by_stop():
     assert tokens[-1].finish == "stop"
 
 
-def test_ignore_eos_draws_end_tokens_and_goes_on():
+def test_with_ignore_eos_end_tokens_do_not_end_the_answer():
     answer = sequence(end_ids=frozenset({2}), sampling=Sampling(ignore_eos=True))
     assert ids(run(engine_of(EchoRunner(100, 8)), answer)["a"]) == [1, 2, 3, 1, 2]
 
 
-def test_prompts_are_prefilled_in_chunks_and_only_the_last_asks_for_logits():
+def test_prompts_are_prefilled_in_chunks_and_only_the_last_requests_logits():
     runner = RecordingRunner()
     run(engine_of(runner, chunk=16), sequence(prompt=range(40), max_tokens=2))
     prefills = [b for b in runner.batches if b.phase is Phase.PREFILL]
@@ -81,13 +80,13 @@ def test_one_runs_at_a_time_and_the_others_wait_in_order():
     assert order == ["a", "a", "b", "b", "c", "c"]
 
 
-def test_several_running_advance_together():
+def test_running_sequences_advance_together():
     runner = RecordingRunner()
     run(engine_of(runner, running=3), *(sequence(name, prompt=[n], max_tokens=3) for n, name in enumerate("abc")))
     assert [len(b.tokens) for b in runner.batches if b.phase is Phase.DECODE] == [3, 3]
 
 
-def test_a_step_that_failed_has_not_happened_and_can_be_repeated():
+def test_a_step_that_failed_has_changed_nothing_and_can_be_repeated():
     runner = RecordingRunner()
     engine = engine_of(runner, chunk=16)
     engine.add(sequence(prompt=range(20), max_tokens=4))
@@ -116,7 +115,7 @@ def test_abort_frees_the_blocks_of_running_and_waiting_sequences():
     assert engine.step() == []
 
 
-def test_a_sequence_waits_until_the_pool_has_all_its_blocks():
+def test_a_sequence_waits_until_all_its_blocks_are_free():
     engine = engine_of(EchoRunner(100, 4), running=2)
     tokens = run(engine, sequence("a", max_tokens=29), sequence("b", max_tokens=40))
     assert [len(t) for t in tokens.values()] == [29, 40]
@@ -144,7 +143,7 @@ def test_replayed_tokens_go_through_decode_and_are_marked():
         (sequence(replay=[100]), "prompt_tokens"),
     ],
 )
-def test_what_can_never_run_is_refused_at_once(wrong, field):
+def test_a_sequence_that_can_never_run_is_refused_by_add(wrong, field):
     engine = engine_of(EchoRunner(100, 4))
     with pytest.raises(InvalidRequest) as refusal:
         engine.add(wrong)
@@ -152,13 +151,13 @@ def test_what_can_never_run_is_refused_at_once(wrong, field):
     assert engine.idle
 
 
-def test_context_is_the_least_of_setting_and_pool():
+def test_context_is_the_smaller_of_setting_and_pool():
     assert engine_of(EchoRunner(100, 4), context=512).context == 64
     assert engine_of(EchoRunner(100, 400), context=512).context == 512
 
 
 @pytest.mark.parametrize("chunk", [0, -16, 24])
-def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused(chunk):
+def test_a_chunk_that_is_not_a_multiple_of_the_block_size_is_refused(chunk):
     with pytest.raises(ValueError, match="multiple of 16"):
         engine_of(EchoRunner(100, 4), chunk=chunk)
 
@@ -169,7 +168,7 @@ def test_a_chunk_that_is_no_whole_number_of_blocks_is_refused(chunk):
     st.integers(1, 3),
     st.randoms(use_true_random=False),
 )
-def test_any_mix_of_sequences_and_aborts_ends_with_every_block_free(jobs, running, chance):
+def test_after_any_mix_of_sequences_and_aborts_every_block_is_free(jobs, running, chance):
     order = list(range(8))
     chance.shuffle(order)
     engine = engine_of(EchoRunner(100, 8), running=running, order=order)
@@ -192,45 +191,45 @@ def test_any_mix_of_sequences_and_aborts_ends_with_every_block_free(jobs, runnin
         assert counts[str(n)] == min(answer, aborted.get(str(n), answer))
 
 
-class Enough(Exception):
-    """Raised by who was told that a step is at work."""
+class Launched(Exception):
+    """Raised by an `on_launched` callback."""
 
 
-def enough():
-    raise Enough
+def raise_launched():
+    raise Launched
 
 
-def test_each_step_that_computes_says_when_it_is_at_work():
-    engine, told = engine_of(EchoRunner(100, 8), chunk=16), []
+def test_each_step_that_computes_calls_on_launched_once():
+    engine, calls = engine_of(EchoRunner(100, 8), chunk=16), []
     engine.add(sequence(prompt=range(40), max_tokens=3))
     while not engine.idle:
-        engine.step(lambda: told.append(len(told)))
-    assert len(told) == 3 + 2
-    assert engine.step(enough) == []
+        engine.step(lambda: calls.append("launched"))
+    assert len(calls) == 3 + 2
+    assert engine.step(raise_launched) == []
 
 
-def test_a_runner_that_computes_on_the_host_says_so_before(tiny):
+def test_the_cpu_runner_calls_on_launched_before_it_computes(tiny):
     runner = cpu_runner(tiny("qwen2"))
     engine = engine_of(runner)
     engine.add(sequence())
     for _ in range(2):
         assert not runner.cache.k.any()
-        with pytest.raises(Enough):
-            engine.step(enough)
+        with pytest.raises(Launched):
+            engine.step(raise_launched)
     assert len(engine.step()) == 1
     assert runner.cache.k.any()
 
 
-def test_a_paced_runner_s_pause_is_its_device_s_time(monkeypatch):
+def test_a_paced_runner_calls_on_launched_before_its_pause(monkeypatch):
     order = []
-    monkeypatch.setattr("worker.echo_model.time", SimpleNamespace(sleep=order.append))
+    monkeypatch.setattr("worker.echo.time", SimpleNamespace(sleep=order.append))
     engine = engine_of(PacedRunner(EchoRunner(100, 8), 0.5))
     engine.add(sequence())
-    engine.step(lambda: order.append("at work"))
-    assert order == ["at work", 0.5]
+    engine.step(lambda: order.append("launched"))
+    assert order == ["launched", 0.5]
 
 
-def test_blocks_come_in_the_order_given_and_go_back():
+def test_blocks_are_handed_out_in_the_order_given_and_returned():
     engine = engine_of(RecordingRunner(4), order=[3, 1, 0, 2])
     run(engine, sequence("a", max_tokens=30), sequence("b", max_tokens=30))
     tables = [b.block_tables[0].tolist() for b in engine._runner.batches if b.phase is Phase.PREFILL]

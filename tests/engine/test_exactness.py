@@ -1,4 +1,4 @@
-"""The same ids and bits every time: across chunks, blocks, neighbours, earlier jobs, and a worker's death."""
+"""Ids and bits do not depend on chunks, blocks, other sequences, earlier jobs or a crash."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_prompt_after_a_cached_prefix_of_any_length_gives_equal_bits(name, tin
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM, Sampling(temperature=1.0, seed=9)])
 @pytest.mark.parametrize("name", NAMES)
-def test_chunks_blocks_and_neighbours_change_no_token(name, sampling, tiny):
+def test_chunks_blocks_and_other_sequences_change_no_token(name, sampling, tiny):
     def answer(**settings):
         runner = cpu_runner(tiny(name), kv_blocks=40)
         return runner, engine_of(runner, **settings)
@@ -78,14 +78,14 @@ def test_two_jobs_in_a_row_equal_two_fresh_engines(name, tiny):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("published", [1, 7, 19])
-def test_a_worker_that_is_given_the_published_ids_draws_the_next_ones(name, published, tiny):
+def test_a_worker_that_replays_the_published_ids_draws_the_next_ones(name, published, tiny):
     whole = ids(run(engine_of(cpu_runner(tiny(name))), Sequence("a", PROMPT, 20, WARM))["a"])
     continued = run(engine_of(cpu_runner(tiny(name))), Sequence("a", PROMPT, 20, WARM, replay=whole[:published]))["a"]
     assert ids(continued) == whole
     assert [t.replayed for t in continued].count(True) == published
 
 
-def test_an_f16_cache_stays_near_the_exact_one(tiny):
+def test_logits_with_an_f16_cache_are_near_those_with_f32(tiny):
     exact = cpu_runner(tiny("qwen2")).logits(prefill(PROMPT))
     halved = cpu_runner(tiny("qwen2"), kv_dtype=np.float16).logits(prefill(PROMPT))
     error = np.linalg.norm(halved - exact) / np.linalg.norm(exact)

@@ -1,4 +1,4 @@
-"""Worlds of the transport's tests, and models to serve in them."""
+"""Fixtures: harnesses of the transport's tests, shared models, an engine thread."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ import pytest
 
 from tests.jobs.conftest import harness, server, session_server  # noqa: F401  # fixtures are found by name
 from tests.jobs.harness import FakeRedisHarness
-from tests.service.serving import Model
+from tests.service.models import SharedModel
 from worker.service.engine_thread import EngineThread
 
 
 @pytest.fixture
 async def fake():
-    """fakeredis alone, for what does not depend on the server's kind."""
-    made = FakeRedisHarness()
-    yield made
-    await made.close()
+    """A harness on fakeredis, for tests that do not depend on the kind of server."""
+    fakeredis = FakeRedisHarness()
+    yield fakeredis
+    await fakeredis.close()
 
 
 @pytest.fixture(scope="session")
-def model(tiny: Callable[[str], Path]) -> Callable[[str], Model]:
-    """A tiny model by its name, loaded once; every worker gets an engine of its own over it."""
-    made: dict[str, Model] = {}
+def model(tiny: Callable[[str], Path]) -> Callable[[str], SharedModel]:
+    """Returns a tiny model by its name, loaded once a session."""
+    loaded: dict[str, SharedModel] = {}
 
-    def of(name: str = "qwen2") -> Model:
-        if name not in made:
-            made[name] = Model.from_file(tiny(name))
-        return made[name]
+    def of(name: str = "qwen2") -> SharedModel:
+        if name not in loaded:
+            loaded[name] = SharedModel.from_file(tiny(name))
+        return loaded[name]
 
     return of
 
 
 @pytest.fixture
 async def thread():
-    """An engine's thread that owns no engine yet."""
+    """An engine thread without an engine."""
     thread = EngineThread()
     yield thread
     thread.stop()
@@ -46,8 +46,8 @@ async def thread():
 
 
 @pytest.fixture
-def short_turns():
-    """As `worker run` sets it: how long a thread keeps Python's lock."""
+def short_switch_interval():
+    """The GIL switch interval that `worker run` sets."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.001)
     yield

@@ -1,4 +1,4 @@
-"""`worker run` as a process of its own, which dies with the tests."""
+"""`worker run` as a process that is killed when the tests end."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Process:
         return [line for line in lines if line["event"] == event]
 
     def await_log(self, event: str, timeout_s: float = 20.0) -> dict[str, Any]:
-        """The first line of this event, when it is there."""
+        """Wait for a log line of this event; returns the first one."""
         deadline = time.monotonic() + timeout_s
         while not (found := self.logged(event)):
-            assert self.popen.poll() is None, f"it ended: {self.log.read_text()}"
+            assert self.popen.poll() is None, f"the process ended: {self.log.read_text()}"
             assert time.monotonic() < deadline, f"no {event}: {self.log.read_text()}"
             time.sleep(0.02)
         return found[0]
@@ -58,7 +58,7 @@ class Process:
 
 @contextlib.contextmanager
 def workers(url: str, folder: Path, *each: tuple[object, ...], **environment: str) -> Iterator[list[Process]]:
-    """A ready worker for each tuple of arguments; killed at the end if they still run."""
+    """A ready worker for each tuple of arguments; killed at the end."""
     processes = [Process(url, folder / str(n), *arguments, **environment) for n, arguments in enumerate(each)]
     try:
         for process in processes:

@@ -178,7 +178,7 @@ def _loader(settings: Settings, echo: bool, step_s: float) -> ModelLoader:
 
 
 def _load_echo(settings: Settings, step_s: float, progress: Progress) -> LoadedModel:
-    from worker.echo_model import load_echo  # noqa: PLC0415
+    from worker.echo import load_echo  # noqa: PLC0415
 
     context = settings.model.context or _ECHO_CONTEXT
     chunk = settings.engine.prefill_chunk or _ECHO_CHUNK

@@ -1,6 +1,12 @@
-"""The engine: sequences in, tokens out, one synchronous step at a time. Ids only: no text, no jobs, no device."""
+"""The engine: sequences in, tokens out, in synchronous steps. Token ids only, no text and no jobs.
 
-from worker.engine.engine import Engine, EngineSettings, Token
-from worker.engine.sequence import FinishReason, Sequence
+`engine.py` runs and commits a step; `scheduler.py` admits sequences and chooses the batch;
+`kv_blocks.py` counts the readers of KV blocks; `prefix_index.py` finds the blocks that hold a
+prompt's beginning.
+"""
 
-__all__ = ["Engine", "EngineSettings", "FinishReason", "Sequence", "Token"]
+from worker.engine.engine import DrawnToken, Engine
+from worker.engine.scheduler import EngineSettings
+from worker.engine.sequence import Sequence
+
+__all__ = ["DrawnToken", "Engine", "EngineSettings", "Sequence"]

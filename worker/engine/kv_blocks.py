@@ -1,12 +1,13 @@
-"""Who reads which KV block: integers only; the storage itself belongs to the runner.
+"""Accounting of KV blocks: which are used, cached and free. The runner owns their storage.
 
-A block is used (sequences read it), cached (nobody does, but its content may be wanted again) or free. New content goes
-to free blocks first, then to cached ones, least recently read first. What a block holds is `prefix_index.py`'s to know.
+A block is used (sequences read it), cached (no sequence reads it, but `prefix_index.py` can find
+its content) or free. New content goes to free blocks first, then to cached ones, least recently
+read first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,71 +21,87 @@ def blocks_for(tokens: int) -> int:
 
 
 class KvBlocks:
-    """A pool of block numbers. `order` is the order in which they are handed out; tests shuffle it."""
+    """A pool of `count` blocks. `order` is the order in which they are handed out, for tests.
+
+    Never-used blocks are a counter, so that a pool of a million blocks costs nothing to create and
+    to count.
+    """
 
     def __init__(self, count: int, order: Ints | None = None) -> None:
         self.count = count
-        self._free: list[int] = list(reversed(range(count) if order is None else order.tolist()))
+        self._free: list[int] = [] if order is None else order[::-1].tolist()
+        self._untouched = 0 if order is None else count
+        """Blocks from this number on were never handed out."""
         self._cached: dict[int, None] = {}  # least recently read first
         self._readers = np.zeros(count, np.int32)
+        self._used = 0
         self._index = PrefixIndex()
 
     @property
     def states(self) -> dict[str, int]:
         """How many blocks are used, cached and free: `count` in all."""
-        return {"used": int(np.count_nonzero(self._readers)), "cached": len(self._cached), "free": len(self._free)}
+        cached = len(self._cached)
+        return {"used": self._used, "cached": cached, "free": self.count - self._used - cached}
 
-    def find(self, contents: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known beginning of a prompt, given its `whole_blocks`."""
-        return self._index.find(contents)
+    def hold_prefix(self, full_blocks: Iterable[bytes]) -> tuple[Ints, int]:
+        """Hold the longest cached beginning of a prompt, given its full blocks.
 
-    def place(self, found: Sequence[int]) -> int:
-        """Where a prompt goes on in the index after the blocks that were found."""
-        return self._index.place(found[-1]) if found else ROOT
-
-    def take(self, count: int, prefix: Sequence[int] = ()) -> Ints | None:
-        """A block table of `count` blocks that begins with those just found; or None, and nothing taken.
-
-        The blocks of `prefix` get one more reader, the others are nobody else's. None where too few are left.
+        Returns their table, for `extend` and `release`, and the last block's node for `cache`.
         """
-        fresh, cached = count - len(prefix), [block for block in prefix if block in self._cached]
-        if fresh > len(self._free) + len(self._cached) - len(cached):
-            return None
-        for block in cached:
-            del self._cached[block]
-        table = np.array([*prefix, *(self._fresh() for _ in range(fresh))], np.int32)
-        self._readers[table] += 1  # no block is twice in a table
-        return table
+        found = self._index.find(full_blocks)
+        table = np.array(found, np.int32)
+        for block in found:
+            self._cached.pop(block, None)
+        self._add_readers(table)
+        return table, self._index.node(found[-1]) if found else ROOT
 
-    def give_back(self, table: Ints) -> None:
-        """One reader less of a table's blocks. Of those that end up cached its last becomes the first to go."""
+    def extend(self, table: Ints, count: int) -> Ints | None:
+        """Extend a held table to `count` blocks with blocks that no other table has.
+
+        Returns None, and changes nothing, if too few blocks are free or cached.
+        """
+        missing = count - len(table)
+        if missing > self.count - self._used:
+            return None
+        added = np.array([self._next_free() for _ in range(missing)], np.int32)
+        self._add_readers(added)
+        return np.concatenate([table, added])
+
+    def release(self, table: Ints) -> None:
+        """Remove one reader from each block of a table, whose last block is evicted first."""
         if not len(table):
             return
         self._readers[table] -= 1
-        for block in reversed(table[self._readers[table] == 0].tolist()):
+        unread = table[self._readers[table] == 0].tolist()
+        self._used -= len(unread)
+        for block in reversed(unread):
             if block in self._index:
                 self._cached[block] = None
             else:
                 self._free.append(block)
 
-    def keep(self, block: int, content: bytes, place: int) -> int:
-        """Prefill has written the block whole: let others find it, and keep its content as long as there is room.
+    def cache(self, block: int, content: bytes, parent: int) -> int:
+        """Index a block that prefill has filled as a child of `parent`; returns its node."""
+        return self._index.insert(parent, content, block)
 
-        `place` is where the prompt stands before it; the result is where it stands after it.
-        """
-        return self._index.enter(place, content, block)
-
-    def forget(self) -> None:
-        """Drop what is cached; who reads a block goes on reading it."""
+    def clear_cache(self) -> None:
+        """Empty the prefix cache. Blocks in use stay in use, but are no longer found."""
         self._index.clear()
         self._free.extend(reversed(self._cached))
         self._cached.clear()
 
-    def _fresh(self) -> int:
-        """A block to write: a free one, else the cached one that was read longest ago."""
+    def _add_readers(self, table: Ints) -> None:
+        self._used += int(np.count_nonzero(self._readers[table] == 0))
+        self._readers[table] += 1  # no block is twice in a table
+
+    def _next_free(self) -> int:
+        """Remove and return a free block, else the cached block that was read longest ago."""
         if self._free:
             return self._free.pop()
+        if self._untouched < self.count:
+            self._untouched += 1
+            return self._untouched - 1
         block = next(iter(self._cached))
         del self._cached[block]
-        self._index.drop(block)
+        self._index.remove(block)
         return block

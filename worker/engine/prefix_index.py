@@ -1,7 +1,8 @@
-"""What the KV blocks that prefill wrote hold: a tree, in which a block's ids and its parent's place make up its place.
+"""The prefix index: the KV blocks that hold prompts, as a tree of block contents.
 
-So one place means equal ids, those before included, and equal K and V, bit for bit: prefill computes a token the same
-way whatever shares the call. It knows no device and counts no readers; that is `kv_blocks.py`'s.
+A node stands for a block's token ids and all ids before them. Prefill computes a token the same way
+in every batch, so equal nodes mean equal K and V, bit for bit. Readers of blocks are counted in
+`kv_blocks.py`.
 """
 
 from __future__ import annotations
@@ -16,24 +17,25 @@ import numpy.typing as npt
 from worker.ops import KV_BLOCK
 
 ROOT = 0
-"""The place before a prompt's first block."""
-_NOWHERE = -1
+"""The node before a prompt's first block."""
+_MISSING = -1
 
 
-def whole_blocks(prompt: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[bytes]:
-    """The ids of each whole block of a prompt, u32 little-endian."""
+def split_full_blocks(prompt: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[bytes]:
+    """The ids of each full block of a prompt, u32 little-endian."""
     ids, size = np.asarray(prompt, "<u4").tobytes(), 4 * KV_BLOCK
     return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 
 
 class PrefixIndex:
-    """Place to block and back, one to one. `block in index` says whether its content can be found.
+    """A one-to-one map of nodes and blocks. `block in index` is true if the block can be found.
 
-    A place is a number that is never used again: what followed a dropped block can't be found behind its successor.
+    Node numbers are never reused: the children of a removed block are not found below its
+    successor.
     """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, bytes], int] = {}
+        self._nodes: dict[tuple[int, bytes], int] = {}
         self._blocks: dict[int, int] = {}
         self._keys: dict[int, tuple[int, bytes]] = {}
         self._unused = count(ROOT + 1)
@@ -41,39 +43,40 @@ class PrefixIndex:
     def __contains__(self, block: int) -> bool:
         return block in self._keys
 
-    def find(self, contents: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest beginning of `contents`, a prompt's whole blocks, that is known."""
-        place, blocks = ROOT, []
-        for content in contents:
-            place = self._places.get((place, content), _NOWHERE)
-            if place == _NOWHERE:
+    def find(self, full_blocks: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest indexed beginning of a prompt, given its full blocks."""
+        node, blocks = ROOT, []
+        for content in full_blocks:
+            node = self._nodes.get((node, content), _MISSING)
+            if node == _MISSING:
                 break
-            blocks.append(self._blocks[place])
+            blocks.append(self._blocks[node])
         return blocks
 
-    def place(self, block: int) -> int:
-        """Where a block that can be found stands."""
-        return self._places[self._keys[block]]
+    def node(self, block: int) -> int:
+        """The node of an indexed block."""
+        return self._nodes[self._keys[block]]
 
-    def enter(self, parent: int, content: bytes, block: int) -> int:
-        """Where `content` stands after `parent`: from now on `block` is found there, unless another one is already.
+    def insert(self, parent: int, content: bytes, block: int) -> int:
+        """Insert `block` as the child of `parent` with this content; returns the child's node.
 
-        Behind a parent that was dropped nothing can be found, so nothing is entered: the place is the parent's still.
+        A child that exists keeps its block. Below a removed parent nothing could be found, so
+        nothing is inserted and `parent` is returned.
         """
         if parent != ROOT and parent not in self._blocks:
             return parent
         key = parent, content
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = next(self._unused)
-            self._blocks[place], self._keys[block] = block, key
-        return place
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = next(self._unused)
+            self._blocks[node], self._keys[block] = block, key
+        return node
 
-    def drop(self, block: int) -> None:
-        """The block is about to be written anew."""
-        del self._blocks[self._places.pop(self._keys.pop(block))]
+    def remove(self, block: int) -> None:
+        """Remove an indexed block, before its content is overwritten."""
+        del self._blocks[self._nodes.pop(self._keys.pop(block))]
 
     def clear(self) -> None:
-        """Nothing is known any more."""
-        for each in (self._places, self._blocks, self._keys):
+        """Remove every block."""
+        for each in (self._nodes, self._blocks, self._keys):
             each.clear()

@@ -1,24 +1,21 @@
-"""One answer in the making: its prompt, what it drew so far, and the KV blocks it owns."""
+"""One sequence: its prompt, the tokens drawn so far, and the KV blocks that it reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from worker.engine.prefix_index import ROOT
 from worker.ops import Ints
-from worker.sampling import DrawRequest, Sampling
-
-FinishReason = Literal["stop", "length"]
-"""An end token was drawn, or `max_tokens` were."""
+from worker.sampling import DrawRequest, EngineFinishReason, Sampling
 
 
 @dataclass(slots=True)
 class Sequence:
     """A prompt to be continued by at most `max_tokens` tokens, ended by any of `end_ids`.
 
-    `replay` holds tokens that an earlier attempt published: they are taken as drawn, through the decode path, and the
-    first new one is of index len(replay). The engine writes the remaining fields.
+    `replay` holds tokens that an earlier attempt published. The decode path computes them without
+    drawing, and the first new token has the index len(replay). The scheduler and the engine write
+    the remaining fields.
     """
 
     id: str
@@ -30,12 +27,14 @@ class Sequence:
 
     generated: list[int] = field(default_factory=list, init=False)
     prefilled: int = field(default=0, init=False)
-    """Prompt tokens whose K and V are there: computed, or found in the prefix cache."""
-    contents: list[bytes] = field(default_factory=list, init=False)
-    """Of the prompt's whole blocks; empty where nothing of it is to be cached."""
-    place: int = field(default=ROOT, init=False)
-    """In the prefix index, after the whole blocks that are there."""
+    """Prompt tokens whose K and V are in `block_table`: computed, or found in the prefix cache."""
+    full_blocks: list[bytes] = field(default_factory=list, init=False)
+    """The ids of the prompt's full blocks; empty if none of them may enter the prefix cache."""
+    prefix_node: int = field(default=ROOT, init=False)
+    """The node of the prefix index that stands for the full blocks up to `prefilled`."""
     block_table: Ints | None = field(default=None, init=False)
+    """Before the start the blocks of the cached prefix, from the start all blocks of the sequence;
+    None where no block is held."""
 
     @property
     def in_prefill(self) -> bool:
@@ -48,8 +47,8 @@ class Sequence:
         forced = self.replay[index] if index < len(self.replay) else None
         return DrawRequest(self.sampling, index, self.prompt, self.generated, forced)
 
-    def finish_at(self, index: int, token: int) -> FinishReason | None:
-        """Why the answer ends with `token` as its token of index `index`, or None if it goes on."""
+    def finish_at(self, index: int, token: int) -> EngineFinishReason | None:
+        """Why the sequence ends with `token` at index `index`, or None if it continues."""
         if token in self.end_ids and not self.sampling.ignore_eos:
             return "stop"
         return "length" if index + 1 >= self.max_tokens else None

@@ -14,10 +14,9 @@ from typing import Any, ClassVar, Literal, Self
 import msgpack
 
 from worker.errors import Internal, WorkerError
+from worker.sampling import FinishReason
 
 SCHEMA_VERSION = 1
-
-FinishReason = Literal["stop", "stop_sequence", "length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,9 @@ class Started(Event):
     prompt_hash: str
     """SHA-256 of the prompt's token ids, in hex."""
     fingerprint: str
-    """Of the model: equal fingerprints give equal tokens."""
+    """Digest of the model file."""
+    numerics: str = ""
+    """The numerics id of the worker; empty in streams of older workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,8 @@ class Resumed(Event):
     from_i: int
     reason: Literal["crash", "drain"]
     exact: bool
-    """Model fingerprint and prompt hash are those of `started`."""
+    """Whether the next tokens are those that the first worker would have drawn: fingerprint, prompt
+    hash and numerics id equal those of `started`, and the numerics id is not empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,16 @@
-"""The service: a worker's life on one event loop, from jobs to tokens on their streams. Read `service.py` first.
+"""The service: a worker's asyncio life, from jobs in a queue to tokens on their streams.
 
-Below it `attempt.py` carries one job, `answering.py` is its middle, `engine_thread.py` the other thread's door, and
-`reporter.py`, `health.py` and `http_status.py` are what others see. It knows no device and no array.
+| question | file |
+| --- | --- |
+| start, claim, drain, stop, watchdog | `service.py` |
+| one job's attempt, and the renewal of its lease | `attempt.py` |
+| decoding and tokenizing a prompt, deadline and inference timeout | `prepared_job.py` |
+| from the engine to the job's stream: speculative start, batching, metrics | `generation.py` |
+| the thread that owns the device | `engine_thread.py` |
+| the worker's own events, registry entry and memory reports | `reporter.py` |
+| health and its HTTP pages | `health.py` |
+
+A token's text, and its withholding for a stop string, is in `worker/answer.py` and `worker/text/`.
 """
 
 from worker.service.service import Assignment, Service

@@ -1,7 +1,8 @@
-"""The one thread that owns the engine and its device. Everything that touches either runs here, between two steps.
+"""The thread that owns the engine and its device. Every access to either runs here.
 
-The event loop asks through `call`, `begin`, `add` and `abort`; drawn tokens come back through an `Inbox` a sequence,
-which is where the two threads meet. It knows nothing of jobs or text; `answering.py` is the other end of an inbox.
+The event loop submits work by `call`, `add`, `resume` and `abort`, which runs between two steps.
+Drawn tokens return through one `Inbox` a sequence. No jobs and no text; `generation.py` reads the
+inboxes.
 """
 
 from __future__ import annotations
@@ -12,160 +13,145 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar
 
-from worker.engine import Engine, Sequence, Token
+from worker.engine import DrawnToken, Engine, Sequence
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token of the inbox's sequence, and when its step ended, by `time.monotonic`."""
+class TimedToken(NamedTuple):
+    """A drawn token and the end of its step, by `time.monotonic`."""
 
-    token: Token
+    token: DrawnToken
     at: float
 
 
 class Inbox:
-    """What the engine says of one sequence: drawn tokens, or the exception that ended it.
+    """Passes a sequence's tokens, or the exception that ended it, to the event loop.
 
-    The engine's thread puts, the event loop takes; `wake` is called on the loop, once for all that came together.
+    `wake` is called on the loop, once for all items that arrive together.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._wake = wake
-        self._items: deque[Drawn | Exception] = deque()
-        self._told = False
+        self._items: deque[TimedToken | Exception] = deque()
+        self._woken = False
 
-    def put(self, item: Drawn | Exception) -> None:
-        """Add an item, from the engine's thread."""
+    def put(self, item: TimedToken | Exception) -> None:
+        """Add an item. Called on the engine's thread."""
         self._items.append(item)
-        if not self._told:
-            self._told = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._wake)
 
-    def take(self) -> list[Drawn | Exception]:
-        """Everything that came since the last call, on the event loop."""
-        self._told = False  # before looking: what comes from here on wakes the loop again
+    def take(self) -> list[TimedToken | Exception]:
+        """Remove and return all items. Called on the event loop."""
+        self._woken = False  # before reading: an item that comes later must wake the loop again
         return [self._items.popleft() for _ in range(len(self._items))]
 
 
 class EngineThread:
-    """Runs an engine that is made on its own thread. A daemon: a device that hangs can't keep the process alive."""
+    """Runs an engine that is created on its own thread.
+
+    A daemon thread: a device that hangs cannot keep the process alive.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
-        """Steps that ended; for the watchdog."""
+        """Completed steps; read by the watchdog."""
         self._engine: Engine | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._untold: deque[Callable[[], None]] = deque()
+        self._launch_callbacks: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def busy(self) -> bool:
-        """Whether a sequence is being computed."""
-        return bool(self._inboxes)
+        """Whether a sequence waits or runs; paused ones do not count."""
+        engine = self._engine
+        return engine is not None and not engine.idle
 
     def call(self, work: Callable[[], T], *, on_launched: bool = False) -> asyncio.Future[T]:
-        """The result of `work`, which runs on the engine's thread between two steps.
+        """Run `work` on the engine's thread between two steps; returns its future result.
 
-        The thread is asked at once, not when the caller awaits: a turn of the loop earlier. `on_launched` keeps a
-        result, but no error, until the device is at work on the next step, or there is none.
+        `work` is submitted at once, not when the caller awaits. With `on_launched` the result, but
+        not an exception, is delivered when the next step is launched on the device, or when there
+        is none.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def tell(result: T | None, error: BaseException | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, result, error)
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            if done.cancelled():
-                return
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(cast("T", result))
+        future: Future[T] = Future()
+        delivered = asyncio.wrap_future(future)
 
         def run() -> None:
-            if done.cancelled():
+            if delivered.cancelled() or not future.set_running_or_notify_cancel():
                 return
             try:
                 result = work()
-            except BaseException as error:  # it belongs to the caller, whatever it is
-                tell(None, error)
+            except BaseException as error:
+                future.set_exception(error)
                 return
             if on_launched:
-                self._untold.append(lambda: tell(result, None))
+                self._launch_callbacks.append(partial(future.set_result, result))
             else:
-                tell(result, None)
+                future.set_result(result)
 
         self._work.put(run)
-        return done
+        return delivered
 
     def own(self, engine: Engine) -> asyncio.Future[None]:
-        """From now on, step this engine whenever it has work."""
+        """Step this engine from now on, whenever it has work."""
+        return self.call(lambda: setattr(self, "_engine", engine))
 
-        def take() -> None:
-            self._engine = engine
+    def add(self, sequence: Sequence, inbox: Inbox, *, paused: bool = False) -> asyncio.Future[int]:
+        """Add a sequence; returns its cached prompt tokens. See `Engine.add`.
 
-        return self.call(take)
-
-    def add(self, sequence: Sequence, inbox: Inbox) -> asyncio.Future[None]:
-        """Start a sequence. Raises InvalidRequest as `Engine.add` does."""
-        return self.call(lambda: self._add(sequence, inbox))
-
-    def begin(self, sequence: Sequence, inbox: Inbox) -> asyncio.Future[int]:
-        """`reserve` and `add` in one visit; how many tokens of the prompt are cached. The first step follows at once.
-
-        The caller hears of it when the device is at work: woken before, the loop would take Python's lock from the
-        thread that has yet to launch the prompt. Raises InvalidRequest as `Engine.add` does, at once; `release` gives
-        up what is reserved then.
+        The result of a sequence that is not paused is delivered when the device runs its first
+        step: if the loop woke earlier, it would take the GIL from the thread that is about to
+        launch. Raises InvalidRequest immediately.
         """
 
-        def begin() -> int:
-            cached = self._owned().reserve(sequence.id, sequence.prompt)
-            self._add(sequence, inbox)
+        def add() -> int:
+            cached = self._owned().add(sequence, paused=paused)
+            self._inboxes[sequence.id] = inbox
             return cached
 
-        return self.call(begin, on_launched=True)
+        return self.call(add, on_launched=not paused)
 
-    def reserve(self, sequence_id: str, prompt: list[int]) -> asyncio.Future[int]:
-        """Keep what is cached of a prompt until `release`; how many tokens. See `Engine.reserve`."""
-        return self.call(lambda: self._owned().reserve(sequence_id, prompt))
-
-    def release(self, sequence_id: str) -> None:
-        """Give up a sequence or what is reserved for it, soon: this waits for nothing, as the device may hang."""
-        self._work.put(lambda: self._abort(sequence_id))
+    def resume(self, sequence: Sequence) -> asyncio.Future[None]:
+        """Queue the final form of a paused sequence. See `Engine.resume`."""
+        return self.call(lambda: self._owned().resume(sequence))
 
     def abort(self, sequence_id: str) -> asyncio.Future[None]:
-        """Forget a sequence and free its memory; harmless if there is none. Done after the step that runs now."""
+        """Remove a sequence and release its memory, after the current step. See `Engine.abort`."""
         return self.call(lambda: self._abort(sequence_id))
 
+    def release(self, sequence_id: str) -> None:
+        """As `abort`, without a result to wait for, since the device may hang."""
+        self._work.put(lambda: self._abort(sequence_id))
+
     def stop(self) -> None:
-        """End the thread after its step, letting the engine go. Does not wait for it."""
+        """End the thread after the current step and drop the engine. Does not wait."""
         self._work.put(None)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread's end; whether it came."""
+        """Wait for the thread to end; returns whether it has."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
             if self._engine is None or self._engine.idle or not self._work.empty():
-                if self._work.empty():  # no step comes: what was begun is given up again
-                    self._tell()
+                if self._work.empty():  # no step follows: the added sequences were aborted
+                    self._run_launch_callbacks()
                 work = self._work.get()
                 if work is None:
-                    self._tell()
+                    self._run_launch_callbacks()
                     self._engine = None
                     return
                 work()
@@ -174,33 +160,28 @@ class EngineThread:
 
     def _step(self, engine: Engine) -> None:
         try:
-            tokens = engine.step(self._tell)
+            tokens = engine.step(self._run_launch_callbacks)
         except Exception as error:
-            # No sequence can go on, and each must be gone from the engine before anybody hears of it.
-            inboxes, self._inboxes = self._inboxes, {}
-            for sequence_id in inboxes:
+            # No started sequence can continue; each is aborted before its inbox gets the error.
+            failed = [(each, self._inboxes.pop(each)) for each in engine.active if each in self._inboxes]
+            for sequence_id, _ in failed:
                 engine.abort(sequence_id)
-            for inbox in inboxes.values():
+            for _, inbox in failed:
                 inbox.put(error)
             return
         finally:
-            self._tell()  # the step waited for nothing, or came to nothing
+            self._run_launch_callbacks()  # the step launched nothing, or failed before it launched
         at = time.monotonic()
         self.steps += 1
         for token in tokens:
             if token.sequence_id in self._inboxes:
-                self._inboxes[token.sequence_id].put(Drawn(token, at))
+                self._inboxes[token.sequence_id].put(TimedToken(token, at))
             if token.finish:
                 self._inboxes.pop(token.sequence_id, None)
 
-    def _tell(self) -> None:
-        """Let callers hear what was kept from them until the device is at work."""
-        while self._untold:
-            self._untold.popleft()()
-
-    def _add(self, sequence: Sequence, inbox: Inbox) -> None:
-        self._owned().add(sequence)
-        self._inboxes[sequence.id] = inbox
+    def _run_launch_callbacks(self) -> None:
+        while self._launch_callbacks:
+            self._launch_callbacks.popleft()()
 
     def _abort(self, sequence_id: str) -> None:
         self._inboxes.pop(sequence_id, None)
@@ -208,5 +189,5 @@ class EngineThread:
 
     def _owned(self) -> Engine:
         if self._engine is None:
-            raise RuntimeError("no engine yet: `own` comes first")
+            raise RuntimeError("no engine yet: call `own` first")
         return self._engine

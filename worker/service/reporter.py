@@ -1,7 +1,8 @@
-"""What a worker tells about itself: its own event stream, its entry in the registry, its memory, residency of weights.
+"""A worker's reports about itself: event stream, registry entry, memory, residency of weights.
 
-Nothing waits for it, and what can't be sent is lost; it stands back while a job waits for its first token. It says how
-the worker is; `health.py` knows it, and `quiet.py` when to wait.
+No job waits for a report, and a report that can't be sent is lost. Reports wait while a job waits
+for its first token (`FirstTokenGate`): a few tenths of a millisecond on the event loop or on the
+engine's thread would delay that token by as much. `health.py` holds the state that is reported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -23,42 +24,73 @@ from worker.jobs.registry import Registration
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import Health
-from worker.service.quiet import Quiet
 from worker.telemetry import Log, Metrics
 
-_STEPS = (0, 25, 50, 75, 100)
-_NOTABLE_BYTES = 32 * 2**20
-"""A change of free memory below it is other people's noise."""
-_FASTEST_HEARTBEAT_S = 0.25
+_LOAD_PERCENTS = (0, 25, 50, 75, 100)
+_MIN_CHANGE_BYTES = 32 * 2**20
+"""Smaller changes of free memory come from other processes."""
+_MIN_HEARTBEAT_S = 0.25
+_MAX_CLOSED_S = 1.0
+"""With a long prompt the worker must not look dead."""
+
+
+class FirstTokenGate:
+    """Closed while a job waits for its first token. Used on the event loop."""
+
+    def __init__(self) -> None:
+        self._opened = asyncio.Event()
+        self._opened.set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._on_open: Callable[[], None] | None = None
+
+    def close(self, on_open: Callable[[], None] | None = None) -> None:
+        """Close the gate for at most a second. `on_open` is called once when it opens."""
+        self.open()
+        self._opened.clear()
+        self._on_open = on_open
+        self._timer = asyncio.get_running_loop().call_later(_MAX_CLOSED_S, self.open)
+
+    def open(self) -> None:
+        """Open the gate: the first token is published, or the job has ended. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._opened.set()
+        on_open, self._on_open = self._on_open, None
+        if on_open is not None:
+            on_open()
+
+    async def wait_open(self) -> None:
+        """Block until the gate opens."""
+        await self._opened.wait()
 
 
 class Reporter:
-    """Speaks for one worker. Its loops are run by `service.py`."""
+    """Reports for one worker. `service.py` runs its loops."""
 
     def __init__(
-        self, registration: Registration, health: Health, section: ServiceSection, meters: Metrics, log: Log
+        self, registration: Registration, health: Health, section: ServiceSection, metrics: Metrics, log: Log
     ) -> None:
-        self.quiet = Quiet()
-        """While a job waits for its first token, nothing is told."""
-        self._facts: dict[str, str] = {}
+        self.first_token_gate = FirstTokenGate()
+        self._registry_fields: dict[str, str] = {}
         self._registration = registration
         self._health = health
         self._section = section
-        self._meters = meters
+        self._metrics = metrics
         self._log = log
-        self._news: asyncio.Queue[Event] = asyncio.Queue()
-        self._edge = asyncio.Event()
+        self._queued: asyncio.Queue[Event] = asyncio.Queue()
+        self._job_edge = asyncio.Event()
         self._loaded_percent = -1
 
-    def tell(self, event: Event) -> None:
-        """Put an event on the worker's own stream, soon and in order."""
-        self._news.put_nowait(event)
+    def send(self, event: Event) -> None:
+        """Queue an event for the worker's own stream."""
+        self._queued.put_nowait(event)
 
-    def announce(self, model: str, backend: str, name: str, queue: str, http_port: int) -> None:
-        """The process is up and begins to load what was asked for."""
+    def starting(self, model: str, backend: str, name: str, queue: str, http_port: int) -> None:
+        """Report that the process is up and begins to load the requested model."""
         pid, host = os.getpid(), socket.gethostname()
-        self.tell(Starting(model=model, backend=backend, version=__version__, pid=pid, host=host))
-        self._facts = {
+        self.send(Starting(model=model, backend=backend, version=__version__, pid=pid, host=host))
+        self._registry_fields = {
             "name": name,
             "host": host,
             "pid": str(pid),
@@ -69,69 +101,64 @@ class Reporter:
             "started_ms": str(int(time.time() * 1000)),
         }
 
-    def introduce(self, served: LoadedModel, load_s: float) -> None:
-        """The model is loaded and the worker about to take jobs."""
-        self._facts |= {
-            "model": served.name,
-            "fingerprint": served.fingerprint,
-            "context": str(served.engine.context),
-            "device": served.device.device,
-        }
-        self.tell(
-            Ready(
-                model=served.name,
-                fingerprint=served.fingerprint,
-                context=served.engine.context,
-                load_ms=round(load_s * 1000, 3),
-            )
-        )
-
-    def busy(self) -> None:
-        """A job is under way."""
-        self._health.enter("busy")
-        self.memory_moved()
-
-    def memory_moved(self) -> None:
-        """Something began or ended, a load or a job: memory is worth a look."""
-        self._edge.set()
-
-    def load_progress(self, done: int, total: int) -> None:
-        """Tell of every quarter of the weights that is done, once."""
+    def loading(self, done: int, total: int) -> None:
+        """Report each quarter of the weights once, when it is loaded."""
         percent = 100 if total <= 0 else 100 * done // total
-        for step in _STEPS:
+        for step in _LOAD_PERCENTS:
             if self._loaded_percent < step <= percent:
-                self.tell(LoadProgress(percent=float(step), bytes_done=total * step // 100, bytes_total=total))
+                self.send(LoadProgress(percent=float(step), bytes_done=total * step // 100, bytes_total=total))
         self._loaded_percent = max(percent, self._loaded_percent)
 
+    def ready(self, model: LoadedModel, load_s: float) -> None:
+        """Report that the model is loaded and the worker takes jobs."""
+        name, fingerprint, context = model.name, model.fingerprint, model.engine.context
+        self._registry_fields |= {
+            "model": name,
+            "fingerprint": fingerprint,
+            "context": str(context),
+            "device": model.device.device,
+        }
+        self.send(Ready(model=name, fingerprint=fingerprint, context=context, load_ms=round(load_s * 1000, 3)))
+        self.job_edge()
+
+    def busy(self) -> None:
+        """Report that a job is running."""
+        self._health.enter("busy")
+        self.job_edge()
+
+    def job_edge(self) -> None:
+        """Have `watch_memory` report: a load or a job has begun or ended."""
+        self._job_edge.set()
+
     async def publish(self) -> NoReturn:
-        """Send what is told, one after another."""
+        """Publish the queued events in order."""
         while True:
-            event = await self._news.get()
-            await self.quiet.over()
+            event = await self._queued.get()
+            await self.first_token_gate.wait_open()
             await self._registration.publish(event)
-            self._news.task_done()
+            self._queued.task_done()
 
     async def flush(self, timeout_s: float) -> None:
-        """Wait until everything told so far is sent, for at most so long; `publish` must be running."""
-        self.quiet.end()
+        """Wait until all queued events are published. `publish` must be running."""
+        self.first_token_gate.open()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._news.join()
+                await self._queued.join()
 
     async def heartbeat(self) -> NoReturn:
-        """Keep the registry's entry alive, and current when the state changes."""
+        """Renew the registry entry periodically and when the state changes."""
         while True:
-            await self.quiet.over()
+            await self.first_token_gate.wait_open()
             self._health.changed.clear()
             await self._registration.heartbeat(self._status())
-            await asyncio.sleep(_FASTEST_HEARTBEAT_S)
+            await asyncio.sleep(_MIN_HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._section.heartbeat_s - _FASTEST_HEARTBEAT_S):
+                async with asyncio.timeout(self._section.heartbeat_s - _MIN_HEARTBEAT_S):
                     await self._health.changed.wait()
 
     def _status(self) -> Mapping[str, str]:
         health = self._health
-        return self._facts | {
+        return self._registry_fields | {
             "state": health.state,
             "degraded": str(int(health.degraded)),
             "jobs": str(health.jobs),
@@ -140,32 +167,32 @@ class Reporter:
             "seen_ms": str(int(time.time() * 1000)),
         }
 
-    async def watch_memory(self, engine: EngineThread, served: LoadedModel) -> NoReturn:
-        """Look at the memory at each job's edge and every few seconds; tell of it at edges and while it changes."""
-        told = MemoryUse()
+    async def watch_memory(self, engine: EngineThread, model: LoadedModel) -> NoReturn:
+        """Measure memory at each job's edges and periodically; report at edges and on a change."""
+        reported = MemoryUse()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.vram_s):
-                    await self._edge.wait()
-            await self.quiet.over()
-            at_edge = self._edge.is_set()
-            self._edge.clear()
-            use, kv_blocks = await engine.call(lambda: (served.device.memory(), served.engine.kv_blocks))
+                    await self._job_edge.wait()
+            await self.first_token_gate.wait_open()
+            at_edge = self._job_edge.is_set()
+            self._job_edge.clear()
+            use, kv_blocks = await engine.call(lambda: (model.device.memory(), model.engine.kv_blocks))
             self._health.memory = use
             purposes = asdict(use)
-            del purposes["free"]  # what is left over is no purpose: the others add up to what is taken
-            self._meters.memory(purposes, kv_blocks)
-            if at_edge or use.used != told.used or abs(use.free - told.free) > _NOTABLE_BYTES:
-                working = use.activations + use.workspace
-                self.tell(Vram(weights=use.weights, kv=use.kv, activations=working, free=use.free))
-                told = use
+            del purposes["free"]  # not a purpose: the sum of all purposes is the memory in use
+            self._metrics.memory(purposes, kv_blocks)
+            if at_edge or use.used != reported.used or abs(use.free - reported.free) > _MIN_CHANGE_BYTES:
+                activations = use.activations + use.workspace
+                self.send(Vram(weights=use.weights, kv=use.kv, activations=activations, free=use.free))
+                reported = use
 
-    async def check_residency(self, engine: EngineThread, served: LoadedModel) -> NoReturn:
-        """Make sure that weights lie where they should, at the start and every minute."""
+    async def check_residency(self, engine: EngineThread, model: LoadedModel) -> NoReturn:
+        """Check at the start and periodically that all weights are in device memory."""
         while True:
-            await self.quiet.over()
-            checked, non_resident = await engine.call(served.device.non_resident)
-            self.tell(Residency(ok=not non_resident, checked=checked, strays=non_resident[:16]))
+            await self.first_token_gate.wait_open()
+            checked, non_resident = await engine.call(model.device.non_resident)
+            self.send(Residency(ok=not non_resident, checked=checked, strays=non_resident[:16]))
             if non_resident:
-                self._log.error("weights_astray", count=len(non_resident), first=non_resident[0])
+                self._log.error("weights_non_resident", count=len(non_resident), first=non_resident[0])
             await asyncio.sleep(self._section.residency_s)

@@ -1,9 +1,9 @@
-"""The life of a worker: start, claim and carry one job after another, drain, stop.
+"""The life of a worker: start, claim and run one job after another, drain, stop.
 
     starting ─► ready ◄─► busy ─► draining ─► (exit 0)          any ─► failed ─► (exit 1 or 2)
 
-One job is `attempt.py`'s, what is told about the worker `reporter.py`'s, the device belongs to
-`engine_thread.py`. Everything here runs on one event loop, which nothing may hold up.
+Everything here runs on one event loop, which no call may block. Read next: `attempt.py` (one job),
+`engine_thread.py` (the device), `reporter.py` (what a worker reports about itself).
 """
 
 from __future__ import annotations
@@ -13,48 +13,50 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from worker import __version__
 from worker.config import HttpSection, LeaseSection, ServiceSection
 from worker.errors import CudaError, Internal, WorkerError
-from worker.jobs.events import Draining, ErrorEvent, Stopped
+from worker.jobs import events
 from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
 from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel, ModelLoader
 from worker.service.attempt import Attempt
-from worker.service.bounds import Stop
-from worker.service.drain import Drain
 from worker.service.engine_thread import EngineThread
-from worker.service.health import Health
-from worker.service.http_status import TEXT, StatusServer, json_answer
+from worker.service.generation import WorkerContext
+from worker.service.health import Health, StatusServer
+from worker.service.prepared_job import StopReason
 from worker.service.reporter import Reporter
-from worker.service.side_by_side import first_of, for_ever
-from worker.service.watchdog import stalled
-from worker.service.workbench import Workbench
 from worker.telemetry import Log, Metrics, frames_of
 
-_LOST_DEVICE = 2
-_LAST_WORDS_S = 1.0
+T = TypeVar("T")
+
+_DEVICE_LOST = 2
+_SHUTDOWN_S = 1.0
+_HAND_BACK_S = 3.0
+"""For handing the job back after the grace period; it takes longer only without a server."""
+_CANCEL_S = 0.5
+"""The same after a second signal."""
+_WATCHDOG_TICK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a worker is to do, and how long it waits for the server at the start."""
+    """What a worker serves, and how long it waits for the server at the start."""
 
     model: str
-    """As it was asked for; its own name is known when it is loaded."""
+    """As requested; the model's own name is known when it is loaded."""
     backend: str
     queue: str
     name: str
-    """The first part of the worker's id: `drain` hears it too."""
+    """The first part of the worker's id, and a target of the `drain` command."""
     patience_s: float
 
 
 class Service:
-    """One worker. `run` it once; `signal` may be called from its loop at any time."""
+    """One worker. Call `run` once; `signal` may be called on its loop at any time."""
 
     def __init__(
         self,
@@ -73,39 +75,44 @@ class Service:
         self._transport = transport
         self._load = load
         self._log = log
-        self._meters = Metrics()
-        self._health = Health(self._meters, lambda: transport.seconds_since_contact, 3 * lease.scan_s)
-        self._reporter = Reporter(transport.registration, self._health, section, self._meters, log)
+        self._metrics = Metrics()
+        self._health = Health(self._metrics, lambda: transport.seconds_since_contact, 3 * lease.scan_s)
+        self._reporter = Reporter(transport.registration, self._health, section, self._metrics, log)
         self._engine = EngineThread()
         self._attempt: Attempt | None = None
-        self._drain = Drain()
+        self._drain_reason = ""
+        self._grace_s = 0.0
+        self._draining = asyncio.Event()
+        self._hurried = asyncio.Event()
         self.http_port = 0
-        """Where health and metrics are served, once `run` has begun."""
+        """The port of the health pages, once `run` listens."""
 
     def signal(self, reason: str) -> None:
-        """Somebody wants the process to end: the first time it drains, the second time it stops at once."""
-        if self._drain.asked():
-            self._drain.hurry()
+        """Handle SIGTERM or SIGINT: drain on the first signal, stop immediately on the second."""
+        if self._draining.is_set():
+            self._hurried.set()
         else:
             self._begin_drain(reason)
 
     async def run(self) -> int:
-        """Serve until drained; the process's exit code: 0, 2 where the engine or its device is lost, 1 for a fault.
+        """Serve until drained; returns the exit code: 0, 1 after a fault, 2 if the device is lost.
 
         Raises:
-            WorkerError: ModelLoadFailed, InsufficientVram or ConfigInvalid: it never began to serve.
-            Disconnected: the server could not be reached at the start.
+            WorkerError: ModelLoadFailed, InsufficientVram or ConfigInvalid, before the first job.
+            Disconnected: the server was unreachable at the start.
         """
-        http = self._pages()
+        http = StatusServer(self._health.pages())
         await http.open(self._http.host, self._http.port)
         self.http_port = http.port
-        speaking = [asyncio.create_task(self._always(w)) for w in (self._reporter.publish, self._reporter.heartbeat)]
+        reports = [
+            asyncio.create_task(self._forever(loop)) for loop in (self._reporter.publish, self._reporter.heartbeat)
+        ]
         code = 1
         try:
-            code = await self._live()
+            code = await self._serve()
         except CudaError as error:
             self._fail(error)
-            code = _LOST_DEVICE
+            code = _DEVICE_LOST
         except WorkerError as error:
             self._fail(error)
             raise
@@ -116,88 +123,79 @@ class Service:
             self._fail(Internal(f"{type(error).__name__} in the service"))
         finally:
             self._log.info("worker_stopped", exit_code=code)
-            self._reporter.tell(Stopped(reason=self._drain.reason or self._health.state, exit_code=code))
-            await self._reporter.flush(_LAST_WORDS_S)
-            for task in speaking:
+            self._reporter.send(events.Stopped(reason=self._drain_reason or self._health.state, exit_code=code))
+            await self._reporter.flush(_SHUTDOWN_S)
+            for task in reports:
                 task.cancel()
             self._engine.stop()
             await http.close()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORDS_S):
+                async with asyncio.timeout(_SHUTDOWN_S):
                     await self._transport.close()
         return code
 
     def join_engine(self, timeout_s: float) -> bool:
-        """Wait for the engine's thread; whether it has ended. After `run`, off the loop."""
+        """Wait for the engine's thread to end; returns whether it has. Blocks the caller."""
         return self._engine.join(timeout_s)
 
-    def _pages(self) -> StatusServer:
-        return StatusServer(
-            {
-                "/livez": lambda: json_answer(self._health.alive, self._health.report()),
-                "/readyz": lambda: json_answer(self._health.ready, self._health.report()),
-                "/metrics": lambda: (HTTPStatus.OK, TEXT, self._meters.exposition()),
-            }
-        )
+    def _forever(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Coroutine[Any, Any, NoReturn]:
+        return run_forever(work, self._lease.scan_s, self._log)
 
-    def _always(self, work: Callable[[], Coroutine[Any, Any, None]]) -> Coroutine[Any, Any, NoReturn]:
-        return for_ever(work, self._lease.scan_s, self._log)
-
-    async def _live(self) -> int:
-        served = await self._start()
-        if served is None:
+    async def _serve(self) -> int:
+        model = await self._start()
+        if model is None:
             return 0
-        bench = Workbench(
+        context = WorkerContext(
             self._transport,
             self._engine,
-            served,
+            model,
             self._section,
             self._lease.renew_s,
-            self._meters,
+            self._metrics,
             self._log,
             lambda: self._health.memory,
-            self._reporter.quiet,
+            self._reporter.first_token_gate,
         )
-        return await first_of(
-            self._take_jobs(bench),
+        return await first_completed(
+            self._run_jobs(context),
             self._watch_engine(),
-            self._end_in_time(),
-            self._always(self._hear_commands),
-            self._always(lambda: self._reporter.watch_memory(self._engine, served)),
-            self._always(lambda: self._reporter.check_residency(self._engine, served)),
+            self._end_drain(),
+            self._forever(self._obey_commands),
+            self._forever(lambda: self._reporter.watch_memory(self._engine, model)),
+            self._forever(lambda: self._reporter.check_residency(self._engine, model)),
         )
 
     async def _start(self) -> LoadedModel | None:
-        """Load the model and reach the server, side by side; None where a drain comes first."""
+        """Load the model and connect to the server concurrently; None if a drain begins first."""
         began, loop = time.monotonic(), asyncio.get_running_loop()
         self._log.info("worker_starting", version=__version__, http_port=self.http_port)
         assigned = self._assignment
-        self._reporter.announce(assigned.model, assigned.backend, assigned.name, assigned.queue, self.http_port)
+        self._reporter.starting(assigned.model, assigned.backend, assigned.name, assigned.queue, self.http_port)
 
         def progress(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(self._reporter.load_progress, done, total)
+            loop.call_soon_threadsafe(self._reporter.loading, done, total)
 
         loading = asyncio.ensure_future(self._engine.call(lambda: self._load(progress)))
-        needed = asyncio.gather(loading, self._reach())
-        needed.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, where nobody waits for it
-        draining = asyncio.ensure_future(self._drain.wait())
+        needed = asyncio.gather(loading, self._connect())
+        needed.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved if not awaited below
+        draining = asyncio.ensure_future(self._draining.wait())
         try:
             await asyncio.wait((needed, draining), return_when=asyncio.FIRST_COMPLETED)
             if not needed.done():
                 return None
-            served, _ = await needed
+            model, _ = await needed
         finally:
             draining.cancel()
             needed.cancel()
-        await self._engine.own(served.engine)
-        self._ready(served, time.monotonic() - began)
-        return served
+        await self._engine.own(model.engine)
+        self._ready(model, time.monotonic() - began)
+        return model
 
-    async def _reach(self) -> None:
-        """Open the transport. Raises Disconnected if the server stays away."""
+    async def _connect(self) -> None:
+        """Open the transport. Raises Disconnected if the server is unreachable for `patience_s`."""
         patience_s, opening = self._assignment.patience_s, asyncio.ensure_future(self._transport.open())
         try:
-            done, _ = await asyncio.wait([opening], timeout=min(_LAST_WORDS_S, patience_s))
+            done, _ = await asyncio.wait([opening], timeout=min(_SHUTDOWN_S, patience_s))
             if not done:
                 self._log.warning("server_silent", patience_s=patience_s)
                 done, _ = await asyncio.wait([opening], timeout=patience_s)
@@ -207,90 +205,137 @@ class Service:
         finally:
             opening.cancel()
 
-    def _ready(self, served: LoadedModel, load_s: float) -> None:
-        device = served.device.device
-        self._log = self._log.bind(model=served.name, gpu=device)
-        self._meters.model_load.set(load_s)
-        self._reporter.introduce(served, load_s)
-        self._reporter.memory_moved()
+    def _ready(self, model: LoadedModel, load_s: float) -> None:
+        self._log = self._log.bind(model=model.name, gpu=model.device.device)
+        self._metrics.model_load.set(load_s)
+        self._reporter.ready(model, load_s)
         self._health.enter("ready")
-        self._log.info("worker_ready", load_s=round(load_s, 3), context=served.engine.context)
+        self._log.info("worker_ready", load_s=round(load_s, 3), context=model.engine.context)
 
-    async def _take_jobs(self, bench: Workbench) -> int:
-        """One job after another, until the drain. Raises CudaError where the device is lost over one."""
-        while not self._drain.asked():
+    async def _run_jobs(self, context: WorkerContext) -> int:
+        """Run one job after another until the drain. Raises CudaError if a job loses the device."""
+        while not self._draining.is_set():
             claim = await self._claim()
             if claim is None:
                 continue
-            if self._drain.asked():
+            if self._draining.is_set():
                 await self._transport.release(claim)
                 break
-            if await self._carry(bench, claim) == "stalled":  # or it would claim the job itself that it has left
-                return _LOST_DEVICE
+            if await self._run_job(context, claim) == "stalled":  # the next claim would return the same job
+                return _DEVICE_LOST
         return 0
 
     async def _claim(self) -> Claim | None:
         try:
             return await self._transport.claim()
-        except Exception as error:  # an entry that nobody can read must not end the worker: others may still work
+        except Exception as error:  # an unreadable entry must not end the worker: other entries may be readable
             self._log.error("claim_fault", frames=frames_of(error))
             await asyncio.sleep(self._lease.scan_s)
             return None
 
-    async def _carry(self, bench: Workbench, claim: Claim) -> str:
-        attempt = self._attempt = Attempt(bench, claim)
-        self._reporter.quiet.begin(self._reporter.busy)
+    async def _run_job(self, context: WorkerContext, claim: Claim) -> str:
+        attempt = self._attempt = Attempt(context, claim)
+        context.first_token_gate.close(on_open=self._reporter.busy)
         try:
             outcome = await attempt.run()
         except CudaError:
             raise
-        except Exception as error:  # the server refused a command, or a fault of ours: the job's lease runs out
+        except Exception as error:  # the server refused a command, or a bug: the job's lease expires
             self._log.error("attempt_fault", job_id=attempt.job_id, frames=frames_of(error))
             outcome = "fault"
         finally:
             self._attempt = None
-            self._reporter.quiet.end()
-        self._meters.requests.labels(outcome).inc()
-        self._health.ended(outcome)
-        self._reporter.memory_moved()
+            context.first_token_gate.open()
+        self._metrics.requests.labels(outcome).inc()
+        self._health.attempt_ended(outcome)
+        self._reporter.job_edge()
         return outcome
 
     async def _watch_engine(self) -> int:
         """Return when the engine hangs and its job has been left to another worker."""
-        await stalled(self._engine, self._section.stall_s)
+        await wait_for_stall(self._engine, self._section.stall_s)
         self._fail(Internal(f"the engine made no step for {self._section.stall_s:g} s"))
-        self._interrupt(Stop.STALLED)
-        await asyncio.sleep(3 * _LAST_WORDS_S)
-        return _LOST_DEVICE
+        self._interrupt(StopReason.STALLED)
+        await asyncio.sleep(_HAND_BACK_S)
+        return _DEVICE_LOST
 
-    def _interrupt(self, why: Stop) -> None:
+    def _interrupt(self, reason: StopReason) -> None:
         if self._attempt is not None:
-            self._attempt.bounds.interrupt(why)
+            self._attempt.limits.interrupt(reason)
 
     def _begin_drain(self, reason: str) -> None:
-        if self._drain.asked():
+        if self._draining.is_set():
             return
         running = self._attempt is not None
-        self._drain.begin(reason, self._section.grace_s if running else 0.0)
+        self._drain_reason, self._grace_s = reason, self._section.grace_s if running else 0.0
+        self._draining.set()
         self._health.enter("draining")
-        self._log.info("worker_draining", reason=reason, grace_s=self._drain.grace_s)
-        self._reporter.tell(Draining(reason=reason, grace_s=self._drain.grace_s, running=int(running)))
+        self._log.info("worker_draining", reason=reason, grace_s=self._grace_s)
+        self._reporter.send(events.Draining(reason=reason, grace_s=self._grace_s, running=int(running)))
 
-    async def _end_in_time(self) -> int:
-        """Return when the worker has been asked to end and its job had the time to."""
-        await self._drain.run_out(lambda: self._interrupt(Stop.DRAIN))
+    async def _end_drain(self) -> int:
+        """Return after the drain began, the grace period, and a moment to hand the job back."""
+        await self._draining.wait()
+        await self._sleep_unless_hurried(self._grace_s)
+        self._interrupt(StopReason.DRAIN)
+        await self._sleep_unless_hurried(_HAND_BACK_S)
+        await asyncio.sleep(_CANCEL_S)
         return 0
 
-    async def _hear_commands(self) -> None:
-        """Obey what operators send."""
+    async def _sleep_unless_hurried(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurried.wait()
+
+    async def _obey_commands(self) -> None:
+        """Execute operators' commands for this worker and its job."""
         async for command in self._transport.registration.commands():
             if command.do == "cancel" and self._attempt is not None and self._attempt.job_id == command.target:
-                self._interrupt(Stop.CANCEL)
+                self._interrupt(StopReason.CANCEL)
             elif command.do == "drain" and command.target in (self._transport.worker_id, self._assignment.name):
                 self._begin_drain("command")
 
     def _fail(self, error: WorkerError) -> None:
-        """The worker will end by this error: its own stream and the log hear of it."""
+        """Enter the state `failed`; report and log the error that ends the worker."""
         self._health.enter("failed")
-        self._reporter.tell(ErrorEvent.of(error))
+        self._reporter.send(events.ErrorEvent.of(error))
         self._log.error("worker_failed", code=error.code, reason=error.message)
+
+
+async def wait_for_stall(engine: EngineThread, stall_s: float) -> None:
+    """The watchdog: return when the busy engine has completed no step for `stall_s` seconds.
+
+    Time is counted in ticks, so that a process that was suspended does not count the suspension.
+    """
+    tick_s = min(_WATCHDOG_TICK_S, stall_s / 4)
+    silent_s, steps = 0.0, engine.steps
+    while silent_s < stall_s:
+        began = time.monotonic()
+        await asyncio.sleep(tick_s)
+        passed_s = min(time.monotonic() - began, 2 * tick_s)
+        silent_s = silent_s + passed_s if engine.busy and engine.steps == steps else 0.0
+        steps = engine.steps
+
+
+async def first_completed(*coroutines: Coroutine[Any, Any, T]) -> T:
+    """Run all; return or raise what the first to complete does, and cancel the others."""
+    tasks = [asyncio.ensure_future(each) for each in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=_SHUTDOWN_S)
+
+
+async def run_forever(work: Callable[[], Coroutine[Any, Any, None]], pause_s: float, log: Log) -> NoReturn:
+    """Run `work` again and again, and log what it raises. Raises CudaError: the device is lost."""
+    while True:
+        try:
+            await work()
+        except CudaError:
+            raise
+        except Exception as error:
+            log.error("background_fault", frames=frames_of(error))
+        await asyncio.sleep(pause_s)

@@ -1,4 +1,4 @@
-"""A runner that computes nothing and remembers whose every KV slot is: what must be there is checked at each step."""
+"""A runner that computes nothing, but records and checks the content of every KV slot."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from worker.sampling import Draw
 
 
 class LedgerRunner:
-    """In place of K and V a slot holds all tokens up to its own, as a real one depends on them all.
+    """A slot holds all tokens up to its own, as K and V depend on them. Answers echo the prompt.
 
-    A step reads the slot before each of its positions through the block table, so what a wrong block, a stale one or
-    one that was handed out twice holds comes to light in the draw after it, which knows the whole sequence. Answers
-    echo the prompt. `fault` is raised by the next step, after it has scribbled over what it was to write.
+    A step reads the slot before each of its positions through the block table. If a block is wrong,
+    stale or handed out twice, the next draw finds other tokens than those of its sequence. The next
+    step raises `fault`, after it has overwritten the slots that it was to write.
     """
 
     def __init__(self, kv_blocks, vocab_size=100):

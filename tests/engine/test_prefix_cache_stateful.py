@@ -1,7 +1,7 @@
-"""Any order of jobs, reservations, aborts and faults: no block is lost, none is written while another reads it.
+"""Any order of sequences, pauses, aborts and faults loses no block and overwrites none in use.
 
-The ledger's slots hold all tokens before them, so a block that was handed out twice, or found in a wrong place,
-fails the step that reads it. Prompts come from three that branch, so that much is shared.
+A slot of `LedgerRunner` holds all tokens before it, so a block that was handed out twice, or found
+below a wrong node, fails the step that reads it. The prompts are beginnings of three that branch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.engine.ledger import LedgerRunner
+from tests.engine.ledger_runner import LedgerRunner
 from tests.models import engine_of
 from worker.engine import Sequence
 from worker.errors import VramOom
@@ -26,28 +26,35 @@ class PrefixCache(RuleBasedStateMachine):
     def begin(self, order, running, chunk):
         self.runner = LedgerRunner(BLOCKS)
         self.engine = engine_of(self.runner, context=BLOCKS * KV_BLOCK, chunk=chunk, running=running, order=order)
-        self.names, self.alive = 0, {}
+        self.names, self.alive, self.paused = 0, {}, {}
 
-    @rule(which=st.integers(0, 2), length=st.integers(1, 62), tokens=st.integers(1, 40), reserve=st.booleans())
-    def a_job_comes(self, which, length, tokens, reserve):
+    @rule(which=st.integers(0, 2), length=st.integers(1, 62), tokens=st.integers(1, 40), paused=st.booleans())
+    def add(self, which, length, tokens, paused):
         prompt, name = PROMPTS[which][:length], str(self.names)
         self.names += 1
-        if reserve:
-            cached = self.engine.reserve(name, prompt)
-            assert cached < len(prompt)
-            assert cached % KV_BLOCK == 0
-        self.alive[name] = Sequence(name, prompt, tokens)
-        self.engine.add(self.alive[name])
+        sequence = Sequence(name, prompt, tokens)
+        cached = self.engine.add(sequence, paused=paused)
+        assert cached < len(prompt)
+        assert cached % KV_BLOCK == 0
+        (self.paused if paused else self.alive)[name] = sequence
 
-    @rule(which=st.integers(0, 2), release=st.booleans())
-    def a_reservation_is_made_and_perhaps_given_up(self, which, release):
-        self.engine.reserve("reserved", PROMPTS[which])
-        if release:
-            self.engine.abort("reserved")
+    @precondition(lambda self: self.paused)
+    @rule(chance=st.randoms(use_true_random=False), tokens=st.integers(1, 40))
+    def resume(self, chance, tokens):
+        name = chance.choice(sorted(self.paused))
+        self.alive[name] = Sequence(name, self.paused.pop(name).prompt, tokens)
+        self.engine.resume(self.alive[name])
+
+    @precondition(lambda self: self.paused)
+    @rule(chance=st.randoms(use_true_random=False))
+    def abort_a_paused_sequence(self, chance):
+        name = chance.choice(sorted(self.paused))
+        del self.paused[name]
+        self.engine.abort(name)
 
     @precondition(lambda self: self.alive)
     @rule(chance=st.randoms(use_true_random=False))
-    def a_job_is_aborted(self, chance):
+    def abort(self, chance):
         name = chance.choice(sorted(self.alive))
         del self.alive[name]
         self.engine.abort(name)
@@ -60,7 +67,7 @@ class PrefixCache(RuleBasedStateMachine):
                     del self.alive[token.sequence_id]
 
     @rule(fault=st.sampled_from([VramOom("full"), ZeroDivisionError("a bug")]), aborted=st.booleans())
-    def a_step_fails(self, fault, aborted):
+    def fail_a_step(self, fault, aborted):
         self.runner.fault = fault
         try:
             self.engine.step()
@@ -85,8 +92,9 @@ class PrefixCache(RuleBasedStateMachine):
             if self.engine.idle:
                 break
             self.steps(1)
-        assert not self.alive, "a job never ended"
-        self.engine.abort("reserved")
+        assert not self.alive, "a sequence never ended"
+        for name in self.paused:
+            self.engine.abort(name)
         assert self.engine.kv_blocks["used"] == 0
         assert all(batch.phase is Phase.DECODE or batch.positions[0] % KV_BLOCK == 0 for batch in self.runner.batches)
 

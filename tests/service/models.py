@@ -1,0 +1,113 @@
+"""Models to serve in tests: shared ones with fresh engines, slow, blocking and failing runners."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from worker.backend import MemoryUse
+from worker.config import EngineSection, ModelSection
+from worker.echo import load_echo
+from worker.engine import Engine
+from worker.engine.kv_blocks import KvBlocks
+from worker.runtime import LoadedModel, load
+from worker.sampling import Draw
+
+
+class SharedModel:
+    """A loaded model; each worker gets a fresh engine, of which only one may run at a time."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.runner = loaded.engine._runner
+
+    @classmethod
+    def from_file(cls, path: Path, **engine: Any) -> SharedModel:
+        section = EngineSection(backend="cpu", **engine)
+        return cls(load(path, ModelSection(), section, lambda done, total: None))
+
+    @classmethod
+    def echo(cls, context: int = 4096) -> SharedModel:
+        return cls(load_echo(context, 64, 0.0, lambda done, total: None))
+
+    def fresh(self, runner: Any = None, **changes: Any) -> LoadedModel:
+        """The model with a new engine over `runner`, by default the model's own."""
+        runner = runner or self.runner
+        engine = Engine(runner, self.loaded.engine.settings, KvBlocks(runner.kv_blocks))
+        return replace(self.loaded, engine=engine, **changes)
+
+
+class ScriptedRunner:
+    """A runner that calls `script(step)` while a step is running: it may sleep, wait or raise.
+
+    It calls `launch(step)` before the step is launched.
+    """
+
+    def __init__(
+        self, runner: Any, script: Callable[[int], None], launch: Callable[[int], None] = lambda step: None
+    ) -> None:
+        self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
+        self.steps = 0
+        self._runner, self._script, self._launch = runner, script, launch
+
+    def run(self, batch: Any, requests: Any, on_launched: Callable[[], None]) -> list[Draw]:
+        step, self.steps = self.steps, self.steps + 1
+        self._launch(step)
+        on_launched()
+        self._script(step)
+        return self._runner.run(batch, requests)
+
+
+class StepBarrier:
+    """Blocks the engine at step `at` until it is released; `script` is for `ScriptedRunner`."""
+
+    def __init__(self, at: int) -> None:
+        self.reached, self._released, self._at = threading.Event(), threading.Event(), at
+
+    def script(self, step: int) -> None:
+        if step == self._at:
+            self.reached.set()
+            assert self._released.wait(30), "the barrier was not released"
+
+    async def wait_until_reached(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 10), "the engine did not reach the barrier"
+
+    def release(self) -> None:
+        self._released.set()
+
+
+def slow_model(seconds: float) -> LoadedModel:
+    """An echo model, each step of which takes `seconds`."""
+    model = SharedModel.echo()
+    return model.fresh(ScriptedRunner(model.runner, lambda step: time.sleep(seconds)))
+
+
+def failing_model(error: Exception, at: int, times: int = 1) -> LoadedModel:
+    """An echo model, `times` steps of which raise `error`, from step `at` on."""
+    model = SharedModel.echo()
+
+    def script(step: int) -> None:
+        if at <= step < at + times:
+            raise error
+
+    return model.fresh(ScriptedRunner(model.runner, script))
+
+
+class FixedDevice:
+    """A device with constant memory use."""
+
+    device = "fake"
+
+    def __init__(self, use: MemoryUse) -> None:
+        self._use = use
+
+    def memory(self) -> MemoryUse:
+        return self._use
+
+    def non_resident(self) -> tuple[int, list[str]]:
+        return 3, []
