@@ -54,3 +54,10 @@ def test_every_make_target_exists(page):
 def test_every_python_example_compiles(page):
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE):
         ast.parse(block)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=names(CURRENT))
+def test_every_file_that_is_named_exists(page):
+    folders = "benchmarks|configs|deploy|docs|tests|worker"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text("utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
