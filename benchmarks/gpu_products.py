@@ -1,9 +1,10 @@
-"""How close do the GPU's products come to the card? Decode by bytes read, prefill by arithmetic, every type.
+"""Speed of the GPU's products by weight type: decode in percent of bandwidth, prefill in TFLOP/s.
 
     python -m benchmarks.gpu_products
 
-Decode: µs and percent of the read bandwidth that this run measures; a graph of launches over copies of the matrix that
-do not fit the L2 cache together, so a launch's own 2.4 µs are in it. Prefill: TFLOP/s for 64, 512 and 2,048 tokens.
+Decode: µs and percent of the read bandwidth that this run measures, in a graph of launches over
+copies of the matrix that together exceed the L2 cache; a launch's overhead of 2.4 µs is included.
+Prefill: 64, 512 and 2,048 tokens.
 """
 
 from __future__ import annotations
@@ -19,25 +20,24 @@ import numpy as np
 
 from worker.gpu import matmul as prefill
 from worker.gpu import matvec as decode
+from worker.gpu.activations import empty_q8, scale_to_f16
 from worker.gpu.bandwidth import read_seconds
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import BlockMatrix, plane_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose, aligned
-from worker.gpu.quantized import activations_like
-from worker.gpu.scaled_f16 import scale_to_f16
 from worker.ops import Linear, QTensor
 from worker.quants import QUANT_TYPES, QuantType
 
 SHAPES = ((32064, 3072), (8192, 3072), (3072, 8192), (2048, 2048), (1152, 1024))
 TOKENS = (64, 512, 2048)
 READ = 2 << 30
-COLD = 400 << 20  # bytes of copies that a graph walks through
+COLD = 400 << 20  # bytes of the copies that a graph reads
 RUNS = 7
 CACHE = Path.home() / ".cache" / "worker" / "kernels"
 
 
 class Bench:
-    """One card, random bytes on it, and the kernels."""
+    """The device, random bytes on it, and the kernels."""
 
     def __init__(self) -> None:
         self.kernels = Kernels(CACHE)
@@ -47,7 +47,7 @@ class Bench:
         self.stream = cupy.cuda.Stream(non_blocking=True)
 
     def matrices(self, kind: QuantType, rows: int, cols: int) -> list[Linear]:
-        """Copies of a matrix that do not fit the cache together."""
+        """Copies of a matrix that together exceed the L2 cache."""
         found, at = [], 0
         sizes = [rows * row for row in plane_bytes(kind, cols)]
         while at + 2 * sum(sizes) < min(self.bytes.size, COLD + 3 * sum(sizes)):
@@ -59,7 +59,7 @@ class Bench:
         return found
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
-        """Seconds a call, of all of them in a graph."""
+        """Seconds for each call, captured in one graph."""
         with self.stream:
             calls[0]()
             self.stream.synchronize()
@@ -71,26 +71,26 @@ class Bench:
             return self.median(partial(graph.launch, self.stream)) / len(calls)
 
     def median(self, work: Callable[[], Any]) -> float:
-        """Seconds that the work takes on the device."""
+        """Median time of `work` on the device in seconds."""
         times = []
         for _ in range(RUNS):
-            began, ended = cupy.cuda.Event(), cupy.cuda.Event()
-            began.record(self.stream)
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record(self.stream)
             with self.stream:
                 work()
-            ended.record(self.stream)
-            ended.synchronize()
-            times.append(cupy.cuda.get_elapsed_time(began, ended) / 1e3)
+            end.record(self.stream)
+            end.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
         return float(statistics.median(times))
 
 
 def decode_row(bench: Bench, kind: QuantType, bandwidth: float) -> str:
     cells = []
     for rows, cols in SHAPES:
-        x = activations_like(bench.pool, 1, cols)
-        for form in (x.q, x.meta, x.x):
-            if form is not None:
-                form.fill(1)
+        x = empty_q8(bench.pool, 1, cols)
+        for array in (x.q, x.meta, x.x):
+            if array is not None:
+                array.fill(1)
         linears = bench.matrices(kind, rows, cols)
         calls = [partial(decode.matvec, bench.kernels, bench.pool, x, None, [linear]) for linear in linears]
         seconds = bench.seconds(calls)

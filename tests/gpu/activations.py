@@ -1,26 +1,25 @@
-"""Inputs of products on the device, packed on the host from the twin's rounding: so no test leans on another kernel."""
+"""Inputs of products, packed on the host: tests of a product depend on no other kernel."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from worker.cpu.quantized import BLOCK, in_f16, quantize
-from worker.gpu.quantized import Activations
-from worker.gpu.scaled_f16 import ScaledF16, padded
+from worker.gpu.activations import Q8Activations, ScaledF16, padded
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32
 
 
 def rows_of(tokens, cols, seed=3):
-    """About normal rows whose scales differ by a thousand, with an outlier in each."""
+    """Roughly normal rows with an outlier each, whose scales differ by a factor of a thousand."""
     rng = np.random.default_rng([seed, tokens, cols])
     x = rng.normal(size=(tokens, cols)) * 10.0 ** rng.uniform(-1.5, 1.5, (tokens, 1))
     x[np.arange(tokens), rng.integers(0, cols, tokens)] *= 20
     return x.astype(np.float32)
 
 
-def activations(pool, x):
-    """Every form of x [T, cols] that decode's products read; the layout is that of kernels/quantized.cuh."""
+def q8_activations(pool, x):
+    """x [T, cols] as f32 and as Q8 blocks, in the layout of kernels/q8_activations.cuh."""
     tokens, cols = x.shape
     q, scale = quantize(x)
     halves = q.reshape(tokens, cols // BLOCK, 2, BLOCK // 2)
@@ -28,43 +27,43 @@ def activations(pool, x):
     meta["scale"] = scale
     meta["low"], meta["high"] = halves.sum(axis=3, dtype=np.int64).transpose(2, 0, 1)
     planes = halves.transpose(0, 2, 1, 3).reshape(tokens, cols)
-    return Activations(pool.put(x), pool.put(planes), pool.put(meta.view(np.int64)))
+    return Q8Activations(pool.put(x), pool.put(planes), pool.put(meta.view(np.int64)))
 
 
-def f32_rows(pool, x):
-    """x [T, cols] alone, for a product that quantizes for itself."""
-    return Activations(pool.put(x))
+def f32_activations(pool, x):
+    """x [T, cols] as f32 only, for a product that quantizes its input."""
+    return Q8Activations(pool.put(x))
 
 
-def left_blocks(rows):
-    """The bytes of the 8-bit blocks that a kernel left beside its f32 rows."""
+def q8_bytes(rows):
+    """Bytes of the Q8 blocks of rows."""
     return rows.q.get().tobytes(), rows.meta.get().tobytes()
 
 
 def norm_of(pool, cols, eps=1e-5):
-    """Weights of a norm on the host, and the norm."""
+    """Random weights of a norm on the host, and the norm."""
     weight = np.random.default_rng(1).normal(1, 0.25, cols).astype(np.float32)
     return weight, RmsNorm(QTensor("norm", (cols,), F32, pool.put(weight)), eps)
 
 
-def places(cols):
-    """Where each column of a prefill row lies; the order is that of kernels/fragments.cuh."""
+def fragment_order(cols):
+    """Index of each column in a stored row: the order of kernels/fragments.cuh."""
     column = np.arange(cols)
     unit, element = column // 32 % 4, column % 32
     return column // 128 * 128 + element // 4 * 16 + element // 2 % 2 * 8 + unit * 2 + element % 2
 
 
 def scaled_f16(pool, x):
-    """x [T, cols] as prefill's products read it."""
+    """x [T, cols] as the input of a prefill product."""
     scale = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1))) - 10)
     scaled = np.zeros((len(x), padded(x.shape[1])), np.float16)
-    scaled[:, places(x.shape[1])] = in_f16(x) / scale[:, None]
+    scaled[:, fragment_order(x.shape[1])] = in_f16(x) / scale[:, None]
     return ScaledF16(pool.put(scaled), pool.put(scale.astype(np.float32)))
 
 
 def values_of(rows, cols):
-    """What rows on their way to a prefill product hold: [T, cols] f32. What fills their groups is zeros."""
+    """Values [T, cols] f32 of the input of a prefill product. Asserts that its padding is zeros."""
     x = rows.x.get().astype(np.float32)
-    values = x[:, places(cols)]
+    values = x[:, fragment_order(cols)]
     assert np.count_nonzero(x) == np.count_nonzero(values)
     return values if rows.scale is None else values * rows.scale.get()[:, None]

@@ -1,9 +1,12 @@
-"""What tests of products share: bounds of their errors, and what a decode product sees of its input.
+"""Error bounds of products, and a decode product's input after rounding.
 
-Bounds are relative L2. OWN is a kernel's own error, against f64 on the activations as it gets them. Decode adds exact
-integer sums in f32: 2e-6 (f32 types: a chain of at most 2816 fused additions). Prefill rounds scale, minimum and value
-of a weight to f16, 2^-11 each: 1e-3, and 2e-3 where a minimum cancels most of scale·code. WHOLE is against f64 on the
-activations before rounding: 1 %, the requirement; 8-bit blocks take 0.5 to 0.9 % of it.
+Bounds are relative L2 errors.
+
+- DECODE_OWN, PREFILL_OWN: a kernel's own error, against f64 with the rounded activations. Decode
+  adds exact integer sums in f32: 2e-6 (f32 types: a chain of at most 2816 fused additions). Prefill
+  rounds scale, minimum and value of a weight to f16, 2^-11 each: 1e-3, and 2e-3 where a minimum
+  cancels most of scale·code.
+- WHOLE: against f64 with the activations before rounding: 1 %, of which Q8 blocks use 0.5 to 0.9 %.
 """
 
 from __future__ import annotations
@@ -19,6 +22,6 @@ DECODE_OWN, PREFILL_OWN, WHOLE = 3e-6, 2e-3, 1e-2
 CLAMPED = Activation(limit=7.0, alpha=1.702)
 
 
-def seen(x, kind):
-    """x as a decode product of this type gets it."""
+def rounded(x, kind):
+    """x as rounded for a decode product with weights of this type."""
     return in_8_bits(x) if kind.block_size > 1 else x

@@ -83,11 +83,11 @@ class _Lane:
         self._host = np.frombuffer(cupy.cuda.alloc_pinned_memory(SLAB), np.float32, SLAB // 4)
 
     def fetch(self, kernels, matrix):
-        from worker.gpu.embedding import dequantized
+        from worker.gpu.layouts import dequantize
 
         host = self._host[: np.prod(matrix.shape)].reshape(matrix.shape)
         with self._stream:
-            return dequantized(kernels, self._pool, matrix).get(self._stream, out=host)
+            return dequantize(kernels, self._pool, matrix).get(self._stream, out=host)
 
 
 @dataclass

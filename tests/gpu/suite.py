@@ -38,11 +38,11 @@ PARTS = {
 }
 # The smallest shapes of every branch and all 14 types: a sanitizer makes kernels 100 times slower.
 SMALLEST = (
-    *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "fill_no_whole_step and 96"),
+    *("37-256-3", "37-256-17", "19-256-2", "several_types", "residual", "not_a_multiple_of_a_step and 96"),
     *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
     *("prefill_equals and 77", "several_sequences", "beyond_f16", "also_writes_its_rows", "scaled_f16"),
-    *("8_bit_blocks_too and 256", "glu_of_two_types", "quantizes_its_input and 32", "norms_its_input and 256"),
+    *("q8_blocks and 256", "glu_of_two_types", "quantizes_its_input and 32", "the_norm_to_its_input and 256"),
     *("draws_equal and 5-60", "advances_its_state", "forced", "not_finite"),
 )
 """Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""

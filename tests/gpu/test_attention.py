@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations, values_of
+from tests.gpu.activations import q8_activations, values_of
 from tests.gpu.guarded import GuardedPool
 from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
@@ -269,7 +269,7 @@ def test_decode_of_several_sequences_gives_each_the_bits_that_it_gets_alone(kern
 def test_decode_also_writes_its_rows_in_8_bits(kernels, memory, shape):
     bench = Bench(Scene(shape, 400), kernels, memory)
     bench.fill(400)
-    twin = activations(GuardedPool(), bench.decode([399, 3]))
+    twin = q8_activations(GuardedPool(), bench.decode([399, 3]))
     assert np.array_equal(bench.rows.q.get(), twin.q.get())
     assert np.array_equal(bench.rows.meta.get(), twin.meta.get())
 

@@ -65,7 +65,7 @@ def test_no_kernel_file_is_without_an_instantiation():
 @pytest.mark.parametrize("file", KERNEL_FILES)
 def test_kernel_files_are_short_and_open_with_a_description(file):
     lines = (resources.files("worker.gpu") / "kernels" / file).read_text().splitlines()
-    assert len(lines) <= 250
+    assert len(lines) <= 300
     assert lines[0].startswith("// ")
 
 

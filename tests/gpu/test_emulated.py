@@ -1,7 +1,7 @@
-"""Where there is no GPU, its tests still run, emulated on the CPU: a few of each file, each file a process of its own.
+"""Run a selection of the GPU tests in the emulator on machines without a GPU, one process a file.
 
-Those of `CHOSEN` meet both phases' kernels, in about a minute on two cores, compiling included. What an emulated run
-shows and what it cannot, `tests/gpu/emulator` says.
+`CHOSEN` covers the kernels of both phases in about a minute on two cores, compilation included. For
+what an emulated run can and cannot show see `tests/gpu/emulator`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHOSEN = {
     "runner": "(prefill_logits and qwen2]) or a_step_repeated",
     "sampler": "draws_equal and 320 or moves_on or forced or no_number",
 }
-"""Files, and what `pytest -k` takes of each; nothing means all."""
+"""Files, and the expression for `pytest -k`; an empty one selects all tests."""
 
 
 @pytest.mark.parametrize("file", CHOSEN)

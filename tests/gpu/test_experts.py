@@ -1,5 +1,5 @@
-"""Experts' products, both phases, against f64 on the same weights: poisoned results, fenced arrays, odd
-sizes. Bounds: `products.py`.
+"""Experts' products, both phases, against f64 on the same weights: poisoned results, fenced arrays,
+odd sizes. Bounds: `products.py`.
 """
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations, rows_of, scaled_f16
+from tests.gpu.activations import q8_activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
-from tests.gpu.products import CLAMPED, PREFILL_OWN, seen
+from tests.gpu.products import CLAMPED, PREFILL_OWN, rounded
 from tests.gpu.weights import Projection, error
 from worker.cpu.plain import gated
 from worker.cpu.quantized import in_f16
@@ -18,7 +18,7 @@ from worker.quants import F32, MXFP4, Q8_0
 
 
 def routes_of(pool, tokens, experts, k, *, only=None):
-    """Random distinct experts a token (all tokens the same `only` where given) and weights that sum to 1."""
+    """Random distinct experts of each token (or `only` for all), and weights that sum to 1."""
     rng = np.random.default_rng([tokens, experts, k])
     chosen = (
         np.stack([rng.permutation(experts)[:k] for _ in range(tokens)]) if only is None else np.tile(only, (tokens, 1))
@@ -59,26 +59,26 @@ def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
-    h = glu(kernels, pool, activations(pool, x), None, gate.linear, up.linear, CLAMPED, routes).x.get()
-    assert error(h.reshape(tokens, k, f), exact_glu(seen(x, kind), chosen, gate, up, CLAMPED)) < 1e-5
+    h = glu(kernels, pool, q8_activations(pool, x), None, gate.linear, up.linear, CLAMPED, routes).x.get()
+    assert error(h.reshape(tokens, k, f), exact_glu(rounded(x, kind), chosen, gate, up, CLAMPED)) < 1e-5
     wide = rows_of(tokens * k, 32 * f)
     down = Projection(kernels, memory, kind, (experts, d, 32 * f), "down", bias=True)
     residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
-    out = experts_add(kernels, pool, activations(pool, wide), routes, down.linear, pool.put(residual))
+    out = experts_add(kernels, pool, q8_activations(pool, wide), routes, down.linear, pool.put(residual))
     pool.check()
-    inputs = seen(wide, kind).reshape(tokens, k, -1)
+    inputs = rounded(wide, kind).reshape(tokens, k, -1)
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
 def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
-    from worker.gpu.matmul import experts_add, glu, grouped
+    from worker.gpu.matmul import experts_add, glu, group_routes
 
     gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
-    groups = grouped(kernels, pool, routes, experts)
+    groups = group_routes(kernels, pool, routes, experts)
     h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, CLAMPED, groups).get()
     assert error(h, exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
     wide = rows_of(tokens * k, 64)
@@ -92,7 +92,7 @@ def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
 
 @pytest.mark.parametrize("tokens", [16, 40])  # the smallest tiles and the middle ones, beside the largest
 def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, tokens):
-    from worker.gpu.matmul import experts_add, glu, grouped
+    from worker.gpu.matmul import experts_add, glu, group_routes
 
     gate, up = (Projection(kernels, memory, MXFP4, (8, 64, 96), name, bias=True) for name in ("gate", "up"))
     down = Projection(kernels, memory, MXFP4, (8, 96, 64), "down", bias=True)
@@ -102,7 +102,7 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
 
     def both(part):
         routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
-        groups = grouped(kernels, pool, routes, 8)
+        groups = group_routes(kernels, pool, routes, 8)
         h = glu(kernels, pool, scaled_f16(pool, x[part]), gate.linear, up.linear, CLAMPED, groups)
         slots = slice(4 * part.start, 4 * part.stop)
         y = experts_add(

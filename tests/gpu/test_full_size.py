@@ -128,7 +128,7 @@ def test_a_prompts_first_token_is_drawn_and_repeats(full, tokens, record_propert
 
 
 def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kernels, memory, record_property):
-    from tests.gpu.activations import activations, rows_of, scaled_f16
+    from tests.gpu.activations import q8_activations, rows_of, scaled_f16
     from tests.gpu.guarded import GuardedPool
     from worker.gpu import matmul, matvec
 
@@ -141,7 +141,7 @@ def test_products_of_each_type_and_shape_are_within_1_percent_of_f64(full, kerne
             linear, weights = sampled_rows(file, info, kernels, memory)
             pool, x = GuardedPool(), rows_of(20, shape[-1])
             exact = x.astype(np.float64) @ weights.astype(np.float64).T
-            (decoded,) = matvec.matvec(kernels, pool, activations(pool, x), None, [linear])
+            (decoded,) = matvec.matvec(kernels, pool, q8_activations(pool, x), None, [linear])
             prefilled = matmul.matmul(kernels, pool, scaled_f16(pool, x), linear)
             errors = relative(decoded.get(), exact), relative(prefilled.get(), exact)
             pool.check()

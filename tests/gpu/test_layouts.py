@@ -1,4 +1,4 @@
-"""Every type's way to the device and back: sizes to the byte, values to the bit."""
+"""Upload and dequantization of every type: sizes to the byte, values to the bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def info(kind, shape, name="w.weight"):
 
 
 @EACH_TYPE
-def test_planes_take_the_file_s_bytes_to_the_byte(kind):
+def test_planes_have_exactly_the_bytes_of_the_file(kind):
     for cols in (256, 512, 2816):
         assert sum(plane_bytes(kind, cols)) == kind.row_bytes(cols)
     if kind.block_size <= 32:
@@ -30,11 +30,11 @@ def test_planes_take_the_file_s_bytes_to_the_byte(kind):
 
 
 @EACH_TYPE
-def test_a_real_matrix_takes_at_most_two_percent_more_than_in_the_file(kind):
+def test_a_matrix_needs_at_most_two_percent_more_than_in_the_file(kind):
     assert weight_bytes(info(kind, (151, 2816))) <= 1.02 * 151 * kind.row_bytes(2816)
 
 
-def test_rows_that_are_no_whole_units_are_refused_by_name():
+def test_rows_that_are_not_whole_units_are_rejected_with_the_tensor_s_name():
     with pytest.raises(ModelLoadFailed, match=r"'w.weight': rows of 100 elements; expected a multiple of 32"):
         weight_bytes(info(F32, (4, 100)))
 
@@ -46,16 +46,16 @@ def test_biases_of_experts_are_vectors_and_routers_are_matrices():
 
 
 def device_values(kernels, memory, kind, shape, blocks):
-    from worker.gpu.embedding import dequantized
+    from worker.gpu.layouts import dequantize
 
     pool = GuardedPool()
-    out = dequantized(kernels, pool, upload(kernels, memory, kind, shape, blocks))
+    out = dequantize(kernels, pool, upload(kernels, memory, kind, shape, blocks))
     pool.check()
     return out.get()
 
 
 def comparable(kind, blocks):
-    """Without what -ftz=true makes zeros: MXFP4's two smallest scales."""
+    """Blocks without the two smallest scales of MXFP4, which -ftz=true flushes to zero."""
     if kind is MXFP4:
         blocks = blocks.copy()
         first = blocks.reshape(-1, kind.block_bytes)[:, 0]
@@ -86,17 +86,19 @@ def test_rows_that_are_odd_multiples_of_32_are_bit_exact(kernels, memory, kind):
 
 
 @EACH_TYPE
-def test_a_tensor_of_many_chunks_arrives_whole_and_is_heard_of(kernels, memory, monkeypatch, kind):
-    from worker.gpu.embedding import dequantized
+def test_a_tensor_of_many_chunks_arrives_whole_and_its_bytes_are_reported(kernels, memory, monkeypatch, kind):
+    from worker.gpu.layouts import dequantize
 
     blocks = comparable(kind, random_bytes(kind, 61, 768))
-    in_one = dequantized(kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks)).get()
+    in_one = dequantize(kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks)).get()
     monkeypatch.setattr("worker.gpu.upload.CHUNK", 20 * ALIGNMENT)
-    heard = []
-    in_many = dequantized(kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks, heard=heard.append))
+    reported = []
+    in_many = dequantize(
+        kernels, GuardedPool(), upload(kernels, memory, kind, (61, 768), blocks, on_bytes=reported.append)
+    )
     assert in_many.get().tobytes() == in_one.tobytes()
-    assert len(heard) > 2
-    assert sum(heard) == blocks.nbytes
+    assert len(reported) > 2
+    assert sum(reported) == blocks.nbytes
     assert memory.used[Purpose.WORKSPACE] == 0
 
 
@@ -111,24 +113,24 @@ def test_vectors_of_every_float_type_arrive_as_f32(kernels, memory):
 
 @EACH_TYPE
 def test_slices_of_rows_and_of_experts_hold_their_own_values(kernels, memory, kind):
-    from worker.gpu.embedding import dequantized
+    from worker.gpu.layouts import dequantize
 
     blocks = comparable(kind, random_bytes(kind, 24, 256))
     whole = upload(kernels, memory, kind, (24, 256), blocks)
-    part = dequantized(kernels, GuardedPool(), whole.rows(5, 12)).get()
-    assert part.tobytes() == dequantized(kernels, GuardedPool(), whole).get()[5:12].tobytes()
+    part = dequantize(kernels, GuardedPool(), whole.rows(5, 12)).get()
+    assert part.tobytes() == dequantize(kernels, GuardedPool(), whole).get()[5:12].tobytes()
     experts = upload(kernels, memory, kind, (4, 6, 256), blocks)
-    part = dequantized(kernels, GuardedPool(), experts.rows(1, 3)).get()
-    assert part.reshape(12, 256).tobytes() == dequantized(kernels, GuardedPool(), whole).get()[6:18].tobytes()
+    part = dequantize(kernels, GuardedPool(), experts.rows(1, 3)).get()
+    assert part.reshape(12, 256).tobytes() == dequantize(kernels, GuardedPool(), whole).get()[6:18].tobytes()
 
 
 @EACH_TYPE
-def test_embedding_takes_the_tokens_rows(kernels, memory, kind):
-    from worker.gpu.embedding import dequantized, embed
+def test_embedding_gathers_the_rows_of_the_tokens(kernels, memory, kind):
+    from worker.gpu.layouts import dequantize, embed
 
     table = upload(kernels, memory, kind, (19, 512), comparable(kind, random_bytes(kind, 19, 512)))
     pool = GuardedPool()
     tokens = np.array([18, 0, 0, 7, 3], np.int32)
     x = embed(kernels, pool, table, pool.put(tokens)).get()
     pool.check()
-    assert x.tobytes() == dequantized(kernels, pool, table).get()[tokens].tobytes()
+    assert x.tobytes() == dequantize(kernels, pool, table).get()[tokens].tobytes()

@@ -1,5 +1,5 @@
-"""Prefill's products of every type, against f64 on the same weights: poisoned results, fenced arrays, odd
-sizes. Bounds: `products.py`.
+"""Prefill's products of every type against f64 with the same weights: poisoned results, fences,
+odd sizes. Bounds: `products.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from tests.gpu.activations import activations, rows_of, scaled_f16
+from tests.gpu.activations import q8_activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
-from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, seen
+from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, rounded
 from tests.gpu.weights import Projection, error
 from worker.cpu.plain import gated
 from worker.cpu.quantized import in_f16
@@ -21,8 +21,8 @@ from worker.ops import SWIGLU
 from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES
 
 
-def always(monkeypatch, choose):
-    """Matrices take the tile that `choose` takes of their tiles, however many blocks that makes."""
+def force_tile(monkeypatch, choose):
+    """Make `choose` select the tile of every matrix, regardless of the number of blocks."""
     from worker.gpu import matmul
 
     monkeypatch.setattr(matmul, "_tile", lambda rows, tokens, *, gated: choose(matmul._tiles(rows, gated=gated)))
@@ -30,8 +30,8 @@ def always(monkeypatch, choose):
 
 @pytest.fixture(params=[0, -1], ids=["largest", "smallest"])
 def tiles(request, monkeypatch):
-    """Small matrices take large tiles too."""
-    always(monkeypatch, itemgetter(request.param))
+    """Use the largest, or the smallest, tile of every matrix."""
+    force_tile(monkeypatch, itemgetter(request.param))
 
 
 @EACH_TYPE
@@ -52,22 +52,22 @@ def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANT_TYPES if kind.block_size <= 32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("cols", [32, 96, 160])
-def test_columns_that_fill_no_whole_step(kernels, memory, kind, cols):
+def test_columns_that_are_not_a_multiple_of_a_step(kernels, memory, kind, cols):
     from worker.gpu.matmul import matmul
     from worker.gpu.matvec import matvec
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (70, cols))
     x = rows_of(20, cols)
     y = matmul(kernels, pool, scaled_f16(pool, x), projection.linear)
-    (z,) = matvec(kernels, pool, activations(pool, x), None, [projection.linear])
+    (z,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
     pool.check()
     assert error(y.get(), projection.exact(in_f16(x))) < PREFILL_OWN
-    assert error(z.get(), projection.exact(seen(x, kind))) < DECODE_OWN
+    assert error(z.get(), projection.exact(rounded(x, kind))) < DECODE_OWN
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])  # of each kind
-def test_prefill_rows_have_the_same_bits_wherever_a_call_is_cut(kernels, memory, kind, rows):
+@pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])  # each number of splits
+def test_prefill_rows_have_the_same_bits_for_every_chunking(kernels, memory, kind, rows):
     from worker.gpu.matmul import matmul
 
     projection = Projection(kernels, memory, kind, (rows, 512), bias=True)
@@ -88,30 +88,28 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
 
     pool, x = GuardedPool(), scaled_f16(GuardedPool(), rows_of(70, 768))
     sizes = enumerate((200, 1600, 4100, 8200, 75, 75))
-    least, few, many, most, *both = (
-        Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes
-    )
+    eight, four, two, one, *both = (Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes)
     products = {
-        matmul._LEAST: lambda: matmul.matmul(kernels, pool, x, least),
-        matmul._FEW: lambda: matmul.matmul(kernels, pool, x, few),
-        matmul._MANY: lambda: matmul.matmul(kernels, pool, x, many),
-        matmul._MOST: lambda: matmul.matmul(kernels, pool, x, most),
-        matmul._GATED: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
+        matmul._TILES_8_SPLITS: lambda: matmul.matmul(kernels, pool, x, eight),
+        matmul._TILES_4_SPLITS: lambda: matmul.matmul(kernels, pool, x, four),
+        matmul._TILES_2_SPLITS: lambda: matmul.matmul(kernels, pool, x, two),
+        matmul._TILES_1_SPLIT: lambda: matmul.matmul(kernels, pool, x, one),
+        matmul._GATED_TILES: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
     }
-    kernels.prepare(  # side by side: one by one, each takes seconds to compile
+    kernels.prepare(  # in parallel: each takes seconds to compile
         matmul._name(kind, tile, experts=False, gated=tiles is matmul._GATED) for tiles in products for tile in tiles
     )
     for tiles, product in products.items():
         found = set()
         for i in range(len(tiles)):
-            always(monkeypatch, itemgetter(i))
+            force_tile(monkeypatch, itemgetter(i))
             found.add(product().get().tobytes())
         assert len(found) == 1
 
 
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])
-def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kernels, memory, tiles, kind, rows):
+def test_padding_tokens_of_a_prefill_product_change_no_bit_and_are_not_written(kernels, memory, tiles, kind, rows):
     from worker.gpu.matmul import matmul
 
     projection = Projection(kernels, memory, kind, (rows, 512))
@@ -124,7 +122,9 @@ def test_prefill_tokens_beyond_the_real_ones_move_no_bit_and_are_left_alone(kern
         assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
 
 
-@pytest.mark.parametrize("rows", [(67, 9, 130), (1500, 64, 64), (4000, 100, 100), (8100, 64, 64)])  # each kind of tiles
+@pytest.mark.parametrize(
+    "rows", [(67, 9, 130), (1500, 64, 64), (4000, 100, 100), (8100, 64, 64)]
+)  # each number of splits
 @pytest.mark.parametrize("kinds", MIXED, ids=lambda kinds: kinds[0].name)
 def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory, monkeypatch, kinds, rows):
     from worker.gpu import matmul
@@ -136,7 +136,7 @@ def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory
     x, found, tiles = rows_of(70, 512), set(), matmul._tiles(rows, gated=False)
     kernels.prepare(matmul._name(kinds[0], tile, experts=False, gated=False, last=kinds[2]) for tile in tiles)
     for i in range(len(tiles)):
-        always(monkeypatch, itemgetter(i))
+        force_tile(monkeypatch, itemgetter(i))
         for tokens in (70, 9):
             pool = GuardedPool()
             ys = matmul.projections(kernels, pool, scaled_f16(pool, x[:tokens]), [part.linear for part in parts])

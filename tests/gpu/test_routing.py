@@ -1,4 +1,4 @@
-"""The router's choice on the GPU against its twin: the same experts, ties included, and the same weights."""
+"""The router's choice on the GPU against its twin: the same experts with ties, equal weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.cpu.plain import top_k
 )
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_choice_and_its_weights_equal_their_twin(kernels, tokens, experts, k, ties):
-    from worker.gpu.routing import route
+    from worker.gpu.matvec import route
 
     logits = np.random.default_rng(experts).normal(size=(tokens, experts)).astype(np.float32) * 3
     if ties:
@@ -28,7 +28,7 @@ def test_the_choice_and_its_weights_equal_their_twin(kernels, tokens, experts, k
 
 
 def test_negative_and_positive_zero_are_a_tie(kernels):
-    from worker.gpu.routing import route
+    from worker.gpu.matvec import route
 
     pool = GuardedPool()
     routes = route(kernels, pool, pool.put(np.array([[-0.0, 0.0, -1.0, 0.0]], np.float32)), 3)

@@ -1,4 +1,4 @@
-"""Rows made ready for prefill's products, against their twin: bit for bit where no norm comes before."""
+"""Scaled f16 rows against their twin: bit for bit without a norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPES = [(1, 32), (1, 896), (3, 2880), (2, 576), (5, 64), (2, 8192), (1, 14336)
 
 
 def rows_of(shape, seed=0):
-    """Rows of very different sizes, with outliers and a block of zeros."""
+    """Rows of very different magnitudes, with outliers and a block of zeros."""
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=shape) * 10.0 ** rng.integers(-3, 4, (shape[0], 1))).astype(np.float32)
     x[:, 7] *= 50
@@ -25,8 +25,8 @@ def rows_of(shape, seed=0):
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_halved_rows_equal_their_twin(kernels, shape, normed):
-    from worker.gpu.scaled_f16 import scale_to_f16
+def test_scaled_rows_equal_their_twin(kernels, shape, normed):
+    from worker.gpu.activations import scale_to_f16
 
     pool, x = GuardedPool(), rows_of(shape)
     weight, norm = norm_of(pool, shape[1], EPS)
@@ -39,8 +39,8 @@ def test_halved_rows_equal_their_twin(kernels, shape, normed):
     pool.check()
 
 
-def test_rows_beyond_the_real_ones_are_left_alone(kernels):
-    from worker.gpu.scaled_f16 import scale_to_f16
+def test_padding_rows_are_not_written(kernels):
+    from worker.gpu.activations import scale_to_f16
 
     pool, x = GuardedPool(), rows_of((6, 96))
     count = pool.put(np.array([2], np.int32))
@@ -50,7 +50,7 @@ def test_rows_beyond_the_real_ones_are_left_alone(kernels):
 
 
 def test_a_row_of_zeros_stays_zeros(kernels):
-    from worker.gpu.scaled_f16 import scale_to_f16
+    from worker.gpu.activations import scale_to_f16
 
     pool = GuardedPool()
     scaled_f16 = scale_to_f16(kernels, pool, pool.put(np.zeros((2, 64), np.float32)))

@@ -1,4 +1,4 @@
-"""Random weights of every type on the device, through the real upload, and their values as the definition has them."""
+"""Random weights of every type, uploaded by the loader, and their reference values."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from worker.quants import dequantize
 
 
 def blocks_of(kind, shape, name="w", std=0.05):
-    """Blocks [rows, row_bytes] u8 whose values are about normal."""
+    """Blocks [rows, row_bytes] u8 with roughly normal values."""
     blocks = RandomWeights(7, name).matrix(GGMLQuantizationType(kind.ggml_id), shape, std)
     return np.ascontiguousarray(blocks).view(np.uint8).reshape(math.prod(shape[:-1]), kind.row_bytes(shape[-1]))
 
 
 def random_bytes(kind, rows, cols, seed=0):
-    """Blocks [rows, row_bytes] u8 of any bits; infinities, NaNs and denormals among them."""
+    """Blocks [rows, row_bytes] u8 of random bits, including infinities, NaNs and denormals."""
     size = (rows, kind.row_bytes(cols))
     return np.random.default_rng([seed, kind.ggml_id]).integers(0, 256, size, dtype=np.uint8)
 
 
-def upload(kernels, memory, kind, shape, blocks, name="w.weight", heard=lambda _: None):
-    """The tensor on the device, by the loader's own way."""
+def upload(kernels, memory, kind, shape, blocks, name="w.weight", on_bytes=lambda _: None):
+    """The tensor on the device, uploaded by the loader."""
     info = TensorInfo(name=name, shape=shape, kind=kind, offset=0, nbytes=blocks.nbytes, shard=0)
     pool = Pool(memory, 4 * aligned(blocks.nbytes) + 4 * math.prod(shape), Purpose.WEIGHTS)
-    uploading = Upload(SimpleNamespace(data=lambda _: blocks), kernels, memory, pool, heard)
+    uploading = Upload(SimpleNamespace(data=lambda _: blocks), kernels, memory, pool, on_bytes)
     tensor = uploading(info)
     uploading.close()
     return tensor
 
 
 class Projection:
-    """A Linear on the device beside the same as f64 values: `weight` [..., rows, cols], `bias` [..., rows] or None."""
+    """A Linear on the device; f64 `weight` [..., rows, cols] and `bias` [..., rows] or None."""
 
     def __init__(self, kernels, memory, kind, shape, name="w", bias=False):
         blocks = blocks_of(kind, shape, name)
@@ -56,7 +56,7 @@ class Projection:
         self.linear = Linear(upload(kernels, memory, kind, shape, blocks), device_bias)
 
     def exact(self, x, expert=None):
-        """W·x + b in f64 for x [T, cols], or for one x [cols] of one expert."""
+        """W·x + b in f64 for x [T, cols], or for one x [cols] and one expert."""
         w, b = (self.weight, self.bias) if expert is None else (self.weight[expert], self.bias)
         y = x.astype(np.float64) @ w.T
         if b is None:
@@ -65,6 +65,6 @@ class Projection:
 
 
 def error(found, exact):
-    """‖found - exact‖ / ‖exact‖, infinite where something is no number."""
+    """‖found - exact‖ / ‖exact‖; infinite if any value is NaN or infinite."""
     found = np.asarray(found, np.float64)
     return float(np.linalg.norm(found - exact) / np.linalg.norm(exact)) if np.isfinite(found).all() else math.inf

@@ -1,7 +1,7 @@
 """The CPU's ops with activations rounded where the GPU rounds them: 8-bit blocks in decode, scaled f16 in prefill.
 
 Beside the exact ops, which stay the definition: with these a comparison sees the kernels' own error and not the
-rounding's. Twins of `worker/gpu/kernels/quantized.cuh` and of `scale_to_f16.cu`.
+rounding's. Twins of `worker/gpu/kernels/q8_activations.cuh` and of `scale_to_f16.cu`.
 """
 
 from __future__ import annotations

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from worker.errors import ModelLoadFailed
+from worker.gpu.activations import Q8Activations, ScaledF16, empty_q8, padded
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
-from worker.gpu.quantized import Activations, activations_like
-from worker.gpu.scaled_f16 import ScaledF16, padded
 from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention, Rope
 
@@ -148,12 +147,12 @@ class AttentionLauncher:
         v: DeviceArray,
         spec: Attention,
         state: StepState,
-    ) -> Activations:
+    ) -> Q8Activations:
         """Write k, v to the cache and return y [S, H·D] of one token per sequence, f32 and q8."""
         dim, group = _head_dim(spec), group_size(spec)
         keys, values = self._cache.layer(spec.layer)
         partials, arrivals = self._decode_split(spec, group)
-        y = activations_like(pool, *q.shape)
+        y = empty_q8(pool, *q.shape)
         kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_FLAGS[spec.rope.adjacent]}>")(
             (decode_splits(spec), spec.n_heads // group, len(q)),
             (32 * (_WIDE_WARPS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_WARPS),),

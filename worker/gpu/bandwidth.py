@@ -1,6 +1,6 @@
-"""How fast this card reads, and what it calls itself: what every speed is measured against. Knows no model.
+"""Read bandwidth of the device, the reference of measured speeds; versions of CUDA and CuPy.
 
-Next: `worker/bench/machine.py`.
+Kernel: `read_all.cu`. Next: `worker/bench/machine.py`.
 """
 
 from __future__ import annotations
@@ -17,38 +17,40 @@ INSTANTIATIONS = (("read_all.cu", "read_all"),)
 
 _THREADS = 512
 _LOADS = 8  # in flight a thread
-_WORD = 16
-_GRIDS = (4, 8, 16)  # blocks a multiprocessor: which is best differs from card to card
+_WORD = 16  # bytes of a load
+_GRIDS = (4, 8, 16)  # blocks a multiprocessor: the best differs between cards
+DEFINES = {"READ_THREADS": _THREADS, "READ_LOADS": _LOADS}
 
 
 def read_seconds(kernel_cache: Path, nbytes: int, runs: int) -> tuple[int, list[float]]:
-    """The bytes that a run reads, about `nbytes` (several GB: no cache holds them), and the seconds of each run.
+    """Bytes read by a run, about `nbytes` (more than any cache holds), and the seconds of each run.
 
-    The runs are those of the grid with the least median; the memory is free again afterwards. Raises VramOom.
+    Of several grids the one with the lowest median counts. The memory is freed afterwards. Raises:
+    VramOom.
     """
     import cupy  # noqa: PLC0415
 
     processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    whole = max(_GRIDS) * processors * _THREADS * _LOADS * _WORD
-    nbytes = max(1, nbytes // whole) * whole
+    step = max(_GRIDS) * processors * _THREADS * _LOADS * _WORD
+    nbytes = max(1, nbytes // step) * step
     data = DeviceMemory().reserve(nbytes, Purpose.WORKSPACE).array((nbytes,), np.uint8)
     data.data.memset(1, nbytes)
     kernel, out = Kernels(kernel_cache).get(*INSTANTIATIONS[0]), cupy.zeros(1, np.uint32)
-    began, ended = cupy.cuda.Event(), cupy.cuda.Event()
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
 
     def seconds(grid: int) -> float:
-        began.record()
+        start.record()
         kernel((processors * grid,), (_THREADS,), (data, np.uint64(nbytes // _WORD), out))
-        ended.record()
-        ended.synchronize()
-        return float(cupy.cuda.get_elapsed_time(began, ended)) / 1e3
+        end.record()
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     seconds(_GRIDS[0])
     return nbytes, min(([seconds(grid) for _ in range(runs)] for grid in _GRIDS), key=statistics.median)
 
 
 def versions() -> tuple[str, str]:
-    """CUDA's and CuPy's."""
+    """Versions of CUDA and CuPy."""
     import cupy  # noqa: PLC0415
 
     cuda = cupy.cuda.runtime.runtimeGetVersion()

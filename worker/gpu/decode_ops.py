@@ -1,7 +1,8 @@
-"""`worker.ops.Ops` of generated tokens on the GPU: compositions of launchers, and nothing computed here.
+"""`worker.ops.Ops` of generated tokens on the GPU: compositions of launchers.
 
-Products read 8-bit activations on CUDA cores. Where a batch's tokens stand, the device knows: of the batch itself only
-shapes are read, so a captured step serves every token after it. Twin: `worker/cpu/ops.py`; prompts: `prefill_ops.py`.
+Products read Q8 activations on CUDA cores. Tokens and positions are read from device state; of the
+batch only shapes are read, so that a captured step can be replayed. Twin: `worker/cpu/ops.py`.
+Prompts: `prefill_ops.py`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worker.gpu import matvec
+from worker.gpu.activations import Q8Activations
 from worker.gpu.attention import AttentionLauncher
-from worker.gpu.embedding import embed
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Activations
-from worker.gpu.routing import routed
 from worker.gpu.state import StepState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
-_AT_ONCE = 3  # projections of one input in one launch
+_MAX_PROJECTIONS = 3  # of one launch
 
 
 @dataclass(frozen=True, slots=True)
-class Normed:
-    """norm(x), not computed yet: the product that reads it norms for itself."""
+class LazyNorm:
+    """norm(x), computed by the product that reads it."""
 
     x: DeviceArray
     norm: RmsNorm
@@ -44,37 +44,39 @@ class DecodeOps:
 
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         """See `Ops.norm_linear`."""
-        groups = (linears[at : at + _AT_ONCE] for at in range(0, len(linears), _AT_ONCE))
-        rows = Activations(x)
+        groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
+        rows = Q8Activations(x)
         return tuple(y for group in groups for y in matvec.matvec(self._kernels, self._pool, rows, norm, group))
 
-    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Activations:
-        """See `Ops.attention`; y comes in the forms that `linear_add` takes."""
+    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Q8Activations:
+        """See `Ops.attention`; y is f32 and Q8 rows, the input of `linear_add`."""
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 
-    def linear_add(self, y: Activations, linear: Linear, residual: DeviceArray) -> DeviceArray:
-        """See `Ops.linear_add`; y is what `attention` or `norm_glu` gave."""
+    def linear_add(self, y: Q8Activations, linear: Linear, residual: DeviceArray) -> DeviceArray:
+        """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
         (x,) = matvec.matvec(self._kernels, self._pool, y, None, (linear,), residual)
         return x
 
     def norm_glu(
         self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
-    ) -> Activations:
-        """See `Ops.norm_glu`; h comes in the forms that `linear_add` takes."""
-        return matvec.glu(self._kernels, self._pool, Activations(x), norm, gate, up, activation)
+    ) -> Q8Activations:
+        """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
+        return matvec.glu(self._kernels, self._pool, Q8Activations(x), norm, gate, up, activation)
 
-    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[Normed, Routes]:
-        """See `Ops.norm_route`; the norm itself is left to `experts_glu`."""
-        return Normed(x, norm), routed(self._kernels, self._pool, x, norm, router, k)
+    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm, Routes]:
+        """See `Ops.norm_route`; `experts_glu` computes the norm."""
+        return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
 
-    def experts_glu(self, n: Normed, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Activations:
-        """See `Ops.experts_glu`; h [T·k, f] comes in the forms that `experts_add` takes."""
-        return matvec.glu(self._kernels, self._pool, Activations(n.x), n.norm, gate, up, activation, routes)
+    def experts_glu(
+        self, n: LazyNorm, routes: Routes, gate: Linear, up: Linear, activation: Activation
+    ) -> Q8Activations:
+        """See `Ops.experts_glu`; h [T·k, f] is f32 and Q8 rows, the input of `experts_add`."""
+        return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
-    def experts_add(self, h: Activations, routes: Routes, down: Linear, residual: DeviceArray) -> DeviceArray:
+    def experts_add(self, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray) -> DeviceArray:
         """See `Ops.experts_add`."""
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
 
     def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:
-        """See `Ops.gather_rows`: a decode step wants the logits of all its rows."""
+        """See `Ops.gather_rows`: a decode step needs the logits of all its rows."""
         return x

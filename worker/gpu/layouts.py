@@ -1,7 +1,8 @@
-"""Weights as they lie in VRAM: a matrix is a few planes, each flat over rows, so that every load is wide and aligned.
+"""Weight layout in VRAM, planes whose loads are wide and aligned, and its dequantization.
 
-The drawing is in `kernels/codes.cuh` and `kernels/scales.cuh`; here are the sizes, which add up to the file's to the
-byte. `upload.py` fills planes, the launchers pass their addresses on. Knows no model.
+The layout is drawn in `kernels/codes.cuh` and `kernels/scales.cuh`; here are the sizes, which add
+up to the file's bytes exactly. `upload.py` fills planes, launchers pass their addresses to kernels.
+Kernel: `dequantize.cu`. Twins: `embed` in `worker/cpu/ops.py`, `dequantize` in `worker/quants.py`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import TensorInfo
+from worker.gpu.compiler import KernelName
+from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, aligned
-from worker.quants import Q4_K, Q5_0, Q6_K, Q8_0, QuantType
+from worker.ops import QTensor
+from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES, QuantType
 
 UNIT = 32
-"""Elements that a thread takes at once; a row is whole units."""
-
+"""Elements that a thread loads at once; a row is a whole number of units."""
 _SUPER = 256
+_THREADS = 128
+INSTANTIATIONS: tuple[KernelName, ...] = tuple(("dequantize.cu", f"dequantize<{kind.name}>") for kind in QUANT_TYPES)
 PLANES = np.dtype([("low", "u8"), ("high", "u8"), ("scales", "u8"), ("supers", "u8")])
 """`Planes` of kernels/codes.cuh."""
 MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))
-"""Types of q, k and v in published files, where they are not one: there are kernels for each of these."""
+"""Combinations of types of q, k and v in published files: there are kernels for each."""
 
-# Bytes of 256 elements in each plane: low bits, high bits, scales of 32, what 256 share.
+# Bytes of 256 elements in each plane: low bits, high bits, scales of units, supers.
 _BYTES = {
     "F32": (1024, 0, 0, 0),
     "F16": (512, 0, 0, 0),
@@ -46,22 +51,22 @@ _BYTES = {
 
 
 def plane_bytes(kind: QuantType, elements: int) -> tuple[int, ...]:
-    """Bytes that `elements` of a row, whole blocks of them, take in each of the four planes."""
+    """Bytes of `elements` elements (whole blocks) in each of the four planes."""
     return tuple(elements * each // _SUPER for each in _BYTES[kind.name])
 
 
 def unit_elements(kind: QuantType) -> int:
-    """Elements of a kernel's `Unit`: 32 of the block types, 16 bytes of the others."""
+    """Elements of a kernel's `Unit`: 32 for the block types, 16 bytes for the others."""
     return UNIT if kind.block_size > 1 else 16 // kind.block_bytes
 
 
 def is_vector(info: TensorInfo) -> bool:
-    """Whether a tensor is kept as f32 values: norms, sinks and biases, those of experts too."""
+    """Whether a tensor is stored as f32 values: norms, sinks and biases, also those of experts."""
     return len(info.shape) == 1 or info.name.endswith(".bias")
 
 
 def weight_bytes(info: TensorInfo) -> int:
-    """VRAM that a tensor takes, alignment included. ModelLoadFailed where its rows can't be served."""
+    """VRAM of a tensor in bytes. Raises: ModelLoadFailed if its rows are not whole units."""
     if is_vector(info):
         return aligned(4 * math.prod(info.shape))
     cols = info.shape[-1]
@@ -73,7 +78,7 @@ def weight_bytes(info: TensorInfo) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """What `QTensor.data` is for a matrix: planes [..., rows, bytes of a row] u8; absent ones are None.
+    """`QTensor.data` of a matrix: planes [..., rows, row bytes] u8, None where a type has none.
 
     Slices along the first axis, rows or experts, share storage. Vectors are f32 arrays instead.
     """
@@ -90,10 +95,41 @@ class BlockMatrix:
         return sum(plane.nbytes for plane in self.planes if plane is not None)
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the planes begin, as a value of PLANES."""
+        """Device addresses of the planes, as a value of PLANES."""
         return tuple(address(plane) for plane in self.planes)
 
 
 def address(array: Any) -> int:
-    """The first byte of a device array; 0 for none, and for a dry run's stand-in."""
+    """Device address of an array; 0 for None and for the placeholder arrays of a dry run."""
     return 0 if array is None else int(getattr(array.data, "ptr", 0))
+
+
+def embed(kernels: Launcher, pool: Allocator, table: QTensor, tokens: DeviceArray) -> DeviceArray:
+    """Rows of `table` [V, d] for `tokens` [T] i32: x [T, d] f32."""
+    out = pool.empty((len(tokens), table.shape[-1]), np.float32)
+    _dequantize(kernels, table, tokens, out)
+    return out
+
+
+def gather_rows(kernels: Launcher, pool: Allocator, x: DeviceArray, rows: DeviceArray) -> DeviceArray:
+    """x[rows] of x [T, …] and rows [R] i32, copied as f32: row sizes are multiples of 4 bytes."""
+    out = pool.empty((len(rows), x.shape[-1]), x.dtype)
+    words = x.shape[-1] * x.dtype.itemsize // 4
+    _dequantize(kernels, QTensor("x", (len(x), words), F32, BlockMatrix(F32, (x, None, None, None))), rows, out)
+    return out
+
+
+def dequantize(kernels: Launcher, pool: Allocator, matrix: QTensor) -> DeviceArray:
+    """The whole matrix [..., rows, cols] as f32, for comparisons."""
+    out = pool.empty(matrix.shape, np.float32)
+    _dequantize(kernels, matrix, None, out)
+    return out
+
+
+def _dequantize(kernels: Launcher, matrix: QTensor, tokens: DeviceArray | None, out: DeviceArray) -> None:
+    units = matrix.shape[-1] // unit_elements(matrix.kind)
+    rows = math.prod(out.shape[:-1])
+    planes = np.array(matrix.data.addresses(), PLANES)
+    kernels.get("dequantize.cu", f"dequantize<{matrix.kind.name}>")(
+        (rows, -(-units // _THREADS)), (_THREADS,), (planes, tokens, out, np.int32(units)), pdl=True
+    )

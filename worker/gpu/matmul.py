@@ -1,9 +1,9 @@
-"""Launchers of prefill's products: tensor cores over f16 activations, weights de-quantized on their way.
+"""Launchers of prefill's products: f16 MMAs on tensor cores, weights dequantized in registers.
 
-How a row's sum over columns is cut among warps (a tile's depths) follows from the matrix alone; how many rows and
-tokens a block takes also from how many tokens there are, which moves no bit: an element is one chain of products.
-Twins: the ops of `worker/cpu/ops.py` without their norms, `worker/cpu/quantized.py`. Kernels: `matmul.cu`,
-`group_routes.cu`, `gated.cu`, `combine.cu`.
+The split of a row's sum along K follows from the matrix alone. The tile also follows from the
+number of tokens, which does not change a bit: each element is one chain of MMAs a split. Kernels:
+`matmul.cu`, `group_routes.cu`, `gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py`
+without their norms, `worker/cpu/quantized.py`.
 """
 
 from __future__ import annotations
@@ -15,64 +15,89 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, address
 from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
-from worker.gpu.scaled_f16 import ScaledF16
 from worker.ops import SWIGLU, Activation, Linear, Routes
 from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
 
 class _Tile(NamedTuple):
-    """Of matmul.cu: 16·strips·rows × tokens of y a block, its columns cut into depths·turns groups."""
+    """Tile of a block of matmul.cu: 16·frags_m·warps_m rows (half with GLU) × tile_n tokens of y.
 
-    rows: int
-    depths: int
-    tokens: int
-    turns: int = 1
-    strips: int = 2
-    enough: int = 80
-    """Blocks that occupy the device: with fewer, a smaller tile is faster."""
+    K is cut into split_k·passes splits: `split_k` warps work side by side along K, each makes
+    `passes` passes over K.
+    """
+
+    warps_m: int
+    split_k: int
+    tile_n: int
+    passes: int = 1
+    frags_m: int = 2
+    min_blocks: int = 80
+    """Blocks that occupy the device; with fewer, a smaller tile is faster."""
+
+    @property
+    def stages(self) -> int:
+        """Buffers of x: the current step and those in flight, more for small tiles."""
+        return 2 if self.tile_n > 32 or self.split_k > 4 else 3
 
     @property
     def shared_bytes(self) -> int:
-        """256 bytes a token, of the step in hand and of those ahead; and the sums that turns keep."""
-        steps = 2 if self.tokens > 32 or self.depths > 4 else 3
-        kept = 64 * self.strips * self.rows if self.turns > 1 else 0
-        return (256 * steps + kept) * self.tokens * self.depths
+        """256 bytes a token, stage and split; with several passes also their saved sums."""
+        saved = 64 * self.frags_m * self.warps_m if self.passes > 1 else 0
+        return (256 * self.stages + saved) * self.tile_n * self.split_k
 
 
-# Measured on an H100 over these models' shapes: the larger the tile, the less is read again; the fewer the rows, the
-# more groups, which all tiles of a kind of matrix share. Few slots share an expert: small tiles waste the least. Of a
-# short piece it is a warp's instructions that take the time: one strip each. The 16 tokens are for a row of logits.
-_GATED = (_Tile(8, 1, 128, enough=256), _Tile(4, 1, 64), _Tile(4, 1, 32, strips=1), _Tile(8, 1, 16, strips=1))
-_MOST = _GATED[1:]
-_MANY = (_Tile(4, 2, 64), _Tile(4, 2, 32, strips=1))
-_FEW = (_Tile(4, 2, 64, turns=2, enough=250), _Tile(2, 4, 64), _Tile(2, 4, 32, strips=1))
-_LEAST = (
-    _Tile(4, 2, 64, turns=4),
-    _Tile(4, 2, 32, turns=4),
-    _Tile(2, 8, 32, strips=1),
-    _Tile(1, 8, 16, strips=1),
+# Measured on an H100 with the shapes of the supported models. The larger a tile, the fewer bytes
+# are read again. Matrices of few rows have more splits of K; all tiles of a matrix have the same
+# number of splits, so its bits do not depend on the tile. Experts have few slots each, where small
+# tiles waste least. A short chunk is limited by a warp's instructions: one fragment a warp. Tiles
+# of 16 tokens serve rows of logits.
+_GATED_TILES = (
+    _Tile(8, 1, 128, min_blocks=256),
+    _Tile(4, 1, 64),
+    _Tile(4, 1, 32, frags_m=1),
+    _Tile(8, 1, 16, frags_m=1),
 )
-_FROM_ROWS = ((8192, _MOST), (4096, _MANY), (1536, _FEW), (0, _LEAST))
-_EXPERTS = ((24, _Tile(4, 1, 64)), (8, _Tile(4, 1, 32)), (0, _Tile(8, 1, 16, strips=1)))  # for more slots each than
-_AT_ONCE = 3  # projections of one x in one launch
+_TILES_1_SPLIT = _GATED_TILES[1:]
+_TILES_2_SPLITS = (_Tile(4, 2, 64), _Tile(4, 2, 32, frags_m=1))
+_TILES_4_SPLITS = (_Tile(4, 2, 64, passes=2, min_blocks=250), _Tile(2, 4, 64), _Tile(2, 4, 32, frags_m=1))
+_TILES_8_SPLITS = (
+    _Tile(4, 2, 64, passes=4),
+    _Tile(4, 2, 32, passes=4),
+    _Tile(2, 8, 32, frags_m=1),
+    _Tile(1, 8, 16, frags_m=1),
+)
+_TILES_BY_ROWS = ((8192, _TILES_1_SPLIT), (4096, _TILES_2_SPLITS), (1536, _TILES_4_SPLITS), (0, _TILES_8_SPLITS))
+"""Minimum of rows, and the tiles of such matrices."""
+_DENSE_TILES = tuple(tile for _, tiles in _TILES_BY_ROWS for tile in tiles)
+_EXPERT_TILES = ((24, _Tile(4, 1, 64)), (8, _Tile(4, 1, 32)), (0, _Tile(8, 1, 16, frags_m=1)))
+"""Slots an expert that a tile needs more of, and the tile."""
+_MAX_PROJECTIONS = 3  # of one launch
 _GROUP_THREADS = 1024
 _THREADS = 256
-_PART = np.dtype([("planes", PLANES), ("bias", "u8"), ("out", "u8"), ("rows", "i4"), ("first", "u4")])
-_PRODUCT = np.dtype(
-    [("parts", _PART, 3), ("residual", "u8"), ("scale", "u8"), ("count", "u8"), ("cols", "i4"), ("gate", GATE)],
+
+_PROJECTION = np.dtype([("planes", PLANES), ("bias", "u8"), ("out", "u8"), ("rows", "i4"), ("first_block", "u4")])
+"""`Projection` of matmul_params.cuh."""
+_PARAMS = np.dtype(
+    [
+        *(("projections", _PROJECTION, 3), ("residual", "u8"), ("scale", "u8"), ("count", "u8")),
+        *(("cols", "i4"), ("gate", GATE)),
+    ],
     align=True,
 )
-_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("per_slot", "i4")], align=True)
-_NO_TILES = np.array((0, 0, 1), _TILES)
+"""`MatmulParams` of matmul_params.cuh."""
+_SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("slots_per_row", "i4")], align=True)
+"""`SlotTiles` of slot_tiles.cuh."""
+_NO_SLOT_TILES = np.array((0, 0, 1), _SLOT_TILES)
 
 
 def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: QuantType | None = None) -> KernelName:
-    sizes = (tile.strips, tile.rows, tile.depths, tile.turns, tile.tokens)
+    sizes = (tile.frags_m, tile.warps_m, tile.split_k, tile.passes, tile.tile_n, tile.stages)
     arguments = [kind.name, *map(str, sizes), *(str(flag).lower() for flag in (experts, gated))]
     if last not in (None, kind):
         arguments.append(last.name)
@@ -80,21 +105,13 @@ def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: Qua
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(
-        _name(kind, tile, experts=False, gated=False)
-        for kind in QUANT_TYPES
-        for tile in (*_MOST, *_MANY, *_FEW, *_LEAST)
-    ),
-    *(
-        _name(first, tile, experts=False, gated=False, last=last)
-        for first, _, last in MIXED
-        for tile in (*_MOST, *_MANY, *_FEW, *_LEAST)
-    ),
-    *(_name(kind, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED),
+    *(_name(kind, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in _DENSE_TILES),
+    *(_name(first, tile, experts=False, gated=False, last=last) for first, _, last in MIXED for tile in _DENSE_TILES),
+    *(_name(kind, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED_TILES),
     *(
         _name(kind, tile, experts=True, gated=gated)
         for kind in (MXFP4, Q8_0)
-        for _, tile in _EXPERTS
+        for _, tile in _EXPERT_TILES
         for gated in (False, True)
     ),
     ("group_routes.cu", "group_routes"),
@@ -104,10 +121,10 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
-    """The T·k slots of routes sorted by expert, `order` [T·k], and cut for `tile`, `table`; see kernels/tiles.cuh.
+class ExpertGroups:
+    """The T·k slots of routes sorted by expert (`order` [T·k]) and cut into tiles (`table`).
 
-    Of the tokens the first `count` [1] i32 are real; None: all.
+    `count` [1] i32 is the number of valid tokens; None means all.
     """
 
     k: int
@@ -117,19 +134,19 @@ class Groups:
     count: DeviceArray | None
 
 
-def grouped(
+def group_routes(
     kernels: Launcher, pool: Allocator, routes: Routes, n_experts: int, count: DeviceArray | None = None
-) -> Groups:
+) -> ExpertGroups:
     """Sort the routes' slots by expert."""
     tokens, k = routes.experts.shape
     slots = tokens * k
-    tile = next(tile for least, tile in _EXPERTS if slots > least * n_experts)
-    tiles = slots // tile.tokens + min(n_experts, slots)
+    tile = next(tile for min_slots, tile in _EXPERT_TILES if slots > min_slots * n_experts)
+    tiles = slots // tile.tile_n + min(n_experts, slots)
     order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
-    sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tokens), np.int32(tiles))
+    sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tile_n), np.int32(tiles))
     args = (routes.experts, np.int32(slots), count, *sizes, order, table)
     kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, pdl=True)
-    return Groups(k, tile, order, table, count)
+    return ExpertGroups(k, tile, order, table, count)
 
 
 def matmul(
@@ -144,15 +161,16 @@ def matmul(
 def projections(kernels: Launcher, pool: Allocator, x: ScaledF16, linears: Sequence[Linear]) -> tuple[DeviceArray, ...]:
     """W_j·x + b_j: y_j [T, rows_j] f32 of one x.
 
-    In one launch go neighbours of one type, and q, k and v as published files mix them.
+    One launch computes up to three adjacent projections of one type, or q, k and v with a
+    combination of MIXED.
     """
     results: list[DeviceArray] = []
-    together = tuple(linear.weight.kind for linear in linears) in MIXED
-    for _, same in groupby(linears, key=lambda linear: together or linear.weight.kind.name):
+    mixed = tuple(linear.weight.kind for linear in linears) in MIXED
+    for _, same in groupby(linears, key=lambda linear: mixed or linear.weight.kind.name):
         group = list(same)
-        for some in (group[at : at + _AT_ONCE] for at in range(0, len(group), _AT_ONCE)):
-            ys = [pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32) for linear in some]
-            _launch(kernels, x, some, ys)
+        for launched in (group[at : at + _MAX_PROJECTIONS] for at in range(0, len(group), _MAX_PROJECTIONS)):
+            ys = [pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32) for linear in launched]
+            _launch(kernels, x, launched, ys)
             results += ys
     return tuple(results)
 
@@ -164,17 +182,17 @@ def glu(
     gate: Linear,
     up: Linear,
     activation: Activation,
-    groups: Groups | None = None,
+    groups: ExpertGroups | None = None,
 ) -> DeviceArray:
-    """activation(gate(x), up(x)): h [T, f] f32; with groups, in each token's experts: h [T, k, f] f32."""
+    """activation(gate(x), up(x)): h [T, f] f32; with groups, of each token's experts [T, k, f]."""
     tokens, rows = x.x.shape[0], gate.weight.shape[-2]
     h = pool.empty((tokens, rows) if groups is None else (tokens, groups.k, rows), np.float32)
     if gate.weight.kind == up.weight.kind:
-        _launch(kernels, x, (gate, up), (h,), activation=activation, groups=groups, shared=True)
+        _launch(kernels, x, (gate, up), (h,), activation=activation, groups=groups, shared_x=True)
         return h
     other = pool.empty(h.shape, np.float32)
-    _launch(kernels, x, (gate,), (h,), groups=groups, shared=True)
-    _launch(kernels, x, (up,), (other,), groups=groups, shared=True)
+    _launch(kernels, x, (gate,), (h,), groups=groups, shared_x=True)
+    _launch(kernels, x, (up,), (other,), groups=groups, shared_x=True)
     args = (h, other, gate_of(activation), np.uint64(h.size), h)
     kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args, pdl=True)
     return h
@@ -185,7 +203,7 @@ def experts_add(
     pool: Allocator,
     h: ScaledF16,
     routes: Routes,
-    groups: Groups,
+    groups: ExpertGroups,
     down: Linear,
     residual: DeviceArray,
 ) -> DeviceArray:
@@ -207,54 +225,61 @@ def _launch(
     *,
     residual: DeviceArray | None = None,
     activation: Activation = SWIGLU,
-    groups: Groups | None = None,
-    shared: bool = False,
+    groups: ExpertGroups | None = None,
+    shared_x: bool = False,
 ) -> None:
-    """Products of one x, a y each, or two that are gated into one; `shared`: a token's k slots read one row of x."""
-    gated, tokens, where = len(ys) < len(linears), x.x.shape[0], _NO_TILES
+    """Launch the products of one x: a y for each, or one y of two that are gated.
+
+    `shared_x`: the k slots of a token read one row of x.
+    """
+    gated, tokens, slot_tiles = len(ys) < len(linears), x.x.shape[0], _NO_SLOT_TILES
     rows = [linear.weight.shape[-2] for linear in linears]
     tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
     first, last = linears[0].weight.kind, linears[-1].weight.kind
     kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, last=last))
-    tiles = -(-tokens // tile.tokens)
+    n_tiles = -(-tokens // tile.tile_n)
     if groups is not None:
-        lists = (address(groups.order), address(groups.table), groups.k if shared else 1)
-        tiles, where = len(groups.table), np.array(lists, _TILES)
-    blocks = [_blocks(tile, each, gated=gated) for each in rows]
-    firsts = (0, 0) if gated else accumulate(blocks, initial=0)
-    parts = [_part(*part) for part in zip(linears, ys if not gated else (ys[0], ys[0]), firsts, strict=False)]
-    parts += [np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PART)] * (_AT_ONCE - len(parts))
+        lists = (address(groups.order), address(groups.table), groups.k if shared_x else 1)
+        n_tiles, slot_tiles = len(groups.table), np.array(lists, _SLOT_TILES)
+    blocks = [_blocks(tile, n, gated=gated) for n in rows]
+    first_blocks = (0, 0) if gated else accumulate(blocks, initial=0)
+    outs = ys if not gated else (ys[0], ys[0])
+    projections = [_projection(*each) for each in zip(linears, outs, first_blocks, strict=False)]
+    absent = np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PROJECTION)
+    projections += [absent] * (_MAX_PROJECTIONS - len(projections))
     pointers = (address(residual), address(x.scale), address(x.count))
-    product = np.array((parts, *pointers, linears[0].weight.shape[-1], gate_of(activation)), _PRODUCT)
-    grid = (blocks[0] if gated else sum(blocks), tiles)
-    args, threads = (product, x.x, np.int32(tokens), where), 32 * tile.rows * tile.depths
+    params = np.array((projections, *pointers, linears[0].weight.shape[-1], gate_of(activation)), _PARAMS)
+    grid, threads = (blocks[0] if gated else sum(blocks), n_tiles), 32 * tile.warps_m * tile.split_k
+    args = (params, x.x, np.int32(tokens), slot_tiles)
     kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, pdl=True)
 
 
 def _tile(rows: Sequence[int], tokens: int, *, gated: bool) -> _Tile:
-    """The largest tile that still makes enough blocks of these rows, and takes half of the tokens at most, or 32."""
+    """The largest tile that makes enough blocks and has at most half of the tokens, or 32."""
     tiles, matrices = _tiles(rows, gated=gated), rows[:1] if gated else rows
-    most = max(tokens // 2, min(tokens, 32))
+    max_tile_n = max(tokens // 2, min(tokens, 32))
 
     def blocks(tile: _Tile) -> int:
-        return sum(_blocks(tile, each, gated=gated) for each in matrices) * -(-tokens // tile.tokens)
+        return sum(_blocks(tile, n, gated=gated) for n in matrices) * -(-tokens // tile.tile_n)
 
-    return next((tile for tile in tiles if tile.tokens <= most and blocks(tile) >= tile.enough), tiles[-1])
+    return next((tile for tile in tiles if tile.tile_n <= max_tile_n and blocks(tile) >= tile.min_blocks), tiles[-1])
 
 
 def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
     """The tiles of matrices of these rows that share a launch, the largest first."""
     if gated:
-        return _GATED
-    return next(tiles for least, tiles in _FROM_ROWS if sum(rows) >= least)
+        return _GATED_TILES
+    return next(tiles for min_rows, tiles in _TILES_BY_ROWS if sum(rows) >= min_rows)
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
-    """Blocks side by side that a matrix of `rows` takes; a gated one is two of them, interleaved."""
-    return -(-rows // (tile.rows * tile.strips * (8 if gated else 16)))
+    """Blocks along the rows of a matrix; a gated one interleaves two matrices."""
+    return -(-rows // (tile.warps_m * tile.frags_m * (8 if gated else 16)))
 
 
-def _part(linear: Linear, y: DeviceArray, first: int) -> np.ndarray[Any, Any]:
-    """`Part` of matmul.cu."""
+def _projection(linear: Linear, y: DeviceArray, first_block: int) -> np.ndarray[Any, Any]:
+    """A value of _PROJECTION."""
     bias = address(None if linear.bias is None else linear.bias.data)
-    return np.array((linear.weight.data.addresses(), bias, address(y), linear.weight.shape[-2], first), _PART)
+    return np.array(
+        (linear.weight.data.addresses(), bias, address(y), linear.weight.shape[-2], first_block), _PROJECTION
+    )

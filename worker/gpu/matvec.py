@@ -1,9 +1,10 @@
-"""Launchers of decode's products: matrix-vector forms that read each weight once a token, no tensor cores.
+"""Launchers of decode's products: matrix-vector kernels that read each weight once a token.
 
-Norm, products and what follows them are one launch. The block types meet 8-bit activations, F32, F16 and BF16 meet f32
-(`kernels/staged.cuh`). How a matrix is shared out among warps follows from its shape alone, so a token's bits never
-depend on what shares the call. Twins: the ops of `worker/cpu/ops.py`, and `worker/cpu/quantized.py`. Kernels:
-`matvec.cu`, `glu.cu`, `experts_add.cu`.
+A norm, the products and their epilogue are one launch. Weights of the block types meet Q8
+activations, F32, F16 and BF16 meet f32 (`kernels/stage_activations.cuh`). The distribution of a
+matrix over warps follows from its shape and type alone, so a token's bits do not depend on the rest
+of the batch. Kernels: `matvec.cu`, `glu.cu`, `experts_add.cu`, `route.cu`. Twins: the ops of
+`worker/cpu/ops.py`, `worker/cpu/quantized.py`.
 """
 
 from __future__ import annotations
@@ -16,36 +17,47 @@ from typing import Any
 import numpy as np
 
 from worker.errors import ModelLoadFailed
+from worker.gpu.activations import Q8Activations, empty_q8
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
-from worker.gpu.quantized import Activations, activations_like
 from worker.ops import Activation, Linear, RmsNorm, Routes
 from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
-_WARPS = 16
+_WARPS = 16  # of a block
+_EXPERT_WARPS = 8  # of a block of glu for experts
+_GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
+_ROUTE_TOKENS = 4  # tokens of a block of route.cu, a warp each
+_ROUTE_PER_LANE = (1, 2, 4, 8)  # experts of a lane
+DEFINES = {"DECODE_WARPS": _WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS}
+
 _THREADS = 32 * _WARPS
-_BLOCKS = 264  # two for each of an H100's multiprocessors; where fewer fit they take turns
-_FEW_BLOCKS = 132
-_MANY_BYTES = 4 << 20  # from here on a matrix takes all blocks
-_ENOUGH_WARPS = 10  # of a block's
-_GLU_ROWS = 32  # elements of h that a block makes
-_EXPERT_WARPS = 8  # of a block that makes them of an expert
+_GRID_BLOCKS = 264  # two for each of an H100's multiprocessors; the rest of a larger grid waits its turn
+_SMALL_GRID_BLOCKS = 132
+_LARGE_BYTES = 4 << 20  # matrices of more bytes get the full grid
+_MIN_BUSY_WARPS = 10  # of a block's warps
+_MAX_PROJECTIONS = 3  # of one launch
 
 _MATRIX = np.dtype(
     [
         *(("planes", PLANES), ("bias", "u8"), ("residual", "u8"), ("out", "u8")),
-        *(("rows", "i4"), ("first_block", "i4"), ("blocks", "i4"), ("unused", "i4")),
+        *(("rows", "i4"), ("first_block", "i4"), ("blocks", "i4"), ("padding", "i4")),
     ]
 )
+"""`Matrix` of matvec.cu."""
 _BRANCH = np.dtype([("planes", PLANES), ("bias", "u8")])
-_ROWS = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8"), ("norm", "u8"), ("eps", "f4"), ("cols", "i4")])
+"""`Branch` of glu.cu."""
+_INPUT_ROWS = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8"), ("norm", "u8"), ("eps", "f4"), ("cols", "i4")])
+"""`InputRows` of stage_activations.cuh."""
 _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
+"""`Hidden` of glu.cu."""
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
-"""`Gate` of kernels/gated.cuh."""
+"""`Gate` of gated.cuh."""
 
-_TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")  # ROWS, DEPTH: what 64 registers hold
+# TILE_M, UNROLL_K of a warp: combinations that fit 64 registers, so that two blocks share a
+# multiprocessor.
+_TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")
 _ANY_TILE, _SHORT_TILE = "1, 3", "1, 1"  # the second where a lane has one load a row: less code to fetch
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
@@ -57,83 +69,86 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("glu.cu", f"glu<{_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
+    *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class _Shares:
-    """How matrices are shared out: blocks of each, warps that share a row, and a warp's rows and loads at once."""
+class _Schedule:
+    """Distribution of matrices over a grid: blocks of each, warps along K, a warp's tile."""
 
     blocks: tuple[int, ...]
-    parts: int
+    split_k: int
     tile: str
 
 
-def _shares(linears: Sequence[Linear]) -> _Shares:
-    """Blocks by bytes, more warps a row until most of a block's are at work, several rows a warp where short."""
+def _schedule(linears: Sequence[Linear]) -> _Schedule:
+    """Blocks in proportion to bytes, split_k that keeps warps busy, several short rows a warp."""
     rows = [linear.weight.shape[0] for linear in linears]
     units = max(linear.weight.shape[1] // unit_elements(linear.weight.kind) for linear in linears)
     sizes = [sum(plane_bytes(linear.weight.kind, math.prod(linear.weight.shape))) for linear in linears]
-    blocks = _BLOCKS if sum(sizes) > _MANY_BYTES else _FEW_BLOCKS
-    each = [min(n, max(1, round(blocks * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
-    of_block = sum(rows) / sum(each)
-    parts = next(p for p in (1, 2, 4, 8, _WARPS) if of_block * p >= _ENOUGH_WARPS or 32 * p >= units or p == _WARPS)
-    tile = _SHORT_TILE if 32 * parts >= units else _ANY_TILE
+    grid = _GRID_BLOCKS if sum(sizes) > _LARGE_BYTES else _SMALL_GRID_BLOCKS
+    blocks = [min(n, max(1, round(grid * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
+    block_rows = sum(rows) / sum(blocks)
+    split_k = next(
+        n for n in (1, 2, 4, 8, _WARPS) if block_rows * n >= _MIN_BUSY_WARPS or 32 * n >= units or n == _WARPS
+    )
+    tile = _SHORT_TILE if 32 * split_k >= units else _ANY_TILE
     alike = len({linear.weight.kind for linear in linears}) == 1
-    if alike and units <= 64 and of_block * parts >= 2 * _WARPS:
+    if alike and units <= 64 and block_rows * split_k >= 2 * _WARPS:
         tile = "2, 2"
-    if alike and units <= 32 and of_block * parts >= 3 * _WARPS:
+    if alike and units <= 32 and block_rows * split_k >= 3 * _WARPS:
         tile = "3, 1"
-    return _Shares(tuple(each), parts, tile)
+    return _Schedule(tuple(blocks), split_k, tile)
 
 
 def matvec(
     kernels: Launcher,
     pool: Allocator,
-    x: Activations,
+    x: Q8Activations,
     norm: RmsNorm | None,
     linears: Sequence[Linear],
     residual: DeviceArray | None = None,
 ) -> tuple[DeviceArray, ...]:
     """y_j = W_j·norm(x) + b_j for up to three projections of one input: y_j [T, rows_j] f32.
 
-    `residual` [T, rows] is added to the only projection's result.
+    `residual` [T, rows] is added to the result of a single projection.
     """
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]
-    shares = _shares(linears)
+    schedule = _schedule(linears)
     results, matrices, first = [], [], 0
-    for linear, blocks in zip(linears, shares.blocks, strict=True):
+    for linear, blocks in zip(linears, schedule.blocks, strict=True):
         rows = linear.weight.shape[0]
         results.append(pool.empty((tokens, rows), np.float32))
         pointers = (address(_bias(linear)), address(residual), address(results[-1]))
         matrices.append(np.array((linear.weight.data.addresses(), *pointers, rows, first, blocks, 0), _MATRIX))
         first += blocks
-    nothing = np.array(((0, 0, 0, 0), 0, 0, 0, 0, first, 0, 0), _MATRIX)
-    matrices += [nothing] * (3 - len(linears))
+    absent = np.array(((0, 0, 0, 0), 0, 0, 0, 0, first, 0, 0), _MATRIX)
+    matrices += [absent] * (_MAX_PROJECTIONS - len(linears))
     types = kinds if len(set(kinds)) > 1 else kinds[:1]
-    kernel = kernels.get("matvec.cu", f"matvec<{shares.tile}, {', '.join(kind.name for kind in types)}>")
-    args = (*matrices, _rows(x, norm), np.int32(shares.parts))
-    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged(cols, kinds), pdl=True)
+    kernel = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {', '.join(kind.name for kind in types)}>")
+    args = (*matrices, _input_rows(x, norm), np.int32(schedule.split_k))
+    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return tuple(results)
 
 
 def glu(
     kernels: Launcher,
     pool: Allocator,
-    x: Activations,
+    x: Q8Activations,
     norm: RmsNorm | None,
     gate: Linear,
     up: Linear,
     activation: Activation,
     routes: Routes | None = None,
-) -> Activations:
-    """activation(gate(n), up(n)) of n = norm(x): h [T, f] in both forms; with routes [T·k, f], each token's experts."""
+) -> Q8Activations:
+    """activation(gate(n), up(n)) of n = norm(x): h [T, f], or [T·k, f] with routes, f32 and Q8."""
     tokens, cols = x.shape
     rows = gate.weight.shape[-2]
     k = 1 if routes is None else routes.experts.shape[1]
     kinds = [gate.weight.kind, up.weight.kind]
-    h = activations_like(pool, tokens * k, rows)
+    h = empty_q8(pool, tokens * k, rows)
     branches = [np.array((b.weight.data.addresses(), address(_bias(b))), _BRANCH) for b in (gate, up)]
     hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
     units = cols // unit_elements(gate.weight.kind)
@@ -141,23 +156,24 @@ def glu(
     types = kinds if kinds[0] is not kinds[1] else kinds[:1]
     experts, warps = (None, _WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {', '.join(kind.name for kind in types)}>")
-    args = (*branches, _rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
-    grid = (-(-rows // _GLU_ROWS), tokens * k)
-    kernel(grid, (32 * warps,), args, shared_mem=_staged(cols, kinds), pdl=True)
+    args = (*branches, _input_rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
+    grid = (-(-rows // _GLU_ELEMENTS), tokens * k)
+    kernel(grid, (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return h
 
 
 def experts_add(
     kernels: Launcher,
     pool: Allocator,
-    h: Activations,
+    h: Q8Activations,
     routes: Routes,
     down: Linear,
     residual: DeviceArray,
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f].
 
-    Neither the routes nor the residual are what the launch before this one made.
+    The preceding launch must be `glu` with these routes: the kernel reads the routes and the
+    residual before its wait (`kernels/experts_add.cu`). Raises: ModelLoadFailed.
     """
     tokens, k = routes.experts.shape
     if k > _WARPS:
@@ -167,29 +183,54 @@ def experts_add(
     planes = np.array(down.weight.data.addresses(), PLANES)
     sizes = (np.int32(k), np.int32(rows))
     kernels.get("experts_add.cu", f"experts_add<3, {kind.name}>")(
-        (min(_BLOCKS, rows), tokens),
+        (min(_GRID_BLOCKS, rows), tokens),
         (_THREADS,),
-        (planes, _bias(down), _rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
-        shared_mem=_staged(k * h.shape[1], (kind,)),
+        (planes, _bias(down), _input_rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
+        shared_mem=_staged_bytes(k * h.shape[1], (kind,)),
         pdl=True,
     )
     return x
 
 
+def norm_route(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> Routes:
+    """The router's choice for norm(x) [T, d]: the same launches in decode and prefill."""
+    (logits,) = matvec(kernels, pool, Q8Activations(x), norm, (router,))
+    return route(kernels, pool, logits, k)
+
+
+def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Routes:
+    """The k highest of logits [T, E] f32, ties to the lower id, and the softmax over them.
+
+    Raises: ModelLoadFailed.
+    """
+    tokens, experts = logits.shape
+    if experts > 32 * _ROUTE_PER_LANE[-1] or k > 32:
+        raise ModelLoadFailed(f"{k} of {experts} experts", "the GPU's router", "at most 32 of 256")
+    per_lane = next(n for n in _ROUTE_PER_LANE if 32 * n >= experts)
+    routes = Routes(pool.empty((tokens, k), np.int32), pool.empty((tokens, k), np.float32))
+    kernels.get("route.cu", f"route<{per_lane}>")(
+        (-(-tokens // _ROUTE_TOKENS),),
+        (32 * _ROUTE_TOKENS,),
+        (routes.experts, routes.weights, logits, np.int32(tokens), np.int32(experts), np.int32(k)),
+        pdl=True,
+    )
+    return routes
+
+
 def gate_of(activation: Activation) -> np.ndarray[Any, Any]:
-    """An activation as kernels take it: a value of GATE."""
+    """The activation's kernel parameter: a value of GATE."""
     return np.array((np.inf if activation.limit is None else activation.limit, activation.alpha), GATE)
 
 
-def _rows(x: Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
+def _input_rows(x: Q8Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    return np.array((address(x.x), address(x.q), address(x.meta), address(weight), eps, x.shape[1]), _ROWS)
+    return np.array((address(x.x), address(x.q), address(x.meta), address(weight), eps, x.shape[1]), _INPUT_ROWS)
 
 
-def _staged(elements: int, kinds: Iterable[QuantType]) -> int:
-    """Bytes of shared memory that a block's input takes in the forms that these types read."""
-    forms = {kind.block_size > 1 for kind in kinds}
-    return elements * 4 * (False in forms) + elements * 5 // 4 * (True in forms)
+def _staged_bytes(elements: int, kinds: Iterable[QuantType]) -> int:
+    """Bytes of shared memory of a block's input, in the forms that weights of these types read."""
+    reads_q8 = {kind.block_size > 1 for kind in kinds}
+    return elements * 4 * (False in reads_q8) + elements * 5 // 4 * (True in reads_q8)
 
 
 def _bias(linear: Linear) -> DeviceArray | None:

@@ -1,30 +1,29 @@
-"""`worker.ops.Ops` of one piece of a prompt on the GPU: compositions of launchers, and nothing computed here.
+"""`worker.ops.Ops` of one chunk of a prompt on the GPU: compositions of launchers.
 
-Products read f16 activations on tensor cores; a router stays on decode's path, so that which experts a token takes is
-decided in f32. Where the piece lies and how many of its tokens are real, the device knows: of the batch itself only
-shapes are read, so a captured piece serves every shorter one. Twin: `worker/cpu/ops.py`; generated tokens:
-`decode_ops.py`.
+Products read f16 activations on tensor cores; the router uses decode's kernels, so that experts are
+chosen in f32. The chunk's position and its number of valid tokens are read from device state; of
+the batch only shapes are read, so that a captured chunk serves every shorter one. Twin:
+`worker/cpu/ops.py`. Generated tokens: `decode_ops.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.gpu import matmul
+from worker.gpu import matmul, matvec
+from worker.gpu.activations import ScaledF16, scale_to_f16
 from worker.gpu.attention import AttentionLauncher
-from worker.gpu.embedding import embed, gather_rows
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.matmul import Groups
+from worker.gpu.layouts import embed, gather_rows
+from worker.gpu.matmul import ExpertGroups
 from worker.gpu.memory import DeviceArray
-from worker.gpu.routing import routed
-from worker.gpu.scaled_f16 import ScaledF16, scale_to_f16
 from worker.gpu.state import ChunkState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
 
 @dataclass(frozen=True, slots=True)
 class GatheredRows:
-    """Rows [R, …] f32 whose logits are wanted; the device knows how many of them are."""
+    """Rows [R, …] f32 whose logits are requested; device state holds how many of them are valid."""
 
     x: DeviceArray
 
@@ -34,14 +33,14 @@ Rows = DeviceArray | GatheredRows
 
 @dataclass(frozen=True, slots=True)
 class RoutedRows:
-    """Rows for experts' products, and their slots sorted by expert."""
+    """Input rows of the experts' products, and their slots sorted by expert."""
 
     rows: ScaledF16
-    groups: Groups
+    groups: ExpertGroups
 
 
 class PrefillOps:
-    """Ops of one piece of a prompt, the one that `prompt` holds when they run."""
+    """Ops of the chunk that `prompt` holds when the kernels run."""
 
     def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, prompt: ChunkState) -> None:
         self._kernels = kernels
@@ -55,38 +54,38 @@ class PrefillOps:
 
     def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         """See `Ops.norm_linear`."""
-        return matmul.projections(self._kernels, self._pool, self._halved(x, norm), linears)
+        return matmul.projections(self._kernels, self._pool, self._scaled(x, norm), linears)
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> ScaledF16:
-        """See `Ops.attention`; y comes as `linear_add` takes it."""
+        """See `Ops.attention`; y is the input of `linear_add`."""
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:
         """See `Ops.linear_add`."""
-        rows = y if isinstance(y, ScaledF16) else self._halved(y)
-        return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _all(residual)))
+        rows = y if isinstance(y, ScaledF16) else self._scaled(y)
+        return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _array(residual)))
 
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
         """See `Ops.norm_glu`."""
-        return _like(x, matmul.glu(self._kernels, self._pool, self._halved(x, norm), gate, up, activation))
+        return _like(x, matmul.glu(self._kernels, self._pool, self._scaled(x, norm), gate, up, activation))
 
     def norm_route(self, x: Rows, norm: RmsNorm, router: Linear, k: int) -> tuple[RoutedRows, Routes]:
-        """See `Ops.norm_route`; n is what `experts_glu` takes."""
-        routes = routed(self._kernels, self._pool, _all(x), norm, router, k)
-        groups = matmul.grouped(self._kernels, self._pool, routes, router.weight.shape[0], self._count(x))
-        return RoutedRows(self._halved(x, norm), groups), routes
+        """See `Ops.norm_route`; n is the input of `experts_glu`."""
+        routes = matvec.norm_route(self._kernels, self._pool, _array(x), norm, router, k)
+        groups = matmul.group_routes(self._kernels, self._pool, routes, router.weight.shape[0], self._count(x))
+        return RoutedRows(self._scaled(x, norm), groups), routes
 
     def experts_glu(
         self, n: RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation
     ) -> RoutedRows:
-        """See `Ops.experts_glu`; h is what `experts_add` takes."""
+        """See `Ops.experts_glu`; h is the input of `experts_add`."""
         h = matmul.glu(self._kernels, self._pool, n.rows, gate, up, activation, n.groups)
         slots = h.reshape(-1, h.shape[-1])
         return RoutedRows(scale_to_f16(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
 
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
         """See `Ops.experts_add`."""
-        added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _all(residual))
+        added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _array(residual))
         return _like(residual, added)
 
     def gather_rows(self, x: DeviceArray | ScaledF16, batch: Batch) -> GatheredRows | ScaledF16:
@@ -94,21 +93,21 @@ class PrefillOps:
         wanted = self._prompt.wanted[: len(batch.logit_rows)]
         if not isinstance(x, ScaledF16):
             return GatheredRows(gather_rows(self._kernels, self._pool, x, wanted))
-        assert x.scale is None, "attention's rows have none"
+        assert x.scale is None, "attention rows have no scale"
         return ScaledF16(gather_rows(self._kernels, self._pool, x.x, wanted), None, self._prompt.wanted_count)
 
-    def _halved(self, x: Rows, norm: RmsNorm | None = None) -> ScaledF16:
-        return scale_to_f16(self._kernels, self._pool, _all(x), norm, self._count(x))
+    def _scaled(self, x: Rows, norm: RmsNorm | None = None) -> ScaledF16:
+        return scale_to_f16(self._kernels, self._pool, _array(x), norm, self._count(x))
 
     def _count(self, x: Rows) -> DeviceArray:
-        """[1] i32: how many of x are real."""
+        """[1] i32: the number of valid rows of x."""
         return self._prompt.wanted_count if isinstance(x, GatheredRows) else self._prompt.count
 
 
-def _all(x: Rows) -> DeviceArray:
+def _array(x: Rows) -> DeviceArray:
     return x.x if isinstance(x, GatheredRows) else x
 
 
 def _like(x: Rows, y: DeviceArray) -> Rows:
-    """y, of the tokens that x is of."""
+    """y as rows of the same tokens as x."""
     return GatheredRows(y) if isinstance(x, GatheredRows) else y

@@ -1,7 +1,8 @@
-"""The project's CUDA kernels on the CPU: g++ in NVRTC's place, and host memory in the device's.
+"""Emulator of the CUDA kernels on the CPU: g++ instead of NVRTC, host memory instead of a device.
 
-It shows arithmetic, indexing, masks, barriers, alignment, a launch's arguments, and the order of a captured graph. It
-cannot show races (but those that the order of fibers decides: `--fibers backwards`), time, barriers of the whole grid
-(the device has one multiprocessor, so `sample.cu` is one block; more is skipped by name), denormals of f64, static
-shared memory that nobody wrote, a card's own rounding of exp and of tensor cores' sums. Next: `plugin.py`, `cuda.h`.
+It shows arithmetic, indexing, masks, barriers, alignment, a launch's arguments, and the order of a
+captured graph. It cannot show races (but those that the order of fibers decides: `--fibers
+backwards`), time, barriers of the whole grid (the device has one multiprocessor, so `sample.cu` is
+one block; more is skipped by name), denormals of f64, uninitialized static shared memory, a
+card's own rounding of exp and of tensor cores' sums. Next: `plugin.py`, `cuda.h`.
 """

@@ -1,7 +1,8 @@
-"""CUDA C++ to a shared library by g++, in the shape of `cupy.cuda.nvrtc`: so that the worker's `Kernels` works as ever.
+"""Compile CUDA C++ to a shared library with g++, behind the interface of `cupy.cuda.nvrtc`.
 
-The kernels' text stays as it is but for PTX, which becomes calls of `ptx.h`, and shared memory of a size that only the
-launch knows. `fibers.cpp` is a library of its own, since its state is all kernels'. Next: `cuda.h`.
+The kernels' text is used unchanged, except for PTX, which becomes calls of `ptx.h`, and dynamic
+shared memory. `fibers.cpp` is a library of its own, since all kernels share its state. Next:
+`cuda.h`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 OPTIONS = (
     *("-std=c++17", "-O2", "-mavx2", "-mf16c", "-mfma", "-ffp-contract=off", "-w", "-fPIC", "-shared"),
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-    *("-U_FORTIFY_SOURCE", "-fno-stack-protector"),  # which takes a jump from fiber to fiber for an attack
+    *("-U_FORTIFY_SOURCE", "-fno-stack-protector"),  # which would report a switch of fibers as an attack
 )
 PTX = {
     "cvt.f32.f16": "cvt_f32_f16",
@@ -44,7 +45,7 @@ PTX = {
     "ld.acquire.gpu.global.u32": "ld_acquire",
     "st.release.gpu.global.u32": "st_release",
 }
-"""How a statement begins, and the function of `ptx.h` that stands for it."""
+"""Prefixes of PTX statements, and the functions of `ptx.h` that implement them."""
 
 GRID_BARRIER = "grid_barrier("
 _ASM = re.compile(r'asm(?:\s+volatile)?\s*\(\s*"(?P<text>[^"]*)"(?P<rest>.*?)\);', re.S)
@@ -53,23 +54,23 @@ _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(?P<type>[\w ]+?)
 
 
 def why_no_compiler() -> str | None:
-    """Why no kernel can be compiled here; None where one can."""
+    """The reason why kernels cannot be compiled here, or None."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return "kernels are emulated on x86-64 under Linux alone"
-    return None if shutil.which("g++") else "no C++ compiler here: g++ is not installed"
+        return "kernels are emulated on x86-64 Linux only"
+    return None if shutil.which("g++") else "g++ is not installed"
 
 
 def on_host(text: str) -> str:
-    """CUDA C++ as g++ takes it. Raises ValueError for PTX that `ptx.h` does not know."""
+    """CUDA C++ converted for g++. Raises: ValueError for PTX that `ptx.h` does not implement."""
     shared = r"\g<type>* const \g<name> = (\g<type>*)emu::dynamic_shared;"
     return _SHARED.sub(shared, _ASM.sub(_call, text)).replace('extern "C"', "")
 
 
 def _call(asm: re.Match[str]) -> str:
-    """One asm statement as a call, with the expressions of its operands in order."""
+    """An asm statement as a call with its operands in order."""
     function = next((name for start, name in PTX.items() if asm["text"].startswith(start)), None)
     if function is None:
-        raise ValueError(f"the emulator does not know PTX's {asm['text']!r}")
+        raise ValueError(f"the emulator does not implement the PTX statement {asm['text']!r}")
     operands = []
     for constraint in _CONSTRAINT.finditer(asm["rest"]):
         depth, end = 1, constraint.end()
@@ -81,7 +82,7 @@ def _call(asm: re.Match[str]) -> str:
 
 
 class GxxError(Exception):
-    """A kernel that g++ does not take."""
+    """g++ reported errors in a kernel."""
 
 
 class GxxNvrtc:
@@ -96,7 +97,7 @@ class GxxNvrtc:
         self._version = hashlib.sha256(b"".join([*sources, compiler, table])).hexdigest()
 
     def getVersion(self) -> tuple[str, str]:  # noqa: N802
-        """All that a kernel's library depends on, apart from its text."""
+        """A version that covers everything that a kernel's library depends on except its text."""
         return "g++", self._version
 
     def createProgram(self, src, name, headers, include_names):  # noqa: N802
@@ -140,7 +141,7 @@ def compiled(source: str, defines: Sequence[str] = ()) -> tuple[bytes, str]:
 
 
 def fibers(cache: Path) -> ctypes.CDLL:
-    """The scheduler, compiled into `cache` once, with its names open to the kernels' libraries."""
+    """The fiber scheduler, compiled into `cache` once, with its symbols visible to the kernels."""
     source = (HERE / "fibers.cpp").read_text()
     version = GxxNvrtc().getVersion()[1]
     library = cache / f"fibers-{hashlib.sha256((source + version).encode()).hexdigest()}.so"

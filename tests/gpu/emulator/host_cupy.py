@@ -1,8 +1,9 @@
-"""As much of CuPy as the runner and the tests ask for, over host memory; kernels come from g++.
+"""The part of CuPy that the runner and the tests use, over host memory; kernels come from g++.
 
-Fresh device memory is NaNs and -1s, as the guarded pool has it. Streams are one: work is done when it is asked for, or
-noted while a stream captures. Only launches and `memcpyAsync` are noted; an array's own methods act at once, which a
-card in capture would refuse. Next: `launches.py`, `compiler.py`.
+Fresh device memory is NaNs and -1s, as the guarded pool has it. Streams are one: work is done when
+it is asked for, or noted while a stream captures. Only launches and `memcpyAsync` are noted; an
+array's own methods act at once, which a card in capture would refuse. Next: `launches.py`,
+`compiler.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class BorrowedMemory:
 
 
 class Pointer:
-    """`cupy.cuda.MemoryPointer`: an address, and what keeps it alive."""
+    """`cupy.cuda.MemoryPointer`: an address and a reference to its memory."""
 
     def __init__(self, mem, offset=0):
         self.mem, self._offset = mem, offset
@@ -150,7 +151,7 @@ class Event:
 
 
 def installed(cache, *, backwards=False):
-    """`cupy` and `cupy.cuda`, of a device of one multiprocessor, so that grids whose blocks meet are one block."""
+    """`cupy` and `cupy.cuda` of a device with one multiprocessor, so grid barriers meet one block."""
     fibers(cache).run_backwards(backwards)
     device = Device()
     cuda = _module("cupy.cuda", **_cuda(device))
@@ -204,7 +205,7 @@ def _runtime(device):
 
 
 class _PinnedMemory(HostMemory):
-    """`cupy.cuda.PinnedMemory`; `buffer` is what its pointer is: bytes with an address."""
+    """`cupy.cuda.PinnedMemory`; `buffer` stands for its pointer: bytes with an address."""
 
     def __init__(self, nbytes):
         super().__init__(nbytes)
@@ -224,6 +225,6 @@ def _full(shape, value, dtype=None):
 
 def _module(name, **names):
     module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)  # `importlib.util.find_spec` asks for it
+    module.__spec__ = ModuleSpec(name, None)  # required by `importlib.util.find_spec`
     vars(module).update(names)
     return module

@@ -1,4 +1,4 @@
-"""A kernel's library as `cupy.RawModule` has it: launches with the driver's checks, done at once or noted in a capture.
+"""A kernel's library as `cupy.RawModule`: checked launches, run at once or recorded by a capture.
 
 Knows no kernel. Next: `fibers.h`, where the threads of a launch run.
 """
@@ -18,7 +18,7 @@ _MOST_PARAMETERS = 64
 
 
 class Device(threading.local):
-    """What a stream works off: now, or while the thread captures, when its graph is launched."""
+    """Runs the work of a stream at once, or records it while the thread captures a graph."""
 
     one_at_a_time = threading.Lock()  # uploads launch from several threads, and fibers have one scheduler
 
@@ -50,7 +50,7 @@ class HostModule:
 
 
 class HostKernel:
-    """`cupy.RawKernel`: a call is refused where the driver would refuse it, and where arguments are no parameters."""
+    """`cupy.RawKernel`: rejects calls that the driver would reject, and arguments of wrong size."""
 
     def __init__(self, device, library, name):
         self._device, self._name, self._run = device, name, library.run
@@ -87,7 +87,7 @@ class HostKernel:
 
 
 def _value(arg):
-    """An argument's bytes."""
+    """The bytes of an argument."""
     if arg is None:
         return np.zeros((), np.uint64)
     if hasattr(arg, "device_address"):

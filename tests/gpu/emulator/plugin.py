@@ -1,7 +1,8 @@
-"""Runs tests of the GPU emulated: python -m pytest -p tests.gpu.emulator.plugin tests/gpu/test_matvec.py
+"""Run GPU tests emulated: python -m pytest -p tests.gpu.emulator.plugin tests/gpu/test_matvec.py
 
-It puts a `cupy` of the host's into Python before any test is collected, and the compiled kernels into pytest's cache.
-`--fibers backwards` lets threads and blocks take turns in another order: a test that then fails has found a race.
+The plugin installs the emulated `cupy` before tests are collected and keeps compiled kernels in
+pytest's cache. `--fibers backwards` reverses the order in which threads and blocks run: a test that
+fails only then has found a race.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tests.gpu.emulator.host_cupy import installed
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fibers", choices=("forwards", "backwards"), default="forwards", help="whose turn is first")
+    parser.addoption(
+        "--fibers", choices=("forwards", "backwards"), default="forwards", help="order in which threads run"
+    )
 
 
 def pytest_configure(config):

@@ -1,10 +1,11 @@
-// How blocks of a grid learn that what others wrote is there: they arrive at a counter in device memory.
+// Synchronization between the blocks of a grid through a counter in device memory.
 //
-// Acquire and release (PTX ISA, "Memory consistency model") as part of the access itself: behind a block's barrier they hold
-// for the block. A fence beside it, let alone CUDA's sequentially consistent __threadfence, is one more wait a step.
+// Acquire and release semantics (PTX ISA, "Memory consistency model") are part of the access itself
+// and, combined with a block barrier, hold for the whole block. A separate fence, or CUDA's
+// sequentially consistent __threadfence, would add a wait to every decode step.
 #pragma once
 
-// Counts an arrival; the number of those before it. After `last` of them the counter is zero again.
+// Count an arrival and return the number of earlier ones. The counter wraps to zero after `last`.
 __device__ __forceinline__ unsigned int arrive(unsigned int* counter, unsigned int last) {
     unsigned int before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
@@ -21,7 +22,8 @@ __device__ __forceinline__ void store_release(unsigned int* to, unsigned int v) 
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
-// Whether this block is the last of `blocks`, so that all that they wrote before can be read. All its threads take part.
+// Whether this block is the last of `blocks` to arrive: it can then read what the others wrote
+// before. Called by all threads of the block.
 __device__ __forceinline__ bool arrives_last(unsigned int* counter, int blocks) {
     __shared__ bool last;
     __syncthreads();

@@ -77,9 +77,9 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
         for (int n = 0; n < D / 8; ++n) {
             const float* pair = &state.sums[r / 2][n][r % 2 * 2];
             const float lower = fmaf(pair[0], inverse, 0.f), upper = fmaf(pair[1], inverse, 0.f);
-            out[place_of(head * D + 8 * n + lane % 4 * 2) / 2] = floats_to_half2(lower, upper);
+            out[fragment_index(head * D + 8 * n + lane % 4 * 2) / 2] = floats_to_half2(lower, upper);
         }
-        for (int at = n_heads * D + lane % 4 * 2; head == n_heads - 1 && at < end; at += 8) out[place_of(at) / 2] = 0;
+        for (int at = n_heads * D + lane % 4 * 2; head == n_heads - 1 && at < end; at += 8) out[fragment_index(at) / 2] = 0;
     }
 }
 

@@ -1,9 +1,13 @@
-// A whole matrix as f32, bit for bit as `gguf.quants` de-quantizes it, and rows of a table for tokens (embedding).
+// Matrix to f32: y[r] = W[ids[r]] for tokens of an embedding table, or the whole matrix; bit for
+// bit gguf.quants.
 //
-// y[r, c] = value of W[r, c]. A thread does one unit (32 elements, or 16 bytes of f32, f16 and bf16): grid x over rows,
-// y over the units of a row; blocks of 128 threads. Moves the weights' bytes once and 4 bytes an element out.
-// `ids` null: row x of W becomes row x of out; else row ids[x] does. Rows are multiples of 32, stores float4.
-// Twin: `dequantize` in worker/quants.py, `embed` in worker/cpu/ops.py.
+// Shapes: W [rows, cols] in planes, cols a multiple of 32; ids [R] i32, or null for row r itself; y
+// [R, cols] f32.
+// Grid: x over R, y over the units of a row (32 elements, or 16 bytes of F32, F16, BF16); 128
+// threads, one unit each.
+// Alignment: 16 bytes. Bytes: the weights of the rows read once, 4 an element written (as float4).
+// Twins: `dequantize` in worker/quants.py, `embed` in worker/cpu/ops.py. Launcher:
+// worker/gpu/layouts.py.
 #include "pdl.cuh"
 #include "formats.cuh"
 
@@ -19,7 +23,7 @@ __global__ void dequantize(const Planes planes, const int* __restrict__ ids, flo
     Unit<Block> w;
     float v[n];
     w.load(planes, row * row_units + unit);
-    w.values(row * row_units + unit, v);
+    w.to_float(row * row_units + unit, v);
     float4* to = reinterpret_cast<float4*>(out + (size_t)blockIdx.x * row_units * n) + unit * (n / 4);
 #pragma unroll
     for (int e = 0; e < n; e += 4) to[e / 4] = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);

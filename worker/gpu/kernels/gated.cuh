@@ -1,7 +1,10 @@
-// The gate of a gated FFN: gate·σ(alpha·gate)·up; with a limit L, gate ≤ L and -L ≤ up ≤ L before it and up + 1 after.
+// Activation of a gated FFN: gate·σ(alpha·gate)·up. With a limit L: gate ≤ L and -L ≤ up ≤ L first,
+// and up + 1 for up.
 //
-// SwiGLU (Shazeer 2020, arXiv:2002.05202) and gpt-oss's. `limit` is infinity where there is none. Twin: `gated` in
-// worker/cpu/plain.py.
+// SwiGLU (Shazeer 2020, arXiv:2002.05202) and gpt-oss's variant; `limit` is infinity for plain
+// SwiGLU. NVRTC contracts 1 + expf(…) with expf's final multiplication by a power of two; that
+// product is exact, so the result does not change.
+// Twin: `gated` in worker/cpu/plain.py. Python: `GATE` in worker/gpu/matvec.py.
 #pragma once
 
 struct Gate {
@@ -11,6 +14,6 @@ struct Gate {
 __device__ __forceinline__ float gated(float gate, float up, const Gate g) {
     const bool limited = g.limit < 3e38f;
     gate = limited ? fminf(gate, g.limit) : gate;
-    up = limited ? fminf(fmaxf(up, -g.limit), g.limit) + 1.f : up;
+    up = limited ? __fadd_rn(fminf(fmaxf(up, -g.limit), g.limit), 1.f) : up;
     return gate / (1.f + expf(-g.alpha * gate)) * up;
 }

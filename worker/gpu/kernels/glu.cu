@@ -1,90 +1,105 @@
-// Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate in one launch, of a
-// dense FFN or of each of a token's k experts.
+// Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate
+// in one launch.
 //
-// A block makes 32 neighbouring elements of one h, so that it can leave them as one 8-bit block beside their f32. Each of its
-// WARPS warps takes 32/WARPS of them, which are twice as many rows, in the order gate, up, gate, up and ROWS at a time: 16
-// warps of a dense FFN; 8 of experts, whose blocks are many, so that smaller ones end together. Grid x over ⌈rows/32⌉, y over
-// T·k; `experts` [T, k] is null for a dense FFN with k = 1, whose first weights are on their way before the input is there
-// (pdl.cuh). Biases are [E, rows] or null; q and meta null where rows is no multiple of 32. Reads each chosen expert's
-// weights once a token, 16 bytes a lane, ROWS·DEPTH such loads in flight.
-// Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; worker/cpu/quantized.py.
-#include "dots.cuh"
+// For a dense FFN, or for each of the k experts of a token (`experts` [T, k]; null and k = 1 for a
+// dense FFN).
+// Shapes: W [E, rows, cols] in planes, types G (gate) and U (up); biases [E, rows] f32 or null; h
+// [T·k, rows] as f32 and as Q8 blocks (q and meta are null unless rows is a multiple of 32). n is
+// staged by each block (stage_activations.cuh).
+// Grid: x over ⌈rows/32⌉, y over T·k; 32·WARPS threads. A block computes 32 adjacent elements of
+// one h, so that it can store them as one Q8 block; a warp computes 32/WARPS of them, that is twice
+// as many rows in the order gate, up, gate, up, TILE_M at a time. WARPS is 16 for a dense FFN, 8
+// for experts: they have many blocks, and small ones end closer together.
+// Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: the weights of
+// each chosen expert once a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
+// Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
+// Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; worker/cpu/quantized.py. Launcher:
+// worker/gpu/matvec.py.
+#include "vec_dot.cuh"
 #include "pdl.cuh"
 #include "gated.cuh"
+
+constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 
 struct Branch {
     Planes planes;
     const float* bias;
 };
 
-struct Hidden {  // rows [T·k, rows], as f32 and as 8-bit blocks
+struct Hidden {  // rows [T·k, rows], as f32 and as Q8 blocks
     float* x;
     u8* q;
     Meta* meta;
 };
 
-template <int WARPS, int ROWS, int DEPTH, class G, class U = G>
+template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
-    glu(const Branch gate, const Branch up, const Rows input, const Gate activation, const int* __restrict__ experts,
-        const int k, const int rows, const Hidden out) {
+    glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
+        const int* __restrict__ experts, const int k, const int rows, const Hidden out) {
     extern __shared__ __align__(16) u8 shared[];
-    constexpr int kElements = 32 / WARPS, kRowsOfWarp = 2 * kElements;
-    __shared__ float sums_of[WARPS][kRowsOfWarp], biases[2][32];
+    constexpr int kElements = kElementsPerBlock / WARPS, kWarpRows = 2 * kElements;
+    __shared__ float row_sums[WARPS][kWarpRows], biases[2][kElementsPerBlock];
     constexpr bool kAlike = kSame<G, U>;
-    static_assert(kAlike || ROWS == 1, "rows of two types go one by one");
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 32 * blockIdx.x + kElements * warp;
-    const int column = 32 * blockIdx.x + lane;  // the element that this lane of the first warp ends
+    static_assert(kAlike || TILE_M == 1, "rows of two types are computed one by one");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first = kElementsPerBlock * blockIdx.x + kElements * warp;
+    const int column = kElementsPerBlock * blockIdx.x + lane;  // the element that this lane of warp 0 stores
     const int g_units = input.cols / Unit<G>::kElements, u_units = input.cols / Unit<U>::kElements;
     u32 expert = 0;
-    Tile<G, ROWS, DEPTH, (ROWS > 1)> tile;
-    const auto run_of = [&](int v, int units) -> Run {
+    WeightFragment<G, TILE_M, UNROLL_K, (TILE_M > 1)> weights;
+    const auto span_of = [&](int v, int units) -> RowSpan {
         const int row = first + v / 2;
-        const Planes planes = ROWS == 1 && v % 2 ? up.planes : gate.planes;
+        const Planes planes = TILE_M == 1 && v % 2 ? up.planes : gate.planes;
         return {planes, up.planes, (expert * rows + row) * units, rows - row, units, 0, 1};
     };
-    const auto begin = [&](int v) {
-        if (kAlike) tile.begin(run_of(v, g_units));
+    const auto load_first = [&](int v) {
+        if (kAlike) weights.load_first(span_of(v, g_units));
     };
-    if (!experts) begin(0);
-    fetch_norm(input);
-    if (!experts) launch_dependents();  // else the next reads the routes at once
+    // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step.
+    if (!experts) load_first(0);
+    prefetch_norm(input);
+    // With experts the dependent (experts_add.cu) reads the routes before its own wait: they must
+    // be complete first.
+    if (!experts) launch_dependents();
     grid_dependency_wait();
     if (experts) {
         expert = experts[blockIdx.y];
-        begin(0);
+        load_first(0);
     }
     if (warp == 0 && column < rows) {
         biases[0][lane] = gate.bias ? gate.bias[(size_t)expert * rows + column] : 0.f;
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
     }
-    Activations x;
-    const float factor = stage<kReadsBlocks<G> || kReadsBlocks<U>, !kReadsBlocks<G> || !kReadsBlocks<U>, WARPS>(
+    StagedRows x;
+    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(
         input, blockIdx.y / k, 1, shared, x);
 #pragma unroll 1
-    for (int v = 0; v < kRowsOfWarp; v += ROWS) {
-        float sums[ROWS] = {};
+    for (int v = 0; v < kWarpRows; v += TILE_M) {
+        float sums[TILE_M] = {};
         if constexpr (kAlike) {
-            tile.add(sums, run_of(v, g_units), x);
-            if (v + ROWS < kRowsOfWarp) begin(v + ROWS);
+            weights.accumulate(sums, span_of(v, g_units), x);
+            if (v + TILE_M < kWarpRows) load_first(v + TILE_M);
         } else if (v % 2) {
-            Tile<U, ROWS, DEPTH> other;
-            other.begin(run_of(v, u_units));
-            other.add(sums, run_of(v, u_units), x);
+            WeightFragment<U, TILE_M, UNROLL_K> up_weights;
+            up_weights.load_first(span_of(v, u_units));
+            up_weights.accumulate(sums, span_of(v, u_units), x);
         } else {
-            tile.begin(run_of(v, g_units));
-            tile.add(sums, run_of(v, g_units), x);
+            weights.load_first(span_of(v, g_units));
+            weights.accumulate(sums, span_of(v, g_units), x);
         }
-        sum_lanes(sums);
+        warp_sum_rows(sums);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-            if (lane == r) sums_of[warp][v + r] = sums[r];
+        for (int r = 0; r < TILE_M; ++r)
+            if (lane == r) row_sums[warp][v + r] = sums[r];
     }
     __syncthreads();
     if (warp != 0) return;
-    const float* of = sums_of[lane / kElements] + 2 * (lane % kElements);
-    const bool real = column < rows;
-    const float h = real ? gated(of[0] * factor + biases[0][lane], of[1] * factor + biases[1][lane], activation) : 0.f;
+    const float* pair = row_sums[lane / kElements] + 2 * (lane % kElements);
+    const bool valid = column < rows;
+    const float h = valid ? gated(__fmaf_rn(pair[0], factor, biases[0][lane]),
+                                  __fmaf_rn(pair[1], factor, biases[1][lane]), activation)
+                          : 0.f;
     const size_t row = blockIdx.y;
-    if (real) out.x[row * rows + column] = h;
+    if (valid) out.x[row * rows + column] = h;
     if (out.q) store_quantized_lane(h, column, rows, out.q + row * rows, out.meta + row * (rows / 32));
 }

@@ -1,7 +1,8 @@
-// f16 storage and its way to f32 and back, in PTX: NVRTC's wheels carry no cuda_fp16.h.
+// Conversions between f16 and f32 in PTX: NVRTC's wheels carry no cuda_fp16.h.
 //
-// A half is an unsigned short, two of them an unsigned int (the lower index in the lower bits). Rounding is to nearest
-// even. f16 subnormals are kept: -ftz=true concerns f32 alone, and every f16 is a normal f32 or zero.
+// An f16 is an unsigned short, a pair an unsigned int with the lower index in the lower bits.
+// Rounding is to nearest even. f16 subnormals are kept: -ftz=true applies to f32 only, and every
+// f16 is a normal f32 or zero.
 #pragma once
 
 __device__ __forceinline__ float half_to_float(unsigned short h) {
@@ -30,12 +31,13 @@ __device__ __forceinline__ unsigned int floats_to_half2(float lower, float upper
     return pair;
 }
 
-// Clamped to ±65504: an infinity in a cache or an operand would turn every masked product 0·∞ into NaN.
+// Clamp to ±65504: an infinity in the KV cache or in an operand would turn a masked product 0·∞
+// into NaN.
 __device__ __forceinline__ float clamp_to_half_range(float f) {
     return f > 65504.f ? 65504.f : (f < -65504.f ? -65504.f : f);
 }
 
-// Eight halves of one 16-byte load as f32.
+// Convert the eight f16 of one 16-byte load to f32.
 __device__ __forceinline__ void unpack8(const uint4 packed, float (&out)[8]) {
     const unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll

@@ -1,87 +1,104 @@
-// Prefill: y[t] = W·x[t] + b + residual[t] on the tensor cores, weights made f16 in registers, each by one warp a tile.
+// Prefill: y[t] = W·x[t] + b + residual[t] on tensor cores; each weight is converted to f16 in
+// registers once a tile.
 //
-// W is A and x is B of m16n8k16 products: a warp makes STRIPS·16 rows × TOKENS of y, or with GLU half as many of a gate and
-// the same ones of its twin `up`, gated where they lie. A block is ROWS warps side by side, DEPTHS times, and takes TURNS; of
-// these DEPTHS·TURNS groups g takes steps g, g + DEPTHS·TURNS, … of 128 columns (group_sums.cuh: the order in which they add).
-// A lane loads whole units of its 2·STRIPS rows straight from global memory, the next ones while the tensor cores work on the
-// last (fragments.cuh has the order), so weights never pass through shared memory; x does, by cp.async, a step or two ahead.
-// Every y[t, r] is the same chain of products whatever else shares the call: its bits depend on token t alone.
-// x [*, padded cols] f16, each row with a power of two in scale [*] (null: 1); y [T, rows] f32; of the T tokens the first
-// *count are real (null: all), the others' results are left alone. cols is a multiple of 32. Grid x over rows of up to
-// three projections of one x, y over tokens/TOKENS; 32·ROWS·DEPTHS threads; dynamic shared memory 256·(ahead + 1)·TOKENS·
-// DEPTHS bytes, a row of 256 with its 16-byte chunk c at c ^ (row & 7), free of bank conflicts, and with turns what they
-// keep, 64·STRIPS·ROWS·TOKENS·DEPTHS. The first weights of a dense matrix are on their way before x is there (pdl.cuh).
-// Last is the third projection's type where the first two have another. EXPERTS: grid y over tiles of slots of one expert each
-// (lists by group_routes.cu); slot s reads x[s / per_slot] and writes y[s]; W is [E, rows, cols], b [E, rows].
-// Twins: `matmul`, `gated` in worker/cpu/plain.py, worker/cpu/quantized.py.
+// W is A and x is B of m16n8k16 MMAs. A warp computes 16·FRAGS_M rows × TILE_N tokens of y; with
+// GLU, half as many rows of a gate and the same rows of its `up`, gated in registers. A block is
+// WARPS_M warps side by side along the rows, SPLIT_K times along K; each works PASSES passes over
+// K. Of the SPLIT_K·PASSES splits, split s takes the steps s, s + SPLIT_K·PASSES, … of 128 columns
+// (sum of splits: split_k.cuh). Weights go from global memory to registers: a lane loads whole
+// units of its 2·FRAGS_M rows, the next ones while the tensor cores work on the current ones
+// (column order: fragments.cuh). x goes through shared memory by cp.async, STAGES - 1 steps ahead.
+// Each y[t, r] is the same chain of MMAs whatever else is in the launch: its bits depend on token t
+// alone.
+// Shapes: x [*, padded cols] f16, a power of two for each row in scale [*] (null: 1); y [T, rows]
+// f32; residual [T, rows] or null. cols is a multiple of 32. Of the T tokens the first *count are
+// valid (null: all); results of the others are not written.
+// Last: type of the third projection where the first two have another.
+// EXPERTS: grid y over tiles of slots of one expert each (slot_tiles.cuh, written by
+// group_routes.cu); slot s reads x[s / slots_per_row] and writes y[s]; W is [E, rows, cols], b [E,
+// rows].
+// Grid: x over the rows of up to three projections of one x, y over tokens/TILE_N;
+// 32·WARPS_M·SPLIT_K threads.
+// Alignment: planes and x 16 bytes. Dynamic shared memory: 256·STAGES·TILE_N·SPLIT_K bytes, rows of
+// 256 bytes with 16-byte chunk c stored at c ^ (row & 7), free of bank conflicts; with PASSES > 1
+// also 64·FRAGS_M·WARPS_M·TILE_N·SPLIT_K for the saved sums.
+// Bytes: weights once a tile of tokens, x once a tile of rows.
+// Twins: `matmul`, `gated` in worker/cpu/plain.py; worker/cpu/quantized.py. Launcher:
+// worker/gpu/matmul.py.
 #include "pdl.cuh"
 #include "fragments.cuh"
-#include "group_sums.cuh"
+#include "split_k.cuh"
 #include "mma.cuh"
-#include "product.cuh"
+#include "matmul_params.cuh"
 
-constexpr int kRowBytes = 2 * kGroup, kSteps = kGroup / 16;  // products of a step
+constexpr int kRowBytes = 2 * kColumnGroup, kStepMmas = kColumnGroup / 16;  // a step is 128 columns
 
-// Steps whose weights and x are on their way beside the one in hand: small tiles work less than a load takes.
-__host__ __device__ constexpr int ahead(int tokens, int depths) { return tokens > 32 || depths > 4 ? 1 : 2; }
+// Loads of a lane's rows of weights, two rows for each fragment of 16: where they begin, and one
+// unit of each.
+template <class Block, int FRAGS_M, bool GLU>
+struct WeightIterator {
+    static constexpr int kUnits = 32 / Unit<Block>::kElements;  // units of a lane's 32 columns of a step
+    u32 rows[2 * FRAGS_M], slices;
 
-// A lane's rows of weights (two of each strip): where they begin, and a unit of each.
-template <class Block, int STRIPS, bool GLU>
-struct Weights {
-    static constexpr int kParts = 32 / Unit<Block>::kElements;  // of a lane's 32 columns of a step
-    u32 rows[2 * STRIPS], slices;
-
-    __device__ __forceinline__ Weights(const Part* parts, int cols, int expert, int row0) : slices(cols / 32) {
+    __device__ __forceinline__ WeightIterator(const Projection* projections, int cols, int expert, int row0)
+        : slices(cols / 32) {
 #pragma unroll
-        for (int i = 0; i < 2 * STRIPS; ++i) {
-            const int row = row0 + 8 * (GLU ? i % STRIPS : i) + threadIdx.x % 32 / 4;
-            rows[i] = ((u32)expert * parts->rows + min(row, parts->rows - 1)) * slices;
+        for (int i = 0; i < 2 * FRAGS_M; ++i) {
+            const int row = row0 + 8 * (GLU ? i % FRAGS_M : i) + threadIdx.x % 32 / 4;
+            rows[i] = ((u32)expert * projections->rows + min(row, projections->rows - 1)) * slices;
         }
     }
-    __device__ __forceinline__ u32 unit(int i, int step, int part) const {
-        return (rows[i] + min(4 * step + threadIdx.x % 4, slices - 1)) * kParts + part;  // past the end x is zero
+    // Index of unit k of the lane's columns of a step; past the last column x is zero, so any
+    // weights will do.
+    __device__ __forceinline__ u32 unit(int i, int step, int k) const {
+        return (rows[i] + min(4 * step + threadIdx.x % 4, slices - 1)) * kUnits + k;
     }
-    __device__ __forceinline__ void load(const Part* parts, int step, int part, Unit<Block> (&units)[2 * STRIPS]) const {
+    __device__ __forceinline__ void load(const Projection* projections, int step, int k,
+                                         Unit<Block> (&units)[2 * FRAGS_M]) const {
 #pragma unroll
-        for (int i = 0; i < 2 * STRIPS; ++i) units[i].load(parts[GLU ? i / STRIPS : 0].planes, unit(i, step, part));
+        for (int i = 0; i < 2 * FRAGS_M; ++i)
+            units[i].load(projections[GLU ? i / FRAGS_M : 0].planes, unit(i, step, k));
     }
-    // The first of AHEAD becomes `now`, the others move up, and the last is loaded.
+    // Shift the queue of AHEAD prefetched units by one: the first becomes `current`, the last is
+    // loaded.
     template <int AHEAD>
-    __device__ __forceinline__ void turn(const Part* parts, int step, int part, Unit<Block> (&now)[2 * STRIPS],
-                                         Unit<Block> (&next)[AHEAD][2 * STRIPS]) const {
+    __device__ __forceinline__ void advance(const Projection* projections, int step, int k,
+                                            Unit<Block> (&current)[2 * FRAGS_M],
+                                            Unit<Block> (&prefetched)[AHEAD][2 * FRAGS_M]) const {
 #pragma unroll
-        for (int i = 0; i < 2 * STRIPS; ++i) {
-            now[i] = next[0][i];
+        for (int i = 0; i < 2 * FRAGS_M; ++i) {
+            current[i] = prefetched[0][i];
 #pragma unroll
-            for (int a = 1; a < AHEAD; ++a) next[a - 1][i] = next[a][i];
+            for (int a = 1; a < AHEAD; ++a) prefetched[a - 1][i] = prefetched[a][i];
         }
-        load(parts, step, part, next[AHEAD - 1]);
+        load(projections, step, k, prefetched[AHEAD - 1]);
     }
 };
 
-// acc += weights·x over the columns of one part of a step. From token `live` on lies no token: a column of a product sees
-// its own column alone. FULL: taken as if all were there, and nothing branches.
-template <bool FULL, class Block, int STRIPS, int TOKENS, bool GLU>
-__device__ __forceinline__ void multiply(const Weights<Block, STRIPS, GLU>& weights,
-                                         const Unit<Block> (&units)[2 * STRIPS], int step, int part, u32 x_lane, int live,
-                                         Accumulator<STRIPS, TOKENS>& acc) {
-    constexpr int kProducts = kSteps / Weights<Block, STRIPS, GLU>::kParts;
+// acc += weights·x over the columns of unit k of a step. Tokens from `valid` on do not exist; a
+// column of an MMA's result depends on its own column of B only, so with FULL they are computed too
+// and nothing branches.
+template <bool FULL, class Block, int FRAGS_M, int TILE_N, bool GLU>
+__device__ __forceinline__ void multiply_unit(const WeightIterator<Block, FRAGS_M, GLU>& weights,
+                                              const Unit<Block> (&units)[2 * FRAGS_M], int step, int unit, u32 x_lane,
+                                              int valid, Accumulator<FRAGS_M, TILE_N>& acc) {
+    constexpr int kMmas = kStepMmas / WeightIterator<Block, FRAGS_M, GLU>::kUnits;
 #pragma unroll
-    for (int k = 0; k < kProducts; ++k) {
-        u32 a[STRIPS][4];
+    for (int k = 0; k < kMmas; ++k) {
+        u32 a[FRAGS_M][4];
 #pragma unroll
-        for (int i = 0; i < 2 * STRIPS; ++i) {
-            u32 h[2 * kProducts];  // of which this product takes two
-            units[i].halves(weights.unit(i, step, part), h);
+        for (int i = 0; i < 2 * FRAGS_M; ++i) {
+            u32 h[2 * kMmas];  // this MMA uses two of them
+            units[i].to_half2(weights.unit(i, step, unit), h);
             a[i / 2][i % 2] = h[2 * k], a[i / 2][i % 2 + 2] = h[2 * k + 1];
         }
 #pragma unroll
-        for (int n = 0; n < TOKENS / 16; ++n) {
-            if (!FULL && 16 * n >= live) break;
+        for (int n = 0; n < TILE_N / 16; ++n) {
+            if (!FULL && 16 * n >= valid) break;
             u32 b[4];
-            load_matrices(b, (x_lane ^ (32 * (part * kProducts + k))) + n * 16 * kRowBytes);
+            load_matrices(b, (x_lane ^ (32 * (unit * kMmas + k))) + n * 16 * kRowBytes);
 #pragma unroll
-            for (int m = 0; m < STRIPS; ++m) {
+            for (int m = 0; m < FRAGS_M; ++m) {
                 mma_16x8x16(acc[m][2 * n], a[m], b[0], b[1]);
                 mma_16x8x16(acc[m][2 * n + 1], a[m], b[2], b[3]);
             }
@@ -89,160 +106,179 @@ __device__ __forceinline__ void multiply(const Weights<Block, STRIPS, GLU>& weig
     }
 }
 
-// One group's steps: its part of acc. `await` is called between the first weights' way here and that of x.
-template <bool FULL, class Block, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool GLU, int STRIPS, class Await>
-__device__ __forceinline__ void accumulate(const Part* parts, int cols, const u16* x, const Scope<TOKENS>& scope, int row0,
-                                           int turn, u8* tiles, Accumulator<STRIPS, TOKENS>& acc, Await await) {
-    constexpr int kThreads = 32 * ROWS, kTile = TOKENS * kRowBytes, kParts = Weights<Block, STRIPS, GLU>::kParts;
-    constexpr int kAhead = ahead(TOKENS, DEPTHS), kStages = kAhead + 1, kGroups = DEPTHS * TURNS;
-    const int depth = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
-    const int steps = (cols + kGroup - 1) / kGroup, live = scope.tile.count, group = depth * TURNS + turn;
-    const u32 own = (u32)__cvta_generic_to_shared(tiles) + depth * kStages * kTile;
-    constexpr int kApart = kThreads / 16;  // tokens between a thread's copies, a power of two above its first
-    static_assert(TOKENS % kApart == 0, "each thread copies as much as the others");
+// acc += the product of one split of K. `wait_for_x` is called between the first loads of weights
+// and those of x.
+template <bool FULL, class Block, int WARPS_M, int SPLIT_K, int PASSES, int STAGES, int TILE_N, bool GLU, int FRAGS_M,
+          class Wait>
+__device__ __forceinline__ void accumulate_split(const Projection* projections, int cols, const u16* x,
+                                                 const TokenTile<TILE_N>& tokens, int row0, int pass, u8* buffers,
+                                                 Accumulator<FRAGS_M, TILE_N>& acc, Wait wait_for_x) {
+    constexpr int kThreads = 32 * WARPS_M, kTileBytes = TILE_N * kRowBytes;
+    constexpr int kUnits = WeightIterator<Block, FRAGS_M, GLU>::kUnits;
+    constexpr int kAhead = STAGES - 1, kSplits = SPLIT_K * PASSES;
+    const int warp_k = threadIdx.x / kThreads, thread = threadIdx.x % kThreads, lane = threadIdx.x % 32;
+    const int steps = (cols + kColumnGroup - 1) / kColumnGroup, valid = tokens.tile.count, split = warp_k * PASSES + pass;
+    const u32 own = (u32)__cvta_generic_to_shared(buffers) + warp_k * STAGES * kTileBytes;
+    constexpr int kCopyStride = kThreads / 16;  // tokens between a thread's copies: a power of two
+    static_assert(TILE_N % kCopyStride == 0, "all threads copy the same number of chunks");
     const int token0 = thread / 16, chunk = thread % 16;
     const u32 to = own + token0 * kRowBytes + (chunk ^ (token0 & 7)) * 16;
     const auto fetch_x = [&](int step, int stage) {
-        const u16* const from = x + step * kGroup + chunk * 8;
+        const u16* const from = x + step * kColumnGroup + chunk * 8;
 #pragma unroll
-        for (int i = 0; step < steps && i < TOKENS / kApart; ++i) {
-            const u32 at = (to ^ (kApart * i & 7) * 16) + stage * kTile + i * kApart * kRowBytes;
-            if (FULL || token0 + i * kApart < live) copy_16_async(at, from + scope.x_rows[token0 + i * kApart], true);
+        for (int i = 0; step < steps && i < TILE_N / kCopyStride; ++i) {
+            const u32 at = (to ^ (kCopyStride * i & 7) * 16) + stage * kTileBytes + i * kCopyStride * kRowBytes;
+            if (FULL || token0 + i * kCopyStride < valid)
+                copy_16_async(at, from + tokens.x_rows[token0 + i * kCopyStride], true);
         }
         commit_copies();
     };
-    const Weights<Block, STRIPS, GLU> weights(parts, cols, scope.tile.expert, row0);
-    // The weights of the i-th part from here, of the last step where the columns end before it.
-    const auto step_of = [&](int i) { return min(group + kGroups * (i / kParts), steps - 1); };
-    Unit<Block> now[2 * STRIPS], next[kAhead][2 * STRIPS];
+    const WeightIterator<Block, FRAGS_M, GLU> weights(projections, cols, tokens.tile.expert, row0);
+    // The step of the i-th unit of this split; the last step where the columns end before it.
+    const auto step_of = [&](int i) { return min(split + kSplits * (i / kUnits), steps - 1); };
+    Unit<Block> current[2 * FRAGS_M], prefetched[kAhead][2 * FRAGS_M];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) weights.load(parts, step_of(a), a % kParts, next[a]);
-    await(turn);
+    for (int a = 0; a < kAhead; ++a) weights.load(projections, step_of(a), a % kUnits, prefetched[a]);
+    wait_for_x(pass);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) fetch_x(group + kGroups * a, a);
+    for (int a = 0; a < kAhead; ++a) fetch_x(split + kSplits * a, a);
     const int in_tile = (lane / 16 * 8 + lane % 8) * kRowBytes + ((lane / 8 % 2) ^ (lane % 8)) * 16;
-    for (int first = 0, stage = 0, at = 0; first < steps; first += kGroups, stage = stage == kAhead ? 0 : stage + 1) {
-        const int step = first + group;
+    for (int first = 0, stage = 0, at = 0; first < steps; first += kSplits, stage = stage == kAhead ? 0 : stage + 1) {
+        const int step = first + split;
         wait_for_copies<kAhead - 1>();
-        __syncthreads();  // after it nobody reads the tile of the step before
-        fetch_x(step + kGroups * kAhead, stage == 0 ? kAhead : stage - 1);
+        __syncthreads();  // the buffer of the previous step is not read any more
+        fetch_x(step + kSplits * kAhead, stage == 0 ? kAhead : stage - 1);
         if (step >= steps) continue;
-        const u32 x_lane = own + stage * kTile + in_tile;
+        const u32 x_lane = own + stage * kTileBytes + in_tile;
 #pragma unroll 1
-        for (int part = 0; part < kParts; ++part, ++at) {
-            weights.turn(parts, step_of(at + kAhead), (part + kAhead) % kParts, now, next);
-            multiply<FULL, Block, STRIPS, TOKENS, GLU>(weights, now, step, part, x_lane, live, acc);
+        for (int unit = 0; unit < kUnits; ++unit, ++at) {
+            weights.advance(projections, step_of(at + kAhead), (unit + kAhead) % kUnits, current, prefetched);
+            multiply_unit<FULL, Block, FRAGS_M, TILE_N, GLU>(weights, current, step, unit, x_lane, valid, acc);
         }
     }
 }
 
-// y of `TOKENS` tokens from `token0` on; a lane's rows are lane/4 and each 8 below, its tokens neighbours.
-template <int ALL, int STRIPS, int TOKENS, bool GLU>
-__device__ __forceinline__ void write(const Product& p, const Part* parts, const Scope<ALL>& scope, int token0, int row0,
-                                      const Accumulator<STRIPS, TOKENS>& sums) {
-    constexpr int kRows = GLU ? STRIPS : 2 * STRIPS, kUp = GLU ? STRIPS : 0;
-    const int lane = threadIdx.x % 32, rows = parts->rows, r = row0 + lane / 4, there = (rows - r + 7) / 8;  // of r, r + 8, …
-    float bias[2 * STRIPS];
+// Epilogue: write y of REDUCED_N tokens from `token0` on. A lane holds rows lane/4, lane/4 + 8, …
+// of two adjacent tokens.
+template <int TILE_N, int FRAGS_M, int REDUCED_N, bool GLU>
+__device__ __forceinline__ void write(const MatmulParams& p, const Projection* projections,
+                                      const TokenTile<TILE_N>& tokens, int token0, int row0,
+                                      const Accumulator<FRAGS_M, REDUCED_N>& sums) {
+    constexpr int kRows = GLU ? FRAGS_M : 2 * FRAGS_M, kUp = GLU ? FRAGS_M : 0;
+    const int lane = threadIdx.x % 32, rows = projections->rows, r = row0 + lane / 4;
+    const int valid_rows = (rows - r + 7) / 8;  // of r, r + 8, …
+    float bias[2 * FRAGS_M];
 #pragma unroll
-    for (int i = 0; i < 2 * STRIPS; ++i) {
-        const float* from = parts[i / kRows].bias;
-        const size_t at = (size_t)scope.tile.expert * rows + r + i % kRows * 8;
-        bias[i] = from && i % kRows < there ? from[at] : 0.f;
+    for (int i = 0; i < 2 * FRAGS_M; ++i) {
+        const float* from = projections[i / kRows].bias;
+        const size_t at = (size_t)tokens.tile.expert * rows + r + i % kRows * 8;
+        bias[i] = from && i % kRows < valid_rows ? from[at] : 0.f;
     }
 #pragma unroll
-    for (int n = 0; n < TOKENS / 8; ++n) {
-        float kept[2][kRows];  // all of the residual before any result: loads that wait for one another take the longest
+    for (int n = 0; n < REDUCED_N / 8; ++n) {
+        float residual[2][kRows];  // all loads before the first store, so that they overlap
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int token = token0 + 8 * n + lane % 4 * 2 + j;
-            const float* from = p.residual + (size_t)scope.slots[token] * rows + r;
+            const float* from = p.residual + (size_t)tokens.slots[token] * rows + r;
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) kept[j][i] = p.residual && i < there ? from[8 * i] : 0.f;
+            for (int i = 0; i < kRows; ++i) residual[j][i] = p.residual && i < valid_rows ? from[8 * i] : 0.f;
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int token = token0 + 8 * n + lane % 4 * 2 + j;
-            const bool real = token < scope.tile.count;
-            const float s = scope.scales[token];
-            float* to = parts->out + (size_t)scope.slots[token] * rows + r;
+            const bool valid = token < tokens.tile.count;
+            const float s = tokens.scales[token];
+            float* to = projections->out + (size_t)tokens.slots[token] * rows + r;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-                float y = sums[i / 2][n][i % 2 * 2 + j] * s + bias[i];
-                if (GLU) y = gated(y, sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j] * s + bias[kUp + i], p.gate);
-                if (real && i < there) to[8 * i] = y + kept[j][i];
+                float y = __fmaf_rn(sums[i / 2][n][i % 2 * 2 + j], s, bias[i]);
+                if (GLU) y = gated(y, __fmaf_rn(sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j], s, bias[kUp + i]), p.gate);
+                // With GLU there is no residual, so contracting gated's product with this sum would
+                // not change a bit.
+                if (valid && i < valid_rows) to[8 * i] = y + residual[j][i];
             }
         }
     }
 }
 
-// Blocks of a multiprocessor, 0 for as many as come: small tiles of experts wait for weights, so loads in flight count. The
-// code for sm_100 takes more registers than four blocks leave.
+// Minimum of blocks a multiprocessor, 0 for no minimum: small tiles of experts wait for weights, so
+// loads in flight count. The code for sm_100 needs more registers than four blocks leave.
 template <class Block>
-__host__ __device__ constexpr int blocks_of(int tokens, bool experts) {
+__host__ __device__ constexpr int min_blocks(int tile_n, bool experts) {
 #if __CUDA_ARCH__ >= 1000
     return 0;
 #else
-    return experts && tokens <= 32 && sizeof(Unit<Block>) <= 32 ? 4 : 0;
+    return experts && tile_n <= 32 && sizeof(Unit<Block>) <= 32 ? 4 : 0;
 #endif
 }
 
-// A block's part of y: rows of `parts` from `row0` on by this warp, the tokens that `scope` names.
-template <class Block, int STRIPS, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool GLU, class Await>
-__device__ __forceinline__ void product(const Product& p, const Part* parts, const u16* x, const Scope<TOKENS>& scope,
-                                        int row0, u8* shared, Await await) {
-    Accumulator<STRIPS, TOKENS> acc = {};
-    constexpr bool kLarge = TOKENS > 64;  // such a tile has no registers left for branches
-    float4* const kept = reinterpret_cast<float4*>(shared + kRowBytes * (ahead(TOKENS, DEPTHS) + 1) * TOKENS * DEPTHS);
-    for (int turn = 0;;) {
-        if (kLarge || scope.tile.count > TOKENS - 16)
-            accumulate<true, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc, await);
+// A block's tile of y: this warp's rows of `projections` from `row0` on, the tokens of `tokens`.
+template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, bool GLU, class Wait>
+__device__ __forceinline__ void compute_tile(const MatmulParams& p, const Projection* projections, const u16* x,
+                                             const TokenTile<TILE_N>& tokens, int row0, u8* shared, Wait wait_for_x) {
+    Accumulator<FRAGS_M, TILE_N> acc = {};
+    constexpr bool kLarge = TILE_N > 64;  // such a tile has no registers left for branches
+    float4* const saved = reinterpret_cast<float4*>(shared + kRowBytes * STAGES * TILE_N * SPLIT_K);
+    for (int pass = 0;;) {
+        if (kLarge || tokens.tile.count > TILE_N - 16)
+            accumulate_split<true, Block, WARPS_M, SPLIT_K, PASSES, STAGES, TILE_N, GLU>(
+                projections, p.cols, x, tokens, row0, pass, shared, acc, wait_for_x);
         else
-            accumulate<kLarge, Block, ROWS, DEPTHS, TURNS, TOKENS, GLU>(parts, p.cols, x, scope, row0, turn, shared, acc,
-                                                                        await);
-        if constexpr (TURNS == 1) break;
-        keep<TURNS, 32 * ROWS * DEPTHS>(kept + threadIdx.x, turn, acc);
-        if (++turn == TURNS) break;
-        __syncthreads();  // nobody reads x of this turn any more
+            accumulate_split<kLarge, Block, WARPS_M, SPLIT_K, PASSES, STAGES, TILE_N, GLU>(
+                projections, p.cols, x, tokens, row0, pass, shared, acc, wait_for_x);
+        if constexpr (PASSES == 1) break;
+        carry_pass<PASSES, 32 * WARPS_M * SPLIT_K>(saved + threadIdx.x, pass, acc);
+        if (++pass == PASSES) break;
+        __syncthreads();  // the buffers of this pass are not read any more
     }
-    if constexpr (DEPTHS == 1) {
-        write<TOKENS, STRIPS, TOKENS, GLU>(p, parts, scope, 0, row0, acc);
+    if constexpr (SPLIT_K == 1) {
+        write<TILE_N, FRAGS_M, TILE_N, GLU>(p, projections, tokens, 0, row0, acc);
     } else {
-        constexpr int kShare = share_of(TOKENS, DEPTHS);
-        const int token0 = threadIdx.x / 32 / ROWS * kShare;
-        Accumulator<STRIPS, kShare> sums;
-        add_depths<ROWS, DEPTHS, STRIPS, TOKENS, kShare>(reinterpret_cast<float4*>(shared), acc, sums);
-        if (token0 < TOKENS) write<TOKENS, STRIPS, kShare, GLU>(p, parts, scope, token0, row0, sums);
+        constexpr int kReduced = reduced_tokens(TILE_N, SPLIT_K);
+        const int token0 = threadIdx.x / 32 / WARPS_M * kReduced;
+        Accumulator<FRAGS_M, kReduced> sums;
+        reduce_splits<WARPS_M, SPLIT_K, FRAGS_M, TILE_N, kReduced>(reinterpret_cast<float4*>(shared), acc, sums);
+        if (token0 < TILE_N) write<TILE_N, FRAGS_M, kReduced, GLU>(p, projections, tokens, token0, row0, sums);
     }
 }
 
-template <class Block, int STRIPS, int ROWS, int DEPTHS, int TURNS, int TOKENS, bool EXPERTS, bool GLU, class Last = Block>
-__global__ void __launch_bounds__(32 * ROWS * DEPTHS, blocks_of<Block>(TOKENS, EXPERTS))
-    matmul(const __grid_constant__ Product p, const u16* __restrict__ x, const int tokens, const Tiles tiles) {
+template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, bool EXPERTS, bool GLU,
+          class Last = Block>
+__global__ void __launch_bounds__(32 * WARPS_M * SPLIT_K, min_blocks<Block>(TILE_N, EXPERTS))
+    matmul(const __grid_constant__ MatmulParams p, const u16* __restrict__ x, const int n_tokens,
+           const SlotTiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
-    __shared__ Scope<TOKENS> scope;
-    const int per_slot = EXPERTS ? tiles.per_slot : 1, first = blockIdx.y * TOKENS;
+    __shared__ TokenTile<TILE_N> tokens;
+    const int slots_per_row = EXPERTS ? tiles.slots_per_row : 1, first = blockIdx.y * TILE_N;
+    // Before the wait (pdl.cuh), for a dense matrix: *count, which no kernel writes, and weights,
+    // constant during a step.
     if (EXPERTS) grid_dependency_wait();
-    const Tile tile = EXPERTS ? tiles.table[blockIdx.y]
-                              : Tile{0, first, min(TOKENS, (p.count ? *p.count : tokens) - first)};
+    const SlotTile tile = EXPERTS ? tiles.table[blockIdx.y]
+                                  : SlotTile{0, first, min(TILE_N, (p.count ? *p.count : n_tokens) - first)};
     if (tile.count <= 0) return;
-    if (threadIdx.x == 0) scope.tile = tile;
-    for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS) {
+    if (threadIdx.x == 0) tokens.tile = tile;
+    for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K) {
         const int at = tile.first + min(i, tile.count - 1), slot = EXPERTS ? tiles.order[at] : at;
-        scope.slots[i] = slot;
-        scope.x_rows[i] = (u32)(slot / per_slot) * padded(p.cols);
+        tokens.slots[i] = slot;
+        tokens.x_rows[i] = (u32)(slot / slots_per_row) * padded(p.cols);
     }
     __syncthreads();
-    const auto await = [&](int turn) {
-        if (turn > 0) return;
+    const auto wait_for_x = [&](int pass) {
+        if (pass > 0) return;
         if (!EXPERTS) grid_dependency_wait();
-        for (int i = threadIdx.x; i < TOKENS; i += 32 * ROWS * DEPTHS)
-            scope.scales[i] = p.scale ? p.scale[scope.slots[i] / per_slot] : 1.f;
+        for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K)
+            tokens.scales[i] = p.scale ? p.scale[tokens.slots[i] / slots_per_row] : 1.f;
     };
-    const Part* parts = p.parts;
-    if (!GLU && !EXPERTS) parts += (blockIdx.x >= p.parts[1].first) + (blockIdx.x >= p.parts[2].first);
-    const int warp = threadIdx.x / 32, row0 = ((blockIdx.x - parts->first) * ROWS + warp % ROWS) * (GLU ? 8 : 16) * STRIPS;
-    if (kSame<Block, Last> || parts != p.parts + 2)
-        product<Block, STRIPS, ROWS, DEPTHS, TURNS, TOKENS, GLU>(p, parts, x, scope, row0, shared, await);
+    const Projection* projections = p.projections;
+    if (!GLU && !EXPERTS)
+        projections += (blockIdx.x >= p.projections[1].first_block) + (blockIdx.x >= p.projections[2].first_block);
+    const int warp = threadIdx.x / 32;
+    const int row0 = ((blockIdx.x - projections->first_block) * WARPS_M + warp % WARPS_M) * (GLU ? 8 : 16) * FRAGS_M;
+    if (kSame<Block, Last> || projections != p.projections + 2)
+        compute_tile<Block, FRAGS_M, WARPS_M, SPLIT_K, PASSES, TILE_N, STAGES, GLU>(p, projections, x, tokens, row0,
+                                                                                    shared, wait_for_x);
     else
-        product<Last, STRIPS, ROWS, DEPTHS, TURNS, TOKENS, GLU>(p, parts, x, scope, row0, shared, await);
+        compute_tile<Last, FRAGS_M, WARPS_M, SPLIT_K, PASSES, TILE_N, STAGES, GLU>(p, projections, x, tokens, row0,
+                                                                                   shared, wait_for_x);
 }

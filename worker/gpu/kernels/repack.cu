@@ -1,11 +1,14 @@
-// Rearranges a matrix's blocks, as the file has them, into planes (codes.cuh, scales.cuh): once, when it is loaded.
+// Loading: rearrange a matrix's blocks from the file's layout into planes (codes.cuh, scales.cuh).
 //
-// A thread does one unit of 32 elements; the first of a block writes what the block shares. Grid: units / 256 rounded
-// up, blocks of 256 threads. Reads the file's bytes byte by byte and writes as many: it is the copy to the device that
-// takes the time. Source and planes start at multiples of 16. Twin: none; dequantize.cu after it equals gguf.quants.
+// Shapes: blocks [units/kSubs] of the file; target planes, sizes in worker/gpu/layouts.py.
+// Grid: ⌈units/256⌉ blocks of 256 threads, one unit of 32 elements each; the first thread of a
+// block of the file also writes what its units share. Alignment: source and planes 16 bytes. Bytes:
+// the file's bytes read (byte by byte) and as many written; the copy to the device takes longer.
+// Twin: none; dequantize.cu of the result equals gguf.quants.
+// Launcher: worker/gpu/upload.py.
 #include "scales.cuh"
 
-struct Target {
+struct TargetPlanes {
     u8 *low, *high, *scales, *supers;
 };
 
@@ -14,26 +17,27 @@ __device__ void put(u8* plane, u32 index, T value) {
     reinterpret_cast<T*>(plane)[index] = value;
 }
 
-// Four bits of code i in nibble i of `count` words, for the six-bit fields below.
+// A word with the low four bits of field(i) in nibble i.
 template <class Field>
-__device__ u32 nibbles_of(Field field) {
+__device__ u32 pack_nibbles(Field field) {
     u32 word = 0;
     for (int i = 0; i < 8; ++i) word |= (field(i) & 15u) << 4 * i;
     return word;
 }
 
+// The layout that unpack_6_bits of scales.cuh reads.
 template <class First, class Second>
-__device__ void six_bit_words(First first, Second second, u32 (&w)[3]) {
-    w[0] = nibbles_of(first);
-    w[1] = nibbles_of(second);
-    w[2] = nibbles_of([&](int i) { return first(i) >> 4 | second(i) >> 4 << 2; });
+__device__ void pack_6_bits(First first, Second second, u32 (&w)[3]) {
+    w[0] = pack_nibbles(first);
+    w[1] = pack_nibbles(second);
+    w[2] = pack_nibbles([&](int i) { return first(i) >> 4 | second(i) >> 4 << 2; });
 }
 
 // ---- codes
 
 template <int LOW, int HIGH, bool FP4 = false>
-struct Packing {
-    static __device__ void put_codes(const u8 (&code)[32], const Target& t, u32 u) {
+struct CodePacking {
+    static __device__ void put_codes(const u8 (&code)[32], const TargetPlanes& t, u32 u) {
         if (LOW == 8) {
             for (int e = 0; e < 32; ++e) (e < 16 ? t.low : t.high)[u * 16ull + e % 16] = code[e];
             return;
@@ -57,50 +61,50 @@ struct Packing {
 
 struct OneF16 {
     template <class Block>
-    static __device__ void put_scales(const Block& b, int, const Target& t, u32 u) { put(t.scales, u, b.d); }
+    static __device__ void put_scales(const Block& b, int, const TargetPlanes& t, u32 u) { put(t.scales, u, b.d); }
 };
 
 struct F16AndMin {
     template <class Block>
-    static __device__ void put_scales(const Block& b, int, const Target& t, u32 u) {
+    static __device__ void put_scales(const Block& b, int, const TargetPlanes& t, u32 u) {
         put(t.scales, u, (u32)b.d | (u32)b.m << 16);
     }
 };
 
 struct OneByte {
-    static __device__ void put_scales(const MXFP4& b, int, const Target& t, u32 u) { t.scales[u] = b.e8m0; }
+    static __device__ void put_scales(const MXFP4& b, int, const TargetPlanes& t, u32 u) { t.scales[u] = b.e8m0; }
 };
 
 struct SixBitAndMin {
     template <class Block>
-    static __device__ void put_scales(const Block& b, int sub, const Target& t, u32 u) {
+    static __device__ void put_scales(const Block& b, int sub, const TargetPlanes& t, u32 u) {
         if (sub) return;
         u32 w[3];
-        six_bit_words([&](int i) { return (u32)k_scale(b.scales, i); },
+        pack_6_bits([&](int i) { return (u32)k_scale(b.scales, i); },
                       [&](int i) { return (u32)k_min(b.scales, i); }, w);
         put(t.supers, u / 8, make_uint4((u32)b.d | (u32)b.dmin << 16, w[0], w[1], w[2]));
     }
 };
 
-struct ForQ2 {
-    static __device__ void put_scales(const Q2_K& b, int sub, const Target& t, u32 u) {
+struct Q2Packing {
+    static __device__ void put_scales(const Q2_K& b, int sub, const TargetPlanes& t, u32 u) {
         put(t.scales, u, (u16)(b.scales[2 * sub] | b.scales[2 * sub + 1] << 8));
         if (sub == 0) put(t.supers, u / 8, (u32)b.d | (u32)b.dmin << 16);
     }
 };
 
-struct ForQ3 {
-    static __device__ void put_scales(const Q3_K& b, int sub, const Target& t, u32 u) {
+struct Q3Packing {
+    static __device__ void put_scales(const Q3_K& b, int sub, const TargetPlanes& t, u32 u) {
         if (sub) return;
         u32 w[3];
-        six_bit_words([&](int i) { return (u32)b.scale(2 * i); }, [&](int i) { return (u32)b.scale(2 * i + 1); }, w);
+        pack_6_bits([&](int i) { return (u32)b.scale(2 * i); }, [&](int i) { return (u32)b.scale(2 * i + 1); }, w);
         for (int i = 0; i < 3; ++i) put(t.scales, u / 8 * 3 + i, w[i]);
         put(t.supers, u / 8, b.d);
     }
 };
 
-struct ForQ6 {
-    static __device__ void put_scales(const Q6_K& b, int sub, const Target& t, u32 u) {
+struct Q6Packing {
+    static __device__ void put_scales(const Q6_K& b, int sub, const TargetPlanes& t, u32 u) {
         put(t.scales, u, (u16)((u8)b.scales[2 * sub] | (u8)b.scales[2 * sub + 1] << 8));
         if (sub == 0) put(t.supers, u / 8, b.d);
     }
@@ -108,24 +112,24 @@ struct ForQ6 {
 
 template <class Codes, class Scales, int SUBS>
 struct Layout : Codes, Scales {
-    static constexpr int kSubs = SUBS;  // units in a block
+    static constexpr int kSubs = SUBS;  // units of a block
 };
 
 template <class Block> struct LayoutOf;
-template <> struct LayoutOf<Q4_0> : Layout<Packing<4, 0>, OneF16, 1> {};
-template <> struct LayoutOf<Q4_1> : Layout<Packing<4, 0>, F16AndMin, 1> {};
-template <> struct LayoutOf<Q5_0> : Layout<Packing<4, 1>, OneF16, 1> {};
-template <> struct LayoutOf<Q5_1> : Layout<Packing<4, 1>, F16AndMin, 1> {};
-template <> struct LayoutOf<Q8_0> : Layout<Packing<8, 0>, OneF16, 1> {};
-template <> struct LayoutOf<MXFP4> : Layout<Packing<4, 0, true>, OneByte, 1> {};
-template <> struct LayoutOf<Q2_K> : Layout<Packing<2, 0>, ForQ2, 8> {};
-template <> struct LayoutOf<Q3_K> : Layout<Packing<2, 1>, ForQ3, 8> {};
-template <> struct LayoutOf<Q4_K> : Layout<Packing<4, 0>, SixBitAndMin, 8> {};
-template <> struct LayoutOf<Q5_K> : Layout<Packing<4, 1>, SixBitAndMin, 8> {};
-template <> struct LayoutOf<Q6_K> : Layout<Packing<4, 2>, ForQ6, 8> {};
+template <> struct LayoutOf<Q4_0> : Layout<CodePacking<4, 0>, OneF16, 1> {};
+template <> struct LayoutOf<Q4_1> : Layout<CodePacking<4, 0>, F16AndMin, 1> {};
+template <> struct LayoutOf<Q5_0> : Layout<CodePacking<4, 1>, OneF16, 1> {};
+template <> struct LayoutOf<Q5_1> : Layout<CodePacking<4, 1>, F16AndMin, 1> {};
+template <> struct LayoutOf<Q8_0> : Layout<CodePacking<8, 0>, OneF16, 1> {};
+template <> struct LayoutOf<MXFP4> : Layout<CodePacking<4, 0, true>, OneByte, 1> {};
+template <> struct LayoutOf<Q2_K> : Layout<CodePacking<2, 0>, Q2Packing, 8> {};
+template <> struct LayoutOf<Q3_K> : Layout<CodePacking<2, 1>, Q3Packing, 8> {};
+template <> struct LayoutOf<Q4_K> : Layout<CodePacking<4, 0>, SixBitAndMin, 8> {};
+template <> struct LayoutOf<Q5_K> : Layout<CodePacking<4, 1>, SixBitAndMin, 8> {};
+template <> struct LayoutOf<Q6_K> : Layout<CodePacking<4, 2>, Q6Packing, 8> {};
 
 template <class Block>
-__global__ void repack(const Block* __restrict__ blocks, const Target target, const u32 units) {
+__global__ void repack(const Block* __restrict__ blocks, const TargetPlanes target, const u32 units) {
     const u32 u = blockIdx.x * blockDim.x + threadIdx.x;
     if (u >= units) return;
     using L = LayoutOf<Block>;

@@ -1,30 +1,38 @@
-// Prefill: rows for the tensor cores: RMSNorm (or none), then f16 under a power of two, in the order of fragments.cuh.
+// Prefill: RMSNorm (or none), then f16 with a power of two for each row, in the column order of
+// fragments.cuh.
 //
-//   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467); without a weight n = x.
-// x [T, cols] f32, weight [cols] f32 or null; y [T, padded cols] f16 of n / scale, scale [T] f32: the power of two that
-// brings the row's largest to [1024, 2048), so f16 keeps 11 bits down to 2^-24 of it. cols is a multiple of 32, arrays are
-// 16-byte aligned. Rows from *count · per on are left alone; count may be null. Grid (T), 256 threads: a block a row, four
-// neighbours a thread, KEPT times in registers: 1,024·KEPT columns, the rest is read twice. Bytes a row: 6·cols. Sums run in a
-// fixed order. Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in worker/cpu/quantized.py.
+//   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467); n = x without a weight.
+// Shapes: x [T, cols] f32, weight [cols] f32 or null; y [T, padded cols] f16 of n / scale; scale
+// [T] f32, the power of two that brings the row's largest element into [1024, 2048), so that f16
+// keeps 11 bits down to 2^-24 of it. cols is a multiple of 32. Rows from *count · rows_per_token on
+// are not written; count may be null.
+// Grid: (T), 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
+// (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 6·cols a row.
+// Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
+// warps ascending.
+// Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in worker/cpu/quantized.py. Launcher:
+// worker/gpu/activations.py.
 #include "pdl.cuh"
 #include "fragments.cuh"
 #include "half.cuh"
 #include "warp.cuh"
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = SCALE_THREADS, kWarps = kThreads / 32;
 
-__device__ __forceinline__ float largest(float4 v) {
+__device__ __forceinline__ float max_abs(float4 v) {
     return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
 
 template <int KEPT>
 __global__ void __launch_bounds__(kThreads)
-    scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int per, int cols,
-          float eps) {
-    __shared__ float2 of_warps[kWarps];  // sum of squares, peak
-    if (count && blockIdx.x >= *count * per) return;
-    const int quads = cols / 4, all = padded(cols) / 4;
-    if (weight && 8 * threadIdx.x < quads)  // they last met the cache a layer or a piece ago
+    scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int rows_per_token,
+                 int cols, float eps) {
+    __shared__ float2 warp_results[kWarps];  // sum of squares, peak
+    if (count && blockIdx.x >= *count * rows_per_token) return;
+    const int quads = cols / 4, padded_quads = padded(cols) / 4;
+    // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during
+    // a step. The weights were last read one chunk ago, so they are prefetched.
+    if (weight && 8 * threadIdx.x < quads)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
     grid_dependency_wait();
     x += (size_t)blockIdx.x * quads;
@@ -36,38 +44,40 @@ __global__ void __launch_bounds__(kThreads)
         const int i = threadIdx.x + j * kThreads;
         kept[j] = i < quads ? x[i] : zero;
     }
-    const auto see = [&](float4 v, int i) {
-        squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    const auto accumulate = [&](float4 v, int i, bool swapped) {
+        // `swapped`: the bits of rows of up to 1,024 columns, whose squares are fused in the other
+        // order.
+        squares = __fadd_rn(squares, sum_of_squares(swapped ? make_float4(v.y, v.x, v.w, v.z) : v));
         const float4 w = weight ? weight[i] : one;
-        peak = fmaxf(peak, largest(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w)));
+        peak = fmaxf(peak, max_abs(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w)));
     };
 #pragma unroll
     for (int j = 0; j < KEPT; ++j)
-        if (threadIdx.x + j * kThreads < quads) see(kept[j], threadIdx.x + j * kThreads);
+        if (threadIdx.x + j * kThreads < quads) accumulate(kept[j], threadIdx.x + j * kThreads, KEPT == 1);
 #pragma unroll 1
-    for (int i = threadIdx.x + KEPT * kThreads; i < quads; i += kThreads) see(x[i], i);
+    for (int i = threadIdx.x + KEPT * kThreads; i < quads; i += kThreads) accumulate(x[i], i, false);
     squares = warp_sum(squares), peak = warp_max(peak);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = make_float2(squares, peak);
+    if (threadIdx.x % 32 == 0) warp_results[threadIdx.x / 32] = make_float2(squares, peak);
     __syncthreads();
     squares = 0.f;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) squares += of_warps[w].x, peak = fmaxf(peak, of_warps[w].y);
-    const float factor = weight ? 1.f / sqrtf(squares / cols + eps) : 1.f;
+    for (int w = 0; w < kWarps; ++w) squares = __fadd_rn(squares, warp_results[w].x), peak = fmaxf(peak, warp_results[w].y);
+    const float factor = weight ? __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, (float)cols), eps))) : 1.f;
     peak *= factor;
     const int exponent = (int)(__float_as_uint(peak) >> 23) - 127;                // 2^exponent ≤ peak
-    const int shift = exponent == -127 ? 0 : min(max(exponent - 10, -100), 100);  // a row of zeros stays
+    const int shift = exponent == -127 ? 0 : min(max(exponent - 10, -100), 100);  // a row of zeros keeps scale 1
     const float inverse = __uint_as_float((unsigned int)(127 - shift) << 23) * factor;
     if (threadIdx.x == 0) scale[blockIdx.x] = __uint_as_float((unsigned int)(127 + shift) << 23);
     unsigned int* const out = y + (size_t)blockIdx.x * (padded(cols) / 2);
-    const auto put = [&](float4 v, int i) {
+    const auto store = [&](float4 v, int i) {
         const float4 w = weight && i < quads ? weight[i] : one;
-        const unsigned int at = place_of(4 * i) / 2;
+        const unsigned int at = fragment_index(4 * i) / 2;
         out[at] = floats_to_half2(v.x * inverse * w.x, v.y * inverse * w.y);
         out[at + 4] = floats_to_half2(v.z * inverse * w.z, v.w * inverse * w.w);
     };
 #pragma unroll
     for (int j = 0; j < KEPT; ++j)
-        if (threadIdx.x + j * kThreads < all) put(kept[j], threadIdx.x + j * kThreads);
+        if (threadIdx.x + j * kThreads < padded_quads) store(kept[j], threadIdx.x + j * kThreads);
 #pragma unroll 1
-    for (int i = threadIdx.x + KEPT * kThreads; i < all; i += kThreads) put(i < quads ? x[i] : zero, i);
+    for (int i = threadIdx.x + KEPT * kThreads; i < padded_quads; i += kThreads) store(i < quads ? x[i] : zero, i);
 }

@@ -1,7 +1,8 @@
-// Scales as they lie in planes: `scales` holds what a unit of 32 elements has of its own, `supers` what 8 units share.
+// Quantization scales in planes: `scales` holds those of one unit of 32 elements, `supers` those
+// shared by 8 units.
 //
-// A structure is what `load` reads for unit u of a matrix; `scales(u)` makes numbers of it, rounded as gguf.quants.
-// Written by repack.cu.
+// Each struct holds what `load` reads for unit u of a matrix; `unpack(u)` converts it to f32,
+// rounded as in gguf.quants. Writer: repack.cu. Users: formats.cuh. Sizes: worker/gpu/layouts.py.
 #pragma once
 #include "codes.cuh"
 #include "half.cuh"
@@ -14,7 +15,7 @@ struct Scales {
 struct F16Scale {
     u16 d;
     __device__ void load(const Planes& p, u32 u) { d = load_plane<u16>(p.scales, u); }
-    __device__ Scales scales(u32) const {
+    __device__ Scales unpack(u32) const {
         const float s = half_to_float(d);
         return {{s, s}, {0, 0}};
     }
@@ -23,7 +24,7 @@ struct F16Scale {
 struct F16ScaleMin {
     u32 dm;
     __device__ void load(const Planes& p, u32 u) { dm = load_plane<u32>(p.scales, u); }
-    __device__ Scales scales(u32) const {
+    __device__ Scales unpack(u32) const {
         const float2 s = half2_to_float2(dm);
         return {{s.x, s.x}, {-s.y, -s.y}};
     }
@@ -32,26 +33,27 @@ struct F16ScaleMin {
 struct E8m0Scale {
     u8 e;
     __device__ void load(const Planes& p, u32 u) { e = load_plane<u8>(p.scales, u); }
-    __device__ Scales scales(u32) const {  // half of 2^(e-127), as the codes are doubled; e below 2 is denormal
+    __device__ Scales unpack(u32) const {  // 2^(e-127) / 2, since codes are doubled; a denormal for e < 2
         const float s = __uint_as_float(e < 2 ? 0x00200000u << e : (u32)(e - 1) << 23);
         return {{s, s}, {0, 0}};
     }
 };
 
-// Two fields of six bits, 12 bytes for 8 units: nibble u%8 of word 0 is the first field's low bits, of word 1 the
-// second's, and of word 2 the two high bits of the first and above them of the second.
-__device__ __forceinline__ void six_bits(u32 w0, u32 w1, u32 w2, u32 u, int& first, int& second) {
+// Two 6-bit fields of unit u, from 12 bytes for 8 units: nibble u%8 of word 0 holds the low bits of
+// the first field, of word 1 those of the second, of word 2 the two high bits of the first (low
+// half) and of the second (high half).
+__device__ __forceinline__ void unpack_6_bits(u32 w0, u32 w1, u32 w2, u32 u, int& first, int& second) {
     const u32 at = u % 8 * 4, high = w2 >> at;
     first = (w0 >> at & 15) | (high & 3) << 4;
     second = (w1 >> at & 15) | (high & 12) << 2;
 }
 
-struct KScaleMin {  // Q4_K, Q5_K: 16 bytes a super, d and dmin before the six-bit fields
+struct KScaleMin {  // Q4_K, Q5_K: a super is 16 bytes, d and dmin before the 6-bit fields
     uint4 s;
     __device__ void load(const Planes& p, u32 u) { s = load_plane<uint4>(p.supers, u / 8); }
-    __device__ Scales scales(u32 u) const {
+    __device__ Scales unpack(u32 u) const {
         int scale, min;
-        six_bits(s.y, s.z, s.w, u, scale, min);
+        unpack_6_bits(s.y, s.z, s.w, u, scale, min);
         const float2 d = half2_to_float2(s.x);
         const float a = __fmul_rn(d.x, (float)scale), b = __fmul_rn(d.y, (float)min);
         return {{a, a}, {b, b}};
@@ -66,9 +68,9 @@ struct Q3Scales {
         for (int i = 0; i < 3; ++i) w[i] = load_plane<u32>(p.scales, u / 8 * 3 + i);
         d = load_plane<u16>(p.supers, u / 8);
     }
-    __device__ Scales scales(u32 u) const {
+    __device__ Scales unpack(u32 u) const {
         int a, b;
-        six_bits(w[0], w[1], w[2], u, a, b);
+        unpack_6_bits(w[0], w[1], w[2], u, a, b);
         const float s = half_to_float(d);
         return {{__fmul_rn(s, (float)(a - 32)), __fmul_rn(s, (float)(b - 32))}, {0, 0}};
     }
@@ -81,7 +83,7 @@ struct Q2Scales {
         s = load_plane<u16>(p.scales, u);
         dm = load_plane<u32>(p.supers, u / 8);
     }
-    __device__ Scales scales(u32) const {
+    __device__ Scales unpack(u32) const {
         const float2 d = half2_to_float2(dm);
         return {{__fmul_rn(d.x, (float)(s & 15)), __fmul_rn(d.x, (float)(s >> 8 & 15))},
                 {__fmul_rn(d.y, (float)(s >> 4 & 15)), __fmul_rn(d.y, (float)(s >> 12))}};
@@ -94,7 +96,7 @@ struct Q6Scales {
         s = load_plane<u16>(p.scales, u);
         d = load_plane<u16>(p.supers, u / 8);
     }
-    __device__ Scales scales(u32) const {
+    __device__ Scales unpack(u32) const {
         const float f = half_to_float(d);
         return {{__fmul_rn(f, (float)(signed char)s), __fmul_rn(f, (float)((short)s >> 8))}, {0, 0}};
     }

@@ -6,7 +6,7 @@
 // final rows.
 // Users: attention_decode.cu.
 #pragma once
-#include "quantized.cuh"
+#include "q8_activations.cuh"
 #include "warp.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;

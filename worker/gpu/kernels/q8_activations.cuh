@@ -1,10 +1,16 @@
-// Activations of decode as 8-bit integers: blocks of 32 with one scale, x ≈ scale·q, as ggml's Q8_1 has them.
+// Activations of decode in 8 bits: blocks of 32 elements with one scale, x ≈ scale·q, as in ggml's
+// Q8_1.
 //
-// A row of `cols` (a multiple of 32) is `q` i8, the elements 0–15 of all blocks before the elements 16–31 of all, and
-// `meta`, 8 bytes a block: the scale amax/127 and the sums of q over either half (they pay for codes' zero points and
-// minima). q = x·(127/amax) rounded to nearest even; a block below 1e-30 is zeros. Rows follow each other at cols and
-// cols/32·8 bytes. Relative error a product: a step is 1/127 of the block's largest, so about 0.5 % of the norm for
-// normally distributed x, at most 1.3 % for one outlier a block. Twin: `quantize` in worker/cpu/quantized.py.
+// A row of `cols` (a multiple of 32) is
+// - `q`, i8: elements 0–15 of all blocks, then elements 16–31 of all blocks;
+// - `meta`, 8 bytes a block: the scale amax/127 and the sums of q over either half, which account
+// for the zero points and
+//   minima of the weights.
+// q = x·(127/amax), rounded to nearest even; a block with amax < 1e-30 is zeros. Row strides are
+// cols bytes and cols/32·8 bytes. A step is 1/127 of the block's largest element: a relative error
+// of a product of about 0.5 % of the norm for normally distributed x, at most 1.3 % with one
+// outlier in each block. Twin: `quantize` in worker/cpu/quantized.py.
+// Python: `Q8Activations` in worker/gpu/activations.py.
 #pragma once
 #include "codes.cuh"
 
@@ -13,11 +19,14 @@ struct Meta {
     short sum[2];
 };
 
-// Stores elements [column, column + 4·QUADS) of a row, QUADS 1 or 2. Every lane of the warp calls it, neighbouring lanes with
-// neighbouring columns, the first lane's a multiple of 32; columns from `cols` on are not stored.
+constexpr float kSmallestAmax = 1e-30f;  // 127/amax must be finite
+
+// Store elements [column, column + 4·QUADS) of a row as q and meta; QUADS is 1 or 2. Called by all
+// lanes of a warp, adjacent lanes with adjacent columns, the first lane with a multiple of 32.
+// Columns from `cols` on are not stored.
 template <int QUADS>
 __device__ __forceinline__ void store_quantized(const float4 (&x)[QUADS], int column, int cols, u8* q, Meta* meta) {
-    constexpr int kLanes = 8 / QUADS;  // of a block
+    constexpr int kLanes = 8 / QUADS;  // lanes of a block
     float amax = 0.f;
 #pragma unroll
     for (int i = 0; i < QUADS; ++i)
@@ -25,8 +34,8 @@ __device__ __forceinline__ void store_quantized(const float4 (&x)[QUADS], int co
     if (column >= cols) amax = 0.f;
 #pragma unroll
     for (int lane = 1; lane < kLanes; lane *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
-    const bool some = amax >= 1e-30f;
-    const float inverse = some ? __fdiv_rn(127.f, amax) : 0.f;
+    const bool nonzero = amax >= kSmallestAmax;
+    const float inverse = nonzero ? __fdiv_rn(127.f, amax) : 0.f;
     u32 packed[QUADS];
     int sum = 0;
 #pragma unroll
@@ -44,20 +53,21 @@ __device__ __forceinline__ void store_quantized(const float4 (&x)[QUADS], int co
     u8* to = q + (size_t)(e / 16) * (cols / 2) + block * 16 + e % 16;
     if (QUADS == 2) *reinterpret_cast<uint2*>(to) = make_uint2(packed[0], packed[QUADS - 1]);
     else *reinterpret_cast<u32*>(to) = packed[0];
-    if (e == 0) meta[block] = {some ? __fdiv_rn(amax, 127.f) : 0.f, {(short)sum, (short)upper}};
+    if (e == 0) meta[block] = {nonzero ? __fdiv_rn(amax, 127.f) : 0.f, {(short)sum, (short)upper}};
 }
 
-// The same for one element a lane: the warp holds a block of 32, its first column a multiple of 32.
+// The same for one element a lane: the warp holds a block of 32, whose first column is a multiple
+// of 32.
 __device__ __forceinline__ void store_quantized_lane(float x, int column, int cols, u8* q, Meta* meta) {
     float amax = fabsf(x);
 #pragma unroll
     for (int lane = 1; lane < 32; lane *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, lane));
-    const bool some = amax >= 1e-30f;
-    const int code = __float2int_rn(__fmul_rn(x, some ? __fdiv_rn(127.f, amax) : 0.f));
+    const bool nonzero = amax >= kSmallestAmax;
+    const int code = __float2int_rn(__fmul_rn(x, nonzero ? __fdiv_rn(127.f, amax) : 0.f));
     int sum = code;
 #pragma unroll
     for (int lane = 1; lane < 16; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
     const int upper = __shfl_xor_sync(0xffffffffu, sum, 16), block = column / 32, e = column % 32;
     q[(size_t)(e / 16) * (cols / 2) + block * 16 + e % 16] = (u8)code;
-    if (e == 0) meta[block] = {some ? __fdiv_rn(amax, 127.f) : 0.f, {(short)sum, (short)upper}};
+    if (e == 0) meta[block] = {nonzero ? __fdiv_rn(amax, 127.f) : 0.f, {(short)sum, (short)upper}};
 }

@@ -1,7 +1,10 @@
-// The blocks of GGUF tensors as they lie in the file, one struct a type, named exactly like the types.
+// Blocks of GGUF tensors in the file's layout: one struct for each type, with the type's name.
 //
-// `code(sub, e)` is the raw code of element e of the block's sub-th 32 elements; what it is worth: formats.cuh.
-// Sizes are those of gguf.GGML_QUANT_SIZES. Twin: `dequantize` in worker/quants.py. Read once, when a model is loaded.
+// `code(sub, e)` returns the raw code of element e of the block's sub-th 32 elements; formats.cuh
+// converts codes to values.
+// Sizes are those of gguf.GGML_QUANT_SIZES. repack.cu reads these blocks once, when a model is
+// loaded; other kernels use the struct names as template arguments only. Twin: `dequantize` in
+// worker/quants.py.
 #pragma once
 
 using u8 = unsigned char;
@@ -51,7 +54,7 @@ struct MXFP4 {
 };
 
 struct Q2_K {
-    u8 scales[16], qs[64];  // a byte for 16 elements: scale below, minimum above
+    u8 scales[16], qs[64];  // for each 16 elements a byte: scale in the low nibble, minimum in the high one
     u16 d, dmin;
     __device__ int code(int sub, int e) const { return qs[32 * (sub / 4) + e] >> 2 * (sub % 4) & 3; }
 };
@@ -62,7 +65,7 @@ struct Q3_K {
     __device__ int code(int sub, int e) const {
         return (qs[32 * (sub / 4) + e] >> 2 * (sub % 4) & 3) | (hmask[e] >> sub & 1) << 2;
     }
-    // The scale, 0 to 63, of the i-th 16 elements.
+    // Scale, 0 to 63, of the i-th 16 elements.
     __device__ int scale(int i) const {
         const int low = i < 8 ? scales[i] & 15 : scales[i - 8] >> 4;
         return low | (scales[8 + i % 4] >> 2 * (i / 4) & 3) << 4;
@@ -101,6 +104,7 @@ struct Q6_K {
     }
 };
 
-static_assert(sizeof(Q4_0) == 18 && sizeof(Q4_1) == 20 && sizeof(Q5_0) == 22 && sizeof(Q5_1) == 24, "as in the file");
-static_assert(sizeof(Q8_0) == 34 && sizeof(MXFP4) == 17 && sizeof(Q2_K) == 84 && sizeof(Q3_K) == 110, "as in the file");
-static_assert(sizeof(Q4_K) == 144 && sizeof(Q5_K) == 176 && sizeof(Q6_K) == 210, "as in the file");
+static_assert(sizeof(Q4_0) == 18 && sizeof(Q4_1) == 20 && sizeof(Q5_0) == 22 && sizeof(Q5_1) == 24, "size in the file");
+static_assert(sizeof(Q8_0) == 34 && sizeof(MXFP4) == 17, "size in the file");
+static_assert(sizeof(Q2_K) == 84 && sizeof(Q3_K) == 110, "size in the file");
+static_assert(sizeof(Q4_K) == 144 && sizeof(Q5_K) == 176 && sizeof(Q6_K) == 210, "size in the file");
