@@ -37,7 +37,7 @@ PHASES = {
         "read_vocabulary": "vocabulary",
         "build_tokenizer": "tokenizer",
     },
-    "worker.adapters.rope": {"scaled_tables": "rotary tables"},
+    "worker.rope": {"rope_tables": "rotary tables"},
     "worker.gpu.upload": {
         "Upload.__init__": "lanes",
         "Upload.__call__": "weights: begun",

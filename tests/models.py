@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from worker.adapters import adapter_for
+from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.adapters.weights import Weights
-from worker.cpu.backend import upload
+from worker.cpu.backend import uploader
 from worker.cpu.runner import CpuRunner
 from worker.engine import DrawnToken, Engine, EngineSettings, Sequence
 from worker.engine.kv_blocks import KvBlocks, blocks_for
@@ -22,12 +21,12 @@ from worker.sampling import Sampling
 GREEDY = Sampling(temperature=0)
 
 
-def cpu_runner(path: Path, *, context: int = 512, phi3_window: bool = False, **kwargs: Any) -> CpuRunner:
+def cpu_runner(path: Path, *, context: int = 512, sliding_window: Any = "auto", **kwargs: Any) -> CpuRunner:
     """The model of a file on the CPU, with a KV pool of one context."""
     with GgufFile.open(path) as file:
+        with uploader(file) as upload:
+            model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         hp = read_hparams(file)
-        options = ModelOptions(context=context, phi3_window=phi3_window)
-        model = adapter_for(file.architecture, str(path))(hp, Weights(file, upload(file)), options)
     return CpuRunner(model, hp, **{"kv_blocks": blocks_for(context), **kwargs})
 
 

@@ -49,6 +49,29 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatc
     assert (settings.http.port, settings.service.metrics_ms) == (1, 500)
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("auto", "auto"),
+        ("8GiB", 8 << 30),
+        ("512 MiB", 512 << 20),
+        ("1073741824", 1 << 30),
+        (4096, 4096),
+        ("0.9", 0.9),
+        (0.5, 0.5),
+        ("1.0", 1.0),
+    ],
+)
+def test_kv_memory_is_bytes_or_a_share(value, expected):
+    parsed = load_settings(flags={"engine.kv_memory": value}).engine.kv_memory
+    assert (parsed, type(parsed)) == (expected, type(expected))
+
+
+def test_kv_memory_is_read_from_the_environment_too(monkeypatch):
+    monkeypatch.setenv("WORKER_ENGINE__KV_MEMORY", "0")
+    assert load_settings().engine.kv_memory == 0
+
+
 def test_an_empty_variable_counts_as_none(monkeypatch):
     monkeypatch.setenv("WORKER_HTTP__PORT", "")
     assert load_settings().http.port == 9108
@@ -66,6 +89,12 @@ def test_an_empty_variable_counts_as_none(monkeypatch):
         ("http.port", 70000, "http.port: "),
         ("log.level", "loud", "log.level: "),
         ("engine.backend", "tpu", "engine.backend: "),
+        ("engine.kv_memory", "8GB", "engine.kv_memory: must be "),
+        ("engine.kv_memory", "most", "engine.kv_memory: must be "),
+        ("engine.kv_memory", "1.5", "engine.kv_memory: must be "),
+        ("engine.kv_memory", -1, "engine.kv_memory: must be "),
+        ("engine.kv_memory", True, "engine.kv_memory: must be "),
+        ("model.sliding_window", "on", "model.sliding_window: "),
         ("service.gracefulness", 1, "service.gracefulness: "),
     ],
 )
@@ -78,7 +107,7 @@ def test_every_mistake_is_one_message_that_names_its_key(key, value, expected):
     assert "Value error" not in caught.value.message
 
 
-def test_all_mistakes_are_told_at_once(tmp_path, monkeypatch):
+def test_all_mistakes_are_reported_at_once(tmp_path, monkeypatch):
     file = tmp_path / "worker.toml"
     file.write_text('[log]\nlevel = "loud"\n')
     monkeypatch.setenv("WORKER_HTTP__PORT", "many")

@@ -1,14 +1,20 @@
-"""The order of a load: what is refused is refused before it costs anything, and nothing of it stays."""
+"""Loading: its order, the memory plan, and what fingerprint and numerics id depend on."""
 
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 
 import pytest
 
 from worker import runtime
 from worker.config import EngineSection, ModelSection
+from worker.engine.kv_blocks import blocks_for
 from worker.errors import ModelLoadFailed
+from worker.gguf_file import GgufFile
+from worker.gpu.backend import GpuBackend
+from worker.gpu.numerics import numerics
+from worker.ops import KV_BLOCK
 
 
 def no_tokenizer(metadata, vocab):
@@ -16,31 +22,125 @@ def no_tokenizer(metadata, vocab):
 
 
 def test_a_tokenizer_that_can_t_be_built_is_refused_before_a_weight_is_read(tiny, monkeypatch):
-    heard = []
+    reported = []
     monkeypatch.setattr(runtime, "build_tokenizer", no_tokenizer)
     with pytest.raises(ModelLoadFailed, match="the merges don't fit"):
-        runtime.load(tiny("qwen2"), ModelSection(), EngineSection(backend="cpu"), lambda *done: heard.append(done))
-    assert heard == []
+        runtime.load(tiny("qwen2"), ModelSection(), EngineSection(backend="cpu"), lambda *done: reported.append(done))
+    assert reported == []
     assert gc.isenabled()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3"])
-def test_progress_is_heard_up_to_the_last_byte(tiny, name):
-    heard = []
-    runtime.load(tiny(name), ModelSection(), EngineSection(backend="cpu"), lambda *done: heard.append(done))
-    assert heard == sorted(heard)
-    assert heard[-1][0] == heard[-1][1]
+def test_progress_is_reported_up_to_the_last_byte(tiny, name):
+    reported = []
+    runtime.load(tiny(name), ModelSection(), EngineSection(backend="cpu"), lambda *done: reported.append(done))
+    assert reported == sorted(reported)
+    assert reported[-1][0] == reported[-1][1]
     assert gc.isenabled()
 
 
-def test_where_uploads_go_on_aside_the_tokenizer_is_built_after_they_began(tiny, monkeypatch):
+def test_uploads_begin_before_the_tokenizer_and_are_awaited_after_the_runner(tiny, monkeypatch):
     order = []
-    cpu = runtime.open_backend(EngineSection(backend="cpu"))
-    cpu.uploads_aside = True
-    build = runtime.build_tokenizer
-    monkeypatch.setattr(runtime, "open_backend", lambda engine: cpu)
+    backend = runtime.open_backend(EngineSection(backend="cpu"))
+    uploader, runner, build = backend.uploader, backend.runner, runtime.build_tokenizer
+
+    @contextmanager
+    def recorded_uploader(*args):
+        with uploader(*args) as upload:
+            yield lambda info: order.append("upload") or upload(info)
+        order.append("uploaded")
+
+    monkeypatch.setattr(backend, "uploader", recorded_uploader)
+    monkeypatch.setattr(backend, "runner", lambda *args, **ids: order.append("runner") or runner(*args, **ids))
+    monkeypatch.setattr(runtime, "open_backend", lambda engine: backend)
     monkeypatch.setattr(runtime, "build_tokenizer", lambda *args: order.append("tokenizer") or build(*args))
-    loaded = runtime.load(tiny("qwen2"), ModelSection(), EngineSection(), lambda *done: order.append("weights"))
-    assert order[0] == "weights"
-    assert order[-1] == "tokenizer"
+    loaded = runtime.load(tiny("qwen2"), ModelSection(), EngineSection())
+    assert order[0] == "upload"
+    assert order[-3:] == ["tokenizer", "runner", "uploaded"]
     assert loaded.tokenizer.encode("a")
+
+
+BLOCK, CONTEXT = 1000, 512  # bytes of a KV block; 512 tokens are 32 blocks
+
+
+@pytest.mark.parametrize(
+    ("free", "limit", "blocks"),
+    [
+        (1_000_000, 0, 32),  # never less than one context
+        (1_000_000, 0.0, 32),
+        (1_000_000, 0.9, 900),
+        (1_000_000, 1.0, 1000),
+        (1_000_000, 500_000, 500),
+        (1_000_000, 5_000_000, 1000),  # no more than fits
+        (20_000, 0.9, 20),  # one context does not fit: all that does
+        (999, 0.9, 0),
+        (-5, 0.9, 0),
+        (1 << 40, 1.0, runtime.MAX_KV_BLOCKS),
+    ],
+)
+def test_the_kv_pool_is_what_the_limit_allows_of_the_free_memory(free, limit, blocks):
+    assert runtime._kv_blocks(free, limit, CONTEXT, BLOCK) == blocks
+
+
+def planned(path, monkeypatch, *, available=1 << 34, context=0, kv_memory="auto", share=None):
+    backend = runtime.open_backend(EngineSection(backend="cpu"))
+    monkeypatch.setattr(backend, "available_bytes", lambda: available)
+    if share is not None:
+        monkeypatch.setattr(backend, "kv_share", share)
+    with GgufFile.open(path) as file:
+        return runtime.plan(file, ModelSection(context=context), backend, kv_memory)
+
+
+def test_auto_is_one_context_on_the_cpu_and_a_share_of_free_memory_on_a_gpu(tiny, monkeypatch):
+    on_cpu = planned(tiny("qwen2"), monkeypatch)
+    on_gpu = planned(tiny("qwen2"), monkeypatch, share=GpuBackend.kv_share)
+    assert on_cpu.kv_blocks == blocks_for(on_cpu.context)
+    free = on_gpu.available - on_gpu.weight_bytes - on_gpu.overhead_bytes
+    assert on_gpu.kv_blocks == int(0.9 * free) // (on_gpu.kv_bytes_per_token * KV_BLOCK)
+    assert on_gpu.context == on_cpu.context
+
+
+@pytest.mark.parametrize(("context", "factors"), [(0, "long"), (512, "long"), (129, "long"), (128, "short")])
+def test_longrope_factors_follow_the_configured_context_whatever_memory_is_free(context, factors, tiny, monkeypatch):
+    path = tiny("phi3-longrope")
+    ample = planned(path, monkeypatch, context=context)
+    needed = ample.weight_bytes + ample.overhead_bytes
+    for blocks in (1, 7, 8, 9):
+        available = needed + blocks * ample.kv_bytes_per_token * KV_BLOCK
+        tight = planned(path, monkeypatch, context=context, available=available)
+        assert tight.context == min(ample.context, blocks * KV_BLOCK)
+        assert tight.choices["rope_factors"] == ample.choices["rope_factors"] == factors
+        assert tight.options == ample.options
+
+
+def test_the_fingerprint_covers_choices_and_is_the_files_own_without_any(tiny):
+    def loaded(name, **section):
+        return runtime.load(tiny(name), ModelSection(**section), EngineSection(backend="cpu")).fingerprint
+
+    def of_file(name):
+        with GgufFile.open(tiny(name)) as file:
+            return file.fingerprint()
+
+    for name in ("qwen2", "llama", "gpt-oss"):
+        assert loaded(name, sliding_window="file") == loaded(name) == of_file(name)
+    long, short = loaded("phi3-longrope"), loaded("phi3-longrope", context=128)
+    assert len({long, short, of_file("phi3-longrope")}) == 3
+    assert long == loaded("phi3-longrope", context=200)
+    assert loaded("phi3") != loaded("phi3", sliding_window="file")
+
+
+def test_the_numerics_id_changes_with_every_fact_and_with_nothing_else():
+    facts = runtime.open_backend(EngineSection(backend="cpu")).numerics()
+    assert {"backend", "numpy", "blas", "machine", "kv_type", "sources"} == set(facts)
+    again = runtime.open_backend(EngineSection(backend="cpu")).numerics()
+    assert runtime.numerics_id(again) == runtime.numerics_id(dict(reversed(facts.items())))
+    changed = [{**facts, name: "another"} for name in facts]
+    f16 = runtime.open_backend(EngineSection(backend="cpu", kv_type="f16")).numerics()
+    assert len({runtime.numerics_id(each) for each in (facts, f16, *changed)}) == len(facts) + 2
+
+
+def test_the_gpus_numerics_name_the_card_the_compiler_and_the_kernels():
+    facts = numerics("sm_90", "12.9")
+    assert set(facts.items()) >= {("backend", "cuda"), ("compute_capability", "90"), ("nvrtc", "12.9")}
+    assert numerics("sm_90", "12.9") == facts
+    assert runtime.numerics_id(numerics("sm_80", "12.9")) != runtime.numerics_id(facts)

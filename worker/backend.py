@@ -1,27 +1,27 @@
-"""What a device is to the runtime: memory arithmetic before a model, loading it, and memory as it is afterwards.
+"""Interface between the runtime and a device: memory arithmetic, uploads, the runner, and memory accounting.
 
-Implemented by `worker/cpu/backend.py` and `worker/gpu/backend.py`. Everything here is called on the one thread that
-owns the device. Knows no architecture: `bind` makes the model over the uploads that the backend gives it.
+Implementations: `worker/cpu/backend.py` and `worker/gpu/backend.py`. Every method is called on the one thread that
+owns the device. Knows no architecture. Next: `worker/runtime.py`, which calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from worker.errors import InsufficientVram
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import Hparams, Model, Runner
-from worker.ops import QTensor
+from worker.model import Hparams, Model, ModelOptions, Runner
+from worker.ops import KV_BLOCK, QTensor
 
 Upload = Callable[[TensorInfo], QTensor]
-Bind = Callable[[Upload], Model]
-"""Makes the model out of a file's tensors, uploading each."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes by purpose. `runtime` is what the process or the device's context took before the model came."""
+    """Bytes by purpose. `runtime` is what the process or the device's context used before the model was loaded."""
 
     weights: int = 0
     kv: int = 0
@@ -32,31 +32,52 @@ class MemoryUse:
 
     @property
     def used(self) -> int:
-        """Everything but `free`."""
+        """All bytes except `free`."""
         return self.weights + self.kv + self.activations + self.workspace + self.runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """What is to be put on the device: fixed by the plan, before anything is copied."""
+class Plan:
+    """What serving one file on one backend takes, in bytes and tokens; computed before any device work."""
 
     hparams: Hparams
+    options: ModelOptions
+    windows: tuple[int, ...]
+    """Sliding window of each layer, in tokens; 0 is none."""
+    choices: Mapping[str, str]
+    """See `Model.choices`."""
     weights: tuple[TensorInfo, ...]
-    context: int
-    """Longest sequence, in tokens."""
+    """Tensors that the architecture uses."""
+    unused: tuple[str, ...]
+    """Names of the other tensors."""
+    weight_bytes: int
+    kv_bytes_per_token: int
+    overhead_bytes: int
+    available: int
     kv_blocks: int
-    padding_ids: frozenset[int]
-    end_ids: frozenset[int]
+
+    @property
+    def context(self) -> int:
+        """Longest sequence, in tokens: the minimum of file, setting and KV pool."""
+        return min(self.options.context, self.kv_blocks * KV_BLOCK)
+
+    @property
+    def shortfall(self) -> InsufficientVram | None:
+        """The error if weights, activations and one KV block do not fit; None if they do."""
+        if self.kv_blocks:
+            return None
+        required = self.weight_bytes + self.overhead_bytes + self.kv_bytes_per_token * KV_BLOCK
+        return InsufficientVram(required, self.available, "the model's weights and one KV block")
 
 
 class Device(Protocol):
-    """The part of a backend that the service uses once a model is loaded, on the engine's thread."""
+    """The part of a backend that the service uses after loading, on the engine's thread."""
 
     device: str
-    """The device's own name, as logs and `worker inspect` give it."""
+    """The device's own name, as logs and `worker inspect` show it."""
 
     def memory(self) -> MemoryUse:
-        """Bytes by purpose, now."""
+        """Current bytes by purpose."""
         ...
 
     def non_resident(self) -> tuple[int, list[str]]:
@@ -70,30 +91,45 @@ class Backend(Device, Protocol):
     name: str
     """cpu or gpu."""
     prefill_chunk: int
-    """Prompt tokens a step where the settings don't say: how long a cancellation waits."""
-
-    uploads_aside: bool
-    """Whether a tensor's upload, once begun, goes on while the host does other things."""
+    """Default number of prompt tokens per step, which bounds the delay of a cancellation."""
+    kv_share: float
+    """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        """What a tensor takes on the device. Raises ModelLoadFailed where the device can't serve its shape."""
+        """Bytes of a tensor on the device. Raises ModelLoadFailed if the device does not support its shape."""
         ...
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
-        """K and V of one token over all layers."""
+        """Bytes of one token's K and V over all layers."""
         ...
 
     def overhead_bytes(self, hp: Hparams) -> int:
-        """Activations and workspace, at most."""
+        """Upper bound of activations and workspace."""
         ...
 
     def available_bytes(self) -> int:
-        """What is free now."""
+        """Bytes that are free now."""
         ...
 
-    def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> Runner:
-        """Upload and bind; `on_bytes` hears each piece's file bytes, one call at a time, from any thread.
+    def uploader(self, file: GgufFile, plan: Plan, on_bytes: Callable[[int], None]) -> AbstractContextManager[Upload]:
+        """Context in which weights are uploaded: it yields an `Upload` and on leaving waits for all tensors.
 
-        Raises VramOom, CudaError, ModelLoadFailed, and what `bind` raises; then nothing is left on the device.
+        A tensor's contents are undefined until then. If the body raises, the upload is abandoned and nothing stays on
+        the device. `on_bytes` receives the file bytes of each chunk, one call at a time, from any thread.
+
+        Raises:
+            VramOom, CudaError: An allocation or a copy fails.
         """
+        ...
+
+    def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> Runner:
+        """Build the runner; called while the uploads are in progress, so it reads no weights.
+
+        Raises:
+            VramOom, CudaError: The device refuses memory or is lost.
+        """
+        ...
+
+    def numerics(self) -> dict[str, str]:
+        """The facts of this backend that decide bits, by name: equal facts and files give equal bits."""
         ...

@@ -7,6 +7,7 @@ Frozen sections, each passed on alone; the one place that reads the environment.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ def _default_kernel_cache() -> Path:
 
 
 def _folder(default: Callable[[], Path]) -> BeforeValidator:
-    """A path in which ~ is the home folder; an empty one is the default."""
+    """A path in which ~ is the home folder; an empty string is the default."""
 
     def chosen(given: object) -> object:
         if given == "":
@@ -38,6 +39,27 @@ def _folder(default: Callable[[], Path]) -> BeforeValidator:
         return Path(given).expanduser() if isinstance(given, str) else given
 
     return BeforeValidator(chosen)
+
+
+_KV_MEMORY_FORM = 'must be "auto", bytes such as 8GiB, 512MiB or 1073741824, or a share of free memory such as 0.9'
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def _parse_kv_memory(value: object) -> object:
+    """Parse `engine.kv_memory`: "auto", an int of bytes or a float above 0 and up to 1."""
+    if isinstance(value, str) and value != "auto":
+        if match := re.fullmatch(r"(\d+) ?(|[KMGT]iB)", value):
+            value = int(match[1]) * _UNITS[match[2]]
+        elif re.fullmatch(r"\d*\.\d+", value):
+            value = float(value)
+    is_bytes = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value == "auto" or is_bytes or (isinstance(value, float) and 0 < value <= 1):
+        return value
+    raise ValueError(_KV_MEMORY_FORM)
+
+
+KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_memory)]
+"""Limit of the KV pool: bytes (int) or a share of the memory left after weights and workspace (float)."""
 
 
 class _Section(BaseModel):
@@ -50,7 +72,7 @@ class ModelSection(_Section):
     path: str = ""
     name: str = ""
     context: int = Field(default=0, ge=0, le=1 << 24)
-    phi3_window: bool = False
+    sliding_window: Literal["auto", "file"] = "auto"
 
 
 class EngineSection(_Section):
@@ -59,6 +81,7 @@ class EngineSection(_Section):
     backend: Literal["auto", "cpu", "gpu"] = "auto"
     prefill_chunk: int = Field(default=0, ge=0, le=4096)
     prefix_cache: bool = True
+    kv_memory: KvMemory = "auto"
     kv_type: Literal["f32", "f16"] = "f32"
     kernel_cache: Annotated[Path, _folder(_default_kernel_cache)] = Field(default_factory=_default_kernel_cache)
 

@@ -1,36 +1,27 @@
-"""Seam 2: what a model is to the engine. Real ones stand in `worker/adapters/`; `worker/echo.py` is the simple side.
+"""Interface between models and the engine: hyper-parameters, `Model` and `Runner`.
 
-A Model turns a batch into logits by calling ops; a Runner owns one device with one model on it. Knows no file format
-and no device. Read `worker/ops.py` for the shapes and `worker/engine/engine.py` for the caller.
+A `Model` turns a batch into logits by calling ops; a `Runner` owns one device with one model on it. Implementations:
+`worker/adapters/`, `worker/cpu/runner.py`, `worker/gpu/runner.py`; `worker/echo.py` is a runner without a model.
+Knows no file format and no device. Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from worker.ops import Array, Batch, Ops
+from worker.ops import Array, Attention, Batch, Ops
+from worker.rope import RopeScaling
 from worker.sampling import Draw, DrawRequest
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How a file stretches its rotary frequencies; `original_context` is the length before it."""
-
-    kind: str = "none"
-    """none, linear, yarn or longrope."""
-    factor: float = 1.0
-    original_context: int = 0
-    attn_factor: float | None = None
-    """Multiplies cos and sin where the file states it."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Hparams:
-    """A model's shape, named as in GGUF metadata; read and checked by `worker/adapters/hparams.py`."""
+    """The shape of a model, with the names of GGUF metadata; read by `worker/adapters/hparams.py`.
+
+    Holds the keys that all architectures share. An adapter reads the others itself.
+    """
 
     architecture: str
     block_count: int
@@ -45,54 +36,71 @@ class Hparams:
     rope_freq_base: float
     rope_dims: int
     rope_scaling: RopeScaling
-    sliding_window: int = 0
     expert_count: int = 0
     expert_used_count: int = 0
-    expert_feed_forward_length: int = 0
 
     @property
     def q_width(self) -> int:
-        """H·D: the width of all query heads; not always d."""
+        """H·D, the width of all query heads; not necessarily d."""
         return self.head_count * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """Hk·D: the width of all KV heads."""
+        """Hk·D, the width of all KV heads."""
         return self.head_count_kv * self.head_dim
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of K and V that one token takes over all layers."""
+        """Bytes of one token's K and V over all layers."""
         return 2 * self.block_count * self.kv_width * element_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """What is fixed at load and does not stand in the file."""
+    """Settings that an adapter applies. They are fixed at load and never depend on free memory."""
 
     context: int
-    """The longest sequence served, in tokens: the least of the file's, the setting's and the KV pool's."""
-    phi3_window: bool = False
-    """Apply Phi-3's `attention.sliding_window`, as HF does; llama.cpp does not."""
+    """Configured context, in tokens: the file's, or the setting's if that is lower."""
+    sliding_window: Literal["auto", "file"] = "auto"
+    """`model.sliding_window` of the settings: apply windows as llama.cpp does, or always the file's."""
+
+
+class Layer(Protocol):
+    """The part of a layer that is visible outside its adapter."""
+
+    @property
+    def attention(self) -> Attention:
+        """Parameters of the layer's attention."""
+        ...
 
 
 class Model(Protocol):
     """One architecture with its weights bound."""
 
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """Load-time choices that change the computation of this file; part of the model's fingerprint."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers, in order."""
+        ...
+
     def forward(self, ops: Ops, batch: Batch) -> Array:
-        """Logits [R, V] f32 of the rows that the batch asks for; the KV cache is written through the ops."""
+        """Logits [R, V] f32 of the batch's `logit_rows`; the ops write the KV cache."""
         ...
 
 
 OnLaunched = Callable[[], None]
-"""Called when a step's work is on its way to the device: what is left is to wait, and that needs no Python."""
+"""Called after the kernels are enqueued and before the first synchronization."""
 
 
 class Runner(Protocol):
-    """One device with one model: its KV storage, its two sets of ops and its sampler.
+    """One device with one model: its KV storage, its ops of both phases and its sampler.
 
-    Running the same batch twice leaves the same state and gives the same draws, so a failed step can be repeated.
-    A runner may compute ahead of what it was asked for, as long as nobody can tell. It never writes K or V before the
-    batch's first position: the blocks there may be other sequences' too.
+    * Running the same batch twice leaves the same state and returns the same draws, so a failed step can be repeated.
+    * A runner may compute ahead of the requested batch if no result depends on it.
+    * K and V before the batch's first position are never written: those blocks may be shared with other sequences.
     """
 
     vocab_size: int
@@ -101,9 +109,11 @@ class Runner(Protocol):
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """Compute the batch and draw one token for each of its `logit_rows`.
 
-        `on_launched` is called before the first wait for the device, or before the host computes where it does; perhaps
-        more than once, and not at all where nothing is waited for.
+        `on_launched` is called before the first wait for the device (on the CPU before the computation), possibly more
+        than once, and not at all if the runner does not wait.
 
-        Raises VramOom when an allocation fails, CudaError when the device is lost.
+        Raises:
+            VramOom: An allocation fails.
+            CudaError: The device is lost.
         """
         ...

@@ -1,9 +1,10 @@
-"""Seam 3: the op vocabulary that every model is written in, and the glossary of its shapes.
+"""Interface between models and devices: the op vocabulary of every adapter, and the glossary of shapes.
 
-An adapter calls nothing else. Each op has one name in five places: here, its NumPy twin in `worker/cpu/` (the
-definition), its CuPy launcher in `worker/gpu/`, its `.cu` file and its test. Knows no device and no file format.
+An adapter calls nothing else. Each op has one name in five places: this protocol, its NumPy twin in
+`worker/cpu/` (the definition), its CuPy launcher in `worker/gpu/`, its `.cu` file and its test. Knows no device
+and no file format. Next: `worker/adapters/llama.py`.
 
-Glossary, used word for word everywhere:
+Glossary, used everywhere:
     T tokens in the batch     S sequences            d model width      f FFN width
     H query heads             Hk KV heads            D head width       V vocabulary
     E, k experts and active   B tokens in a KV block
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.quants import QuantType
+from worker.rope import Rope
 
 Array: TypeAlias = Any
 """An array on the device that the ops belong to: `numpy.ndarray` or `cupy.ndarray`."""
@@ -31,19 +33,19 @@ KV_BLOCK = 16
 
 
 class Phase(Enum):
-    """Which path computes a token. Chosen by what the token is, never by how many there are: so bits don't move."""
+    """The path that computes a token: chosen by its kind, never by the number of tokens, so bits do not change."""
 
     PREFILL = "prefill"
     """Prompt tokens."""
     DECODE = "decode"
-    """Generated tokens, and published ones that a later worker replays."""
+    """Generated tokens, and published tokens that a later worker replays."""
 
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
-    """A weight as its device holds it: `shape` is row-major, (rows, cols) or (E, rows, cols) or (n,) for a vector.
+    """A weight on its device: `shape` is row-major, (rows, cols), (E, rows, cols) or, for a vector, (n,).
 
-    `kind` is the type in the file. `data` belongs to the backend that made it; its first axis can be sliced.
+    `kind` is the type in the file. The format of `data` is the backend's; its first axis can be sliced.
     """
 
     name: str
@@ -52,7 +54,7 @@ class QTensor:
     data: Any
 
     def rows(self, start: int, stop: int) -> QTensor:
-        """Rows [start, stop) as a tensor of their own, sharing storage: how fused projections are taken apart."""
+        """Rows [start, stop) as a tensor that shares storage, for splitting fused projections."""
         data = None if self.data is None else self.data[start:stop]
         return replace(self, name=f"{self.name}[{start}:{stop}]", shape=(stop - start, *self.shape[1:]), data=data)
 
@@ -65,7 +67,7 @@ class Linear:
     bias: QTensor | None = None
 
     def rows(self, start: int, stop: int) -> Linear:
-        """The output features [start, stop) as a projection of their own."""
+        """Output features [start, stop) as a projection that shares storage."""
         return Linear(self.weight.rows(start, stop), self.bias and self.bias.rows(start, stop))
 
 
@@ -78,26 +80,8 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) as tables over positions, made by `worker/rope.py`.
-
-    `cos`, `sin` [context, dims/2] f32 already hold the magnitude. `adjacent` pairs (2i, 2i+1), else (i, i + dims/2).
-    Only the first `dims` of a head's D are turned.
-    """
-
-    cos: npt.NDArray[np.float32]
-    sin: npt.NDArray[np.float32]
-    adjacent: bool
-
-    @property
-    def dims(self) -> int:
-        """How many of a head's D elements are turned."""
-        return 2 * int(self.cos.shape[1])
-
-
-@dataclass(frozen=True, slots=True)
 class Attention:
-    """What one layer's attention is: causal, grouped (query head h reads KV head h // (H/Hk)), scaled by D^-0.5."""
+    """One layer's attention: causal, grouped (query head h reads KV head h // (H/Hk)), scaled by D^-0.5."""
 
     layer: int
     n_heads: int
@@ -105,16 +89,16 @@ class Attention:
     head_dim: int
     rope: Rope
     window: int = 0
-    """Newest keys that a token sees, itself included; 0 sees all."""
+    """Number of newest keys that a token attends to, itself included; 0 is all."""
     sinks: QTensor | None = None
-    """One logit a query head that joins the softmax's denominator and carries no value."""
+    """[H] f32: a logit per query head, added to the denominator of the softmax without a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """The gate of a gated FFN. SwiGLU: silu(gate)·up.
+    """Activation of a gated FFN: SwiGLU, silu(gate)·up.
 
-    With `limit` L and `alpha` a, gpt-oss's: gate ≤ L, -L ≤ up ≤ L, then gate·σ(a·gate)·(up + 1).
+    With `limit` L and `alpha` a (gpt-oss): gate ≤ L, -L ≤ up ≤ L, then gate·σ(a·gate)·(up + 1).
     """
 
     limit: float | None = None
@@ -126,7 +110,7 @@ SWIGLU = Activation()
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Where a router sends each token: `experts` [T, k] i32 by falling logit (ties: lower id), `weights` [T, k] f32."""
+    """Experts of each token: `experts` [T, k] i32, highest logit first (ties: lower id); `weights` [T, k] f32."""
 
     experts: Array
     weights: Array
@@ -134,10 +118,11 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The tokens of one call. PREFILL: neighbours of one sequence that start at a multiple of B. DECODE: one of each.
+    """The tokens of one forward pass.
 
-    `tokens`, `positions` [T] i32; `block_tables`: for each sequence the KV blocks of its positions 0, B, 2B, …;
-    `logit_rows` [R]: the rows of the batch whose logits are wanted.
+    PREFILL: consecutive tokens of one sequence, from a multiple of B on. DECODE: one token of each sequence.
+    `tokens`, `positions` [T] i32; `block_tables`: the KV blocks of each sequence's positions 0, B, 2B, …;
+    `logit_rows` [R]: rows of the batch whose logits are requested.
     """
 
     phase: Phase
@@ -148,18 +133,18 @@ class Batch:
 
 
 class Ops(Protocol):
-    """One device's ops for one phase, bound to that device's KV cache."""
+    """The ops of one device for one phase, bound to its KV cache."""
 
     def embed(self, table: QTensor, batch: Batch) -> Array:
         """Rows of `table` [V, d] for the batch's tokens: x [T, d] f32."""
         ...
 
     def norm_linear(self, x: Array, norm: RmsNorm, *linears: Linear) -> tuple[Array, ...]:
-        """One norm, several projections of it: y_j [T, rows_j] f32."""
+        """Several projections of one norm: y_j [T, rows_j] f32."""
         ...
 
     def attention(self, q: Array, k: Array, v: Array, spec: Attention, batch: Batch) -> Array:
-        """Turn q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32."""
+        """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32."""
         ...
 
     def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
@@ -171,7 +156,7 @@ class Ops(Protocol):
         ...
 
     def norm_route(self, x: Array, norm: RmsNorm, router: Linear, k: int) -> tuple[Array, Routes]:
-        """n = norm(x) [T, d] and its `k` experts: softmax over the chosen logits, after the choice."""
+        """n = norm(x) [T, d] and its `k` experts, weighted by a softmax over the logits of the chosen ones."""
         ...
 
     def experts_glu(self, n: Array, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Array:
@@ -183,5 +168,5 @@ class Ops(Protocol):
         ...
 
     def gather_rows(self, x: Array, batch: Batch) -> Array:
-        """The rows whose logits are wanted: [R, …] of x [T, …], a residual stream or what `attention` gave."""
+        """The batch's `logit_rows` of x [T, …], a residual stream or a result of `attention`: [R, …]."""
         ...

@@ -65,16 +65,18 @@ def quant_type(ggml_id: int, where: str) -> QuantType:
     return kind
 
 
-def dequantize(data: Bytes, kind: QuantType) -> Floats:
-    """Blocks `data` [rows, row_bytes] u8 as f32 [rows, cols], bit for bit as `gguf.quants` has it.
+def dequantize(data: Bytes, kind: QuantType, *, out: Floats | None = None) -> Floats:
+    """Dequantize blocks `data` [rows, row_bytes] u8 to f32 [rows, cols], bit for bit like `gguf.quants`.
 
-    A row is whole blocks, so the bytes are taken as one long row and cut where the temporaries stay small; besides the
-    result, memory is bounded by one step. The result owns its memory, whatever `data` is a view of.
+    A row is whole blocks, so the bytes are one long row, converted in steps that keep temporaries small. The result
+    shares no memory with `data`. With `out`, a contiguous array of as many elements, the values are written there.
     """
-    if kind is F32:  # the vectors of every published file: nothing to import `gguf` for
-        return np.array(data, order="C").view(np.dtype("<f4")).astype(np.float32, copy=False)
     rows, row_bytes = data.shape
-    out = np.empty((rows, row_bytes // kind.block_bytes * kind.block_size), np.float32)
+    if out is None:
+        out = np.empty((rows, row_bytes // kind.block_bytes * kind.block_size), np.float32)
+    if kind is F32:  # the vectors of every published file need no import of `gguf`
+        out.reshape(-1)[:] = np.ascontiguousarray(data).view(np.dtype("<f4")).reshape(-1)
+        return out
     flat_in, flat_out = data.reshape(-1), out.reshape(-1)
     in_step = kind.row_bytes(_STEP)
     # Weights of any bits are legal: infinities and NaNs come out as gguf.quants makes them, without a warning.

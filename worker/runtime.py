@@ -1,65 +1,41 @@
-"""From settings to a ready engine, and the one place that does it: file, adapter, backend, memory, weights.
+"""From settings to a loaded model: file, adapter, backend, memory plan, weights, tokenizer, engine.
 
-Knows nothing of jobs. `plan` is the arithmetic before anything is copied, and what `worker inspect` shows; `load` goes
-through with it. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
+`plan` is the arithmetic before any device work, which `worker inspect` shows; `load` carries it out. Knows nothing of
+jobs. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from worker.adapters import adapter_for
+from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.adapters.weights import Weights, describe
-from worker.backend import Backend, Device, Placement, Upload
-from worker.config import EngineSection, ModelSection
+from worker.backend import Backend, Device, Plan
+from worker.config import EngineSection, KvMemory, ModelSection
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.errors import ConfigInvalid, InsufficientVram, ModelLoadFailed
-from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import Hparams, Model, ModelOptions
+from worker.errors import ConfigInvalid, ModelLoadFailed
+from worker.gguf_file import GgufFile
+from worker.hub import Progress
+from worker.model import ModelOptions
 from worker.ops import KV_BLOCK
 from worker.text.metadata import Metadata
 from worker.text.tokenizer import Tokenizer, build_tokenizer
 from worker.text.vocabulary import Vocabulary, read_vocabulary
 
-Progress = Callable[[int, int], None]
-"""Hears (bytes done, bytes in all) while weights are read, a hundred times at most."""
+__all__ = ["LoadedModel", "ModelLoader", "Plan", "Progress", "load", "open_backend", "plan"]
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What serving a file takes, in bytes and tokens, on one backend."""
-
-    hparams: Hparams
-    options: ModelOptions
-    weights: tuple[TensorInfo, ...]
-    unused: tuple[str, ...]
-    weight_bytes: int
-    kv_bytes_per_token: int
-    overhead_bytes: int
-    kv_blocks: int
-    available: int
-
-    @property
-    def context(self) -> int:
-        """min(file, setting, KV pool), in tokens."""
-        return min(self.options.context, self.kv_blocks * KV_BLOCK)
-
-    @property
-    def shortfall(self) -> InsufficientVram | None:
-        """Why it does not fit: weights, activations and at least one KV block must."""
-        if self.kv_blocks:
-            return None
-        required = self.weight_bytes + self.overhead_bytes + self.kv_bytes_per_token * KV_BLOCK
-        return InsufficientVram(required, self.available, "the model's weights and one KV block")
+MAX_KV_BLOCKS = 1 << 20
+"""Bounds the host memory of the block lists, about 40 MB; 16 million tokens, the longest context a setting allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +44,14 @@ class LoadedModel:
 
     name: str
     fingerprint: str
-    """Digest of the model file; models with equal fingerprints produce equal tokens."""
+    """Digest of the model file and of the load-time choices that change the computation."""
     vocab_size: int
     """Rows of the embedding, padding rows included."""
     tokenizer: Tokenizer
     engine: Engine
     device: Device
     numerics_id: str
-    """Equal ids compute equal bits from equal files: backend, kernels, compiler, device kind, fixed orders."""
+    """Digest of the facts that decide bits, see `Backend.numerics`."""
 
 
 ModelLoader = Callable[[Progress], LoadedModel]
@@ -83,15 +59,17 @@ ModelLoader = Callable[[Progress], LoadedModel]
 
 
 def open_backend(engine: EngineSection) -> Backend:
-    """The device that the settings name; auto takes a GPU where this installation and machine have one.
+    """The device that the settings name; auto is a GPU if CuPy is installed and the machine has one.
 
-    Raises ConfigInvalid where gpu is asked for and CuPy is not installed, CudaError where the GPU can't be used.
+    Raises:
+        ConfigInvalid: The backend is gpu and CuPy is not installed.
+        CudaError: The GPU cannot be used.
     """
     cupy = importlib.util.find_spec("cupy") is not None
     if engine.backend == "gpu" and not cupy:
         raise ConfigInvalid("backend gpu needs CuPy: install worker-orcd[gpu], or take backend cpu")
     if cupy and engine.backend != "cpu":
-        from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (CuPy costs a start that needs none)
+        from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (importing CuPy takes time)
 
         if engine.backend == "gpu" or has_gpu():
             return GpuBackend(engine.kernel_cache)
@@ -100,37 +78,44 @@ def open_backend(engine: EngineSection) -> Backend:
     return CpuBackend(np.float16 if engine.kv_type == "f16" else np.float32)
 
 
-def plan(file: GgufFile, model: ModelSection, backend: Backend) -> Plan:
-    """Check every name and shape and count what serving takes. Raises ModelLoadFailed where they don't fit."""
+def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto") -> Plan:
+    """Check every key, name and shape of the file and compute its memory. Raises ModelLoadFailed."""
     hp = read_hparams(file)
-    context = min(hp.context_length, model.context or hp.context_length)
-    options = ModelOptions(context=context, phi3_window=model.phi3_window)
-    weights = Weights(file, describe)
-    adapter_for(file.architecture, str(file.path))(hp, weights, replace(options, context=1))
+    options = ModelOptions(min(hp.context_length, model.context or hp.context_length), model.sliding_window)
+    bound, weights = bind(file, options)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
-    overhead, per_token, available = (
-        backend.overhead_bytes(hp),
-        backend.kv_bytes_per_token(hp),
-        backend.available_bytes(),
-    )
-    affordable = max(0, available - weight_bytes - overhead) // (per_token * KV_BLOCK)
+    overhead, available = backend.overhead_bytes(hp), backend.available_bytes()
+    per_token = backend.kv_bytes_per_token(hp)
+    share = backend.kv_share if kv_memory == "auto" else kv_memory
     return Plan(
         hparams=hp,
         options=options,
+        windows=tuple(layer.attention.window for layer in bound.layers),
+        choices=bound.choices,
         weights=claimed,
         unused=tuple(weights.unused()),
         weight_bytes=weight_bytes,
         kv_bytes_per_token=per_token,
         overhead_bytes=overhead,
-        kv_blocks=min(blocks_for(context), affordable),
         available=available,
+        kv_blocks=_kv_blocks(available - weight_bytes - overhead, share, options.context, per_token * KV_BLOCK),
     )
+
+
+def _kv_blocks(free: int, limit: float, context: int, block_bytes: int) -> int:
+    """Blocks of the KV pool in `free` bytes; `limit` is a number of bytes (int) or a share of `free` (float).
+
+    One context's blocks if they are affordable, even above the limit; 0 if not one block is affordable.
+    """
+    affordable = max(0, free) // block_bytes
+    limit_bytes = limit if isinstance(limit, int) else int(max(0, free) * limit)
+    return min(affordable, MAX_KV_BLOCKS, max(blocks_for(context), limit_bytes // block_bytes))
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A load makes half a million objects, all of them to stay: looking for cycles among them takes a tenth of it."""
+    """Suspend the garbage collector: scanning a load's half a million lasting objects takes 10 % of its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -142,62 +127,68 @@ def _no_collection() -> Iterator[None]:
 
 @_no_collection()
 def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> LoadedModel:
-    """Open, check, plan and load a model file. Raises ModelLoadFailed or InsufficientVram before anything is copied.
+    """Open, check, plan and load a model file.
 
-    Only that a tokenizer can't be built may be found out while weights are on their way; they are stopped then.
+    The tokenizer and the runner are built while weights are uploaded. If anything fails, nothing stays on the device.
+
+    Raises:
+        ModelLoadFailed, InsufficientVram: The file is refused; except for the tokenizer, before any device work.
+        VramOom, CudaError: The device fails while loading.
     """
     with GgufFile.open(path) as file:
         backend = open_backend(engine)
-        planned = plan(file, model, backend)
+        planned = plan(file, model, backend, engine.kv_memory)
         if planned.shortfall:
             raise planned.shortfall
         metadata = Metadata(file.metadata)
         vocab = read_vocabulary(metadata)
-        placement = _placement(planned, vocab, path)
-        # Beside the uploads, or else before them: a bad file is refused at once.
-        tokenizer = None if backend.uploads_aside else build_tokenizer(metadata, vocab)
-
-        def bind(upload: Upload) -> Model:
-            nonlocal tokenizer
-            adapter = adapter_for(planned.hparams.architecture, str(path))
-            bound = adapter(planned.hparams, Weights(file, upload), replace(planned.options, context=planned.context))
-            tokenizer = tokenizer or build_tokenizer(metadata, vocab)
-            return bound
-
-        runner = backend.load(file, placement, bind, _counted(planned, progress))
-        assert tokenizer is not None, "every backend binds"
+        padding_ids = _padding_ids(vocab, planned.hparams.vocab_size, path)
+        with backend.uploader(file, planned, _byte_counter(planned, progress)) as upload:
+            bound, _ = bind(file, planned.options, upload)
+            tokenizer = build_tokenizer(metadata, vocab)
+            runner = backend.runner(bound, planned, padding_ids=padding_ids, end_ids=vocab.end_ids)
         chunk = engine.prefill_chunk or backend.prefill_chunk
         settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
-        name = model.name or file.get("general.name", str, path.stem)
-        vocab_size, built = planned.hparams.vocab_size, Engine(runner, settings)
-        return LoadedModel(name, file.fingerprint(), vocab_size, tokenizer, built, backend, backend.name)
+        return LoadedModel(
+            name=model.name or file.get("general.name", str, path.stem),
+            fingerprint=fingerprint(file, planned.choices),
+            vocab_size=planned.hparams.vocab_size,
+            tokenizer=tokenizer,
+            engine=Engine(runner, settings),
+            device=backend,
+            numerics_id=numerics_id(backend.numerics()),
+        )
 
 
-def _placement(planned: Plan, vocab: Vocabulary, path: Path) -> Placement:
-    """What goes to the device. Raises ModelLoadFailed for a vocabulary with more tokens than the embedding has rows."""
-    rows = planned.hparams.vocab_size
+def fingerprint(file: GgufFile, choices: Mapping[str, str]) -> str:
+    """Digest (hex) of the file's fingerprint and the load-time choices; the file's own if there are no choices."""
+    if not choices:
+        return file.fingerprint()
+    return hashlib.sha256(json.dumps([file.fingerprint(), sorted(choices.items())]).encode()).hexdigest()
+
+
+def numerics_id(facts: Mapping[str, str]) -> str:
+    """Short digest (hex) of the facts that decide bits."""
+    return hashlib.sha256(json.dumps(sorted(facts.items())).encode()).hexdigest()[:16]
+
+
+def _padding_ids(vocab: Vocabulary, rows: int, path: Path) -> frozenset[int]:
+    """Rows of the embedding without a token. Raises ModelLoadFailed if there are more tokens than rows."""
     if vocab.size > rows:
         raise ModelLoadFailed(f"{vocab.size} tokens for {rows} embedding rows", str(path), "a row for every token")
-    return Placement(
-        hparams=planned.hparams,
-        weights=planned.weights,
-        context=planned.context,
-        kv_blocks=planned.kv_blocks,
-        padding_ids=vocab.padding_ids | frozenset(range(vocab.size, rows)),
-        end_ids=vocab.end_ids,
-    )
+    return vocab.padding_ids | frozenset(range(vocab.size, rows))
 
 
-def _counted(planned: Plan, progress: Progress | None) -> Callable[[int], None]:
-    """Adds up the bytes of each piece, for a progress that hears sums: at each hundredth, for a listener takes time."""
+def _byte_counter(planned: Plan, progress: Progress | None) -> Callable[[int], None]:
+    """A function that adds up bytes and calls `progress` at most 100 times, since each call wakes the event loop."""
     total = sum(info.nbytes for info in planned.weights)
-    done = told = 0
+    done = percent = 0
 
     def on_bytes(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, percent
         done += count
-        if progress and 100 * done // total > told:
-            told = 100 * done // total
+        if progress and 100 * done // total > percent:
+            percent = 100 * done // total
             progress(done, total)
 
     return on_bytes

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from worker import adapters
 from worker.adapters import ADAPTERS, adapter_for
 from worker.adapters.hparams import read_hparams
-from worker.adapters.weights import Weights, describe
+from worker.adapters.weights import Weights
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
@@ -18,9 +19,7 @@ NAMES = ("qwen2", "qwen2-untied", "phi3", "phi3-longrope", "gpt-oss", "llama", "
 
 
 def bind(file: GgufFile) -> Weights:
-    weights = Weights(file, describe)
-    adapter_for(file.architecture, "model.gguf")(read_hparams(file), weights, ModelOptions(context=64))
-    return weights
+    return adapters.bind(file, ModelOptions(context=64))[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

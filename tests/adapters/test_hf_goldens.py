@@ -11,7 +11,7 @@ from tests.models import cpu_runner, decode, prefill
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers_at_every_kept_position(name, tmp_path):
     golden = load_golden(name)
-    runner = cpu_runner(golden_model(name, tmp_path), phi3_window=CASES[name].window)
+    runner = cpu_runner(golden_model(name, tmp_path), sliding_window=CASES[name].window)
     logits = runner.logits(prefill(golden.prompt.tolist(), rows=golden.positions.tolist()))
     assert relative_error(logits, golden.logits) < 2e-5  # promised: 1e-4; measured: 2e-6 to 8e-6
 
@@ -19,7 +19,7 @@ def test_logits_equal_transformers_at_every_kept_position(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_decode_gives_the_logits_of_one_full_forward(name, tmp_path):
     golden = load_golden(name)
-    runner = cpu_runner(golden_model(name, tmp_path), phi3_window=CASES[name].window)
+    runner = cpu_runner(golden_model(name, tmp_path), sliding_window=CASES[name].window)
     prompt, half = golden.prompt.tolist(), 96
     batch = prefill(prompt)
     whole = runner.logits(batch)

@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from worker.adapters.rope import frequencies, longrope_magnitude, tables, yarn
 from worker.cpu.plain import rotate
-from worker.model import RopeScaling
+from worker.rope import Rope, RopeScaling, frequencies, longrope_magnitude, yarn
 
 
 @pytest.mark.parametrize("adjacent", [True, False])
@@ -17,7 +16,7 @@ def test_rotation_multiplies_each_pair_by_its_complex_phase(adjacent):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 3, 8)).astype(np.float32)
     positions = np.array([1, 7, 100, 511, 3], np.int32)
-    turned = rotate(x, positions, tables(frequencies(1e4, 8), 512, adjacent=adjacent))
+    turned = rotate(x, positions, Rope(frequencies(1e4, 8), 512, adjacent=adjacent))
     pairs = x.reshape(5, 3, 4, 2) if adjacent else np.stack([x[..., :4], x[..., 4:]], -1)
     phase = np.exp(1j * positions[:, None, None] * 1e4 ** (-np.arange(0, 8, 2) / 8))
     expected = (pairs[..., 0] + 1j * pairs[..., 1]) * phase
@@ -28,14 +27,14 @@ def test_rotation_multiplies_each_pair_by_its_complex_phase(adjacent):
 def test_tables_have_the_same_bits_however_their_positions_are_shared_out():
     inv_freq, context = frequencies(1e4, 64), 10_000
     angles = np.outer(np.arange(context, dtype=np.float64), inv_freq)
-    rope = tables(inv_freq, context, magnitude=1.3)
+    rope = Rope(inv_freq, context, magnitude=1.3)
     assert np.array_equal(rope.cos, (np.cos(angles) * 1.3).astype(np.float32))
     assert np.array_equal(rope.sin, (np.sin(angles) * 1.3).astype(np.float32))
 
 
 def test_only_the_rotary_part_of_a_head_is_turned():
     x = np.ones((1, 1, 12), np.float32)
-    turned = rotate(x, np.array([9], np.int32), tables(frequencies(1e4, 8), 16))
+    turned = rotate(x, np.array([9], np.int32), Rope(frequencies(1e4, 8), 16))
     assert (turned[..., 8:] == 1).all()
     assert (turned[..., :8] != 1).any()
 

@@ -75,7 +75,7 @@ def test_a_prompts_operations_are_two_for_each_weight_it_meets_and_the_heads_onc
 
 
 def test_phi3s_window_counts_where_the_settings_apply_it(tmp_path):
-    without, applied = traffic(tmp_path, "phi3"), traffic(tmp_path, "phi3", phi3_window=True)
+    without, applied = traffic(tmp_path, "phi3"), traffic(tmp_path, "phi3", sliding_window="file")
     assert without.token_bytes(50) - without.token_bytes(47) == 3 * without.planned.kv_bytes_per_token
     assert applied.token_bytes(50) == applied.token_bytes(47) == without.token_bytes(47)
 

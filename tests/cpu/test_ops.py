@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from tests.models import cpu_runner, prefill
-from worker.adapters.rope import frequencies, tables
 from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, matmul, rms_norm, softmax, top_k
 from worker.cpu.threads import Threads
-from worker.model import Hparams, RopeScaling
+from worker.model import Hparams
 from worker.ops import KV_BLOCK, Activation, Attention, Batch, Linear, Phase, QTensor, Routes
 from worker.quants import F32
+from worker.rope import Rope, RopeScaling, frequencies
 
 RNG = np.random.default_rng(7)
 
@@ -84,7 +84,7 @@ def test_routing_prefers_the_lower_expert_among_equals_and_softmaxes_the_chosen(
 
 
 def attention_case(heads, kv_heads, dim, window=0, sinks=None):
-    rope = tables(np.zeros(dim // 2), 64)  # angle 0 everywhere: the rotation has its own tests
+    rope = Rope(np.zeros(dim // 2), 64)  # angle 0 everywhere: the rotation has its own tests
     spec = Attention(0, heads, kv_heads, dim, rope, window, None if sinks is None else tensor(sinks))
     hp = Hparams(
         *("llama", 1, heads * dim, 8, heads, kv_heads, dim, 16, 64, 1e-5, 1e4, dim),
@@ -134,7 +134,7 @@ def test_attention_equals_the_sum_by_hand_over_shuffled_poisoned_blocks(phase, h
 
 def test_queries_and_keys_are_turned_by_their_own_positions():
     spec, hp = attention_case(2, 1, 8)
-    turned = Attention(0, 2, 1, 8, tables(frequencies(1e4, 8), 64))
+    turned = Attention(0, 2, 1, 8, Rope(frequencies(1e4, 8), 64))
     q, k, v = random(20, 16), random(20, 8), random(20, 8)
     at = np.arange(20, dtype=np.int32)
     batch = Batch(Phase.PREFILL, at, at, (np.array([1, 0], np.int32),), np.empty(0, np.int32))

@@ -19,18 +19,18 @@ FOLDER = Path(__file__).parents[1] / "data" / "goldens"
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """Which tiny model runs how many tokens; `window` applies the file's sliding window to Phi-3 (not the default)."""
+    """Which tiny model runs how many tokens; `window` is `ModelOptions.sliding_window`."""
 
     model: str
     tokens: int = 200
-    window: bool = False
+    window: str = "auto"
 
 
 CASES = {
     "qwen2": GoldenCase("qwen2"),
     "qwen2-untied": GoldenCase("qwen2-untied"),
     "phi3": GoldenCase("phi3"),
-    "phi3-window": GoldenCase("phi3", window=True),
+    "phi3-window": GoldenCase("phi3", window="file"),
     "phi3-longrope": GoldenCase("phi3-longrope"),  # the long factors: its context of 512 exceeds the original 128
     "gpt-oss": GoldenCase("gpt-oss"),
     "gpt-oss-yarn": GoldenCase("gpt-oss-yarn", tokens=330),

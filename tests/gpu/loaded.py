@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tests.models import cpu_runner
-from worker.adapters import adapter_for
+from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.adapters.weights import Weights
 from worker.cpu.quantized import QuantizedOps
 from worker.cpu.threads import Threads
 from worker.engine.kv_blocks import blocks_for
@@ -16,7 +15,7 @@ from worker.model import ModelOptions
 from worker.ops import Phase
 
 
-def gpu_runner(path, kernels, memory, *, context=512, phi3_window=False, padding_ids=(), end_ids=(), **settings):
+def gpu_runner(path, kernels, memory, *, context=512, sliding_window="auto", padding_ids=(), end_ids=(), **settings):
     """The model of a file on the GPU, with a KV pool of one context; any row's logits may be wanted."""
     from worker.gpu.layouts import weight_bytes
     from worker.gpu.memory import Pool, Purpose
@@ -27,8 +26,7 @@ def gpu_runner(path, kernels, memory, *, context=512, phi3_window=False, padding
         hp = read_hparams(file)
         pool = Pool(memory, sum(weight_bytes(info) for info in file.tensors.values()), Purpose.WEIGHTS)
         upload = Upload(file, kernels, memory, pool)
-        options = ModelOptions(context=context, phi3_window=phi3_window)
-        model = adapter_for(file.architecture, str(path))(hp, Weights(file, upload), options)
+        model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         upload.close()
     defaults = {"kv_blocks": blocks_for(context), "context": context, "prefill_tokens": 512, "logit_rows": 512}
     chosen = GpuSettings(**{**defaults, **settings})

@@ -21,13 +21,16 @@ from worker.engine import Sequence
 KERNEL_CACHE = Path.home() / ".cache" / "worker" / "kernels"
 """Where `conftest.py` keeps them too; the emulator has a place of its own."""
 
+ONE_CONTEXT = 0
+"""`engine.kv_memory` of a pool of one context, so that several models fit a card."""
+
 REPOSITORY = Path(__file__).parents[2]
 CHILD_S = 180
 
 
 def load(path, *, context=512, prefix_cache=False):
     """The model as a worker serves it, but that a prompt which comes again is computed again."""
-    engine = EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE, prefix_cache=prefix_cache)
+    engine = EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE, prefix_cache=prefix_cache, kv_memory=ONE_CONTEXT)
     return runtime.load(path, ModelSection(context=context), engine)
 
 
@@ -86,6 +89,7 @@ class GpuWorker(Process):
     def __init__(self, url, log, path, *arguments, **environment):
         self.module = "tests.gpu.faulty_worker" if "FAULT" in environment else "worker"
         environment["WORKER_ENGINE__KERNEL_CACHE"] = str(KERNEL_CACHE)
+        environment["WORKER_ENGINE__KV_MEMORY"] = str(ONE_CONTEXT)
         super().__init__(url, log, "--model", path, "--backend", "gpu", *arguments, **environment)
 
     @property

@@ -18,9 +18,10 @@ from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
-from worker.model import Hparams, RopeScaling
-from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor, Rope
+from worker.model import Hparams
+from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor
 from worker.quants import F32
+from worker.rope import Rope, RopeScaling
 
 PREFILL_BOUND, DECODE_BOUND = 1e-3, 1e-5
 BLOCKS = 80
@@ -80,8 +81,7 @@ class Scene:
         self.q = rng.normal(size=(self.tokens, s.heads * s.dim)).astype(np.float32) * 2
         self.k = rng.normal(size=(self.tokens, s.kv_heads * s.dim)).astype(np.float32) * 2
         self.v = rng.normal(size=self.k.shape).astype(np.float32)
-        angles = np.outer(np.arange(BLOCKS * KV_BLOCK), 0.7 ** np.arange(s.rotary // 2)).astype(np.float32)
-        self.rope = Rope(np.cos(angles) * np.float32(1.1), np.sin(angles) * np.float32(1.1), s.adjacent)
+        self.rope = Rope(0.7 ** np.arange(s.rotary // 2), BLOCKS * KV_BLOCK, 1.1, s.adjacent)
         self.sink_values = rng.normal(size=s.heads).astype(np.float32) * 3 if s.sinks else None
         self.table = rng.permutation(BLOCKS)[: -(-self.tokens // KV_BLOCK)].astype(np.int32)
         self.hp = Hparams("x", 1, 8, 8, s.heads, s.kv_heads, s.dim, 8, 4096, 1e-5, 1e4, s.rotary, RopeScaling())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.gpu.full import CONTEXT, random_ids, relative
-from tests.gpu.served import KERNEL_CACHE, answer, device_bytes, settle
+from tests.gpu.served import KERNEL_CACHE, ONE_CONTEXT, answer, device_bytes, settle
 from worker.bench.traffic import Traffic
 from worker.config import ModelSection
 from worker.engine import Sequence
@@ -50,7 +50,7 @@ def test_resident_weights_equal_the_files_within_2_percent(full, record_property
 def test_the_plan_before_loading_equals_the_memory_after_it(full, record_property):
     """The plan is exact for weights and KV, and an upper bound otherwise."""
     with GgufFile.open(full.path) as file:
-        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device)
+        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device, ONE_CONTEXT)
     used = full.loaded.device.memory()
     assert planned.weight_bytes == used.weights
     assert planned.kv_blocks * KV_BLOCK * planned.kv_bytes_per_token == used.kv
@@ -91,7 +91,7 @@ def test_256_tokens_decode_and_a_seed_repeats(full, bandwidth, record_property):
     assert len(first) == TOKENS
     assert again == first
     with GgufFile.open(full.path) as file:
-        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device)
+        planned = plan(file, ModelSection(context=CONTEXT), full.loaded.device, ONE_CONTEXT)
     moved = Traffic(planned, full.loaded.device.weight_bytes).token_bytes(PROMPT + TOKENS // 2)
     rate = 1 / seconds
     share = 100 * moved * rate / bandwidth

@@ -39,7 +39,7 @@ def load(tiny, kernels, memory):
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, memory):
     golden = load_golden(name)
-    runner = gpu_runner(golden_model(name, tmp_path), kernels, memory, phi3_window=CASES[name].window)
+    runner = gpu_runner(golden_model(name, tmp_path), kernels, memory, sliding_window=CASES[name].window)
     logits = runner.logits(prefill(golden.prompt.tolist(), rows=golden.positions.tolist()))
     errors = [relative_error(*pair) for pair in zip(logits[:, None], golden.logits[:, None], strict=True)]
     print(f"{name}: prefill, median {np.median(errors):.1e}, worst {max(errors):.1e}")
@@ -51,8 +51,8 @@ def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, m
 def test_decode_logits_equal_transformers_within_8_bits(name, tmp_path, kernels, memory):
     golden, start = load_golden(name), 20
     path = golden_model(name, tmp_path)
-    runner = gpu_runner(path, kernels, memory, phi3_window=CASES[name].window)
-    twin = rounding_twin(path, phi3_window=CASES[name].window)
+    runner = gpu_runner(path, kernels, memory, sliding_window=CASES[name].window)
+    twin = rounding_twin(path, sliding_window=CASES[name].window)
     prompt = golden.prompt.tolist()
     table = np.random.default_rng(1).permutation(32).astype(np.int32)
     runner.logits(prefill(prompt[:start], table=table, rows=[]))

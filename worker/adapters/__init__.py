@@ -1,6 +1,6 @@
-"""One short file an architecture, and the registry that finds it by its GGUF name.
+"""One file per architecture, and the registry that finds it by its GGUF name.
 
-A new architecture is a file like `llama.py`, a line here and a row in the tests.
+A new architecture is a file like `llama.py`, a line in `ADAPTERS` and a row in the tests.
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ from __future__ import annotations
 from typing import Protocol
 
 from worker.adapters.gpt_oss import GptOss
+from worker.adapters.hparams import ArchitectureKeys, read_hparams
 from worker.adapters.llama import Llama
 from worker.adapters.phi3 import Phi3
 from worker.adapters.qwen2 import Qwen2
-from worker.adapters.weights import Weights
+from worker.adapters.weights import Weights, describe
+from worker.backend import Upload
 from worker.errors import ModelLoadFailed
+from worker.gguf_file import GgufFile
 from worker.model import Hparams, Model, ModelOptions
 
 
 class Adapter(Protocol):
-    """Binds a file's weights to an architecture. Raises ModelLoadFailed where file and architecture disagree."""
+    """Binds a file's weights to an architecture. Raises ModelLoadFailed if the file does not match."""
 
-    def __call__(self, hp: Hparams, w: Weights, options: ModelOptions) -> Model:
-        """The model, bound."""
+    def __call__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> Model:
+        """Return the bound model; `keys` gives the metadata keys that only this architecture has."""
         ...
 
 
@@ -28,7 +31,17 @@ ADAPTERS: dict[str, Adapter] = {"gpt-oss": GptOss, "llama": Llama, "phi3": Phi3,
 
 
 def adapter_for(architecture: str, where: str) -> Adapter:
-    """The adapter of a GGUF architecture. Raises ModelLoadFailed naming those that exist."""
+    """The adapter of a GGUF architecture. Raises ModelLoadFailed, which lists the supported ones."""
     if architecture not in ADAPTERS:
         raise ModelLoadFailed(f"architecture {architecture!r} has no adapter", where, " or ".join(ADAPTERS))
     return ADAPTERS[architecture]
+
+
+def bind(file: GgufFile, options: ModelOptions, upload: Upload = describe) -> tuple[Model, Weights]:
+    """Bind the model of a file and return it with the tensors it uses.
+
+    By default nothing is uploaded: this checks every key, name and shape. Raises ModelLoadFailed.
+    """
+    weights = Weights(file, upload)
+    adapter = adapter_for(file.architecture, str(file.path))
+    return adapter(read_hparams(file), ArchitectureKeys(file), weights, options), weights

@@ -1,30 +1,30 @@
-"""gpt-oss, the mixture of experts. GGUF architecture `gpt-oss`.
+"""gpt-oss, a mixture of experts. GGUF architecture `gpt-oss`.
 
-Card: OpenAI 2025 (arXiv:2508.10925). What differs from llama:
-  * biases on q, k, v and the attention's output; q is H·D wide and not d;
-  * one sink logit a head joins the softmax's denominator (Xiao et al. 2023, arXiv:2309.17453);
-  * even layers see the newest `sliding_window` keys, themselves included, odd layers see all;
+Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
+  * biases on q, k, v and the attention output; q is H·D wide, not d;
+  * one sink logit per head in the softmax denominator (Xiao et al. 2023, arXiv:2309.17453);
+  * even layers attend to the newest `attention.sliding_window` keys, the token's own included, odd layers to all;
   * RoPE over the pairs (i, i + D/2) with YaRN, whose ramp bounds are not rounded;
-  * the FFN is the `k` likeliest of E experts, softmax after the choice, biases in router and experts, and a gated
-    product with clamps: min(g, 7)·σ(1.702·g)·(clip(u, ±7) + 1).
+  * the FFN is the top k of E experts, with a softmax over the chosen logits, biases in router and experts, and
+    clamps in the gated product: min(g, 7)·σ(1.702·g)·(clip(u, ±7) + 1).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.adapters.rope import scaled_tables
+from worker.adapters.hparams import ArchitectureKeys
 from worker.adapters.weights import Weights
-from worker.errors import ModelLoadFailed
 from worker.model import Hparams, ModelOptions
-from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.rope import Rope, scaled_rope
 
 CLAMPED_SWIGLU = Activation(limit=7.0, alpha=1.702)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights."""
+    """Weights of one layer."""
 
     attn_norm: RmsNorm  # [d]
     q: Linear  # [H·D, d], bias
@@ -40,29 +40,27 @@ class Layer:
 
 
 class GptOss:
-    """The decoder of the `gpt-oss` architecture, bound to one file's weights."""
+    """The decoder of the `gpt-oss` architecture with its weights bound."""
 
-    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+    def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         if not 0 < hp.expert_used_count <= hp.expert_count:
-            raise ModelLoadFailed(
-                f"{hp.expert_used_count} of {hp.expert_count} experts are used",
-                "gpt-oss.expert_used_count",
-                "1 to gpt-oss.expert_count",
-            )
+            raise keys.error("expert_used_count", f"is {hp.expert_used_count}", f"1 to {hp.expert_count} experts")
+        self.choices: dict[str, str] = {}
         self.experts_used = hp.expert_used_count
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        rope = scaled_tables(hp, options.context, truncate=False)
-        self.layers = [_layer(hp, w, i, rope) for i in range(hp.block_count)]
+        rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, options.context, hp.rope_scaling, truncate=False)
+        window, width = keys.sliding_window(), keys.count("expert_feed_forward_length", hp.feed_forward_length)
+        self.layers = [_layer(hp, w, i, rope, width, 0 if i % 2 else window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
-        """Logits [R, V] f32 of the rows that the batch asks for."""
+        """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch)
         for layer in self.layers:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
-            if layer is self.layers[-1]:  # what follows is wanted of few tokens
+            if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             n, routes = ops.norm_route(x, layer.ffn_norm, layer.router, self.experts_used)
@@ -72,8 +70,8 @@ class GptOss:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
-    d, f, experts, block = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count, f"blk.{i}"
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> Layer:
+    d, experts, block = hp.embedding_length, hp.expert_count, f"blk.{i}"
     return Layer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
@@ -85,7 +83,7 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
             hp.head_count_kv,
             hp.head_dim,
             rope,
-            window=hp.sliding_window if i % 2 == 0 else 0,
+            window=window,
             sinks=w.vector(f"{block}.attn_sinks.weight", hp.head_count),
         ),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=True),

@@ -1,10 +1,10 @@
 """Llama and its family, SmolLM2 among them. GGUF architecture `llama`.
 
 Papers: Touvron et al. 2023 (arXiv:2302.13971), Llama 2 (grouped queries, arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
-The plain decoder that the other adapters are described against:
+The plain decoder; the other adapters list their differences from it:
     x ← x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)      n = rms_norm(x)
     x ← x + W_down · (silu(W_gate n) · W_up n)                    n = rms_norm(x)
-GGUF files of this architecture have the rows of q and k permuted, so that RoPE turns adjacent pairs (2i, 2i + 1).
+Rows of q and k are permuted in files of this architecture, so RoPE rotates adjacent pairs (2i, 2i + 1).
 Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies.
 """
 
@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.adapters.rope import scaled_tables
+from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.rope import Rope, scaled_rope
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights."""
+    """Weights of one layer."""
 
     attn_norm: RmsNorm  # [d]
     q: Linear  # [H·D, d]
@@ -35,24 +36,26 @@ class Layer:
 
 
 class Llama:
-    """The decoder of the `llama` architecture, bound to one file's weights."""
+    """The decoder of the `llama` architecture with its weights bound."""
 
-    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+    def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
         factors = "rope_freqs.weight"
         divisors = w.host_vector(factors, hp.rope_dims // 2) if w.has(factors) else None
-        rope = scaled_tables(hp, options.context, divisors=divisors)
-        self.layers = [_layer(hp, w, i, rope) for i in range(hp.block_count)]
+        scaling, context = hp.rope_scaling, options.context
+        rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, context, scaling, divisors=divisors, adjacent=True)
+        window, self.choices = file_window(keys, options)
+        self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
-        """Logits [R, V] f32 of the rows that the batch asks for."""
+        """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch)
         for layer in self.layers:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
-            if layer is self.layers[-1]:  # what follows is wanted of few tokens
+            if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up)
@@ -61,14 +64,14 @@ class Llama:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> Layer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
     return Layer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=w.linear(f"{block}.attn_q", hp.q_width, d),
         k=w.linear(f"{block}.attn_k", hp.kv_width, d),
         v=w.linear(f"{block}.attn_v", hp.kv_width, d),
-        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope),
+        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
         gate=w.linear(f"{block}.ffn_gate", f, d),

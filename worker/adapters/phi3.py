@@ -1,24 +1,28 @@
 """Phi-3-mini. GGUF architecture `phi3`.
 
-Paper: Abdin et al. 2024 (arXiv:2404.14219). What differs from llama: q, k and v are one fused tensor, gate and up
-another (gate first); RoPE over the pairs (i, i + D/2); long-context files carry LongRoPE's frequency divisors, the long
-ones iff the context fixed at load exceeds the original one, never by the current length (so that bits don't move while
-a sequence grows). The file's sliding window is applied only where `phi3_window` asks for it.
+Paper: Abdin et al. 2024 (arXiv:2404.14219). Differences from llama:
+  * q, k and v are one fused tensor, gate and up another (gate first);
+  * RoPE over the pairs (i, i + D/2);
+  * long-context files have LongRoPE factors (Ding et al. 2024, arXiv:2402.13753), which divide the frequencies. The
+    long factors apply if the configured context exceeds the original context. The choice depends neither on a
+    sequence's length nor on free memory, so bits do not change while a sequence grows or between machines;
+  * `attention.sliding_window` applies only if the setting `model.sliding_window` is "file".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.adapters.rope import frequencies, longrope_magnitude, scaled_tables, tables
+from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.rope import Rope, frequencies, longrope_magnitude, scaled_rope
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights; the projections are row ranges of the fused tensors."""
+    """Weights of one layer; the projections are row ranges of the fused tensors."""
 
     attn_norm: RmsNorm  # [d]
     q: Linear  # [H·D, d]
@@ -33,23 +37,24 @@ class Layer:
 
 
 class Phi3:
-    """The decoder of the `phi3` architecture, bound to one file's weights."""
+    """The decoder of the `phi3` architecture with its weights bound."""
 
-    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+    def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        rope = _rope(hp, w, options.context)
-        window = hp.sliding_window if options.phi3_window else 0
+        window, self.choices = file_window(keys, options)
+        rope, factors = _rope(hp, w, options.context)
+        self.choices |= factors
         self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
-        """Logits [R, V] f32 of the rows that the batch asks for."""
+        """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch)
         for layer in self.layers:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
-            if layer is self.layers[-1]:  # what follows is wanted of few tokens
+            if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up)
@@ -77,13 +82,12 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> Layer:
     )
 
 
-def _rope(hp: Hparams, w: Weights, context: int) -> Rope:
-    """Plain tables, or LongRoPE's (Ding et al. 2024) where the file has factors; both sets are claimed."""
+def _rope(hp: Hparams, w: Weights, context: int) -> tuple[Rope, dict[str, str]]:
+    """RoPE for a configured `context`, and the choice of LongRoPE factors if the file has them."""
+    base, dims, scaling = hp.rope_freq_base, hp.rope_dims, hp.rope_scaling
     if not w.has("rope_factors_long.weight"):
-        return scaled_tables(hp, context)
-    long = w.host_vector("rope_factors_long.weight", hp.rope_dims // 2)
-    short = w.host_vector("rope_factors_short.weight", hp.rope_dims // 2)
-    scaling = hp.rope_scaling
-    divisors = long if context > scaling.original_context else short
+        return scaled_rope(base, dims, context, scaling), {}
+    factors = {kind: w.host_vector(f"rope_factors_{kind}.weight", dims // 2) for kind in ("long", "short")}
+    kind = "long" if context > scaling.original_context else "short"
     magnitude = scaling.attn_factor or longrope_magnitude(hp.context_length, scaling.original_context)
-    return tables(frequencies(hp.rope_freq_base, hp.rope_dims) / divisors, context, magnitude=magnitude)
+    return Rope(frequencies(base, dims) / factors[kind], context, magnitude), {"rope_factors": kind}

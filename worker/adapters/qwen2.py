@@ -1,22 +1,24 @@
 """Qwen2 and Qwen2.5. GGUF architecture `qwen2`.
 
-Paper: Yang et al. 2024 (arXiv:2407.10671). What differs from llama: biases on q, k and v, RoPE over the pairs
-(i, i + D/2), and no permutation of q and k in the file.
+Paper: Yang et al. 2024 (arXiv:2407.10671). Differences from llama:
+  * biases on q, k and v;
+  * RoPE over the pairs (i, i + D/2), with the rows of q and k not permuted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.adapters.rope import scaled_tables
+from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm, Rope
+from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.rope import Rope, scaled_rope
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One block's weights."""
+    """Weights of one layer."""
 
     attn_norm: RmsNorm  # [d]
     q: Linear  # [H·D, d], bias
@@ -31,22 +33,23 @@ class Layer:
 
 
 class Qwen2:
-    """The decoder of the `qwen2` architecture, bound to one file's weights."""
+    """The decoder of the `qwen2` architecture with its weights bound."""
 
-    def __init__(self, hp: Hparams, w: Weights, options: ModelOptions) -> None:
+    def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        rope = scaled_tables(hp, options.context)
-        self.layers = [_layer(hp, w, i, rope) for i in range(hp.block_count)]
+        rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, options.context, hp.rope_scaling)
+        window, self.choices = file_window(keys, options)
+        self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
-        """Logits [R, V] f32 of the rows that the batch asks for."""
+        """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch)
         for layer in self.layers:
             q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
             attended = ops.attention(q, k, v, layer.attention, batch)
-            if layer is self.layers[-1]:  # what follows is wanted of few tokens
+            if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)
             h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up)
@@ -55,14 +58,14 @@ class Qwen2:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope) -> Layer:
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> Layer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
     return Layer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
         k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),
         v=w.linear(f"{block}.attn_v", hp.kv_width, d, bias=True),
-        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope),
+        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
         gate=w.linear(f"{block}.ffn_gate", f, d),

@@ -1,7 +1,7 @@
-"""Binds an adapter's names to a file's tensors: each is checked, claimed once and uploaded by the backend.
+"""A file's tensors for an adapter: each is checked by name and shape, claimed once and uploaded by the backend.
 
-An adapter is built twice: first with `describe`, which uploads nothing and so checks every name and shape before any
-device work, then with the backend's own upload. Knows no architecture and no device.
+A model is bound twice: with `describe`, which uploads nothing, to check the file before any device work, and then
+with the backend's upload. Knows no architecture and no device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from worker.quants import dequantize
 
 
 def describe(info: TensorInfo) -> QTensor:
-    """An upload that leaves the data where it is: for checking names and shapes."""
+    """An upload without data, for checking names and shapes."""
     return QTensor(info.name, info.shape, info.kind, None)
 
 
 class Weights:
-    """A file's tensors, handed out by name and expected shape. Shapes are row-major: [rows, cols]."""
+    """The tensors of a file by name and expected shape. Shapes are row-major: [rows, cols]."""
 
     def __init__(self, file: GgufFile, upload: Upload) -> None:
         self._file = file
@@ -32,7 +32,7 @@ class Weights:
         self._claimed: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether the file holds the tensor."""
+        """Whether the file has the tensor."""
         return name in self._file.tensors
 
     def tensor(self, name: str, *shape: int) -> QTensor:
@@ -49,7 +49,7 @@ class Weights:
         return self._upload(info)
 
     def vector(self, name: str, n: int) -> QTensor:
-        """A bias, norm weight or table of logits [n], which every published file keeps in full precision."""
+        """Claim a bias, norm weight or vector of sinks [n]. Raises ModelLoadFailed if it is quantized."""
         vector = self.tensor(name, n)
         if vector.kind.block_size != 1:
             raise ModelLoadFailed(
@@ -58,7 +58,7 @@ class Weights:
         return vector
 
     def host_vector(self, name: str, n: int) -> npt.NDArray[np.float64]:
-        """A vector [n] that is used while loading and never on the device, such as frequency divisors."""
+        """Claim a vector [n] that is read on the host while loading, such as frequency divisors, as f64."""
         self.vector(name, n)
         info = self._file.tensors[name]
         return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
@@ -68,7 +68,7 @@ class Weights:
         return RmsNorm(self.vector(f"{name}.weight", d), eps)
 
     def linear(self, name: str, rows: int, cols: int, *, bias: bool = False) -> Linear:
-        """`name`.weight [rows, cols] and, where the architecture has one, `name`.bias [rows]."""
+        """`name`.weight [rows, cols] and, with `bias`, `name`.bias [rows]."""
         weight = self.tensor(f"{name}.weight", rows, cols)
         return Linear(weight, self.vector(f"{name}.bias", rows) if bias else None)
 
@@ -77,13 +77,13 @@ class Weights:
         return Linear(self.tensor(f"{name}.weight", experts, rows, cols), self.tensor(f"{name}.bias", experts, rows))
 
     def output(self, embedding: QTensor) -> Linear:
-        """The output head: `output.weight` [V, d], or the embedding where the file ties them."""
+        """The output head: `output.weight` [V, d], or the embedding if the file ties them."""
         return self.linear("output", *embedding.shape) if self.has("output.weight") else Linear(embedding)
 
     def unused(self) -> list[str]:
-        """Tensors that nothing claimed, in the file's order."""
+        """Names of unclaimed tensors, in the file's order."""
         return [name for name in self._file.tensors if name not in self._claimed]
 
     def claimed(self) -> Iterable[TensorInfo]:
-        """Tensors that something claimed, in the file's order."""
+        """Claimed tensors, in the file's order."""
         return (info for name, info in self._file.tensors.items() if name in self._claimed)

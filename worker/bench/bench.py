@@ -70,7 +70,7 @@ def run(path: Path, settings: Settings, say: Say) -> Result:
     with embedded_server() as url:
         with GgufFile.open(path) as file:
             file_bytes, backend = file.tensor_bytes, runtime.open_backend(settings.engine)
-            planned = runtime.plan(file, settings.model, backend)
+            planned = runtime.plan(file, settings.model, backend, settings.engine.kv_memory)
         sizes = SIZES[backend.name].within(planned.context)
         say("how fast the device reads")
         bandwidth = read_bandwidth(backend, settings.engine, sizes.read_bytes, RUNS)

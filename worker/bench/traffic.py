@@ -11,9 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from worker.backend import Plan
 from worker.gguf_file import TensorInfo
-from worker.model import Hparams, ModelOptions
-from worker.runtime import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,7 @@ class Traffic:
 
         A layer with a window sees the window's newest keys.
         """
-        hp = self.planned.hparams
-        windowed = windowed_layers(hp, self.planned.options)
-        keys = (hp.block_count - windowed) * seen + windowed * min(seen, hp.sliding_window)
+        keys = sum(min(seen, window or seen) for window in self.planned.windows)
         return self._weights(1) + keys * self._kv_a_layer
 
     def prompt_bytes(self, tokens: int) -> int:
@@ -70,13 +67,6 @@ class Traffic:
             else:
                 total += nbytes
         return total
-
-
-def windowed_layers(hp: Hparams, options: ModelOptions) -> int:
-    """Layers whose tokens see the newest `sliding_window` keys only: gpt-oss's even ones, Phi-3's where asked for."""
-    if hp.architecture == "gpt-oss":
-        return -(-hp.block_count // 2)
-    return hp.block_count if hp.architecture == "phi3" and options.phi3_window else 0
 
 
 def _of_experts(info: TensorInfo) -> bool:

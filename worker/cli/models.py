@@ -17,7 +17,7 @@ from worker.cli.console import JsonOption, ModelArgument, model_path, print_json
 from worker.config import load_settings
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
-from worker.runtime import open_backend, plan
+from worker.runtime import fingerprint, open_backend, plan
 from worker.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -69,14 +69,15 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     settings = load_settings()
     try:
         backend = open_backend(settings.engine)
-        planned = plan(file, settings.model, backend)
+        planned = plan(file, settings.model, backend, settings.engine.kv_memory)
     except WorkerError as error:
         return report | {"can_run": False, "reason": error.message}
     per_token = planned.kv_bytes_per_token
     shown = sorted({*contexts, *([] if contexts else [2048, 8192]), planned.hparams.context_length})
     problem = report["tokenizer"].get("error") or (planned.shortfall and planned.shortfall.message)
     return report | {
-        "hparams": asdict(planned.hparams),
+        "fingerprint": fingerprint(file, planned.choices),
+        "hparams": asdict(planned.hparams) | {"sliding_window": max(planned.windows)},
         "backend": backend.name,
         "device": backend.device,
         "context": planned.context,

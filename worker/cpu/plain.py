@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.cpu.threads import Threads
-from worker.ops import Activation, Rope
+from worker.ops import Activation
+from worker.rope import Rope
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]

@@ -34,6 +34,8 @@ class CpuRunner:
         self.cache = KvCache(hp, kv_blocks, kv_dtype)
         self._model = model
         self._sampler = Sampler(hp.vocab_size, padding_ids, end_ids)
+        for layer in model.layers:
+            _ = layer.attention.rope.cos  # computed at load, not in the first step
         threads = Threads()
         self._ops = {phase: CpuOps(self.cache, phase, threads) for phase in Phase}
 

@@ -16,7 +16,8 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
 from worker.gpu.state import ChunkState, KvCache, StepState
-from worker.ops import KV_BLOCK, Attention, Rope
+from worker.ops import KV_BLOCK, Attention
+from worker.rope import Rope
 
 HEAD_DIMS = (64, 96, 128)
 MAX_PARTIAL_BYTES = 128 << 20

@@ -1,31 +1,34 @@
-"""One NVIDIA GPU as a device: what a model takes there, how it comes there, what it holds.
+"""One NVIDIA GPU as a device: memory arithmetic, uploads, the runner and memory accounting.
 
 Next: `upload.py`, `runner.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from worker.backend import Bind, MemoryUse, Placement
+from worker import backend
+from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.gpu.attention import MAX_PARTIAL_BYTES
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
+from worker.gpu.numerics import numerics
 from worker.gpu.runner import GpuRunner, GpuSettings
 from worker.gpu.state import KV_ELEMENT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
-from worker.model import Hparams
+from worker.model import Hparams, Model
 
 _MARGIN = 256 << 20
-"""Left to the driver: kernels, graphs, its own bookkeeping."""
+"""Bytes left to the driver for kernels and graphs."""
 
 
 def has_gpu() -> bool:
-    """Whether the driver knows a device."""
+    """Whether the driver reports a device."""
     import cupy  # noqa: PLC0415
 
     try:
@@ -39,7 +42,8 @@ class GpuBackend:
 
     name = "gpu"
     prefill_chunk = 1024
-    uploads_aside = True
+    kv_share = 0.9
+    """The rest is for fragmentation and for CUDA graphs, whose size is known only after their capture."""
 
     def __init__(self, kernel_cache: Path) -> None:
         import cupy  # noqa: PLC0415
@@ -49,13 +53,13 @@ class GpuBackend:
             self.device: str = runtime.getDeviceProperties(0)["name"].decode()
             free, total = runtime.memGetInfo()
         except runtime.CUDARuntimeError as error:
-            raise CudaError(f"the GPU can't be used: {error}") from error
+            raise CudaError(f"the GPU cannot be used: {error}") from error
         self._runtime_bytes = int(total - free)
         self._kernels = Kernels(kernel_cache)
         self._memory = DeviceMemory()
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        """See `Backend.weight_bytes`: the file's bytes, repacked, within 2 %."""
+        """See `Backend.weight_bytes`: within 2 % of the bytes in the file."""
         return weight_bytes(info)
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
@@ -63,7 +67,7 @@ class GpuBackend:
         return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
     def overhead_bytes(self, hp: Hparams) -> int:
-        """Activations of a chunk, f32 and f16 side by side, attention's parts, the margin; a dry run tells exactly."""
+        """See `Backend.overhead_bytes`: a chunk's activations in f32 and f16, split attention, the margin."""
         experts = max(1, hp.expert_used_count)
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
         return 6 * self.prefill_chunk * a_token + 16 * hp.vocab_size + MAX_PARTIAL_BYTES + _MARGIN
@@ -72,27 +76,32 @@ class GpuBackend:
         """See `Backend.available_bytes`."""
         return self._memory.free
 
-    def load(self, file: GgufFile, placement: Placement, bind: Bind, on_bytes: Callable[[int], None]) -> GpuRunner:
-        """See `Backend.load`: weights travel to one slab while `bind` and the runner's beginnings go on."""
-        for kernel in repack_kernels(placement.weights):
+    @contextmanager
+    def uploader(self, file: GgufFile, plan: Plan, on_bytes: Callable[[int], None]) -> Iterator[backend.Upload]:
+        """See `Backend.uploader`: asynchronous copies into one slab, after the kernels began to compile."""
+        for kernel in repack_kernels(plan.weights):
             self._kernels.begin(kernel)
-        weights = sum(weight_bytes(info) for info in placement.weights)
-        pool = Pool(self._memory, weights, Purpose.WEIGHTS)
-        expected = sum(info.nbytes for info in placement.weights)
+        pool = Pool(self._memory, plan.weight_bytes, Purpose.WEIGHTS)
+        expected = sum(info.nbytes for info in plan.weights)
         upload = Upload(file, self._kernels, self._memory, pool, on_bytes, expected=expected)
         try:
-            return GpuRunner(
-                bind(upload),
-                placement.hparams,
-                self._memory,
-                self._kernels,
-                GpuSettings(placement.kv_blocks, placement.context, prefill_tokens=self.prefill_chunk),
-                padding_ids=placement.padding_ids,
-                end_ids=placement.end_ids,
-                wait_for_weights=upload.close,
-            )
+            yield upload
+            upload.close()
         finally:
             upload.abandon()
+
+    def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> GpuRunner:
+        """See `Backend.runner`: graphs are captured, which reads no weights."""
+        settings = GpuSettings(plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk)
+        return GpuRunner(
+            model,
+            plan.hparams,
+            self._memory,
+            self._kernels,
+            settings,
+            padding_ids=padding_ids,
+            end_ids=end_ids,
+        )
 
     def memory(self) -> MemoryUse:
         """See `Backend.memory`."""
@@ -109,3 +118,9 @@ class GpuBackend:
     def non_resident(self) -> tuple[int, list[str]]:
         """See `Backend.non_resident`: slabs by their pointer attributes."""
         return self._memory.slabs, [hex(address) for address in self._memory.non_resident()]
+
+    def numerics(self) -> dict[str, str]:
+        """See `Backend.numerics`."""
+        from cupy.cuda import nvrtc  # noqa: PLC0415
+
+        return numerics(self._kernels.arch, "{}.{}".format(*nvrtc.getVersion()))

@@ -14,7 +14,7 @@ Independent of the model's architecture. Next: `decode_ops.py`, `prefill_ops.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,6 @@ class GpuRunner:
         *,
         padding_ids: Iterable[int] = (),
         end_ids: Iterable[int] = (),
-        wait_for_weights: Callable[[], None] = lambda: None,
     ) -> None:
         import cupy  # noqa: PLC0415
 
@@ -136,7 +135,6 @@ class GpuRunner:
             self._decode_graph = self._capture_decode()
             self._draw_graph = capture_graph(lambda: self._draw(self._logits[:1]), self._stream)
             self._chunk_graphs = {tokens: self._capture_chunk(tokens) for tokens in self._chunk_sizes()}
-            wait_for_weights()  # as late as possible: captures do not read the weights
             self._stream.synchronize()
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
