@@ -15,7 +15,7 @@ from worker import engine
 from worker.jobs.events import Token
 from worker.jobs.protocol import Job, Resolved
 from worker.sampling import FinishReason, Sampling
-from worker.text.text_stream import TextStream
+from worker.text.detokenizer import IncrementalDetokenizer
 from worker.text.tokenizer import Tokenizer
 
 
@@ -45,7 +45,9 @@ class Answer:
             tokenizer.vocab.end_ids,
             list(published),
         )
-        self._text = TextStream(tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, prompt_ids=prompt)
+        self._text = IncrementalDetokenizer(
+            tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, prompt_ids=prompt
+        )
         for index, token_id in enumerate(published):
             self._release(index, token_id)
 

@@ -28,9 +28,8 @@ from worker.gguf_file import GgufFile
 from worker.hub import Progress
 from worker.model import ModelOptions
 from worker.ops import KV_BLOCK
-from worker.text.metadata import Metadata
 from worker.text.tokenizer import Tokenizer, build_tokenizer
-from worker.text.vocabulary import Vocabulary, read_vocabulary
+from worker.text.vocabulary import TokenizerMetadata, Vocabulary, read_vocabulary
 
 __all__ = ["LoadedModel", "ModelLoader", "Plan", "Progress", "load", "open_backend", "plan"]
 
@@ -140,7 +139,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         planned = plan(file, model, backend, engine.kv_memory)
         if planned.shortfall:
             raise planned.shortfall
-        metadata = Metadata(file.metadata)
+        metadata = TokenizerMetadata(file.metadata)
         vocab = read_vocabulary(metadata)
         padding_ids = _padding_ids(vocab, planned.hparams.vocab_size, path)
         with backend.uploader(file, planned, _byte_counter(planned, progress)) as upload:

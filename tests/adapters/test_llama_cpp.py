@@ -6,34 +6,24 @@ the difference is made of; with the same weights as an F32 file it multiplies ex
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.llama_cpp import LlamaCpp, write_f32_copy
+from tests.smollm2_prompts import PROMPTS, STEPS, prompt_of
 from worker import runtime
 from worker.config import EngineSection, ModelSection
 from worker.engine import Sequence
 from worker.sampling import Sampling
 
-PROMPTS = json.loads((Path(__file__).parents[1] / "data" / "smollm2_prompts.json").read_text())
 NEAR_TIE = 0.05
-STEPS = 10
 
 
 @pytest.fixture(scope="module")
 def worker(smollm2):
     return runtime.load(smollm2, ModelSection(context=1024), EngineSection(backend="cpu"))
-
-
-def prompt_of(entry, tokenizer):
-    if "messages" in entry:
-        return tokenizer.encode_chat(entry["messages"], now=datetime(2026, 1, 1, tzinfo=UTC))
-    return tokenizer.encode_prompt(entry["prompt"])
 
 
 def greedy(worker, prompt):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.adapters.test_llama_cpp import PROMPTS, STEPS, prompt_of
 from tests.llama_cpp import LlamaCpp, write_f32_copy
+from tests.smollm2_prompts import PROMPTS, STEPS, prompt_of
 from worker import hub
 from worker.config import load_settings
 from worker.gguf_file import GgufFile

@@ -1,4 +1,4 @@
-"""Chats through the models' own templates: what is special, what is not, and what a bad template is told."""
+"""Chats through the models' templates: which tokens are special, and the errors of a bad template."""
 
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -72,7 +72,7 @@ def test_gpt_oss_s_template_is_rendered_whole(gpt_oss):
 
 def test_gpt_oss_s_template_refuses_channel_tags_in_an_assistant_s_content(gpt_oss):
     tagged = [*user("Hi"), {"role": "assistant", "content": "<|channel|>final<|message|>Ho"}, *user("Bye")]
-    with pytest.raises(InvalidRequest, match="refuses them: You have passed a message containing"):
+    with pytest.raises(InvalidRequest, match="rejects them: You have passed a message containing"):
         gpt_oss.encode_chat(tagged, now=NOW)
 
 
@@ -152,7 +152,7 @@ def test_templates_run_as_in_hugging_face_s_environment(template, expected):
 
 
 def test_a_template_that_refuses_or_fails_is_told_in_one_sentence():
-    assert refusal("{{ raise_exception('no system role') }}").endswith("chat template refuses them: no system role")
+    assert refusal("{{ raise_exception('no system role') }}").endswith("chat template rejects them: no system role")
     assert "fails on them: 'None' has no attribute 'x'" in refusal("{{ none.x.y }}")
     assert "fails on them: TypeError: " in refusal("{{ 1 + 'a' }}")
     assert "attribute 'append' of 'list' object is unsafe" in refusal("{{ messages.append(1) }}")
@@ -163,7 +163,7 @@ def test_a_model_without_a_usable_template_says_so_and_still_takes_raw_prompts()
     for template, why in [("", "no chat template"), ("{% if %}", "does not compile"), ("{% for %}" * 9, "not compile")]:
         tokenizer = tokenizer_of(byte_level(), **{"tokenizer.chat_template": template})
         assert tokenizer.encode_prompt("he") == [256]
-        with pytest.raises(InvalidRequest, match=f"this model can't chat, .*{why}"):
+        with pytest.raises(InvalidRequest, match=f"this model has no usable chat template, .*{why}"):
             tokenizer.encode_chat(user("Hi"), now=NOW)
         with pytest.raises(ModelLoadFailed, match=why):
             tokenizer.require_chat()

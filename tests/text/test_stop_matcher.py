@@ -1,17 +1,17 @@
-"""Stop strings on text across pushes, against a naive search of the whole text."""
+"""StopMatcher across pushes, against a naive search of the whole text."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.text.stop_matcher import StopMatcher
+from worker.text.detokenizer import StopMatcher
 
 TEXTS = st.lists(st.text("ab\n", max_size=5), max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 def naive(texts: list[str], stops: list[str]) -> tuple[str, str | None]:
-    """The text before the first stop string, once some push made one whole; else all of it."""
+    """The text before the first stop string that a push completes; without one, the whole text."""
     for count in range(1, len(texts) + 1):
         whole = "".join(texts[:count])
         found = [(whole.index(stop), -len(stop), stop) for stop in stops if stop in whole]
@@ -29,7 +29,7 @@ def test_text_is_released_up_to_the_stop_string_that_a_naive_search_finds(texts,
 
 
 @given(TEXTS, STOPS)
-def test_what_is_held_is_the_longest_end_that_may_become_a_stop_string_and_no_more(texts, stops):
+def test_the_longest_suffix_that_may_become_a_stop_string_is_withheld(texts, stops):
     matcher, whole, released = StopMatcher(stops), "", ""
     for text in texts:
         whole, released = whole + text, released + matcher.push(text)
@@ -46,18 +46,18 @@ def test_a_stop_string_split_across_tokens_is_found(texts):
     assert matcher.matched == "STOP"
 
 
-def test_a_near_miss_is_released_as_soon_as_it_is_one():
+def test_a_near_miss_is_released_as_soon_as_it_cannot_match():
     matcher = StopMatcher(["STOP"])
     assert [matcher.push(text) for text in ("a S", "TO", "SSTO", "RE")] == ["a ", "", "STOS", "STORE"]
     assert (matcher.flush(), matcher.matched) == ("", None)
 
 
-def test_the_first_to_start_wins_and_then_the_longest():
+def test_the_first_start_wins_and_then_the_longest():
     first, longest = StopMatcher(["bcd", "c"]), StopMatcher(["b", "bc"])
     assert (first.push("abcd"), first.matched) == ("a", "bcd")
     assert (longest.push("abcd"), longest.matched) == ("a", "bc")
 
 
-def test_nothing_comes_after_a_match():
+def test_no_text_is_released_after_a_match():
     matcher = StopMatcher(["."])
     assert [matcher.push("a."), matcher.push("b"), matcher.flush()] == ["a", "", ""]

@@ -1,4 +1,4 @@
-"""What the rows of a vocabulary mean: ends, padding, BOS, bytes; and what a bad one is told."""
+"""Roles of a vocabulary's tokens: end, padding, BOS, byte; and the errors of a bad vocabulary."""
 
 import copy
 from datetime import UTC, datetime
@@ -69,7 +69,7 @@ def test_bos_begins_a_prompt_as_the_file_or_else_the_kind_of_vocabulary_says(met
     assert tokenizer.encode("he")[0] != tokenizer.vocab.bos_id
 
 
-def test_bos_comes_once_whoever_writes_it():
+def test_bos_occurs_once_whether_the_prompt_or_the_tokenizer_adds_it():
     tokenizer = tokenizer_of(sentencepiece())
     once = [1, *tokenizer.encode("hell")]
     assert [tokenizer.encode_prompt(text) for text in ("hell", "<s>hell", "<s><s>hell")] == [once] * 3
@@ -133,7 +133,7 @@ def test_a_bad_value_is_named_with_its_key(change, where):
 
 @pytest.mark.parametrize(
     ("row", "what"),
-    [(("h", NORMAL), "the token 'h' is there twice"), (("<0xZZ>", TokenType.BYTE), "the byte token 259 is '<0xZZ>'")],
+    [(("h", NORMAL), "the token 'h' occurs twice"), (("<0xZZ>", TokenType.BYTE), "the byte token 259 is '<0xZZ>'")],
 )
 def test_a_bad_row_is_named(row, what):
     with pytest.raises(ModelLoadFailed, match=what):

@@ -1,4 +1,10 @@
-"""The text room: from text to token ids before the engine, from ids to published text after it.
+"""Text to token ids before the engine, token ids to published text after it.
 
-Knows nothing of jobs, models and devices. Start at tokenizer.py for the way in and at text_stream.py for the way out.
+- A prompt is tokenized in `tokenizer.py`: `Tokenizer.encode_prompt` for a raw prompt, `encode_chat`
+  for messages, which `chat_template.py` renders.
+- `vocabulary.py` reads the GGUF metadata; `special_tokens.py` splits special tokens from ordinary
+  text, which `byte_bpe.py` (with `pre_tokenizers.py`) or `sentencepiece_bpe.py` encodes.
+- A token's text is withheld for a stop string in `detokenizer.py`: `StopMatcher`, called by
+  `IncrementalDetokenizer`.
+- `channels.py` follows gpt-oss's harmony message format.
 """

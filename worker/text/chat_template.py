@@ -1,7 +1,8 @@
-"""A model's chat template: a Jinja2 program from the GGUF file, run in the environment that Hugging Face gives it.
+"""A model's chat template: a Jinja2 template from the GGUF file, rendered as transformers'
+`apply_chat_template` does.
 
-Knows nothing of tokens. Its rules are those of transformers' `apply_chat_template`; the clock is the caller's. Read
-next: tokenizer.py, which guards the messages' content before and cuts the outcome into tokens after.
+Messages to text only; the caller provides the clock. Read next: tokenizer.py, which escapes the
+messages' content before rendering and tokenizes the text after it.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # a template is a program out of a file: compiling it may fail in any way
+        except Exception as error:  # compiling a program from a file can raise any exception
             what = f"the chat template does not compile ({_sentence(error)})"
             raise ModelLoadFailed(what, "tokenizer.chat_template", "a Jinja2 template") from error
 
     def render(self, messages: list[dict[str, str]], now: datetime) -> str:
-        """Return the prompt's text, the model's turn opened. `now`, an aware time, is the template's clock, in UTC.
+        """Return the prompt's text with the generation prompt. `now`, an aware time, is the
+        template's clock, in UTC.
 
-        Raises InvalidRequest if the template refuses the messages (`raise_exception`) or fails on them.
+        Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails on
+        them.
         """
         utc = now.astimezone(UTC)
         try:
@@ -50,19 +53,19 @@ class ChatTemplate:
                 strftime_now=utc.strftime,
                 **self._variables,
             )
-        except Exception as error:  # see above
-            verb = "refuses them" if isinstance(error, _Refused) else "fails on them"
+        except Exception as error:  # rendering it can, too
+            verb = "rejects them" if isinstance(error, _RaisedByTemplate) else "fails on them"
             constraint = f"the model's chat template {verb}: {_sentence(error)}"
             roles = [message.get("role") for message in messages[:16]]
             raise InvalidRequest.of(("messages", constraint, roles)) from error
 
 
-class _Refused(TemplateError):
+class _RaisedByTemplate(TemplateError):
     """The template called `raise_exception`."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the model's own turns for training; here its body is rendered like any other text."""
+    """`{% generation %}` marks the model's turns for training; its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  (a plain set in jinja2's Extension)
 
@@ -72,13 +75,13 @@ class _Generation(Extension):
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(message)
+    raise _RaisedByTemplate(message)
 
 
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes <, > and & for HTML pages.
+    # Jinja's built-in filter escapes <, > and & for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,8 +1,10 @@
-"""How each kind of byte-level vocabulary cuts text into words before any merge: one row a `tokenizer.ggml.pre`.
+"""Pre-tokenizers of byte-level vocabularies: the patterns that split text into words, by
+`tokenizer.ggml.pre`.
 
-The expressions are those of the models' own tokenizers (OpenAI's tiktoken for gpt-2 and gpt-4o, the tokenizer.json of
-the others); `default` is llama.cpp's for files older than the key. They run one after the other, each inside the pieces
-that the one before has left; what an expression doesn't match is a piece too. Read next: byte_bpe.py.
+The expressions are those of the models' own tokenizers (OpenAI's tiktoken for gpt-2 and gpt-4o, the
+tokenizer.json of the others); `default` is llama.cpp's for files older than the key. They are
+applied in order, each within the splits of the previous one; unmatched text is a split too. Read
+next: byte_bpe.py.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ _O200K = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """The cut of text into words, and two habits that go with it."""
+    """Split patterns, and two properties that depend on the pre-tokenizer's name."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    """A word that is a token itself is that token, whatever the merges say."""
+    """A word that is itself a token becomes that token without merging."""
     add_bos: bool = False
-    """A prompt begins with BOS where the file doesn't say."""
+    """Whether to add BOS if the file does not specify it."""
 
 
 _LLAMA3 = PreTokenizer((_LETTERS_AND_SYMBOLS.replace("{digits}", r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
@@ -51,7 +53,10 @@ PRE_TOKENIZERS = {
 
 
 def pre_tokenizer(pre: str) -> PreTokenizer:
-    """Return the row for a `tokenizer.ggml.pre`; an unknown one raises ModelLoadFailed: a guess spoils ids."""
+    """Return the entry for a `tokenizer.ggml.pre`.
+
+    Raises ModelLoadFailed if unknown: a guess gives wrong ids.
+    """
     if pre not in PRE_TOKENIZERS:
         raise ModelLoadFailed(
             f"the pre-tokenizer {pre[:60]!r} is unknown", "tokenizer.ggml.pre", "one of " + ", ".join(PRE_TOKENIZERS)

@@ -1,8 +1,8 @@
-"""SentencePiece BPE (Kudo and Richardson 2018): characters merged by their piece's score, bytes for the rest.
+"""SentencePiece BPE (Kudo and Richardson 2018): merges by score, with byte fallback.
 
-The merging is the `sentencepiece` library's own; its model is written here from the rows of the vocabulary, without
-normalization, for llama.cpp has none. Knows nothing of special tokens and of the space before a text: tokenizer.py
-does.
+The `sentencepiece` library encodes; this module serializes its ModelProto from the vocabulary,
+without normalization, as in llama.cpp. Special tokens and the space prefix are handled in
+tokenizer.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worker.errors import InvalidRequest, ModelLoadFailed
 from worker.text.vocabulary import BYTE, Vocabulary
 
 _SPACE = "▁"
-_OUT_OF_REACH = "\uffff"  # begins the names of rows that no text becomes
+_UNREACHABLE = "\uffff"  # first character of rows that no text encodes to
 
 # Field numbers and values of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -26,11 +26,11 @@ _MODEL_TYPE, _BPE, _BYTE_FALLBACK, _NORMALIZER_NAME = 3, 2, 35, 1
 _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES = 3, 4
 
 _SCORE_FIELD = struct.Struct("<Bf")
-_ONE_BYTE = [bytes([value]) for value in range(0x80)]  # what nearly every number of a vocabulary takes
+_ONE_BYTE = [bytes([value]) for value in range(0x80)]  # most varints of a vocabulary are one byte
 
 
 class SentencePieceBpe:
-    """Ordinary text to ids and back, for vocabularies of kind `llama`."""
+    """Encoder of ordinary text for vocabularies of kind `llama`."""
 
     def __init__(self, vocab: Vocabulary, scores: list[float]) -> None:
         self._unknown = vocab.size
@@ -41,26 +41,32 @@ class SentencePieceBpe:
             raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a SentencePiece vocabulary") from error
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ordinary text. InvalidRequest if neither a piece nor a byte token spells a character."""
+        """Return the ids of ordinary text.
+
+        Raises InvalidRequest for a character without a piece or byte token.
+        """
         ids: list[int] = self._model.encode(text, out_type=int)
         if self._unknown in ids:
-            raise InvalidRequest.of(("prompt", "characters that the model's vocabulary can spell", text[:60]))
+            raise InvalidRequest.of(("prompt", "characters that the model's vocabulary can encode", text[:60]))
         return ids
 
-    def spell(self, token: str) -> bytes:
-        """Return the bytes that a NORMAL token stands for."""
+    def decode_token(self, token: str) -> bytes:
+        """Return the bytes of a NORMAL token."""
         return token.replace(_SPACE, " ").encode()
 
 
 def _model(vocab: Vocabulary, scores: list[float]) -> Iterator[bytes]:
-    """Yield the fields of a ModelProto; the unknown piece, which the library must have, comes after the last row."""
+    """Yield the fields of a ModelProto.
+
+    The unknown piece, which the library requires, follows the last row.
+    """
     ordinary = vocab.ordinary()
     for row, (token, score) in enumerate(zip(vocab.tokens, scores, strict=True)):
         if token not in ordinary or ordinary[token] != row:
-            yield _piece(f"{_OUT_OF_REACH}{row}", 0.0, _TYPE_CONTROL)
+            yield _piece(f"{_UNREACHABLE}{row}", 0.0, _TYPE_CONTROL)
         else:
             yield _piece(token, score, _TYPE_BYTE if vocab.types[row] == BYTE else _TYPE_NORMAL)
-    yield _piece(f"{_OUT_OF_REACH}unknown", 0.0, _TYPE_UNKNOWN)
+    yield _piece(f"{_UNREACHABLE}unknown", 0.0, _TYPE_UNKNOWN)
     byte_fallback = vocab.types.count(BYTE) == 256
     yield _field(_TRAINER, _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, byte_fallback))
     plain = _field(_NORMALIZER_NAME, b"identity")

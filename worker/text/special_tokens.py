@@ -1,7 +1,8 @@
-"""Special tokens in text: found whole where a template or a raw prompt writes them, kept apart from a user's words.
+"""Special tokens in text: `split` matches those that a template or raw prompt contains, `guard`
+escapes user text.
 
-Knows names and ids only. Read next: chat_template.py, which asks for users' words to be guarded, and tokenizer.py,
-which splits.
+Both are called by tokenizer.py: `guard` on the messages before the chat template, `split` on the
+rendered prompt.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ class SpecialTokens:
         lengths = defaultdict(set)
         for name in ids:
             lengths[name[:2]].add(len(name))
-        # Name by name a regex would try a thousand alternatives at every "<|"; by head there are a few lengths to try.
+        # Lookup by the first two characters: a regex of all names would try a thousand alternatives
+        # at each "<|".
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
         self._head = re.compile("|".join(map(re.escape, self._lengths)) or "(?!)")
         self._names, self._reversed = sorted(ids), sorted(name[::-1] for name in ids)
         self._longest = max(map(len, ids), default=0)
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Yield the ids of special tokens and, never empty, the text between; at each place the longest name wins."""
+        """Yield ids of special tokens and the non-empty text between them.
+
+        The longest name wins at each position.
+        """
         start = at = 0
         while head := self._head.search(text, at):
             at = head.start()
@@ -44,11 +49,13 @@ class SpecialTokens:
             yield text[start:]
 
     def guard(self, text: str, mark: str) -> str:
-        """Return `text` with `mark` put in so that no special token can be found in it, whatever stands around it.
+        """Return `text` with `mark` inserted so that `split` matches no special token in it,
+        whatever surrounds it.
 
-        Inside every name, at an end of the text that a name could begin or end in, and after a text, unless it is white
-        space alone, that could be the middle of one. White space at the ends is looked past, because templates trim it.
-        Text without any of that comes back unchanged.
+        Marks are inserted inside every name, at an end of the text where a name could begin or end,
+        and after a text that could be the middle of a name, unless it is only white space. White
+        space at the ends is ignored when looking for names, because templates trim it. Text without
+        such places is returned unchanged.
         """
         places = {at + 1 for at in self._starts(text)}
         for end in {len(text), len(text.rstrip())}:
@@ -69,7 +76,7 @@ class SpecialTokens:
         return None
 
     def _starts(self, text: str) -> Iterator[int]:
-        """Where a name begins, those inside another name too."""
+        """Yield the positions where a name begins, including those inside another name."""
         at = 0
         while head := self._head.search(text, at):
             if self._name_at(text, head.start()) is not None:
@@ -78,7 +85,7 @@ class SpecialTokens:
 
     @staticmethod
     def _begins(names: list[str], text: str) -> bool:
-        """Whether some end of the text is the beginning of one of the sorted names."""
+        """Whether a suffix of the text is a prefix of one of the sorted names."""
         for n in range(1, len(text) + 1):
             at = bisect_left(names, text[-n:])
             if at < len(names) and names[at].startswith(text[-n:]):

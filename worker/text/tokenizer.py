@@ -1,7 +1,8 @@
-"""The way into the engine: a text, a raw prompt or a chat becomes token ids; and what each id says in an answer.
+"""Tokenization: a text, a raw prompt or a chat to token ids, and a token id to the bytes it adds to
+an answer.
 
-Special tokens that a template or a raw prompt writes are found whole; those inside a message's content never are. Knows
-no job and no model. Read next: vocabulary.py, byte_bpe.py or sentencepiece_bpe.py, chat_template.py.
+Special tokens written by a chat template or a raw prompt are matched whole; those in a message's
+content never are. Read next: vocabulary.py, byte_bpe.py or sentencepiece_bpe.py, chat_template.py.
 """
 
 from __future__ import annotations
@@ -11,32 +12,32 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 from worker.errors import InvalidRequest, ModelLoadFailed
-from worker.text.metadata import Metadata
 from worker.text.special_tokens import SpecialTokens
-from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, TokenizerMetadata, Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from worker.text.chat_template import ChatTemplate
 
-# Code points that Unicode keeps for a program's own use inside its strings; one that the messages don't hold is taken.
+# Code points that Unicode reserves for a program's internal use: one that is absent from the
+# messages marks their special tokens.
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 _C_SPACE = " \t\n\v\f\r"
 
 
 class Bpe(Protocol):
-    """Ordinary text to ids and back."""
+    """Encoder of ordinary text: `ByteBpe` or `SentencePieceBpe`."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, none of them special."""
+        """Return the ids of a text; none of them is special."""
         ...
 
-    def spell(self, token: str) -> bytes:
-        """Return the bytes that a NORMAL token stands for."""
+    def decode_token(self, token: str) -> bytes:
+        """Return the bytes of a NORMAL token."""
         ...
 
 
 class Tokenizer:
-    """Text to ids and ids to bytes for one vocabulary. Build it with `load_tokenizer`."""
+    """Text to ids and ids to bytes for one vocabulary. Created by `load_tokenizer`."""
 
     def __init__(self, vocab: Vocabulary, bpe: Bpe, template: ChatTemplate | ModelLoadFailed) -> None:
         self.vocab = vocab
@@ -46,22 +47,27 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids of a text, without BOS; with `special`, special tokens in it are found whole."""
+        """Return the ids of a text, without BOS.
+
+        With `special`, special tokens in it are matched whole.
+        """
         _check_unicode(text, "prompt")
         return self._encode_parts(self._special.split(text) if special else [text] if text else [])
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the ids of a raw prompt; BOS once if the file wants it, whoever wrote it."""
+        """Return the ids of a raw prompt, with exactly one BOS if the file adds BOS."""
         return self._with_bos(self.encode(text, special=special))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, now: datetime) -> list[int]:
-        """Return the ids of a chat, the model's turn opened. `now`, an aware time, is what the template calls now.
+        """Return the ids of a chat with the generation prompt. `now`, an aware time, is the
+        template's clock.
 
-        Raises InvalidRequest if the model has no usable template or the template refuses the messages.
+        Raises InvalidRequest if the model has no usable template or the template rejects the
+        messages.
         """
         if isinstance(self._template, ModelLoadFailed):
             raise InvalidRequest.of(
-                ("messages", f"this model can't chat, only prompts: {self._template.message}", None)
+                ("messages", f"this model has no usable chat template, send a prompt: {self._template.message}", None)
             )
         plain = [dict(message) for message in messages]
         content = "".join(value for message in plain for value in message.values())
@@ -73,7 +79,7 @@ class Tokenizer:
             {key: value if key == "role" else self._special.guard(value, mark) for key, value in message.items()}
             for message in plain
         ]
-        if guarded != plain:  # a template may itself refuse special tokens in content: let it see them
+        if guarded != plain:  # the template must see the original too: it may reject special tokens
             self._template.render(plain, now)
         parts = self._special.split(self._template.render(guarded, now))
         return self._with_bos(
@@ -81,35 +87,41 @@ class Tokenizer:
         )
 
     def require_chat(self) -> None:
-        """Raise ModelLoadFailed if the model has no usable chat template, for a start that is asked to chat."""
+        """Raise ModelLoadFailed if the model has no usable chat template."""
         if isinstance(self._template, ModelLoadFailed):
             raise self._template
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to an answer: none for control, end and padding tokens."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._spell(token_id)
-        return known
+        """Return the bytes that a token adds to an answer.
+
+        Empty for control, end and padding tokens.
+        """
+        cached = self._bytes.get(token_id)
+        if cached is None:
+            cached = self._bytes[token_id] = self._decode_token(token_id)
+        return cached
 
     def piece(self, token_id: int) -> str:
-        """Return a token as it is shown to a person: its text, or its name if it has none of its own."""
+        """Return a token for display: its text, or its name if it has no text."""
         text = self.token_bytes(token_id).decode(errors="replace")
         return text or (self.vocab.tokens[token_id] if token_id < self.vocab.size else "")
 
-    def _spell(self, token_id: int) -> bytes:
+    def _decode_token(self, token_id: int) -> bytes:
         vocab = self.vocab
         if token_id >= vocab.size or token_id in vocab.padding_ids or token_id in vocab.end_ids:
             return b""
         token, kind = vocab.tokens[token_id], vocab.types[token_id]
         if kind == NORMAL:
-            return self._bpe.spell(token)
+            return self._bpe.decode_token(token)
         if kind == BYTE:
             return bytes([int(token[3:5], 16)])
         return token.encode() if kind == USER_DEFINED else b""
 
     def _encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Encode text between special tokens; as in llama.cpp, its space prefix comes anew after each of them."""
+        """Encode text between special tokens.
+
+        As in llama.cpp, each special token restarts the space prefix.
+        """
         ids: list[int] = []
         after_special, strip = True, False
         for part in parts:
@@ -127,26 +139,31 @@ class Tokenizer:
         bos = self.vocab.bos_id
         if bos is None or not self.vocab.add_bos:
             return ids
-        written = next((n for n, token_id in enumerate(ids) if token_id != bos), len(ids))
-        return [bos, *ids[written:]]
+        n_bos = next((n for n, token_id in enumerate(ids) if token_id != bos), len(ids))
+        return [bos, *ids[n_bos:]]
 
 
 def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer of a GGUF file from its metadata: keys to Python values, arrays as lists or NumPy arrays.
+    """Build the tokenizer of a GGUF file from its metadata: keys to Python values, arrays as lists
+    or NumPy arrays.
 
-    Raises ModelLoadFailed for a tokenizer that can't be served. A chat template that doesn't compile is no reason: the
-    model still takes raw prompts, and `encode_chat` and `require_chat` say why it can't chat.
+    Raises ModelLoadFailed for an unsupported tokenizer. A chat template that does not compile is
+    not an error here: the model still takes raw prompts, and `encode_chat` and `require_chat`
+    report the reason.
     """
-    typed = Metadata(metadata)
+    typed = TokenizerMetadata(metadata)
     return build_tokenizer(typed, read_vocabulary(typed))
 
 
-def build_tokenizer(metadata: Metadata, vocab: Vocabulary) -> Tokenizer:
-    """The slow half of `load_tokenizer`, after its vocabulary was read; only what this file needs is imported."""
+def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer:
+    """Build the tokenizer of a vocabulary already read.
+
+    Only the libraries that this file needs are imported.
+    """
     return Tokenizer(vocab, _bpe(metadata, vocab), _template(metadata, vocab))
 
 
-def _bpe(metadata: Metadata, vocab: Vocabulary) -> Bpe:
+def _bpe(metadata: TokenizerMetadata, vocab: Vocabulary) -> Bpe:
     if vocab.kind == "gpt2":
         from worker.text.byte_bpe import ByteBpe  # noqa: PLC0415
 
@@ -156,17 +173,19 @@ def _bpe(metadata: Metadata, vocab: Vocabulary) -> Bpe:
     return SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
 
 
-def _template(metadata: Metadata, vocab: Vocabulary) -> ChatTemplate | ModelLoadFailed:
+def _template(metadata: TokenizerMetadata, vocab: Vocabulary) -> ChatTemplate | ModelLoadFailed:
     source = metadata.text("tokenizer.chat_template", "")
     if not source:
         return ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
     from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
 
-    rows = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
+    token_ids = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
-        rows[name] = metadata.row(f"tokenizer.ggml.{key}_token_id", vocab.size)
+        token_ids[name] = metadata.token_id(f"tokenizer.ggml.{key}_token_id", vocab.size)
     try:
-        return ChatTemplate(source, {name: "" if row is None else vocab.tokens[row] for name, row in rows.items()})
+        return ChatTemplate(
+            source, {name: "" if token_id is None else vocab.tokens[token_id] for name, token_id in token_ids.items()}
+        )
     except ModelLoadFailed as error:
         return error
 

@@ -1,66 +1,149 @@
-"""A model's vocabulary, read from GGUF metadata: its rows, and which of them are special, padding or an answer's end.
+"""A model's vocabulary, read from GGUF metadata: tokens, token types, special, padding and
+end-of-generation ids.
 
-Knows nothing of how text is cut into tokens. Read next: special_tokens.py (control tokens in text), then byte_bpe.py
-and sentencepiece_bpe.py (everything else in text).
+`TokenizerMetadata` reads the values and checks their types; `read_vocabulary` interprets them. Read
+next: special_tokens.py (special tokens in text), then byte_bpe.py and sentencepiece_bpe.py
+(ordinary text).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from worker.errors import ModelLoadFailed
-from worker.text.metadata import Metadata
 from worker.text.pre_tokenizers import pre_tokenizer
 
-# GGUF's token types (gguf.TokenType), as plain integers: comparing 200,000 rows with enum members takes several times
-# as long, and importing gguf for five numbers takes longer still.
+# GGUF's token types (gguf.TokenType) as plain integers: comparing 200,000 rows with enum members
+# takes several times as long, and importing gguf takes longer still.
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 _END_NAMES = (
     *("<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
     *("<|return|>", "<|call|>"),
 )
-_LONGEST_NAME = 1000
+_MAX_NAME = 1000
 _PADDING_NAME = re.compile(r"\[PAD\d+\]|<\|pad_\d+\|>")
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
 _PHI3_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
+class TokenizerMetadata:
+    """Typed access to GGUF metadata: keys to Python values, arrays as lists or NumPy arrays.
+
+    Every method raises ModelLoadFailed, naming the key, for a value of the wrong type.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def text(self, key: str, default: str) -> str:
+        """Return a string, or `default` if the key is absent."""
+        value = self._values.get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean, or `default` if the key is absent."""
+        value = self._values.get(key, default)
+        if not isinstance(value, bool | np.bool_):
+            raise self._wrong(key, value, "a boolean")
+        return bool(value)
+
+    def count(self, key: str) -> int:
+        """Return a non-negative integer, 0 if the key is absent."""
+        value = self._values.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+            raise self._wrong(key, value, "a number, 0 or more")
+        return int(value)
+
+    def token_id(self, key: str, rows: int) -> int | None:
+        """Return a token id, or None if the key is absent or the id is not below `rows`."""
+        if key not in self._values:
+            return None
+        token_id = self.count(key)
+        return token_id if token_id < rows else None
+
+    def strings(self, key: str) -> list[str]:
+        """Return a required array of strings, each valid Unicode."""
+        value = self._array(key)
+        if not set(map(type, value)) <= {str}:
+            raise self._wrong(key, value, "an array of strings")
+        try:
+            "".join(value).encode()
+        except UnicodeEncodeError as error:
+            raise ModelLoadFailed("a string is not UTF-8", key, "an array of UTF-8 strings") from error
+        return value
+
+    def numbers(self, key: str, rows: int, default: float) -> list[Any]:
+        """Return one number per row; `default` for each row if the key is absent."""
+        if key not in self._values:
+            return [default] * rows
+        value = self._array(key)
+        if not set(map(type, value)) <= {int, float}:
+            raise self._wrong(key, value, "an array of numbers")
+        if len(value) < rows:
+            raise ModelLoadFailed(f"it has {len(value)} numbers", key, f"{rows}, one for each token")
+        return value[:rows]
+
+    def _array(self, key: str) -> list[Any]:
+        value = self._values.get(key)
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if not isinstance(value, list | tuple) or not value:
+            raise self._wrong(key, value, "an array that is not empty")
+        return list(value)
+
+    @staticmethod
+    def _wrong(key: str, value: object, expected: str) -> ModelLoadFailed:
+        what = "it is missing" if value is None else f"it is {type(value).__name__} {str(value)[:60]!r}"
+        return ModelLoadFailed(what, key, expected)
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of a vocabulary and what they mean; `tokens[i]` and `types[i]` belong to token id i."""
+    """The tokens of a vocabulary and their roles.
+
+    `tokens[i]` and `types[i]` belong to token id i.
+    """
 
     kind: str
     """`gpt2` (byte-level BPE) or `llama` (SentencePiece BPE)."""
     pre: str
-    """The pre-tokenizer's name; `default` where the file names none."""
+    """The pre-tokenizer's name; `default` if the file names none."""
     tokens: list[str]
     types: list[int]
     """GGUF token types."""
     special: dict[str, int]
-    """Name → id of the tokens that are found in text whole: CONTROL and USER_DEFINED, two characters or more."""
+    """Name → id of CONTROL and USER_DEFINED tokens (two characters or more), matched whole."""
     padding_ids: frozenset[int]
-    """Rows without a token: never drawn, never found in text."""
+    """Rows without a token: never sampled, never matched in text."""
     end_ids: frozenset[int]
-    """Any of these ends an answer."""
+    """End-of-generation tokens: each ends an answer."""
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
     """Every prompt begins with BOS."""
     add_space_prefix: bool
-    """Text at the start and after a special token gets a space before it (`llama` only)."""
+    """Text at the start and after a special token is prefixed with a space (`llama` only)."""
     strip_after_ids: frozenset[int]
-    """Special tokens that swallow the white space after them."""
+    """Special tokens after which white space is stripped."""
 
     @property
     def size(self) -> int:
-        """The number of rows that the file names."""
+        """The number of tokens in the file."""
         return len(self.tokens)
 
     def ordinary(self) -> dict[str, int]:
-        """Token → id of the rows that ordinary text may become; one per token, or ModelLoadFailed."""
+        """Return token → id of the rows that ordinary text may encode to.
+
+        Raises ModelLoadFailed for duplicates.
+        """
         others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
         ids = dict(zip(self.tokens, range(self.size), strict=True))
         if len(ids) == self.size:
@@ -71,14 +154,15 @@ class Vocabulary:
         ids = {self.tokens[i]: i for i in rows}
         if len(ids) < len(rows):
             twice = next(self.tokens[i] for i in rows if ids[self.tokens[i]] != i)
-            raise ModelLoadFailed(
-                f"the token {twice[:60]!r} is there twice", "tokenizer.ggml.tokens", "distinct tokens"
-            )
+            raise ModelLoadFailed(f"the token {twice[:60]!r} occurs twice", "tokenizer.ggml.tokens", "distinct tokens")
         return ids
 
 
-def read_vocabulary(metadata: Metadata) -> Vocabulary:
-    """Read the vocabulary of a file. Raises ModelLoadFailed for a kind, pre-tokenizer or value it can't serve."""
+def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
+    """Read the vocabulary of a file.
+
+    Raises ModelLoadFailed for an unsupported kind, pre-tokenizer or value.
+    """
     kind, pre = metadata.text("tokenizer.ggml.model", ""), metadata.text("tokenizer.ggml.pre", "default")
     if kind not in ("gpt2", "llama"):
         what = f"the tokenizer kind {kind[:60]!r} is unknown" if kind else "it is missing"
@@ -90,9 +174,9 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     _check_byte_tokens(tokens, types, marked)
     padding = frozenset(_padding(tokens, types, marked))
     special = _special(tokens, types, [i for i in marked if i not in padding])
-    bos_id = metadata.row("tokenizer.ggml.bos_token_id", len(tokens))
+    bos_id = metadata.token_id("tokenizer.ggml.bos_token_id", len(tokens))
     if bos_id is None and spm and len(tokens) > 1:
-        bos_id = 1  # SentencePiece's own default, for files that leave it out
+        bos_id = 1  # SentencePiece's default
     return Vocabulary(
         kind=kind,
         pre=pre,
@@ -102,7 +186,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
         padding_ids=padding,
         end_ids=_end_ids(metadata, special, len(tokens)),
         bos_id=bos_id,
-        eos_id=metadata.row("tokenizer.ggml.eos_token_id", len(tokens)),
+        eos_id=metadata.token_id("tokenizer.ggml.eos_token_id", len(tokens)),
         add_bos=_add_bos(metadata, bos_id, spm or pre_tokenizer(pre).add_bos),
         add_space_prefix=spm and metadata.flag("tokenizer.ggml.add_space_prefix", True),
         strip_after_ids=_strip_after_ids(metadata, special) if spm else frozenset(),
@@ -123,32 +207,33 @@ def _padding(tokens: list[str], types: list[int], marked: list[int]) -> Iterable
 
 
 def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str, int]:
-    # A name of one character is left out: nothing could be put inside it to keep a user's text from becoming it.
+    # A name of one character is left out: `SpecialTokens.guard` puts a mark inside each name.
     special = {tokens[i]: i for i in marked if types[i] in (CONTROL, USER_DEFINED) and len(tokens[i]) > 1}
     longest = max(special, key=len, default="")
-    if len(longest) > _LONGEST_NAME:
+    if len(longest) > _MAX_NAME:
         what = f"the special token {special[longest]} has {len(longest)} characters"
-        raise ModelLoadFailed(what, "tokenizer.ggml.tokens", f"{_LONGEST_NAME} at the most")
+        raise ModelLoadFailed(what, "tokenizer.ggml.tokens", f"{_MAX_NAME} at most")
     return special
 
 
-def _end_ids(metadata: Metadata, special: dict[str, int], rows: int) -> frozenset[int]:
-    ends = {metadata.row(f"tokenizer.ggml.{name}_token_id", rows) for name in ("eos", "eot", "eom")}
+def _end_ids(metadata: TokenizerMetadata, special: dict[str, int], rows: int) -> frozenset[int]:
+    ends = {metadata.token_id(f"tokenizer.ggml.{name}_token_id", rows) for name in ("eos", "eot", "eom")}
     ends |= {special.get(name) for name in _END_NAMES}
     if "<|return|>" in special and "<|call|>" in special:  # harmony: <|end|> closes a message, not the answer
         ends.discard(special.get("<|end|>"))
     return frozenset(end for end in ends if end is not None)
 
 
-def _add_bos(metadata: Metadata, bos_id: int | None, default: bool) -> bool:
+def _add_bos(metadata: TokenizerMetadata, bos_id: int | None, default: bool) -> bool:
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token", default)
     if add_bos and bos_id is None:
         raise ModelLoadFailed("there is no BOS token to add", "tokenizer.ggml.bos_token_id", "a row of the vocabulary")
     return add_bos
 
 
-def _strip_after_ids(metadata: Metadata, special: dict[str, int]) -> frozenset[int]:
-    # GGUF doesn't carry this attribute of HF's Phi-3 tokenizers: llama.cpp goes by the model's name, and so do we.
+def _strip_after_ids(metadata: TokenizerMetadata, special: dict[str, int]) -> frozenset[int]:
+    # GGUF does not carry this attribute of HF's Phi-3 tokenizers; as llama.cpp does, detect it by
+    # name.
     name = metadata.text("general.name", "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
