@@ -133,5 +133,5 @@ def test_stopping_a_child_that_ignores_sigterm_kills_it():
     with open(ours) as said:
         assert said.readline() == "up\n"
         assert not child.ended
-        assert child.stop(patience_s=0.1) == -signal.SIGKILL
+        assert child.stop(timeout_s=0.1) == -signal.SIGKILL
     assert child.ended

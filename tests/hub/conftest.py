@@ -1,4 +1,4 @@
-"""The stand-in Python, and a small packaged model beside the real ones."""
+"""The fake Python, and a small packaged model added to the real ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePython:
 
 @pytest.fixture
 def wheel(python: FakePython) -> Path:
-    """The wheel of `small` as an index has it."""
+    """The wheel of `small` as a package index serves it."""
     path = python.folder / "small-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("small/model.gguf", CONTENT)

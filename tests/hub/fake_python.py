@@ -1,4 +1,4 @@
-"""A stand-in for the Python that runs pip and huggingface_hub: the boundary at which a pull meets the network."""
+"""A fake Python executable in place of the one that runs pip and huggingface_hub, so that no test uses the network."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def wait_for(name):
         if (here / name).exists():
             return
         time.sleep(0.01)
-    sys.exit("nobody made " + name)
+    sys.exit("timeout: no file " + name)
 
 """
 
 
 class FakePython:
-    """`sys.executable` as a script of the test's; `runs` are the command lines that it was started with."""
+    """A script in place of `sys.executable`; `runs` are the command lines that it was started with."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self._real = sys.executable
         self._script = folder / "python"
         monkeypatch.setattr(sys, "executable", str(self._script))
-        self.does("sys.exit('this was not to be run')")
+        self.does("sys.exit('unexpected call')")
 
     def does(self, script: str) -> None:
         self._script.write_text(PRELUDE.format(python=self._real) + script)
@@ -45,7 +45,7 @@ class FakePython:
         return runs.read_text().splitlines() if runs.exists() else []
 
     def lets_go_at(self, wanted: int, seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
-        """A progress callback that notes what it hears and lets the script go on once `wanted` bytes are done."""
+        """Return a progress callback that appends its arguments to `seen` and resumes the script at `wanted` bytes."""
 
         def progress(done: int, total: int) -> None:
             seen.append((done, total))

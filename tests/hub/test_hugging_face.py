@@ -1,4 +1,4 @@
-"""A file of a hub repository: huggingface_hub downloads in a process of its own, all parts of a split model."""
+"""A file of a Hugging Face repository: a child process downloads all parts of a split model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def no_progress(done: int, total: int) -> None:
     pass
 
 
-def test_a_pull_brings_the_file_once(python: FakePython, tmp_path: Path) -> None:
+def test_a_pull_downloads_the_file_once(python: FakePython, tmp_path: Path) -> None:
     python.does(HF.format(before=""))
     path = hub.pull("hf:org/repo/file.gguf", tmp_path, no_progress)
     assert path == hub.resolve("hf:org/repo/file.gguf", tmp_path) == tmp_path / "hf" / "org" / "repo" / "file.gguf"
@@ -42,7 +42,7 @@ def test_a_pull_brings_the_file_once(python: FakePython, tmp_path: Path) -> None
     assert python.runs == [f"-m worker.hub org/repo {path.parent} file.gguf"]
 
 
-def test_all_parts_of_a_split_model_are_brought(python: FakePython, tmp_path: Path) -> None:
+def test_all_parts_of_a_split_model_are_downloaded(python: FakePython, tmp_path: Path) -> None:
     python.does(HF.format(before=""))
     path = hub.pull("hf:org/repo/Q4/m-00002-of-00003.gguf", tmp_path, no_progress)
     assert path.name == "m-00002-of-00003.gguf"
@@ -70,7 +70,7 @@ def test_progress_moves_while_a_part_downloads(python: FakePython, tmp_path: Pat
         ("ValueError: out of luck", "the download failed: ValueError: out of luck"),
     ],
 )
-def test_a_failure_of_the_hub_is_told_in_one_sentence(
+def test_a_failure_of_the_hub_is_reported_in_one_sentence(
     python: FakePython, tmp_path: Path, output: str, what: str
 ) -> None:
     python.does(f"sys.exit({output!r})")
@@ -80,7 +80,7 @@ def test_a_failure_of_the_hub_is_told_in_one_sentence(
     assert not (tmp_path / "hf" / "org" / "repo" / "file.gguf").exists()
 
 
-def test_the_process_prints_the_bytes_in_all_and_then_downloads(
+def test_the_child_process_prints_the_total_bytes_and_then_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[tuple[Any, ...]] = []
@@ -94,7 +94,7 @@ def test_the_process_prints_the_bytes_in_all_and_then_downloads(
     assert capsys.readouterr().out == f"{2 * len('org/repo/a.gguf')}\n"
 
 
-def test_the_process_ends_with_the_name_of_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_process_ends_with_the_name_of_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise ConnectionError("no route to host")
 

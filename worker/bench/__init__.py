@@ -1,4 +1,4 @@
-"""What `worker bench` measures, each speed beside the bytes that it had to move. Read `bench.py`, then `result.py`."""
+"""The measurements of `worker bench`: speeds, with the bytes moved. Read bench.py, then result.py."""
 
 from worker.bench.bench import run
 from worker.bench.result import Figure, Result

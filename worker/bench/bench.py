@@ -1,6 +1,7 @@
-"""One run of `worker bench`, from top to bottom: bandwidth, the engine alone, loads, the same model behind a server.
+"""The measurements of one `worker bench` run, in order.
 
-What counts as moved is `traffic.py`'s. The worker process comes last and has the device to itself.
+Read bandwidth, the engine alone, repeated loads, then the model behind a server: the worker process
+comes last and has the device to itself. `traffic.py` defines the bytes moved.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from functools import partial
 from pathlib import Path
 
 from worker import __version__, runtime
-from worker.bench import server
-from worker.bench.engine import SAMPLINGS, Prompts, Timed, beyond_greedy_us, repeated, samplers, timed
 from worker.bench.machine import commit, machine_of, read_bandwidth
 from worker.bench.result import Bandwidth, Figure, ModelFacts, Result
+from worker.bench.timing import (
+    SAMPLINGS,
+    Jobs,
+    Prompts,
+    Timed,
+    beyond_greedy_us,
+    repeated,
+    samplers,
+    timed,
+    timed_jobs,
+)
 from worker.bench.traffic import Traffic
 from worker.config import Settings
 from worker.embedded import embedded_server
@@ -26,32 +36,32 @@ from worker.errors import ConfigInvalid
 from worker.gguf_file import GgufFile
 
 RUNS = 5
-Say = Callable[[str], None]
-"""Hears what is measured next."""
+OnPhase = Callable[[str], None]
+"""Called with the name of each measurement before it starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured; lengths are in tokens."""
+    """Sizes of the measurements; lengths in tokens."""
 
     read_bytes: int
     lengths: tuple[int, ...]
-    """Of prompts, and of the context that is decoded at."""
+    """Prompt lengths, and context lengths of decode."""
     tokens: int
-    """Decoded at each length."""
+    """Tokens decoded at each length."""
     first: int
-    """The prompt whose first token is timed, `first_tokens` times each way."""
+    """Prompt length of the time to first token, measured `first_tokens` times each way."""
     answer: int
-    """Tokens of the answers that are compared with and without a server."""
+    """Length of the answers compared with and without a server."""
     first_tokens: int = 40
     budget_s: float = 0.3
-    """More than RUNS runs where they fit in."""
+    """More than RUNS runs if they fit into this time."""
 
     def within(self, context: int) -> Sizes:
-        """What a context has room for. Raises ConfigInvalid where that is too little."""
-        least = max(self.first + self.answer, min(self.lengths) + self.tokens)
-        if least > context:
-            raise ConfigInvalid(f"a context of {context} tokens is too short to measure; at least {least} are needed")
+        """Return the sizes that fit the context. Raises ConfigInvalid if too few fit."""
+        required = max(self.first + self.answer, min(self.lengths) + self.tokens)
+        if required > context:
+            raise ConfigInvalid(f"a context of {context} tokens is too short; pass at least {required}")
         return replace(self, lengths=tuple(n for n in self.lengths if n + self.tokens <= context))
 
 
@@ -61,20 +71,20 @@ SIZES = {
 }
 
 
-def run(path: Path, settings: Settings, say: Say) -> Result:
+def run(path: Path, settings: Settings, on_phase: OnPhase) -> Result:
     """Measure the model of a file as `worker run` would serve it under these settings.
 
-    Raises what loading raises; ConfigInvalid where there is no server to embed or the context is too short; Internal
-    where the worker process fails.
+    Raises what loading raises; ConfigInvalid where there is no server to embed or the context is
+    too short; Internal where the worker process fails.
     """
     with embedded_server() as url:
         with GgufFile.open(path) as file:
             file_bytes, backend = file.tensor_bytes, runtime.open_backend(settings.engine)
             planned = runtime.plan(file, settings.model, backend, settings.engine.kv_memory)
         sizes = SIZES[backend.name].within(planned.context)
-        say("how fast the device reads")
+        on_phase("read bandwidth")
         bandwidth = read_bandwidth(backend, settings.engine, sizes.read_bytes, RUNS)
-        bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, say)
+        bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, on_phase)
         facts = bench.engine_alone(file_bytes)
         bench.loads(file_bytes)
         bench.behind_a_server(url)
@@ -96,10 +106,10 @@ def run(path: Path, settings: Settings, say: Say) -> Result:
 
 
 class Bench:
-    """One model under measurement: each method fills lists of `figures`, which are a Result's."""
+    """The measurements of one model: each method adds to `figures`, those of the Result."""
 
     def __init__(
-        self, path: Path, settings: Settings, sizes: Sizes, traffic: Traffic, bandwidth: Bandwidth, say: Say
+        self, path: Path, settings: Settings, sizes: Sizes, traffic: Traffic, bandwidth: Bandwidth, on_phase: OnPhase
     ) -> None:
         self.figures: dict[str, list[Figure]] = {}
         self._path = path
@@ -107,16 +117,19 @@ class Bench:
         self._sizes = sizes
         self._traffic = traffic
         self._bandwidth = bandwidth
-        self._say = say
+        self._on_phase = on_phase
         self._prompts = Prompts(traffic.planned.hparams.vocab_size)
 
     def engine_alone(self, file_bytes: int) -> ModelFacts:
-        """Everything that needs no server, and the first load; what was loaded is gone afterwards."""
-        self._say("loading; kernels compile where no cache has them")
+        """Everything that needs no server, and the first load.
+
+        What was loaded is gone afterwards.
+        """
+        self._on_phase("first load; kernels that are not cached are compiled")
         seconds, loaded = self._load()
         self._add("load", self._bandwidth.time("first", "s", [seconds], file_bytes))
         self._prompts = Prompts(loaded.tokenizer.vocab.size)
-        self._timed(loaded.engine, self._sizes.first, self._sizes.answer)  # warms up
+        self._timed(loaded.engine, self._sizes.first, self._sizes.answer)  # warm-up
         self._decode_and_prefill(loaded.engine)
         self._samplers(loaded.engine)
         self._first_token_and_answer(loaded.engine)
@@ -133,8 +146,11 @@ class Bench:
         )
 
     def loads(self, file_bytes: int) -> None:
-        """From the file's opening to a ready engine; file and kernels are in their caches by now."""
-        self._say("loading again")
+        """From the file's opening to a ready engine.
+
+        File and kernels are in their caches by now.
+        """
+        self._on_phase("loading again")
         seconds = []
         for _ in range(RUNS):
             gc.collect()
@@ -143,16 +159,16 @@ class Bench:
         self._add("load", self._bandwidth.time("again", "s", seconds, file_bytes))
 
     def behind_a_server(self, url: str) -> None:
-        """First tokens and answers of jobs that a `worker run` process takes from a queue."""
+        """Measure first tokens and answers of jobs served by a `worker run` process."""
         sizes, model = self._sizes, self._settings.model
-        self._say("a worker process behind a server")
+        self._on_phase("a worker process behind a server")
         options = ["--context", str(model.context)] if model.context else []
         options += ["--backend", self._settings.engine.backend]
-        jobs = server.Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
+        jobs = Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
         gc.collect()
-        gc.freeze()  # this process is the reader: no collection walks through all that it has measured meanwhile
+        gc.freeze()  # this process is the client: keep the garbage collector out of its timings
         try:
-            first, answers = server.measure(self._path, url, options, jobs, self._prompts.next)
+            first, answers = timed_jobs(self._path, url, options, jobs, self._prompts.next)
         finally:
             gc.unfreeze()
         self._add("first_token", self._bandwidth.first_tokens("server", first, self._first_bytes))
@@ -161,7 +177,7 @@ class Bench:
     def _decode_and_prefill(self, engine: Engine) -> None:
         traffic, bandwidth, tokens = self._traffic, self._bandwidth, self._sizes.tokens
         for length in self._sizes.lengths:
-            self._say(f"decode and prefill at {length:,} tokens")
+            self._on_phase(f"decode and prefill at {length:,} tokens")
             runs = repeated(partial(self._timed, engine, length, tokens), RUNS, self._sizes.budget_s)
             first, a_token = ([run[i] for run in runs] for i in (0, 1))
             moved = traffic.token_bytes(length + tokens // 2)  # the keys that the middle token attends to
@@ -170,7 +186,7 @@ class Bench:
             self._add("prefill", replace(prefill, tflops=prefill.median / length * traffic.prompt_flops(length) / 1e12))
 
     def _samplers(self, engine: Engine) -> None:
-        self._say("ways of drawing")
+        self._on_phase("sampling settings")
         first, tokens = self._sizes.first, self._sizes.tokens
         seconds = samplers(engine, self._prompts, first, tokens, RUNS)
         moved = self._traffic.token_bytes(first + tokens // 2)
@@ -180,7 +196,7 @@ class Bench:
 
     def _first_token_and_answer(self, engine: Engine) -> None:
         sizes = self._sizes
-        self._say("first tokens and long answers")
+        self._on_phase("first tokens and long answers")
         first = [self._timed(engine, sizes.first, 1)[0] for _ in range(sizes.first_tokens)]
         answers = repeated(partial(self._timed, engine, sizes.first, sizes.answer), RUNS, 0)
         self._add("first_token", self._bandwidth.first_tokens("engine", first, self._first_bytes))

@@ -1,4 +1,4 @@
-"""Where a benchmark runs: versions, the commit of the code, and how fast the device reads. Knows no model."""
+"""The machine of a benchmark: software versions, the code's commit, and the read bandwidth."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TOOL_S = 10
 
 
 def machine_of(backend: Backend) -> Machine:
-    """What the device and the software call themselves."""
+    """Return the names and versions of device and software."""
     cuda = cupy = driver = None
     if backend.name == "gpu":
-        from worker.gpu.bandwidth import versions  # noqa: PLC0415  (the CPU's benchmark needs no CuPy)
+        from worker.gpu.bandwidth import versions  # noqa: PLC0415  (CuPy is only needed on a GPU)
 
         cuda, cupy = versions()
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return Machine(
         device=backend.device,
         backend=backend.name,
@@ -37,7 +37,10 @@ def machine_of(backend: Backend) -> Machine:
 
 
 def read_bandwidth(backend: Backend, engine: EngineSection, nbytes: int, runs: int) -> Bandwidth:
-    """How fast the backend's device reads `nbytes`, on a GPU at most half of what is free. Raises VramOom."""
+    """How fast the backend's device reads `nbytes`, on a GPU at most half of what is free.
+
+    Raises VramOom.
+    """
     if backend.name == "gpu":
         from worker.gpu import bandwidth as gpu  # noqa: PLC0415  (as above)
 
@@ -48,15 +51,15 @@ def read_bandwidth(backend: Backend, engine: EngineSection, nbytes: int, runs: i
 
 
 def commit() -> str | None:
-    """The commit of this very file's checkout; None where it comes from an installed package."""
+    """Return the commit of the checkout of this file; None if it is an installed package."""
     here = Path(__file__)
-    if _said("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
+    if _first_line("git", "-C", str(here.parent), "ls-files", "--error-unmatch", here.name) is None:
         return None
-    return _said("git", "-C", str(here.parent), "describe", "--always", "--dirty", "--exclude=*")
+    return _first_line("git", "-C", str(here.parent), "describe", "--always", "--dirty", "--exclude=*")
 
 
-def _said(*command: str) -> str | None:
-    """The first line that a command prints; None if it can't be run or fails."""
+def _first_line(*command: str) -> str | None:
+    """Return the first line of a command's output; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_S, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,5 +1,7 @@
-"""What a benchmark says: figures with their spread and their bytes, the machine, the model. `worker bench --json`
-prints a Result as one object whose keys are these fields; `benchmarks/` reads it. Knows nothing of measuring.
+"""Records of a benchmark: figures with spread and bytes moved, the machine, the model.
+
+`worker bench --json` prints a Result as one object whose keys are these fields; `benchmarks/`
+reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One speed or time: the median of several runs, beside the bytes that the median run had to move."""
+    """One speed or time.
+
+    The median of several runs, beside the bytes that the median run had to move.
+    """
 
     at: int | str
     """Tokens of context or of the prompt, or the name of what was varied."""
@@ -25,28 +30,31 @@ class Figure:
     """tokens/s, ms or s."""
     median: float
     low: float
-    """The least of the runs, as `high` is the greatest."""
+    """Minimum of the runs; `high` is the maximum."""
     high: float
     runs: int
     bytes: int
     """What `traffic.py` counts for one unit of the work: one token, one prompt, one load."""
     gb_s: float
-    """Those bytes in the median time, in 1e9 bytes a second."""
+    """`bytes` per median time, in 1e9 bytes per second."""
     percent: float
-    """Of the read bandwidth that the same run measured."""
+    """Share of the read bandwidth measured in the same run."""
     p95: float | None = None
-    """First tokens: 95 of 100 came within it."""
+    """First tokens: 95th percentile."""
     limit: float | None = None
-    """Decode: tokens a second if the bytes came at the measured bandwidth and nothing else took time."""
+    """Decode.
+
+    Tokens a second if the bytes came at the measured bandwidth and nothing else took time.
+    """
     tflops: float | None = None
-    """Prefill: 1e12 operations a second in products with weights."""
+    """Prefill: 1e12 operations per second in matrix products with weights."""
     extra_us: float | None = None
-    """Sampler: µs a token beyond greedy's, the median of pairs of runs."""
+    """Sampler: µs per token beyond greedy, the median of pairs of runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where it was measured. What there is none of is None."""
+    """The machine and software of a run; None where not applicable."""
 
     device: str
     backend: str
@@ -60,11 +68,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What was measured. Bytes are those on the device but for the file's."""
+    """The measured model. Sizes are on the device, except `file_bytes`."""
 
     name: str
     file: str
-    """The file's name without its folder."""
+    """File name without folder."""
     fingerprint: str
     architecture: str
     context: int
@@ -75,33 +83,36 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Everything that one run of `worker bench` found."""
+    """The result of one run of `worker bench`."""
 
     schema: int = SCHEMA
     at: str
-    """When, UTC, ISO 8601."""
+    """Time of the run, UTC, ISO 8601."""
     version: str
     commit: str | None
-    """The checkout's, with -dirty where files differ from it; None outside of one."""
+    """Commit of the checkout, with -dirty if modified; None outside a checkout."""
     machine: Machine
     model: ModelFacts
     bandwidth_gb_s: float
-    """The median of reading `bandwidth_bytes` and nothing else, as `bandwidth_low` and `_high` are its extremes."""
+    """Median read bandwidth over `bandwidth_bytes`.
+
+    `bandwidth_low` and `_high` are the extremes.
+    """
     bandwidth_low: float
     bandwidth_high: float
     bandwidth_bytes: int
     figures: dict[str, list[Figure]]
-    """By what was measured:
+    """Figures by measurement:
 
-    decode       through the engine, by tokens of context before the first that is timed
+    decode       through the engine, by tokens of context before the first timed token
     prefill      through the engine, from `add` to the first token, by tokens of the prompt
-    first_token  at `engine`, and at `server`: from before the XADD to the token at the reader, the worker idle
-    load         from the file's opening to a ready engine: `first`, in whose time kernels may compile, and `again`
-    sampler      decode by way of drawing
-    answer       one long answer at `engine`, and at `server` as its reader sees it
+    first_token  at `engine`, and at `server`: from before the XADD to the token at the client
+    load         from opening the file to a ready engine: `first` (may compile kernels) and `again`
+    sampler      decode by sampling setting
+    answer       one long answer at `engine`, and at `server` as the client receives it
     """
     server_share: float
-    """The median of the answers at the server over that at the engine."""
+    """Median speed of answers at the server divided by that at the engine."""
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts and lists; fields of a figure that are None are left out."""
@@ -115,7 +126,7 @@ def _given(figure: Figure) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """What the device reads at when it does nothing else, from the seconds of several runs over `nbytes`."""
+    """The device's read bandwidth, from the seconds of several runs over `nbytes`."""
 
     nbytes: int
     seconds: Sequence[float]
@@ -126,11 +137,11 @@ class Bandwidth:
         return self.nbytes / statistics.median(self.seconds) / 1e9
 
     def speed(self, at: int | str, seconds: Sequence[float], nbytes: int, tokens: int = 1, **more: Any) -> Figure:
-        """Tokens a second, of runs in which `tokens` tokens took `seconds` and moved `nbytes` together."""
+        """Tokens per second of runs in which `tokens` tokens took `seconds` and moved `nbytes`."""
         return self._figure(at, "tokens/s", lambda each: tokens / each, seconds, nbytes, **more)
 
     def time(self, at: int | str, unit: str, seconds: Sequence[float], nbytes: int, **more: Any) -> Figure:
-        """The seconds themselves, as s or ms."""
+        """The seconds of the runs, in s or ms."""
         scale = {"s": 1, "ms": 1000}[unit]
         return self._figure(at, unit, lambda each: scale * each, seconds, nbytes, **more)
 

@@ -1,7 +1,7 @@
-"""The command line, a file a family of commands. `main` is the console script.
+"""The command line, one module per group of commands. `main` is the console script.
 
-Exit codes: 0 done, 1 the model can't be served or another failure, 2 wrong usage or a lost device, 3 the request was
-refused, 4 the settings are wrong, 5 the server can't be reached, 130 interrupted.
+Exit codes: 0 success, 1 the model can't be served or another failure, 2 wrong usage or a CUDA
+error, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from worker.errors import WorkerError
 
 _HELP = """Run language models from GGUF files.
 
-Get a small real model and chat with it:
+Download a small model and chat with it:
 
     worker pull smollm2
 
     worker generate smollm2 "Why is the sky blue?" --chat
 
-Serve it to a queue of a Redis server, and ask it something from anywhere:
+Serve it from a queue on a Redis server, and submit a job:
 
     worker run --model smollm2 --redis-url redis://127.0.0.1:6379/0
 
     worker submit --chat --wait "Why is the sky blue?"
 
-MODEL is always a path to a .gguf file or a name that `worker pull` knows. Exit codes: 0 done, 1 the model can't be
-served, 2 wrong usage, 3 the request was refused, 4 the settings are wrong, 5 the server can't be reached, 130
+MODEL is a path to a .gguf file or the name of a pulled model (`worker pull`). Exit codes: 0 success, 1 the model
+can't be served, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable, 130
 interrupted.
 """
 
 _UNREACHABLE = 5
 _SWITCH_S = 0.001
-"""How long a thread may keep Python's lock: event loop and uploads must go on while another thread computes."""
+"""GIL switch interval, seconds.
+
+The event loop and uploads must run while another thread computes.
+"""
 
 _COMMANDS = {
     "generate": "generate",
@@ -54,13 +57,16 @@ _COMMANDS = {
     "health": "operate",
     "dead": "operate",
 }
-"""Each command and its module, in the order of the help."""
+"""Command → module, in the order of the help."""
 
 
 def command_line(only: str | None = None) -> typer.Typer:
-    """The command line; if `only` names a command, that one alone, whose start doesn't wait for the others' imports."""
+    """Return the command line.
+
+    If `only` names a command, that one alone, without the others' imports.
+    """
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.callback()(lambda: None)  # a lone command is still called by its name
+    app.callback()(lambda: None)  # a callback keeps the name of a single command
     for name in [only] if only in _COMMANDS else _COMMANDS:
         command = getattr(import_module(f"worker.cli.{_COMMANDS[name]}"), name)
         if isinstance(command, typer.Typer):
@@ -71,7 +77,10 @@ def command_line(only: str | None = None) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one sentence on stderr and an exit code."""
+    """Run the command line.
+
+    Report an expected failure as one sentence on stderr and an exit code.
+    """
     sys.setswitchinterval(_SWITCH_S)
     try:
         command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
@@ -79,7 +88,7 @@ def main() -> None:
         sys.exit(_report(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be said
+    except BrokenPipeError:  # the reader of stdout closed it: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except ConnectionError as error:

@@ -1,4 +1,7 @@
-"""`worker bench`: how fast a model is on this machine, each speed beside the bytes that it had to move."""
+"""`worker bench`.
+
+The speed of a model on this machine, with the bytes moved and the bandwidth used.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from worker.config import load_settings
 if TYPE_CHECKING:
     from worker.bench import Figure, Result
 
-_WIDTH = 120  # where nobody knows better
+_WIDTH = 120  # columns if stdout is not a terminal
 _TITLES = {
     "decode": "decode at",
     "prefill": "prefill of",
@@ -29,19 +32,21 @@ _TITLES = {
 
 def bench(
     model: ModelArgument,
-    context: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
-    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if there is one.")] = None,
+    context: Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")] = None,
+    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")] = None,
     commit: Annotated[
-        str | None, typer.Option(help="The code's commit, for the result; by default what git says, if anything.")
+        str | None, typer.Option(help="Commit to record in the result; by default that of the git checkout.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure a model: decode, prefill, first token, load, sampler, and the same behind a server of its own.
+    """Benchmark a model: decode, prefill, first token, load, sampling, and jobs through an embedded
+    server.
 
-    Each figure is a median of at least five runs, with the least and the greatest, beside the bytes that it had to
-    move and their share of the read bandwidth that is measured first. Half a minute on a GPU, two on a CPU.
+    Each figure is the median of at least five runs, with minimum and maximum, the bytes moved, and
+    their share of the read bandwidth, which is measured first. Takes half a minute on a GPU, two
+    minutes on a CPU.
     """
-    from worker.bench import run  # noqa: PLC0415  # the client and redis, which other commands don't wait for
+    from worker.bench import run  # noqa: PLC0415  # redis is imported only here
 
     path = model_path(model)
     settings = load_settings(flags={"engine.backend": backend, "model.context": context})
@@ -63,7 +68,7 @@ def _print(result: Result, console: Console) -> None:
     console.print(f"[bold]{machine.device}[/bold]  {versions}, worker {result.version}, commit {result.commit or '–'}")
     console.print(
         f"reads {result.bandwidth_gb_s:,.0f} GB/s ({result.bandwidth_low:,.0f} to {result.bandwidth_high:,.0f}), "
-        "what every percent is of\n"
+        "to which every % refers\n"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -98,5 +103,5 @@ def _cells(title: str, figure: Figure) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Three digits or more, and no false ones."""
+    """Format with at least three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What the commands share: the arguments that recur, byte counts for people, progress bars on stderr."""
+"""Shared by the commands: arguments, progress bars, and the output of an answer as text or JSON lines."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ from typing import Annotated, Any
 import typer
 
 from worker.config import load_settings
-from worker.errors import ConfigInvalid
+from worker.errors import ConfigInvalid, WorkerError
 from worker.gpu.wake import wake_device
+from worker.jobs.events import End, ErrorEvent, Token
+from worker.jobs.protocol import Resolved
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .gguf file, or a name that `worker pull` knows.")
-]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, or the name of a pulled model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: one JSON object a line.")]
 
 
 def wake_for(flags: Mapping[str, Any]) -> None:
-    """Begin to wake the GPU unless flags or environment say cpu; what is wrong with them, `load_settings` tells."""
+    """Start to create the CUDA context unless the settings select the CPU.
+
+    Invalid settings are reported later.
+    """
     with suppress(ConfigInvalid):
         if load_settings(flags=flags).engine.backend != "cpu":
             wake_device()
 
 
 def model_path(model: str) -> Path:
-    """The file of a path or of a pulled name. Raises ModelLoadFailed telling how to get it."""
-    from worker import hub  # noqa: PLC0415  # what a command doesn't need, it doesn't wait for
+    """Return the file of a path or of a pulled model. Raises ModelLoadFailed."""
+    from worker import hub  # noqa: PLC0415  # imported only by commands that need it
 
     return hub.resolve(model, load_settings().hub.cache)
 
 
 def print_json(value: Any) -> None:
-    """One object on one line of stdout, at once."""
+    """Print one JSON object on one line and flush."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def size(count: float) -> str:
-    """A byte count for people, in powers of 1000."""
+    """Format a byte count in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -51,7 +54,10 @@ def size(count: float) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that hears (done, total) bytes; silent where stderr is no terminal."""
+    """Yield a progress callback (done, total bytes) for a bar on stderr.
+
+    No bar if stderr is not a terminal.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -62,3 +68,58 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class Terminal:
+    """Readable output: the text on stdout, statistics on stderr."""
+
+    def started(self, resolved: Resolved) -> None:
+        """Print nothing."""
+
+    def token(self, token: Token) -> None:
+        """Print the token's text."""
+        sys.stdout.write(token.t)
+        sys.stdout.flush()
+
+    def ended(self, end: End) -> None:
+        """Print the statistics."""
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        rate = f", {(end.tokens_out - 1) / end.decode_ms * 1000:.1f} tokens/s" if end.tokens_out > 1 else ""
+        print(
+            f"[{end.finish_reason}: {end.prompt_tokens} prompt tokens, {end.tokens_out} generated, "
+            f"the first after {end.ttft_ms:.0f} ms{rate}]",
+            file=sys.stderr,
+        )
+
+    def failed(self, error: WorkerError) -> None:
+        """Print the error as one sentence."""
+        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+
+
+class JsonLines:
+    """Machine-readable output: one event per line; the last is `end` or `error`."""
+
+    def started(self, resolved: Resolved) -> None:
+        """Print the resolved limits and seed."""
+        print_json(
+            {
+                "event": "started",
+                "model": resolved.model,
+                "seed": resolved.seed,
+                "max_tokens": resolved.max_tokens,
+                "prompt_tokens": resolved.prompt_len,
+            }
+        )
+
+    def token(self, token: Token) -> None:
+        """Print index, id, text and any requested log-probabilities."""
+        print_json({"event": "token", **token.to_fields()})
+
+    def ended(self, end: End) -> None:
+        """Print the finish reason and the timings."""
+        print_json({"event": End.kind, **end.to_fields()})
+
+    def failed(self, error: WorkerError) -> None:
+        """Print the error event that a job's stream would contain."""
+        print_json({"event": ErrorEvent.kind, **ErrorEvent.of(error).to_fields()})

@@ -1,15 +1,12 @@
-"""`worker demo`: the whole road once. A server, a worker, two jobs in its queue, their answers as they come, the end.
+"""`worker demo`: an embedded server, a worker, and two jobs whose answers are streamed.
 
-Server and worker are processes of its own (`worker/embedded.py`): whatever ends the demo ends them, and nothing stays.
+Server and worker are child processes (`worker/embedded.py`) that end with the demo.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -19,7 +16,7 @@ from rich.console import Console
 from worker import hub
 from worker.cli.console import progress_bar
 from worker.config import HubSection, load_settings
-from worker.embedded import Child, embedded_server
+from worker.embedded import Child, embedded_server, worker_process
 from worker.jobs.events import End, ErrorEvent, Started, Token
 
 if TYPE_CHECKING:
@@ -43,20 +40,24 @@ _POLL_S = 0.1
 
 
 def demo(
-    model: Annotated[str, typer.Option(help="A .gguf file, or a name that `worker pull` knows.")] = _MODEL,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of each of the two answers.")] = 96,
+    model: Annotated[str, typer.Option(help="A .gguf file, or the name of a pulled model.")] = _MODEL,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of each answer.")] = 96,
 ) -> None:
-    """Send two chat jobs through a server of its own to a worker, and end.
+    """Start a temporary server and a worker, and stream the answers of two chat jobs.
 
-    Gets SmolLM2 (98 MB) before, if it isn't there.
+    Downloads SmolLM2 (98 MB) first unless it is in the cache.
     """
-    from worker.jobs.client import SyncClient  # noqa: PLC0415  # redis, which other commands don't wait for
+    from worker.jobs.client import SyncClient  # noqa: PLC0415  # redis is imported only here
 
     console = Console(highlight=False, soft_wrap=True)
     command = _command()
     path = _model_file(model, load_settings().hub)
-    with embedded_server() as url, _worker(path, url) as (process, log), SyncClient.from_url(url) as client:
-        console.print(f"[bold]server[/bold]  {url}, for as long as this takes")
+    with (
+        embedded_server() as url,
+        worker_process("demo", path, url, "--context", str(_CONTEXT)) as (process, log),
+        SyncClient.from_url(url) as client,
+    ):
+        console.print(f"[bold]server[/bold]  {url}, until this command ends")
         with console.status("the worker loads its model"):
             name, status = _ready(client, process, log)
         console.print(f"[bold]worker[/bold]  {name}: {status['model']} on {status['device']}")
@@ -68,7 +69,7 @@ def demo(
         for job_id, prompt in _PROMPTS.items():
             console.print(f"\n[bold]> {prompt}[/bold]")
             _show(client, job_id, console)
-    console.print(f"\n[bold]Next[/bold], with a Redis server of yours at {_USUAL_URL}:")
+    console.print(f"\n[bold]Next[/bold], with your own Redis server at {_USUAL_URL}:")
     for line in _NEXT:
         console.print(f"  {command} {line}")
 
@@ -80,21 +81,8 @@ def _model_file(model: str, section: HubSection) -> Path:
         return hub.pull(model, section.cache, progress)
 
 
-@contextmanager
-def _worker(path: Path, url: str) -> Iterator[tuple[Child, IO[bytes]]]:
-    """A `worker run` process, and what it logs."""
-    with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "worker", "run", "--model", str(path), "--context", str(_CONTEXT)]
-        command += ["--redis-url", url, "--queue", "default", "--name", "demo", "--grace", "0", "--http-port", "0"]
-        process = Child(command, log)
-        try:
-            yield process, log
-        finally:
-            process.stop()
-
-
 def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dict[str, str]]:
-    """The worker's id and status, once it takes jobs. Ends the command where it does not come to that."""
+    """Wait until the worker is ready; return its id and status. Exits with its log if it fails."""
     deadline = time.monotonic() + _READY_S
     while time.monotonic() < deadline and not process.ended:
         for name, status in client.workers().items():
@@ -113,7 +101,7 @@ def _submit(client: SyncClient, job_id: str, prompt: str, max_tokens: int) -> No
 
 
 def _show(client: SyncClient, job_id: str, console: Console) -> None:
-    """One answer as it comes, and how it went."""
+    """Stream one answer, then its statistics."""
     waited_ms = 0
     for item in client.events(job_id):
         match item.event:
@@ -133,5 +121,5 @@ def _show(client: SyncClient, job_id: str, console: Console) -> None:
 
 
 def _command() -> str:
-    """This program, as the user called it."""
+    """Return this program as the user called it."""
     return sys.argv[0] if Path(sys.argv[0]).name == "worker" else "python -m worker"

@@ -1,4 +1,4 @@
-"""`worker generate`: one job with no server, streamed as it decodes."""
+"""`worker generate`: answer one prompt without a server. Read next: local_job.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.console import JsonOption, ModelArgument, wake_for
-from worker.cli.output import JsonLines, Terminal
 
 _SAMPLING = "Sampling"
 
@@ -16,13 +15,16 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; with --chat the user's message.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: a system message before it.")] = None,
-    prompt_tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 1,2,3.")] = None,
-    special: Annotated[bool, typer.Option(help="Whether special tokens written in a raw prompt are special.")] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="At most so many tokens; by default up to 2048.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given up to 16 times.")] = None,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
+    prompt_tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt, such as 1,2,3.")] = None,
+    special: Annotated[bool, typer.Option(help="Parse special tokens in a raw prompt.")] = True,
+    max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens; 2048 by default.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string: the answer ends before it; up to 16.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     top_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     min_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
@@ -33,16 +35,16 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING)] = False,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="Log-probabilities, with 0 to 20 alternatives a token.", rich_help_panel=_SAMPLING),
+        typer.Option(help="Log-probabilities, with 0 to 20 alternatives per token.", rich_help_panel=_SAMPLING),
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Longest prompt and answer together, in tokens.")] = None,
-    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if there is one.")] = None,
+    context: Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")] = None,
+    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Answer one prompt, streaming it as it decodes.
+    """Answer one prompt and stream the answer.
 
-    Give a PROMPT (raw, or with --chat a user's message) or --prompt-tokens. The text goes to stdout, figures to stderr.
-    With --json every line is an event: started, token…, and last end or error.
+    Pass a PROMPT (raw, or with --chat a user message) or --prompt-tokens. The text goes to stdout,
+    statistics to stderr. With --json each line is an event: started, token…, then end or error.
     """
     fields = {
         "temperature": temperature, "seed": seed, "top_k": top_k, "top_p": top_p, "min_p": min_p,
@@ -53,13 +55,16 @@ def generate(
     }  # fmt: skip
     flags = {"engine.backend": backend, "model.context": context}
     wake_for(flags)
-    from worker.cli.local_job import answer_one  # noqa: PLC0415  # beside the waking
+    from worker.cli.local_job import answer_one  # noqa: PLC0415  # imported while the CUDA context is created
 
-    answer_one(model, fields, flags, JsonLines() if json else Terminal())
+    answer_one(model, fields, flags, json=json)
 
 
 def _prompt_fields(prompt: str | None, chat: bool, system: str | None, tokens: str | None) -> dict[str, Any]:
-    """The job's prompt, messages or prompt_tokens; what is missing or doubled is for the job's validation to say."""
+    """Return the job's prompt, messages or prompt_tokens.
+
+    The job's validation rejects none or several.
+    """
     fields: dict[str, Any] = {"prompt": None if chat else prompt}
     if chat and prompt is not None:
         turns = [{"role": "system", "content": system}] if system is not None else []
@@ -69,6 +74,6 @@ def _prompt_fields(prompt: str | None, chat: bool, system: str | None, tokens: s
             fields["prompt_tokens"] = [int(part) for part in tokens.split(",")]
         except ValueError:
             raise typer.BadParameter(
-                f"{tokens!r} is no list of ids such as 1,2,3", param_hint="--prompt-tokens"
+                f"{tokens!r} is not a list of token ids such as 1,2,3", param_hint="--prompt-tokens"
             ) from None
     return fields

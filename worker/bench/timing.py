@@ -1,0 +1,152 @@
+"""Time to the first token and time per later token: of the engine on this thread, and of jobs
+behind a server.
+
+Behind a server: a `worker run` process, an embedded server, and this process as the client, one job
+at a time. `benchmarks/` uses the same functions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from worker.embedded import Child, worker_process
+from worker.engine import Engine
+from worker.engine import Sequence as Request
+from worker.errors import Internal
+from worker.jobs.client import Client, JobFailed
+from worker.sampling import Sampling
+
+READY_S = 180.0
+_IDLE_S = 60.0
+_POLL_S = 0.05
+_PAUSE_S = 0.02
+"""Between jobs, so that the worker has acknowledged the last one and waits for the next."""
+
+GREEDY = Sampling(temperature=0, ignore_eos=True)
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "temperature 1": Sampling(seed=1, ignore_eos=True),
+    "top-k 40, top-p 0.9": Sampling(seed=1, top_k=40, top_p=0.9, ignore_eos=True),
+    "top-p 0.9": Sampling(seed=1, top_p=0.9, ignore_eos=True),
+}
+Timed = tuple[float, float]
+"""Seconds to the first token, and seconds per token after it."""
+
+
+class Prompts:
+    """Distinct random prompts, so that no prefix cache hits.
+
+    The same sequence in every benchmark run.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._rng = np.random.default_rng(0)
+        self._vocabulary = vocabulary
+
+    def next(self, tokens: int) -> list[int]:
+        """Return a prompt of `tokens` ids."""
+        ids: list[int] = self._rng.integers(0, self._vocabulary, tokens).tolist()
+        return ids
+
+
+def timed(engine: Engine, prompt: Sequence[int], tokens: int, sampling: Sampling = GREEDY) -> Timed:
+    """Generate `tokens` tokens after a prompt; time from `Engine.add`."""
+    began = time.perf_counter()
+    engine.add(Request("bench", list(prompt), tokens, sampling))
+    while not engine.step():
+        pass
+    first = time.perf_counter()
+    while not engine.idle:
+        engine.step()
+    return first - began, (time.perf_counter() - first) / max(1, tokens - 1)
+
+
+def repeated(measure: Callable[[], Timed], min_runs: int, budget_s: float) -> list[Timed]:
+    """Measure at least `min_runs` times, and more while the budget lasts."""
+    until, runs = time.perf_counter() + budget_s, [measure() for _ in range(min_runs)]
+    while time.perf_counter() < until:
+        runs.append(measure())
+    return runs
+
+
+def samplers(engine: Engine, prompts: Prompts, prompt: int, tokens: int, runs: int) -> dict[str, list[float]]:
+    """Measure seconds per token by sampling setting, in turns, so that drift affects all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in SAMPLINGS}
+    for turn in range(runs + 1):
+        for name, sampling in SAMPLINGS.items():
+            _, a_token = timed(engine, prompts.next(prompt), tokens, sampling)
+            if turn:  # the first turn is a warm-up
+                seconds[name].append(a_token)
+    return seconds
+
+
+def beyond_greedy_us(seconds: dict[str, list[float]], name: str) -> float:
+    """Median of the µs per token beyond greedy sampling."""
+    return 1e6 * statistics.median(a - b for a, b in zip(seconds[name], seconds["greedy"], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """Jobs to send.
+
+    `first_tokens` of one token, then `answers` of `tokens`, each with a prompt of `prompt` tokens.
+    """
+
+    prompt: int
+    first_tokens: int
+    answers: int
+    tokens: int
+
+
+def timed_jobs(
+    path: Path, url: str, options: Sequence[str], jobs: Jobs, prompt: Callable[[int], list[int]]
+) -> tuple[list[float], list[Timed]]:
+    """Return the seconds from before each XADD to the first token at the client, and the times of
+    long answers.
+
+    Raises Internal with the worker's last log line if it does not become ready or fails a job.
+    """
+    with worker_process("bench", path, url, "--log-level", "error", *options) as (child, log):
+        try:
+            return asyncio.run(_measure(url, child, jobs, prompt))
+        except (JobFailed, TimeoutError) as error:
+            log.seek(0)
+            last_line = log.read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise Internal(f"the worker process failed: {error}: {last_line or 'its log is empty'}") from error
+
+
+async def _measure(
+    url: str, child: Child, jobs: Jobs, prompt: Callable[[int], list[int]]
+) -> tuple[list[float], list[Timed]]:
+    async with Client.from_url(url) as client:
+        await _ready(client, child)
+        await _timed_job(client, prompt(jobs.prompt), jobs.tokens)  # warm-up
+        first = [(await _timed_job(client, prompt(jobs.prompt), 1))[0] for _ in range(jobs.first_tokens)]
+        return first, [await _timed_job(client, prompt(jobs.prompt), jobs.tokens) for _ in range(jobs.answers)]
+
+
+async def _ready(client: Client, child: Child) -> None:
+    deadline = time.monotonic() + READY_S
+    while not any(status.get("state") == "ready" for status in (await client.workers()).values()):
+        if child.ended or time.monotonic() > deadline:
+            raise TimeoutError("it did not become ready")
+        await asyncio.sleep(_POLL_S)
+
+
+async def _timed_job(client: Client, prompt: list[int], tokens: int) -> Timed:
+    """Submit one job and read its tokens to the end."""
+    await asyncio.sleep(_PAUSE_S)
+    began = time.perf_counter()
+    job_id = await client.submit(prompt_tokens=prompt, max_tokens=tokens, temperature=0, ignore_eos=True)
+    first = last = 0.0
+    async for _ in client.tokens(job_id, idle_s=_IDLE_S):
+        last = time.perf_counter()
+        first = first or last
+    return first - began, (last - first) / max(1, tokens - 1)
