@@ -18,7 +18,7 @@ from benchmarks.field import FIELD
 from benchmarks.recorded import read, stem
 from worker.bench.result import Result
 
-MEASURED, LIMIT, THEIRS = "#0072b2", "#555555", "#d55e00"  # told apart by the colour-blind too
+MEASURED, LIMIT, THEIRS = "#0072b2", "#555555", "#d55e00"  # distinguishable with colour blindness
 PANEL_INCHES, HEIGHT_INCHES, DPI = 3.3, 3.6, 130
 
 

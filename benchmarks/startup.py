@@ -4,7 +4,7 @@
 
 Each start is `worker run` in a process of its own, against an embedded server. The first of a file is not counted: it
 compiles kernels and brings the file into the page cache. One more start is watched from inside: when each phase began
-and ended, and how long it was busy. Phases overlap; the last column says on which threads.
+and ended, and how long it was busy. Phases overlap; the last column lists the threads.
 """
 
 from __future__ import annotations

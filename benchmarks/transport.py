@@ -1,4 +1,4 @@
-"""What does the road cost beside the model? Jobs and tokens a second through a real server to an echo worker and back.
+"""Transport overhead: jobs and tokens per second through a real server to an echo worker and back.
 
     python -m benchmarks.transport
 

@@ -44,11 +44,11 @@ def url_of(text):
 
 
 def under_way(port):
-    """Processes that serve on the port or were told of it."""
+    """Processes whose command line contains the port."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        told = any(port in word for word in process.info["cmdline"] or ())
-        if told and process.info["status"] != psutil.STATUS_ZOMBIE:
+        matches = any(port in word for word in process.info["cmdline"] or ())
+        if matches and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.info["cmdline"])
     return found
 

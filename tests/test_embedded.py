@@ -109,7 +109,7 @@ def test_a_taken_port_is_not_mistaken_for_the_server(monkeypatch):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
 def test_a_child_ends_with_its_parent(way, end):
     if way == "by the kernel" and sys.platform != "linux":
-        pytest.skip("only Linux tells a child of its parent's end")
+        pytest.skip("PR_SET_PDEATHSIG exists only on Linux")
     command = [sys.executable, "-c", OUTLIVED, way]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         said = sorted([parent.stdout.readline().strip(), parent.stdout.readline().strip()])

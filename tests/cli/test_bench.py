@@ -1,4 +1,4 @@
-"""`worker bench` on tiny models: what it says, in both forms, and that its arithmetic holds together."""
+"""`worker bench` on tiny models: both output formats, and consistent figures."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_systemd_finds_the_unit_well_hardened(installed_unit):
     passes(tool("systemd-analyze"), "security", "--offline=true", "--threshold=40", str(installed_unit))
 
 
-def test_the_image_runs_as_nobody_in_particular_and_asks_the_worker_for_its_health(last_stage):
+def test_the_image_runs_as_an_unprivileged_user_and_checks_the_worker_s_health(last_stage):
     given = dict(last_stage)
     assert given["USER"].isdigit()
     assert int(given["USER"]) > 0

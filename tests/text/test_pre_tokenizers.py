@@ -1,4 +1,4 @@
-"""The cut into words of each kind of byte-level vocabulary, by hand."""
+"""The split into words of each pre-tokenizer, against expected values."""
 
 import pytest
 

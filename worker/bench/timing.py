@@ -20,7 +20,8 @@ from worker.embedded import Child, worker_process
 from worker.engine import Engine
 from worker.engine import Sequence as Request
 from worker.errors import Internal
-from worker.jobs.client import Client, JobFailed
+from worker.jobs.client import Client
+from worker.jobs.reader import JobFailed
 from worker.sampling import Sampling
 
 READY_S = 180.0
