@@ -25,13 +25,10 @@ from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
 from worker.errors import ConfigInvalid, ModelLoadFailed
 from worker.gguf_file import GgufFile
-from worker.hub import Progress
 from worker.model import ModelOptions
 from worker.ops import KV_BLOCK
 from worker.text.tokenizer import Tokenizer, build_tokenizer
 from worker.text.vocabulary import TokenizerMetadata, Vocabulary, read_vocabulary
-
-__all__ = ["LoadedModel", "ModelLoader", "Plan", "Progress", "load", "open_backend", "plan"]
 
 MAX_KV_BLOCKS = 1 << 20
 """Bounds the host memory of the block lists, about 40 MB; 16 million tokens, the longest context a setting allows."""
@@ -52,6 +49,9 @@ class LoadedModel:
     numerics_id: str
     """Digest of the facts that decide bits, see `Backend.numerics`."""
 
+
+Progress = Callable[[int, int], None]
+"""Receives (bytes done, bytes in total) while weights are read, at most 100 times."""
 
 ModelLoader = Callable[[Progress], LoadedModel]
 """Loads the model; called on the engine's thread."""
