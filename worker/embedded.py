@@ -26,16 +26,12 @@ from typing import IO, Any
 from worker.errors import ConfigInvalid
 
 _START_S = 10.0
-_STOP_S = 5.0
-_TRIES = 5
-"""Attempts: another process may bind the free port before the server does."""
 _PR_SET_PDEATHSIG = 1
 _FAKE = "fakeredis"
 
 
 class Child:
-    """A process in its own session, so that Ctrl-C reaches only the parent; it is killed when the
-    parent ends.
+    """A process in its own session: it receives no Ctrl-C and is killed when its parent ends.
 
     Start it from the main thread: Linux kills the child when the thread that started it ends.
     """
@@ -43,7 +39,7 @@ class Child:
     def __init__(self, command: Sequence[str | Path], output: IO[bytes] | int = subprocess.DEVNULL) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "worker.embedded", str(os.getpid()), *map(str, command)],
-            stdin=subprocess.PIPE,  # never written to: without PR_SET_PDEATHSIG, its end of file means the parent ended
+            stdin=subprocess.PIPE,  # never written to: its end of file means that the parent ended
             stdout=output,
             stderr=output,
             start_new_session=True,
@@ -54,7 +50,7 @@ class Child:
         """Whether the process has exited, for any reason."""
         return self.process.poll() is not None
 
-    def stop(self, timeout_s: float = _STOP_S) -> int:
+    def stop(self, timeout_s: float = 5.0) -> int:
         """Send SIGTERM, after `timeout_s` SIGKILL; return the exit status. Idempotent."""
         self.process.terminate()
         try:
@@ -63,17 +59,14 @@ class Child:
             self.process.kill()
             return self.process.wait()
         finally:
-            assert self.process.stdin is not None, "stdin is a pipe"
-            self.process.stdin.close()
+            if self.process.stdin:
+                self.process.stdin.close()
 
 
 @contextlib.contextmanager
 def embedded_server() -> Iterator[str]:
-    """Start an empty server for this process; yield its URL.
-
-    Raises ConfigInvalid if none can be started.
-    """
-    for _ in range(_TRIES):
+    """Start an empty server for this process; yield its URL. Raises ConfigInvalid if that fails."""
+    for _ in range(5):  # another process may bind the free port before the server does
         port = free_port()
         server = Child(_server_command(port))
         try:
@@ -89,10 +82,7 @@ def embedded_server() -> Iterator[str]:
 
 @contextlib.contextmanager
 def worker_process(name: str, path: Path, url: str, *options: str) -> Iterator[tuple[Child, IO[bytes]]]:
-    """Start `worker run` on a model file and the server at `url`; yield the process and its log.
-
-    The model is still loading when this yields.
-    """
+    """Start `worker run` on a model file; yield the process, still loading, and its log."""
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "worker", "run", "--model", str(path), "--redis-url", url, "--name", name]
         command += ["--queue", "default", "--grace", "0", "--http-port", "0", *options]
@@ -121,8 +111,7 @@ def free_port() -> int:
 
 
 def _server_command(port: int) -> list[str | Path]:
-    binary = server_binary()
-    if binary is not None:
+    if binary := server_binary():
         no_persistence = ["--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()]
         return [binary, "--bind", "127.0.0.1", "--port", str(port), *no_persistence]
     if importlib.util.find_spec(_FAKE) is not None:
@@ -131,7 +120,7 @@ def _server_command(port: int) -> list[str | Path]:
 
 
 def _answers(port: int, server: Child) -> bool:
-    """Wait until the server replies to PING; return False if it exits or times out."""
+    """Wait until the server replies to PING; return False if it exits or does not reply in time."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and not server.ended:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
@@ -143,7 +132,7 @@ def _answers(port: int, server: Child) -> bool:
 
 
 def _serve_fake(port: int) -> None:
-    """Serve fakeredis, patched to keep the connection open after an error reply, as a server does."""
+    """Serve fakeredis, patched to keep a connection open after an error reply, as Redis does."""
     import fakeredis  # noqa: PLC0415  # a development dependency
 
     server = fakeredis.TcpFakeServer(("127.0.0.1", port))
@@ -165,25 +154,22 @@ def _serve_fake(port: int) -> None:
     server.serve_forever()
 
 
-def _watch(child: int) -> None:
-    """In a forked process: kill `child`, the parent, when its standard input is closed."""
-    os.closerange(1, 256)
-    os.read(0, 1)
-    if os.getppid() == child:
-        os.kill(child, signal.SIGKILL)
-    os._exit(0)
-
-
 def _become(parent: int, command: Sequence[str], use_pdeathsig: bool = sys.platform == "linux") -> None:
-    """Execute `command` in this process, to be killed when the process `parent` ends."""
+    """Execute `command` in this process, which is killed when the process `parent` ends.
+
+    Without PR_SET_PDEATHSIG, a forked process kills it at the end of its standard input.
+    """
+    child = os.getpid()
     if use_pdeathsig:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent ended before prctl
             sys.exit(1)
-    else:
-        child = os.getpid()
-        if os.fork() == 0:
-            _watch(child)
+    elif os.fork() == 0:
+        os.closerange(1, 256)
+        os.read(0, 1)
+        if os.getppid() == child:
+            os.kill(child, signal.SIGKILL)
+        os._exit(0)
     if command[0] == _FAKE:
         _serve_fake(int(command[1]))
     else:

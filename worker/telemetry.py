@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, MutableMapping
+from functools import partial
 from typing import Any, TextIO
 
 import structlog
@@ -20,58 +21,43 @@ from worker.config import LogSection
 
 Log = FilteringBoundLogger
 
-STATES = ("starting", "ready", "busy", "draining", "failed")
-
-_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_DURATION = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_WAIT = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
-
 
 class Metrics:
     """The metrics of one worker, in their own registry. Times in seconds."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._vram = Gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"], registry=registry)
-        self._kv_blocks = Gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"], registry=registry)
-        state = Gauge("worker_state", "1 for the current state, 0 for the others.", ["state"], registry=registry)
-        self._states = {each: state.labels(each) for each in STATES}
-        self.requests = Counter("worker_requests_total", "Finished jobs, by outcome.", ["outcome"], registry=registry)
-        self.tokens_in = Counter(
-            "worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.", registry=registry
+        self._registry = CollectorRegistry()
+        gauge, counter = partial(Gauge, registry=self._registry), partial(Counter, registry=self._registry)
+        histogram = partial(Histogram, registry=self._registry)
+        latency = partial(
+            histogram, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
         )
-        self.tokens_generated = Counter("worker_tokens_generated_total", "Tokens sampled.", registry=registry)
-        self.prefix_hits = Counter(
-            "worker_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.", registry=registry
-        )
-        self.first_token = Histogram(
-            "worker_time_to_first_token_seconds", "From claim to first token.", buckets=_LATENCY, registry=registry
-        )
-        self.inter_token = Histogram(
-            "worker_inter_token_seconds", "Between consecutive tokens of a job.", buckets=_LATENCY, registry=registry
-        )
-        self.inference = Histogram(
-            "worker_inference_seconds", "From claim to last token.", buckets=_DURATION, registry=registry
-        )
-        self.queue_wait = Histogram(
-            "worker_queue_wait_seconds", "From submission to claim.", buckets=_WAIT, registry=registry
-        )
-        self.model_load = Gauge("worker_model_load_seconds", "Time to load the model.", registry=registry)
+        duration = partial(histogram, buckets=(0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0))
+        wait = partial(histogram, buckets=(0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0))
+
+        self._vram = gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"])
+        self._kv_blocks = gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"])
+        self._state = gauge("worker_state", "1 for the current state, 0 for the others.", ["state"])
+        self.requests = counter("worker_requests_total", "Finished jobs, by outcome.", ["outcome"])
+        self.tokens_in = counter("worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.")
+        self.tokens_generated = counter("worker_tokens_generated_total", "Tokens sampled.")
+        self.prefix_hits = counter("worker_prefix_cache_hit_tokens_total", "Prompt tokens found in the prefix cache.")
+        self.first_token = latency("worker_time_to_first_token_seconds", "From claim to first token.")
+        self.inter_token = latency("worker_inter_token_seconds", "Between consecutive tokens of a job.")
+        self.inference = duration("worker_inference_seconds", "From claim to last token.")
+        self.queue_wait = wait("worker_queue_wait_seconds", "From submission to claim.")
+        self.model_load = gauge("worker_model_load_seconds", "Time to load the model.")
         began = time.monotonic()
-        uptime = Gauge("worker_uptime_seconds", "Since the worker started.", registry=registry)
-        uptime.set_function(lambda: time.monotonic() - began)
-        self.entered(STATES[0])
+        gauge("worker_uptime_seconds", "Since the worker started.").set_function(lambda: time.monotonic() - began)
+        self.set_state("starting")
 
-    def entered(self, state: str) -> None:
-        """Set the current state."""
-        for each, gauge in self._states.items():
-            gauge.set(each == state)
+    def set_state(self, state: str) -> None:
+        """Set the current state of the worker."""
+        for each in ("starting", "ready", "busy", "draining", "failed"):
+            self._state.labels(each).set(each == state)
 
-    def memory(self, purposes: Mapping[str, int], kv_blocks: Mapping[str, int]) -> None:
-        """Set device bytes by purpose, and KV blocks by state.
-
-        Used, cached (prefix cache), free.
-        """
+    def set_memory(self, purposes: Mapping[str, int], kv_blocks: Mapping[str, int]) -> None:
+        """Set device bytes by purpose and KV blocks by state: used, cached (prefix cache), free."""
         for purpose, count in purposes.items():
             self._vram.labels(purpose).set(count)
         for state, count in kv_blocks.items():
@@ -83,11 +69,10 @@ class Metrics:
 
 
 def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) -> Log:
-    """Open the log of this worker, on stderr by default: JSON lines, or readable lines on a
-    terminal.
+    """Open the worker's log, on stderr by default: JSON lines, or readable lines on a terminal.
 
-    Every line has worker_id, model, gpu, job_id and correlation_id; the last four are null until
-    they are bound.
+    Every line has worker_id, model, gpu, job_id and correlation_id; those that are not bound are
+    null.
     """
     out = stream or sys.stderr
     console = section.format == "console" or (section.format == "auto" and out.isatty())
@@ -116,17 +101,14 @@ def _event_first(_: object, __: str, line: MutableMapping[str, Any]) -> MutableM
 
 
 def frames_of(error: BaseException) -> list[str]:
-    """Return the stack frames of `error`, outermost first, and its type.
+    """Return the stack frames of `error`, outermost first, and its type, without its message.
 
-    Its message may quote a prompt.
+    The message may quote a prompt.
     """
     frames = traceback.extract_tb(error.__traceback__)
     return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames] + [type(error).__name__]
 
 
 def trace_of(error: BaseException) -> str:
-    """Return the full traceback with messages.
-
-    Only for errors of the engine, which handles no text.
-    """
+    """Return the full traceback with messages. Only for the engine's errors, which hold no text."""
     return "".join(traceback.format_exception(error))

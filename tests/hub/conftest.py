@@ -1,4 +1,4 @@
-"""The fake Python, and a small packaged model added to the real ones."""
+"""Fixtures: the fake Python, and a small packaged model beside the published one."""
 
 from __future__ import annotations
 

