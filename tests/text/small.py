@@ -2,7 +2,7 @@
 
 from gguf import TokenType
 
-from worker.text.byte_bpe import byte_alphabet
+from worker.text.bpe import byte_alphabet
 from worker.text.tokenizer import Tokenizer, load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE

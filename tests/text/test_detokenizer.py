@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.small import HARMONY_NAMES, byte_level, tokenizer_of
-from worker.text.channels import Channels
-from worker.text.detokenizer import IncrementalDetokenizer
+from worker.text.detokenizer import HarmonyParser, IncrementalDetokenizer
 from worker.text.tokenizer import load_tokenizer
 
 HARMONY = load_tokenizer(byte_level(names=HARMONY_NAMES, extra=[("analysis", 1), ("final", 1)]))
@@ -132,8 +131,8 @@ def test_a_stop_string_in_a_header_stops_nothing():
 
 
 def test_gpt_oss_s_own_vocabulary_speaks_harmony(gpt_oss, qwen2):
-    assert Channels.supported_by(gpt_oss.vocab)
-    assert not Channels.supported_by(qwen2.vocab)
+    assert HarmonyParser.supported_by(gpt_oss.vocab)
+    assert not HarmonyParser.supported_by(qwen2.vocab)
     pieces = pushed(gpt_oss, "<|channel|>analysis<|message|>We.<|end|><|start|>assistant<|channel|>final<|message|>Hi")
     assert channels_of(pieces) == [("analysis", "We."), ("final", "Hi")]
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.text.small import NORMAL, byte_level, pieces_of, tokenizer_of
 from worker.errors import ModelLoadFailed
-from worker.text.byte_bpe import byte_alphabet
+from worker.text.bpe import byte_alphabet
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
 TEXT = "It'S  Ab\r\n1234 x_=!\n\n"

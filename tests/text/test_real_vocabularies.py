@@ -8,7 +8,7 @@ import tiktoken
 from tests.text.conftest import VOCABULARIES
 from worker.errors import InvalidRequest
 from worker.gguf_file import GgufFile
-from worker.text.byte_bpe import byte_alphabet
+from worker.text.bpe import byte_alphabet
 from worker.text.tokenizer import load_tokenizer
 
 O200K_HARMONY = "|".join(

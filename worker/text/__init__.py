@@ -3,8 +3,7 @@
 - A prompt is tokenized in `tokenizer.py`: `Tokenizer.encode_prompt` for a raw prompt, `encode_chat`
   for messages, which `chat_template.py` renders.
 - `vocabulary.py` reads the GGUF metadata; `special_tokens.py` splits special tokens from ordinary
-  text, which `byte_bpe.py` (with `pre_tokenizers.py`) or `sentencepiece_bpe.py` encodes.
-- A token's text is withheld for a stop string in `detokenizer.py`: `StopMatcher`, called by
-  `IncrementalDetokenizer`.
-- `channels.py` follows gpt-oss's harmony message format.
+  text, which `bpe.py` encodes, with the word patterns of `pre_tokenizers.py`.
+- A token's text is withheld for a stop string in `detokenizer.py`, which also parses gpt-oss's
+  harmony message format.
 """

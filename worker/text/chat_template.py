@@ -1,8 +1,7 @@
-"""A model's chat template: a Jinja2 template from the GGUF file, rendered as transformers'
-`apply_chat_template` does.
+"""Chat templates: Jinja2 from the GGUF file, rendered as transformers' `apply_chat_template` does.
 
-Messages to text only; the caller provides the clock. Read next: tokenizer.py, which escapes the
-messages' content before rendering and tokenizes the text after it.
+The caller provides the clock. tokenizer.py escapes the content of the messages before rendering and
+tokenizes the rendered text.
 """
 
 from __future__ import annotations
@@ -24,36 +23,26 @@ class ChatTemplate:
     """A compiled template. `variables` are the special tokens by role: bos_token, eos_token, …"""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        self._variables = dict(variables)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        self._variables = {**variables, "tools": None, "documents": None, "add_generation_prompt": True}
+        extensions = [_Generation, loopcontrols]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # compiling a program from a file can raise any exception
+        except Exception as error:  # a template can raise any exception when it is compiled
             what = f"the chat template does not compile ({_sentence(error)})"
             raise ModelLoadFailed(what, "tokenizer.chat_template", "a Jinja2 template") from error
 
     def render(self, messages: list[dict[str, str]], now: datetime) -> str:
-        """Return the prompt's text with the generation prompt. `now`, an aware time, is the
-        template's clock, in UTC.
+        """Return the text with the generation prompt; the template's clock is `now` in UTC.
 
-        Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails on
-        them.
+        Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails.
         """
-        utc = now.astimezone(UTC)
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                strftime_now=utc.strftime,
-                **self._variables,
-            )
-        except Exception as error:  # rendering it can, too
+            clock = now.astimezone(UTC).strftime
+            return self._template.render(messages=messages, strftime_now=clock, **self._variables)
+        except Exception as error:  # or rendered
             verb = "rejects them" if isinstance(error, _RaisedByTemplate) else "fails on them"
             constraint = f"the model's chat template {verb}: {_sentence(error)}"
             roles = [message.get("role") for message in messages[:16]]
@@ -65,7 +54,7 @@ class _RaisedByTemplate(TemplateError):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the model's turns for training; its body is rendered unchanged."""
+    """`{% generation %}`, which marks the model's turns for training: render its body."""
 
     tags = {"generation"}  # noqa: RUF012  (a plain set in jinja2's Extension)
 
@@ -81,7 +70,7 @@ def _raise_exception(message: str) -> NoReturn:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's built-in filter escapes <, > and & for HTML.
+    # Jinja's own filter escapes <, > and & for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

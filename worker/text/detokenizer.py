@@ -1,31 +1,29 @@
-"""Token ids of an answer to published text, token by token: incremental UTF-8 decoding, then stop
-strings.
+"""Token ids of an answer to published text: harmony headers, UTF-8 decoding, stop strings.
 
 The output depends only on the ids pushed so far: a second worker that pushes the same ids publishes
-the same text. `StopMatcher` withholds text that may still become a stop string. Read next:
-channels.py.
+the same text. `StopMatcher` withholds text that may still become a stop string; `HarmonyParser`
+finds the headers and channels of gpt-oss's messages.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from worker.text.channels import Channels
 from worker.text.tokenizer import Tokenizer
+from worker.text.vocabulary import Vocabulary
+
+_HARMONY_HEADER = ("<|start|>", "<|channel|>", "<|message|>")
 
 
 class DetokenizedToken(NamedTuple):
     """The text that one token released."""
 
     text: str
-    """Whole code points.
-
-    Empty for control tokens and headers, and while a stop string may still form.
-    """
+    """Whole code points; empty for control tokens, headers and withheld text."""
     channel: str | None
-    """analysis, commentary or final, for the content of gpt-oss's messages."""
+    """analysis, commentary or final in the content of harmony messages."""
     stop: str | None
     """The stop string that this token completed: the answer ends here."""
 
@@ -46,25 +44,23 @@ class IncrementalDetokenizer:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._matcher = StopMatcher(stop) if stop else None
         self._unmatched = min_tokens
-        self._channels: Channels | None = None
-        if Channels.supported_by(tokenizer.vocab):
-            self._channels = Channels(tokenizer.vocab.special, tokenizer.token_bytes)
-            self._channels.follow(prompt_ids)
+        self._harmony: HarmonyParser | None = None
+        if HarmonyParser.supported_by(tokenizer.vocab):
+            self._harmony = HarmonyParser(tokenizer.vocab.special, tokenizer.token_bytes)
+            self._harmony.follow(prompt_ids)
 
     def push(self, token_id: int, *, last: bool = False) -> DetokenizedToken:
         """Add the answer's next token; `last` also releases withheld text.
 
-        After a stop string no text is released.
+        No text is released after a stop string.
         """
-        channel, hidden, flush = None, False, last
-        if self._channels is not None:
-            channel = self._channels.channel
-            flush = last or token_id in self._channels.boundaries
-            hidden = self._channels.advance(token_id)
-        text = self._decode(b"" if hidden else self._token_bytes(token_id), last)
-        if self._matcher is None:
-            return DetokenizedToken(text, channel, None)
-        if self._unmatched > 0:
+        channel, in_header, flush = None, False, last
+        if self._harmony is not None:
+            channel = self._harmony.channel
+            flush = last or token_id in self._harmony.boundaries
+            in_header = self._harmony.advance(token_id)
+        text = self._decode(b"" if in_header else self._token_bytes(token_id), last)
+        if self._matcher is None or self._unmatched > 0:
             self._unmatched -= 1
             return DetokenizedToken(text, channel, None)
         text = self._matcher.push(text)
@@ -74,12 +70,11 @@ class IncrementalDetokenizer:
 
 
 class StopMatcher:
-    """Release text up to a stop string, matched across token boundaries; withhold text that may
-    become one.
+    """Release text up to a stop string; withhold text that may become one with later tokens.
 
-    A match is made as soon as a stop string is complete. Of several that one token completes, the
-    one that starts first wins, and of those the longest (llama-server also takes the first start).
-    After a match, `matched` is that string and no more text is released.
+    A stop string matches as soon as it is complete. Of several that one token completes, the one
+    that starts first wins, as in llama-server, and of those the longest. After a match, `matched`
+    is that string and no more text is released.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -100,7 +95,9 @@ class StopMatcher:
             if 0 <= at < start:
                 start, self.matched = at, stop
         if self.matched is None:
-            start -= self._partial_match(text)
+            # Withhold the longest suffix that is a prefix of a stop string.
+            lengths = range(min(self._longest_prefix, len(text)), 0, -1)
+            start -= next((n for n in lengths if text[-n:] in self._prefixes), 0)
         self._withheld = text[start:] if self.matched is None else ""
         return text[:start]
 
@@ -109,9 +106,50 @@ class StopMatcher:
         withheld, self._withheld = self._withheld, ""
         return withheld
 
-    def _partial_match(self, text: str) -> int:
-        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
-        for n in range(min(self._longest_prefix, len(text)), 0, -1):
-            if text[-n:] in self._prefixes:
-                return n
-        return 0
+
+class HarmonyParser:
+    """Track harmony, gpt-oss's message format: header tokens, and the channel of the content.
+
+    A message is `<|start|>role<|channel|>name …<|message|>content<|end|>` (OpenAI's harmony guide).
+    The state follows token ids; text is decoded only for a channel's name.
+    """
+
+    def __init__(self, special: dict[str, int], token_bytes: Callable[[int], bytes]) -> None:
+        self.channel: str | None = None
+        """The channel of the content at the next token; None in headers and outside channels."""
+        self._token_bytes = token_bytes
+        self._start, self._channel, self._message = (special[name] for name in _HARMONY_HEADER)
+        self._ends = frozenset(special[name] for name in ("<|end|>", "<|return|>", "<|call|>") if name in special)
+        self.boundaries = self._ends | {self._start, self._channel}
+        """The tokens that end a message's content."""
+        self._in_header = False
+        self._name: bytes | None = None
+
+    @staticmethod
+    def supported_by(vocab: Vocabulary) -> bool:
+        """Whether the vocabulary has the tokens of a harmony header."""
+        return all(name in vocab.special for name in _HARMONY_HEADER)
+
+    def follow(self, prompt_ids: Sequence[int]) -> None:
+        """Advance through a prompt, from its last `<|start|>` on: earlier tokens have no effect."""
+        ids = list(prompt_ids)
+        first = len(ids) - 1 - ids[::-1].index(self._start) if self._start in ids else 0
+        for token_id in ids[first:]:
+            self.advance(token_id)
+
+    def advance(self, token_id: int) -> bool:
+        """Advance by one token; return whether it belongs to a header."""
+        if token_id in self.boundaries:
+            self._in_header = token_id not in self._ends
+            self._name = b"" if token_id == self._channel else None
+            self.channel = None
+            return self._in_header
+        if not self._in_header:
+            return False
+        if token_id == self._message:
+            self._in_header = False
+            words = (self._name or b"").decode(errors="replace").split()
+            self.channel = words[0] if words and words[0] in ("analysis", "commentary", "final") else None
+        elif self._name is not None:
+            self._name += self._token_bytes(token_id)
+        return True

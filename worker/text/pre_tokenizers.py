@@ -1,10 +1,8 @@
-"""Pre-tokenizers of byte-level vocabularies: the patterns that split text into words, by
-`tokenizer.ggml.pre`.
+"""Pre-tokenizers of byte-level vocabularies, by `tokenizer.ggml.pre`: patterns of words.
 
-The expressions are those of the models' own tokenizers (OpenAI's tiktoken for gpt-2 and gpt-4o, the
-tokenizer.json of the others); `default` is llama.cpp's for files older than the key. They are
-applied in order, each within the splits of the previous one; unmatched text is a split too. Read
-next: byte_bpe.py.
+The patterns are those of the models' own tokenizers (OpenAI's tiktoken for gpt-2 and gpt-4o, the
+tokenizer.json of the others); `default` is llama.cpp's, for files older than the key. They apply in
+order, each within the splits of the previous one; unmatched text is a split too.
 """
 
 from __future__ import annotations
@@ -27,13 +25,13 @@ _O200K = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Split patterns, and two properties that depend on the pre-tokenizer's name."""
+    """Split patterns, and two properties of the tokenizers that use them."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    """A word that is itself a token becomes that token without merging."""
+    """A word that is a token is encoded as that token, without merges."""
     add_bos: bool = False
-    """Whether to add BOS if the file does not specify it."""
+    """The default of `tokenizer.ggml.add_bos_token`."""
 
 
 _LLAMA3 = PreTokenizer((_LETTERS_AND_SYMBOLS.replace("{digits}", r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
@@ -53,12 +51,8 @@ PRE_TOKENIZERS = {
 
 
 def pre_tokenizer(pre: str) -> PreTokenizer:
-    """Return the entry for a `tokenizer.ggml.pre`.
-
-    Raises ModelLoadFailed if unknown: a guess gives wrong ids.
-    """
+    """Return the pre-tokenizer of a name. Raises ModelLoadFailed if it is unknown."""
     if pre not in PRE_TOKENIZERS:
-        raise ModelLoadFailed(
-            f"the pre-tokenizer {pre[:60]!r} is unknown", "tokenizer.ggml.pre", "one of " + ", ".join(PRE_TOKENIZERS)
-        )
+        what, expected = f"the pre-tokenizer {pre[:60]!r} is unknown", "one of " + ", ".join(PRE_TOKENIZERS)
+        raise ModelLoadFailed(what, "tokenizer.ggml.pre", expected)
     return PRE_TOKENIZERS[pre]

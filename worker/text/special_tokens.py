@@ -1,8 +1,7 @@
-"""Special tokens in text: `split` matches those that a template or raw prompt contains, `guard`
-escapes user text.
+"""Special tokens in text: `split` finds them, `guard` escapes text that must not contain any.
 
-Both are called by tokenizer.py: `guard` on the messages before the chat template, `split` on the
-rendered prompt.
+tokenizer.py calls `guard` on the content of messages before the chat template is rendered, and
+`split` on the rendered text and on raw prompts.
 """
 
 from __future__ import annotations
@@ -22,18 +21,14 @@ class SpecialTokens:
         lengths = defaultdict(set)
         for name in ids:
             lengths[name[:2]].add(len(name))
-        # Lookup by the first two characters: a regex of all names would try a thousand alternatives
-        # at each "<|".
+        # By two characters: a regex of all names would try up to 1,000 alternatives at each "<|".
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
         self._head = re.compile("|".join(map(re.escape, self._lengths)) or "(?!)")
         self._names, self._reversed = sorted(ids), sorted(name[::-1] for name in ids)
         self._longest = max(map(len, ids), default=0)
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Yield ids of special tokens and the non-empty text between them.
-
-        The longest name wins at each position.
-        """
+        """Yield special tokens' ids, the longest at each position, and the text between them."""
         start = at = 0
         while head := self._head.search(text, at):
             at = head.start()
@@ -49,13 +44,15 @@ class SpecialTokens:
             yield text[start:]
 
     def guard(self, text: str, mark: str) -> str:
-        """Return `text` with `mark` inserted so that `split` matches no special token in it,
-        whatever surrounds it.
+        """Insert `mark` so that `split` finds no special token that reaches into `text`.
 
-        Marks are inserted inside every name, at an end of the text where a name could begin or end,
-        and after a text that could be the middle of a name, unless it is only white space. White
-        space at the ends is ignored when looking for names, because templates trim it. Text without
-        such places is returned unchanged.
+        This holds for any text before and after it. A mark is inserted
+
+        - inside each name,
+        - at an end of the text, if it could complete or begin a name,
+        - after the text, if it could be the middle of a name and is not only white space.
+
+        Templates may trim white space, so the ends are also those of the trimmed text.
         """
         places = {at + 1 for at in self._starts(text)}
         for end in {len(text), len(text.rstrip())}:
@@ -76,7 +73,7 @@ class SpecialTokens:
         return None
 
     def _starts(self, text: str) -> Iterator[int]:
-        """Yield the positions where a name begins, including those inside another name."""
+        """Yield the position of each name, including names inside another one."""
         at = 0
         while head := self._head.search(text, at):
             if self._name_at(text, head.start()) is not None:

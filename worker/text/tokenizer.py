@@ -1,56 +1,40 @@
-"""Tokenization: a text, a raw prompt or a chat to token ids, and a token id to the bytes it adds to
-an answer.
+"""Tokenizer of a model file: texts, prompts and chats to token ids, token ids to bytes.
 
-Special tokens written by a chat template or a raw prompt are matched whole; those in a message's
-content never are. Read next: vocabulary.py, byte_bpe.py or sentencepiece_bpe.py, chat_template.py.
+A special token in a chat template or a raw prompt is encoded as that token; in the content of a
+message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py, chat_template.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.text.bpe import ByteBpe, SentencePieceBpe
 from worker.text.special_tokens import SpecialTokens
 from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, TokenizerMetadata, Vocabulary, read_vocabulary
 
-if TYPE_CHECKING:
-    from worker.text.chat_template import ChatTemplate
+Render = Callable[[list[dict[str, str]], datetime], str]
+"""`ChatTemplate.render`; its module imports Jinja2, and only a file with a template needs that."""
 
-# Code points that Unicode reserves for a program's internal use: one that is absent from the
-# messages marks their special tokens.
+# Reserved by Unicode for internal use; one that the messages lack marks their special tokens.
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 _C_SPACE = " \t\n\v\f\r"
 
 
-class Bpe(Protocol):
-    """Encoder of ordinary text: `ByteBpe` or `SentencePieceBpe`."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; none of them is special."""
-        ...
-
-    def decode_token(self, token: str) -> bytes:
-        """Return the bytes of a NORMAL token."""
-        ...
-
-
 class Tokenizer:
-    """Text to ids and ids to bytes for one vocabulary. Created by `load_tokenizer`."""
+    """Text to ids and ids to bytes. `render` is an error if there is no usable chat template."""
 
-    def __init__(self, vocab: Vocabulary, bpe: Bpe, template: ChatTemplate | ModelLoadFailed) -> None:
+    def __init__(self, vocab: Vocabulary, bpe: ByteBpe | SentencePieceBpe, render: Render | ModelLoadFailed) -> None:
         self.vocab = vocab
         self._bpe = bpe
-        self._template = template
+        self._render = render
         self._special = SpecialTokens(vocab.special)
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids of a text, without BOS.
-
-        With `special`, special tokens in it are matched whole.
-        """
+        """Return the ids of a text without BOS; `special` encodes the special tokens in it."""
         _check_unicode(text, "prompt")
         return self._encode_parts(self._special.split(text) if special else [text] if text else [])
 
@@ -59,16 +43,14 @@ class Tokenizer:
         return self._with_bos(self.encode(text, special=special))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, now: datetime) -> list[int]:
-        """Return the ids of a chat with the generation prompt. `now`, an aware time, is the
-        template's clock.
+        """Return the ids of a chat with the generation prompt.
 
-        Raises InvalidRequest if the model has no usable template or the template rejects the
-        messages.
+        `now`, an aware time, is the template's clock. Raises InvalidRequest if the model has no
+        usable template, or the template rejects the messages.
         """
-        if isinstance(self._template, ModelLoadFailed):
-            raise InvalidRequest.of(
-                ("messages", f"this model has no usable chat template, send a prompt: {self._template.message}", None)
-            )
+        if isinstance(self._render, ModelLoadFailed):
+            constraint = f"this model has no usable chat template, send a prompt: {self._render.message}"
+            raise InvalidRequest.of(("messages", constraint, None))
         plain = [dict(message) for message in messages]
         content = "".join(value for message in plain for value in message.values())
         _check_unicode(content, "messages")
@@ -79,30 +61,25 @@ class Tokenizer:
             {key: value if key == "role" else self._special.guard(value, mark) for key, value in message.items()}
             for message in plain
         ]
-        if guarded != plain:  # the template must see the original too: it may reject special tokens
-            self._template.render(plain, now)
-        parts = self._special.split(self._template.render(guarded, now))
-        return self._with_bos(
-            self._encode_parts([part if isinstance(part, int) else part.replace(mark, "") for part in parts])
-        )
+        if guarded != plain:  # render the original too: the template may reject special tokens
+            self._render(plain, now)
+        parts = self._special.split(self._render(guarded, now))
+        unmarked = (part if isinstance(part, int) else part.replace(mark, "") for part in parts)
+        return self._with_bos(self._encode_parts(unmarked))
 
     def require_chat(self) -> None:
         """Raise ModelLoadFailed if the model has no usable chat template."""
-        if isinstance(self._template, ModelLoadFailed):
-            raise self._template
+        if isinstance(self._render, ModelLoadFailed):
+            raise self._render
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to an answer.
-
-        Empty for control, end and padding tokens.
-        """
-        cached = self._bytes.get(token_id)
-        if cached is None:
-            cached = self._bytes[token_id] = self._decode_token(token_id)
-        return cached
+        """Return a token's bytes in an answer: none for control, end and padding tokens."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._decode_token(token_id)
+        return self._bytes[token_id]
 
     def piece(self, token_id: int) -> str:
-        """Return a token for display: its text, or its name if it has no text."""
+        """Return a token for display: its text, or its name if it adds no text."""
         text = self.token_bytes(token_id).decode(errors="replace")
         return text or (self.vocab.tokens[token_id] if token_id < self.vocab.size else "")
 
@@ -118,10 +95,7 @@ class Tokenizer:
         return token.encode() if kind == USER_DEFINED else b""
 
     def _encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Encode text between special tokens.
-
-        As in llama.cpp, each special token restarts the space prefix.
-        """
+        """Encode texts and special tokens; as in llama.cpp, these restart the space prefix."""
         ids: list[int] = []
         after_special, strip = True, False
         for part in parts:
@@ -144,50 +118,39 @@ class Tokenizer:
 
 
 def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer of a GGUF file from its metadata: keys to Python values, arrays as lists
-    or NumPy arrays.
+    """Build the tokenizer of a file from its GGUF metadata. Raises ModelLoadFailed if unsupported.
 
-    Raises ModelLoadFailed for an unsupported tokenizer. A chat template that does not compile is
-    not an error here: the model still takes raw prompts, and `encode_chat` and `require_chat`
-    report the reason.
+    A chat template that does not compile is not an error here: the model still takes raw prompts,
+    and `encode_chat` and `require_chat` report the reason.
     """
     typed = TokenizerMetadata(metadata)
     return build_tokenizer(typed, read_vocabulary(typed))
 
 
 def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer:
-    """Build the tokenizer of a vocabulary already read.
-
-    Only the libraries that this file needs are imported.
-    """
-    return Tokenizer(vocab, _bpe(metadata, vocab), _template(metadata, vocab))
-
-
-def _bpe(metadata: TokenizerMetadata, vocab: Vocabulary) -> Bpe:
+    """Build the tokenizer of a vocabulary that was read from `metadata`."""
+    bpe: ByteBpe | SentencePieceBpe
     if vocab.kind == "gpt2":
-        from worker.text.byte_bpe import ByteBpe  # noqa: PLC0415
+        bpe = ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
+    else:
+        bpe = SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
+    try:
+        return Tokenizer(vocab, bpe, _chat_template(metadata, vocab))
+    except ModelLoadFailed as error:
+        return Tokenizer(vocab, bpe, error)
 
-        return ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
-    from worker.text.sentencepiece_bpe import SentencePieceBpe  # noqa: PLC0415
 
-    return SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
-
-
-def _template(metadata: TokenizerMetadata, vocab: Vocabulary) -> ChatTemplate | ModelLoadFailed:
-    source = metadata.text("tokenizer.chat_template", "")
+def _chat_template(metadata: TokenizerMetadata, vocab: Vocabulary) -> Render:
+    source = metadata.get("tokenizer.chat_template", str, "")
     if not source:
-        return ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
+        raise ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
     from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
 
     token_ids = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
     for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
         token_ids[name] = metadata.token_id(f"tokenizer.ggml.{key}_token_id", vocab.size)
-    try:
-        return ChatTemplate(
-            source, {name: "" if token_id is None else vocab.tokens[token_id] for name, token_id in token_ids.items()}
-        )
-    except ModelLoadFailed as error:
-        return error
+    names = {name: "" if token_id is None else vocab.tokens[token_id] for name, token_id in token_ids.items()}
+    return ChatTemplate(source, names).render
 
 
 def _check_unicode(text: str, field: str) -> None:

@@ -1,31 +1,28 @@
-"""A model's vocabulary, read from GGUF metadata: tokens, token types, special, padding and
-end-of-generation ids.
+"""A model's vocabulary from GGUF metadata: tokens, types, and special, padding and end tokens.
 
-`TokenizerMetadata` reads the values and checks their types; `read_vocabulary` interprets them. Read
-next: special_tokens.py (special tokens in text), then byte_bpe.py and sentencepiece_bpe.py
-(ordinary text).
+`TokenizerMetadata` checks the types of values; `read_vocabulary` interprets them. Read next:
+special_tokens.py (special tokens in text), bpe.py (ordinary text).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.text.pre_tokenizers import pre_tokenizer
 
-# GGUF's token types (gguf.TokenType) as plain integers: comparing 200,000 rows with enum members
-# takes several times as long, and importing gguf takes longer still.
+T = TypeVar("T")
+
+# gguf.TokenType as integers: comparing 200,000 rows with enum members is several times slower, and
+# so is the import of gguf.
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
-_END_NAMES = (
-    *("<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>"),
-    *("<|return|>", "<|call|>"),
-)
+_END_NAMES = "<|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> </s> <|return|> <|call|>"
 _MAX_NAME = 1000
 _PADDING_NAME = re.compile(r"\[PAD\d+\]|<\|pad_\d+\|>")
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
@@ -41,33 +38,19 @@ class TokenizerMetadata:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
 
-    def text(self, key: str, default: str) -> str:
-        """Return a string, or `default` if the key is absent."""
+    def get(self, key: str, kind: type[T], default: T) -> T:
+        """Return a value of the type `kind`, or `default` if the key is absent."""
         value = self._values.get(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, value, "a string")
+        if not isinstance(value, kind):
+            raise self._wrong(key, value, {str: "a string", bool: "a boolean"}.get(kind, "a number"))
         return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean, or `default` if the key is absent."""
-        value = self._values.get(key, default)
-        if not isinstance(value, bool | np.bool_):
-            raise self._wrong(key, value, "a boolean")
-        return bool(value)
-
-    def count(self, key: str) -> int:
-        """Return a non-negative integer, 0 if the key is absent."""
-        value = self._values.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise self._wrong(key, value, "a number, 0 or more")
-        return int(value)
 
     def token_id(self, key: str, rows: int) -> int | None:
         """Return a token id, or None if the key is absent or the id is not below `rows`."""
-        if key not in self._values:
-            return None
-        token_id = self.count(key)
-        return token_id if token_id < rows else None
+        value = self.get(key, int, rows)
+        if isinstance(value, bool) or value < 0:
+            raise self._wrong(key, value, "a number, 0 or more")
+        return value if value < rows else None
 
     def strings(self, key: str) -> list[str]:
         """Return a required array of strings, each valid Unicode."""
@@ -81,7 +64,7 @@ class TokenizerMetadata:
         return value
 
     def numbers(self, key: str, rows: int, default: float) -> list[Any]:
-        """Return one number per row; `default` for each row if the key is absent."""
+        """Return a number for each row, `default` for all if the key is absent."""
         if key not in self._values:
             return [default] * rows
         value = self._array(key)
@@ -107,10 +90,7 @@ class TokenizerMetadata:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a vocabulary and their roles.
-
-    `tokens[i]` and `types[i]` belong to token id i.
-    """
+    """The tokens of a vocabulary and their roles; the index of `tokens` and `types` is the id."""
 
     kind: str
     """`gpt2` (byte-level BPE) or `llama` (SentencePiece BPE)."""
@@ -120,11 +100,11 @@ class Vocabulary:
     types: list[int]
     """GGUF token types."""
     special: dict[str, int]
-    """Name → id of CONTROL and USER_DEFINED tokens (two characters or more), matched whole."""
+    """Name → id of the CONTROL and USER_DEFINED tokens of two characters or more."""
     padding_ids: frozenset[int]
-    """Rows without a token: never sampled, never matched in text."""
+    """Rows without a token: never sampled, never encoded."""
     end_ids: frozenset[int]
-    """End-of-generation tokens: each ends an answer."""
+    """Tokens that end an answer."""
     bos_id: int | None
     eos_id: int | None
     add_bos: bool
@@ -140,10 +120,7 @@ class Vocabulary:
         return len(self.tokens)
 
     def ordinary(self) -> dict[str, int]:
-        """Return token → id of the rows that ordinary text may encode to.
-
-        Raises ModelLoadFailed for duplicates.
-        """
+        """Return token → id for ordinary text. Raises ModelLoadFailed for duplicates."""
         others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
         ids = dict(zip(self.tokens, range(self.size), strict=True))
         if len(ids) == self.size:
@@ -159,11 +136,8 @@ class Vocabulary:
 
 
 def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
-    """Read the vocabulary of a file.
-
-    Raises ModelLoadFailed for an unsupported kind, pre-tokenizer or value.
-    """
-    kind, pre = metadata.text("tokenizer.ggml.model", ""), metadata.text("tokenizer.ggml.pre", "default")
+    """Read a file's vocabulary. ModelLoadFailed for an unsupported kind, pre-tokenizer or value."""
+    kind, pre = metadata.get("tokenizer.ggml.model", str, ""), metadata.get("tokenizer.ggml.pre", str, "default")
     if kind not in ("gpt2", "llama"):
         what = f"the tokenizer kind {kind[:60]!r} is unknown" if kind else "it is missing"
         raise ModelLoadFailed(what, "tokenizer.ggml.model", "gpt2 or llama")
@@ -171,8 +145,11 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     tokens = metadata.strings("tokenizer.ggml.tokens")
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens), NORMAL)
     marked = [i for i, kind in enumerate(types) if kind != NORMAL or not tokens[i]]
-    _check_byte_tokens(tokens, types, marked)
-    padding = frozenset(_padding(tokens, types, marked))
+    for i in marked:
+        if types[i] == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
+            what = f"the byte token {i} is {tokens[i][:60]!r}"
+            raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a name like <0x0A>")
+    padding = frozenset(i for i in marked if _is_padding(tokens[i], types[i]))
     special = _special(tokens, types, [i for i in marked if i not in padding])
     bos_id = metadata.token_id("tokenizer.ggml.bos_token_id", len(tokens))
     if bos_id is None and spm and len(tokens) > 1:
@@ -188,26 +165,17 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         bos_id=bos_id,
         eos_id=metadata.token_id("tokenizer.ggml.eos_token_id", len(tokens)),
         add_bos=_add_bos(metadata, bos_id, spm or pre_tokenizer(pre).add_bos),
-        add_space_prefix=spm and metadata.flag("tokenizer.ggml.add_space_prefix", True),
+        add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", bool, True),
         strip_after_ids=_strip_after_ids(metadata, special) if spm else frozenset(),
     )
 
 
-def _check_byte_tokens(tokens: list[str], types: list[int], marked: list[int]) -> None:
-    for i in marked:
-        if types[i] == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
-            what = f"the byte token {i} is {tokens[i][:60]!r}"
-            raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a name like <0x0A>")
-
-
-def _padding(tokens: list[str], types: list[int], marked: list[int]) -> Iterable[int]:
-    for i in marked:
-        if types[i] == UNUSED or not tokens[i] or (types[i] != NORMAL and _PADDING_NAME.fullmatch(tokens[i])):
-            yield i
+def _is_padding(token: str, kind: int) -> bool:
+    return kind == UNUSED or not token or (kind != NORMAL and _PADDING_NAME.fullmatch(token) is not None)
 
 
 def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str, int]:
-    # A name of one character is left out: `SpecialTokens.guard` puts a mark inside each name.
+    # Not names of one character: `SpecialTokens.guard` inserts a mark inside each name.
     special = {tokens[i]: i for i in marked if types[i] in (CONTROL, USER_DEFINED) and len(tokens[i]) > 1}
     longest = max(special, key=len, default="")
     if len(longest) > _MAX_NAME:
@@ -218,23 +186,22 @@ def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str
 
 def _end_ids(metadata: TokenizerMetadata, special: dict[str, int], rows: int) -> frozenset[int]:
     ends = {metadata.token_id(f"tokenizer.ggml.{name}_token_id", rows) for name in ("eos", "eot", "eom")}
-    ends |= {special.get(name) for name in _END_NAMES}
+    ends |= {special.get(name) for name in _END_NAMES.split()}
     if "<|return|>" in special and "<|call|>" in special:  # harmony: <|end|> closes a message, not the answer
         ends.discard(special.get("<|end|>"))
     return frozenset(end for end in ends if end is not None)
 
 
 def _add_bos(metadata: TokenizerMetadata, bos_id: int | None, default: bool) -> bool:
-    add_bos = metadata.flag("tokenizer.ggml.add_bos_token", default)
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", bool, default)
     if add_bos and bos_id is None:
         raise ModelLoadFailed("there is no BOS token to add", "tokenizer.ggml.bos_token_id", "a row of the vocabulary")
     return add_bos
 
 
 def _strip_after_ids(metadata: TokenizerMetadata, special: dict[str, int]) -> frozenset[int]:
-    # GGUF does not carry this attribute of HF's Phi-3 tokenizers; as llama.cpp does, detect it by
-    # name.
-    name = metadata.text("general.name", "").lower()
+    # GGUF lacks this attribute of HF's Phi-3 tokenizers: detect it by name, as llama.cpp does.
+    name = metadata.get("general.name", str, "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     return frozenset(i for token, i in special.items() if token not in _PHI3_NOT_STRIPPING)
