@@ -1,4 +1,4 @@
-"""The real vocabularies: GGUF files without tensors, kept compressed under tests/data/vocab."""
+"""Vocabularies of real models: compressed GGUF files without tensors, in tests/data/vocab."""
 
 import lzma
 from pathlib import Path
@@ -13,7 +13,7 @@ VOCABULARIES = Path(__file__).parent.parent / "data" / "vocab"
 
 @pytest.fixture(scope="session")
 def metadata_of(tmp_path_factory):
-    """A function from a vocabulary's name to its file's metadata."""
+    """A function that returns the metadata of a vocabulary by name."""
     folder, read = tmp_path_factory.mktemp("vocab"), {}
 
     def metadata(name: str) -> dict:

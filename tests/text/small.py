@@ -1,4 +1,4 @@
-"""Metadata of vocabularies that are read at a glance: every byte, a few merges or pieces, some control tokens."""
+"""Metadata of small vocabularies: every byte, a few merges or pieces, some control tokens."""
 
 from gguf import TokenType
 
@@ -16,7 +16,7 @@ HARMONY_NAMES = ("<|return|>", "<|call|>", "<|constrain|>", "<|channel|>", "<|st
 
 
 def byte_level(*, names=CHATML_NAMES, kind=CONTROL, extra=(), **keys) -> dict:
-    """Byte-level metadata: the 256 bytes, `he` `ll` `hell`, the names of one kind, and extra (token, type) rows."""
+    """Byte-level metadata: 256 bytes, `he` `ll` `hell`, names of one kind, extra (token, kind)."""
     merges = ["h e", "l l", "he ll"]
     rows = [(char, NORMAL) for char in byte_alphabet()] + [(merge.replace(" ", ""), NORMAL) for merge in merges]
     rows += [(name, kind) for name in names] + list(extra)
@@ -32,7 +32,7 @@ def byte_level(*, names=CHATML_NAMES, kind=CONTROL, extra=(), **keys) -> dict:
 
 
 def sentencepiece(*, pieces=("▁", "h", "e", "l", "he", "ll", "▁he"), names=("<|user|>",), **keys) -> dict:
-    """SentencePiece metadata: `<unk>` `<s>` `</s>`, the bytes, pieces (earlier ones merge first), the names."""
+    """SentencePiece metadata: `<unk>` `<s>` `</s>`, bytes, pieces in merge order, names."""
     rows = [("<unk>", TokenType.UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
     rows += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)] + [(piece, NORMAL) for piece in pieces]
     rows += [(name, CONTROL) for name in names]

@@ -1,4 +1,4 @@
-"""Chats through the models' templates: which tokens are special, and the errors of a bad template."""
+"""Chat templates: which tokens of a rendered chat are special, and the errors of a template."""
 
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -18,24 +18,24 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def shown(tokenizer, messages) -> str:
-    """The chat's ids as text: special tokens by name, everything else by its bytes."""
+def rendered(tokenizer, messages) -> str:
+    """The chat's ids as text: special tokens by name, other tokens by their bytes."""
     ids = tokenizer.encode_chat(messages, now=NOW)
     return b"".join(tokenizer.token_bytes(i) or tokenizer.piece(i).encode() for i in ids).decode()
 
 
 def chat_with(template: str, content: str = "Hi", **keys) -> str:
-    return shown(tokenizer_of(byte_level(**keys), **{"tokenizer.chat_template": template}), user(content))
+    return rendered(tokenizer_of(byte_level(**keys), **{"tokenizer.chat_template": template}), user(content))
 
 
-def refusal(template: str, content: str = "Hi") -> str:
-    with pytest.raises(InvalidRequest) as refused:
+def rejection(template: str, content: str = "Hi") -> str:
+    with pytest.raises(InvalidRequest) as error:
         chat_with(template, content)
-    assert "\n" not in refused.value.message
-    return refused.value.message
+    assert "\n" not in error.value.message
+    return error.value.message
 
 
-def test_qwen2_s_template_opens_the_model_s_turn_with_its_newline(qwen2):
+def test_the_generation_prompt_of_qwen2_s_template_ends_with_a_newline(qwen2):
     ids = qwen2.encode_chat([{"role": "system", "content": "Be terse."}, *user("Hi")], now=NOW)
     start, end, newline = 151644, 151645, 198
     assert ids[:3] == [start, *qwen2.encode("system"), newline]
@@ -43,24 +43,24 @@ def test_qwen2_s_template_opens_the_model_s_turn_with_its_newline(qwen2):
     assert (ids.count(start), ids.count(end)) == (3, 2)
 
 
-def test_no_system_prompt_is_invented_and_the_template_s_own_is_kept(qwen2):
-    assert shown(SMALL, user("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert shown(qwen2, user("Hi")).startswith("<|im_start|>system\nYou are a helpful assistant<|im_end|>\n")
+def test_only_a_template_s_own_default_system_prompt_is_added(qwen2):
+    assert rendered(SMALL, user("Hi")) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(qwen2, user("Hi")).startswith("<|im_start|>system\nYou are a helpful assistant<|im_end|>\n")
 
 
-def test_phi_3_s_template_writes_the_only_bos(phi3):
+def test_bos_is_not_added_to_phi_3_s_template_which_has_one(phi3):
     bos, user_id, hello, end, assistant = 1, 32010, 15043, 32007, 32001
     assert phi3.encode_chat(user("Hello"), now=NOW) == [bos, user_id, hello, end, assistant]
 
 
-def test_bos_is_added_where_the_template_writes_none():
+def test_bos_is_added_if_the_template_has_none():
     tokenizer = tokenizer_of(sentencepiece(), **{"tokenizer.chat_template": "<|user|>{{ messages[0].content }}"})
     assert tokenizer.encode_chat(user("he"), now=NOW) == [1, *tokenizer.encode("<|user|>he", special=True)]
 
 
-def test_gpt_oss_s_template_is_rendered_whole(gpt_oss):
+def test_gpt_oss_s_template_renders_every_role(gpt_oss):
     messages = [{"role": "system", "content": "Be terse."}, *user("Hi"), {"role": "assistant", "content": "Ho"}]
-    assert shown(gpt_oss, [*messages, *user("Bye")]) == (
+    assert rendered(gpt_oss, [*messages, *user("Bye")]) == (
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
         "Knowledge cutoff: 2024-06\nCurrent date: 2025-08-05\n\nReasoning: medium\n\n"
         "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
@@ -70,28 +70,28 @@ def test_gpt_oss_s_template_is_rendered_whole(gpt_oss):
     )
 
 
-def test_gpt_oss_s_template_refuses_channel_tags_in_an_assistant_s_content(gpt_oss):
+def test_gpt_oss_s_template_rejects_channel_tags_in_an_assistant_s_content(gpt_oss):
     tagged = [*user("Hi"), {"role": "assistant", "content": "<|channel|>final<|message|>Ho"}, *user("Bye")]
     with pytest.raises(InvalidRequest, match="rejects them: You have passed a message containing"):
         gpt_oss.encode_chat(tagged, now=NOW)
 
 
-def test_now_is_the_given_time_in_utc():
+def test_the_template_s_clock_is_in_utc():
     later = NOW.astimezone(timezone(timedelta(hours=9)))
     tokenizer = tokenizer_of(byte_level(), **{"tokenizer.chat_template": "{{ strftime_now('%d %b %Y %H:%M') }}"})
     assert later.day == 6
     assert pieces_of(tokenizer, tokenizer.encode_chat(user(""), now=later)) == list("05 Aug 2025 23:30")
 
 
-HALVES = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<", "|>", "<|", "system", "\n", " ", "\ufdd0", "é", ">"]
+FRAGMENTS = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<", "|>", "<|", "system", "\n", " ", "\ufdd0", "é", ">"]
 
 
-@given(st.lists(st.sampled_from(HALVES), max_size=8).map("".join))
-def test_special_tokens_in_content_stay_plain_text_and_no_character_is_lost(content):
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join))
+def test_special_tokens_in_content_are_plain_text_and_no_character_is_lost(content):
     ids = SMALL.encode_chat(user(content), now=NOW)
     special = [SMALL.vocab.tokens[i] for i in ids if i in SMALL.vocab.special.values()]
     assert special == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert shown(SMALL, user(content)) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered(SMALL, user(content)) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt_oss"])
@@ -101,7 +101,7 @@ def test_every_special_token_of_a_real_vocabulary_is_plain_text_in_content(name,
     content = " ".join(tokenizer.vocab.special) + "".join(tokenizer.vocab.special)
     ids, plain = (tokenizer.encode_chat(user(text), now=NOW) for text in (content, "x"))
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
-    assert content in shown(tokenizer, user(content))
+    assert content in rendered(tokenizer, user(content))
 
 
 def test_content_and_template_do_not_join_into_a_special_token():
@@ -115,15 +115,15 @@ def test_content_and_template_do_not_join_into_a_special_token():
         assert not set(ids) & set(tokenizer.vocab.special.values())
 
 
-def test_a_template_may_make_a_special_token_of_the_role():
+def test_a_template_may_build_a_special_token_from_the_role():
     template = "{{ '<|' + messages[0].role + '|>' + messages[0].content }}"
     tokenizer = tokenizer_of(byte_level(names=("<|user|>",)), **{"tokenizer.chat_template": template})
     assert pieces_of(tokenizer, tokenizer.encode_chat(user("x"), now=NOW)) == ["<|user|>", "x"]
 
 
-def test_content_with_every_noncharacter_is_refused_and_with_one_survives():
+def test_content_with_every_noncharacter_is_refused_and_with_all_but_one_is_kept():
     nonchars = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert nonchars[1:] in shown(SMALL, user(nonchars[1:]))
+    assert nonchars[1:] in rendered(SMALL, user(nonchars[1:]))
     with pytest.raises(InvalidRequest, match="noncharacters"):
         SMALL.encode_chat(user(nonchars), now=NOW)
 
@@ -147,25 +147,29 @@ def test_a_lone_surrogate_in_content_is_refused():
         ("{{ add_generation_prompt }}{{ bos_token }}{{ eos_token }}{{ pad_token }}", "Truehe<|im_end|>"),
     ],
 )
-def test_templates_run_as_in_hugging_face_s_environment(template, expected):
+def test_templates_render_as_in_transformers(template, expected):
     assert chat_with(template, " <b>&'\n", bos_token_id=256, eos_token_id=261) == expected
 
 
-def test_a_template_that_refuses_or_fails_is_told_in_one_sentence():
-    assert refusal("{{ raise_exception('no system role') }}").endswith("chat template rejects them: no system role")
-    assert "fails on them: 'None' has no attribute 'x'" in refusal("{{ none.x.y }}")
-    assert "fails on them: TypeError: " in refusal("{{ 1 + 'a' }}")
-    assert "attribute 'append' of 'list' object is unsafe" in refusal("{{ messages.append(1) }}")
-    assert "fails on them: RecursionError: " in refusal("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
+def test_a_template_that_rejects_messages_or_fails_is_reported_in_one_sentence():
+    assert rejection("{{ raise_exception('no system role') }}").endswith("chat template rejects them: no system role")
+    assert "fails on them: 'None' has no attribute 'x'" in rejection("{{ none.x.y }}")
+    assert "fails on them: TypeError: " in rejection("{{ 1 + 'a' }}")
+    assert "attribute 'append' of 'list' object is unsafe" in rejection("{{ messages.append(1) }}")
+    assert "fails on them: RecursionError: " in rejection("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
 
 
-def test_a_model_without_a_usable_template_says_so_and_still_takes_raw_prompts():
-    for template, why in [("", "no chat template"), ("{% if %}", "does not compile"), ("{% for %}" * 9, "not compile")]:
+def test_a_model_without_a_usable_template_still_encodes_raw_prompts():
+    for template, reason in [
+        ("", "no chat template"),
+        ("{% if %}", "does not compile"),
+        ("{% for %}" * 9, "not compile"),
+    ]:
         tokenizer = tokenizer_of(byte_level(), **{"tokenizer.chat_template": template})
         assert tokenizer.encode_prompt("he") == [256]
-        with pytest.raises(InvalidRequest, match=f"this model has no usable chat template, .*{why}"):
+        with pytest.raises(InvalidRequest, match=f"this model has no usable chat template, .*{reason}"):
             tokenizer.encode_chat(user("Hi"), now=NOW)
-        with pytest.raises(ModelLoadFailed, match=why):
+        with pytest.raises(ModelLoadFailed, match=reason):
             tokenizer.require_chat()
     SMALL.require_chat()
 

@@ -24,10 +24,10 @@ def pushed_ids(tokenizer, ids, **options):
     return [tuple(detokenizer.push(token_id, last=at == len(ids) - 1)) for at, token_id in enumerate(ids)]
 
 
-def channels_of(pieces) -> list[tuple[str | None, str]]:
-    """(channel, text) of each run of outputs on one channel, without empty ones."""
+def channels_of(outputs) -> list[tuple[str | None, str]]:
+    """(channel, text) of each run of outputs on one channel, without empty runs."""
     runs: list[tuple[str | None, str]] = []
-    for text, channel, _ in pieces:
+    for text, channel, _ in outputs:
         if text and runs and runs[-1][0] == channel:
             runs[-1] = (channel, runs[-1][1] + text)
         elif text:
@@ -43,7 +43,7 @@ def test_joined_text_of_any_ids_is_the_replace_decoding_of_their_bytes(qwen2, id
 
 
 @given(st.lists(st.integers(0, 266), max_size=60), st.lists(st.text("he<|\n", min_size=1, max_size=3), max_size=2))
-def test_holding_back_and_channels_lose_no_text(ids, stops):
+def test_withholding_and_channels_lose_no_text(ids, stops):
     whole = pushed_ids(HARMONY, ids)
     stopped = pushed_ids(HARMONY, ids, stop=stops)
     joined, cut = "".join(text for text, _, _ in whole), "".join(text for text, _, _ in stopped)
@@ -52,50 +52,50 @@ def test_holding_back_and_channels_lose_no_text(ids, stops):
     assert matched is not None or joined == cut
 
 
-def test_control_tokens_release_nothing():
+def test_control_tokens_release_no_text():
     assert [text for text, _, _ in pushed(PLAIN, "h<|im_end|>e")] == ["h", "", "e"]
 
 
-def test_a_stop_string_is_found_inside_a_token_that_holds_more(qwen2):
+def test_a_stop_string_is_found_inside_a_longer_token(qwen2):
     ids = qwen2.encode("Yes.\n\n")
     assert [qwen2.piece(token_id) for token_id in ids] == ["Yes", ".\n\n"]
     assert pushed_ids(qwen2, ids, stop=["\n\n"]) == [("Yes", None, None), (".", None, "\n\n")]
     assert pushed_ids(qwen2, ids, stop=[".\n\n\n", "s\n"]) == [("Ye", None, None), ("s.\n\n", None, None)]
 
 
-def test_the_last_token_flushes_what_was_held_even_an_end_token():
-    pieces = pushed(PLAIN, "hell!<|im_end|>", stop=["l!?"])
-    assert [text for text, _, _ in pieces] == ["hell"[:3], "", "l!"]
+def test_the_last_token_releases_withheld_text_even_if_it_is_an_end_token():
+    outputs = pushed(PLAIN, "hell!<|im_end|>", stop=["l!?"])
+    assert [text for text, _, _ in outputs] == ["hell"[:3], "", "l!"]
 
 
 def test_the_last_token_s_text_is_cut_before_a_stop_string():
     assert pushed(PLAIN, "a.b", stop=["."])[1:] == [("", None, "."), ("", None, ".")]
 
 
-def test_tokens_before_min_tokens_are_neither_matched_nor_held():
-    pieces = pushed(PLAIN, "ababab", stop=["ab"], min_tokens=3)
-    assert [text for text, _, _ in pieces[:4]] == ["a", "b", "a", "b"]
-    assert pieces[5] == ("", None, "ab")
+def test_tokens_before_min_tokens_are_neither_matched_nor_withheld():
+    outputs = pushed(PLAIN, "ababab", stop=["ab"], min_tokens=3)
+    assert [text for text, _, _ in outputs[:4]] == ["a", "b", "a", "b"]
+    assert outputs[5] == ("", None, "ab")
 
 
-def test_harmony_headers_are_silent_and_content_says_its_channel():
+def test_harmony_headers_release_no_text_and_content_has_a_channel():
     text = "<|channel|>analysis<|message|>he<|end|><|start|>assistant<|channel|>final<|message|>hell<|return|>"
     prompt = HARMONY.encode("<|start|>user<|message|>x<|end|><|start|>assistant", special=True)
-    pieces = pushed(HARMONY, text, prompt_ids=prompt)
-    assert channels_of(pieces) == [("analysis", "he"), ("final", "hell")]
+    outputs = pushed(HARMONY, text, prompt_ids=prompt)
+    assert channels_of(outputs) == [("analysis", "he"), ("final", "hell")]
 
 
-def test_commentary_is_named_whatever_follows_its_name_in_the_header():
+def test_text_after_a_channel_s_name_in_the_header_is_ignored():
     text = "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
     assert channels_of(pushed(HARMONY, text)) == [("commentary", "{}")]
 
 
 @pytest.mark.parametrize("header", ["<|start|>user<|message|>", "<|channel|>elsewhere<|message|>"])
-def test_content_without_a_known_channel_has_none(header):
+def test_content_of_an_unknown_channel_has_none(header):
     assert channels_of(pushed(HARMONY, header + "he")) == [(None, "he")]
 
 
-def test_a_raw_prompt_without_harmony_is_answered_in_plain_text():
+def test_an_answer_to_a_raw_prompt_without_harmony_has_no_channel():
     assert channels_of(pushed(HARMONY, "hell", prompt_ids=HARMONY.encode("he"))) == [(None, "hell")]
 
 
@@ -109,7 +109,7 @@ def test_a_raw_prompt_without_harmony_is_answered_in_plain_text():
         ("<|channel|>analysis<|message|>", [("analysis", "he")]),
     ],
 )
-def test_the_prompt_tells_where_in_the_conversation_the_answer_begins(prompt, runs):
+def test_the_prompt_determines_the_harmony_state_in_which_the_answer_begins(prompt, runs):
     assert channels_of(pushed(HARMONY, "he", prompt_ids=HARMONY.encode(prompt, special=True))) == runs
 
 
@@ -118,26 +118,26 @@ def test_a_channel_name_may_begin_in_the_prompt_and_end_in_the_answer():
     assert channels_of(pushed(HARMONY, "al<|message|>he", prompt_ids=prompt)) == [("final", "he")]
 
 
-def test_text_held_at_a_message_s_end_is_released_on_its_own_channel():
+def test_text_withheld_at_a_message_s_end_is_released_on_its_channel():
     text = "<|channel|>analysis<|message|>he\n<|end|><|start|>assistant<|channel|>final<|message|>\nll"
-    pieces = pushed(HARMONY, text, stop=["\n\n"])
-    assert channels_of(pieces) == [("analysis", "he\n"), ("final", "\nll")]
-    assert pieces[-1][2] is None
+    outputs = pushed(HARMONY, text, stop=["\n\n"])
+    assert channels_of(outputs) == [("analysis", "he\n"), ("final", "\nll")]
+    assert outputs[-1][2] is None
 
 
-def test_a_stop_string_in_a_header_stops_nothing():
+def test_a_stop_string_in_a_header_does_not_match():
     text = "<|channel|>final<|message|>he<|end|>"
     assert channels_of(pushed(HARMONY, text, stop=["final"])) == [("final", "he")]
 
 
-def test_gpt_oss_s_own_vocabulary_speaks_harmony(gpt_oss, qwen2):
+def test_gpt_oss_s_vocabulary_has_harmony_channels(gpt_oss, qwen2):
     assert HarmonyParser.supported_by(gpt_oss.vocab)
     assert not HarmonyParser.supported_by(qwen2.vocab)
-    pieces = pushed(gpt_oss, "<|channel|>analysis<|message|>We.<|end|><|start|>assistant<|channel|>final<|message|>Hi")
-    assert channels_of(pieces) == [("analysis", "We."), ("final", "Hi")]
+    outputs = pushed(gpt_oss, "<|channel|>analysis<|message|>We.<|end|><|start|>assistant<|channel|>final<|message|>Hi")
+    assert channels_of(outputs) == [("analysis", "We."), ("final", "Hi")]
 
 
-def test_a_second_stream_fed_the_same_ids_releases_the_same():
+def test_a_second_detokenizer_releases_the_same_text_for_the_same_ids():
     ids = HARMONY.encode("<|channel|>analysis<|message|>he\n", special=True)
     options = {"stop": ["\n\n"], "min_tokens": 1}
     assert pushed_ids(HARMONY, ids, **options) == pushed_ids(HARMONY, ids, **options)
@@ -165,7 +165,7 @@ def test_the_joined_text_is_the_replace_decoding_of_all_bytes(chunks):
     assert "".join(decoded(chunks)) == b"".join(chunks).decode("utf-8", "replace")
 
 
-def test_a_code_point_comes_with_its_last_byte():
+def test_a_code_point_is_released_with_its_last_byte():
     assert decoded([b"a\xf0\x9f", b"\x99", b"\x82b"]) == ["a", "", "🙂b"]
 
 

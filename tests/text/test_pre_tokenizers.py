@@ -11,11 +11,13 @@ TEXT = "It'S  Ab\r\n1234 x_=!\n\n"
 
 
 def words(pre: str, text: str) -> list[str]:
-    """The words of a text, seen through a vocabulary in which a word's first character swallows all others in turn."""
+    """The words of a text, by a vocabulary whose merges join all characters of a word."""
     chars = "".join(byte_alphabet()[byte] for byte in text.encode())
-    grown = dict.fromkeys(chars[start:end] for start in range(len(chars)) for end in range(start + 2, len(chars) + 1))
-    extra = [(token, NORMAL) for token in grown]
-    merges = [f"{token[:-1]} {token[-1]}" for token in grown]
+    prefixes = dict.fromkeys(
+        chars[start:end] for start in range(len(chars)) for end in range(start + 2, len(chars) + 1)
+    )
+    extra = [(token, NORMAL) for token in prefixes]
+    merges = [f"{token[:-1]} {token[-1]}" for token in prefixes]
     tokenizer = tokenizer_of(byte_level(pre=pre, names=(), extra=extra, merges=merges, add_bos_token=False))
     return pieces_of(tokenizer, tokenizer.encode(text))
 
@@ -31,11 +33,11 @@ def words(pre: str, text: str) -> list[str]:
         ("default", ["It", "'", "S", " ", " Ab", "\r", "\n", "123", "4", " x", "_=!", "\n\n"]),
     ],
 )
-def test_each_kind_of_vocabulary_has_its_own_cut_into_words(pre, expected):
+def test_each_pre_tokenizer_splits_a_text_into_the_expected_words(pre, expected):
     assert words(pre, TEXT) == expected
 
 
-def test_only_llama_3_s_kind_takes_a_whole_word_whatever_the_merges_say():
+def test_only_llama_3_s_pre_tokenizer_ignores_merges_for_a_word_that_is_a_token():
     extra = [("ab", NORMAL), ("bc", NORMAL), ("abc", NORMAL)]
     metadata = byte_level(extra=extra, merges=["b c", "a b", "ab c"], bos_token_id=0)
     gpt2, llama3 = (tokenizer_of(metadata, **{"tokenizer.ggml.pre": pre}) for pre in ("gpt-2", "llama-bpe"))
@@ -43,16 +45,16 @@ def test_only_llama_3_s_kind_takes_a_whole_word_whatever_the_merges_say():
     assert pieces_of(llama3, llama3.encode("abc")) == ["abc"]
 
 
-def test_names_that_mean_the_same_share_a_row():
+def test_names_of_one_pre_tokenizer_share_an_entry():
     assert PRE_TOKENIZERS["llama3"] is PRE_TOKENIZERS["llama-v3"] is PRE_TOKENIZERS["llama-bpe"]
 
 
-def test_an_unknown_pre_tokenizer_is_named():
+def test_an_unknown_pre_tokenizer_is_refused_by_name():
     with pytest.raises(ModelLoadFailed, match=r"tokenizer\.ggml\.pre: the pre-tokenizer 'tekken' is unknown; expected"):
         tokenizer_of(byte_level(pre="tekken"))
 
 
-def test_a_file_without_the_key_gets_the_default():
+def test_a_file_without_the_key_uses_the_default():
     metadata = byte_level()
     del metadata["tokenizer.ggml.pre"]
     assert tokenizer_of(metadata).vocab.pre == "default"

@@ -1,4 +1,4 @@
-"""The vocabularies of real models against their own test strings and against independent tokenizers."""
+"""Vocabularies of real models against llama.cpp's test strings and other tokenizers."""
 
 import random
 
@@ -33,7 +33,7 @@ def strings_and_ids(name: str) -> list[tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi-3"])
-def test_every_string_of_the_vocabulary_s_own_test_file_gets_its_ids(name, request):
+def test_every_string_of_the_vocabulary_s_test_file_has_the_expected_ids(name, request):
     tokenizer = request.getfixturevalue(name.replace("-", ""))
     cases = strings_and_ids(name)
     assert len(cases) == 46
@@ -42,7 +42,7 @@ def test_every_string_of_the_vocabulary_s_own_test_file_gets_its_ids(name, reque
 
 @pytest.fixture(scope="module")
 def o200k(metadata_of):
-    """OpenAI's own BPE over the same ranks: token i of the vocabulary is rank i."""
+    """OpenAI's BPE over the same ranks: token i of the vocabulary is rank i."""
     byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
     tokens = metadata_of("gpt-oss")["tokenizer.ggml.tokens"][:RANKS]
     ranks = {bytes(byte_of[char] for char in token): rank for rank, token in enumerate(tokens)}
@@ -50,7 +50,7 @@ def o200k(metadata_of):
 
 
 def some_text(rng: random.Random, words: list[str]) -> str:
-    """A string from one of several generators, each aimed at another part of the cut into words."""
+    """A string from one of several generators, each for another part of the word patterns."""
     accents = [*"aeiouAEIOUnN", "\u0301", "\u0308", "\u0327", "\u20dd", "न", "\u093f", "क", "\u094d", " "]
     contractions = ["'S", "'s", "'ll", "'Re", "'VE", "'d", "'\u017f", "I", "we", "You", "'", " ", "१"]
     emoji = ["👩", "\u200d", "👧", "🏽", "🇩", "🇪", "\ufe0f", "❤", "🏴\U000e0067\U000e007f", " ", "ok"]
@@ -68,14 +68,14 @@ def some_text(rng: random.Random, words: list[str]) -> str:
     return rng.choices(generators, weights=[1, 1, 1, 1, 1, 1, 4])[0]()
 
 
-def test_two_thousand_random_strings_become_what_tiktoken_makes_of_them(gpt_oss, o200k):
+def test_two_thousand_random_strings_have_tiktoken_s_ids(gpt_oss, o200k):
     rng = random.Random(20)
     words = [o200k.decode([rank]) for rank in range(256, RANKS, 97)]
     texts = [some_text(rng, words) for _ in range(2000)]
     assert [text for text in texts if gpt_oss.encode(text) != o200k.encode_ordinary(text)] == []
 
 
-def test_end_tokens_are_the_set_that_ends_a_chat_turn(qwen2, phi3, gpt_oss):
+def test_end_tokens_are_those_that_end_a_chat_turn(qwen2, phi3, gpt_oss):
     def names(tokenizer):
         return {tokenizer.vocab.tokens[token_id] for token_id in tokenizer.vocab.end_ids}
 
@@ -84,7 +84,7 @@ def test_end_tokens_are_the_set_that_ends_a_chat_turn(qwen2, phi3, gpt_oss):
     assert names(gpt_oss) == {"<|endoftext|>", "<|return|>", "<|call|>"}
 
 
-def test_padding_rows_are_known_and_never_found_in_text(qwen2, phi3):
+def test_padding_rows_are_recognized_and_never_encoded(qwen2, phi3):
     assert qwen2.vocab.padding_ids == frozenset(range(151646, 151936))
     assert phi3.vocab.padding_ids == frozenset(range(32011, 32064))
     for tokenizer, row in ((qwen2, 151646), (phi3, 32011)):
@@ -94,16 +94,16 @@ def test_padding_rows_are_known_and_never_found_in_text(qwen2, phi3):
         assert tokenizer.token_bytes(row) == b""
 
 
-def test_im_start_is_one_token_where_it_is_special_and_six_where_it_is_not(qwen2):
+def test_im_start_is_one_token_if_special_and_six_if_not(qwen2):
     assert qwen2.encode("<|im_start|>", special=True) == [151644]
     assert qwen2.encode("<|im_start|>") == [27, 91, 318, 4906, 91, 29]
 
 
-def test_phi_3_s_special_tokens_swallow_the_white_space_after_them_as_in_llama_server(phi3):
+def test_white_space_after_phi_3_s_special_tokens_is_stripped_as_in_llama_server(phi3):
     user, end, hello = 32010, 32007, 15043
     assert phi3.encode("<|user|>\nHello<|end|>", special=True) == [user, hello, end]
     assert phi3.encode("<|user|> \t\n<|end|>", special=True) == [user, end]
-    assert phi3.encode("<s> Hello", special=True) == [1, 29871, hello]  # <s> swallows nothing
+    assert phi3.encode("<s> Hello", special=True) == [1, 29871, hello]  # <s> is an exception
 
 
 def test_a_model_of_another_name_keeps_the_white_space_after_special_tokens(metadata_of):
@@ -118,7 +118,7 @@ def test_a_lone_surrogate_is_refused_in_one_sentence(name, request):
         tokenizer.encode("half an emoji: \ud83d")
 
 
-def test_smollm2_s_own_file_gives_the_ids_that_llama_cpp_gives(smollm2):
+def test_smollm2_s_file_gives_llama_cpp_s_ids(smollm2):
     with GgufFile.open(smollm2) as file:
         tokenizer = load_tokenizer(file.metadata)
     ids_of = {

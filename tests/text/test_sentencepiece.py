@@ -1,4 +1,4 @@
-"""SentencePiece BPE as llama.cpp merges: against a naive merge of the best neighbours, and its spaces."""
+"""SentencePiece BPE against a naive merge of the best pair, and the space prefix."""
 
 from itertools import pairwise
 
@@ -12,13 +12,13 @@ from worker.errors import InvalidRequest, ModelLoadFailed
 
 
 def naive_merge(text: str, ids: dict[str, int], scores: list[float]) -> list[int]:
-    """Merge the neighbours whose joint piece scores highest, the leftmost of equals, until none make a piece."""
+    """Merge the pair with the highest score, the leftmost of equals, until none is a piece."""
     symbols = list(text.replace(" ", "▁"))
     while True:
-        joints = [(scores[ids[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in ids]
-        if not joints:
+        pairs = [(scores[ids[a + b]], -at) for at, (a, b) in enumerate(pairwise(symbols)) if a + b in ids]
+        if not pairs:
             break
-        at = -max(joints)[1]
+        at = -max(pairs)[1]
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
     return [i for symbol in symbols for i in ([ids[symbol]] if symbol in ids else [3 + b for b in symbol.encode()])]
 
@@ -55,17 +55,17 @@ def test_the_space_prefix_comes_at_the_start_and_after_each_special_token():
     assert pieces_of(tokenizer, ids) == [" he", "<|user|>", " he", "<|user|>", "<|user|>", " ", " he"]
 
 
-def test_a_file_may_do_without_the_space_prefix():
+def test_a_file_may_disable_the_space_prefix():
     tokenizer = tokenizer_of(sentencepiece(add_space_prefix=False))
     assert pieces_of(tokenizer, tokenizer.encode("he<|user|>he", special=True)) == ["he", "<|user|>", "he"]
 
 
-def test_control_tokens_do_not_come_out_of_plain_text_by_merging():
+def test_merges_of_plain_text_do_not_give_control_tokens():
     tokenizer = tokenizer_of(sentencepiece(pieces=("▁", "<", "s", ">", "<s", "s>"), add_space_prefix=False))
     assert pieces_of(tokenizer, tokenizer.encode("<s>")) == ["<s", ">"]
 
 
-def test_without_byte_tokens_a_character_that_no_piece_spells_is_refused():
+def test_without_byte_tokens_a_character_without_a_piece_is_refused():
     metadata = sentencepiece()
     types = [TokenType.UNUSED if kind == TokenType.BYTE else kind for kind in metadata["tokenizer.ggml.token_type"]]
     tokenizer = tokenizer_of(metadata, **{"tokenizer.ggml.token_type": [int(kind) for kind in types]})
@@ -74,6 +74,6 @@ def test_without_byte_tokens_a_character_that_no_piece_spells_is_refused():
         tokenizer.encode("he?")
 
 
-def test_a_vocabulary_that_the_library_refuses_is_named():
+def test_a_vocabulary_that_the_library_rejects_is_refused():
     with pytest.raises(ModelLoadFailed, match="sentencepiece can't use it"):
         tokenizer_of(sentencepiece(pieces=("a\0b",)))

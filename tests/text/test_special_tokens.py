@@ -1,4 +1,4 @@
-"""Special tokens: whole where they are meant, and out of reach of a user's words."""
+"""Special tokens: `split` finds them, `guard` escapes them in a user's text."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ TEXTS = st.lists(st.sampled_from([*NAMES, *"<|>abs \n", "<|a", "|b|>", "word"]),
 
 
 def naive_split(text: str) -> list[str | int]:
-    """At each place the longest name, else one character more of plain text."""
+    """The longest name at each position, else one more character of plain text."""
     parts, at = [""], 0
     while at < len(text):
         name = max((name for name in NAMES if text.startswith(name, at)), key=len, default=None)
@@ -25,7 +25,7 @@ def naive_split(text: str) -> list[str | int]:
 
 
 @given(TEXTS)
-def test_a_text_is_split_at_the_longest_name_in_each_place(text):
+def test_a_text_is_split_at_the_longest_name_at_each_position(text):
     assert list(SpecialTokens(IDS).split(text)) == naive_split(text)
 
 
@@ -43,7 +43,7 @@ def test_a_vocabulary_without_special_tokens_splits_nothing():
 @example("<|", "a", "|>", str)
 @example("<|a|>", "x <", "s>", str)
 @example("x", "  <  ", "s>", str.strip)
-def test_no_special_token_reaches_into_guarded_text_whatever_stands_around_it(before, content, after, trim):
+def test_no_special_token_reaches_into_guarded_text(before, content, after, trim):
     marked = SpecialTokens(IDS).guard(content, MARK)
     assert marked.replace(MARK, "") == content
     guarded = trim(marked)
@@ -60,7 +60,7 @@ def test_ordinary_text_is_not_marked():
         assert tokens.guard(text, MARK) == text
 
 
-def test_a_long_text_full_of_names_and_half_names_is_done_within_the_time_limit():
+def test_a_long_text_of_names_and_parts_of_names_is_processed_in_the_time_limit():
     tokens = SpecialTokens({f"<|reserved_{row}|>": row for row in range(1000)})
     assert len(list(tokens.split("<|reserved_" * 100_000))) == 1
     assert len(tokens.guard("<|reserved_7|>" * 50_000, MARK)) == 50_000 * 15 + 2

@@ -1,4 +1,4 @@
-"""Roles of a vocabulary's tokens: end, padding, BOS, byte; and the errors of a bad vocabulary."""
+"""Roles of a vocabulary's tokens (end, padding, BOS, byte), and errors of bad metadata."""
 
 import copy
 from datetime import UTC, datetime
@@ -23,22 +23,22 @@ def test_metadata_arrays_may_be_numpy_arrays():
     assert tokenizer_of(metadata, **arrays).encode("hell") == tokenizer_of(metadata).encode("hell")
 
 
-def test_end_tokens_are_the_metadata_s_and_those_known_by_name():
+def test_end_tokens_are_those_of_the_metadata_and_those_with_known_names():
     names = ("<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|other|>", "<|eot|>")
     vocab = tokenizer_of(byte_level(names=names, kind=USER_DEFINED, eot_token_id=256 + 3 + 5)).vocab
     assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|eot|>"}
 
 
-def test_end_is_not_an_end_token_where_return_and_call_are():
+def test_end_is_not_an_end_token_beside_return_and_call():
     vocab = tokenizer_of(byte_level(names=("<|end|>", "<|return|>", "<|call|>"), eot_token_id=259)).vocab
     assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|return|>", "<|call|>"}
 
 
-def test_a_normal_token_with_an_end_token_s_name_ends_nothing():
+def test_a_normal_token_with_an_end_token_s_name_is_not_an_end_token():
     assert tokenizer_of(byte_level(names=("<|im_end|>",), kind=NORMAL)).vocab.end_ids == frozenset()
 
 
-def test_padding_is_what_is_unused_nameless_or_named_so_without_being_normal():
+def test_padding_rows_are_unused_or_empty_or_have_a_padding_name_and_are_not_normal():
     rows = [("a row", TokenType.UNUSED), ("", CONTROL), ("[PAD7]", USER_DEFINED), ("<|pad_12|>", TokenType.UNKNOWN)]
     kept = [("[PAD8]", NORMAL), ("[PAD]", CONTROL), ("<|pad_x|>", CONTROL)]
     vocab = tokenizer_of(byte_level(names=(), extra=rows + kept)).vocab
@@ -46,13 +46,13 @@ def test_padding_is_what_is_unused_nameless_or_named_so_without_being_normal():
     assert vocab.special.keys() == {"[PAD]", "<|pad_x|>"}
 
 
-def test_a_metadata_id_past_the_end_of_the_vocabulary_is_no_token():
+def test_a_metadata_id_past_the_end_of_the_vocabulary_is_ignored():
     vocab = tokenizer_of(byte_level(names=(), eos_token_id=151643, bos_token_id=151643)).vocab
     assert (vocab.end_ids, vocab.bos_id) == (frozenset(), None)
 
 
 @pytest.mark.parametrize(
-    ("metadata", "begins"),
+    ("metadata", "added"),
     [
         (sentencepiece(), True),
         (sentencepiece(add_bos_token=False), False),
@@ -62,14 +62,14 @@ def test_a_metadata_id_past_the_end_of_the_vocabulary_is_no_token():
         (byte_level(bos_token_id=0, pre="llama-bpe", add_bos_token=False), False),
     ],
 )
-def test_bos_begins_a_prompt_as_the_file_or_else_the_kind_of_vocabulary_says(metadata, begins):
+def test_bos_is_added_by_the_file_s_flag_or_else_the_pre_tokenizer_s_default(metadata, added):
     tokenizer = tokenizer_of(metadata)
-    assert tokenizer.vocab.add_bos is begins
-    assert (tokenizer.encode_prompt("he")[0] == tokenizer.vocab.bos_id) is begins
+    assert tokenizer.vocab.add_bos is added
+    assert (tokenizer.encode_prompt("he")[0] == tokenizer.vocab.bos_id) is added
     assert tokenizer.encode("he")[0] != tokenizer.vocab.bos_id
 
 
-def test_bos_occurs_once_whether_the_prompt_or_the_tokenizer_adds_it():
+def test_a_prompt_has_exactly_one_bos():
     tokenizer = tokenizer_of(sentencepiece())
     once = [1, *tokenizer.encode("hell")]
     assert [tokenizer.encode_prompt(text) for text in ("hell", "<s>hell", "<s><s>hell")] == [once] * 3
@@ -77,12 +77,12 @@ def test_bos_occurs_once_whether_the_prompt_or_the_tokenizer_adds_it():
     assert tokenizer.encode_prompt("<s>hell", special=False) == [1, *tokenizer.encode("<s>hell")]
 
 
-def test_a_file_that_wants_bos_and_has_none_is_refused():
+def test_a_file_that_adds_bos_without_a_bos_token_is_refused():
     with pytest.raises(ModelLoadFailed, match="bos_token_id"):
         tokenizer_of(byte_level(add_bos_token=True))
 
 
-def test_tokens_release_their_bytes_and_control_end_and_padding_tokens_none():
+def test_control_end_and_padding_tokens_have_no_bytes():
     rows = [("[PAD1]", USER_DEFINED), ("<tool>", USER_DEFINED), ("</s>", USER_DEFINED), ("<|x|>", CONTROL)]
     tokenizer = tokenizer_of(byte_level(names=(), extra=rows))
     assert [tokenizer.token_bytes(i) for i in range(259, 264)] == [b"", b"<tool>", b"", b"", b""]
@@ -90,19 +90,19 @@ def test_tokens_release_their_bytes_and_control_end_and_padding_tokens_none():
     assert pieces_of(tokenizer, [256, 262, 9999]) == ["he", "<|x|>", ""]
 
 
-def test_sentencepiece_tokens_keep_their_space_and_byte_tokens_are_their_byte():
+def test_sentencepiece_tokens_keep_their_space_and_byte_tokens_have_one_byte():
     tokenizer = tokenizer_of(sentencepiece())
     ids = tokenizer.encode("he\n")
     assert pieces_of(tokenizer, ids) == [" he", "\n"]
     assert tokenizer.token_bytes(3 + 0xE2) == b"\xe2"
 
 
-def test_a_merge_that_leads_out_of_the_vocabulary_is_none_of_its_own():
+def test_a_merge_whose_result_is_not_in_the_vocabulary_is_dropped():
     tokenizer = tokenizer_of(byte_level(merges=["h e", "l l", "he ll", "hell o", "x y"]))
     assert pieces_of(tokenizer, tokenizer.encode("helloxy")) == ["hell", "o", "x", "y"]
 
 
-def test_a_byte_that_the_vocabulary_lacks_parts_its_neighbours():
+def test_a_byte_that_the_vocabulary_lacks_separates_its_neighbours():
     metadata = byte_level()
     tokens = metadata["tokenizer.ggml.tokens"] = list(metadata["tokenizer.ggml.tokens"])
     tokens[ord("z")] = "zz"
@@ -125,7 +125,7 @@ def test_a_byte_that_the_vocabulary_lacks_parts_its_neighbours():
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token"),
     ],
 )
-def test_a_bad_value_is_named_with_its_key(change, where):
+def test_a_bad_value_is_reported_with_its_key(change, where):
     with pytest.raises(ModelLoadFailed) as failure:
         tokenizer_of(byte_level(**change))
     assert failure.value.details["where"] == where
@@ -135,7 +135,7 @@ def test_a_bad_value_is_named_with_its_key(change, where):
     ("row", "what"),
     [(("h", NORMAL), "the token 'h' occurs twice"), (("<0xZZ>", TokenType.BYTE), "the byte token 259 is '<0xZZ>'")],
 )
-def test_a_bad_row_is_named(row, what):
+def test_a_bad_row_is_reported(row, what):
     with pytest.raises(ModelLoadFailed, match=what):
         tokenizer_of(byte_level(names=(), extra=[row]))
 
@@ -155,7 +155,7 @@ WHOLE = {"byte_level": byte_level(), "sentencepiece": sentencepiece(chat_templat
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(WHOLE)), st.data())
-def test_mutated_metadata_load_and_encode_or_fail_as_worker_errors_do(kind, data):
+def test_mutated_metadata_either_works_or_raises_a_worker_error(kind, data):
     metadata = copy.deepcopy(WHOLE[kind])
     key = data.draw(st.sampled_from(sorted(metadata)))
     if isinstance(metadata[key], list) and data.draw(st.booleans()):
