@@ -224,7 +224,7 @@ def _run(name: str, command: list[str], paths: list[Path], poll: Callable[[str],
             while not ended:
                 ended = process.poll() is not None
                 # `pread`, because the child writes at the same file position.
-                output = os.pread(log.fileno(), _CHUNK, 0).decode(errors="replace")
+                output = os.pread(log.fileno(), os.fstat(log.fileno()).st_size, 0).decode(errors="replace")
                 poll(output)
                 time.sleep(0 if ended else _POLL_S)
         finally:
