@@ -1,8 +1,8 @@
-"""Open, check and map a GGUF file, whole or split: metadata, tensors, and their bytes as views of the mapping.
+"""Open, check and map a GGUF file, single or split: metadata, tensors, and views of their bytes.
 
-What opens is well-formed: nothing later needs to ask whether a tensor is inside the file. Whether the tensors are those
-that an architecture wants is the adapters' question, and what the bytes mean is `worker/quants.py`'s. How the header is
-read and checked: `worker/gguf_header.py`.
+An opened file is well-formed: every tensor lies inside it. Whether an architecture has these
+tensors is checked by `worker/adapters/`, and their bytes are interpreted by `worker/quants.py`.
+Next: `gguf_header.py`, which reads the header.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
-_SAMPLES, _SAMPLE_BYTES = 32, 4096  # each may wait for a disk
+_SAMPLES, _SAMPLE_BYTES = 32, 4096  # each may be a disk access
 
 
 def shard_paths(path: Path) -> list[Path]:
-    """All files of the split model that `path` is a shard of (`NAME-00002-of-00003.gguf`), or `path` alone."""
+    """All shards of the split model of `path` (`NAME-00002-of-00003.gguf`), or `path`."""
     match = _SHARD_NAME.fullmatch(path.name)
     if match is None:
         return [path]
@@ -57,8 +57,8 @@ class _Shard:
 class GgufFile:
     """An opened model file. Metadata of the first shard, tensors of all.
 
-    Metadata values are int, float, bool and str; arrays of numbers or bools are NumPy arrays of the file's type, arrays
-    of strings are list[str], arrays of arrays are lists. Close it, or use it in a `with`.
+    Metadata values are int, float, bool and str; arrays of numbers or bools are NumPy arrays of the
+    file's type, arrays of strings are list[str], nested arrays are lists. Close it, or use `with`.
     """
 
     def __init__(self, path: Path, shards: list[_Shard]) -> None:
@@ -71,7 +71,7 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> GgufFile:
-        """Open and check the file, and with any shard of a split model all of its shards. Raises ModelLoadFailed."""
+        """Open and check the file, or all shards of a split model. Raises ModelLoadFailed."""
         paths = shard_paths(path)
         shards: list[_Shard] = []
         with contextlib.ExitStack() as mapped:
@@ -85,7 +85,7 @@ class GgufFile:
         return file
 
     def require(self, key: str, kind: type[T]) -> T:
-        """The metadata value `key`; ModelLoadFailed where it is missing or not a `kind` (float: not finite)."""
+        """The metadata value `key`. Raises ModelLoadFailed: missing, no `kind` or not finite."""
         if key not in self.metadata:
             raise ModelLoadFailed(f"metadata key {key!r} is missing", str(self.path), f"type {kind.__name__}")
         value = self.metadata[key]
@@ -97,17 +97,17 @@ class GgufFile:
         return value
 
     def get(self, key: str, kind: type[T], default: D) -> T | D:
-        """As `require`, but `default` where the key is missing."""
+        """Like `require`, but `default` if the key is missing."""
         return self.require(key, kind) if key in self.metadata else default
 
     def data(self, tensor: TensorInfo) -> Bytes:
-        """The tensor's blocks [rows, row_bytes] u8: a read-only view of the mapping; rows are all dims but the last."""
+        """The tensor's blocks [rows, row_bytes] u8, read-only; rows are all dims but the last."""
         flat = np.frombuffer(self._shards[tensor.shard].bytes, np.uint8, tensor.nbytes, tensor.offset)
         return flat.reshape(-1, tensor.kind.row_bytes(tensor.shape[-1]))
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors as they are stored, padding not counted."""
+        """Stored bytes of all tensors, without padding."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def by_type(self) -> dict[str, tuple[int, int]]:
@@ -119,11 +119,12 @@ class GgufFile:
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) that tells models apart, without reading them whole; the same on every machine.
+        """SHA-256 (hex) of a sample of the model; the same on every machine.
 
-        Covers each shard's size, its whole header (metadata, names, shapes, types, offsets) and 4 KiB from the middle
-        of up to 32 tensors, spread evenly over the shard. Not the file's name or times; a change to bytes that no
-        sample meets goes unseen, so it identifies a model and does not authenticate it.
+        Covers each shard's size, its whole header (metadata, names, shapes, types, offsets) and
+        4 KiB from the middle of up to 32 tensors, spread evenly over the shard; not the file's name
+        or times. Bytes outside of the samples are not covered: it identifies a model and does not
+        authenticate it.
         """
         digest = hashlib.sha256()
         for shard in self._shards:
@@ -134,7 +135,7 @@ class GgufFile:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Unmap the file; a shard of which views are still alive is unmapped with the last of them."""
+        """Unmap the file. A shard with live views is unmapped with the last of them."""
         for shard in self._shards:
             with contextlib.suppress(BufferError):
                 shard.bytes.close()
@@ -147,7 +148,7 @@ class GgufFile:
 
 
 def _map(path: Path) -> mmap.mmap:
-    """Map the file for reading. Only a regular file: opening a pipe would wait for its writer."""
+    """Map a regular file for reading. Opening a pipe would block until it has a writer."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -163,16 +164,16 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def _check_split(shard: _Shard, index: int, named: int) -> None:
-    """What the shard says of itself against its name, which makes it number `index` (from 0) of `named`."""
+    """Check a shard's split metadata against its file name: number `index` (from 0) of `named`."""
     no, count = _split_number(shard, "split.no", 0), _split_number(shard, "split.count", 1)
     merged = count == 0 and named == 1  # llama.cpp's gguf-split --merge leaves a count of 0 behind
     if not merged and (no, count) != (index, named):
-        what = f"the file says that it is shard {no} (from 0) of {count}, and its name that it is {index} of {named}"
+        what = f"split.no and split.count are {no} and {count}, and the file name is that of shard {index} of {named}"
         raise ModelLoadFailed(what, str(shard.path), "the shards under their own names, NAME-0000i-of-0000N.gguf")
 
 
 def _check_together(shards: list[_Shard]) -> None:
-    """What only all shards together can show: no tensor is there twice, and none is missing."""
+    """Check that no tensor occurs in two shards and that none is missing."""
     owner: dict[str, Path] = {}
     for shard in shards:
         for tensor in shard.header.tensors:
@@ -183,7 +184,7 @@ def _check_together(shards: list[_Shard]) -> None:
     claimed = _split_number(shards[0], "split.tensors.count", len(owner))
     if len(shards) > 1 and claimed != len(owner):
         what = f"the shards hold {len(owner)} tensors together"
-        raise ModelLoadFailed(what, str(shards[0].path), f"{claimed}, as split.tensors.count says")
+        raise ModelLoadFailed(what, str(shards[0].path), f"{claimed}, the value of split.tensors.count")
     if len(owner) >= MAX_TENSORS:
         what = f"the shards hold {len(owner):,} tensors"
         raise ModelLoadFailed(what, str(shards[0].path), f"fewer than {MAX_TENSORS:,}")
@@ -197,7 +198,7 @@ def _split_number(shard: _Shard, key: str, default: int) -> int:
 
 
 def _samples(tensors: tuple[TensorInfo, ...]) -> Iterator[tuple[int, int]]:
-    """Byte ranges in the middle of evenly chosen tensors, in the order of the data."""
+    """Byte ranges in the middle of evenly chosen tensors, in file order."""
     ordered = sorted(tensors, key=lambda tensor: tensor.offset)
     chosen = min(_SAMPLES, len(ordered))
     for i in range(chosen):

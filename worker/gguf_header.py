@@ -1,8 +1,8 @@
-"""The header of one GGUF file, read off its bytes: metadata and where each tensor lies.
+"""Parse the header of one GGUF file: metadata, and the position of each tensor.
 
-Every length is checked against the bytes that are left before anything of that length is read or made, so no content
-can make this allocate, loop or fail in another way than ModelLoadFailed. Knows nothing of split files, of tensor data
-and of what the metadata mean. Format: ggml's `docs/gguf.md`. Next: `worker/gguf_file.py`.
+Every length is checked against the remaining bytes before anything of that length is read or
+allocated, so malformed content can only raise ModelLoadFailed. Split files, tensor data and the
+meaning of metadata are not handled here. Format: ggml's `docs/gguf.md`. Next: `gguf_file.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from worker.errors import ModelLoadFailed
 from worker.quants import QuantType, quant_type
 
 MAX_TENSORS = 10_000
-# Bounds that no real model comes near; together they keep the worst header under a second.
+# Far above any real model; together they bound the parsing of any header to one second.
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_METADATA = 10_000
-_MAX_OBJECTS = 1_200_000  # strings and arrays inside arrays; the largest vocabularies with their merges have 850,000
+_MAX_OBJECTS = 1_200_000  # strings and nested arrays; the largest vocabulary with merges has 850,000
 _MAX_DEPTH = 4
 _MAX_ALIGNMENT = 1 << 20
 _MAX_KEY_BYTES, _MAX_TENSOR_NAME_BYTES = 65_535, 64
-_MANY, _USUAL_BYTES = 1000, 32  # strings that are worth `_strings_at_once`; what each takes there, its length included
-_ARRAY_COST = 8  # an array inside an array takes as long to read as so many strings
+_MIN_BULK, _MEAN_BYTES = 1000, 32  # for `_strings_in_bulk`: fewest strings; bytes of each with its length
+_ARRAY_COST = 8  # reading a nested array takes the time of this many strings
 
 _NOT_UTF8 = ("a string is not UTF-8", "valid UTF-8")
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -44,7 +44,7 @@ _SCALARS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: `shape` is row-major, the reverse of GGUF's dims; `offset` is from the shard's first byte."""
+    """A tensor: `shape` is row-major, GGUF's dims reversed; `offset` is from the shard's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header: `size` bytes long, and every tensor lies inside the file, aligned, over no other."""
+    """A checked header of `size` bytes: all tensors are in the file, aligned, without overlap."""
 
     version: int
     metadata: dict[str, Any]
@@ -65,7 +65,7 @@ class Header:
 
 
 def read_header(buffer: mmap | bytes, path: Path, shard: int = 0) -> Header:
-    """Read and check the header of the file `path` whose bytes are `buffer`. ModelLoadFailed says what is wrong."""
+    """Read and check the header of the file `path` with bytes `buffer`. Raises ModelLoadFailed."""
     reader = _Reader(buffer, path)
     version = _read_version(reader)
     tensor_count, metadata_count = reader.u64(), reader.u64()
@@ -79,7 +79,7 @@ def read_header(buffer: mmap | bytes, path: Path, shard: int = 0) -> Header:
 
 
 class _Reader:
-    """Takes values off the front of a header. `context` says, for messages, what is being read."""
+    """Reads values from a header in order. `context` names the current item in error messages."""
 
     def __init__(self, buffer: mmap | bytes, path: Path) -> None:
         self.buffer = buffer
@@ -93,7 +93,7 @@ class _Reader:
         raise ModelLoadFailed(what, f"{self.path}, {self.context}, byte {self.pos:,}", expected)
 
     def take(self, size: int, what: str) -> int:
-        """Step over `size` bytes and return where they start."""
+        """Advance by `size` bytes; returns their start."""
         start = self.pos
         if size > self._end - start:
             self._fail_end(size, what)
@@ -117,7 +117,7 @@ class _Reader:
             self.fail(*_NOT_UTF8)
 
     def value(self, type_id: int) -> Any:
-        """A metadata value: int, float, bool, str, or what `_array` makes."""
+        """A metadata value: int, float, bool, str, or an array as `_array` returns it."""
         if (scalar := _SCALARS.get(type_id)) is not None:
             return scalar.unpack_from(self.buffer, self.take(scalar.size, "a number"))[0]
         if type_id == _STRING:
@@ -132,14 +132,14 @@ class _Reader:
         return byte == 1
 
     def _array(self, depth: int) -> Any:
-        """A NumPy array of numbers or bools that owns its memory; else a list of str or of arrays."""
+        """A NumPy array of numbers or bools that owns its memory, or a list of str or of arrays."""
         type_id, count = self.u32(), self.u64()
         if (scalar := _SCALARS.get(type_id)) is not None:
             start = self.take(count * scalar.size, f"an array of {count:,} numbers")
             return np.frombuffer(self.buffer, np.dtype(scalar.format), count, start).copy()
         if type_id == _BOOL:
             start = self.take(count, f"an array of {count:,} bools")
-            flags = np.frombuffer(self.buffer, np.uint8, count, start).copy()  # a view would keep the file mapped
+            flags = np.frombuffer(self.buffer, np.uint8, count, start).copy()  # a view would keep the mapping open
             if count and flags.max() > 1:
                 self.fail(f"a bool has the value {flags.max()}", "0 or 1")
             return flags == 1
@@ -153,9 +153,9 @@ class _Reader:
         return [self._array(depth + 1) for _ in range(count)]
 
     def _strings(self, count: int) -> list[str]:
-        """The vocabularies: hundreds of thousands of strings, so `string` is written out here without its calls."""
+        """`count` strings; `string` is inlined, since a vocabulary has hundreds of thousands."""
         self._spend(count)
-        if count >= _MANY and (whole := _strings_at_once(self.buffer, self.pos, self._end, count)) is not None:
+        if count >= _MIN_BULK and (whole := _strings_in_bulk(self.buffer, self.pos, self._end, count)) is not None:
             strings, self.pos = whole
             return strings
         buffer, end, pos = self.buffer, self._end, self.pos
@@ -191,13 +191,14 @@ class _Reader:
         self.fail(what, f"a header of at most {_MAX_HEADER_BYTES >> 20} MiB")
 
 
-def _strings_at_once(buffer: mmap | bytes, start: int, end: int, count: int) -> tuple[list[str], int] | None:
-    """`count` strings from `start` on, and where they end, in half of a loop's time; None where only a loop can tell.
+def _strings_in_bulk(buffer: mmap | bytes, start: int, end: int, count: int) -> tuple[list[str], int] | None:
+    """`count` strings from `start` on and their end, in half the time of a loop, or None.
 
-    A length below 65,536 ends in six zero bytes, and text seldom holds a zero: where such runs end, strings begin. The
-    guess is right if each length leads to the next string, and a split at zeroed lengths if there is no other zero.
+    A length below 65,536 ends in six zero bytes, and text rarely contains zeros, so a string is
+    assumed after each such run. The assumption holds if each length leads to the next string, and
+    the text can be split at the zeroed lengths if it has no other zero. None if either fails.
     """
-    data = np.frombuffer(buffer, np.uint8, min(end - start, count * _USUAL_BYTES), start)
+    data = np.frombuffer(buffer, np.uint8, min(end - start, count * _MEAN_BYTES), start)
     zero = data == 0
     pairs = zero[1:] & zero[:-1]
     sixes = pairs[4:] & pairs[2:-2] & pairs[:-4]  # six zeros from here on
@@ -220,7 +221,7 @@ def _read_version(reader: _Reader) -> int:
     if magic != b"GGUF":
         reader.fail(f"the file begins with {magic!r}", "a GGUF file, which begins with b'GGUF'")
     version = reader.u32()
-    if version & 0xFFFF == 0 and version:  # a small number seen from the other end
+    if version & 0xFFFF == 0 and version:  # a small number in the other byte order
         reader.fail("the file is big-endian", "a little-endian GGUF file; convert it with gguf's gguf-convert-endian")
     if version == 1:
         reader.fail("GGUF version 1 is obsolete", "version 2 or 3; convert the model again with a current tool")
@@ -236,7 +237,7 @@ def _read_metadata(reader: _Reader, count: int) -> dict[str, Any]:
         key = reader.string(_MAX_KEY_BYTES)
         reader.context = f"metadata key {key[:80]!r}"
         if not key or key in metadata:
-            reader.fail("the key is there twice" if key else "the key is empty", "one name for each key")
+            reader.fail("the key occurs twice" if key else "the key is empty", "one name for each key")
         type_id = reader.u32()
         if key == "general.alignment" and type_id != _UINT32:
             reader.fail(f"the alignment is a value of type {type_id}", f"type {_UINT32}, uint32")
@@ -252,14 +253,14 @@ def _read_entries(reader: _Reader, count: int) -> list[TensorInfo]:
         name = reader.string(_MAX_TENSOR_NAME_BYTES)
         reader.context = f"tensor {name!r}"
         if not name or name in names:
-            reader.fail("the name is there twice" if name else "the name is empty", "one name for each tensor")
+            reader.fail("the name occurs twice" if name else "the name is empty", "one name for each tensor")
         names.add(name)
         entries.append(_read_entry(reader, name))
     return entries
 
 
 def _read_entry(reader: _Reader, name: str) -> TensorInfo:
-    """A tensor as the header describes it: its offset is from the start of the data section still."""
+    """A tensor with its offset from the start of the data section, as in the header."""
     n_dims = reader.u32()
     if not 1 <= n_dims <= 4:
         reader.fail(f"the tensor has {n_dims:,} dimensions", "1 to 4")
@@ -273,7 +274,7 @@ def _read_entry(reader: _Reader, name: str) -> TensorInfo:
 
 
 def _place(reader: _Reader, entries: list[TensorInfo], metadata: dict[str, Any], shard: int) -> tuple[TensorInfo, ...]:
-    """Give each tensor its bytes. Sizes are Python's integers: no product of dims wraps around."""
+    """Convert offsets to file positions and check them. Python integers do not overflow."""
     reader.context = "metadata key 'general.alignment'"
     alignment: int = metadata.get("general.alignment", 32)
     if not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):

@@ -144,6 +144,6 @@ def test_an_abandoned_upload_sends_nothing_more_and_holds_nothing(cupy, monkeypa
     threading.Timer(0.05, gate.set).start()
     upload.abandon()
     upload.abandon()
-    assert cupy.copies <= module.LANES
+    assert cupy.copies <= module.MAX_LANES
     assert memory.held == 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("upload")]

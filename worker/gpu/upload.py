@@ -1,9 +1,9 @@
-"""A file's tensors on their way to VRAM: mapped pages → pinned chunks → asynchronous copies → planes.
+"""Upload a file's tensors to VRAM: mapped pages → pinned buffers → asynchronous copies → planes.
 
-A few threads copy chunks side by side, because one reads the page cache at a quarter of what it gives; each has a lane
-of its own: two pinned buffers, a stream, and a place on the device where a kernel takes a chunk of blocks apart
-(`kernels/repack.cu`). So reading, copying and taking apart overlap, and so does whatever the caller does until `close`.
-What is allocated is bounded whatever the file's size. Knows no architecture. Next: `layouts.py`.
+Several threads copy, since one reaches a quarter of the page cache's bandwidth. Each has a lane:
+two pinned buffers, a stream, and a staging area on the device from which a kernel repacks the
+blocks (`kernels/repack.cu`). Reading, copying and repacking overlap with each other and with the
+caller's work until `close`. Allocations are bounded for any file size. Next: `layouts.py`.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, Slab, aligned
 from worker.ops import QTensor
 from worker.quants import QUANT_TYPES, Bytes, Floats, QuantType, dequantize
 
-CHUNK = 8 << 20  # a multiple of ALIGNMENT, as its pieces begin at some
-LANES = 6  # more read no faster: H100 host, 16 cores, 25 GB/s of the 29 that its page cache gives to readers alone
+CHUNK = 8 << 20  # bytes of a copy; a multiple of ALIGNMENT, at which its transfers begin
+MAX_LANES = 6  # saturates an H100 host of 16 cores: 25 of the 29 GB/s that pure reading reaches
 _THREADS = 256
 _SUPER = 256
-_A_LANE_MORE = 512 << 20  # bytes of a file
+_BYTES_PER_LANE = 512 << 20  # of the file, for each lane above three
 _HOST_TO_DEVICE, _ON_DEVICE = 1, 3
 INSTANTIATIONS: tuple[KernelName, ...] = tuple(
     ("repack.cu", f"repack<{kind.name}>") for kind in QUANT_TYPES if kind.block_size > 1
 )
 
 
-class _Piece(NamedTuple):
-    """Bytes of the file, and what takes them apart when they are on the device: it hears where, and on which stream."""
+class _Transfer(NamedTuple):
+    """Bytes of the file, and its repacking function, called with device address and stream."""
 
     host: Bytes
     unpack: Callable[[int, Any], None]
 
 
 class Upload:
-    """An upload for `worker.adapters.weights.Weights`: tensors of `file` into arrays of `pool`.
+    """Uploads tensors of `file` into arrays of `pool`; a `worker.backend.Upload`.
 
-    Arrays are handed out at once and filled meanwhile: weights are there once `close` has returned, and until then
-    whatever is dropped stays taken. `on_bytes` hears the file bytes of each chunk that is under way, one call at a
-    time, from any thread. `expected` is how many bytes will be asked for, if known: after them lanes end by themselves.
+    A call returns its array at once; contents are valid after `close`. Freed memory is not reused
+    until `close`. `on_bytes` receives the file bytes of each chunk that is copied, one call at a
+    time, from any thread. `expected`: total bytes if known; the lanes end on their own after them.
     """
 
     def __init__(
@@ -79,25 +79,25 @@ class Upload:
         self._threads = ThreadPoolExecutor(count, "upload", cupy.cuda.Device().use)
         self._runtime, self._stream = cupy.cuda.runtime, cupy.cuda.Stream(non_blocking=True)
         self._to_come = expected or -1
-        self._chunk: list[_Piece] = []
+        self._chunk: list[_Transfer] = []
         self._gathered = 0  # bytes of the chunk
-        self._waiting: deque[list[_Piece]] = deque()
+        self._waiting: deque[list[_Transfer]] = deque()
         self._under_way: list[Future[None]] = []
         self._targets: list[QTensor] = []
         self._values: list[Floats] = []
 
     def __call__(self, info: TensorInfo) -> QTensor:
-        """Start the tensor's way to the device. Raises VramOom."""
+        """Start the upload of a tensor. Raises VramOom."""
         data = self._vector(info) if is_vector(info) else self._matrix(info)
         tensor = QTensor(info.name, info.shape, info.kind, data)
-        self._targets.append(tensor)  # nobody else gets its memory while bytes are on their way there
+        self._targets.append(tensor)  # its memory must not be reused during the copy
         self._to_come -= info.nbytes
         if self._to_come == 0:
             self._send()
         return tensor
 
     def close(self) -> None:
-        """Wait for everything and give the buffers back. Raises CudaError or VramOom where a chunk did not arrive."""
+        """Wait for all copies, free the buffers. Raises CudaError or VramOom if a copy failed."""
         try:
             self._send()
             for sent in self._under_way:
@@ -109,7 +109,7 @@ class Upload:
             self.abandon()
 
     def abandon(self) -> None:
-        """Send nothing more, and give the buffers back as soon as nobody uses them; harmless after `close`."""
+        """Cancel what has not started, wait for the rest, free the buffers. Idempotent."""
         self._threads.shutdown(cancel_futures=True)
         for stream in (self._stream, *(lane.stream for lane in self._lanes)):
             with suppress(CudaError, VramOom), device_errors():
@@ -124,10 +124,10 @@ class Upload:
         self._staging = None
 
     def _vector(self, info: TensorInfo) -> DeviceArray:
-        """From here, at once: a vector is small, and there are as many as matrices."""
+        """Copy from this thread: a vector is small, and there are as many as matrices."""
         values = dequantize(self._file.data(info), info.kind).reshape(info.shape)
         array = self._pool.empty(info.shape, np.float32)
-        self._values.append(values)  # most drivers have read them when the call returns, but not all
+        self._values.append(values)  # the driver may read them after the call returns
         with device_errors():
             self._runtime.memcpyAsync(
                 address(array), values.ctypes.data, values.nbytes, _HOST_TO_DEVICE, self._stream.ptr
@@ -145,7 +145,7 @@ class Upload:
             part = blocks[info.kind.row_bytes(start) : info.kind.row_bytes(start + step)]
             offsets = plane_bytes(info.kind, start)
             to = tuple(at and at + offset for at, offset in zip(matrix.addresses(), offsets, strict=True))
-            self._add(_Piece(part, self._unpacking(info.kind, part.size, to)))
+            self._add(_Transfer(part, self._unpacking(info.kind, part.size, to)))
         return matrix
 
     def _unpacking(self, kind: QuantType, nbytes: int, to: tuple[int, ...]) -> Callable[[int, Any], None]:
@@ -153,7 +153,7 @@ class Upload:
             copy = self._runtime.memcpyAsync
             return lambda at, stream: copy(to[0], at, nbytes, _ON_DEVICE, stream.ptr)
         units = nbytes // kind.block_bytes * (kind.block_size // 32)
-        repack = self._kernels.get(*_repack(kind))  # here: compiling is not for many threads
+        repack = self._kernels.get(*_repack(kind))  # compiled on this thread, not on a lane
         grid, planes, count = (-(-units // _THREADS),), np.array(to, PLANES), np.uint32(units)
 
         def unpack(at: int, stream: Any) -> None:
@@ -162,32 +162,32 @@ class Upload:
 
         return unpack
 
-    def _add(self, piece: _Piece) -> None:
-        """Small pieces share a chunk: each call of the driver costs its thread a wait for Python's lock."""
-        room = aligned(piece.host.size)
+    def _add(self, transfer: _Transfer) -> None:
+        """Small transfers share a chunk: each driver call waits for the GIL."""
+        room = aligned(transfer.host.size)
         if self._gathered + room > CHUNK:
             self._send()
-        self._chunk.append(piece)
+        self._chunk.append(transfer)
         self._gathered += room
 
     def _send(self) -> None:
-        """What has gathered goes to the lanes."""
+        """Queue the collected chunk for the lanes."""
         if self._chunk:
             self._waiting.append(self._chunk)
             self._chunk, self._gathered = [], 0
             self._under_way.append(self._threads.submit(self._run))
 
     def _run(self) -> None:
-        """On one of the threads, of which there are as many as lanes."""
-        pieces, lane = self._waiting.popleft(), self._idle.pop()
+        """Copy one chunk, on one of the threads; there are as many threads as lanes."""
+        transfers, lane = self._waiting.popleft(), self._idle.pop()
         try:
             with device_errors():
-                lane.carry(pieces)
+                lane.carry(transfers)
                 if self._to_come == 0 and not self._waiting:
                     lane.end()
         finally:
             self._idle.append(lane)
-        self._tell(sum(piece.host.size for piece in pieces))
+        self._tell(sum(transfer.host.size for transfer in transfers))
 
     def _tell(self, nbytes: int) -> None:
         with self._one_at_a_time:
@@ -195,9 +195,9 @@ class Upload:
 
 
 class _Lane:
-    """A stream, `staging` on the device for one chunk, and two pinned buffers, each allocated when it is first needed.
+    """A stream, `staging` memory on the device for one chunk, and two pinned buffers.
 
-    Pinned memory costs 0.6 ms a MiB: a small model is through before most lanes have any.
+    Buffers are allocated on first use: pinning takes 0.6 ms a MiB, and a small model needs few.
     """
 
     def __init__(self, cuda: Any, staging: int) -> None:
@@ -206,22 +206,22 @@ class _Lane:
         self._cuda = cuda
         self._buffers: list[_PinnedBuffer] = []
 
-    def carry(self, pieces: list[_Piece]) -> None:
-        """Bring pieces of at most CHUNK bytes together to the device and take them apart there, in stream order."""
+    def carry(self, transfers: list[_Transfer]) -> None:
+        """Copy transfers of at most CHUNK bytes in all to the device and repack them."""
         buffer = self._buffers.pop(0) if len(self._buffers) == 2 else _PinnedBuffer(self._cuda)
         self._buffers.append(buffer)
-        places = buffer.send([piece.host for piece in pieces], self._staging, self.stream)
-        for piece, at in zip(pieces, places, strict=True):
-            piece.unpack(at, self.stream)
+        places = buffer.send([transfer.host for transfer in transfers], self._staging, self.stream)
+        for transfer, at in zip(transfers, places, strict=True):
+            transfer.unpack(at, self.stream)
 
     def end(self) -> None:
-        """Wait for all of it, and give the buffers back, which takes a millisecond each: here nobody waits for it."""
+        """Wait for the stream and free the buffers, a millisecond each, off the critical path."""
         self.stream.synchronize()
         self._buffers.clear()
 
 
 class _PinnedBuffer:
-    """Page-locked host memory that the device copies from by itself."""
+    """Page-locked host memory for asynchronous copies to the device."""
 
     def __init__(self, cuda: Any) -> None:
         self._runtime = cuda.runtime
@@ -230,7 +230,7 @@ class _PinnedBuffer:
         self._sent = cuda.Event(disable_timing=True)
 
     def send(self, parts: list[Bytes], to: int, stream: Any) -> list[int]:
-        """Wait until the last chunk has left, then start this one's copy to `to`: where each of its parts will lie."""
+        """Wait for the previous copy, start this one to `to`; returns each part's address."""
         self._sent.synchronize()
         end, places = 0, []
         for part in parts:
@@ -243,7 +243,7 @@ class _PinnedBuffer:
 
 
 def repack_kernels(weights: Iterable[TensorInfo]) -> dict[KernelName, None]:
-    """What uploads of these tensors launch, in order, for the kernels to begin before the first is asked for."""
+    """Kernels that the upload of these tensors launches, to compile them ahead of it."""
     return {_repack(info.kind): None for info in weights if info.kind.block_size > 1 and not is_vector(info)}
 
 
@@ -252,10 +252,10 @@ def _repack(kind: QuantType) -> KernelName:
 
 
 def _lanes_for(nbytes: int) -> int:
-    """Three read a small file while the host is busy with the rest of a start; what a lane pins costs time too."""
-    return min(LANES, 3 + nbytes // _A_LANE_MORE) if nbytes else LANES
+    """Lanes for a file of `nbytes`: three for a small one, since pinning buffers takes time."""
+    return min(MAX_LANES, 3 + nbytes // _BYTES_PER_LANE) if nbytes else MAX_LANES
 
 
 def _chunk_elements(kind: QuantType) -> int:
-    """The most elements, a multiple of 256, whose blocks fill no more than CHUNK bytes."""
+    """Largest multiple of 256 elements whose blocks fit CHUNK bytes."""
     return CHUNK // kind.row_bytes(_SUPER) * _SUPER
