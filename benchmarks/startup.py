@@ -29,7 +29,7 @@ IMPORTS = (
     *("redis", "cupy", "cuda.bindings.driver", "tokenizers", "sentencepiece", "jinja2"),
 )
 PHASES = {
-    "worker.gpu.wake": {"_make_context": "CUDA context"},
+    "worker.gpu": {"_create_context": "CUDA context"},
     "worker.gguf_file": {"GgufFile.open": "header", "GgufFile.fingerprint": "fingerprint"},
     "worker.runtime": {
         "open_backend": "backend",

@@ -33,7 +33,7 @@ PARTS = {
     "ops": OPS,
     "models": ("runner", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size", "full_logits", "full_worker"),
-    "faults": ("faults", "memory_baseline", "worker_faults", "wake"),
+    "faults": ("faults", "memory_baseline", "worker_faults", "context"),
     "sanitize": OPS,
 }
 # The smallest shapes of every branch and all 14 types: a sanitizer makes kernels 100 times slower.

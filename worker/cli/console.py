@@ -13,7 +13,7 @@ import typer
 
 from worker.config import load_settings
 from worker.errors import ConfigInvalid, WorkerError
-from worker.gpu.wake import wake_device
+from worker.gpu import create_context_in_background
 from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.protocol import Resolved
 
@@ -28,7 +28,7 @@ def wake_for(flags: Mapping[str, Any]) -> None:
     """
     with suppress(ConfigInvalid):
         if load_settings(flags=flags).engine.backend != "cpu":
-            wake_device()
+            create_context_in_background()
 
 
 def model_path(model: str) -> Path:

@@ -20,9 +20,9 @@ import typer
 from worker.cli.console import progress_bar
 from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid
-from worker.gpu.wake import wake_device
+from worker.gpu import create_context_in_background
 
-if TYPE_CHECKING:  # imported after wake_device, see above
+if TYPE_CHECKING:  # imported after create_context_in_background, see above
     from worker.jobs.streams import Streams
     from worker.runtime import LoadedModel, ModelLoader, Progress
 
@@ -108,7 +108,7 @@ def run(
     if not echo and not settings.model.path:
         raise ConfigInvalid("model.path: no model given; pass --model FILE or NAME, or --echo to try without one")
     if not echo and settings.engine.backend != "cpu":
-        wake_device()
+        create_context_in_background()
     gc.disable()  # until the model is loaded: a collection would traverse imports and metadata, which stay
     code, joined = asyncio.run(_serve(settings, _loader(settings, echo, echo_step_ms / 1000), echo))
     sys.stderr.flush()
