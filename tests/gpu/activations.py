@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from worker.cpu.quantized import BLOCK, in_f16, quantize
+from tests.quantized_ops import BLOCK, in_f16, quantize
 from worker.gpu.activations import Q8Activations, ScaledF16, padded
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32

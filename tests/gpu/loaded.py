@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from tests.models import cpu_runner
+from tests.quantized_ops import QuantizedOps
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.cpu.quantized import QuantizedOps
 from worker.cpu.threads import Threads
 from worker.engine.kv_blocks import blocks_for
 from worker.gguf_file import GgufFile

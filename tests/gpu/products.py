@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.cpu.quantized import in_8_bits
+from tests.quantized_ops import in_8_bits
 from worker.ops import Activation
 from worker.quants import QUANT_TYPES
 

@@ -11,8 +11,8 @@ from tests.gpu.activations import q8_activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, PREFILL_OWN, rounded
 from tests.gpu.weights import Projection, error
+from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
-from worker.cpu.quantized import in_f16
 from worker.ops import Routes
 from worker.quants import F32, MXFP4, Q8_0
 

@@ -14,8 +14,8 @@ from tests.gpu.activations import q8_activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, rounded
 from tests.gpu.weights import Projection, error
+from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
-from worker.cpu.quantized import in_f16
 from worker.gpu.layouts import MIXED
 from worker.ops import SWIGLU
 from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES

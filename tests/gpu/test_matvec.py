@@ -11,8 +11,8 @@ from tests.gpu.activations import f32_activations, norm_of, q8_activations, q8_b
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import DECODE_OWN, EACH_TYPE, WHOLE, rounded
 from tests.gpu.weights import Projection, error
+from tests.quantized_ops import in_8_bits, quantize
 from worker.cpu.plain import gated, rms_norm
-from worker.cpu.quantized import in_8_bits, quantize
 from worker.ops import SWIGLU
 from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
 

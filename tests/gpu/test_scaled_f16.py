@@ -7,8 +7,8 @@ import pytest
 
 from tests.gpu.activations import norm_of, values_of
 from tests.gpu.guarded import GuardedPool
+from tests.quantized_ops import in_f16
 from worker.cpu.plain import rms_norm
-from worker.cpu.quantized import in_f16
 
 EPS = 1e-5
 SHAPES = [(1, 32), (1, 896), (3, 2880), (2, 576), (5, 64), (2, 8192), (1, 14336)]

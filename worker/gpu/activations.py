@@ -1,7 +1,7 @@
 """Inputs of matrix products: Q8 blocks for decode, scaled f16 rows for prefill (with its launcher).
 
 Layouts: `kernels/q8_activations.cuh`, `kernels/fragments.cuh`. Kernel: `scale_to_f16.cu`. Twins:
-`worker/cpu/quantized.py`, `rms_norm` in `worker/cpu/plain.py`. Next: `matvec.py`, `matmul.py`.
+`tests/quantized_ops.py`, `rms_norm` in `worker/cpu/plain.py`. Next: `matvec.py`, `matmul.py`.
 """
 
 from __future__ import annotations

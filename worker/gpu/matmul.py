@@ -3,7 +3,7 @@
 The split of a row's sum along K follows from the matrix alone. The tile also follows from the
 number of tokens, which does not change a bit: each element is one chain of MMAs a split. Kernels:
 `matmul.cu`, `group_routes.cu`, `gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py`
-without their norms, `worker/cpu/quantized.py`.
+without their norms, `tests/quantized_ops.py`.
 """
 
 from __future__ import annotations

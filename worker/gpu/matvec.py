@@ -4,7 +4,7 @@ A norm, the products and their epilogue are one launch. Weights of the block typ
 activations, F32, F16 and BF16 meet f32 (`kernels/stage_activations.cuh`). The distribution of a
 matrix over warps follows from its shape and type alone, so a token's bits do not depend on the rest
 of the batch. Kernels: `matvec.cu`, `glu.cu`, `experts_add.cu`, `route.cu`. Twins: the ops of
-`worker/cpu/ops.py`, `worker/cpu/quantized.py`.
+`worker/cpu/ops.py`, `tests/quantized_ops.py`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in
-// worker/cpu/quantized.py.
+// tests/quantized_ops.py.
 #include "arrival.cuh"
 #include "decode_heads.cuh"
 #include "pdl.cuh"

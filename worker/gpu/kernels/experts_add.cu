@@ -9,7 +9,7 @@
 // Alignment: planes and h 16 bytes. Bytes: the weights of each chosen expert once a token, UNROLL_K
 // 16-byte loads in flight a lane. Order and rounding: vec_dot.cuh, then weight·(sum + bias)
 // rounded, then residual + each product ascending.
-// Twins: `experts_add` in worker/cpu/ops.py; worker/cpu/quantized.py. Launcher:
+// Twins: `experts_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
 #include "vec_dot.cuh"
 #include "pdl.cuh"

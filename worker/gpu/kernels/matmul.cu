@@ -23,7 +23,7 @@
 // 256 bytes with 16-byte chunk c stored at c ^ (row & 7), free of bank conflicts; with PASSES > 1
 // also 64·FRAGS_M·WARPS_M·TILE_N·SPLIT_K for the saved sums.
 // Bytes: weights once a tile of tokens, x once a tile of rows.
-// Twins: `matmul`, `gated` in worker/cpu/plain.py; worker/cpu/quantized.py. Launcher:
+// Twins: `matmul`, `gated` in worker/cpu/plain.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matmul.py.
 #include "pdl.cuh"
 #include "fragments.cuh"

@@ -11,7 +11,7 @@
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: each weight once
 // a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then splits ascending, then fma(sum, 1/rms, bias + residual).
-// Twins: `norm_linear`, `linear_add` in worker/cpu/ops.py; worker/cpu/quantized.py. Launcher:
+// Twins: `norm_linear`, `linear_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
 #include "vec_dot.cuh"
 #include "pdl.cuh"

@@ -9,7 +9,7 @@
 // q = x·(127/amax), rounded to nearest even; a block with amax < 1e-30 is zeros. Row strides are
 // cols bytes and cols/32·8 bytes. A step is 1/127 of the block's largest element: a relative error
 // of a product of about 0.5 % of the norm for normally distributed x, at most 1.3 % with one
-// outlier in each block. Twin: `quantize` in worker/cpu/quantized.py.
+// outlier in each block. Twin: `quantize` in tests/quantized_ops.py.
 // Python: `Q8Activations` in worker/gpu/activations.py.
 #pragma once
 #include "codes.cuh"

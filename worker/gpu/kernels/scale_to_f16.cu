@@ -10,7 +10,7 @@
 // (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 6·cols a row.
 // Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
 // warps ascending.
-// Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in worker/cpu/quantized.py. Launcher:
+// Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in tests/quantized_ops.py. Launcher:
 // worker/gpu/activations.py.
 #include "pdl.cuh"
 #include "fragments.cuh"

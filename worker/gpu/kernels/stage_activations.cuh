@@ -7,7 +7,7 @@
 //     n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467)
 // x·weight is staged. 1/sqrt(…) is one factor for the row, applied to the sums of the product, so
 // that staging does not depend on it. Sums have a fixed order, with every contraction written out.
-// Twins: `rms_norm` in worker/cpu/plain.py, `quantize` in worker/cpu/quantized.py.
+// Twins: `rms_norm` in worker/cpu/plain.py, `quantize` in tests/quantized_ops.py.
 #pragma once
 #include "q8_activations.cuh"
 #include "warp.cuh"

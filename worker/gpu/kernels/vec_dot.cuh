@@ -9,7 +9,7 @@
 // activations are staged. Order of a row's sum: a lane's units ascending, then the warp's
 // butterfly; every contraction is written out (`__fmaf_rn`), so that the order and the rounding do
 // not depend on the compiler.
-// Twins: `matmul` in worker/cpu/plain.py; with quantized activations worker/cpu/quantized.py.
+// Twins: `matmul` in worker/cpu/plain.py; with quantized activations tests/quantized_ops.py.
 #pragma once
 #include "formats.cuh"
 #include "stage_activations.cuh"

@@ -1,7 +1,8 @@
-"""The CPU's ops with activations rounded where the GPU rounds them: 8-bit blocks in decode, scaled f16 in prefill.
+"""NumPy ops with activations rounded as on the GPU: 8-bit blocks in decode, scaled f16 in prefill.
 
-Beside the exact ops, which stay the definition: with these a comparison sees the kernels' own error and not the
-rounding's. Twins of `worker/gpu/kernels/q8_activations.cuh` and of `scale_to_f16.cu`.
+The ops of `worker/cpu/ops.py` are the definition and round nothing. A comparison with the ops of this
+module shows a kernel's own error without the error of the rounding. Twins of `q8_activations.cuh` and
+`scale_to_f16.cu` in `worker/gpu/kernels/`.
 """
 
 from __future__ import annotations
@@ -19,30 +20,36 @@ F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
 
 BLOCK = 32
-_TINY = np.float32(1e-30)  # a block below it is zeros: 127/amax must be a number
+_TINY = np.float32(1e-30)  # blocks with a smaller maximum become zeros, so that 127/amax is finite
 _HALF_EXPONENT = 10
 
 
 def quantize(x: F32) -> tuple[I8, F32]:
-    """Blocks of 32 along the last axis: q [..., cols] and scale [..., cols/32] with x ≈ scale·q, |q| ≤ 127."""
+    """Quantize blocks of 32 along the last axis: x ≈ scale·q with |q| ≤ 127.
+
+    Returns q [..., cols] i8 and scale [..., cols/32] f32.
+    """
     blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     amax: F32 = np.abs(blocks).max(axis=-1)
-    some = amax >= _TINY
-    divisor = np.where(some, amax, np.float32(1))
-    inverse = np.where(some, np.float32(127) / divisor, np.float32(0))
+    nonzero = amax >= _TINY
+    divisor = np.where(nonzero, amax, np.float32(1))
+    inverse = np.where(nonzero, np.float32(127) / divisor, np.float32(0))
     q: I8 = np.rint(blocks * inverse[..., None]).astype(np.int8).reshape(x.shape)
-    return q, np.where(some, amax / np.float32(127), np.float32(0))
+    return q, np.where(nonzero, amax / np.float32(127), np.float32(0))
 
 
 def in_8_bits(x: F32) -> F32:
-    """x as decode's products of quantized weights see it."""
+    """Round x as the products of quantized weights do in decode: quantize and dequantize."""
     q, scale = quantize(x)
     result: F32 = (q.reshape(*scale.shape, BLOCK) * scale[..., None]).reshape(x.shape)
     return result
 
 
 def in_f16(x: F32) -> F32:
-    """x as prefill's products see it: f16 under a power of two that puts the row's largest in [1024, 2048)."""
+    """Round x as the products do in prefill.
+
+    Values are f16 after a scale, a power of two that puts the row's largest |x| in [1024, 2048).
+    """
     amax = np.abs(x).max(axis=-1, keepdims=True)
     _, exponent = np.frexp(amax)  # amax in [2^(exponent-1), 2^exponent)
     scale = np.where(amax > 0, np.ldexp(np.float32(1), exponent - 1 - _HALF_EXPONENT), np.float32(1))
@@ -51,14 +58,14 @@ def in_f16(x: F32) -> F32:
 
 
 class QuantizedOps(CpuOps):
-    """`worker.ops.Ops` on NumPy with the GPU's rounding of what enters a product."""
+    """`worker.ops.Ops` on NumPy; the activations of a product are rounded as on the GPU."""
 
     def __init__(self, cache: KvCache, phase: Phase, threads: Threads) -> None:
         super().__init__(cache, phase, threads)
         self._phase = phase
 
     def norm_route(self, x: F32, norm: RmsNorm, router: Linear, k: int) -> tuple[F32, Routes]:
-        """See `Ops.norm_route`; a router's input is not rounded: near ties would choose other experts."""
+        """See `Ops.norm_route`. The router's input is not rounded, which would flip near ties."""
         n = self._norm(x, norm)
         return n, Routes(*top_k(super()._linear(n, router), k))
 

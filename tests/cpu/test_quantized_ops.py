@@ -1,4 +1,4 @@
-"""Activations rounded as the GPU rounds them, against the bounds that the products rely on."""
+"""Rounding of activations in `tests/quantized_ops.py`, against the bounds that the products rely on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.models import cpu_runner, decode, prefill
-from worker.cpu.quantized import QuantizedOps, in_8_bits, in_f16, quantize
+from tests.quantized_ops import QuantizedOps, in_8_bits, in_f16, quantize
 from worker.cpu.threads import Threads
 from worker.ops import Phase
 
@@ -27,7 +27,7 @@ def test_each_element_is_within_half_a_step_of_its_block(x):
     assert (error <= 0.5001 * steps[..., None] + 1e-30).all()
 
 
-def test_a_block_of_nothing_is_zeros():
+def test_a_block_below_the_smallest_maximum_becomes_zeros():
     x = np.zeros((1, 64), np.float32)
     x[0, 40] = 1e-31
     q, scale = quantize(x)
@@ -35,7 +35,7 @@ def test_a_block_of_nothing_is_zeros():
     assert not scale.any()
 
 
-def test_the_largest_of_a_block_is_127():
+def test_the_largest_element_of_a_block_becomes_127():
     x = np.linspace(-3, 5, 32, dtype=np.float32)[None]
     q, scale = quantize(x)
     assert (q[0, 0], q[0, -1]) == (-76, 127)
@@ -43,14 +43,14 @@ def test_the_largest_of_a_block_is_127():
 
 
 @given(arrays(np.float32, (1, 32), elements=FLOATS))
-def test_f16_under_a_power_of_two_keeps_eleven_bits_of_every_size(x):
+def test_scaled_f16_keeps_eleven_bits_at_every_magnitude(x):
     error = np.abs(in_f16(x).astype(np.float64) - x)
     floor = np.abs(x).max() * 2.0**-34
     assert (error <= np.maximum(np.abs(x) * 2.0**-11, floor)).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss"])
-def test_logits_move_by_percents_and_not_by_nothing(tiny, name):
+def test_rounding_changes_the_logits_by_less_than_the_bounds(tiny, name):
     exact, rounded = cpu_runner(tiny(name)), cpu_runner(tiny(name))
     rounded._ops = {phase: QuantizedOps(rounded.cache, phase, Threads(1)) for phase in Phase}
     prompt = prefill(list(range(20, 53)))
@@ -62,7 +62,7 @@ def test_logits_move_by_percents_and_not_by_nothing(tiny, name):
     assert 0 < errors[1] < 0.08
 
 
-def test_what_rounds_is_idempotent():
+def test_rounding_is_idempotent():
     x = np.random.default_rng(0).normal(size=(3, 96)).astype(np.float32)
     assert (in_f16(in_f16(x)) == in_f16(x)).all()
     assert np.allclose(in_8_bits(in_8_bits(x)), in_8_bits(x), rtol=1e-6)
