@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.cpu.philox import philox4x32, uniform
-from worker.cpu.sampler import Sampler, distribution, log_softmax
+from worker.cpu.sampler import Sampler, distribution, log_softmax, philox4x32, uniform
 from worker.errors import Internal
 from worker.sampling import DrawRequest, Sampling
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tests.quantized_ops import QuantizedOps
-from worker.cpu.kv_cache import KvCache
+from worker.cpu.attention import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, rms_norm, softmax
 from worker.cpu.threads import Threads

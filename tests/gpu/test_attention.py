@@ -14,8 +14,8 @@ import pytest
 
 from tests.gpu.activations import q8_activations, values_of
 from tests.gpu.guarded import GuardedPool
+from worker.cpu.attention import KvCache as TwinCache
 from worker.cpu.attention import attend
-from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
 from worker.model import Hparams

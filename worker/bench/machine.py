@@ -45,7 +45,7 @@ def read_bandwidth(backend: Backend, engine: EngineSection, nbytes: int, runs: i
         from worker.gpu import bandwidth as gpu  # noqa: PLC0415  (as above)
 
         return Bandwidth(*gpu.read_seconds(engine.kernel_cache, min(nbytes, backend.available_bytes() // 2), runs))
-    from worker.cpu import bandwidth as cpu  # noqa: PLC0415  (as above)
+    from worker.cpu import threads as cpu  # noqa: PLC0415  (as above)
 
     return Bandwidth(*cpu.read_seconds(nbytes, runs))
 

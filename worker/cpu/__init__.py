@@ -1,1 +1,1 @@
-"""The CPU backend: a NumPy twin of every op, which is that op's definition, and a runner over them."""
+"""The CPU backend. Its NumPy ops define the ops of every other backend. Next: `runner.py`."""

@@ -1,27 +1,60 @@
-"""Causal grouped attention over the block-table cache: the twin of the prefill and the decode kernel.
+"""Causal grouped attention over the CPU's block-table KV cache: the twin of both GPU attention kernels.
 
-Prefill goes by tiles of B queries that start at multiples of B, so a tile's shapes follow from its position alone and
-its bits don't depend on how a prompt was cut into chunks; decode takes one query at a time.
+Prefill computes tiles of B queries that start at multiples of B. The shapes of a tile follow from its
+position alone, so its bits do not depend on the chunks of the prompt. Decode computes one query at a time.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from worker.cpu.kv_cache import KvCache
 from worker.cpu.plain import softmax
+from worker.model import Hparams
 from worker.ops import KV_BLOCK, Attention, Batch, Ints, Phase
 
 F32 = npt.NDArray[np.float32]
 
 
+class KvCache:
+    """K and V as [layers, blocks, B, Hk, D]: f32 in the exact reference, f16 to match the GPU's cache.
+
+    The operating system provides memory as blocks are written, not before.
+    """
+
+    def __init__(self, hp: Hparams, blocks: int, dtype: type[np.floating[Any]] = np.float32) -> None:
+        shape = (hp.block_count, blocks, KV_BLOCK, hp.head_count_kv, hp.head_dim)
+        self.k = np.zeros(shape, dtype)
+        self.v = np.zeros(shape, dtype)
+
+    def write(self, layer: int, batch: Batch, k: F32, v: F32) -> None:
+        """Store k, v [T, Hk, D] at the batch's positions."""
+        tables = batch.block_tables if len(batch.block_tables) == len(k) else batch.block_tables * len(k)
+        offsets = batch.positions % KV_BLOCK
+        blocks = [table[i] for table, i in zip(tables, batch.positions // KV_BLOCK, strict=True)]
+        self.k[layer, blocks, offsets] = k
+        self.v[layer, blocks, offsets] = v
+
+    def read(self, layer: int, table: Ints, start: int, stop: int, valid: int) -> tuple[F32, F32]:
+        """K and V [stop - start, Hk, D] f32 of positions [start, stop), both multiples of B.
+
+        Positions from `valid` on are zeros, since an unwritten slot may hold a NaN.
+        """
+        blocks = table[start // KV_BLOCK : stop // KV_BLOCK]
+        k, v = (cache[layer, blocks].reshape(-1, *cache.shape[3:]).astype(np.float32) for cache in (self.k, self.v))
+        k[valid - start :] = 0
+        v[valid - start :] = 0
+        return k, v
+
+
 def attend(q: F32, cache: KvCache, spec: Attention, batch: Batch) -> F32:
-    """Attention of q [T, H, D], already turned, over keys and values already written: y [T, H·D] f32."""
+    """Attention of rotated queries q [T, H, D] over keys and values in the cache: y [T, H·D] f32."""
     y = np.empty((len(q), spec.n_heads * spec.head_dim), np.float32)
     if batch.phase is Phase.DECODE:
         for t, table in enumerate(batch.block_tables):
-            y[t : t + 1] = _attend_tile(q[t : t + 1], int(batch.positions[t]), table, cache, spec)
+            y[t : t + 1] = _attend_tile(q[t : t + 1], int(batch.positions[t]), table, cache, spec, 1)
         return y
     start = int(batch.positions[0])
     for t in range(0, len(q), KV_BLOCK):
@@ -29,8 +62,8 @@ def attend(q: F32, cache: KvCache, spec: Attention, batch: Batch) -> F32:
     return y
 
 
-def _attend_tile(q: F32, start: int, table: Ints, cache: KvCache, spec: Attention, tile: int = 1) -> F32:
-    """Queries at positions start, start + 1, …, padded to `tile` of them: [n, H·D] f32."""
+def _attend_tile(q: F32, start: int, table: Ints, cache: KvCache, spec: Attention, tile: int) -> F32:
+    """Attention of n ≤ `tile` queries at positions start, start + 1, …, padded to `tile`: [n, H·D] f32."""
     n, groups = len(q), spec.n_heads // spec.n_kv_heads
     oldest = max(0, start - spec.window + 1) if spec.window else 0
     first = oldest // KV_BLOCK * KV_BLOCK
@@ -41,7 +74,7 @@ def _attend_tile(q: F32, start: int, table: Ints, cache: KvCache, spec: Attentio
     queries = padded.transpose(1, 2, 0, 3).reshape(spec.n_kv_heads, groups * tile, spec.head_dim)
     scores = (queries @ k.transpose(1, 2, 0)) * np.float32(spec.head_dim**-0.5)
     scores = scores.reshape(spec.n_kv_heads, groups, tile, last - first)
-    scores = np.where(_visible(start, tile, first, last, spec.window), scores, np.float32(-np.inf))
+    scores = np.where(_mask(start, tile, first, last, spec.window), scores, np.float32(-np.inf))
     sinks = None if spec.sinks is None else spec.sinks.data.reshape(spec.n_kv_heads, groups, 1, 1)
     weights = softmax(scores, sinks).reshape(spec.n_kv_heads, groups * tile, last - first)
     y = (weights @ v.transpose(1, 0, 2)).reshape(spec.n_kv_heads, groups, tile, spec.head_dim)
@@ -49,9 +82,9 @@ def _attend_tile(q: F32, start: int, table: Ints, cache: KvCache, spec: Attentio
     return result
 
 
-def _visible(start: int, tile: int, first: int, last: int, window: int) -> npt.NDArray[np.bool_]:
-    """Which keys [first, last) each query [start, start + tile) sees: its past, itself, and no more than `window`."""
+def _mask(start: int, tile: int, first: int, last: int, window: int) -> npt.NDArray[np.bool_]:
+    """Keys [first, last) that each query [start, start + tile) attends to: [tile, last - first]."""
     queries = np.arange(start, start + tile)[:, None]
     keys = np.arange(first, last)[None, :]
-    seen = keys <= queries
-    return seen & (keys > queries - window) if window else seen
+    causal = keys <= queries
+    return causal & (keys > queries - window) if window else causal

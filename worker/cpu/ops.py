@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from worker.cpu.attention import attend
-from worker.cpu.kv_cache import KvCache
+from worker.cpu.attention import KvCache, attend
 from worker.cpu.plain import gated, matmul, rms_norm, rotate, top_k
 from worker.cpu.threads import Threads
 from worker.ops import KV_BLOCK, SWIGLU, Activation, Attention, Batch, Linear, Phase, QTensor, RmsNorm, Routes

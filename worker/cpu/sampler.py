@@ -1,7 +1,8 @@
-"""The sampler's definition: one row of logits and a request in, one draw out.
+"""The sampler's definition on NumPy: one row of logits and a request in, one draw out.
 
-Probabilities are f64 so that they sum to 1 far within 1e-6. Knows ids and logits only; the parameters and their order
-stand in `worker/sampling.py`.
+The parameters and their order are those of `worker/sampling.py`. Probabilities are f64, so that they
+sum to 1 within 1e-9. Random numbers are Philox4x32-10 (Salmon et al., SC'11): draw i with seed s is block
+(i, 0, 0, 0) under key s, so a worker that continues an answer draws the same tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from worker.cpu.philox import uniform
 from worker.errors import Internal
 from worker.sampling import Draw, DrawRequest, Sampling
 
@@ -19,16 +19,22 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Block = tuple[int, int, int, int]
+
 
 class Sampler:
-    """Draws for one vocabulary: padding rows are never drawn, end tokens not before `min_tokens`."""
+    """Draws for one vocabulary. Masks the padding rows, and the end tokens before `min_tokens`."""
 
     def __init__(self, vocab_size: int, padding_ids: Iterable[int], end_ids: Iterable[int]) -> None:
         self._padding = np.fromiter((i for i in padding_ids if i < vocab_size), np.int64)
         self._ends = np.fromiter((i for i in end_ids if i < vocab_size), np.int64)
 
     def draw(self, logits: F32, request: DrawRequest) -> Draw:
-        """The token that `request` draws from `logits` [V], which is left as it was."""
+        """Draw one token from `logits` [V], which are not modified. Raises Internal if none is finite."""
         if request.forced is not None:
             return Draw(request.forced)
         params = request.sampling
@@ -57,7 +63,10 @@ def log_softmax(logits: F32) -> F64:
 
 
 def _penalized(logits: F32, request: DrawRequest) -> F64:
-    """Bias, then the repetition penalty once a distinct token, then frequency and presence: scores [V] f64, a copy."""
+    """Scores [V] f64, a copy: bias, repetition penalty, then frequency and presence penalties.
+
+    The repetition penalty applies once to each distinct token.
+    """
     params = request.sampling
     scores = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
@@ -73,16 +82,35 @@ def _penalized(logits: F32, request: DrawRequest) -> F64:
 
 
 def _drawn(scores: F64, params: Sampling, index: int) -> int:
-    """Inverse-CDF draw over the kept tokens in id order: the first whose cumulative probability exceeds u."""
+    """Inverse-CDF draw in id order: the first kept token whose cumulative probability exceeds u."""
     kept, probs = distribution(scores, params)
     cumulative = np.cumsum(probs)
     at = int(np.searchsorted(cumulative, uniform(params.seed, index) * cumulative[-1], side="right"))
     return int(kept[min(at, len(kept) - 1)])
 
 
+def philox4x32(counter: Block, key: tuple[int, int]) -> Block:
+    """Four uint32 from a counter of four uint32 and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0 = _MULTIPLIERS[0] * c0
+        p1 = _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
+        k0 = (k0 + _WEYL[0]) & _MASK
+        k1 = (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, index: int) -> float:
+    """The u in [0, 1) of a draw: the high 24 bits of the first uint32, exact in f32."""
+    x0, *_ = philox4x32((index & _MASK, 0, 0, 0), (seed & _MASK, seed >> 32 & _MASK))
+    return (x0 >> 8) * 2.0**-24
+
+
 def distribution(scores: F64, params: Sampling) -> tuple[Ids, F64]:
-    """Temperature, top-k, top-p, min-p: the kept ids in rising order and their probabilities, which sum to 1."""
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the highest to -inf, which is right
+    """Temperature, top-k, top-p, min-p: the kept ids, ascending, and their normalized probabilities."""
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the highest become -inf, as intended
         scaled = (scores - scores.max()) / params.temperature
     kept: Ids = np.flatnonzero(scores > -np.inf)
     if 0 < params.top_k < len(kept):
@@ -104,9 +132,10 @@ def _softmax(scores: F64) -> F64:
 
 
 def _nucleus(scores: F64, probs: F64, top_p: float) -> Ids:
-    """Rising indices of the fewest likeliest entries whose sum reaches `top_p`; at least one (Holtzman et al. 2020).
+    """Ascending indices of the smallest set of likeliest entries whose sum reaches `top_p`; at least one.
 
-    Ordered by score, which tells entries apart whose probabilities round to the same number.
+    Nucleus sampling (Holtzman et al. 2020). Entries are ordered by score, which distinguishes entries
+    whose probabilities round to the same number.
     """
     order = np.argsort(-scores, kind="stable")
     count = int(np.searchsorted(np.cumsum(probs[order]), top_p, side="left")) + 1
@@ -114,7 +143,7 @@ def _nucleus(scores: F64, probs: F64, top_p: float) -> Ids:
 
 
 def _largest(values: F64, count: int) -> Ids:
-    """Indices of the `count` largest values, falling, the lower index first among equals; NaN and -inf come last."""
+    """Indices of the `count` largest values, descending; ties to the lower index; NaN and -inf last."""
     if count >= len(values):
         return np.argsort(-values, kind="stable")
     if count <= 0:

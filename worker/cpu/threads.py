@@ -1,48 +1,63 @@
-"""A few threads that share one matrix product by rows of the weight, always cut in the same places.
+"""Threads that share a matrix product by rows of the weight, in slabs that are the same on every host.
 
-BLAS's own threads are turned off: they wait by spinning, which on a busy machine costs ten times what they bring, and
-their number would move bits. Here every machine computes the same slabs, however many threads take them.
+BLAS runs single-threaded: its threads spin while they wait, which is slow on a busy host, and their
+number changes bits. The slabs do not depend on the number of threads here, so it changes none.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 SLABS = 4
-"""Pieces of a weight's rows; also the most threads that can help."""
-_WORTH_SHARING = 1 << 18
-"""Elements of a weight below which waking a thread costs more than it brings."""
+"""Number of row ranges of a weight, and the upper bound of useful threads."""
+_MIN_SHARED_ELEMENTS = 1 << 18
+"""Smaller weights are computed on the calling thread: waking another one costs more than it saves."""
+_READ_ROW_BYTES = 1 << 20
 
-Work = Callable[[int, int], None]
+SlabFn = Callable[[int, int], None]
 
 
 class Threads:
-    """Runs `work(start, stop)` over slabs of rows, on this thread and up to SLABS - 1 others."""
+    """Runs a function over slabs of rows, on the calling thread and up to SLABS - 1 others."""
 
     def __init__(self, count: int | None = None) -> None:
-        count = min(SLABS, len(os.sched_getaffinity(0)) if count is None else count)
+        self._count = min(SLABS, len(os.sched_getaffinity(0)) if count is None else count)
         threadpool_limits(limits=1, user_api="blas")
-        self._others = ThreadPoolExecutor(count - 1, thread_name_prefix="cpu-rows") if count > 1 else None
-        self._count = count
+        self._pool = ThreadPoolExecutor(self._count - 1, thread_name_prefix="cpu-rows") if self._count > 1 else None
 
-    def over_rows(self, rows: int, cols: int, work: Work) -> None:
-        """Call `work` for every slab of `rows`, and return when all are done; it may raise what `work` raises."""
+    def over_rows(self, rows: int, cols: int, fn: SlabFn) -> None:
+        """Call `fn(start, stop)` for every slab of `rows` and wait for all; raises what `fn` raises."""
         size = -(-rows // SLABS)
         slabs = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-        if self._others is None or rows * cols < _WORTH_SHARING:
-            _each(work, slabs)
+        if self._pool is None or rows * cols < _MIN_SHARED_ELEMENTS:
+            _run_slabs(fn, slabs)
             return
-        shares = [slabs[i :: self._count] for i in range(self._count)]
-        pending = [self._others.submit(_each, work, share) for share in shares[1:]]
-        _each(work, shares[0])
+        pending = [self._pool.submit(_run_slabs, fn, slabs[i :: self._count]) for i in range(1, self._count)]
+        _run_slabs(fn, slabs[:: self._count])
         for share in pending:
             share.result()
 
 
-def _each(work: Work, slabs: list[tuple[int, int]]) -> None:
+def _run_slabs(fn: SlabFn, slabs: list[tuple[int, int]]) -> None:
     for start, stop in slabs:
-        work(start, stop)
+        fn(start, stop)
+
+
+def read_seconds(nbytes: int, runs: int) -> tuple[int, list[float]]:
+    """Read bandwidth of the host: the bytes that a run sums, about `nbytes`, and the seconds of each run.
+
+    `nbytes` must exceed the caches. The threads are those of the matrix products.
+    """
+    data = np.ones((max(1, nbytes // _READ_ROW_BYTES), _READ_ROW_BYTES // 4), np.float32)
+    threads, seconds = Threads(), []
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        threads.over_rows(*data.shape, lambda start, stop: data[start:stop].sum())
+        seconds.append(time.perf_counter() - began)
+    return data.nbytes, seconds[1:]

@@ -2,7 +2,7 @@
 //
 // One layer's keys are [blocks, Hk, 16, D] f16, and so are its values. The rows of one head in one
 // KV block are contiguous, 16·D·2 bytes (2, 3 or 4 KiB), and each row is 16-byte aligned. KV_BLOCK
-// is defined by worker/gpu/attention.py. Twin: worker/cpu/kv_cache.py.
+// is defined by worker/gpu/attention.py. Twin: worker/cpu/attention.py.
 #pragma once
 
 constexpr int kKvBlock = KV_BLOCK;

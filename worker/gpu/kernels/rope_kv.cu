@@ -8,7 +8,7 @@
 // Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2
 // for f16.
 // Bytes: 6 a query element, 6 a KV element.
-// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py with an f16
+// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/attention.py with an f16
 // cache.
 #include "pdl.cuh"
 #include "half.cuh"

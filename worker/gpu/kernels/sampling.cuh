@@ -3,7 +3,7 @@
 //
 // Request, Drawn and GridScratch mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which
 // define REQUEST_BYTES, DRAWN_BYTES, SCRATCH_BYTES, THREADS, TOP and LOGPROB_SLICES.
-// Twin: worker/cpu/sampler.py, worker/cpu/philox.py.
+// Twin: worker/cpu/sampler.py.
 #pragma once
 #include "select.cuh"
 #include "warp.cuh"
