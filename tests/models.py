@@ -1,7 +1,8 @@
-"""Runners and engines over a model file, for tests that look below `worker/runtime.py`."""
+"""Runners and engines over a model file, for tests of the layers below `worker/runtime.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
+from worker.cpu.attention import KvCache
 from worker.cpu.backend import uploader
 from worker.cpu.runner import CpuRunner
+from worker.cpu.sampler import Sampler
 from worker.engine import DrawnToken, Engine, EngineSettings, Sequence
 from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.gguf_file import GgufFile
@@ -21,23 +24,33 @@ from worker.sampling import Sampling
 GREEDY = Sampling(temperature=0)
 
 
-def cpu_runner(path: Path, *, context: int = 512, sliding_window: Any = "auto", **kwargs: Any) -> CpuRunner:
-    """The model of a file on the CPU, with a KV pool of one context."""
+def cpu_runner(
+    path: Path,
+    *,
+    context: int = 512,
+    sliding_window: Any = "auto",
+    kv_blocks: int | None = None,
+    kv_dtype: Any = np.float32,
+    padding_ids: Iterable[int] = (),
+    end_ids: Iterable[int] = (),
+) -> CpuRunner:
+    """Load a file on the CPU, by default with a KV pool of one context."""
     with GgufFile.open(path) as file:
         with uploader(file) as upload:
             model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         hp = read_hparams(file)
-    return CpuRunner(model, hp, **{"kv_blocks": blocks_for(context), **kwargs})
+    cache = KvCache(hp, blocks_for(context) if kv_blocks is None else kv_blocks, kv_dtype)
+    return CpuRunner(model, cache, Sampler(hp.vocab_size, padding_ids, end_ids))
 
 
 def prefill(
     prompt: list[int], start: int = 0, *, rows: list[int] | None = None, table: np.ndarray | None = None
 ) -> Batch:
-    """A prefill batch of `prompt[start:]`; every row's logits are wanted unless `rows` says which."""
+    """A prefill batch of `prompt[start:]` that requests the logits of `rows`, by default of all."""
     positions = np.arange(start, len(prompt), dtype=np.int32)
     table = np.arange(blocks_for(len(prompt) + KV_BLOCK), dtype=np.int32) if table is None else table
-    wanted = np.arange(len(positions), dtype=np.int32) if rows is None else np.array(rows, np.int32)
-    return Batch(Phase.PREFILL, np.array(prompt[start:], np.int32), positions, (table,), wanted)
+    logit_rows = np.arange(len(positions), dtype=np.int32) if rows is None else np.array(rows, np.int32)
+    return Batch(Phase.PREFILL, np.array(prompt[start:], np.int32), positions, (table,), logit_rows)
 
 
 def decode(token: int, position: int, table: np.ndarray) -> Batch:
@@ -49,13 +62,13 @@ def decode(token: int, position: int, table: np.ndarray) -> Batch:
 def engine_of(
     runner: Any, *, context: int = 512, chunk: int = 64, running: int = 1, order: Any = None, prefix_cache: bool = True
 ) -> Engine:
-    """An engine over a runner; `order` is the order in which KV blocks are handed out."""
+    """An engine over a runner; `order` is the order in which KV blocks are allocated."""
     blocks = None if order is None else KvBlocks(len(order), np.asarray(order, np.int32))
     return Engine(runner, EngineSettings(context, chunk, running, prefix_cache), blocks)
 
 
 def run(engine: Engine, *sequences: Sequence) -> dict[str, list[DrawnToken]]:
-    """Run sequences to their ends: their tokens by sequence id."""
+    """Run sequences until they finish: their tokens by sequence id."""
     for sequence in sequences:
         engine.add(sequence)
     tokens: dict[str, list[DrawnToken]] = {s.id: [] for s in sequences}

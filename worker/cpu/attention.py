@@ -1,7 +1,8 @@
-"""Causal grouped attention over the CPU's block-table KV cache: the twin of both GPU attention kernels.
+"""The CPU's KV cache and causal grouped attention over it; twin of the GPU's attention kernels.
 
-Prefill computes tiles of B queries that start at multiples of B. The shapes of a tile follow from its
-position alone, so its bits do not depend on the chunks of the prompt. Decode computes one query at a time.
+Prefill computes tiles of B queries that start at multiples of B. The shapes of a tile follow from
+its position alone, so its bits do not depend on the chunks of the prompt. Decode computes one query
+at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ F32 = npt.NDArray[np.float32]
 
 
 class KvCache:
-    """K and V as [layers, blocks, B, Hk, D]: f32 in the exact reference, f16 to match the GPU's cache.
+    """K and V [layers, blocks, B, Hk, D]. f32 is the exact reference, f16 matches the GPU's cache.
 
     The operating system provides memory as blocks are written, not before.
     """
 
     def __init__(self, hp: Hparams, blocks: int, dtype: type[np.floating[Any]] = np.float32) -> None:
+        self.blocks = blocks
         shape = (hp.block_count, blocks, KV_BLOCK, hp.head_count_kv, hp.head_dim)
         self.k = np.zeros(shape, dtype)
         self.v = np.zeros(shape, dtype)
@@ -50,7 +52,7 @@ class KvCache:
 
 
 def attend(q: F32, cache: KvCache, spec: Attention, batch: Batch) -> F32:
-    """Attention of rotated queries q [T, H, D] over keys and values in the cache: y [T, H·D] f32."""
+    """Attention of rotated queries q [T, H, D] over the cached keys and values: y [T, H·D] f32."""
     y = np.empty((len(q), spec.n_heads * spec.head_dim), np.float32)
     if batch.phase is Phase.DECODE:
         for t, table in enumerate(batch.block_tables):
@@ -63,7 +65,7 @@ def attend(q: F32, cache: KvCache, spec: Attention, batch: Batch) -> F32:
 
 
 def _attend_tile(q: F32, start: int, table: Ints, cache: KvCache, spec: Attention, tile: int) -> F32:
-    """Attention of n ≤ `tile` queries at positions start, start + 1, …, padded to `tile`: [n, H·D] f32."""
+    """Attention of n ≤ `tile` queries from position `start` on, padded to `tile`: [n, H·D] f32."""
     n, groups = len(q), spec.n_heads // spec.n_kv_heads
     oldest = max(0, start - spec.window + 1) if spec.window else 0
     first = oldest // KV_BLOCK * KV_BLOCK

@@ -1,4 +1,4 @@
-"""The CPU as a device: weights as f32 arrays, and the host's memory accounted like a card's. Next: `runner.py`."""
+"""The CPU as a device: weights are f32 arrays in the host's memory. Next: `runner.py`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ import psutil
 from threadpoolctl import threadpool_info
 
 from worker.backend import MemoryUse, Plan, Upload
+from worker.cpu.attention import KvCache
 from worker.cpu.runner import CpuRunner
+from worker.cpu.sampler import Sampler
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model
 from worker.ops import KV_BLOCK, QTensor
 from worker.quants import Floats, dequantize
 
 WEIGHT_BYTES = 4
-"""Bytes of a weight, whatever its type in the file."""
+"""Bytes of a weight on the CPU, for every type in the file."""
 
 
 @contextmanager
 def uploader(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Upload]:
-    """See `Backend.uploader`: tensors become f32 arrays, which are filled when the context is left."""
+    """See `Backend.uploader`. The tensors are f32 arrays that are filled when the context exits."""
     targets: list[tuple[TensorInfo, Floats]] = []
 
     def upload(info: TensorInfo) -> QTensor:
@@ -41,12 +43,12 @@ def uploader(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -
 
 
 class CpuBackend:
-    """`worker.backend.Backend` on NumPy. `kv_dtype` f32 is the exact reference, f16 matches a GPU's cache."""
+    """`worker.backend.Backend` on NumPy."""
 
     name = "cpu"
     prefill_chunk = 64
     kv_share = 0.0
-    """One context: the pool is memory of a laptop that other programs need."""
+    """The KV pool holds one context: the host's memory is shared with other programs."""
 
     def __init__(self, kv_dtype: type[np.floating[Any]] = np.float32) -> None:
         self.device = platform.processor() or platform.machine()
@@ -55,42 +57,31 @@ class CpuBackend:
         self._plan: Plan | None = None
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        """See `Backend.weight_bytes`."""
         return int(np.prod(info.shape)) * WEIGHT_BYTES
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
-        """See `Backend.kv_bytes_per_token`."""
         return hp.kv_bytes_per_token(np.dtype(self._kv_dtype).itemsize)
 
     def overhead_bytes(self, hp: Hparams) -> int:
-        """See `Backend.overhead_bytes`: the logits and a chunk's widest activations."""
+        """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a chunk."""
         widest = max(hp.vocab_size, hp.q_width, hp.feed_forward_length * max(1, hp.expert_used_count))
         return 4 * self.prefill_chunk * 4 * widest
 
     def available_bytes(self) -> int:
-        """See `Backend.available_bytes`."""
         return int(psutil.virtual_memory().available)
 
     @contextmanager
     def uploader(self, file: GgufFile, plan: Plan, on_bytes: Callable[[int], None]) -> Iterator[Upload]:
-        """See `Backend.uploader`."""
         with uploader(file, on_bytes) as upload:
             yield upload
         self._plan = plan
 
     def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> CpuRunner:
-        """See `Backend.runner`."""
-        return CpuRunner(
-            model,
-            plan.hparams,
-            kv_blocks=plan.kv_blocks,
-            kv_dtype=self._kv_dtype,
-            padding_ids=padding_ids,
-            end_ids=end_ids,
-        )
+        sampler = Sampler(plan.hparams.vocab_size, padding_ids, end_ids)
+        return CpuRunner(model, KvCache(plan.hparams, plan.kv_blocks, self._kv_dtype), sampler)
 
     def memory(self) -> MemoryUse:
-        """See `Backend.memory`. No activation outlives a step; the KV cache counts whole before it is touched."""
+        """See `Backend.memory`. Activations are freed after a step; the KV pool counts in full."""
         if self._plan is None:
             return MemoryUse(runtime=self._runtime_bytes, free=self.available_bytes())
         return MemoryUse(
@@ -101,11 +92,11 @@ class CpuBackend:
         )
 
     def non_resident(self) -> tuple[int, list[str]]:
-        """See `Device.non_resident`: every array of the host is plain memory."""
+        """See `Device.non_resident`. Every array of the host is resident."""
         return (len(self._plan.weights) if self._plan else 0), []
 
     def numerics(self) -> dict[str, str]:
-        """See `Backend.numerics`. The number of threads is not among the facts: `threads.py` makes bits independent."""
+        """See `Backend.numerics`. The number of threads is left out: it changes no bits."""
         sources = hashlib.sha256()
         for source in sorted(resources.files("worker.cpu").iterdir(), key=lambda each: each.name):
             if source.name.endswith(".py"):

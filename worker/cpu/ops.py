@@ -1,7 +1,6 @@
-"""The NumPy twins of the op vocabulary: fused ops composed of the unfused ones in `plain.py` and `attention.py`.
+"""The op vocabulary on NumPy: fused ops composed of the functions of `plain.py` and `attention.py`.
 
-`CpuOps` is one phase's ops; the only difference between the two is the height of a matrix product's tile. Weights are
-f32 arrays here (see `backend.py`). Knows no model and no file.
+The phases differ in the height of a matrix product's tile alone. Weights are f32 arrays.
 """
 
 from __future__ import annotations
@@ -26,38 +25,31 @@ class CpuOps:
         self._tile = KV_BLOCK if phase is Phase.PREFILL else 1
 
     def embed(self, table: QTensor, batch: Batch) -> F32:
-        """See `Ops.embed`."""
         x: F32 = table.data[batch.tokens]
         return x
 
     def norm_linear(self, x: F32, norm: RmsNorm, *linears: Linear) -> tuple[F32, ...]:
-        """See `Ops.norm_linear`."""
         n = self._norm(x, norm)
         return tuple(self._linear(n, linear) for linear in linears)
 
     def attention(self, q: F32, k: F32, v: F32, spec: Attention, batch: Batch) -> F32:
-        """See `Ops.attention`."""
         queries = rotate(q.reshape(len(q), spec.n_heads, spec.head_dim), batch.positions, spec.rope)
         keys = rotate(k.reshape(len(k), spec.n_kv_heads, spec.head_dim), batch.positions, spec.rope)
         self._cache.write(spec.layer, batch, keys, v.reshape(keys.shape))
         return attend(queries, self._cache, spec, batch)
 
     def linear_add(self, y: F32, linear: Linear, residual: F32) -> F32:
-        """See `Ops.linear_add`."""
         return residual + self._linear(y, linear)
 
     def norm_glu(self, x: F32, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> F32:
-        """See `Ops.norm_glu`."""
         n = self._norm(x, norm)
         return gated(self._linear(n, gate), self._linear(n, up), activation)
 
     def norm_route(self, x: F32, norm: RmsNorm, router: Linear, k: int) -> tuple[F32, Routes]:
-        """See `Ops.norm_route`."""
         n = self._norm(x, norm)
         return n, Routes(*top_k(self._linear(n, router), k))
 
     def experts_glu(self, n: F32, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> F32:
-        """See `Ops.experts_glu`."""
         h = np.empty((*routes.experts.shape, gate.weight.shape[1]), np.float32)
         for t, j in np.ndindex(*routes.experts.shape):
             g, u = (self._expert(n[t], linear, routes.experts[t, j]) for linear in (gate, up))
@@ -65,14 +57,13 @@ class CpuOps:
         return h
 
     def experts_add(self, h: F32, routes: Routes, down: Linear, residual: F32) -> F32:
-        """See `Ops.experts_add`; experts are added in the order of the routes."""
+        """See `Ops.experts_add`. The experts are added in the order of the routes."""
         x = residual.copy()
         for t, j in np.ndindex(*routes.experts.shape):
             x[t] += routes.weights[t, j] * self._expert(h[t, j], down, routes.experts[t, j])
         return x
 
     def gather_rows(self, x: F32, batch: Batch) -> F32:
-        """See `Ops.gather_rows`."""
         return x[batch.logit_rows]
 
     def _norm(self, x: F32, norm: RmsNorm) -> F32:
@@ -83,6 +74,6 @@ class CpuOps:
         return matmul(x, linear.weight.data, bias, self._tile, self._threads)
 
     def _expert(self, x: F32, linear: Linear, expert: int) -> F32:
-        """One expert's projection of one token: vector by vector in both phases, so the routing never moves bits."""
+        """One expert's projection of one token, in both phases, so that routing changes no bits."""
         y: F32 = linear.weight.data[expert] @ x
         return y if linear.bias is None else y + linear.bias.data[expert]

@@ -1,8 +1,8 @@
-"""The CPU's Runner: holds the KV cache, runs batches and draws tokens. Knows no architecture. Next: `ops.py`."""
+"""The CPU's Runner: holds the KV cache, runs batches and draws tokens. Next: `ops.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from worker.cpu.attention import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.sampler import Sampler
 from worker.cpu.threads import Threads
-from worker.model import Hparams, Model, OnLaunched
+from worker.model import Model, OnLaunched
 from worker.ops import Batch, Phase
 from worker.sampling import Draw, DrawRequest
 
@@ -19,31 +19,20 @@ from worker.sampling import Draw, DrawRequest
 class CpuRunner:
     """`worker.model.Runner` on NumPy."""
 
-    def __init__(
-        self,
-        model: Model,
-        hp: Hparams,
-        *,
-        kv_blocks: int,
-        kv_dtype: type[np.floating[Any]] = np.float32,
-        padding_ids: Iterable[int] = (),
-        end_ids: Iterable[int] = (),
-    ) -> None:
-        self.vocab_size = hp.vocab_size
-        self.kv_blocks = kv_blocks
-        self.cache = KvCache(hp, kv_blocks, kv_dtype)
+    def __init__(self, model: Model, cache: KvCache, sampler: Sampler) -> None:
+        self.vocab_size = sampler.vocab_size
+        self.kv_blocks = cache.blocks
+        self.cache = cache
         self._model = model
-        self._sampler = Sampler(hp.vocab_size, padding_ids, end_ids)
+        self._sampler = sampler
         for layer in model.layers:
-            _ = layer.attention.rope.cos  # computed at load, not in the first step
+            _ = layer.attention.rope.cos  # compute the tables while loading, not in the first step
         threads = Threads()
-        self._ops = {phase: CpuOps(self.cache, phase, threads) for phase in Phase}
+        self._ops = {phase: CpuOps(cache, phase, threads) for phase in Phase}
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        """See `Runner.run`."""
         on_launched()
-        logits = self.logits(batch)
-        return [self._sampler.draw(row, request) for row, request in zip(logits, requests, strict=True)]
+        return [self._sampler.draw(row, each) for row, each in zip(self.logits(batch), requests, strict=True)]
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The model's logits [R, V] f32, for comparisons."""

@@ -1,8 +1,8 @@
 """The sampler's definition on NumPy: one row of logits and a request in, one draw out.
 
-The parameters and their order are those of `worker/sampling.py`. Probabilities are f64, so that they
-sum to 1 within 1e-9. Random numbers are Philox4x32-10 (Salmon et al., SC'11): draw i with seed s is block
-(i, 0, 0, 0) under key s, so a worker that continues an answer draws the same tokens.
+The parameters and their order are those of `worker/sampling.py`. Probabilities are f64, so that
+they sum to 1 within 1e-9. Random numbers are Philox4x32-10 (Salmon et al., SC'11): draw i with seed
+s is block (i, 0, 0, 0) under key s, so a worker that continues an answer draws the same tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class Sampler:
     """Draws for one vocabulary. Masks the padding rows, and the end tokens before `min_tokens`."""
 
     def __init__(self, vocab_size: int, padding_ids: Iterable[int], end_ids: Iterable[int]) -> None:
+        self.vocab_size = vocab_size
         self._padding = np.fromiter((i for i in padding_ids if i < vocab_size), np.int64)
         self._ends = np.fromiter((i for i in end_ids if i < vocab_size), np.int64)
 
     def draw(self, logits: F32, request: DrawRequest) -> Draw:
-        """Draw one token from `logits` [V], which are not modified. Raises Internal if none is finite."""
+        """Draw a token from `logits` [V], not modified. Raises Internal if none is finite."""
         if request.forced is not None:
             return Draw(request.forced)
         params = request.sampling
@@ -82,7 +83,7 @@ def _penalized(logits: F32, request: DrawRequest) -> F64:
 
 
 def _drawn(scores: F64, params: Sampling, index: int) -> int:
-    """Inverse-CDF draw in id order: the first kept token whose cumulative probability exceeds u."""
+    """Inverse-CDF draw in id order: the first token whose cumulative probability exceeds u."""
     kept, probs = distribution(scores, params)
     cumulative = np.cumsum(probs)
     at = int(np.searchsorted(cumulative, uniform(params.seed, index) * cumulative[-1], side="right"))
@@ -109,7 +110,7 @@ def uniform(seed: int, index: int) -> float:
 
 
 def distribution(scores: F64, params: Sampling) -> tuple[Ids, F64]:
-    """Temperature, top-k, top-p, min-p: the kept ids, ascending, and their normalized probabilities."""
+    """Apply temperature, top-k, top-p, min-p: the kept ids, ascending, and their probabilities."""
     with np.errstate(over="ignore"):  # a tiny temperature: all but the highest become -inf, as intended
         scaled = (scores - scores.max()) / params.temperature
     kept: Ids = np.flatnonzero(scores > -np.inf)
@@ -132,10 +133,10 @@ def _softmax(scores: F64) -> F64:
 
 
 def _nucleus(scores: F64, probs: F64, top_p: float) -> Ids:
-    """Ascending indices of the smallest set of likeliest entries whose sum reaches `top_p`; at least one.
+    """Ascending indices of the fewest likeliest entries, at least one, whose sum reaches `top_p`.
 
-    Nucleus sampling (Holtzman et al. 2020). Entries are ordered by score, which distinguishes entries
-    whose probabilities round to the same number.
+    Nucleus sampling (Holtzman et al. 2020). Entries are ordered by score, which distinguishes
+    entries whose probabilities round to the same number.
     """
     order = np.argsort(-scores, kind="stable")
     count = int(np.searchsorted(np.cumsum(probs[order]), top_p, side="left")) + 1
@@ -143,7 +144,7 @@ def _nucleus(scores: F64, probs: F64, top_p: float) -> Ids:
 
 
 def _largest(values: F64, count: int) -> Ids:
-    """Indices of the `count` largest values, descending; ties to the lower index; NaN and -inf last."""
+    """Indices of the `count` largest values, descending, ties by index; NaN and -inf last."""
     if count >= len(values):
         return np.argsort(-values, kind="stable")
     if count <= 0:

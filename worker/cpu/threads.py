@@ -1,7 +1,7 @@
-"""Threads that share a matrix product by rows of the weight, in slabs that are the same on every host.
+"""Threads that share a matrix product by rows of the weight, in slabs equal on every host.
 
 BLAS runs single-threaded: its threads spin while they wait, which is slow on a busy host, and their
-number changes bits. The slabs do not depend on the number of threads here, so it changes none.
+number changes bits. The slabs do not depend on the number of threads, so here it changes none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 SLABS = 4
 """Number of row ranges of a weight, and the upper bound of useful threads."""
 _MIN_SHARED_ELEMENTS = 1 << 18
-"""Smaller weights are computed on the calling thread: waking another one costs more than it saves."""
+"""Smaller weights use the calling thread alone: waking another one costs more than it saves."""
 _READ_ROW_BYTES = 1 << 20
 
 SlabFn = Callable[[int, int], None]
@@ -32,7 +32,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(self._count - 1, thread_name_prefix="cpu-rows") if self._count > 1 else None
 
     def over_rows(self, rows: int, cols: int, fn: SlabFn) -> None:
-        """Call `fn(start, stop)` for every slab of `rows` and wait for all; raises what `fn` raises."""
+        """Call `fn(start, stop)` for every slab of `rows` and wait. Raises what `fn` raises."""
         size = -(-rows // SLABS)
         slabs = [(start, min(start + size, rows)) for start in range(0, rows, size)]
         if self._pool is None or rows * cols < _MIN_SHARED_ELEMENTS:
@@ -50,7 +50,7 @@ def _run_slabs(fn: SlabFn, slabs: list[tuple[int, int]]) -> None:
 
 
 def read_seconds(nbytes: int, runs: int) -> tuple[int, list[float]]:
-    """Read bandwidth of the host: the bytes that a run sums, about `nbytes`, and the seconds of each run.
+    """Measure read bandwidth: the bytes a run sums, about `nbytes`, and the seconds of each run.
 
     `nbytes` must exceed the caches. The threads are those of the matrix products.
     """
