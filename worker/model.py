@@ -70,7 +70,6 @@ class Layer(Protocol):
     @property
     def attention(self) -> Attention:
         """Parameters of the layer's attention."""
-        ...
 
 
 class Model(Protocol):
@@ -79,16 +78,13 @@ class Model(Protocol):
     @property
     def choices(self) -> Mapping[str, str]:
         """Load-time choices that change the computation of this file; part of the model's fingerprint."""
-        ...
 
     @property
     def layers(self) -> Sequence[Layer]:
         """The layers, in order."""
-        ...
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
         """Logits [R, V] f32 of the batch's `logit_rows`; the ops write the KV cache."""
-        ...
 
 
 OnLaunched = Callable[[], None]
@@ -116,4 +112,3 @@ class Runner(Protocol):
             VramOom: An allocation fails.
             CudaError: The device is lost.
         """
-        ...

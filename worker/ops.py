@@ -137,36 +137,27 @@ class Ops(Protocol):
 
     def embed(self, table: QTensor, batch: Batch) -> Array:
         """Rows of `table` [V, d] for the batch's tokens: x [T, d] f32."""
-        ...
 
     def norm_linear(self, x: Array, norm: RmsNorm, *linears: Linear) -> tuple[Array, ...]:
         """Several projections of one norm: y_j [T, rows_j] f32."""
-        ...
 
     def attention(self, q: Array, k: Array, v: Array, spec: Attention, batch: Batch) -> Array:
         """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32."""
-        ...
 
     def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
         """residual + linear(y): x [T, d] f32."""
-        ...
 
     def norm_glu(self, x: Array, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Array:
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""
-        ...
 
     def norm_route(self, x: Array, norm: RmsNorm, router: Linear, k: int) -> tuple[Array, Routes]:
         """n = norm(x) [T, d] and its `k` experts, weighted by a softmax over the logits of the chosen ones."""
-        ...
 
     def experts_glu(self, n: Array, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Array:
         """Each token's gated FFN in each of its experts: h [T, k, f] f32."""
-        ...
 
     def experts_add(self, h: Array, routes: Routes, down: Linear, residual: Array) -> Array:
         """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32."""
-        ...
 
     def gather_rows(self, x: Array, batch: Batch) -> Array:
         """The batch's `logit_rows` of x [T, …], a residual stream or a result of `attention`: [R, …]."""
-        ...

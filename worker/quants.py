@@ -1,7 +1,7 @@
-"""The block formats of GGUF tensors: their names, their sizes, and the way back to f32.
+"""Block formats of GGUF tensors: their names, sizes and dequantization to f32.
 
-Knows nothing of files and devices. `gguf.quants` is the definition of every format, so its bits are the right ones; it
-is imported on first use, because it costs a start more than the whole rest of this module. Next: `worker/gguf_file.py`.
+`gguf.quants` defines the bits of every format. It is imported on first use, since importing it takes
+longer than the rest of this module. Next: `worker/gguf_file.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from worker.errors import ModelLoadFailed
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-_STEP = 1 << 18  # elements de-quantized at once: temporaries stay at a few MiB, and a second thread gains little
+_STEP = 1 << 18  # elements dequantized at once: temporaries stay at a few MiB
 
 
 @dataclass(frozen=True, slots=True)
 class QuantType:
-    """A tensor type: every `block_size` neighbours of a row are stored together in `block_bytes` bytes."""
+    """A tensor type: blocks of `block_size` elements of a row, stored in `block_bytes` bytes each."""
 
     name: str
     ggml_id: int
@@ -30,7 +30,7 @@ class QuantType:
     block_bytes: int
 
     def row_bytes(self, cols: int) -> int:
-        """Bytes of a row of `cols` elements; ValueError unless whole blocks fill it."""
+        """Bytes of a row of `cols` elements. Raises ValueError if they are not whole blocks."""
         blocks, rest = divmod(cols, self.block_size)
         if rest:
             raise ValueError(f"a row of {cols} elements does not consist of {self.name} blocks of {self.block_size}")
@@ -57,45 +57,36 @@ _BY_ID = {kind.ggml_id: kind for kind in QUANT_TYPES}
 
 
 def quant_type(ggml_id: int, where: str) -> QuantType:
-    """The type with this number in ggml's enum. ModelLoadFailed for any other; `where` names file and tensor."""
+    """The type with this ggml id. Raises ModelLoadFailed if it is unsupported; `where` is its place."""
     kind = _BY_ID.get(ggml_id)
     if kind is None:
+        from gguf import GGMLQuantizationType  # noqa: PLC0415
+
+        name = next((each.name for each in GGMLQuantizationType if each == ggml_id), "unknown")
         supported = ", ".join(kind.name for kind in QUANT_TYPES)
-        raise ModelLoadFailed(f"tensor type {_ggml_name(ggml_id)} is not supported", where, f"one of {supported}")
+        raise ModelLoadFailed(f"tensor type {name} ({ggml_id}) is not supported", where, f"one of {supported}")
     return kind
 
 
 def dequantize(data: Bytes, kind: QuantType, *, out: Floats | None = None) -> Floats:
-    """Dequantize blocks `data` [rows, row_bytes] u8 to f32 [rows, cols], bit for bit like `gguf.quants`.
+    """Dequantize `data` [rows, row_bytes] u8 to f32 [rows, cols], bit for bit like `gguf.quants`.
 
-    A row is whole blocks, so the bytes are one long row, converted in steps that keep temporaries small. The result
-    shares no memory with `data`. With `out`, a contiguous array of as many elements, the values are written there.
+    The result shares no memory with `data`. With `out`, a contiguous array of as many elements, the
+    values are written there. A row is whole blocks, so the conversion treats all rows as one.
     """
     rows, row_bytes = data.shape
     if out is None:
         out = np.empty((rows, row_bytes // kind.block_bytes * kind.block_size), np.float32)
-    if kind is F32:  # the vectors of every published file need no import of `gguf`
+    if kind is F32:  # no import of `gguf` for the vectors of a file
         out.reshape(-1)[:] = np.ascontiguousarray(data).view(np.dtype("<f4")).reshape(-1)
         return out
-    flat_in, flat_out = data.reshape(-1), out.reshape(-1)
-    in_step = kind.row_bytes(_STEP)
-    # Weights of any bits are legal: infinities and NaNs come out as gguf.quants makes them, without a warning.
-    with np.errstate(all="ignore"):
-        for start in range(0, flat_out.size, _STEP):
-            first = start // _STEP * in_step
-            flat_out[start : start + _STEP] = _dequantize_row(flat_in[first : first + in_step], kind)
-    return out
-
-
-def _dequantize_row(row: Bytes, kind: QuantType) -> Floats:
     from gguf import GGMLQuantizationType, quants  # noqa: PLC0415
 
-    values: Floats = quants.dequantize(row, GGMLQuantizationType(kind.ggml_id))
-    return values
-
-
-def _ggml_name(ggml_id: int) -> str:
-    from gguf import GGMLQuantizationType  # noqa: PLC0415
-
-    known = {int(member): member.name for member in GGMLQuantizationType}
-    return f"{known.get(ggml_id, 'unknown')} ({ggml_id})"
+    flat_in, flat_out = data.reshape(-1), out.reshape(-1)
+    in_step = kind.row_bytes(_STEP)
+    # Infinities and NaNs in weights are legal, and converted as gguf.quants converts them.
+    with np.errstate(all="ignore"):
+        for start in range(0, flat_out.size, _STEP):
+            blocks = flat_in[start // _STEP * in_step :][:in_step]
+            flat_out[start : start + _STEP] = quants.dequantize(blocks, GGMLQuantizationType(kind.ggml_id))
+    return out

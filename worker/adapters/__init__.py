@@ -24,7 +24,6 @@ class Adapter(Protocol):
 
     def __call__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> Model:
         """Return the bound model; `keys` gives the metadata keys that only this architecture has."""
-        ...
 
 
 ADAPTERS: dict[str, Adapter] = {"gpt-oss": GptOss, "llama": Llama, "phi3": Phi3, "qwen2": Qwen2}

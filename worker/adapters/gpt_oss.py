@@ -72,20 +72,13 @@ class GptOss:
 
 def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> Layer:
     d, experts, block = hp.embedding_length, hp.expert_count, f"blk.{i}"
+    sinks = w.vector(f"{block}.attn_sinks.weight", hp.head_count)
     return Layer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
         k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),
         v=w.linear(f"{block}.attn_v", hp.kv_width, d, bias=True),
-        attention=Attention(
-            i,
-            hp.head_count,
-            hp.head_count_kv,
-            hp.head_dim,
-            rope,
-            window=window,
-            sinks=w.vector(f"{block}.attn_sinks.weight", hp.head_count),
-        ),
+        attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window, sinks),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=True),
         ffn_norm=w.norm(f"{block}.post_attention_norm", d, hp.rms_epsilon),
         router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=True),

@@ -11,29 +11,11 @@ Paper: Abdin et al. 2024 (arXiv:2404.14219). Differences from llama:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from worker.adapters.hparams import ArchitectureKeys, file_window
-from worker.adapters.weights import Weights
+from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.ops import Array, Attention, Batch, Ops
 from worker.rope import Rope, frequencies, longrope_magnitude, scaled_rope
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Weights of one layer; the projections are row ranges of the fused tensors."""
-
-    attn_norm: RmsNorm  # [d]
-    q: Linear  # [H·D, d]
-    k: Linear  # [Hk·D, d]
-    v: Linear  # [Hk·D, d]
-    attention: Attention
-    attn_output: Linear  # [d, H·D]
-    ffn_norm: RmsNorm  # [d]
-    gate: Linear  # [f, d]
-    up: Linear  # [f, d]
-    down: Linear  # [d, f]
 
 
 class Phi3:
@@ -63,12 +45,12 @@ class Phi3:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> Layer:
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
     q_end, k_end, v_end = hp.q_width, hp.q_width + hp.kv_width, hp.q_width + 2 * hp.kv_width
     qkv = w.linear(f"{block}.attn_qkv", v_end, d)
     gate_up = w.linear(f"{block}.ffn_up", 2 * f, d)
-    return Layer(
+    return DenseLayer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=qkv.rows(0, q_end),
         k=qkv.rows(q_end, k_end),

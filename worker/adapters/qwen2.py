@@ -7,29 +7,11 @@ Paper: Yang et al. 2024 (arXiv:2407.10671). Differences from llama:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from worker.adapters.hparams import ArchitectureKeys, file_window
-from worker.adapters.weights import Weights
+from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.ops import Array, Attention, Batch, Ops
 from worker.rope import Rope, scaled_rope
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Weights of one layer."""
-
-    attn_norm: RmsNorm  # [d]
-    q: Linear  # [H·D, d], bias
-    k: Linear  # [Hk·D, d], bias
-    v: Linear  # [Hk·D, d], bias
-    attention: Attention
-    attn_output: Linear  # [d, H·D]
-    ffn_norm: RmsNorm  # [d]
-    gate: Linear  # [f, d]
-    up: Linear  # [f, d]
-    down: Linear  # [d, f]
 
 
 class Qwen2:
@@ -58,9 +40,9 @@ class Qwen2:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> Layer:
+def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
-    return Layer(
+    return DenseLayer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
         q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
         k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),

@@ -7,6 +7,7 @@ with the backend's upload. Knows no architecture and no device.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,29 @@ import numpy.typing as npt
 from worker.backend import Upload
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.ops import Linear, QTensor, RmsNorm
+from worker.ops import Attention, Linear, QTensor, RmsNorm
 from worker.quants import dequantize
 
 
 def describe(info: TensorInfo) -> QTensor:
     """An upload without data, for checking names and shapes."""
     return QTensor(info.name, info.shape, info.kind, None)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """Weights of one layer with a dense FFN; some architectures have biases on q, k and v."""
+
+    attn_norm: RmsNorm  # [d]
+    q: Linear  # [H·D, d]
+    k: Linear  # [Hk·D, d]
+    v: Linear  # [Hk·D, d]
+    attention: Attention
+    attn_output: Linear  # [d, H·D]
+    ffn_norm: RmsNorm  # [d]
+    gate: Linear  # [f, d]
+    up: Linear  # [f, d]
+    down: Linear  # [d, f]
 
 
 class Weights:
@@ -36,7 +53,7 @@ class Weights:
         return name in self._file.tensors
 
     def tensor(self, name: str, *shape: int) -> QTensor:
-        """Claim one tensor. Raises ModelLoadFailed if it is missing, has another shape or was claimed before."""
+        """Claim a tensor. Raises ModelLoadFailed if it is missing, claimed, or of another shape."""
         info = self._file.tensors.get(name)
         expected = f"{name} of shape {list(shape)}"
         if info is None:
@@ -52,13 +69,12 @@ class Weights:
         """Claim a bias, norm weight or vector of sinks [n]. Raises ModelLoadFailed if it is quantized."""
         vector = self.tensor(name, n)
         if vector.kind.block_size != 1:
-            raise ModelLoadFailed(
-                f"vector {name} is of type {vector.kind.name}", str(self._file.path), "F32, F16 or BF16"
-            )
+            problem = f"vector {name} is of type {vector.kind.name}"
+            raise ModelLoadFailed(problem, str(self._file.path), "F32, F16 or BF16")
         return vector
 
     def host_vector(self, name: str, n: int) -> npt.NDArray[np.float64]:
-        """Claim a vector [n] that is read on the host while loading, such as frequency divisors, as f64."""
+        """Claim a vector [n] that loading reads on the host, such as frequency divisors, as f64."""
         self.vector(name, n)
         info = self._file.tensors[name]
         return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
