@@ -1,7 +1,7 @@
 """NumPy ops with activations rounded as on the GPU: 8-bit blocks in decode, scaled f16 in prefill.
 
-The ops of `worker/cpu/ops.py` are the definition and round nothing. A comparison with the ops of this
-module shows a kernel's own error without the error of the rounding. Twins of `q8_activations.cuh` and
+The ops of `worker/cpu/ops.py` are the definition and do not round. A comparison with the ops of
+this module shows a kernel's error without that of the rounding. Twins of `q8_activations.cuh` and
 `scale_to_f16.cu` in `worker/gpu/kernels/`.
 """
 

@@ -1,8 +1,8 @@
 """Interface between models and the engine: hyper-parameters, `Model` and `Runner`.
 
-A `Model` turns a batch into logits by calling ops; a `Runner` owns one device with one model on it. Implementations:
-`worker/adapters/`, `worker/cpu/runner.py`, `worker/gpu/runner.py`; `worker/echo.py` is a runner without a model.
-Knows no file format and no device. Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the caller.
+A `Model` turns a batch into logits by calling ops (`worker/adapters/`). A `Runner` owns one device
+with one model on it (`worker/cpu/runner.py`, `worker/gpu/runner.py`; `worker/echo.py` has no
+model). Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the caller.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelOptions:
     context: int
     """Configured context, in tokens: the file's, or the setting's if that is lower."""
     sliding_window: Literal["auto", "file"] = "auto"
-    """`model.sliding_window` of the settings: apply windows as llama.cpp does, or always the file's."""
+    """The setting `model.sliding_window`: windows as in llama.cpp, or always the file's."""
 
 
 class Layer(Protocol):
@@ -77,7 +77,7 @@ class Model(Protocol):
 
     @property
     def choices(self) -> Mapping[str, str]:
-        """Load-time choices that change the computation of this file; part of the model's fingerprint."""
+        """Load-time choices that change results; part of the model's fingerprint."""
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -94,9 +94,11 @@ OnLaunched = Callable[[], None]
 class Runner(Protocol):
     """One device with one model: its KV storage, its ops of both phases and its sampler.
 
-    * Running the same batch twice leaves the same state and returns the same draws, so a failed step can be repeated.
+    * Running a batch twice leaves the same state and returns the same draws: a failed step can be
+      repeated.
     * A runner may compute ahead of the requested batch if no result depends on it.
-    * K and V before the batch's first position are never written: those blocks may be shared with other sequences.
+    * K and V before the batch's first position are not written: other sequences may share the
+    blocks.
     """
 
     vocab_size: int
@@ -105,8 +107,8 @@ class Runner(Protocol):
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
         """Compute the batch and draw one token for each of its `logit_rows`.
 
-        `on_launched` is called before the first wait for the device (on the CPU before the computation), possibly more
-        than once, and not at all if the runner does not wait.
+        `on_launched` is called before the first wait for the device (on the CPU before the
+        computation), possibly more than once, and not at all if the runner does not wait.
 
         Raises:
             VramOom: An allocation fails.

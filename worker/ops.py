@@ -1,8 +1,8 @@
-"""Interface between models and devices: the op vocabulary of every adapter, and the glossary of shapes.
+"""Interface between models and devices: the ops that adapters call, and the glossary of shapes.
 
-An adapter calls nothing else. Each op has one name in five places: this protocol, its NumPy twin in
-`worker/cpu/` (the definition), its CuPy launcher in `worker/gpu/`, its `.cu` file and its test. Knows no device
-and no file format. Next: `worker/adapters/llama.py`.
+Each op has one name in five places: this protocol, its NumPy twin in `worker/cpu/` (the
+definition), its CuPy launcher in `worker/gpu/`, its `.cu` file and its test. Next:
+`worker/adapters/llama.py`.
 
 Glossary, used everywhere:
     T tokens in the batch     S sequences            d model width      f FFN width
@@ -33,7 +33,7 @@ KV_BLOCK = 16
 
 
 class Phase(Enum):
-    """The path that computes a token: chosen by its kind, never by the number of tokens, so bits do not change."""
+    """The path that computes a token. Its kind decides, so batching changes no bits."""
 
     PREFILL = "prefill"
     """Prompt tokens."""
@@ -43,9 +43,10 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class QTensor:
-    """A weight on its device: `shape` is row-major, (rows, cols), (E, rows, cols) or, for a vector, (n,).
+    """A weight on its device; `shape` is row-major: (rows, cols), (E, rows, cols) or (n,).
 
-    `kind` is the type in the file. The format of `data` is the backend's; its first axis can be sliced.
+    `kind` is the type in the file. The backend defines the format of `data`, whose first axis can
+    be sliced.
     """
 
     name: str
@@ -61,7 +62,7 @@ class QTensor:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x·Wᵀ + b with W [rows, cols] and b [rows]; for experts W [E, rows, cols] and b [E, rows]."""
+    """y = x·Wᵀ + b with W [rows, cols], b [rows]; for experts W [E, rows, cols], b [E, rows]."""
 
     weight: QTensor
     bias: QTensor | None = None
@@ -81,7 +82,7 @@ class RmsNorm:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's attention: causal, grouped (query head h reads KV head h // (H/Hk)), scaled by D^-0.5."""
+    """A layer's causal attention, scaled by D^-0.5. Query head h reads KV head h // (H/Hk)."""
 
     layer: int
     n_heads: int
@@ -110,7 +111,7 @@ SWIGLU = Activation()
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """Experts of each token: `experts` [T, k] i32, highest logit first (ties: lower id); `weights` [T, k] f32."""
+    """Each token's experts [T, k] i32, by falling logit (ties: lower id); weights [T, k] f32."""
 
     experts: Array
     weights: Array
@@ -120,9 +121,9 @@ class Routes:
 class Batch:
     """The tokens of one forward pass.
 
-    PREFILL: consecutive tokens of one sequence, from a multiple of B on. DECODE: one token of each sequence.
-    `tokens`, `positions` [T] i32; `block_tables`: the KV blocks of each sequence's positions 0, B, 2B, …;
-    `logit_rows` [R]: rows of the batch whose logits are requested.
+    PREFILL: consecutive tokens of one sequence, from a multiple of B on. DECODE: one token of each
+    sequence. `tokens`, `positions` [T] i32; `block_tables`: the KV blocks of each sequence's
+    positions 0, B, 2B, …; `logit_rows` [R]: rows of the batch whose logits are requested.
     """
 
     phase: Phase
@@ -151,7 +152,7 @@ class Ops(Protocol):
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""
 
     def norm_route(self, x: Array, norm: RmsNorm, router: Linear, k: int) -> tuple[Array, Routes]:
-        """n = norm(x) [T, d] and its `k` experts, weighted by a softmax over the logits of the chosen ones."""
+        """n = norm(x) [T, d] and its `k` experts, weighted by the softmax of their logits."""
 
     def experts_glu(self, n: Array, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Array:
         """Each token's gated FFN in each of its experts: h [T, k, f] f32."""
@@ -160,4 +161,4 @@ class Ops(Protocol):
         """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32."""
 
     def gather_rows(self, x: Array, batch: Batch) -> Array:
-        """The batch's `logit_rows` of x [T, …], a residual stream or a result of `attention`: [R, …]."""
+        """The batch's `logit_rows` of x [T, …], a residual or a result of `attention`: [R, …]."""

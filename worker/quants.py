@@ -1,7 +1,7 @@
 """Block formats of GGUF tensors: their names, sizes and dequantization to f32.
 
-`gguf.quants` defines the bits of every format. It is imported on first use, since importing it takes
-longer than the rest of this module. Next: `worker/gguf_file.py`.
+`gguf.quants` defines the bits of every format. It is imported on first use, since importing it
+takes longer than the rest of this module. Next: `worker/gguf_file.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STEP = 1 << 18  # elements dequantized at once: temporaries stay at a few MiB
 
 @dataclass(frozen=True, slots=True)
 class QuantType:
-    """A tensor type: blocks of `block_size` elements of a row, stored in `block_bytes` bytes each."""
+    """A tensor type: rows of blocks, each of `block_size` elements in `block_bytes` bytes."""
 
     name: str
     ggml_id: int
@@ -57,7 +57,7 @@ _BY_ID = {kind.ggml_id: kind for kind in QUANT_TYPES}
 
 
 def quant_type(ggml_id: int, where: str) -> QuantType:
-    """The type with this ggml id. Raises ModelLoadFailed if it is unsupported; `where` is its place."""
+    """The type with this ggml id. Raises ModelLoadFailed, which names `where`, if unsupported."""
     kind = _BY_ID.get(ggml_id)
     if kind is None:
         from gguf import GGMLQuantizationType  # noqa: PLC0415

@@ -1,7 +1,8 @@
-"""Rotary position embeddings: frequencies, the published scalings of them, and cosine and sine tables.
+"""Rotary position embeddings: frequencies, their published scalings, cosine and sine tables.
 
-Plain float64 arithmetic over positions, rounded to f32 once, so every backend rotates by the same bits. An adapter
-chooses the scaling and its arguments; an op reads `Rope.cos` and `Rope.sin`. Next: `worker/adapters/llama.py`.
+The arithmetic is float64, rounded to f32 once, so every backend rotates by the same bits. An
+adapter chooses the scaling; an op reads `Rope.cos` and `Rope.sin`. Next:
+`worker/adapters/llama.py`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import numpy.typing as npt
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
-_TABLE_ROWS = 4096  # positions that one thread computes at a time: its temporaries fit the cache of a core
+_TABLE_ROWS = 4096  # positions per task: the temporaries fit the cache of a core
 _MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """The file's `rope.scaling.*` keys; `original_context` is the context before scaling, in tokens."""
+    """The file's `rope.scaling.*` keys; `original_context` is in tokens."""
 
     kind: str = "none"
     """none, linear, yarn or longrope."""
@@ -40,8 +41,8 @@ class RopeScaling:
 class Rope:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of positions below `context`.
 
-    At position p, pair i of a head rotates by the angle p · inv_freq[i]; only the first `dims` of a head's D elements
-    are rotated. The tables are computed on first use: a model that is bound only to check a file needs none.
+    At position p, pair i of a head rotates by the angle p · inv_freq[i]; only the first `dims` of a
+    head's D elements are rotated. The tables are computed on first use.
     """
 
     inv_freq: F64
@@ -73,7 +74,7 @@ class Rope:
 
 
 def rope_tables(inv_freq: F64, context: int, magnitude: float = 1.0) -> tuple[F32, F32]:
-    """Cosines and sines of every position below `context`: two tables [context, dims/2] f32."""
+    """Cosines and sines of the positions below `context`: two tables [context, dims/2] f32."""
     cos, sin = (np.empty((context, len(inv_freq)), np.float32) for _ in range(2))
 
     def fill(start: int) -> None:
@@ -81,7 +82,7 @@ def rope_tables(inv_freq: F64, context: int, magnitude: float = 1.0) -> tuple[F3
         cos[start : start + _TABLE_ROWS] = np.cos(angles) * magnitude
         sin[start : start + _TABLE_ROWS] = np.sin(angles) * magnitude
 
-    # One thread needs 0.25 s for 131072 positions. Each element is computed alone, so threads change no bit.
+    # One thread takes 0.25 s for 131072 positions. Elements are independent: no bit changes.
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         list(threads.map(fill, range(0, context, _TABLE_ROWS)))
     return cos, sin
@@ -105,7 +106,8 @@ def scaled_rope(
 ) -> Rope:
     """Rope with no, linear or YaRN scaling, as `scaling.kind` names it.
 
-    `divisors` [dims/2] divide the frequencies before scaling; `truncate` applies to YaRN, see `yarn`.
+    `divisors` [dims/2] divide the frequencies before scaling; `truncate` applies to YaRN, see
+    `yarn`.
     """
     inv_freq, magnitude = frequencies(base, dims), 1.0
     if divisors is not None:
@@ -118,11 +120,11 @@ def scaled_rope(
 
 
 def yarn(inv_freq: F64, base: float, scaling: RopeScaling, *, truncate: bool) -> tuple[F64, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): scaled frequencies and the magnitude of cos and sin.
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): scaled frequencies, magnitude of cos and sin.
 
-    Pairs with more than `beta_fast` rotations in the original context keep their frequency, pairs with fewer than
-    `beta_slow` are divided by the factor, and a linear ramp joins the two. `truncate` rounds the ramp's bounds
-    outwards, as Hugging Face does by default.
+    Pairs with more than `beta_fast` rotations in the original context keep their frequency, pairs
+    with fewer than `beta_slow` are divided by the factor, and a linear ramp joins the two.
+    `truncate` rounds the ramp's bounds outwards, as Hugging Face does by default.
     """
     dims = 2 * len(inv_freq)
 
@@ -139,7 +141,5 @@ def yarn(inv_freq: F64, base: float, scaling: RopeScaling, *, truncate: bool) ->
 
 
 def longrope_magnitude(context: int, original: int) -> float:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): magnitude of cos and sin of a model with that full context."""
-    if context <= original:
-        return 1.0
-    return math.sqrt(1.0 + math.log(context / original) / math.log(original))
+    """Magnitude of cos and sin in LongRoPE (Ding et al. 2024, arXiv:2402.13753)."""
+    return 1.0 if context <= original else math.sqrt(1.0 + math.log(context / original) / math.log(original))

@@ -1,7 +1,7 @@
-"""What a draw is: the sampler's parameters, request and result, as one op of every backend.
+"""Parameters, request and result of the sampler, which is one op of every backend.
 
-The order is fixed: logit_bias, repetition then frequency/presence penalties, masks, temperature, top-k, top-p, min-p,
-draw. Ties go to the lower id everywhere. The definition is `worker/cpu/sampler.py`; `worker/engine/` makes requests.
+Order: logit_bias, repetition penalty, frequency and presence penalties, masks, temperature, top-k,
+top-p, min-p, draw. Ties go to the lower id. The definition is `worker/cpu/sampler.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 EngineFinishReason = Literal["stop", "length"]
-"""Why the engine ends a sequence: an end token was drawn, or `max_tokens` were."""
+"""Why the engine ends a sequence: it drew an end token, or `max_tokens` tokens."""
 
 FinishReason = Literal[EngineFinishReason, "stop_sequence"]
 """Why an answer ends: one of the engine's reasons, or a stop string in its text."""
@@ -19,10 +19,10 @@ FinishReason = Literal[EngineFinishReason, "stop_sequence"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one sequence is sampled, every field resolved and checked by whoever made the request."""
+    """Sampling parameters of one sequence, with defaults applied and ranges checked."""
 
     temperature: float = 1.0
-    """0 is greedy: the highest logit, no division and no random number."""
+    """0 is greedy: the highest logit, without a random number."""
     top_k: int = 0
     """Keep the k likeliest; 0 keeps all."""
     top_p: float = 1.0
@@ -33,23 +33,23 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     penalize_prompt: bool = False
-    """Whether the penalties count the prompt's tokens too, not the generated ones alone."""
+    """Whether the penalties also count the prompt's tokens."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     """Philox key, uint64."""
     min_tokens: int = 0
-    """End tokens are masked for the draws of index below it."""
+    """End tokens are masked in draws with a lower index."""
     ignore_eos: bool = False
-    """An end token is drawn and published like any other and does not end the answer."""
+    """Publish end tokens like other tokens, without ending the answer."""
     logprobs: int | None = None
-    """Alternatives reported with each token; None reports no log-probabilities at all."""
+    """Number of alternatives reported with each token; None reports no log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrawRequest:
-    """Draw the token of index `index` for a sequence whose `prompt` and `generated` ids these are.
+    """Draw token `index` of the sequence with ids `prompt` and `generated`.
 
-    A `forced` id was published by an earlier attempt: it is taken as it is, and nothing is drawn.
+    A `forced` id was published by an earlier attempt and is returned without a draw.
     """
 
     sampling: Sampling
@@ -61,9 +61,10 @@ class DrawRequest:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One drawn token. Log-probabilities are natural, of the raw logits over all V rows, before bias, penalty, mask.
+    """One drawn token.
 
-    `top` holds (id, log-probability) by falling log-probability; both are None unless they were asked for.
+    Log-probabilities are natural, of the raw logits over all V rows: before bias, penalties and
+    masks. `top` is (id, log-probability), descending. Both are None if not requested.
     """
 
     id: int

@@ -1,4 +1,4 @@
-"""What an adapter demands of a file, and what it says when the file is another."""
+"""Binding of files to adapters: claimed tensors, and the errors for files that do not match."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bind(file: GgufFile) -> Weights:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_tensor_of_a_whole_file_is_claimed_once(name, tiny):
+def test_every_tensor_of_a_complete_file_is_claimed_once(name, tiny):
     with GgufFile.open(tiny(name)) as file:
         weights = bind(file)
         assert weights.unused() == []
@@ -37,17 +37,17 @@ def test_each_missing_tensor_is_named(name, tiny):
         for missing in set(file.tensors) - optional:
             kept = dict(file.tensors)
             del kept[missing]
-            file.tensors, whole = kept, file.tensors
+            file.tensors, complete = kept, file.tensors
             with pytest.raises(ModelLoadFailed, match=missing):
                 bind(file)
-            file.tensors = whole
+            file.tensors = complete
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_wrong_shape_is_named_with_the_expected_one(name, tiny):
     with GgufFile.open(tiny(name)) as file:
         for wrong, info in list(file.tensors.items()):
-            if wrong == "token_embd.weight":  # its rows are what says the vocabulary's size
+            if wrong == "token_embd.weight":  # its rows define the vocabulary's size
                 continue
             file.tensors[wrong] = replace(info, shape=(*info.shape[:-1], info.shape[-1] + 32))
             with pytest.raises(ModelLoadFailed, match=wrong) as failure:
@@ -56,7 +56,7 @@ def test_each_wrong_shape_is_named_with_the_expected_one(name, tiny):
             file.tensors[wrong] = info
 
 
-def test_a_tensor_that_nobody_wants_is_reported(tiny):
+def test_an_unused_tensor_is_reported(tiny):
     with GgufFile.open(tiny("llama")) as file:
         file.tensors["blk.0.extra.weight"] = replace(file.tensors["output_norm.weight"], name="blk.0.extra.weight")
         assert bind(file).unused() == ["blk.0.extra.weight"]
@@ -90,14 +90,14 @@ def test_an_unknown_architecture_lists_the_known_ones():
         ("llama.embedding_length", "wide"),
     ],
 )
-def test_a_hyper_parameter_that_cannot_be_is_named(key, value, tiny):
+def test_an_invalid_hyper_parameter_is_named(key, value, tiny):
     with GgufFile.open(tiny("llama")) as file:
         file.metadata[key] = value
         with pytest.raises(ModelLoadFailed, match=key.replace(".", r"\.")):
             read_hparams(file)
 
 
-def test_a_vocabulary_alone_is_no_model(tiny):
+def test_a_file_with_only_a_vocabulary_is_refused(tiny):
     with GgufFile.open(tiny("llama")) as file:
         file.tensors.clear()
         with pytest.raises(ModelLoadFailed, match="vocabulary"):

@@ -1,7 +1,8 @@
 """SmolLM2 against llama.cpp, prompt by prompt: token ids, greedy choices and log-probabilities.
 
-Two comparisons. With the published Q4_1 file llama.cpp quantizes activations to 8 bits in every product, which is what
-the difference is made of; with the same weights as an F32 file it multiplies exactly, and the two must be the same.
+With the published Q4_1 file llama.cpp quantizes activations to 8 bits in every product, which
+causes the difference. With the same weights as an F32 file it does not, and the results must be
+equal.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def worker(smollm2):
 
 
 def greedy(worker, prompt):
-    """Our greedy answer: ids and the top-20 log-probabilities of each step."""
+    """The worker's greedy answer: ids and the top-20 log-probabilities of each step."""
     worker.engine.add(
         Sequence("a", prompt, STEPS, Sampling(temperature=0, logprobs=20), worker.tokenizer.vocab.end_ids)
     )
@@ -44,7 +45,10 @@ def answers(worker):
 
 @dataclass
 class Comparison:
-    """|Δ log-probability| of the shared top-20 and of the chosen token, and where the greedy choice differs, by gap."""
+    """|Δ log-probability| of the shared top-20 tokens and of the chosen token.
+
+    `flips` are the steps (prompt, index, gap of the top two) at which the greedy choices differ.
+    """
 
     top: list[float]
     chosen: list[float]
@@ -59,12 +63,12 @@ class Comparison:
 
 
 def compare(answers, model):
-    """Every step of our answers, as llama.cpp goes on from the same ids."""
+    """Compare every step of the answers with llama.cpp's, which continues from the same ids."""
     found = Comparison([], [], [])
-    with LlamaCpp(model, context=1024) as other:
+    with LlamaCpp(model, context=1024) as llama_cpp:
         for name, prompt, tokens in answers:
             for i, token in enumerate(tokens):
-                theirs = other.next_logprobs([*prompt, *(t.draw.id for t in tokens[:i])])
+                theirs = llama_cpp.next_logprobs([*prompt, *(t.draw.id for t in tokens[:i])])
                 ours = dict(token.draw.top)
                 found.top += [abs(logprob - ours[t]) for t, logprob in theirs if t in ours]
                 found.chosen += [abs(logprob - ours[t]) for t, logprob in theirs if t == token.draw.id]
@@ -80,10 +84,10 @@ def test_there_are_twenty_prompts_of_every_kind():
 
 
 def test_prompts_become_the_same_ids(smollm2, worker):
-    with LlamaCpp(smollm2, context=1024) as other:
+    with LlamaCpp(smollm2, context=1024) as llama_cpp:
         for entry in PROMPTS:
-            text = other.apply_template(entry["messages"]) if "messages" in entry else entry["prompt"]
-            assert prompt_of(entry, worker.tokenizer) == other.tokenize(text, bos=True, special=True), entry["name"]
+            text = llama_cpp.apply_template(entry["messages"]) if "messages" in entry else entry["prompt"]
+            assert prompt_of(entry, worker.tokenizer) == llama_cpp.tokenize(text, bos=True, special=True), entry["name"]
 
 
 def test_log_probabilities_on_the_published_file_differ_by_llama_cpps_rounding_alone(smollm2, answers):

@@ -1,4 +1,4 @@
-"""The NumPy twins against float64 by hand: they are the definition, so nothing checks them but the formulas."""
+"""The NumPy ops, which define all others, against their formulas in float64."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def test_matmul_equals_float64_and_writes_every_row(tile, rows):
     np.testing.assert_allclose(matmul(x, weight, bias, tile, Threads(1)), expected, atol=1e-5)
 
 
-def test_a_row_of_matmul_depends_neither_on_its_neighbours_nor_on_the_threads():
+def test_a_row_of_matmul_depends_neither_on_other_rows_nor_on_the_threads():
     x, weight = random(64, 576), random(1537, 576)
-    whole = matmul(x, weight, None, KV_BLOCK, Threads(1))
+    expected = matmul(x, weight, None, KV_BLOCK, Threads(1))
     for count, threads in ((1, 2), (16, 3), (17, 4), (33, 1), (64, 2)):
-        np.testing.assert_array_equal(matmul(x[:count], weight, None, KV_BLOCK, Threads(threads)), whole[:count])
+        np.testing.assert_array_equal(matmul(x[:count], weight, None, KV_BLOCK, Threads(threads)), expected[:count])
     alone = matmul(x[2:3], weight, None, 1, Threads(1))[0]
     np.testing.assert_array_equal(matmul(x[:3], weight, None, 1, Threads(2))[2], alone)
 
 
-def test_an_error_on_another_thread_is_raised_here():
+def test_an_error_on_another_thread_is_raised_on_the_calling_thread():
     def work(start, stop):
         if start:
             raise ValueError("on a thread")
@@ -60,7 +60,7 @@ def test_rms_norm_by_hand():
     np.testing.assert_allclose(rms_norm(x, weight, 1e-5), expected, rtol=1e-5)
 
 
-def test_softmax_with_a_sink_leaves_the_sinks_share_out():
+def test_a_sink_adds_to_the_denominator_of_the_softmax_alone():
     scores, sink = random(2, 5), np.array([[0.5], [-1.0]], np.float32)
     wide = np.exp(scores.astype(np.float64))
     np.testing.assert_allclose(softmax(scores, sink), wide / (wide.sum(-1, keepdims=True) + np.exp(sink)), rtol=1e-5)
@@ -76,7 +76,7 @@ def test_swiglu_and_its_clamped_form_by_hand():
     np.testing.assert_allclose(gated(gate, up, Activation(limit=7.0, alpha=1.702)), clamped, rtol=1e-5, atol=1e-30)
 
 
-def test_routing_prefers_the_lower_expert_among_equals_and_softmaxes_the_chosen():
+def test_routing_prefers_the_lower_expert_among_equals_and_applies_the_softmax_to_the_chosen():
     experts, weights = top_k(np.array([[1.0, 3.0, 3.0, 0.0, 2.0]], np.float32), 3)
     assert experts.tolist() == [[1, 2, 4]]
     chosen = np.exp([3.0, 3.0, 2.0])
@@ -84,7 +84,7 @@ def test_routing_prefers_the_lower_expert_among_equals_and_softmaxes_the_chosen(
 
 
 def attention_case(heads, kv_heads, dim, window=0, sinks=None):
-    rope = Rope(np.zeros(dim // 2), 64)  # angle 0 everywhere: the rotation has its own tests
+    rope = Rope(np.zeros(dim // 2), 64)  # angle 0 everywhere: other tests cover the rotation
     spec = Attention(0, heads, kv_heads, dim, rope, window, None if sinks is None else tensor(sinks))
     hp = Hparams(
         *("llama", 1, heads * dim, 8, heads, kv_heads, dim, 16, 64, 1e-5, 1e4, dim),
@@ -112,7 +112,7 @@ def attention_by_hand(q, k, v, heads, kv_heads, dim, window, sinks):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (5, 1)])
 @pytest.mark.parametrize("window", [0, 1, 7, 16, 20])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_attention_equals_the_sum_by_hand_over_shuffled_poisoned_blocks(phase, heads, kv_heads, window, with_sinks):
+def test_attention_equals_its_formula_over_shuffled_blocks_filled_with_nan(phase, heads, kv_heads, window, with_sinks):
     T, dim = 43, 8
     sinks = random(heads) if with_sinks else None
     spec, hp = attention_case(heads, kv_heads, dim, window, sinks)
@@ -132,20 +132,20 @@ def test_attention_equals_the_sum_by_hand_over_shuffled_poisoned_blocks(phase, h
     np.testing.assert_allclose(got, attention_by_hand(q, k, v, heads, kv_heads, dim, window, sinks), atol=2e-6)
 
 
-def test_queries_and_keys_are_turned_by_their_own_positions():
+def test_queries_and_keys_are_rotated_by_their_own_positions():
     spec, hp = attention_case(2, 1, 8)
-    turned = Attention(0, 2, 1, 8, Rope(frequencies(1e4, 8), 64))
+    rotating = Attention(0, 2, 1, 8, Rope(frequencies(1e4, 8), 64))
     q, k, v = random(20, 16), random(20, 8), random(20, 8)
-    at = np.arange(20, dtype=np.int32)
-    batch = Batch(Phase.PREFILL, at, at, (np.array([1, 0], np.int32),), np.empty(0, np.int32))
+    positions = np.arange(20, dtype=np.int32)
+    batch = Batch(Phase.PREFILL, positions, positions, (np.array([1, 0], np.int32),), np.empty(0, np.int32))
     plain = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, spec, batch)
-    rotated = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, turned, batch)
-    np.testing.assert_array_equal(plain[0], rotated[0])  # position 0 turns nothing: which is why it proves nothing
+    rotated = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, rotating, batch)
+    np.testing.assert_array_equal(plain[0], rotated[0])  # position 0 has angle 0
     assert np.abs(plain[1:] - rotated[1:]).max() > 0.05
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "llama"])
-def test_every_projection_is_rows_of_the_files_matrix_times_its_input(name, tiny, monkeypatch):
+def test_every_projection_multiplies_its_input_by_rows_of_the_files_matrix(name, tiny, monkeypatch):
     seen = []
     for method in ("_linear", "_expert"):
         original = getattr(CpuOps, method)

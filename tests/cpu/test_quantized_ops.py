@@ -1,4 +1,4 @@
-"""Rounding of activations in `tests/quantized_ops.py`, against the bounds that the products rely on."""
+"""Rounding of activations in `tests/quantized_ops.py`, against its error bounds."""
 
 from __future__ import annotations
 

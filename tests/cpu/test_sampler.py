@@ -1,4 +1,4 @@
-"""The sampler's definition: every parameter by hand, and the distribution that all of them leave."""
+"""The sampler's definition: every parameter by hand, and the distribution of the draws."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from worker.sampling import DrawRequest, Sampling
 KAT = json.loads((Path(__file__).parents[1] / "data" / "philox4x32_10.json").read_text())
 
 
-def words(text):
-    return tuple(int(word, 16) for word in text) if isinstance(text, list) else text
+def uint32s(text):
+    return tuple(int(each, 16) for each in text) if isinstance(text, list) else text
 
 
 @pytest.mark.parametrize("vector", KAT["vectors"])
 def test_philox_gives_random123s_known_answers(vector):
-    assert philox4x32(words(vector["counter"]), words(vector["key"])) == words(vector["result"])
+    assert philox4x32(uint32s(vector["counter"]), uint32s(vector["key"])) == uint32s(vector["result"])
 
 
 def test_a_draws_number_depends_on_seed_and_index_alone():
@@ -47,7 +47,7 @@ def test_greedy_takes_the_highest_and_the_lower_id_among_equals():
     assert draw(logits_of(1, 5, 5, 2), Sampling(temperature=0)).id == 1
 
 
-def test_drawing_leaves_the_logits_as_they_were():
+def test_drawing_does_not_modify_the_logits():
     logits = logits_of(1, 2, 3, 4)
     draw(logits, Sampling(logit_bias={0: 9.0}, repetition_penalty=2.0), generated=[3], padding=[1])
     assert logits.tolist() == [1, 2, 3, 4]
@@ -60,7 +60,7 @@ def test_padding_rows_are_never_drawn_at_any_temperature():
     assert drawn == {0, 2}
 
 
-def test_end_tokens_are_masked_before_min_tokens_and_free_from_there():
+def test_end_tokens_are_masked_before_min_tokens_only():
     logits, sampling = logits_of(0, 9, 1), Sampling(temperature=0, min_tokens=3)
     assert [draw(logits, sampling, index=i, ends=[1]).id for i in range(5)] == [2, 2, 2, 1, 1]
 
@@ -81,7 +81,7 @@ def test_frequency_counts_occurrences_and_presence_does_not():
     assert draw(logits, Sampling(temperature=0, presence_penalty=-2), generated=[1]).id == 1
 
 
-def test_penalties_see_the_prompt_only_when_asked():
+def test_penalties_count_the_prompt_only_with_penalize_prompt():
     logits = logits_of(5, 4.9)
     assert draw(logits, Sampling(temperature=0, presence_penalty=1), prompt=[0]).id == 0
     assert draw(logits, Sampling(temperature=0, presence_penalty=1, penalize_prompt=True), prompt=[0]).id == 1
@@ -89,7 +89,7 @@ def test_penalties_see_the_prompt_only_when_asked():
 
 def test_bias_comes_before_the_repetition_penalty():
     sampling = Sampling(temperature=0, logit_bias={0: 3.0}, repetition_penalty=2.0)
-    # (-1 + 3) / 2 = 1 beats 0.5; the other order would give -2 + 3 = 1 as well, so token 1 decides: 4 / 2 = 2.
+    # (-1 + 3) / 2 = 1 exceeds 0.5. The other order also gives 1 (-2 + 3): the next cases decide.
     assert draw(logits_of(-1, 0.5), sampling, generated=[0]).id == 0
     assert draw(logits_of(1, 1.9), sampling, generated=[0]).id == 0  # (1 + 3) / 2 = 2; 1 / 2 + 3 is 3.5
     assert draw(logits_of(1, 2.1), sampling, generated=[0]).id == 1
@@ -107,7 +107,7 @@ def test_top_k_keeps_the_likeliest_and_lower_ids_among_equals():
     assert kept(logits_of(1, 3), top_k=99) == [0, 1]
 
 
-def test_top_p_keeps_the_fewest_that_reach_it_over_the_whole_vocabulary():
+def test_top_p_keeps_the_fewest_tokens_of_the_whole_vocabulary_that_reach_it():
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
     assert kept(logits, top_p=0.4) == [3]
     assert kept(logits, top_p=0.41) == [2, 3]
@@ -131,7 +131,7 @@ def test_temperature_comes_before_top_p():
     assert kept(logits, top_p=0.75, temperature=2.0) == [0, 1, 2]
 
 
-def test_a_tiny_temperature_is_as_greedy_as_zero():
+def test_a_tiny_temperature_is_greedy():
     assert draw(logits_of(1, 2, 3), Sampling(temperature=1e-320, seed=4)).id == 2
 
 
@@ -172,16 +172,16 @@ def test_log_probabilities_are_of_the_raw_logits_over_all_rows():
     assert result.top == ((3, pytest.approx(plain[3])), (2, pytest.approx(plain[2])))
 
 
-def test_alternatives_are_sorted_and_zero_of_them_is_an_empty_list():
+def test_alternatives_are_sorted_and_logprobs_zero_gives_an_empty_list():
     assert draw(logits_of(2, 7, 7), Sampling(logprobs=0)).top == ()
     assert [i for i, _ in draw(logits_of(2, 7, 7), Sampling(logprobs=20)).top] == [1, 2, 0]
     assert draw(logits_of(2, 7), Sampling()).top is None
 
 
-def test_a_forced_token_is_taken_as_it_is():
+def test_a_forced_token_is_returned_without_a_draw():
     assert draw(logits_of(9, 0), Sampling(), forced=1).id == 1
 
 
-def test_logits_that_are_no_numbers_are_an_error_and_not_a_token():
+def test_logits_that_are_not_finite_raise_an_error():
     with pytest.raises(Internal, match="finite"):
         draw(logits_of(1, float("nan")), Sampling(temperature=0))

@@ -1,7 +1,7 @@
-"""Golden vectors: logits that Hugging Face transformers computes for the tiny models, kept in `tests/data/goldens/`.
+"""Golden logits of the tiny models, from Hugging Face transformers, in `tests/data/goldens/`.
 
-Knows neither torch nor the worker: a test reads a case and its vectors here. `make_goldens.py` writes them, and must do
-so again when `tests/tiny_models.py` changes a file's bytes.
+Imports neither torch nor the worker. `make_goldens.py` writes the vectors; run it again after a
+change of `tests/tiny_models.py` that changes a file's bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "data" / "goldens"
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """Which tiny model runs how many tokens; `window` is `ModelOptions.sliding_window`."""
+    """A tiny model and the length of its prompt; `window` is `ModelOptions.sliding_window`."""
 
     model: str
     tokens: int = 200
@@ -41,7 +41,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Golden:
-    """One case's vectors: `logits[i]` [V] f32 belong to the token at `positions[i]` of `prompt` [T]."""
+    """Vectors of a case: `logits[i]` [V] f32 are those at `positions[i]` of `prompt` [T]."""
 
     prompt: np.ndarray
     positions: np.ndarray
@@ -57,14 +57,14 @@ def load_golden(name: str) -> Golden:
 
 
 def golden_model(name: str, folder: Path) -> Path:
-    """Write the tiny model that `CASES[name]` ran on; fails where the maker no longer writes the same bytes."""
+    """Write the tiny model of `CASES[name]`. Fails if its bytes differ from the golden's."""
     path = make_tiny(CASES[name].model, folder / f"{CASES[name].model}.gguf")
-    assert file_sha256(path) == load_golden(name).sha256, f"{name}: another file than the golden's; run make_goldens.py"
+    assert file_sha256(path) == load_golden(name).sha256, f"{name}: not the golden's file; run make_goldens.py"
     return path
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file, in hex."""
+    """SHA-256 of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

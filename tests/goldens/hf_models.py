@@ -1,7 +1,7 @@
-"""A GGUF file as a Hugging Face model: its configuration from the metadata, its weights de-quantized by `gguf.quants`.
+"""GGUF files as Hugging Face models: configuration from the metadata, weights from `gguf.quants`.
 
-Shares no code with the worker, so both can't be wrong alike. Needs torch and transformers, which no test does.
-Read `make_goldens.py` next.
+Shares no code with the worker, so the two have no common errors. Needs torch and transformers,
+which no test needs. Next: `make_goldens.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _DoubleTorch:
 
 @contextmanager
 def float64_throughout() -> Iterator[None]:
-    """Models built and run in here compute what transformers does in float32 (norms, rotations, softmax) in float64."""
+    """Compute what transformers keeps in float32 (norms, rotations, softmax) in float64."""
     with ExitStack() as stack:
         for module in MODULES:
             stack.enter_context(patch.object(module, "torch", _DoubleTorch()))
@@ -106,7 +106,7 @@ def _qwen2(metadata: dict[str, Any], weights: Weights) -> transformers.Qwen2Conf
 
 
 def _phi3(metadata: dict[str, Any], weights: Weights) -> transformers.Phi3Config:
-    """LongRoPE's magnitude is HF's own, of the two context lengths: the file's key must agree with it."""
+    """HF computes LongRoPE's magnitude from the two context lengths; the file's key must agree."""
     rope = {"rope_type": "default", "rope_theta": metadata["rope.freq_base"]}
     original = metadata.get("rope.scaling.original_context_length", metadata["context_length"])
     if "rope_factors_long.weight" in weights:
@@ -122,7 +122,7 @@ def _phi3(metadata: dict[str, Any], weights: Weights) -> transformers.Phi3Config
 
 
 def _llama(metadata: dict[str, Any], weights: Weights) -> transformers.LlamaConfig:
-    """A file with `rope_freqs` tells the divisors alone, HF computes them: from the scaling of `llama3-rope`."""
+    """`rope_freqs` has only the divisors; HF computes them from the scaling of `llama3-rope`."""
     rope = {"rope_type": "default", "rope_theta": metadata["rope.freq_base"]}
     if weights.pop("rope_freqs.weight", None) is not None:
         rope |= {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -156,7 +156,7 @@ CONFIGS = {"qwen2": _qwen2, "phi3": _phi3, "llama": _llama, "gpt-oss": _gpt_oss}
 
 
 def _state(arch: str, config: Any, weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
-    """Every weight under its name and in its layout at HF."""
+    """Every weight under its Hugging Face name and in its Hugging Face layout."""
     if config.tie_word_embeddings:
         yield "lm_head.weight", weights["token_embd.weight"]
     for name, data in weights.items():
@@ -177,12 +177,12 @@ def _state(arch: str, config: Any, weights: Weights) -> Iterator[tuple[str, np.n
 
 
 def halves_from_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the converter's order of a `llama` file's q and k rows: adjacent pairs (2i, 2i+1) back to (i, i + D/2)."""
+    """Reorder q and k rows of a `llama` file: adjacent pairs (2i, 2i+1) to (i, i + D/2)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _experts(weights: Weights, layer: int) -> Iterator[tuple[str, np.ndarray]]:
-    """HF keeps experts as [E, in, out], with gate in the even and up in the odd columns."""
+    """HF stores experts as [E, in, out]: gate in the even columns, up in the odd ones."""
     source, target = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp.experts."
     for kind, suffix in (("weight", ""), ("bias", "_bias")):
         gate, up = weights[f"{source}gate_exps.{kind}"], weights[f"{source}up_exps.{kind}"]  # [E, f, d] or [E, f]

@@ -1,8 +1,8 @@
-"""Write `tests/data/goldens/*.npz`: what Hugging Face transformers computes for each case of `tests/goldens`.
+"""Write `tests/data/goldens/*.npz`: logits of Hugging Face transformers for the golden cases.
 
-Run it in an environment of its own, with torch, transformers and gguf: `python -m tests.goldens.make_goldens`. The
-vectors come from transformers' code in float64 throughout; as it ships, with norms and rotations in float32, it must
-agree to half of what a test allows.
+Run `python -m tests.goldens.make_goldens` in a separate environment with torch, transformers and
+gguf. The vectors are computed in float64 throughout; with norms and rotations in float32, as
+transformers ships, the logits must agree within a fixed bound.
 """
 
 from __future__ import annotations

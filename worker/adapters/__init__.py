@@ -20,17 +20,17 @@ from worker.model import Hparams, Model, ModelOptions
 
 
 class Adapter(Protocol):
-    """Binds a file's weights to an architecture. Raises ModelLoadFailed if the file does not match."""
+    """Binds a file's weights to an architecture. Raises ModelLoadFailed if they do not match."""
 
     def __call__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> Model:
-        """Return the bound model; `keys` gives the metadata keys that only this architecture has."""
+        """Return the bound model; `keys` reads the metadata keys of this architecture."""
 
 
 ADAPTERS: dict[str, Adapter] = {"gpt-oss": GptOss, "llama": Llama, "phi3": Phi3, "qwen2": Qwen2}
 
 
 def adapter_for(architecture: str, where: str) -> Adapter:
-    """The adapter of a GGUF architecture. Raises ModelLoadFailed, which lists the supported ones."""
+    """The adapter of a GGUF architecture. Raises ModelLoadFailed, which lists the known ones."""
     if architecture not in ADAPTERS:
         raise ModelLoadFailed(f"architecture {architecture!r} has no adapter", where, " or ".join(ADAPTERS))
     return ADAPTERS[architecture]

@@ -3,9 +3,11 @@
 Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
   * biases on q, k, v and the attention output; q is H·D wide, not d;
   * one sink logit per head in the softmax denominator (Xiao et al. 2023, arXiv:2309.17453);
-  * even layers attend to the newest `attention.sliding_window` keys, the token's own included, odd layers to all;
+  * even layers attend to the newest `attention.sliding_window` keys, the token's own included, odd
+  layers to all;
   * RoPE over the pairs (i, i + D/2) with YaRN, whose ramp bounds are not rounded;
-  * the FFN is the top k of E experts, with a softmax over the chosen logits, biases in router and experts, and
+  * the FFN is the top k of E experts, with a softmax over the chosen logits, biases in router and
+  experts, and
     clamps in the gated product: min(g, 7)·σ(1.702·g)·(clip(u, ±7) + 1).
 """
 

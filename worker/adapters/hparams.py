@@ -1,6 +1,7 @@
-"""Reads and checks GGUF metadata for the adapters: the hyper-parameters of every architecture, and single keys.
+"""Reads and checks GGUF metadata for the adapters: hyper-parameters and single keys.
 
-Knows the keys that all architectures share; a key that only one architecture has is read in its adapter.
+Knows the keys that all architectures share; a key that only one architecture has is read in its
+adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _MAX_COUNT = 1 << 24
 class ArchitectureKeys:
     """The metadata keys of the file's own architecture, named without its prefix: `block_count`.
 
-    Every method raises ModelLoadFailed, which names the key, if it is missing, of another type or out of range.
+    Every method raises ModelLoadFailed, which names the key, if it is missing, of another type or
+    out of range.
     """
 
     def __init__(self, file: GgufFile) -> None:
@@ -69,7 +71,7 @@ class ArchitectureKeys:
 
 
 def read_hparams(file: GgufFile) -> Hparams:
-    """Hyper-parameters of the file. Raises ModelLoadFailed, which names the key that is missing or out of range."""
+    """Read the hyper-parameters. Raises ModelLoadFailed, which names the missing or wrong key."""
     keys = ArchitectureKeys(file)
     heads = keys.count("attention.head_count")
     width = keys.count("embedding_length")
@@ -102,7 +104,7 @@ def read_hparams(file: GgufFile) -> Hparams:
 
 
 def file_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, dict[str, str]]:
-    """Window of every layer in an architecture to which llama.cpp applies none: 0 unless the setting is "file".
+    """Window of the layers where llama.cpp applies none: 0 unless the setting is "file".
 
     Also the choice for the fingerprint, if the file has a window.
     """

@@ -1,11 +1,11 @@
 """Llama and its family, SmolLM2 among them. GGUF architecture `llama`.
 
-Papers: Touvron et al. 2023 (arXiv:2302.13971), Llama 2 (grouped queries, arXiv:2307.09288), Llama 3 (arXiv:2407.21783).
-The plain decoder; the other adapters list their differences from it:
+Papers: Touvron et al. 2023 (arXiv:2302.13971), Llama 2 (grouped queries, arXiv:2307.09288), Llama 3
+(arXiv:2407.21783). The plain decoder; the other adapters list their differences from it:
     x ← x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)      n = rms_norm(x)
     x ← x + W_down · (silu(W_gate n) · W_up n)                    n = rms_norm(x)
-Rows of q and k are permuted in files of this architecture, so RoPE rotates adjacent pairs (2i, 2i + 1).
-Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies.
+Rows of q and k are permuted in files of this architecture, so RoPE rotates adjacent pairs (2i, 2i +
+1). Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 Paper: Abdin et al. 2024 (arXiv:2404.14219). Differences from llama:
   * q, k and v are one fused tensor, gate and up another (gate first);
   * RoPE over the pairs (i, i + D/2);
-  * long-context files have LongRoPE factors (Ding et al. 2024, arXiv:2402.13753), which divide the frequencies. The
-    long factors apply if the configured context exceeds the original context. The choice depends neither on a
-    sequence's length nor on free memory, so bits do not change while a sequence grows or between machines;
+  * long-context files have LongRoPE factors (Ding et al. 2024, arXiv:2402.13753), which divide the
+  frequencies. The
+    long factors apply if the configured context exceeds the original context. The choice depends
+    neither on a sequence's length nor on free memory, so bits do not change while a sequence grows
+    or between machines;
   * `attention.sliding_window` applies only if the setting `model.sliding_window` is "file".
 """
 

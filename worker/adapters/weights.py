@@ -1,7 +1,7 @@
-"""A file's tensors for an adapter: each is checked by name and shape, claimed once and uploaded by the backend.
+"""A file's tensors for an adapter: checked by name and shape, claimed once, uploaded.
 
-A model is bound twice: with `describe`, which uploads nothing, to check the file before any device work, and then
-with the backend's upload. Knows no architecture and no device.
+A model is bound twice: with `describe`, which uploads nothing, to check the file before any device
+work, and then with the backend's upload. Knows no architecture and no device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Weights:
         return name in self._file.tensors
 
     def tensor(self, name: str, *shape: int) -> QTensor:
-        """Claim a tensor. Raises ModelLoadFailed if it is missing, claimed, or of another shape."""
+        """Claim a tensor. Raises ModelLoadFailed if it is missing, claimed or of another shape."""
         info = self._file.tensors.get(name)
         expected = f"{name} of shape {list(shape)}"
         if info is None:
@@ -66,7 +66,7 @@ class Weights:
         return self._upload(info)
 
     def vector(self, name: str, n: int) -> QTensor:
-        """Claim a bias, norm weight or vector of sinks [n]. Raises ModelLoadFailed if it is quantized."""
+        """Claim a bias, norm weight or sinks [n]. Raises ModelLoadFailed if it is quantized."""
         vector = self.tensor(name, n)
         if vector.kind.block_size != 1:
             problem = f"vector {name} is of type {vector.kind.name}"
