@@ -8,6 +8,7 @@ withheld for them, in `worker/text/text_stream.py`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as Ids
 from datetime import datetime
 
@@ -65,6 +66,44 @@ class Answer:
         self.stop_sequence = piece.stop
         self.finish_reason = "stop_sequence" if piece.stop is not None else finish
         return piece.text, piece.channel
+
+
+class AttemptStats:
+    """Times (`time.monotonic`) and counts of one attempt's tokens, and a digest of its text."""
+
+    def __init__(self, claimed: float) -> None:
+        self.tokens = 0
+        """Drawn by this attempt, without the replayed tokens."""
+        self.chars = 0
+        self._claimed = self._first = self._newest = claimed
+        self.text_digest = hashlib.sha256()
+        """SHA-256 of the text that this attempt released."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the claim to this attempt's first token."""
+        return self._first - self._claimed
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from this attempt's first token to the newest."""
+        return self._newest - self._first
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens per second after the first."""
+        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else 0.0
+
+    def count(self, text: str, at: float) -> float | None:
+        """Count a token drawn at `at`; returns the seconds since the previous one, if any."""
+        since = at - self._newest if self.tokens else None
+        if not self.tokens:
+            self._first = at
+        self._newest = at
+        self.tokens += 1
+        self.chars += len(text)
+        self.text_digest.update(text.encode())
+        return since
 
 
 def _sampling(job: Job, resolved: Resolved) -> Sampling:

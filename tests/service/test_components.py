@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from tests.service.inboxes import read_inbox
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
+from worker.answer import AttemptStats
 from worker.config import ServiceSection
 from worker.engine import Sequence
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import Token
 from worker.service.engine_thread import Inbox, TimedToken
-from worker.service.generation import AttemptStats, TokenBuffer
+from worker.service.generation import TokenBuffer
 from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, StopReason, prompt_hash
 
 

@@ -1,4 +1,4 @@
-"""The measurements of `worker bench`: speeds, with the bytes moved. Read bench.py, then result.py."""
+"""The measurements of `worker bench`: speeds and bytes moved. Read bench.py, then result.py."""
 
 from worker.bench.bench import run
 from worker.bench.result import Figure, Result

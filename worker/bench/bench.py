@@ -1,43 +1,38 @@
 """The measurements of one `worker bench` run, in order.
 
 Read bandwidth, the engine alone, repeated loads, then the model behind a server: the worker process
-comes last and has the device to itself. `traffic.py` defines the bytes moved.
+comes last and has the device to itself. `traffic.py` defines the bytes, `timing.py` the timings.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from worker import __version__, runtime
-from worker.bench.machine import commit, machine_of, read_bandwidth
-from worker.bench.result import Bandwidth, Figure, ModelFacts, Result
-from worker.bench.timing import (
-    SAMPLINGS,
-    Jobs,
-    Prompts,
-    Timed,
-    beyond_greedy_us,
-    repeated,
-    samplers,
-    timed,
-    timed_jobs,
-)
+from worker.backend import Backend
+from worker.bench import timing
+from worker.bench.result import Bandwidth, Figure, Machine, ModelFacts, Result
 from worker.bench.traffic import Traffic
-from worker.config import Settings
+from worker.config import EngineSection, Settings
 from worker.embedded import embedded_server
 from worker.engine import Engine
 from worker.errors import ConfigInvalid
 from worker.gguf_file import GgufFile
 
 RUNS = 5
-OnPhase = Callable[[str], None]
-"""Called with the name of each measurement before it starts."""
+_TOOL_S = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +66,11 @@ SIZES = {
 }
 
 
-def run(path: Path, settings: Settings, on_phase: OnPhase) -> Result:
-    """Measure the model of a file as `worker run` would serve it under these settings.
+def run(path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Result:
+    """Measure a model as `worker run` would serve it; `on_phase` receives each measurement's name.
 
-    Raises what loading raises; ConfigInvalid where there is no server to embed or the context is
-    too short; Internal where the worker process fails.
+    Raises what loading raises; ConfigInvalid if no server can be embedded or the context is too
+    short; Internal if the worker process fails.
     """
     with embedded_server() as url:
         with GgufFile.open(path) as file:
@@ -83,102 +78,98 @@ def run(path: Path, settings: Settings, on_phase: OnPhase) -> Result:
             planned = runtime.plan(file, settings.model, backend, settings.engine.kv_memory)
         sizes = SIZES[backend.name].within(planned.context)
         on_phase("read bandwidth")
-        bandwidth = read_bandwidth(backend, settings.engine, sizes.read_bytes, RUNS)
-        bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, on_phase)
-        facts = bench.engine_alone(file_bytes)
-        bench.loads(file_bytes)
+        bandwidth = _read_bandwidth(backend, settings.engine, sizes.read_bytes)
+        bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, file_bytes, on_phase)
+        facts = bench.engine_alone()
+        bench.loads()
         bench.behind_a_server(url)
     alone, served = (figure.median for figure in bench.figures["answer"])
-    rates = [bandwidth.nbytes / seconds / 1e9 for seconds in bandwidth.seconds]
     return Result(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         version=__version__,
-        commit=commit(),
-        machine=machine_of(backend),
+        commit=_commit(),
+        machine=_machine(backend),
         model=facts,
         bandwidth_gb_s=bandwidth.gb_s,
-        bandwidth_low=min(rates),
-        bandwidth_high=max(rates),
+        bandwidth_low=bandwidth.nbytes / max(bandwidth.seconds) / 1e9,
+        bandwidth_high=bandwidth.nbytes / min(bandwidth.seconds) / 1e9,
         bandwidth_bytes=bandwidth.nbytes,
         server_share=served / alone,
         figures=bench.figures,
     )
 
 
+@dataclass
 class Bench:
     """The measurements of one model: each method adds to `figures`, those of the Result."""
 
-    def __init__(
-        self, path: Path, settings: Settings, sizes: Sizes, traffic: Traffic, bandwidth: Bandwidth, on_phase: OnPhase
-    ) -> None:
-        self.figures: dict[str, list[Figure]] = {}
-        self._path = path
-        self._settings = settings
-        self._sizes = sizes
-        self._traffic = traffic
-        self._bandwidth = bandwidth
-        self._on_phase = on_phase
-        self._prompts = Prompts(traffic.planned.hparams.vocab_size)
+    path: Path
+    settings: Settings
+    sizes: Sizes
+    traffic: Traffic
+    bandwidth: Bandwidth
+    file_bytes: int
+    on_phase: Callable[[str], None]
+    figures: dict[str, list[Figure]] = field(default_factory=dict)
 
-    def engine_alone(self, file_bytes: int) -> ModelFacts:
-        """Everything that needs no server, and the first load.
+    def __post_init__(self) -> None:
+        self._prompts = timing.Prompts(self.traffic.planned.hparams.vocab_size)
 
-        What was loaded is gone afterwards.
-        """
-        self._on_phase("first load; kernels that are not cached are compiled")
+    def engine_alone(self) -> ModelFacts:
+        """Measure the first load and everything that requires no server, then free the model."""
+        self.on_phase("first load; kernels that are not cached are compiled")
         seconds, loaded = self._load()
-        self._add("load", self._bandwidth.time("first", "s", [seconds], file_bytes))
-        self._prompts = Prompts(loaded.tokenizer.vocab.size)
-        self._timed(loaded.engine, self._sizes.first, self._sizes.answer)  # warm-up
+        self._add("load", self.bandwidth.load("first", [seconds], self.file_bytes))
+        self._prompts = timing.Prompts(loaded.tokenizer.vocab.size)
+        self._timed(loaded.engine, self.sizes.first, self.sizes.answer)  # warm-up
         self._decode_and_prefill(loaded.engine)
         self._samplers(loaded.engine)
-        self._first_token_and_answer(loaded.engine)
-        planned = self._traffic.planned
+        self.on_phase("first tokens and long answers")
+        first = [self._timed(loaded.engine, self.sizes.first, 1)[0] for _ in range(self.sizes.first_tokens)]
+        answer = partial(self._timed, loaded.engine, self.sizes.first, self.sizes.answer)
+        self._add_first_tokens_and_answers("engine", first, timing.repeated(answer, RUNS, 0))
+        planned = self.traffic.planned
         return ModelFacts(
             name=loaded.name,
-            file=self._path.name,
+            file=self.path.name,
             fingerprint=loaded.fingerprint,
             architecture=planned.hparams.architecture,
             context=loaded.engine.context,
-            file_bytes=file_bytes,
+            file_bytes=self.file_bytes,
             weight_bytes=planned.weight_bytes,
             kv_bytes_per_token=planned.kv_bytes_per_token,
         )
 
-    def loads(self, file_bytes: int) -> None:
-        """From the file's opening to a ready engine.
-
-        File and kernels are in their caches by now.
-        """
-        self._on_phase("loading again")
+    def loads(self) -> None:
+        """Measure loads with the file and the kernels in their caches."""
+        self.on_phase("loading again")
         seconds = []
         for _ in range(RUNS):
             gc.collect()
             seconds.append(self._load()[0])
         gc.collect()
-        self._add("load", self._bandwidth.time("again", "s", seconds, file_bytes))
+        self._add("load", self.bandwidth.load("again", seconds, self.file_bytes))
 
     def behind_a_server(self, url: str) -> None:
         """Measure first tokens and answers of jobs served by a `worker run` process."""
-        sizes, model = self._sizes, self._settings.model
-        self._on_phase("a worker process behind a server")
+        sizes, model = self.sizes, self.settings.model
+        self.on_phase("a worker process behind a server")
         options = ["--context", str(model.context)] if model.context else []
-        options += ["--backend", self._settings.engine.backend]
-        jobs = Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
+        options += ["--backend", self.settings.engine.backend]
+        jobs = timing.Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
         gc.collect()
         gc.freeze()  # this process is the client: keep the garbage collector out of its timings
         try:
-            first, answers = timed_jobs(self._path, url, options, jobs, self._prompts.next)
+            first, answers = timing.timed_jobs(self.path, url, options, jobs, self._prompts.next)
         finally:
             gc.unfreeze()
-        self._add("first_token", self._bandwidth.first_tokens("server", first, self._first_bytes))
-        self._add("answer", self._bandwidth.speed("server", [a_token for _, a_token in answers], self._answer_bytes))
+        self._add_first_tokens_and_answers("server", first, answers)
 
     def _decode_and_prefill(self, engine: Engine) -> None:
-        traffic, bandwidth, tokens = self._traffic, self._bandwidth, self._sizes.tokens
-        for length in self._sizes.lengths:
-            self._on_phase(f"decode and prefill at {length:,} tokens")
-            runs = repeated(partial(self._timed, engine, length, tokens), RUNS, self._sizes.budget_s)
+        traffic, bandwidth, tokens = self.traffic, self.bandwidth, self.sizes.tokens
+        for length in self.sizes.lengths:
+            self.on_phase(f"decode and prefill at {length:,} tokens")
+            runs = timing.repeated(partial(self._timed, engine, length, tokens), RUNS, self.sizes.budget_s)
             first, a_token = ([run[i] for run in runs] for i in (0, 1))
             moved = traffic.token_bytes(length + tokens // 2)  # the keys that the middle token attends to
             self._add("decode", bandwidth.speed(length, a_token, moved, limit=1e9 * bandwidth.gb_s / moved))
@@ -186,37 +177,74 @@ class Bench:
             self._add("prefill", replace(prefill, tflops=prefill.median / length * traffic.prompt_flops(length) / 1e12))
 
     def _samplers(self, engine: Engine) -> None:
-        self._on_phase("sampling settings")
-        first, tokens = self._sizes.first, self._sizes.tokens
-        seconds = samplers(engine, self._prompts, first, tokens, RUNS)
-        moved = self._traffic.token_bytes(first + tokens // 2)
-        for name in SAMPLINGS:
-            extra = beyond_greedy_us(seconds, name)
-            self._add("sampler", self._bandwidth.speed(name, seconds[name], moved, extra_us=extra))
+        self.on_phase("sampling settings")
+        first, tokens = self.sizes.first, self.sizes.tokens
+        moved = self.traffic.token_bytes(first + tokens // 2)
+        times = timing.samplers(engine, self._prompts, first, tokens, RUNS)
+        for name, seconds in times.items():
+            extra_us = 1e6 * statistics.median(a - b for a, b in zip(seconds, times["greedy"], strict=True))
+            self._add("sampler", self.bandwidth.speed(name, seconds, moved, extra_us=extra_us))
 
-    def _first_token_and_answer(self, engine: Engine) -> None:
-        sizes = self._sizes
-        self._on_phase("first tokens and long answers")
-        first = [self._timed(engine, sizes.first, 1)[0] for _ in range(sizes.first_tokens)]
-        answers = repeated(partial(self._timed, engine, sizes.first, sizes.answer), RUNS, 0)
-        self._add("first_token", self._bandwidth.first_tokens("engine", first, self._first_bytes))
-        self._add("answer", self._bandwidth.speed("engine", [a_token for _, a_token in answers], self._answer_bytes))
-
-    def _timed(self, engine: Engine, prompt: int, tokens: int) -> Timed:
-        return timed(engine, self._prompts.next(prompt), tokens)
-
-    @property
-    def _first_bytes(self) -> int:
-        return self._traffic.prompt_bytes(self._sizes.first)
-
-    @property
-    def _answer_bytes(self) -> int:
-        return self._traffic.token_bytes(self._sizes.first + self._sizes.answer // 2)
+    def _timed(self, engine: Engine, prompt: int, tokens: int) -> timing.Timed:
+        return timing.timed(engine, self._prompts.next(prompt), tokens)
 
     def _load(self) -> tuple[float, runtime.LoadedModel]:
         began = time.perf_counter()
-        loaded = runtime.load(self._path, self._settings.model, self._settings.engine)
+        loaded = runtime.load(self.path, self.settings.model, self.settings.engine)
         return time.perf_counter() - began, loaded
+
+    def _add_first_tokens_and_answers(self, at: str, first: list[float], answers: list[timing.Timed]) -> None:
+        sizes, traffic = self.sizes, self.traffic
+        self._add("first_token", self.bandwidth.first_tokens(at, first, traffic.prompt_bytes(sizes.first)))
+        moved = traffic.token_bytes(sizes.first + sizes.answer // 2)
+        self._add("answer", self.bandwidth.speed(at, [a_token for _, a_token in answers], moved))
 
     def _add(self, name: str, figure: Figure) -> None:
         self.figures.setdefault(name, []).append(figure)
+
+
+def _machine(backend: Backend) -> Machine:
+    cuda = cupy = driver = None
+    if backend.name == "gpu":
+        from worker.gpu.bandwidth import versions  # noqa: PLC0415  # CuPy is only needed on a GPU
+
+        cuda, cupy = versions()
+        driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return Machine(
+        device=backend.device,
+        backend=backend.name,
+        cores=len(os.sched_getaffinity(0)),
+        driver=driver,
+        cuda=cuda,
+        cupy=cupy,
+        numpy=np.__version__,
+        python=platform.python_version(),
+    )
+
+
+def _read_bandwidth(backend: Backend, engine: EngineSection, nbytes: int) -> Bandwidth:
+    """Time reads of `nbytes`, on a GPU at most half the free memory. Raises VramOom."""
+    if backend.name == "gpu":
+        from worker.gpu import bandwidth as gpu  # noqa: PLC0415  # as above
+
+        return Bandwidth(*gpu.read_seconds(engine.kernel_cache, min(nbytes, backend.available_bytes() // 2), RUNS))
+    from worker.cpu import threads as cpu  # noqa: PLC0415  # as above
+
+    return Bandwidth(*cpu.read_seconds(nbytes, RUNS))
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout of this file; None if it is an installed package."""
+    git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
+    if _first_line(*git, "ls-files", "--error-unmatch", here) is None:
+        return None
+    return _first_line(*git, "describe", "--always", "--dirty", "--exclude=*")
+
+
+def _first_line(*command: str) -> str | None:
+    """Return the first line of a command's output; None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.partition("\n")[0].strip()

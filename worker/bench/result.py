@@ -1,7 +1,6 @@
 """Records of a benchmark: figures with spread and bytes moved, the machine, the model.
 
-`worker bench --json` prints a Result as one object whose keys are these fields; `benchmarks/`
-reads it.
+`worker bench --json` prints a Result as one object; `benchmarks/recorded.py` reads it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One speed or time.
-
-    The median of several runs, beside the bytes that the median run had to move.
-    """
+    """One speed or time: the median of several runs, with the bytes that one run moves."""
 
     at: int | str
     """Tokens of context or of the prompt, or the name of what was varied."""
@@ -34,7 +30,7 @@ class Figure:
     high: float
     runs: int
     bytes: int
-    """What `traffic.py` counts for one unit of the work: one token, one prompt, one load."""
+    """Bytes of one token, one prompt or one load; see `traffic.py`."""
     gb_s: float
     """`bytes` per median time, in 1e9 bytes per second."""
     percent: float
@@ -42,10 +38,7 @@ class Figure:
     p95: float | None = None
     """First tokens: 95th percentile."""
     limit: float | None = None
-    """Decode.
-
-    Tokens a second if the bytes came at the measured bandwidth and nothing else took time.
-    """
+    """Decode: tokens per second if reading the bytes at the measured bandwidth took all time."""
     tflops: float | None = None
     """Prefill: 1e12 operations per second in matrix products with weights."""
     extra_us: float | None = None
@@ -94,10 +87,7 @@ class Result:
     machine: Machine
     model: ModelFacts
     bandwidth_gb_s: float
-    """Median read bandwidth over `bandwidth_bytes`.
-
-    `bandwidth_low` and `_high` are the extremes.
-    """
+    """Median read bandwidth over `bandwidth_bytes`; the next two are the extremes."""
     bandwidth_low: float
     bandwidth_high: float
     bandwidth_bytes: int
@@ -116,12 +106,12 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts and lists; fields of a figure that are None are left out."""
-        given = {name: [_given(figure) for figure in figures] for name, figures in self.figures.items()}
-        return asdict(self) | {"figures": given}
-
-
-def _given(figure: Figure) -> dict[str, Any]:
-    return {key: value for key, value in asdict(figure).items() if value is not None}
+        return asdict(self) | {
+            "figures": {
+                name: [{key: value for key, value in asdict(figure).items() if value is not None} for figure in figures]
+                for name, figures in self.figures.items()
+            }
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,23 +123,10 @@ class Bandwidth:
 
     @property
     def gb_s(self) -> float:
-        """The median."""
+        """The median, in 1e9 bytes per second."""
         return self.nbytes / statistics.median(self.seconds) / 1e9
 
-    def speed(self, at: int | str, seconds: Sequence[float], nbytes: int, tokens: int = 1, **more: Any) -> Figure:
-        """Tokens per second of runs in which `tokens` tokens took `seconds` and moved `nbytes`."""
-        return self._figure(at, "tokens/s", lambda each: tokens / each, seconds, nbytes, **more)
-
-    def time(self, at: int | str, unit: str, seconds: Sequence[float], nbytes: int, **more: Any) -> Figure:
-        """The seconds of the runs, in s or ms."""
-        scale = {"s": 1, "ms": 1000}[unit]
-        return self._figure(at, unit, lambda each: scale * each, seconds, nbytes, **more)
-
-    def first_tokens(self, at: str, seconds: Sequence[float], nbytes: int) -> Figure:
-        """Times to first tokens in ms, with their 95th percentile."""
-        return self.time(at, "ms", seconds, nbytes, p95=1000 * float(np.percentile(seconds, 95)))
-
-    def _figure(
+    def figure(
         self,
         at: int | str,
         unit: str,
@@ -158,17 +135,24 @@ class Bandwidth:
         nbytes: int,
         **more: Any,
     ) -> Figure:
+        """Summarize runs that took `seconds`; `value` converts seconds to the unit."""
         median = statistics.median(seconds)
         low, high = sorted((value(min(seconds)), value(max(seconds))))
+        gb_s, runs = nbytes / median / 1e9, len(seconds)
         return Figure(
-            at=at,
-            unit=unit,
-            median=value(median),
-            low=low,
-            high=high,
-            runs=len(seconds),
-            bytes=nbytes,
-            gb_s=nbytes / median / 1e9,
-            percent=100 * nbytes / median / 1e9 / self.gb_s,
-            **more,
-        )
+            at=at, unit=unit, median=value(median), low=low, high=high, runs=runs, bytes=nbytes,
+            gb_s=gb_s, percent=100 * gb_s / self.gb_s, **more
+        )  # fmt: skip
+
+    def speed(self, at: int | str, seconds: Sequence[float], nbytes: int, tokens: int = 1, **more: Any) -> Figure:
+        """Tokens per second of runs in which `tokens` tokens took `seconds` and moved `nbytes`."""
+        return self.figure(at, "tokens/s", lambda each: tokens / each, seconds, nbytes, **more)
+
+    def load(self, at: str, seconds: Sequence[float], nbytes: int) -> Figure:
+        """Seconds of loads."""
+        return self.figure(at, "s", lambda each: each, seconds, nbytes)
+
+    def first_tokens(self, at: str, seconds: Sequence[float], nbytes: int) -> Figure:
+        """Times to first tokens in ms, with their 95th percentile."""
+        p95 = 1000 * float(np.percentile(seconds, 95))
+        return self.figure(at, "ms", lambda each: 1000 * each, seconds, nbytes, p95=p95)

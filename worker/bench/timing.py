@@ -1,14 +1,12 @@
-"""Time to the first token and time per later token: of the engine on this thread, and of jobs
-behind a server.
+"""Time to the first token and time per later token, of an engine on this thread and of jobs.
 
-Behind a server: a `worker run` process, an embedded server, and this process as the client, one job
-at a time. `benchmarks/` uses the same functions.
+Jobs are served by a `worker run` process, with this process as the client, one job at a time.
+`benchmarks/` uses the same functions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,10 +40,7 @@ Timed = tuple[float, float]
 
 
 class Prompts:
-    """Distinct random prompts, so that no prefix cache hits.
-
-    The same sequence in every benchmark run.
-    """
+    """Distinct random prompts, so that no prefix cache hits; the same in every benchmark run."""
 
     def __init__(self, vocabulary: int) -> None:
         self._rng = np.random.default_rng(0)
@@ -78,7 +73,7 @@ def repeated(measure: Callable[[], Timed], min_runs: int, budget_s: float) -> li
 
 
 def samplers(engine: Engine, prompts: Prompts, prompt: int, tokens: int, runs: int) -> dict[str, list[float]]:
-    """Measure seconds per token by sampling setting, in turns, so that drift affects all alike."""
+    """Measure seconds per token by sampling setting; alternates so that drift affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in SAMPLINGS}
     for turn in range(runs + 1):
         for name, sampling in SAMPLINGS.items():
@@ -88,17 +83,9 @@ def samplers(engine: Engine, prompts: Prompts, prompt: int, tokens: int, runs: i
     return seconds
 
 
-def beyond_greedy_us(seconds: dict[str, list[float]], name: str) -> float:
-    """Median of the µs per token beyond greedy sampling."""
-    return 1e6 * statistics.median(a - b for a, b in zip(seconds[name], seconds["greedy"], strict=True))
-
-
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """Jobs to send.
-
-    `first_tokens` of one token, then `answers` of `tokens`, each with a prompt of `prompt` tokens.
-    """
+    """Jobs with prompts of `prompt` tokens: `first_tokens` of one token, `answers` of `tokens`."""
 
     prompt: int
     first_tokens: int
@@ -109,8 +96,7 @@ class Jobs:
 def timed_jobs(
     path: Path, url: str, options: Sequence[str], jobs: Jobs, prompt: Callable[[int], list[int]]
 ) -> tuple[list[float], list[Timed]]:
-    """Return the seconds from before each XADD to the first token at the client, and the times of
-    long answers.
+    """Return the seconds from before each XADD to the first token, and the times of long answers.
 
     Raises Internal with the worker's last log line if it does not become ready or fails a job.
     """

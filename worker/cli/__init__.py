@@ -33,12 +33,8 @@ can't be served, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the Red
 interrupted.
 """
 
-_UNREACHABLE = 5
 _SWITCH_S = 0.001
-"""GIL switch interval, seconds.
-
-The event loop and uploads must run while another thread computes.
-"""
+"""GIL switch interval: the event loop and uploads must run while another thread computes."""
 
 _COMMANDS = {
     "generate": "generate",
@@ -61,10 +57,7 @@ _COMMANDS = {
 
 
 def command_line(only: str | None = None) -> typer.Typer:
-    """Return the command line.
-
-    If `only` names a command, that one alone, without the others' imports.
-    """
+    """Return the command line, or if `only` names a command, that one without the others' imports."""
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.callback()(lambda: None)  # a callback keeps the name of a single command
     for name in [only] if only in _COMMANDS else _COMMANDS:
@@ -77,28 +70,19 @@ def command_line(only: str | None = None) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line.
-
-    Report an expected failure as one sentence on stderr and an exit code.
-    """
+    """Run the command line; report an expected failure as one sentence and an exit code."""
     sys.setswitchinterval(_SWITCH_S)
     try:
         command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
     except WorkerError as error:
-        sys.exit(_report(error))
+        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout closed it: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except ConnectionError as error:
-        print(
-            f"worker: REDIS_UNREACHABLE: {str(error).rstrip('.')}; start the server, or name another with --redis-url",
-            file=sys.stderr,
-        )
-        sys.exit(_UNREACHABLE)
-
-
-def _report(error: WorkerError) -> int:
-    print(f"worker: {error.code}: {error.message}", file=sys.stderr)
-    return error.exit_code
+        problem = f"{str(error).rstrip('.')}; start the server, or name another with --redis-url"
+        print(f"worker: REDIS_UNREACHABLE: {problem}", file=sys.stderr)
+        sys.exit(5)

@@ -1,4 +1,4 @@
-"""Shared by the commands: arguments, progress bars, and the output of an answer as text or JSON lines."""
+"""Arguments, progress bars and output shared by the commands: an answer as text or as JSON lines."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable outpu
 
 
 def wake_for(flags: Mapping[str, Any]) -> None:
-    """Start to create the CUDA context unless the settings select the CPU.
-
-    Invalid settings are reported later.
-    """
+    """Create the CUDA context in the background unless the settings select the CPU or are invalid."""
     with suppress(ConfigInvalid):
         if load_settings(flags=flags).engine.backend != "cpu":
             create_context_in_background()
@@ -54,10 +51,7 @@ def size(count: float) -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a progress callback (done, total bytes) for a bar on stderr.
-
-    No bar if stderr is not a terminal.
-    """
+    """Yield a callback (done, total bytes) that draws a bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -102,15 +96,8 @@ class JsonLines:
 
     def started(self, resolved: Resolved) -> None:
         """Print the resolved limits and seed."""
-        print_json(
-            {
-                "event": "started",
-                "model": resolved.model,
-                "seed": resolved.seed,
-                "max_tokens": resolved.max_tokens,
-                "prompt_tokens": resolved.prompt_len,
-            }
-        )
+        limits = {"max_tokens": resolved.max_tokens, "prompt_tokens": resolved.prompt_len}
+        print_json({"event": "started", "model": resolved.model, "seed": resolved.seed, **limits})
 
     def token(self, token: Token) -> None:
         """Print index, id, text and any requested log-probabilities."""

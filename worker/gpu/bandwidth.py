@@ -1,6 +1,6 @@
 """Read bandwidth of the device, the reference of measured speeds; versions of CUDA and CuPy.
 
-Kernel: `read_all.cu`. Next: `worker/bench/machine.py`.
+Kernel: `read_all.cu`. Next: `worker/bench/bench.py`.
 """
 
 from __future__ import annotations

@@ -8,14 +8,13 @@ engine continues and the next batch is larger. What precedes and follows is in `
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from worker.answer import Answer
+from worker.answer import Answer, AttemptStats
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.errors import CudaError, Internal, VramOom, WorkerError
@@ -142,44 +141,6 @@ class TokenBuffer:
         tokens, self._tokens, self.due = self._tokens, [], math.inf
         starts = range(0, len(tokens), self._size)
         return [events.Tokens(tokens=tuple(tokens[start : start + self._size])) for start in starts]
-
-
-class AttemptStats:
-    """Times, by `time.monotonic`, and counts of one attempt's tokens, and a digest of its text."""
-
-    def __init__(self, claimed: float) -> None:
-        self.tokens = 0
-        """Drawn by this attempt, without the replayed ones."""
-        self.chars = 0
-        self._claimed = self._first = self._newest = claimed
-        self.text_digest = hashlib.sha256()
-        """Of the text that this attempt released."""
-
-    @property
-    def ttft_s(self) -> float:
-        """Seconds from the claim to this attempt's first token."""
-        return self._first - self._claimed
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds from this attempt's first token to the newest."""
-        return self._newest - self._first
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens a second since the first."""
-        return (self.tokens - 1) / self.decode_s if self.tokens > 1 and self.decode_s > 0 else 0.0
-
-    def count(self, text: str, at: float) -> float | None:
-        """Count a token drawn at `at`; returns the seconds since the previous one, if any."""
-        since = at - self._newest if self.tokens else None
-        if not self.tokens:
-            self._first = at
-        self._newest = at
-        self.tokens += 1
-        self.chars += len(text)
-        self.text_digest.update(text.encode())
-        return since
 
 
 class Generation:
