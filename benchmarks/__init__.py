@@ -1,1 +1,1 @@
-"""Benchmarks: a script a question. Each prints its figures beside what they are measured against."""
+"""Benchmarks: each script answers one question and prints its figures beside a reference."""

@@ -33,8 +33,8 @@ def main(model: str = "smollm2") -> None:
         f"{loaded.name}: loaded in {load_s:.1f} s; "
         f"prefill {PROMPT / first_s:.0f} tokens/s, decode {1 / token_s:.1f} tokens/s"
     )
-    with LlamaCpp(path, context=1024, threads=2) as other:
-        print(f"llama.cpp on 2 threads: decode {other.decode_speed(TOKENS):.1f} tokens/s")
+    with LlamaCpp(path, context=1024, threads=2) as llama:
+        print(f"llama.cpp on 2 threads: decode {llama.decode_speed(TOKENS):.1f} tokens/s")
     print(f"goal: decode at 10 tokens/s or more (vocabulary {loaded.vocab_size:,})")
 
 

@@ -1,10 +1,11 @@
-"""What does a step cost beside the model? The engine over a runner that computes nothing, beside the least step.
+"""CPU time of an engine step without the model, beside a minimal step.
 
     python -m benchmarks.engine_overhead
 
-The least step makes the arrays of a batch, asks the same runner and keeps the token: what no engine can leave out. Both
-take turns in one process and are counted in CPU time, so their ratio holds on a busy machine too; `make check` judges
-it (`tests/engine/test_overhead.py`).
+Both run EchoRunner, which computes nothing. The minimal step builds the arrays of a batch, calls
+the runner and appends the token: work that no engine can omit. Both alternate in one process and
+are measured in CPU time, so their ratio also holds on a busy machine; `make check` bounds it
+(`tests/engine/test_overhead.py`).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ Step = Callable[[], object]
 
 
 def engine_step() -> Step:
-    """A decode step of the engine: the first tokens of an answer that is long enough."""
+    """Return a decode step of the engine, in an answer longer than all measured steps."""
     engine = Engine(EchoRunner(VOCABULARY, BLOCKS), EngineSettings(context=16 * BLOCKS))
     engine.add(Sequence("a", list(range(PROMPT)), 15 * BLOCKS))
     engine.step()
     return engine.step
 
 
-def least_step() -> Step:
-    """The same of an engine that knows one sequence, no end and no waiting."""
+def minimal_step() -> Step:
+    """Return a decode step of one sequence without end conditions or scheduling."""
     runner, sampling = EchoRunner(VOCABULARY, BLOCKS), Sampling()
     prompt, generated = list(range(PROMPT)), [0]
     table, row = np.arange(BLOCKS, dtype=np.int32), np.zeros(1, np.int32)
@@ -50,9 +51,9 @@ def least_step() -> Step:
     return step
 
 
-def compare(step: Step, least: Step) -> tuple[float, float]:
-    """Microseconds of CPU time a step, and how many least steps that is: medians over the turns."""
-    pairs = [(_microseconds(step), _microseconds(least)) for _ in range(TURNS)]
+def compare(step: Step, minimal: Step) -> tuple[float, float]:
+    """Return µs of CPU time of a step and the ratio to a minimal step: medians of TURNS pairs."""
+    pairs = [(_microseconds(step), _microseconds(minimal)) for _ in range(TURNS)]
     return statistics.median(a for a, _ in pairs), statistics.median(a / b for a, b in pairs)
 
 
@@ -64,9 +65,9 @@ def _microseconds(step: Step) -> float:
 
 
 def main() -> None:
-    microseconds, ratio = compare(engine_step(), least_step())
-    print(f"engine's own overhead a step: {microseconds:.1f} µs, {ratio:.1f} times the least step")
-    print(f"promised: under {LIMIT_US:.0f} µs")
+    microseconds, ratio = compare(engine_step(), minimal_step())
+    print(f"engine overhead per step: {microseconds:.1f} µs, {ratio:.1f} times the minimal step")
+    print(f"bound: under {LIMIT_US:.0f} µs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decode against its limit as a PNG, a panel a model: what was measured, what the bandwidth allows, llama.cpp.
+"""Decode speed by context as a PNG, one panel per model: measured, bandwidth limit, llama.cpp.
 
     python -m benchmarks.plot RESULT.json… --out docs/decode.png
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.field import FIELD
 from benchmarks.recorded import read, stem
+from benchmarks.reference import REFERENCES
 from worker.bench.result import Result
 
 MEASURED, LIMIT, THEIRS = "#0072b2", "#555555", "#d55e00"  # distinguishable with colour blindness
@@ -39,10 +39,10 @@ def _panel(panel: Any, result: Result) -> None:
     decode = result.figures["decode"]
     contexts, medians = [int(figure.at) for figure in decode], [figure.median for figure in decode]
     limits = [figure.limit or 0.0 for figure in decode]
-    panel.plot(contexts, limits, "--", color=LIMIT, label="the limit: read bandwidth by bytes a token")
-    panel.plot(contexts, medians, "o-", color=MEASURED, markersize=4, label="measured, least to greatest")
+    panel.plot(contexts, limits, "--", color=LIMIT, label="limit: read bandwidth / bytes per token")
+    panel.plot(contexts, medians, "o-", color=MEASURED, markersize=4, label="measured, minimum to maximum")
     panel.fill_between(contexts, [f.low for f in decode], [f.high for f in decode], color=MEASURED, alpha=0.25)
-    theirs = FIELD[stem(result)].llama_decode if stem(result) in FIELD else {}
+    theirs = REFERENCES[stem(result)].llama_decode if stem(result) in REFERENCES else {}
     panel.plot(list(theirs), list(theirs.values()), "x", color=THEIRS, label="llama.cpp, October 2026")
     for where in (0, -1):
         panel.annotate(

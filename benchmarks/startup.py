@@ -1,10 +1,11 @@
-"""How long is it from a worker's process start to `ready`, and what does the time go to?
+"""Time from a worker's process start to `ready`, and the phases that it consists of.
 
     python -m benchmarks.startup MODEL.gguf… [--runs 5] [--backend auto|cpu|gpu] [--json FILE]
 
-Each start is `worker run` in a process of its own, against an embedded server. The first of a file is not counted: it
-compiles kernels and brings the file into the page cache. One more start is watched from inside: when each phase began
-and ended, and how long it was busy. Phases overlap; the last column lists the threads.
+Each start is a `worker run` process against an embedded server. The first start of a file is a
+warm-up: it compiles kernels and brings the file into the page cache. One more start is
+instrumented: it records when each phase began and ended, and how long it was busy. Phases overlap;
+the last column lists their threads.
 """
 
 from __future__ import annotations
@@ -40,25 +41,25 @@ PHASES = {
     "worker.rope": {"rope_tables": "rotary tables"},
     "worker.gpu.upload": {
         "Upload.__init__": "lanes",
-        "Upload.__call__": "weights: begun",
+        "Upload.__call__": "weights: queued",
         "Upload._run": "weights: chunks",
-        "Upload.close": "weights: waited for",
+        "Upload.close": "weights: wait",
     },
-    "worker.gpu.compiler": {"Kernels._compile_and_load": "kernels: loaded", "Kernels.prepare": "kernels: waited for"},
+    "worker.gpu.compiler": {"Kernels._compile_and_load": "kernels: load", "Kernels.prepare": "kernels: wait"},
     "worker.gpu.runner": {
-        "GpuRunner.__init__": "runner, all of it",
+        "GpuRunner.__init__": "runner (total)",
         "GpuRunner._prepare": "dry runs, kernels",
         "GpuRunner._capture_decode": "capture: decode step",
         "GpuRunner._capture_chunk": "capture: chunks",
     },
     "worker.service.service": {"Service._ready": "ready"},
 }
-"""Module → function → what it is called in the table."""
+"""Module → function → label in the table."""
 START_S = 300.0
 
 
 class Timeline:
-    """Watches modules from the moment they are imported; all times are seconds since `began`."""
+    """Instrument modules when they are imported; times are seconds since `began`."""
 
     def __init__(self, began: float) -> None:
         self.phases: dict[str, dict[str, Any]] = {}
@@ -66,17 +67,17 @@ class Timeline:
         self._lock = threading.Lock()
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        """As a finder of `sys.meta_path`: the usual spec, its execution watched."""
+        """Implement a finder of `sys.meta_path`: the default spec with instrumented execution."""
         if name not in PHASES and name not in IMPORTS:
             return None
         spec = PathFinder.find_spec(name, path, target)
-        return spec and self._watched_import(name, spec)
+        return spec and self._instrumented(name, spec)
 
-    def _watched_import(self, name: str, spec: ModuleSpec) -> ModuleSpec:
-        assert spec.loader is not None, "no namespace package is watched"
+    def _instrumented(self, name: str, spec: ModuleSpec) -> ModuleSpec:
+        assert spec.loader is not None, "namespace packages are not instrumented"
         execute = spec.loader.exec_module
         if name in IMPORTS:
-            execute = self._watched(execute, f"import {name}")
+            execute = self._timed(execute, f"import {name}")
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
@@ -84,16 +85,16 @@ class Timeline:
                 *owners, last = path.split(".")
                 owner: Any = getattr(module, owners[0], None) if owners else module
                 function = vars(owner).get(last) if owner else None
-                if function is None:  # renamed since: the table lacks a row, and the start is still measured
+                if function is None:  # renamed: the table lacks a row, the start is still measured
                     continue
-                bound = isinstance(function, classmethod)
-                watched = self._watched(function.__func__ if bound else function, label)
-                setattr(owner, last, classmethod(watched) if bound else watched)
+                is_classmethod = isinstance(function, classmethod)
+                timed = self._timed(function.__func__ if is_classmethod else function, label)
+                setattr(owner, last, classmethod(timed) if is_classmethod else timed)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
-    def _watched(self, function: Any, label: str) -> Any:
+    def _timed(self, function: Any, label: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             began = time.monotonic()
             try:
@@ -115,7 +116,7 @@ class Timeline:
 
 
 def child(began: str, *arguments: str) -> None:
-    """`worker ARGUMENTS`, watched; the phases go to stdout at its end."""
+    """Run `worker ARGUMENTS` instrumented; print the phases to stdout at the end."""
     timeline = Timeline(float(began))
     timeline._add("interpreter, this file", timeline._began, time.monotonic())
     sys.meta_path.insert(0, timeline)
@@ -129,7 +130,7 @@ def child(began: str, *arguments: str) -> None:
 
 
 class Start(NamedTuple):
-    """One start: seconds from the process's to `ready`, those of them spent loading, and what it printed."""
+    """One start: seconds from process start to `ready`, seconds of loading, and the output."""
 
     ready_s: float
     load_s: float
@@ -137,20 +138,20 @@ class Start(NamedTuple):
 
 
 def start(module: Sequence[str], path: Path, backend: str, url: str) -> Start:
-    """Start a worker, and end it as soon as it is ready."""
+    """Start a worker and stop it as soon as it is ready. Exits if it does not become ready."""
     arguments = ["run", "--model", str(path), "--backend", backend, "--redis-url", url]
     began = time.monotonic()
-    given = [str(began)] if len(module) > 1 else []
-    command = [sys.executable, "-m", *module, *given, *arguments, "--http-port", "0", "--log-format", "json"]
+    child_arguments = [str(began)] if len(module) > 1 else []
+    command = [sys.executable, "-m", *module, *child_arguments, *arguments, "--http-port", "0", "--log-format", "json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None, "it was given a pipe"
+    assert process.stderr is not None, "stderr is a pipe"
     limit = threading.Timer(START_S, process.kill)
     limit.start()
-    said = []
+    log = []
     try:
         for line in process.stderr:
             ready_s = time.monotonic() - began
-            said.append(line)
+            log.append(line)
             if '"event": "worker_ready"' in line:
                 process.send_signal(signal.SIGTERM)
                 return Start(ready_s, json.loads(line)["load_s"], process.communicate(timeout=START_S)[0])
@@ -158,11 +159,11 @@ def start(module: Sequence[str], path: Path, backend: str, url: str) -> Start:
         limit.cancel()
         process.kill()
         process.wait()
-    raise SystemExit(f"{path.name} never became ready:\n{''.join(said)}")
+    raise SystemExit(f"{path.name} did not become ready:\n{''.join(log)}")
 
 
-def measured(path: Path, backend: str, runs: int, url: str) -> dict[str, Any]:
-    """All starts of one file."""
+def measure(path: Path, backend: str, runs: int, url: str) -> dict[str, Any]:
+    """Measure all starts of one file."""
     start(["worker"], path, backend, url)
     starts = [start(["worker"], path, backend, url) for _ in range(runs)]
     phases = json.loads(start(["benchmarks.startup", "--child"], path, backend, url).stdout.splitlines()[-1])
@@ -178,43 +179,43 @@ def measured(path: Path, backend: str, runs: int, url: str) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     ready, load, size = result["ready_s"], result["load_s"], result["bytes"]
-    print(f"\n{result['model']} ({size / 1e9:.2f} GB): ready after {ready['median']:.3f} s", end="")
-    print(f" ({ready['min']:.3f} to {ready['max']:.3f}), {load['median']:.3f} s of them loading")
+    print(f"\n{result['model']} ({size / 1e9:.2f} GB): {ready['median']:.3f} s to ready", end="")
+    print(f" ({ready['min']:.3f} to {ready['max']:.3f}), of which {load['median']:.3f} s loading")
     print(f"  {'phase':28}{'from ms':>8}{'to ms':>8}{'busy ms':>9}{'calls':>7}  threads")
     for label, phase in sorted(result["phases"].items(), key=lambda item: item[1]["from"]):
         times = f"{1e3 * phase['from']:8.0f}{1e3 * phase['to']:8.0f}{1e3 * phase['busy']:9.0f}{phase['calls']:7}"
         print(f"  {label:28}{times}  {', '.join(phase['threads'])}")
     chunks = result["phases"].get("weights: chunks")
     if chunks:
-        rate = size / (result["phases"]["weights: waited for"]["to"] - chunks["from"])
+        rate = size / (result["phases"]["weights: wait"]["to"] - chunks["from"])
         print(f"  weights at {rate / 1e9:.1f} GB/s from the first chunk to the last")
 
 
 def byte_code_is_cached() -> bool:
-    """Whether the largest import has to be compiled at each start, as where Python may not write its cache."""
+    """Whether Python could write its cache; otherwise each start compiles every import."""
     spec = importlib.util.find_spec("numpy")
     return spec is not None and spec.cached is not None and Path(spec.cached).exists()
 
 
 def main() -> None:
-    from worker.embedded import embedded_server  # noqa: PLC0415  # the child waits for no import of ours
+    from worker.embedded import embedded_server  # noqa: PLC0415  # not imported by the child before it starts its clock
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.gguf")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--backend", default="auto", choices=["auto", "cpu", "gpu"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    chosen = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    options = parser.parse_args()
     with embedded_server() as url:
         results = []
-        for path in chosen.models:
-            results.append(measured(path, chosen.backend, chosen.runs, url))
+        for path in options.models:
+            results.append(measure(path, options.backend, options.runs, url))
             show(results[-1])
     cached = byte_code_is_cached()
     print(f"\nPython {sys.version.split()[0]}, byte code {'cached' if cached else 'NOT cached: imports count twice'}")
-    if chosen.json:
+    if options.json:
         figures = {"python": sys.version.split()[0], "byte_code_cached": cached, "models": results}
-        chosen.json.write_text(json.dumps(figures, indent=1))
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.transport
 
-Server, worker and client are a process each; their CPU time is printed as the share of one core. A job takes about
-seven round trips, one after another, so a bare PING is what to measure it against.
+Server, worker and client are separate processes; their CPU time is printed as shares of one core. A
+job requires about seven sequential round trips, so the reference is the rate of PING.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ READY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Jobs that went through, and what they took."""
+    """Completed jobs with their wall and CPU time."""
 
     jobs: int
     tokens: int
     seconds: float
     cores: Mapping[str, float]
-    """CPU time of each process by wall time."""
+    """CPU time of each process divided by wall time."""
 
     def report(self, title: str) -> str:
-        """One line."""
+        """Format as one line."""
         shares = ", ".join(f"{name} {share:.0%}" for name, share in self.cores.items())
         rates = f"{self.jobs / self.seconds:,.0f} jobs/s, {self.tokens / self.seconds:,.0f} tokens/s"
-        a_token = 1e6 * self.seconds / self.tokens
-        return f"{title:<26} {rates}; {a_token:.1f} µs a token; of a core: {shares}"
+        token_us = 1e6 * self.seconds / self.tokens
+        return f"{title:<26} {rates}; {token_us:.1f} µs per token; of a core: {shares}"
 
 
-async def measured(client: Client, processes: Mapping[str, psutil.Process], jobs: int, max_tokens: int) -> Run:
-    """Submit all jobs, reading the answers as they come."""
+async def measure(client: Client, processes: Mapping[str, psutil.Process], jobs: int, max_tokens: int) -> Run:
+    """Submit all jobs and read their answers concurrently."""
     before, began = _cpu_s(processes), time.perf_counter()
     reading = asyncio.create_task(_read(client, jobs, max_tokens))
     for number in range(jobs):
@@ -64,7 +64,7 @@ async def _read(client: Client, jobs: int, max_tokens: int) -> int:
 
 
 async def pings(url: str) -> float:
-    """Bare round trips a second, one after another."""
+    """Return sequential round trips per second."""
     async with Redis.from_url(url, protocol=2) as redis:
         began = time.perf_counter()
         for _ in range(PINGS):
@@ -80,14 +80,10 @@ async def compare(url: str, worker: psutil.Process) -> None:
         client_process = psutil.Process()
         server = next(child for child in client_process.children() if "server" in child.name())
         processes = {"server": server, "worker": worker, "client": client_process}
-        await measured(client, processes, 20, 2)
-        print((await measured(client, processes, SHORT_JOBS, 1)).report(f"{SHORT_JOBS} jobs of 1 token"))
-        print(
-            (await measured(client, processes, LONG_JOBS, LONG_TOKENS)).report(
-                f"{LONG_JOBS} jobs of {LONG_TOKENS} tokens"
-            )
-        )
-        print(f"{'against: a bare PING':<26} {await pings(url):,.0f} round trips/s")
+        await measure(client, processes, 20, 2)  # warm-up
+        for jobs, tokens in ((SHORT_JOBS, 1), (LONG_JOBS, LONG_TOKENS)):
+            print((await measure(client, processes, jobs, tokens)).report(f"{jobs} jobs of {tokens} tokens"))
+        print(f"{'reference: PING':<26} {await pings(url):,.0f} round trips/s")
 
 
 def main() -> None:

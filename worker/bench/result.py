@@ -58,6 +58,12 @@ class Machine:
     numpy: str
     python: str
 
+    @property
+    def versions(self) -> str:
+        """The software that affects the figures, for people."""
+        known = {"driver": self.driver, "CUDA": self.cuda, "CuPy": self.cupy, "Python": self.python}
+        return ", ".join(f"{name} {version}" for name, version in known.items() if version)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
@@ -112,6 +118,11 @@ class Result:
                 for name, figures in self.figures.items()
             }
         }
+
+
+def number(value: float) -> str:
+    """Format with at least three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ _COMMANDS = {
 
 
 def command_line(only: str | None = None) -> typer.Typer:
-    """Return the command line, or if `only` names a command, that one without the others' imports."""
+    """Return the command line; if `only` names a command, that one without the others' imports."""
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.callback()(lambda: None)  # a callback keeps the name of a single command
     for name in [only] if only in _COMMANDS else _COMMANDS:

@@ -1,23 +1,19 @@
-"""`worker bench`.
-
-The speed of a model on this machine, with the bytes moved and the bandwidth used.
-"""
+"""`worker bench`: the speed of a model on this machine and the bytes moved. See `worker/bench/`."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, size
+from worker.bench import Figure, Result, run
+from worker.bench.result import number
+from worker.cli.console import BackendOption, ContextOption, JsonOption, ModelArgument, model_path, print_json, size
 from worker.config import load_settings
-
-if TYPE_CHECKING:
-    from worker.bench import Figure, Result
 
 _WIDTH = 120  # columns if stdout is not a terminal
 _TITLES = {
@@ -32,22 +28,19 @@ _TITLES = {
 
 def bench(
     model: ModelArgument,
-    context: Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")] = None,
-    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")] = None,
+    context: ContextOption = None,
+    backend: BackendOption = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record in the result; by default that of the git checkout.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Benchmark a model: decode, prefill, first token, load, sampling, and jobs through an embedded
-    server.
+    """Benchmark a model: decode, prefill, first token, load, sampling, jobs through a local server.
 
     Each figure is the median of at least five runs, with minimum and maximum, the bytes moved, and
     their share of the read bandwidth, which is measured first. Takes half a minute on a GPU, two
     minutes on a CPU.
     """
-    from worker.bench import run  # noqa: PLC0415  # redis is imported only here
-
     path = model_path(model)
     settings = load_settings(flags={"engine.backend": backend, "model.context": context})
     with Console(stderr=True).status("") as status:
@@ -62,14 +55,12 @@ def bench(
 
 def _print(result: Result, console: Console) -> None:
     model, machine = result.model, result.machine
-    about = [("driver", machine.driver), ("CUDA", machine.cuda), ("CuPy", machine.cupy), ("Python", machine.python)]
-    versions = ", ".join(f"{name} {version}" for name, version in about if version)
     console.print(f"[bold]{model.name}[/bold]  {model.architecture}, {size(model.file_bytes)} in {model.file}")
-    console.print(f"[bold]{machine.device}[/bold]  {versions}, worker {result.version}, commit {result.commit or '–'}")
     console.print(
-        f"reads {result.bandwidth_gb_s:,.0f} GB/s ({result.bandwidth_low:,.0f} to {result.bandwidth_high:,.0f}), "
-        "to which every % refers\n"
+        f"[bold]{machine.device}[/bold]  {machine.versions}, worker {result.version}, commit {result.commit or '–'}"
     )
+    low, high = result.bandwidth_low, result.bandwidth_high
+    console.print(f"reads {result.bandwidth_gb_s:,.0f} GB/s ({low:,.0f} to {high:,.0f}), the reference of every %\n")
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for heading in ("median", "of runs", "from", "to", "moves", "GB/s", "%", ""):
@@ -83,25 +74,20 @@ def _print(result: Result, console: Console) -> None:
 
 
 def _cells(title: str, figure: Figure) -> list[str]:
-    beside = {
+    notes = {
         "p95": f"95 % within {figure.p95 or 0:,.2f} ms",
         "limit": f"limit {figure.limit or 0:,.0f}",
-        "tflops": f"{_number(figure.tflops or 0)} TFLOP/s",
+        "tflops": f"{number(figure.tflops or 0)} TFLOP/s",
         "extra_us": f"{figure.extra_us or 0:+,.1f} µs",
     }
     return [
         f"{title} {figure.at:,} tokens" if isinstance(figure.at, int) else f"{title} {figure.at}",
-        f"{_number(figure.median)} {figure.unit}",
+        f"{number(figure.median)} {figure.unit}",
         str(figure.runs),
-        _number(figure.low),
-        _number(figure.high),
+        number(figure.low),
+        number(figure.high),
         size(figure.bytes),
         f"{figure.gb_s:,.1f}",
         f"{figure.percent:.1f}",
-        *(words for name, words in beside.items() if getattr(figure, name) is not None),
+        *(note for name, note in notes.items() if getattr(figure, name) is not None),
     ]
-
-
-def _number(value: float) -> str:
-    """Format with at least three significant digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Arguments, progress bars and output shared by the commands: an answer as text or as JSON lines."""
+"""Arguments, progress bars and output of the commands; an answer as text or as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.protocol import Resolved
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, or the name of a pulled model.")]
+ContextOption = Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")]
+BackendOption = Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: one JSON object a line.")]
 
 
 def wake_for(flags: Mapping[str, Any]) -> None:
-    """Create the CUDA context in the background unless the settings select the CPU or are invalid."""
+    """Start to create the CUDA context unless the settings select the CPU or are invalid."""
     with suppress(ConfigInvalid):
         if load_settings(flags=flags).engine.backend != "cpu":
             create_context_in_background()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, Annotated
 
 import typer
 from rich.console import Console
@@ -17,24 +17,16 @@ from worker import hub
 from worker.cli.console import progress_bar
 from worker.config import HubSection, load_settings
 from worker.embedded import Child, embedded_server, worker_process
+from worker.jobs.client import SyncClient
 from worker.jobs.events import End, ErrorEvent, Started, Token
-
-if TYPE_CHECKING:
-    from worker.jobs.client import SyncClient
 
 _MODEL = "smollm2"
 _PROMPTS = {
     "demo-paris": "What is the capital of France, and what is it famous for?",
     "demo-sea": "Write a short poem about the sea.",
 }
-_USUAL_URL = "redis://127.0.0.1:6379"
-_NEXT = (
-    "run --model smollm2",
-    'submit --chat --wait "Why is the sea salty?"',
-    "tail --all",
-    "workers",
-)
-_CONTEXT = 2048
+_NEXT = ("run --model smollm2", 'submit --chat --wait "Why is the sea salty?"', "tail --all", "workers")
+_SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
 _READY_S = 120.0
 _POLL_S = 0.1
 
@@ -47,14 +39,12 @@ def demo(
 
     Downloads SmolLM2 (98 MB) first unless it is in the cache.
     """
-    from worker.jobs.client import SyncClient  # noqa: PLC0415  # redis is imported only here
-
     console = Console(highlight=False, soft_wrap=True)
-    command = _command()
+    command = sys.argv[0] if Path(sys.argv[0]).name == "worker" else "python -m worker"
     path = _model_file(model, load_settings().hub)
     with (
         embedded_server() as url,
-        worker_process("demo", path, url, "--context", str(_CONTEXT)) as (process, log),
+        worker_process("demo", path, url, "--context", "2048") as (process, log),
         SyncClient.from_url(url) as client,
     ):
         console.print(f"[bold]server[/bold]  {url}, until this command ends")
@@ -62,14 +52,15 @@ def demo(
             name, status = _ready(client, process, log)
         console.print(f"[bold]worker[/bold]  {name}: {status['model']} on {status['device']}")
         for job_id, prompt in _PROMPTS.items():
-            _submit(client, job_id, prompt, max_tokens)
+            messages = [{"role": "user", "content": prompt}]
+            client.submit(job_id=job_id, messages=messages, max_tokens=max_tokens, **_SAMPLING)
         console.print(f"[bold]jobs[/bold]    {', '.join(_PROMPTS)}; to watch from another terminal:")
-        for what in (*_PROMPTS, f"--worker {name}", "--all"):
-            console.print(f"[dim]          {command} tail {what} --redis-url {url}[/dim]")
+        for stream in (*_PROMPTS, f"--worker {name}", "--all"):
+            console.print(f"[dim]          {command} tail {stream} --redis-url {url}[/dim]")
         for job_id, prompt in _PROMPTS.items():
             console.print(f"\n[bold]> {prompt}[/bold]")
             _show(client, job_id, console)
-    console.print(f"\n[bold]Next[/bold], with your own Redis server at {_USUAL_URL}:")
+    console.print("\n[bold]Next[/bold], with your own Redis server at redis://127.0.0.1:6379:")
     for line in _NEXT:
         console.print(f"  {command} {line}")
 
@@ -95,11 +86,6 @@ def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dic
     raise typer.Exit(code if code > 0 else 1)
 
 
-def _submit(client: SyncClient, job_id: str, prompt: str, max_tokens: int) -> None:
-    sampling = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42, "max_tokens": max_tokens}
-    client.submit(job_id=job_id, messages=[{"role": "user", "content": prompt}], **sampling)
-
-
 def _show(client: SyncClient, job_id: str, console: Console) -> None:
     """Stream one answer, then its statistics."""
     waited_ms = 0
@@ -118,8 +104,3 @@ def _show(client: SyncClient, job_id: str, console: Console) -> None:
                     f"\n[dim]waited {waited_ms} ms in the queue, first token after {end.ttft_ms:.0f} ms, "
                     f"{end.tokens_out} tokens at {rate:.1f} tokens/s, ended by {end.finish_reason}[/dim]"
                 )
-
-
-def _command() -> str:
-    """Return this program as the user called it."""
-    return sys.argv[0] if Path(sys.argv[0]).name == "worker" else "python -m worker"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.console import JsonOption, ModelArgument, wake_for
+from worker.cli.console import BackendOption, ContextOption, JsonOption, ModelArgument, wake_for
 
 _SAMPLING = "Sampling"
 
@@ -21,10 +21,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens; 2048 by default.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string: the answer ends before it; up to 16.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING),
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING)] = None,
     top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     top_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     min_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
@@ -34,11 +31,10 @@ def generate(
     min_tokens: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING)] = False,
     logprobs: Annotated[
-        int | None,
-        typer.Option(help="Log-probabilities, with 0 to 20 alternatives per token.", rich_help_panel=_SAMPLING),
+        int | None, typer.Option(help="Log-probabilities, 0 to 20 alternatives per token.", rich_help_panel=_SAMPLING)
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")] = None,
-    backend: Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")] = None,
+    context: ContextOption = None,
+    backend: BackendOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer one prompt and stream the answer.
@@ -61,10 +57,7 @@ def generate(
 
 
 def _prompt_fields(prompt: str | None, chat: bool, system: str | None, tokens: str | None) -> dict[str, Any]:
-    """Return the job's prompt, messages or prompt_tokens.
-
-    The job's validation rejects none or several.
-    """
+    """Return the job's prompt, messages or prompt_tokens; validation rejects none or several."""
     fields: dict[str, Any] = {"prompt": None if chat else prompt}
     if chat and prompt is not None:
         turns = [{"role": "system", "content": system}] if system is not None else []
@@ -73,7 +66,6 @@ def _prompt_fields(prompt: str | None, chat: bool, system: str | None, tokens: s
         try:
             fields["prompt_tokens"] = [int(part) for part in tokens.split(",")]
         except ValueError:
-            raise typer.BadParameter(
-                f"{tokens!r} is not a list of token ids such as 1,2,3", param_hint="--prompt-tokens"
-            ) from None
+            problem = f"{tokens!r} is not a list of token ids such as 1,2,3"
+            raise typer.BadParameter(problem, param_hint="--prompt-tokens") from None
     return fields

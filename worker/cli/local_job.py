@@ -23,7 +23,7 @@ from worker.jobs.protocol import Job, Limits
 
 
 def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], *, json: bool) -> None:
-    """Load `model` and answer the job of the fields that are not None. Exits with an error's code."""
+    """Load `model` and answer a job of the fields that are not None. Exits with an error's code."""
     output: Terminal | JsonLines = JsonLines() if json else Terminal()
     try:
         job = Job.parse({"job_id": f"cli-{uuid.uuid4()}", **{k: v for k, v in fields.items() if v is not None}})

