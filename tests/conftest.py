@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: tiny models made once a session, and the small real one."""
+"""Shared fixtures: tiny models, created once per session, and SmolLM2."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from worker.config import load_settings
 
 
 def pytest_configure() -> None:
-    """A suite that a script runs in the background ignores SIGINT, and so would the processes that tests interrupt."""
+    """Restore SIGINT: a suite in the background ignores it, and so would child processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The path of a tiny model of `tests/tiny_models.py`, by its name."""
+    """Return a function from the name of a model of `tests/tiny_models.py` to its file."""
     folder = tmp_path_factory.mktemp("tiny")
 
     def path_of(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`worker demo` as a user runs it, with a tiny model: what it shows, and that nothing of it stays, however it ends."""
+"""`worker demo` with a tiny model: its output, and that no process or file remains after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def start(tiny, tmp_path, monkeypatch):
-    """Starts a demo whose temporary files would be in `tmp_path`; ends it if the test does not."""
+    """Return a function that starts a demo with temporary files in `tmp_path`; kill it at the end."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     started = []
@@ -32,10 +32,10 @@ def start(tiny, tmp_path, monkeypatch):
         process.communicate()
 
 
-def wait_until(true, timeout_s=20.0):
+def wait_until(condition, timeout_s=20.0):
     deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, "it did not become true in time"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.02)
 
 
@@ -43,17 +43,17 @@ def url_of(text):
     return re.search(r"redis://127\.0\.0\.1:(\d+), ", text)[1]
 
 
-def under_way(port):
+def processes_with(port):
     """Processes whose command line contains the port."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        matches = any(port in word for word in process.info["cmdline"] or ())
+        matches = any(port in argument for argument in process.info["cmdline"] or ())
         if matches and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process.info["cmdline"])
     return found
 
 
-def test_the_demo_streams_two_answers_with_figures_and_says_how_to_watch_and_what_is_next(start, tmp_path):
+def test_the_demo_streams_two_answers_with_statistics_and_prints_the_next_commands(start, tmp_path):
     out, err = start("--max-tokens", 6).communicate(timeout=120)
     assert "> What is the capital of France" in out, err
     assert "> Write a short poem" in out
@@ -64,30 +64,30 @@ def test_the_demo_streams_two_answers_with_figures_and_says_how_to_watch_and_wha
         assert f"tail {what} --redis-url redis://127.0.0.1:{port}" in out
     assert re.search(r"tail --worker demo-\d+-\w+ --redis-url", out)
     assert "run --model smollm2" in out
-    assert under_way(port) == []
+    assert processes_with(port) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_nothing_stays_when_the_demo_is_interrupted_in_mid_answer(start, tmp_path, how, code):
+def test_no_process_or_file_remains_when_the_demo_is_interrupted(start, tmp_path, how, code):
     process = start("--max-tokens", 400)
     port = url_of(process.stdout.readline())
     while "> What is" not in process.stdout.readline():
         assert process.poll() is None
-    assert len(under_way(port)) == 2
+    assert len(processes_with(port)) == 2
     process.send_signal(how)
     assert process.wait(20) == code
     assert "Traceback" not in process.stderr.read()
-    wait_until(lambda: under_way(port) == [])
+    wait_until(lambda: processes_with(port) == [])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_cannot_load_ends_the_demo_with_its_own_words(start, tmp_path):
+def test_a_worker_that_cannot_load_ends_the_demo_with_its_log(start, tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 16)
     process = start("--model", bad)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "MODEL_LOAD_FAILED" in err
-    assert under_way(url_of(out)) == []
+    assert processes_with(url_of(out)) == []
     assert os.listdir(tmp_path) == ["bad.gguf"]

@@ -1,4 +1,4 @@
-"""The tables and the plot, from a result that was measured on an H100 and is kept beside the tests."""
+"""Tables and plot of a result that was measured on an H100 (`tests/data/bench`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
-def test_each_goal_stands_beside_what_was_measured_and_llama_cpps_figure(sample):
+def test_each_goal_has_the_measured_figure_and_llama_cpps(sample):
     table = {row[1]: row[2:] for row in rows(report([sample])) if len(row) == 6}
     assert table["decode after 128 tokens, tokens/s"] == ["1,208", "1,600", "2,500", "893 (after 0)"]
     assert table["decode after 3,500, tokens/s"] == ["1,112", "", "", "821"]
@@ -32,24 +32,24 @@ def test_each_goal_stands_beside_what_was_measured_and_llama_cpps_figure(sample)
     assert table["a job's tokens/s through the server"][0] == "99.8 %"
 
 
-def test_a_long_context_may_cost_5_percent_and_its_keys_and_values_at_60_percent_of_the_bandwidth(sample):
+def test_the_bound_of_a_long_context_is_5_percent_plus_its_keys_and_values_at_60_percent_bandwidth(sample):
     (row,) = [row for row in rows(report([sample])) if row[1].startswith("a token after 3,500")]
     # 1e6/1112.12 - 1e6/1207.94 µs, and 0.05·827.9 + (3500 - 128)·12,288 B / (0.6·3,051 kB/µs)
     assert row[2:4] == ["71", "≤ 64"]
 
 
-def test_every_decode_row_has_its_bytes_its_share_and_its_limit(sample):
+def test_decode_rows_have_bytes_share_of_bandwidth_and_limit(sample):
     table = [row for row in rows(report([sample])) if len(row) == 7]
     assert [row[1] for row in table[2:]] == ["128", "512", "1,024", "2,048", "3,500", "8,192"]
     assert table[2] == ["qwen2.5-0.5b", "128", "1,208 (1,205 to 1,215)", "393.8", "476", "15.6 %", "7,746"]
 
 
-def test_prefill_stands_beside_llama_cpps_where_it_was_measured(sample):
+def test_prefill_rows_have_llama_cpps_figure_if_one_exists(sample):
     theirs = {row[1]: row[7] for row in rows(report([sample])) if len(row) == 8}
     assert (theirs["512"], theirs["1,024"], theirs["8,192"]) == ("46,700", "–", "74,200")
 
 
-def test_a_model_without_goals_is_reported_without_them(tmp_path):
+def test_a_model_without_goals_is_reported_without_goals(tmp_path):
     given = json.loads(SAMPLE.read_text())
     given["model"]["file"] = "other.gguf"
     path = tmp_path / "other.json"
@@ -59,7 +59,7 @@ def test_a_model_without_goals_is_reported_without_them(tmp_path):
     assert "other" in text
 
 
-def test_models_are_grouped_by_where_they_were_measured(sample, tmp_path):
+def test_models_are_grouped_by_machine_and_commit(sample, tmp_path):
     given = json.loads(SAMPLE.read_text())
     given["commit"] = "another"
     path = tmp_path / "q.json"
@@ -68,14 +68,14 @@ def test_models_are_grouped_by_where_they_were_measured(sample, tmp_path):
     assert text.count("NVIDIA H100") == 2
 
 
-def test_the_goals_are_those_of_four_models():
+def test_goals_are_set_for_four_models():
     assert list(REFERENCES) == ["qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b"]
     for goal in REFERENCES.values():
         assert goal.llama_decode[0] < goal.min_decode < goal.target_decode
         assert set(goal.llama_prefill) == {128, 512, 2048, 8192}
 
 
-def test_a_page_keeps_what_is_outside_its_marks(tmp_path):
+def test_put_into_keeps_the_text_outside_the_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     put_into(page, "new")
@@ -87,14 +87,14 @@ def test_a_page_keeps_what_is_outside_its_marks(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "figures": {}}'])
-def test_a_file_that_holds_no_result_is_one_sentence(text, tmp_path):
+def test_a_file_without_a_result_exits_with_one_sentence(text, tmp_path):
     path = tmp_path / "wrong.json"
     path.write_text(text)
     with pytest.raises(SystemExit, match=r"wrong.json: .*expected"):
         read([path])
 
 
-def test_the_plot_is_a_png_with_a_panel_a_model(sample, tmp_path):
+def test_the_plot_is_a_png_with_one_panel_per_model(sample, tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks.plot import plot
 

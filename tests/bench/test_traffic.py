@@ -1,4 +1,4 @@
-"""The bytes beside every speed, against figures worked out by hand for files of f32: 4 bytes an element."""
+"""`Traffic` against figures computed by hand for f32 files: 4 bytes per element."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ QWEN_BIASES = 384 + 128 + 128
 QWEN_FFN = 3 * 256 * 384
 QWEN_LAYERS = 2 * (QWEN_NORMS + QWEN_ATTENTION + QWEN_BIASES + QWEN_FFN)
 QWEN_KV_LAYER = 2 * 128 * 4  # K and V of a token, 128 wide
-# tiny gpt-oss: d 192, 4 heads and 2 KV heads of 64, 8 experts of 128, 4 in use, 3 layers, a window of 32 on 0 and 2
+# tiny gpt-oss: d 192, 4 heads and 2 KV heads of 64, 8 experts of 128 (4 selected), 3 layers,
+# a window of 32 on layers 0 and 2
 OSS_ATTENTION = 2 * 256 * 192 + 2 * 128 * 192
 OSS_SMALL = 2 * 192 + 256 + 128 + 128 + 192 + 4  # norms, biases, sinks
 OSS_ROUTER = 8 * 192 + 8
@@ -37,35 +38,37 @@ def traffic(tmp_path, name, **section):
 
 def oss_weights(experts):
     layer = OSS_ATTENTION + OSS_SMALL + OSS_ROUTER + experts * (OSS_EXPERT + OSS_EXPERT_BIASES)
-    return 3 * layer + 192 + TINY["gpt-oss"].vocab * 192  # and the last norm and the head
+    return 3 * layer + 192 + TINY["gpt-oss"].vocab * 192  # plus the last norm and the head
 
 
-def test_a_token_of_a_dense_model_moves_every_weight_once_and_the_keys_and_values_it_sees(tmp_path):
+def test_a_token_of_a_dense_model_moves_each_weight_once_and_its_keys_and_values(tmp_path):
     weights = TINY["qwen2"].vocab * 384 + 384 + QWEN_LAYERS
     assert traffic(tmp_path, "qwen2").token_bytes(100) == 4 * weights + 2 * 100 * QWEN_KV_LAYER
 
 
-def test_an_embedding_that_is_not_the_head_is_read_for_one_row(tmp_path):
+def test_of_an_untied_embedding_one_row_is_read(tmp_path):
     untied = traffic(tmp_path, "qwen2-untied")
-    file_elements = 2 * TINY["qwen2-untied"].vocab * 384 + 384 + QWEN_LAYERS + 2 * 2 * (64 * 384 + 64)  # a KV head more
+    file_elements = (
+        2 * TINY["qwen2-untied"].vocab * 384 + 384 + QWEN_LAYERS + 2 * 2 * (64 * 384 + 64)
+    )  # one more KV head
     unread = (TINY["qwen2-untied"].vocab - 1) * 384
     assert untied.token_bytes(0) == 4 * (file_elements - unread)
 
 
-@pytest.mark.parametrize("seen", [1, 32, 33, 100])
-def test_a_token_of_a_mixture_moves_the_experts_in_use_and_what_its_windows_leave(tmp_path, seen):
-    keys = seen + 2 * min(seen, 32)
+@pytest.mark.parametrize("context", [1, 32, 33, 100])
+def test_a_token_of_a_mixture_moves_the_selected_experts_and_the_keys_within_its_windows(tmp_path, context):
+    keys = context + 2 * min(context, 32)
     embedding = 192
-    assert traffic(tmp_path, "gpt-oss").token_bytes(seen) == 4 * (oss_weights(4) + embedding) + keys * OSS_KV_LAYER
+    assert traffic(tmp_path, "gpt-oss").token_bytes(context) == 4 * (oss_weights(4) + embedding) + keys * OSS_KV_LAYER
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 4), (2, 8), (64, 8)])
-def test_a_prompt_moves_each_weight_once_and_no_more_experts_than_there_are(tmp_path, tokens, experts):
+def test_a_prompt_moves_each_weight_once_and_at_most_all_experts(tmp_path, tokens, experts):
     moved = 4 * (oss_weights(experts) + tokens * 192) + tokens * 3 * OSS_KV_LAYER
     assert traffic(tmp_path, "gpt-oss").prompt_bytes(tokens) == moved
 
 
-def test_a_prompts_operations_are_two_for_each_weight_it_meets_and_the_heads_once(tmp_path):
+def test_prompt_flops_are_two_per_weight_and_token_and_the_heads_for_one_token(tmp_path):
     vocab = TINY["qwen2"].vocab
     assert traffic(tmp_path, "qwen2").prompt_flops(10) == 2 * (
         10 * 2 * (QWEN_ATTENTION + QWEN_FFN) + vocab * 384  # the tied embedding is the head
@@ -74,12 +77,12 @@ def test_a_prompts_operations_are_two_for_each_weight_it_meets_and_the_heads_onc
     assert traffic(tmp_path, "gpt-oss").prompt_flops(10) == 2 * (10 * 3 * layer + TINY["gpt-oss"].vocab * 192)
 
 
-def test_phi3s_window_counts_where_the_settings_apply_it(tmp_path):
+def test_phi3s_window_counts_only_if_the_settings_apply_it(tmp_path):
     without, applied = traffic(tmp_path, "phi3"), traffic(tmp_path, "phi3", sliding_window="file")
     assert without.token_bytes(50) - without.token_bytes(47) == 3 * without.planned.kv_bytes_per_token
     assert applied.token_bytes(50) == applied.token_bytes(47) == without.token_bytes(47)
 
 
-def test_sizes_are_the_backends(tmp_path):
+def test_weight_sizes_are_those_of_the_backend(tmp_path):
     halved = replace(traffic(tmp_path, "qwen2"), weight_bytes=lambda info: info.nbytes // 2)
     assert 2 * halved.token_bytes(0) == traffic(tmp_path, "qwen2").token_bytes(0)

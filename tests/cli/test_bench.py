@@ -29,15 +29,15 @@ def worker_bench(*arguments):
 
 
 @pytest.fixture(scope="module")
-def said(tiny):
+def stdout(tiny):
     done = worker_bench(tiny("gpt-oss"), "--json", "--context", 160, "--commit", "abc1234")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def result(said):
-    (line,) = said.splitlines()
+def result(stdout):
+    (line,) = stdout.splitlines()
     return json.loads(line)
 
 
@@ -45,7 +45,7 @@ def figures_of(result):
     return [figure for figures in result["figures"].values() for figure in figures]
 
 
-def test_json_is_one_line_that_says_where_what_and_by_which_code(result, tiny):
+def test_json_is_one_line_with_the_machine_the_model_and_the_commit(result, tiny):
     with GgufFile.open(tiny("gpt-oss")) as file:
         assert result["model"]["fingerprint"] == file.fingerprint()
         assert result["model"]["file_bytes"] == file.tensor_bytes
@@ -54,7 +54,7 @@ def test_json_is_one_line_that_says_where_what_and_by_which_code(result, tiny):
     assert (result["commit"], result["schema"]) == ("abc1234", 1)
 
 
-def test_every_length_within_the_context_and_every_part_is_measured(result):
+def test_every_length_within_the_context_and_every_measurement_is_reported(result):
     where = {name: [figure["at"] for figure in figures] for name, figures in result["figures"].items()}
     assert where["decode"] == where["prefill"] == [32, 128]
     assert where["first_token"] == where["answer"] == ["engine", "server"]
@@ -63,7 +63,7 @@ def test_every_length_within_the_context_and_every_part_is_measured(result):
     assert len(where["sampler"]) == 4
 
 
-def test_figures_are_medians_of_five_runs_or_more_between_their_extremes(result):
+def test_figures_are_medians_of_at_least_five_runs_with_their_extremes(result):
     for figure in figures_of(result):
         assert 0 < figure["low"] <= figure["median"] <= figure["high"]
         assert figure["runs"] >= (1 if figure["at"] == "first" else 5)
@@ -85,7 +85,7 @@ def test_gb_s_and_percent_follow_from_the_bytes_and_the_measured_bandwidth(resul
     assert result["server_share"] == pytest.approx(served / engine)
 
 
-def test_bytes_are_those_of_the_experts_in_use_on_the_backend_that_ran(result, tiny):
+def test_bytes_count_the_selected_experts_with_the_sizes_of_the_backend(result, tiny):
     backend = CpuBackend()
     with GgufFile.open(tiny("gpt-oss")) as file:
         traffic = Traffic(runtime.plan(file, ModelSection(context=160), backend), backend.weight_bytes)
@@ -95,33 +95,33 @@ def test_bytes_are_those_of_the_experts_in_use_on_the_backend_that_ran(result, t
         assert figure["bytes"] == traffic.prompt_bytes(figure["at"])
 
 
-def test_what_was_printed_reads_back_as_the_same_result(said, result, tmp_path):
+def test_recorded_read_returns_the_printed_result(stdout, result, tmp_path):
     path = tmp_path / "result.json"
-    path.write_text(said)
+    path.write_text(stdout)
     (again,) = read([path])
     assert again.to_json() == result
 
 
-def test_people_get_a_table(tiny, monkeypatch):
+def test_without_json_it_prints_a_table(tiny, monkeypatch):
     monkeypatch.setitem(SIZES, "cpu", Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3))
     done = CliRunner().invoke(command_line("bench"), ["bench", str(tiny("qwen2")), "--backend", "cpu"])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     for title in ("decode at 16 tokens", "prefill of 16 tokens", "first token, server", "load, again", "long answer"):
         (found, *_) = [line for line in lines if line.startswith(title)]
-        assert "B " in found  # the bytes beside it
+        assert "B " in found  # the bytes moved
     assert "1,048,576" not in done.stdout
     assert lines[-1].startswith("Through the server a job runs at ")
 
 
-def test_a_file_that_is_not_there_is_one_sentence_and_exit_code_1(tmp_path):
+def test_a_missing_file_is_one_sentence_and_exit_code_1(tmp_path):
     done = worker_bench(tmp_path / "nothing.gguf", "--json")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("worker: MODEL_LOAD_FAILED: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_context_too_short_to_measure_says_what_it_takes(tiny):
+def test_a_too_short_context_is_an_error_with_the_required_length(tiny):
     done = worker_bench(tiny("qwen2"), "--context", 48, "--backend", "cpu")
     assert done.returncode == 4
     assert "at least 64" in done.stderr
@@ -132,7 +132,7 @@ def test_wrong_usage_is_exit_code_2():
     assert worker_bench().returncode == 2
 
 
-def test_a_worker_process_that_does_not_come_up_fails_the_benchmark_in_its_own_words(tmp_path):
+def test_a_worker_process_that_does_not_start_fails_the_benchmark_with_its_log_line(tmp_path):
     from worker.embedded import embedded_server
 
     jobs = Jobs(prompt=4, first_tokens=1, answers=1, tokens=2)

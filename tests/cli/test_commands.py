@@ -1,4 +1,4 @@
-"""The commands as a user types them, each in a process of its own: output, exit codes, one sentence for an error."""
+"""The commands as subprocesses: output, exit codes, one sentence per error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def events(done):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_generate_streams_text_and_prints_figures_apart(tiny):
+def test_generate_writes_text_to_stdout_and_statistics_to_stderr(tiny):
     done = worker("generate", tiny("qwen2"), "hello", "--max-tokens", 8, "--seed", 1, "--ignore-eos")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
@@ -29,7 +29,7 @@ def test_generate_streams_text_and_prints_figures_apart(tiny):
     assert again.stdout == done.stdout
 
 
-def test_generate_json_prints_one_event_a_line_and_ends_with_end(tiny):
+def test_generate_json_prints_one_event_per_line_and_ends_with_end(tiny):
     done = worker(
         *("generate", tiny("llama"), "--prompt-tokens", "1,2,3", "--max-tokens", 5, "--temperature", 0),
         *("--logprobs", 3, "--ignore-eos", "--json"),
@@ -46,7 +46,7 @@ def test_generate_json_prints_one_event_a_line_and_ends_with_end(tiny):
     assert (last["event"], last["finish_reason"], last["tokens_out"]) == ("end", "length", 5)
 
 
-def test_generate_without_logprobs_leaves_them_out(tiny):
+def test_generate_without_logprobs_omits_them(tiny):
     tokens = events(worker("generate", tiny("llama"), "x", "--max-tokens", 2, "--json", "--ignore-eos"))[1:-1]
     assert all(set(token) == {"event", "i", "id", "t"} for token in tokens)
 
@@ -70,7 +70,7 @@ def test_generate_chat_uses_the_template(tiny):
         (("x", "--logprobs", 21), "logprobs"),
     ],
 )
-def test_a_wrong_request_is_an_error_event_and_exit_code_3(arguments, field, tiny):
+def test_an_invalid_request_is_an_error_event_and_exit_code_3(arguments, field, tiny):
     done = worker("generate", tiny("qwen2"), *arguments, "--json")
     assert done.returncode == 3
     last = events(done)[-1]
@@ -93,8 +93,8 @@ def test_a_bad_file_is_one_sentence_and_exit_code_1(tmp_path):
     assert events(worker("generate", path, "x", "--json"))[-1]["code"] == "MODEL_LOAD_FAILED"
 
 
-def test_a_name_that_was_never_pulled_says_how_to_get_it():
-    done = worker("inspect", "hf:nobody/nothing/model.gguf")
+def test_the_error_of_a_model_that_is_not_pulled_names_worker_pull():
+    done = worker("inspect", "hf:example/missing/model.gguf")
     assert done.returncode == 1
     assert "worker pull" in done.stderr
 
@@ -105,20 +105,20 @@ def test_wrong_usage_is_exit_code_2(tiny):
     assert worker("nonsense").returncode == 2
 
 
-def test_wrong_settings_are_exit_code_4(tiny, monkeypatch):
+def test_invalid_settings_are_exit_code_4(tiny, monkeypatch):
     monkeypatch.setenv("WORKER_ENGINE__PREFILL_CHUNK", "17")
     done = worker("generate", tiny("qwen2"), "x")
     assert done.returncode == 4
     assert "engine.prefill_chunk" in done.stderr
 
 
-def test_a_backend_that_is_not_installed_is_named(tiny):
+def test_an_unknown_backend_is_named_in_the_error(tiny):
     done = worker("generate", tiny("qwen2"), "x", "--backend", "tpu")
     assert done.returncode == 4
     assert "engine.backend" in done.stderr
 
 
-def test_tokenize_reads_one_json_string_a_line(tiny):
+def test_tokenize_reads_one_json_string_per_line(tiny):
     lines = ["Hello wörld\n", "", "<|im_start|>"]
     done = worker("tokenize", tiny("qwen2"), "-", "--json", stdin="".join(json.dumps(s) + "\n" for s in lines))
     ids = [line["ids"] for line in events(done)]
@@ -129,26 +129,26 @@ def test_tokenize_reads_one_json_string_a_line(tiny):
     assert len(events(special)[0]["ids"]) == 1 < len(ids[2])
 
 
-def test_tokenize_refuses_a_line_that_is_no_json_string(tiny):
+def test_tokenize_rejects_a_line_that_is_not_a_json_string(tiny):
     done = worker("tokenize", tiny("qwen2"), "-", "--json", stdin='"fine"\n{"not": "a string"}\n')
     assert done.returncode == 3
     assert "line 2" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "llama"])
-def test_inspect_says_what_is_inside_and_that_it_can_run(name, tiny):
+def test_inspect_reports_contents_memory_and_that_the_model_can_run(name, tiny):
     report = json.loads(worker("inspect", tiny(name), "--json", "--context", 100).stdout)
     assert report["can_run"] is True
     assert report["unused_tensors"] == []
     assert report["kv_bytes"]["100"] == 100 * report["kv_bytes_per_token"]
     needed = report["weight_bytes"] + report["overhead_bytes"] + report["context"] * report["kv_bytes_per_token"]
     assert 0 < needed <= report["available_bytes"]
-    assert sum(held["bytes"] for held in report["tensors"].values()) == report["tensor_bytes"]
+    assert sum(total["bytes"] for total in report["tensors"].values()) == report["tensor_bytes"]
     assert report["tokenizer"]["end_tokens"]
     assert "yes" in worker("inspect", tiny(name)).stdout
 
 
-def test_inspect_says_why_a_file_cannot_run(tiny, tmp_path):
+def test_inspect_reports_why_a_file_cannot_run(tiny, tmp_path):
     broken = tmp_path / "broken.gguf"
     data = tiny("llama").read_bytes()
     broken.write_bytes(data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
@@ -157,7 +157,7 @@ def test_inspect_says_why_a_file_cannot_run(tiny, tmp_path):
     assert "blk.0.attn_q.weight" in report["reason"]
 
 
-def test_inspect_of_a_file_that_does_not_open_is_a_report_and_exit_code_1(tmp_path):
+def test_inspect_of_an_unreadable_file_prints_a_report_with_exit_code_1(tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGML")
     done = worker("inspect", path, "--json")
@@ -165,7 +165,7 @@ def test_inspect_of_a_file_that_does_not_open_is_a_report_and_exit_code_1(tmp_pa
     assert json.loads(done.stdout)["can_run"] is False
 
 
-def test_help_teaches():
+def test_help_shows_the_first_commands():
     done = worker("--help")
     assert "worker pull smollm2" in done.stdout
     for command in ("generate", "tokenize", "inspect", "pull"):
@@ -173,14 +173,14 @@ def test_help_teaches():
         assert worker(command, "--help").returncode == 0
 
 
-def test_sizes_read_well():
+def test_sizes_are_formatted_in_powers_of_1000():
     assert [size(n) for n in (0, 999, 1500, 98_362_432, 12e9, 3e12)] == [
         *("0 B", "999 B", "1.5 kB", "98.4 MB", "12.0 GB", "3.0 TB")
     ]
 
 
 @pytest.mark.parametrize("command", ["run", "generate"])
-def test_a_command_is_read_before_anything_heavy_is_imported(command):
+def test_a_command_is_parsed_before_heavy_packages_are_imported(command):
     heavy = "cupy gguf jinja2 numpy redis rich sentencepiece structlog tokenizers"
     program = (
         f"import sys; from worker.cli import command_line; command_line({command!r});"

@@ -1,4 +1,4 @@
-"""What `deploy/` promises, held against its linters and against the worker itself: settings, commands, times, codes."""
+"""`deploy/` against its linters and the worker: settings, commands, timeouts, exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNIT = ROOT / "deploy/worker.service"
 
 
 def tool(name):
-    """A program beside this Python or on PATH; skips, naming it, where there is none."""
+    """Return a program beside this Python or on PATH; skip the test if there is none."""
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed here")
@@ -40,7 +40,7 @@ def passes(*command):
 
 @pytest.fixture(scope="module")
 def instructions():
-    """The image's instructions, continuations joined: (name, rest)."""
+    """Instructions of the Dockerfile, continuation lines joined: (name, rest)."""
     text = DOCKERFILE.read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [tuple(line.split(maxsplit=1)) for line in lines]
@@ -59,7 +59,7 @@ def services():
 
 @pytest.fixture(scope="module")
 def unit():
-    """Key to values, in order."""
+    """Keys of the unit and their values, in order."""
     found = {}
     for line in UNIT.read_text().splitlines():
         if "=" in line and not line.startswith("#"):
@@ -69,11 +69,11 @@ def unit():
 
 
 def environment(text):
-    return dict(word.split("=", 1) for word in shlex.split(text))
+    return dict(assignment.split("=", 1) for assignment in shlex.split(text))
 
 
 def accepted(command, settings, monkeypatch, config=None):
-    """The settings that the command would have; fails where `worker` does not know it, its options or a setting."""
+    """Return the command's settings; fail if the command, an option or a setting is unknown."""
     name, *options = command
     known = {opt for param in click_command(name).params for opt in param.opts}
     assert [option for option in options if option.startswith("--") and option not in known] == []
@@ -99,29 +99,29 @@ def test_the_compose_file_fits_the_compose_specification():
 
 @pytest.fixture
 def installed_unit(tmp_path):
-    """The unit as on a machine where its program exists."""
+    """The unit with a program that exists on this machine."""
     path = tmp_path / "worker.service"
     path.write_text(UNIT.read_text().replace("/opt/worker/bin/worker", "/bin/true"))
     return path
 
 
-def test_systemd_takes_the_unit(installed_unit):
+def test_systemd_accepts_the_unit(installed_unit):
     done = passes(tool("systemd-analyze"), "verify", "--man=no", str(installed_unit))
-    assert done.stderr == ""  # an unknown key is a warning to it, and exit code 0
+    assert done.stderr == ""  # an unknown key is only a warning, with exit code 0
 
 
-def test_systemd_finds_the_unit_well_hardened(installed_unit):
+def test_the_unit_passes_systemds_security_threshold(installed_unit):
     passes(tool("systemd-analyze"), "security", "--offline=true", "--threshold=40", str(installed_unit))
 
 
-def test_the_image_runs_as_an_unprivileged_user_and_checks_the_worker_s_health(last_stage):
-    given = dict(last_stage)
-    assert given["USER"].isdigit()
-    assert int(given["USER"]) > 0
-    assert given["HEALTHCHECK"].endswith('CMD ["worker", "health"]')
+def test_the_image_runs_as_an_unprivileged_user_and_has_a_health_check(last_stage):
+    directives = dict(last_stage)
+    assert directives["USER"].isdigit()
+    assert int(directives["USER"]) > 0
+    assert directives["HEALTHCHECK"].endswith('CMD ["worker", "health"]')
 
 
-def test_the_image_installs_an_extra_that_exists_and_copies_what_its_ignore_file_lets_through(instructions):
+def test_the_image_installs_an_existing_extra_and_copies_files_that_are_not_ignored(instructions):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert dict(instructions)["ARG"].removeprefix("EXTRA=") in extras
     assert "gpu-cuda12" in extras
@@ -133,18 +133,18 @@ def test_the_image_installs_an_extra_that_exists_and_copies_what_its_ignore_file
         assert f"!{source}" in ignored
 
 
-def test_the_image_starts_a_command_with_settings_that_the_worker_takes(last_stage, monkeypatch):
-    given = dict(last_stage)
-    command = yaml.safe_load(given["CMD"])
+def test_the_image_runs_a_command_with_valid_settings(last_stage, monkeypatch):
+    directives = dict(last_stage)
+    command = yaml.safe_load(directives["CMD"])
     config = ROOT / command[command.index("--config") + 1].replace("/etc/worker", "configs")
-    settings = accepted(command, environment(given["ENV"]), monkeypatch, config)
+    settings = accepted(command, environment(directives["ENV"]), monkeypatch, config)
     assert settings.http.host == "0.0.0.0"
-    assert int(given["EXPOSE"]) == settings.http.port
+    assert int(directives["EXPOSE"]) == settings.http.port
 
 
 def test_models_and_compiled_kernels_are_on_the_volume(last_stage, services, monkeypatch):
-    given = dict(last_stage)
-    volume, variables = given["VOLUME"], environment(given["ENV"])
+    directives = dict(last_stage)
+    volume, variables = directives["VOLUME"], environment(directives["ENV"])
     monkeypatch.setenv("XDG_CACHE_HOME", variables["XDG_CACHE_HOME"])
     settings = load_settings(ROOT / "configs/h100.toml")
     assert settings.hub.cache.is_relative_to(volume)
@@ -153,7 +153,7 @@ def test_models_and_compiled_kernels_are_on_the_volume(last_stage, services, mon
     assert f"worker-cache:{volume}" in services["worker"]["volumes"]
 
 
-def test_the_composed_worker_takes_its_settings_and_gets_a_gpu(services, monkeypatch):
+def test_the_compose_worker_has_valid_settings_and_a_gpu(services, monkeypatch):
     worker = services["worker"]
     settings = accepted(["run"], worker["environment"], monkeypatch)
     assert settings.redis.url == "redis://redis:6379/0"
@@ -165,15 +165,15 @@ def test_the_composed_worker_takes_its_settings_and_gets_a_gpu(services, monkeyp
     assert (COMPOSE.parent / worker["build"]["context"] / worker["build"]["dockerfile"]).resolve() == DOCKERFILE
 
 
-def test_the_composed_server_keeps_what_it_is_given(services):
+def test_the_compose_server_persists_data_and_evicts_nothing(services):
     redis = services["redis"]
     options = dict(zip(redis["command"][1::2], redis["command"][2::2], strict=True))
     assert options == {"--appendonly": "yes", "--appendfsync": "everysec", "--maxmemory-policy": "noeviction"}
     assert redis["volumes"] == ["redis-data:/data"]
-    assert redis["ports"] == ["127.0.0.1:6379:6379"]  # it asks for no password
+    assert redis["ports"] == ["127.0.0.1:6379:6379"]  # it has no password
 
 
-def test_the_unit_starts_a_command_with_settings_that_the_worker_takes(unit, monkeypatch):
+def test_the_unit_runs_a_command_with_valid_settings(unit, monkeypatch):
     _, *command = unit["ExecStart"][0].split()
     variables = environment(" ".join(unit["Environment"]).replace("%C", "/var/cache"))
     settings = accepted(command, variables, monkeypatch)
@@ -181,18 +181,18 @@ def test_the_unit_starts_a_command_with_settings_that_the_worker_takes(unit, mon
     assert settings.log.format == "json"
 
 
-def test_everybody_waits_longer_than_the_grace_period_before_killing(services, unit):
+def test_compose_and_systemd_wait_longer_than_the_grace_period_before_killing(services, unit):
     grace_s = ServiceSection().grace_s
     assert int(unit["TimeoutStopSec"][0]) > grace_s + 5
     assert int(services["worker"]["stop_grace_period"].removesuffix("s")) > grace_s + 5
 
 
-def test_only_wrong_settings_keep_the_unit_from_starting_again(unit):
+def test_the_unit_restarts_unless_the_settings_are_invalid(unit):
     assert unit["Restart"] == ["on-failure"]
     assert unit["RestartPreventExitStatus"] == [str(ConfigInvalid.exit_code)]
 
 
-def test_the_unit_lets_cuda_reach_the_devices(unit):
+def test_the_unit_allows_the_devices_of_cuda(unit):
     allowed = [value.split()[0] for value in unit["DeviceAllow"]]
     for group in ("char-nvidia-frontend", "char-nvidia", "char-nvidia-uvm", "char-nvidia-caps"):
         assert any(fnmatch.fnmatch(group, pattern) for pattern in allowed)

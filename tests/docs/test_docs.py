@@ -14,7 +14,7 @@ from worker.cli import command_line
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "notes"]
-"""Pages that describe the code as it is; the changelog and the notes also name what is gone."""
+"""Pages that describe the current code; the changelog and the notes also name removed parts."""
 
 
 def names(pages):
@@ -22,7 +22,7 @@ def names(pages):
 
 
 def code_of(page):
-    """The lines of a page's code blocks, without trailing comments, and its code spans."""
+    """Return the lines of a page's code blocks, without trailing comments, and its code spans."""
     text = page.read_text("utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))

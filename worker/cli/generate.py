@@ -8,31 +8,33 @@ import typer
 
 from worker.cli.console import BackendOption, ContextOption, JsonOption, ModelArgument, wake_for
 
-_SAMPLING = "Sampling"
+
+def _sampling(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Sampling")
 
 
 def generate(
     model: ModelArgument,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; with --chat the user's message.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: the system message.")] = None,
     prompt_tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt, such as 1,2,3.")] = None,
     special: Annotated[bool, typer.Option(help="Parse special tokens in a raw prompt.")] = True,
     max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens; 2048 by default.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string: the answer ends before it; up to 16.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.", rich_help_panel=_SAMPLING)] = None,
-    top_k: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    top_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    min_p: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    presence_penalty: Annotated[float | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    min_tokens: Annotated[int | None, typer.Option(rich_help_panel=_SAMPLING)] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=_SAMPLING)] = False,
-    logprobs: Annotated[
-        int | None, typer.Option(help="Log-probabilities, 0 to 20 alternatives per token.", rich_help_panel=_SAMPLING)
+    temperature: Annotated[
+        float | None, _sampling("0 is greedy, 1 samples the model's distribution; at most 2.")
     ] = None,
+    seed: Annotated[int | None, _sampling("Same seed, same answer.")] = None,
+    top_k: Annotated[int | None, _sampling("Keep the k most likely tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, _sampling("Keep the most likely tokens that reach this probability.")] = None,
+    min_p: Annotated[float | None, _sampling("Drop tokens below this share of the best one's probability.")] = None,
+    repetition_penalty: Annotated[float | None, _sampling("Above 1: make tokens that occurred less likely.")] = None,
+    frequency_penalty: Annotated[float | None, _sampling("Subtract from a logit per occurrence of its token.")] = None,
+    presence_penalty: Annotated[float | None, _sampling("Subtract from the logits of tokens that occurred.")] = None,
+    min_tokens: Annotated[int | None, _sampling("Suppress end tokens before this many tokens.")] = None,
+    ignore_eos: Annotated[bool, _sampling("Continue after end tokens.", "--ignore-eos")] = False,
+    logprobs: Annotated[int | None, _sampling("Log-probabilities, with 0 to 20 alternatives per token.")] = None,
     context: ContextOption = None,
     backend: BackendOption = None,
     json: JsonOption = False,
