@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def start(tiny, tmp_path, monkeypatch):
-    """Return a function that starts a demo with temporary files in `tmp_path`; kill it at the end."""
+    """Return a function that starts a demo with its files in `tmp_path`; kill it at the end."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     started = []

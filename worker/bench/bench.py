@@ -32,7 +32,6 @@ from worker.errors import ConfigInvalid
 from worker.gguf_file import GgufFile
 
 RUNS = 5
-_TOOL_S = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +243,7 @@ def _commit() -> str | None:
 def _first_line(*command: str) -> str | None:
     """Return the first line of a command's output; None if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_S, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.partition("\n")[0].strip()

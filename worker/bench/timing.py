@@ -22,11 +22,7 @@ from worker.jobs.client import Client
 from worker.jobs.reader import JobFailed
 from worker.sampling import Sampling
 
-READY_S = 180.0
-_IDLE_S = 60.0
-_POLL_S = 0.05
-_PAUSE_S = 0.02
-"""Between jobs, so that the worker has acknowledged the last one and waits for the next."""
+_READY_S = 180.0
 
 GREEDY = Sampling(temperature=0, ignore_eos=True)
 SAMPLINGS = {
@@ -120,20 +116,20 @@ async def _measure(
 
 
 async def _ready(client: Client, child: Child) -> None:
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + _READY_S
     while not any(status.get("state") == "ready" for status in (await client.workers()).values()):
         if child.ended or time.monotonic() > deadline:
             raise TimeoutError("it did not become ready")
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(0.05)
 
 
 async def _timed_job(client: Client, prompt: list[int], tokens: int) -> Timed:
     """Submit one job and read its tokens to the end."""
-    await asyncio.sleep(_PAUSE_S)
+    await asyncio.sleep(0.02)  # until the worker has acknowledged the last job and waits for the next
     began = time.perf_counter()
     job_id = await client.submit(prompt_tokens=prompt, max_tokens=tokens, temperature=0, ignore_eos=True)
     first = last = 0.0
-    async for _ in client.tokens(job_id, idle_s=_IDLE_S):
+    async for _ in client.tokens(job_id, idle_s=60):
         last = time.perf_counter()
         first = first or last
     return first - began, (last - first) / max(1, tokens - 1)

@@ -1,7 +1,6 @@
 """The command line, one module per group of commands. `main` is the console script.
 
-Exit codes: 0 success, 1 the model can't be served or another failure, 2 wrong usage or a CUDA
-error, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable, 130 interrupted.
+Exit codes are those of `_HELP`; 1 is also any other failure, 2 also a CUDA error.
 """
 
 from __future__ import annotations
@@ -36,32 +35,25 @@ interrupted.
 _SWITCH_S = 0.001
 """GIL switch interval: the event loop and uploads must run while another thread computes."""
 
-_COMMANDS = {
+_MODULES = {
     "generate": "generate",
-    "tokenize": "models",
-    "inspect": "models",
-    "pull": "models",
+    "models": "tokenize inspect pull",
     "demo": "demo",
     "bench": "bench",
-    "run": "serve",
-    "submit": "jobs",
-    "tail": "jobs",
-    "cancel": "jobs",
-    "jobs": "operate",
-    "workers": "operate",
-    "drain": "operate",
-    "health": "operate",
-    "dead": "operate",
+    "serve": "run",
+    "jobs": "submit tail cancel",
+    "operate": "jobs workers drain health dead",
 }
-"""Command → module, in the order of the help."""
+"""Module → its commands, in the order of the help."""
 
 
 def command_line(only: str | None = None) -> typer.Typer:
     """Return the command line; if `only` names a command, that one without the others' imports."""
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     app.callback()(lambda: None)  # a callback keeps the name of a single command
-    for name in [only] if only in _COMMANDS else _COMMANDS:
-        command = getattr(import_module(f"worker.cli.{_COMMANDS[name]}"), name)
+    modules = {name: module for module, names in _MODULES.items() for name in names.split()}
+    for name in [only] if only in modules else modules:
+        command = getattr(import_module(f"worker.cli.{modules[name]}"), name)
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=name)
         else:

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from worker.bench import Figure, Result, run
-from worker.bench.result import number
+from worker.bench.bench import run
+from worker.bench.result import Figure, Result, number
 from worker.cli.console import BackendOption, ContextOption, JsonOption, ModelArgument, model_path, print_json, size
 from worker.config import load_settings
 

@@ -20,7 +20,7 @@ from worker.jobs.protocol import Resolved
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, or the name of a pulled model.")]
 ContextOption = Annotated[int | None, typer.Option(help="Context length: prompt and answer together, in tokens.")]
 BackendOption = Annotated[str | None, typer.Option(help="cpu or gpu; by default a GPU if available.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: one JSON object a line.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output: one JSON object per line.")]
 
 
 def wake_for(flags: Mapping[str, Any]) -> None:

@@ -28,7 +28,6 @@ _PROMPTS = {
 _NEXT = ("run --model smollm2", 'submit --chat --wait "Why is the sea salty?"', "tail --all", "workers")
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
 _READY_S = 120.0
-_POLL_S = 0.1
 
 
 def demo(
@@ -79,7 +78,7 @@ def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dic
         for name, status in client.workers().items():
             if status.get("state") == "ready":
                 return name, dict(status)
-        time.sleep(_POLL_S)
+        time.sleep(0.1)
     code = process.stop()
     log.seek(0)
     sys.stderr.write(log.read().decode(errors="replace"))

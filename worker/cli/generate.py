@@ -22,9 +22,7 @@ def generate(
     special: Annotated[bool, typer.Option(help="Parse special tokens in a raw prompt.")] = True,
     max_tokens: Annotated[int | None, typer.Option(help="Maximum number of tokens; 2048 by default.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop string: the answer ends before it; up to 16.")] = None,
-    temperature: Annotated[
-        float | None, _sampling("0 is greedy, 1 samples the model's distribution; at most 2.")
-    ] = None,
+    temperature: Annotated[float | None, _sampling("0 is greedy; 1 is the model's distribution; at most 2.")] = None,
     seed: Annotated[int | None, _sampling("Same seed, same answer.")] = None,
     top_k: Annotated[int | None, _sampling("Keep the k most likely tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, _sampling("Keep the most likely tokens that reach this probability.")] = None,
