@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json as jsonlib
 import time
-from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from worker.cli.console import JsonOption, print_json
-from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client, redis_section
+from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import DeadLetter, SyncClient
@@ -21,6 +20,9 @@ from worker.jobs.payload import read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES
 
 dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
+
+LetterArgument = Annotated[str, typer.Argument(metavar="ID", help="Id from `worker dead ls`.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Id of a worker, or the --name of one or more.")]
 
 _HEALTH_TIMEOUT_S = 3.0
 
@@ -57,7 +59,7 @@ def jobs(
     queue: QueueOption = None,
 ) -> None:
     """List the jobs of the queue, oldest first, with their workers and ages."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         entries = connected.queue(count)
     now_ms = time.time() * 1000
     rows = [
@@ -78,7 +80,7 @@ def workers(
     json: JsonOption = False, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """List the live workers and their status."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         statuses = connected.workers()
     columns = ("state", "model", "device", "queue", "jobs", "degraded", "host", "pid", "http_port")
     rows: list[dict[str, Any]] = [
@@ -89,13 +91,10 @@ def workers(
 
 
 def drain(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Id of a worker, or the --name of one or more.")],
-    config: ConfigOption = None,
-    redis_url: UrlOption = None,
-    queue: QueueOption = None,
+    name: NameArgument, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """Drain a worker: it takes no more jobs, finishes the running one in its grace period, ends."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         ids = _worker_ids(connected, name)
         if not ids:
             raise NotFound(f"no live worker is named {name}; `worker workers` lists them")
@@ -125,9 +124,8 @@ def health(
         response = connection.getresponse()
         body = response.read().decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:
-        raise Unhealthy(
-            f"http://{host}:{port}{path} does not reply ({error}); start `worker run` or pass --url"
-        ) from None
+        message = f"http://{host}:{port}{path} does not reply ({error}); start `worker run` or pass --url"
+        raise Unhealthy(message) from None
     finally:
         connection.close()
     print(body)
@@ -139,20 +137,16 @@ def dead_ls(
     json: JsonOption = False, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """List the dead letters, oldest first."""
-    with client(redis_section(config, redis_url, queue)) as connected:
-        letters = connected.dead_letters()
-    _print_rows([_summary(letter) for letter in letters], json, "no dead letters")
+    with client(config, redis_url, queue) as connected:
+        _print_rows([_summary(letter) for letter in connected.dead_letters()], json, "no dead letters")
 
 
 @dead.command("show")
 def dead_show(
-    letter: Annotated[str, typer.Argument(metavar="ID", help="Id from `worker dead ls`.")],
-    config: ConfigOption = None,
-    redis_url: UrlOption = None,
-    queue: QueueOption = None,
+    letter: LetterArgument, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """Print one dead letter as JSON, including the job as submitted."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         found = _letter(connected, letter)
     try:
         job: Any = read_map(found.payload, MAX_PAYLOAD_BYTES)[0]
@@ -164,25 +158,19 @@ def dead_show(
 
 @dead.command("retry")
 def dead_retry(
-    letter: Annotated[str, typer.Argument(metavar="ID")],
-    config: ConfigOption = None,
-    redis_url: UrlOption = None,
-    queue: QueueOption = None,
+    letter: LetterArgument, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """Resubmit the job as JOB.r1 (then JOB.r2), print that id, and delete the dead letter."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         print(connected.retry_dead_letter(_letter(connected, letter)))
 
 
 @dead.command("drop")
 def dead_drop(
-    letter: Annotated[str, typer.Argument(metavar="ID")],
-    config: ConfigOption = None,
-    redis_url: UrlOption = None,
-    queue: QueueOption = None,
+    letter: LetterArgument, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
 ) -> None:
     """Delete a dead letter."""
-    with client(redis_section(config, redis_url, queue)) as connected:
+    with client(config, redis_url, queue) as connected:
         connected.drop_dead_letter(_letter(connected, letter).entry_id)
 
 
@@ -194,28 +182,24 @@ def _letter(connected: SyncClient, entry_id: str) -> DeadLetter:
 
 
 def _summary(letter: DeadLetter) -> dict[str, Any]:
-    return {
-        "id": letter.entry_id,
-        "job_id": letter.job_id,
-        "reason": letter.reason,
-        "attempts": letter.attempts,
-        "last_error": letter.last_error,
+    """All of a dead letter but its payload."""
+    return {"id": letter.entry_id} | {
+        name: getattr(letter, name) for name in ("job_id", "reason", "attempts", "last_error")
     }
 
 
-def _print_rows(rows: Iterable[Mapping[str, Any]], json: bool, empty: str) -> None:
+def _print_rows(rows: list[dict[str, Any]], json: bool, empty: str) -> None:
     """Print one JSON object per line, or a table."""
-    listed = list(rows)
     if json:
-        for row in listed:
-            print_json(dict(row))
+        for row in rows:
+            print_json(row)
         return
-    if not listed:
+    if not rows:
         print(empty)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in listed[0]:
-        table.add_column(column, overflow="fold")
-    for row in listed:
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     Console().print(table)

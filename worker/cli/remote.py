@@ -16,7 +16,7 @@ from worker.config import RedisSection, load_settings
 from worker.errors import ConfigInvalid
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
-from worker.jobs.redis_streams import RedisStreams
+from worker.jobs.streams import Streams
 
 _SERVER = "Server and queue"
 
@@ -36,8 +36,10 @@ def redis_section(config: Path | None, url: str | None, queue: str | None) -> Re
     return load_settings(config, {"redis.url": url, "redis.queue": queue}).redis
 
 
-def connect(url: str) -> RedisStreams:
+def connect(url: str) -> Streams:
     """Create the streams of a server; they connect on first use. Raises ConfigInvalid."""
+    from worker.jobs.redis_streams import RedisStreams  # noqa: PLC0415  # `worker health` needs no redis
+
     try:
         return RedisStreams.from_url(url)
     except ValueError:  # its text may contain a part of the password
@@ -46,8 +48,9 @@ def connect(url: str) -> RedisStreams:
 
 
 @contextmanager
-def client(section: RedisSection) -> Iterator[SyncClient]:
+def client(config: Path | None, url: str | None, queue: str | None) -> Iterator[SyncClient]:
     """A client whose server has replied once. Raises ConnectionError if it does not."""
+    section = redis_section(config, url, queue)
     with SyncClient(Client(connect(section.url), section.queue, section.queue_bound)) as connected:
         connected.state("")
         yield connected

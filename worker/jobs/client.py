@@ -28,7 +28,6 @@ from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, sp
 from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
 from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
-from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import CancelCall, Disconnected, EncodedEvent, JobState, Record, Streams, retry_until_connected
 
 P = ParamSpec("P")
@@ -97,6 +96,8 @@ class Client:
     @classmethod
     def from_url(cls, url: str, queue: str = "default", bound: int = 10_000) -> Self:
         """Create a client of the Redis server at `url`; it connects on first use."""
+        from worker.jobs.redis_streams import RedisStreams  # noqa: PLC0415  # imports redis only here
+
         return cls(RedisStreams.from_url(url), queue, bound)
 
     async def __aenter__(self) -> Self:
