@@ -10,7 +10,7 @@ import pytest
 from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
 from tests.jobs.harness import LONG_LEASE, Harness, LossyStreams, lease_settings, wait_until
 from worker.errors import InvalidRequest, QueueFull
-from worker.jobs import registry
+from worker.jobs import consumer
 from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent, Ready, Token
 from worker.jobs.keys import events_key
@@ -144,8 +144,8 @@ async def test_a_live_worker_is_listed_with_its_status_until_it_leaves_or_stops_
 ) -> None:
     client = harness.client()
     leaving, silent = await harness.transport("w1"), await harness.transport("w2")
-    for worker, ttl_s in ((leaving, registry.STATUS_TTL_S), (silent, 0.05)):
-        monkeypatch.setattr(registry, "STATUS_TTL_S", ttl_s)
+    for worker, ttl_s in ((leaving, consumer.STATUS_TTL_S), (silent, 0.05)):
+        monkeypatch.setattr(consumer, "STATUS_TTL_S", ttl_s)
         await worker.registration.heartbeat({"state": "ready", "model": "echo"})
     assert (await client.workers())["w1"] == {"state": "ready", "model": "echo"}
 
@@ -173,7 +173,7 @@ async def test_a_worker_s_own_events_can_be_followed(harness: Harness) -> None:
 async def test_a_worker_s_own_stream_keeps_its_newest_events_and_expires(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "MAX_EVENTS", 10)
+    monkeypatch.setattr(consumer, "MAX_EVENTS", 10)
     worker = await harness.transport("w1")
     for n in range(400):
         await worker.registration.publish(Ready(model=str(n), fingerprint="", context=1, load_ms=0.0))

@@ -8,7 +8,7 @@
 | how a worker claims, writes and settles a job | `transport.py`, `consumer.py`, `lease.py` |
 | where a lease is renewed | `Transport.renew` → `Consumer.renew` → `lua/renew.lua` on the server |
 | where a stale worker is fenced | `lua/take.lua` begins an epoch, `lua/append.lua` checks it |
-| heartbeats, worker events, drain and cancel commands | `registry.py` |
+| heartbeats, worker events, drain and cancel commands | `Registration` in `consumer.py` |
 | how an orchestrator submits and reads | `client.py` (`Client`, `SyncClient`), `reader.py` |
 
 Imports no model, engine or device code. Read `protocol.py` first, then `transport.py`.

@@ -28,7 +28,7 @@ from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, sp
 from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
 from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
-from worker.jobs.streams import CancelCall, Disconnected, EncodedEvent, JobState, Record, Streams, retry_until_connected
+from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, retry_until_connected
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -193,7 +193,7 @@ class Client:
         state, error, trace = JobState(), ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
             now_ms, epoch = int(self._clock() * 1000), state.next_epoch
-            event = EncodedEvent(*encode_event(error, trace.envelope(job_id, epoch, now_ms, worker_id="")))
+            event = encode_event(error, trace.envelope(job_id, epoch, now_ms, worker_id=""))
             call = CancelCall(state.last_id, epoch, event, now_ms, CANCELLED_TTL_MS)
             outcome = await self._streams.cancel(job_id, call)
             if outcome == "REQUESTED":

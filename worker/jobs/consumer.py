@@ -1,18 +1,29 @@
-"""A worker as a consumer of its queue's group: claims entries, renews them, gives them back.
+"""A worker's presence on the server: consumer of its queue's group, and entry in the registry.
 
-Knows queue entries and their consumers, not jobs; `transport.py` turns entries into claims.
+`Consumer` claims queue entries, renews them and gives them back; `transport.py` turns entries into
+jobs. `Registration` has heartbeat and status, the worker's own event stream, and commands to it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from worker.config import LeaseSection
-from worker.jobs.keys import START
+from worker.jobs.events import Envelope, Event, encode_event
+from worker.jobs.keys import CONTROL, START, worker_events_key
 from worker.jobs.streams import Disconnected, Entry, Streams, retry_until_connected
 
+READ_BLOCK_MS = 1000
+STATUS_TTL_S = 15.0
+"""A worker without a heartbeat for this long is no longer listed."""
+MAX_EVENTS = 10_000
+"""Approximate number of events kept on a worker's own stream."""
 _DEAD_CONSUMER_MS = 3_600_000
 """A live worker polls or renews every second, so a consumer idle for this long is dead."""
 
@@ -54,7 +65,9 @@ class Consumer:
             self._reconnects = self._streams.reconnects
             self._connection_lost()
         try:
-            entry = await self._read_own() or await self._reclaim() or await self._read_new()
+            entry = await self._read_own() or await self._reclaim()
+            if entry is None:
+                entry = await self._streams.read_new(self._queue, self._worker_id, int(self._lease.scan_s * 1000))
         except Disconnected:
             self._connection_lost()
             await asyncio.sleep(random.uniform(0.1, 0.5) * self._lease.scan_s)
@@ -77,10 +90,8 @@ class Consumer:
 
     async def give_back(self, entry_id: str, deliveries: int) -> None:
         """Make the entry claimable at once by any worker, with this delivery count."""
-        idle_ms = int(self._lease.lease_s * 1000) + 1
-        await retry_until_connected(
-            self._streams.give_back, self._queue, self._worker_id, entry_id, idle_ms, max(0, deliveries)
-        )
+        args = (entry_id, int(self._lease.lease_s * 1000) + 1, max(0, deliveries))
+        await retry_until_connected(self._streams.give_back, self._queue, self._worker_id, *args)
         self.held.discard(entry_id)
 
     async def settle(self, entry_id: str, dead: dict[str, bytes] | None) -> None:
@@ -118,5 +129,60 @@ class Consumer:
                 self._next_scan_s = now_s + self._lease.scan_s
                 return None
 
-    async def _read_new(self) -> Entry | None:
-        return await self._streams.read_new(self._queue, self._worker_id, int(self._lease.scan_s * 1000))
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An entry of the control stream: cancel the job, or drain the worker, named `target`."""
+
+    do: Literal["cancel", "drain"]
+    target: str
+
+
+class Registration:
+    """The worker `worker_id` in the registry; `clock` returns seconds since 1970.
+
+    No result of a job depends on it: writes that fail are dropped, and no job waits for them.
+    """
+
+    def __init__(
+        self, streams: Streams, worker_id: str, lease: LeaseSection, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._streams = streams
+        self._worker_id = worker_id
+        self._lease = lease
+        self._clock = clock
+        self._last_command_id = START
+
+    async def open(self) -> None:
+        """Start at the end of the control stream: earlier commands are ignored."""
+        self._last_command_id = await retry_until_connected(self._streams.last_id, CONTROL)
+
+    async def close(self) -> None:
+        """Unregister."""
+        await self._streams.drop_status(self._worker_id)
+
+    async def publish(self, event: Event, envelope: Envelope | None = None) -> None:
+        """Append to the worker's own stream; pass the envelope to copy a job's event."""
+        envelope = envelope or Envelope(None, 0, int(self._clock() * 1000), self._worker_id)
+        kind, packed = encode_event(event, envelope)
+        key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
+        with contextlib.suppress(Disconnected):
+            await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)
+
+    async def heartbeat(self, status: Mapping[str, str]) -> None:
+        """Register, and write the status hash, which expires after STATUS_TTL_S."""
+        with contextlib.suppress(Disconnected):
+            await self._streams.put_status(self._worker_id, status, int(STATUS_TTL_S * 1000))
+
+    async def commands(self) -> AsyncIterator[Command]:
+        """Yield commands to any worker that were sent since `open`. Never ends."""
+        while True:
+            try:
+                records = await self._streams.read(CONTROL, self._last_command_id, READ_BLOCK_MS)
+            except Disconnected:
+                await asyncio.sleep(self._lease.scan_s)
+                continue
+            for self._last_command_id, fields in records:
+                do, target = (fields.get(name, b"").decode(errors="replace") for name in ("do", "target"))
+                if do in ("cancel", "drain"):
+                    yield Command(cast("Literal['cancel', 'drain']", do), target)

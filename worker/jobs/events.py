@@ -8,8 +8,8 @@ ignore unknown types and fields. `transport.py` writes events and assigns their 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import msgpack
 
@@ -32,6 +32,13 @@ class Envelope:
     correlation_id: str | None = None
     traceparent: str | None = None
     v: int = SCHEMA_VERSION
+
+
+class EncodedEvent(NamedTuple):
+    """The two fields of an event's entry: `type` as plain text and `p` as msgpack."""
+
+    kind: str
+    packed: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,15 +257,12 @@ _KINDS: Mapping[str, type[Event]] = {
         *(Starting, LoadProgress, Ready, Vram, Residency, Draining, Stopped),
     )
 }
-_ENVELOPE = tuple(f.name for f in fields(Envelope))
 TERMINAL_KINDS = frozenset(kind for kind, cls in _KINDS.items() if cls.terminal)
 
 
-def encode_event(event: Event, envelope: Envelope) -> tuple[str, bytes]:
+def encode_event(event: Event, envelope: Envelope) -> EncodedEvent:
     """Encode to the entry's `type` and `p`."""
-    common = {name: getattr(envelope, name) for name in _ENVELOPE}
-    packed: bytes = msgpack.packb(common | event.to_fields())
-    return event.kind, packed
+    return EncodedEvent(event.kind, msgpack.packb(asdict(envelope) | event.to_fields()))
 
 
 def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
@@ -272,7 +276,7 @@ def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
         return None
     try:
         values = msgpack.unpackb(packed, strict_map_key=False)
-        envelope = Envelope(**{name: values[name] for name in _ENVELOPE if name in values})
+        envelope = Envelope(**{f.name: values[f.name] for f in fields(Envelope) if f.name in values})
         return cls.from_fields(values), envelope
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise Internal(f"an event of type {kind} can't be read: {type(error).__name__}") from error

@@ -13,10 +13,10 @@ from enum import Enum
 from typing import Literal
 
 from worker.errors import WorkerError
-from worker.jobs.events import ErrorEvent, Event, Started, Token, Tokens, decode_event
+from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Started, Token, Tokens, decode_event
 from worker.jobs.keys import START, epoch_of, split_id
 from worker.jobs.protocol import Trace
-from worker.jobs.streams import EncodedEvent, Record
+from worker.jobs.streams import Record
 
 
 class Fenced(Exception):

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ParamSpec, Protocol, TypeVar
 
+from worker.jobs.events import EncodedEvent
 from worker.jobs.keys import START, epoch_of
 
 P = ParamSpec("P")
@@ -40,14 +41,6 @@ class Entry:
     id: str
     fields: Fields
     deliveries: int
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedEvent:
-    """The two fields of an event's entry: `type` as plain text and `p` as msgpack."""
-
-    kind: str
-    packed: bytes
 
 
 @dataclass(frozen=True, slots=True)

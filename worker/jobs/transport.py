@@ -15,17 +15,15 @@ from typing import Literal
 
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
-from worker.jobs.consumer import Consumer
+from worker.jobs.consumer import Consumer, Registration
 from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event
 from worker.jobs.keys import events_key, next_id, state_key
 from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Renewal
 from worker.jobs.payload import job_id_of
 from worker.jobs.protocol import Trace
-from worker.jobs.registry import Registration
 from worker.jobs.streams import (
     AppendCall,
     Disconnected,
-    EncodedEvent,
     JobState,
     Record,
     ServerClock,
@@ -65,6 +63,7 @@ class Transport:
         self._streams = streams
         self._clock = clock
         self._settings = lease or LeaseSection()
+        self._unsettled_ms = int(self._settings.unsettled_s * 1000)
         self._consumer = Consumer(streams, queue, worker_id, self._settings)
         self._server_clock = ServerClock(streams)
         self.registration = Registration(streams, worker_id, self._settings, clock)
@@ -203,26 +202,21 @@ class Transport:
     def _take_call(
         self, claim: Claim, job_id: str, trace: Trace, state: JobState, opening: Event, errors: Mapping[str, ErrorEvent]
     ) -> TakeCall:
-        epoch = state.next_epoch
-        envelope = self._envelope(job_id, epoch, trace)
-
-        def encode(event: Event) -> EncodedEvent:
-            return EncodedEvent(*encode_event(event, envelope))
-
+        envelope = self._envelope(job_id, state.next_epoch, trace)
         return TakeCall(
             entry_id=claim.entry_id,
             worker=self.worker_id,
             expected=state.last_id,
-            epoch=epoch,
-            opening=encode(opening),
+            epoch=state.next_epoch,
+            opening=encode_event(opening, envelope),
             opening_code=opening.code if isinstance(opening, ErrorEvent) else "",
-            cancelled=encode(errors[Cancelled.code]),
-            poisoned=encode(errors[DeadLettered.code]),
+            cancelled=encode_event(errors[Cancelled.code], envelope),
+            poisoned=encode_event(errors[DeadLettered.code], envelope),
             deliveries=claim.deliveries,
             max_deliveries=self._settings.max_deliveries,
             max_attempts=self._settings.max_attempts,
-            now_ms=self._now_ms(),
-            ttl_ms=int(self._settings.unsettled_s * 1000),
+            now_ms=envelope.ts_ms,
+            ttl_ms=self._unsettled_ms,
         )
 
     async def _read_job(self, job_id: str) -> tuple[JobState, History]:
@@ -261,21 +255,22 @@ class Transport:
     def _stage(self, lease: Lease, events: Sequence[Event]) -> None:
         envelope = self._envelope(lease.job_id, lease.epoch, lease.trace)
         for event in events:
-            lease.stage(event, EncodedEvent(*encode_event(event, envelope)))
+            lease.stage(event, encode_event(event, envelope))
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""
         while True:
+            events, now_ms = lease.unwritten(), self._now_ms()
             call = AppendCall(
-                expected=lease.last_id,
-                epoch=lease.epoch,
-                worker=self.worker_id,
-                state=state,
-                tokens=lease.tokens,
-                code=code,
-                events=lease.unwritten(),
-                now_ms=self._now_ms(),
-                ttl_ms=int(self._settings.unsettled_s * 1000),
+                lease.last_id,
+                lease.epoch,
+                self.worker_id,
+                state,
+                lease.tokens,
+                code,
+                events,
+                now_ms,
+                self._unsettled_ms,
             )
             last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(last_id):

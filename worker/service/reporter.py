@@ -19,8 +19,8 @@ from typing import NoReturn
 from worker import __version__
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
+from worker.jobs.consumer import Registration
 from worker.jobs.events import Event, LoadProgress, Ready, Residency, Starting, Vram
-from worker.jobs.registry import Registration
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import Health
