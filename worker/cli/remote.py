@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,17 +19,10 @@ from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
 from worker.jobs.streams import Streams
 
-_SERVER = "Server and queue"
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings file of worker run.", rich_help_panel=_SERVER),
-]
-UrlOption = Annotated[
-    str | None,
-    typer.Option("--redis-url", help="For example redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER),
-]
-QueueOption = Annotated[str | None, typer.Option("--queue", help="Name of the queue.", rich_help_panel=_SERVER)]
+_server = partial(typer.Option, rich_help_panel="Server and queue")
+ConfigOption = Annotated[Path | None, _server("--config", metavar="FILE", help="Settings file of worker run.")]
+UrlOption = Annotated[str | None, _server("--redis-url", help="For example redis://127.0.0.1:6379/0.")]
+QueueOption = Annotated[str | None, _server("--queue", help="Name of the queue.")]
 
 
 def redis_section(config: Path | None, url: str | None, queue: str | None) -> RedisSection:

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,45 +19,25 @@ from worker.config import load_settings
 from worker.errors import ConfigInvalid
 from worker.gpu import create_context_in_background
 
-_SERVER = "Server and queue"
-_ENGINE = "Model and engine"
+_engine = partial(typer.Option, rich_help_panel="Model and engine")
+_server = partial(typer.Option, rich_help_panel="Server and queue")
 
 
 def run(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file such as configs/default.toml.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A .gguf file, or a name that `worker pull` knows.", rich_help_panel=_ENGINE)
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="cpu or gpu; by default the GPU if there is one.", rich_help_panel=_ENGINE)
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Maximum tokens of prompt and answer together.", rich_help_panel=_ENGINE)
-    ] = None,
+    model: Annotated[str | None, _engine(help="A .gguf file, or a name that `worker pull` knows.")] = None,
+    backend: Annotated[str | None, _engine(help="cpu or gpu; by default the GPU if there is one.")] = None,
+    context: Annotated[int | None, _engine(help="Maximum tokens of prompt and answer together.")] = None,
     prefix_cache: Annotated[
-        bool | None,
-        typer.Option(help="Share the KV cache of common prompt prefixes; on by default.", rich_help_panel=_ENGINE),
+        bool | None, _engine(help="Share the KV cache of common prompt prefixes; on by default.")
     ] = None,
-    echo: Annotated[
-        bool, typer.Option("--echo", help="Serve no model: each answer repeats its prompt.", rich_help_panel=_ENGINE)
-    ] = False,
-    echo_step_ms: Annotated[
-        float, typer.Option(min=0, help="With --echo: milliseconds per token.", rich_help_panel=_ENGINE)
-    ] = 0.0,
-    redis_url: Annotated[
-        str | None, typer.Option(help="For example redis://127.0.0.1:6379/0.", rich_help_panel=_SERVER)
-    ] = None,
-    queue: Annotated[str | None, typer.Option(help="Name of the queue.", rich_help_panel=_SERVER)] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="First part of the worker's id; by default the host name.", rich_help_panel=_SERVER),
-    ] = None,
-    grace: Annotated[
-        float | None, typer.Option(help="Seconds that the running job has after SIGTERM.", rich_help_panel=_SERVER)
-    ] = None,
-    http_port: Annotated[
-        int | None, typer.Option(help="Port of /livez, /readyz, /metrics; 0 picks a free one.", rich_help_panel=_SERVER)
-    ] = None,
+    echo: Annotated[bool, _engine("--echo", help="Serve no model: each answer repeats its prompt.")] = False,
+    echo_step_ms: Annotated[float, _engine(min=0, help="With --echo: milliseconds per token.")] = 0.0,
+    redis_url: Annotated[str | None, _server(help="For example redis://127.0.0.1:6379/0.")] = None,
+    queue: Annotated[str | None, _server(help="Name of the queue.")] = None,
+    name: Annotated[str | None, _server(help="First part of the worker's id; by default the host name.")] = None,
+    grace: Annotated[float | None, _server(help="Seconds that the running job has after SIGTERM.")] = None,
+    http_port: Annotated[int | None, _server(help="Port of /livez, /readyz, /metrics; 0 picks a free one.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json, console or auto (default).")] = None,
 ) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull
-from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
+from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
 from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
@@ -55,9 +55,9 @@ class DeadLetter:
     def of(cls, record: Record) -> DeadLetter:
         """Decode an entry of the dead-letter stream."""
         entry_id, fields = record
-        texts = {name: value.decode(errors="replace") for name, value in fields.items() if name != "p"}
-        job_id, reason, last_error = (texts.get(name, "") for name in ("job_id", "reason", "last_error"))
-        return cls(entry_id, job_id, reason, int(texts.get("attempts", "0")), last_error, fields.get("p", b""))
+        names = ("job_id", "reason", "attempts", "last_error")
+        job_id, reason, attempts, last_error = (fields.get(name, b"").decode(errors="replace") for name in names)
+        return cls(entry_id, job_id, reason, int(attempts or 0), last_error, fields.get("p", b""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,12 @@ class Client:
         bound: int = 10_000,
         retry_after_s: float = 1.0,
         reconnect_timeout_s: float = 30.0,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._streams = streams
         self._queue = queue
         self._bound = bound
         self._retry_after_s = retry_after_s
         self._reconnect_timeout_s = reconnect_timeout_s
-        self._clock = clock
 
     @classmethod
     def from_url(cls, url: str, queue: str = "default", bound: int = 10_000) -> Self:
@@ -192,9 +190,9 @@ class Client:
             raise InvalidRequest.of(("job_id", JOB_ID_RULE, job_id[:128]))
         state, error, trace = JobState(), ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
-            now_ms, epoch = int(self._clock() * 1000), state.next_epoch
-            event = encode_event(error, trace.envelope(job_id, epoch, now_ms, worker_id=""))
-            call = CancelCall(state.last_id, epoch, event, now_ms, CANCELLED_TTL_MS)
+            now, epoch = now_ms(), state.next_epoch
+            event = encode_event(error, trace.envelope(job_id, epoch, now, worker_id=""))
+            call = CancelCall(state.last_id, epoch, event, now, CANCELLED_TTL_MS)
             outcome = await self._streams.cancel(job_id, call)
             if outcome == "REQUESTED":
                 await self._command("cancel", job_id)
@@ -273,11 +271,8 @@ class Client:
             return False
         if not state.fields or cursor.after == START:
             return ended or cursor.after != START
-        lost = (
-            split_id(state.last_id) < split_id(cursor.after)
-            or cursor.is_behind(tokens)
-            or (ended and not terminal_seen)
-        )
+        cut = split_id(state.last_id) < split_id(cursor.after)
+        lost = cut or cursor.is_behind(tokens) or (ended and not terminal_seen)
         return not (lost and cursor.rewind()) and ended
 
     async def _read(self, key: str, after: str, block_ms: int = READ_BLOCK_MS) -> list[Record]:
@@ -376,15 +371,12 @@ class SyncClient:
             raise
 
     def _iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:
-        async def advance() -> T | None:
-            return await anext(events, None)
-
-        async def close() -> None:
-            await events.aclose()
+        async def wait_for(reply: Awaitable[Any]) -> Any:
+            return await reply
 
         try:
-            while (item := self._run(advance())) is not None:
+            while (item := self._run(wait_for(anext(events, None)))) is not None:
                 yield item
         finally:
             if self._open:
-                self._run(close())
+                self._run(wait_for(events.aclose()))

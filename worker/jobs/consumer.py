@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from worker.config import LeaseSection
-from worker.jobs.events import Envelope, Event, encode_event
+from worker.jobs.events import Envelope, Event, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, worker_events_key
 from worker.jobs.streams import Disconnected, Entry, Streams, retry_until_connected
 
@@ -139,18 +139,12 @@ class Command:
 
 
 class Registration:
-    """The worker `worker_id` in the registry; `clock` returns seconds since 1970.
+    """The worker in the registry. No job waits for its writes; those that fail are dropped."""
 
-    No result of a job depends on it: writes that fail are dropped, and no job waits for them.
-    """
-
-    def __init__(
-        self, streams: Streams, worker_id: str, lease: LeaseSection, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, streams: Streams, worker_id: str, lease: LeaseSection) -> None:
         self._streams = streams
         self._worker_id = worker_id
         self._lease = lease
-        self._clock = clock
         self._last_command_id = START
 
     async def open(self) -> None:
@@ -163,8 +157,7 @@ class Registration:
 
     async def publish(self, event: Event, envelope: Envelope | None = None) -> None:
         """Append to the worker's own stream; pass the envelope to copy a job's event."""
-        envelope = envelope or Envelope(None, 0, int(self._clock() * 1000), self._worker_id)
-        kind, packed = encode_event(event, envelope)
+        kind, packed = encode_event(event, envelope or Envelope(None, 0, now_ms(), self._worker_id))
         key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
         with contextlib.suppress(Disconnected):
             await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)

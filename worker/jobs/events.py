@@ -7,6 +7,7 @@ ignore unknown types and fields. `transport.py` writes events and assigns their 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -258,6 +259,11 @@ _KINDS: Mapping[str, type[Event]] = {
     )
 }
 TERMINAL_KINDS = frozenset(kind for kind, cls in _KINDS.items() if cls.terminal)
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970 by this machine's clock."""
+    return int(time.time() * 1000)
 
 
 def encode_event(event: Event, envelope: Envelope) -> EncodedEvent:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -73,9 +74,8 @@ def read_map(payload: bytes, max_bytes: int) -> tuple[dict[Any, Any], list[Field
         if is_json:
             fields = json.loads(payload.decode(errors="surrogateescape"), object_pairs_hook=unique)
         else:
-            fields = msgpack.unpackb(
-                payload, object_pairs_hook=unique, strict_map_key=False, unicode_errors="surrogateescape"
-            )
+            options = {"strict_map_key": False, "unicode_errors": "surrogateescape"}
+            fields = msgpack.unpackb(payload, object_pairs_hook=unique, **options)
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
         rule = f"readable {'JSON' if is_json else 'msgpack'}: {str(error) or type(error).__name__}"
         raise InvalidRequest.of(("payload", rule, describe(payload))) from None
@@ -163,10 +163,8 @@ def field_errors(error: ValidationError) -> list[FieldError]:
     for line in error.errors(include_url=False):
         field = ".".join(field_name(part) for part in line["loc"])
         template = _CONSTRAINTS.get(line["type"])
-        if template is None:
-            constraint = line["msg"].removeprefix("Input should be ")
-        else:
-            constraint = template.format(**line.get("ctx", {}))
+        message = line["msg"].removeprefix("Input should be ")
+        constraint = template.format(**line.get("ctx", {})) if template else message
         value = None if line["type"] == "missing" else describe_field(field, line["input"], line["type"])
         found.append((field, constraint, value))
     return found
@@ -175,10 +173,10 @@ def field_errors(error: ValidationError) -> list[FieldError]:
 def limited(errors: list[FieldError]) -> list[FieldError]:
     """The first MAX_FIELD_ERRORS errors of each top-level field, and a count of the rest."""
     kept: list[FieldError] = []
-    count: dict[str, int] = {}
+    count: Counter[str] = Counter()
     for error in errors:
         top = error[0].partition(".")[0]
-        count[top] = count.get(top, 0) + 1
+        count[top] += 1
         if count[top] <= MAX_FIELD_ERRORS:
             kept.append(error)
     return kept + [(top, "further errors", n - MAX_FIELD_ERRORS) for top, n in count.items() if n > MAX_FIELD_ERRORS]

@@ -63,7 +63,7 @@ class RedisStreams:
         self._commands = commands
         self._blocking = blocking
         self._address = _address(commands)
-        self._reconnects = 0
+        self.reconnects = 0
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
@@ -73,28 +73,19 @@ class RedisStreams:
     def from_url(cls, url: str) -> Self:
         """Create clients for `url` (redis://, rediss:// or unix://); they connect on first use."""
 
-        def client(socket_timeout: float) -> Redis:
-            return Redis.from_url(
-                url,
-                protocol=2,
-                socket_timeout=socket_timeout,
-                socket_connect_timeout=COMMAND_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
+        def client(timeout_s: float) -> Redis:
+            options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": COMMAND_TIMEOUT_S}
+            return Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **options)
 
         streams = cls(client(COMMAND_TIMEOUT_S), client(BLOCKING_TIMEOUT_S))
         for each in (streams._commands, streams._blocking):
             each.connection_pool.connection_kwargs["redis_connect_func"] = streams._on_connect
         return streams
 
-    @property
-    def reconnects(self) -> int:
-        return self._reconnects
-
     async def _on_connect(self, connection: Connection) -> None:
         await connection.on_connect()
         if connection in self._opened:
-            self._reconnects += 1
+            self.reconnects += 1
         self._opened.add(connection)
 
     async def open_queue(self, queue: str) -> None:
@@ -105,9 +96,8 @@ class RedisStreams:
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        reply = await self._call(
-            self._scripts["enqueue"](keys=[queue_key(queue)], args=[bound, *_flat(fields.items())])
-        )
+        script, args = self._scripts["enqueue"], [bound, *_flat(fields.items())]
+        reply = await self._call(script(keys=[queue_key(queue)], args=args))
         return None if reply is None else _text(reply)
 
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
@@ -155,13 +145,11 @@ class RedisStreams:
         return bool(await self._on_queue("settle", queue, entry_id, *_flat((dead or {}).items())))
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
-        names = [] if name is None else [name]
-        return int(await self._on_queue("remove_consumers", queue, min_idle_ms, *names))
+        return int(await self._on_queue("remove_consumers", queue, min_idle_ms, *([name] if name else [])))
 
     async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
-        return await self._call(
-            self._scripts[script](keys=[queue_key(queue), dead_key(queue)], args=[GROUP, *args]), no_group=0
-        )
+        keys = [queue_key(queue), dead_key(queue)]
+        return await self._call(self._scripts[script](keys=keys, args=[GROUP, *args]), no_group=0)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         rows = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, "-", "+", count), no_group=[])

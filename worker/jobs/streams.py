@@ -140,9 +140,8 @@ class JobState:
 class Streams(Protocol):
     """A connection to a server of streams. Every method may raise Disconnected; times are in ms."""
 
-    @property
-    def reconnects(self) -> int:
-        """Number of reconnections so far. Each may have lost replies."""
+    reconnects: int
+    """Number of reconnections so far. Each may have lost replies."""
 
     async def open_queue(self, queue: str) -> None:
         """Create the stream and its consumer group, from id 0, unless they exist."""

@@ -16,7 +16,7 @@ from typing import Literal
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
 from worker.jobs.consumer import Consumer, Registration
-from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event
+from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event, now_ms
 from worker.jobs.keys import events_key, next_id, state_key
 from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Renewal
 from worker.jobs.payload import job_id_of
@@ -52,21 +52,15 @@ class Transport:
     """
 
     def __init__(
-        self,
-        streams: Streams,
-        worker_id: str,
-        queue: str = "default",
-        lease: LeaseSection | None = None,
-        clock: Callable[[], float] = time.time,
+        self, streams: Streams, worker_id: str, queue: str = "default", lease: LeaseSection | None = None
     ) -> None:
         self.worker_id = worker_id
         self._streams = streams
-        self._clock = clock
         self._settings = lease or LeaseSection()
         self._unsettled_ms = int(self._settings.unsettled_s * 1000)
         self._consumer = Consumer(streams, queue, worker_id, self._settings)
         self._server_clock = ServerClock(streams)
-        self.registration = Registration(streams, worker_id, self._settings, clock)
+        self.registration = Registration(streams, worker_id, self._settings)
 
     async def open(self) -> None:
         """Create the queue, delete dead consumers, and accept commands from now on."""
@@ -260,18 +254,8 @@ class Transport:
     async def _write(self, lease: Lease, state: str, code: str) -> None:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""
         while True:
-            events, now_ms = lease.unwritten(), self._now_ms()
-            call = AppendCall(
-                lease.last_id,
-                lease.epoch,
-                self.worker_id,
-                state,
-                lease.tokens,
-                code,
-                events,
-                now_ms,
-                self._unsettled_ms,
-            )
+            owner, events = (lease.last_id, lease.epoch, self.worker_id), lease.unwritten()
+            call = AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
             last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(last_id):
                 self._consumer.held.discard(lease.claim.entry_id)
@@ -285,7 +269,4 @@ class Transport:
             await retry_until_connected(self._streams.expire, key, int(self._settings.retention_s * 1000))
 
     def _envelope(self, job_id: str, epoch: int, trace: Trace) -> Envelope:
-        return trace.envelope(job_id, epoch, self._now_ms(), self.worker_id)
-
-    def _now_ms(self) -> int:
-        return int(self._clock() * 1000)
+        return trace.envelope(job_id, epoch, now_ms(), self.worker_id)
