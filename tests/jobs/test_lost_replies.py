@@ -21,8 +21,8 @@ from tests.jobs.harness import (
 from worker.errors import InvalidRequest
 from worker.jobs.client import Client
 from worker.jobs.keys import events_key, queue_key, state_key
-from worker.jobs.lease import Fenced, Renewal
 from worker.jobs.streams import Disconnected
+from worker.jobs.transport import Fenced, Renewal
 
 
 @pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire", "job_state", "range"])

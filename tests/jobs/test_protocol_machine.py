@@ -23,8 +23,7 @@ from tests.jobs.stream_checker import assert_none, find_violations, keys_without
 from worker.jobs import streams as streams_module
 from worker.jobs.events import ErrorEvent
 from worker.jobs.keys import events_key
-from worker.jobs.lease import Claim, Fenced, Lease, Renewal
-from worker.jobs.transport import Transport
+from worker.jobs.transport import Claim, Fenced, Lease, Renewal, Transport
 
 LEASE = lease_settings(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
 LENGTHS = {"a": 6, "b": 3, "c": 9, "d": 0, "e": 4, "f": 5}

@@ -9,7 +9,7 @@ from tests.jobs.echo import begin, complete, text
 from tests.jobs.harness import NO_LEASE, ServerHarness
 from tests.jobs.servers import Server
 from worker.jobs.client import SyncClient, retry_id
-from worker.jobs.lease import Closed
+from worker.jobs.transport import Closed
 
 
 def test_the_sync_client_has_the_same_calls_without_await(server: Server) -> None:

@@ -11,7 +11,7 @@ from tests.jobs.harness import NO_LEASE, SHORT_LEASE, Harness, LossyStreams, ass
 from worker.errors import DeadLettered
 from worker.jobs.events import Started
 from worker.jobs.keys import events_key
-from worker.jobs.lease import Closed, Fenced, Renewal
+from worker.jobs.transport import Closed, Fenced, Renewal
 
 DAY_MS = 24 * 3600 * 1000
 

@@ -5,7 +5,7 @@
 | what is in a job, an event, a key | `protocol.py`, `payload.py`, `events.py`, `keys.py` |
 | what each call does on the server | `streams.py` (interface), `lua/` (scripts, one step each) |
 | how the calls reach Redis | `redis_streams.py`, the only module that imports redis |
-| how a worker claims, writes and settles a job | `transport.py`, `consumer.py`, `lease.py` |
+| how a worker claims, writes and settles a job | `transport.py`, `consumer.py` |
 | where a lease is renewed | `Transport.renew` → `Consumer.renew` → `lua/renew.lua` on the server |
 | where a stale worker is fenced | `lua/take.lua` begins an epoch, `lua/append.lua` checks it |
 | heartbeats, worker events, drain and cancel commands | `Registration` in `consumer.py` |

@@ -58,10 +58,7 @@ class Message(_Strict):
 
 
 class SamplingParams(_Strict):
-    """Sampling parameters, in the order of application.
-
-    Bias, penalties, temperature, top-k, top-p, min-p.
-    """
+    """Sampling parameters, applied in order: bias, penalties, temperature, top-k, top-p, min-p."""
 
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
@@ -135,14 +132,12 @@ class Job(SamplingParams):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A worker's limits: the model it serves, its vocabulary size, and its context in tokens.
-
-    The context is the minimum of the file's, the setting and the KV pool.
-    """
+    """A worker's limits: the model it serves, its vocabulary size, and its context in tokens."""
 
     model: str
     vocab_size: int
     context: int
+    """The minimum of the file's, the setting and the KV pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +191,7 @@ def decode_job(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Job:
 
 
 def derived_seed(job_id: str, entry_id: str) -> int:
-    """Seed of a job that gives none.
-
-    The first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id).
-    """
+    """Default seed: the first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id)."""
     return int.from_bytes(hashlib.sha256(f"{job_id}\0{entry_id}".encode()).digest()[:8], "big")
 
 

@@ -54,10 +54,7 @@ Value = str | int | bytes
 
 
 class RedisStreams:
-    """`Streams` over two redis-py clients, one for commands and one for blocking reads.
-
-    Methods are documented in `Streams`.
-    """
+    """`Streams` over two redis-py clients, one for commands and one for blocking reads."""
 
     def __init__(self, commands: Redis, blocking: Redis) -> None:
         self._commands = commands

@@ -8,17 +8,30 @@ each call does on the server.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Literal
 
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
 from worker.jobs.consumer import Consumer, Registration
-from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event, now_ms
-from worker.jobs.keys import events_key, next_id, state_key
-from worker.jobs.lease import Claim, Closed, Fenced, History, Lease, Renewal
+from worker.jobs.events import (
+    EncodedEvent,
+    Envelope,
+    ErrorEvent,
+    Event,
+    Started,
+    Token,
+    Tokens,
+    decode_event,
+    encode_event,
+    now_ms,
+)
+from worker.jobs.keys import START, epoch_of, events_key, next_id, split_id, state_key
 from worker.jobs.payload import job_id_of
 from worker.jobs.protocol import Trace
 from worker.jobs.streams import (
@@ -33,15 +46,145 @@ from worker.jobs.streams import (
     retry_until_connected,
 )
 
-Opening = Callable[[History], Event]
-"""Returns the first event of an attempt: `Started` for an empty history, otherwise `Resumed`; or an
-`ErrorEvent` that refuses the job."""
-
 _PAGE = 1000
 _REASONS: Mapping[str, Literal["cancelled", "dead_lettered"]] = {
     Cancelled.code: "cancelled",
     DeadLettered.code: "dead_lettered",
 }
+
+
+class Fenced(Exception):
+    """Another worker owns the job, or its keys are gone: write and acknowledge nothing more."""
+
+
+class Renewal(Enum):
+    """Result of a renewal."""
+
+    HELD = "held"
+    LOST = "lost"
+    """Another consumer has the entry: stop immediately, as if fenced."""
+    CANCEL_REQUESTED = "cancel_requested"
+    """Held, and the job must end as cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A queue entry that is pending for this worker."""
+
+    entry_id: str
+    payload: bytes
+    traceparent: str | None
+    """The entry's own, which overrides the job's."""
+    deliveries: int
+
+    @property
+    def enqueued_ms(self) -> int:
+        """When the job was submitted, by the server's clock; deadlines count from here."""
+        return split_id(self.entry_id)[0]
+
+    def dead_letter(self, job_id: str, reason: str, attempts: int, last_error: str) -> dict[str, bytes]:
+        """Fields of the entry in the dead-letter stream."""
+        texts = {"job_id": job_id, "reason": reason, "attempts": str(attempts), "last_error": last_error}
+        texts |= {"entry": self.entry_id, "traceparent": self.traceparent or ""}
+        return {"p": self.payload} | {name: text.encode() for name, text in texts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What earlier attempts published. The next token is a function of the job and of this."""
+
+    epoch: int = 1
+    """Epoch of the attempt that begins now."""
+    started: Started | None = None
+    tokens: tuple[Token, ...] = ()
+    handed_back: bool = False
+    """Whether the previous attempt released the job (state `handed_back`)."""
+    intact: bool = True
+    """False if events are missing or unreadable; the job cannot be continued then."""
+
+    @property
+    def reason(self) -> Literal["crash", "drain"]:
+        """Why this attempt follows another: the `reason` of `resumed`."""
+        return "drain" if self.handed_back else "crash"
+
+    @classmethod
+    def read(cls, records: Sequence[Record], epoch: int, handed_back: bool) -> History:
+        """Read a job's whole event stream."""
+        started: Started | None = None
+        tokens: list[Token] = []
+        try:
+            for _, fields in records:
+                decoded = decode_event(fields["type"].decode(), fields["p"])
+                event = decoded and decoded[0]
+                if isinstance(event, Started):
+                    started = event
+                elif isinstance(event, Tokens):
+                    tokens += event.tokens
+        except (WorkerError, KeyError, UnicodeDecodeError):
+            return cls(epoch, handed_back=handed_back, intact=False)
+        contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
+        return cls(epoch, started, tuple(tokens), handed_back, intact=epoch == 1 or contiguous)
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Nothing to run. The entry is settled, or after `lost` pending for another consumer."""
+
+    reason: Literal["over", "duplicate", "lost", "refused", "cancelled", "dead_lettered"]
+    """`over`: it had ended before. `duplicate`: another queue entry has the job. `refused`: the
+    opening event was an error."""
+    error: ErrorEvent | None = None
+    """The terminal event, if this call wrote it."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """One epoch of one job. Keeps its events, to write them again if the server loses them.
+
+    Renewed with `Transport.renew`, which runs `lua/renew.lua` on the server.
+    """
+
+    claim: Claim
+    job_id: str
+    trace: Trace
+    history: History
+    base: str
+    """The stream's last id before this epoch."""
+    log: list[EncodedEvent]
+    """Event n has the id `<epoch>-n`."""
+    last_id: str
+    """The stream's last id, as last reported by the server."""
+    tokens: int
+    """Number of tokens of the answer so far, those of earlier epochs included."""
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held during an append: one batch is in flight at a time."""
+
+    @property
+    def epoch(self) -> int:
+        """The fencing token: the first number of every event id."""
+        return self.history.epoch
+
+    def stage(self, event: Event, encoded: EncodedEvent) -> None:
+        """Add an event to the log. Raises ValueError if a token's index is not the next."""
+        for token in event.tokens if isinstance(event, Tokens) else ():
+            if token.i != self.tokens:
+                raise ValueError(f"token {token.i} where {self.tokens} is the next")
+            self.tokens += 1
+        self.log.append(encoded)
+
+    def unwritten(self) -> list[tuple[str, EncodedEvent]]:
+        """Events of the log above `last_id`, with their ids."""
+        first = 0 if self.last_id == self.base else min(split_id(self.last_id)[1] + 1, len(self.log))
+        return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[first:], first)]
+
+    def owns(self, last_id: str) -> bool:
+        """Whether a stream that ends at `last_id` is this epoch's, possibly with writes lost."""
+        return last_id == self.base != START or epoch_of(last_id) == self.epoch
+
+
+Opening = Callable[[History], Event]
+"""Returns the first event of an attempt: `Started` for an empty history, otherwise `Resumed`; or an
+`ErrorEvent` that refuses the job."""
 
 
 class Transport:
@@ -118,7 +261,8 @@ class Transport:
             call = self._take_call(claim, job_id, trace, state, event, errors)
             reply = await retry_until_connected(self._streams.take, job_id, call)
             if reply.outcome == "TAKEN":
-                return Lease(claim, job_id, trace, history, call.expected, call.opening)
+                base, opening_id = call.expected, f"{history.epoch}-0"
+                return Lease(claim, job_id, trace, history, base, [call.opening], opening_id, len(history.tokens))
             if reply.outcome != "RETRY":
                 return await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
             state, history = await self._read_job(job_id)
@@ -131,18 +275,14 @@ class Transport:
         Raises:
             Fenced: another worker owns the job, or its keys are gone.
         """
-        async with lease.writing:
-            self._stage(lease, events)
-            await self._write(lease, "running", "")
+        await self._publish(lease, events, "running", "")
 
     async def finish(self, lease: Lease, *events: Event) -> None:
         """Publish events, the last of which is terminal; call `settle` next. Raises Fenced."""
         last = events[-1]
         if not last.terminal:
             raise ValueError(f"{last.kind} is not a terminal event")
-        async with lease.writing:
-            self._stage(lease, events)
-            await self._write(lease, last.kind, last.code if isinstance(last, ErrorEvent) else "")
+        await self._publish(lease, events, last.kind, last.code if isinstance(last, ErrorEvent) else "")
         if isinstance(last, ErrorEvent):
             await self.registration.publish(last, self._envelope(lease.job_id, lease.epoch, lease.trace))
 
@@ -246,10 +386,12 @@ class Transport:
         await self.registration.publish(error, self._envelope(job_id, epoch, trace))
         return Closed(_REASONS.get(reply.code, "refused"), error)
 
-    def _stage(self, lease: Lease, events: Sequence[Event]) -> None:
-        envelope = self._envelope(lease.job_id, lease.epoch, lease.trace)
-        for event in events:
-            lease.stage(event, encode_event(event, envelope))
+    async def _publish(self, lease: Lease, events: Sequence[Event], state: str, code: str) -> None:
+        async with lease.writing:
+            envelope = self._envelope(lease.job_id, lease.epoch, lease.trace)
+            for event in events:
+                lease.stage(event, encode_event(event, envelope))
+            await self._write(lease, state, code)
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""

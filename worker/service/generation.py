@@ -19,8 +19,7 @@ from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.errors import CudaError, Internal, VramOom, WorkerError
 from worker.jobs import events
-from worker.jobs.lease import History, Lease
-from worker.jobs.transport import Transport
+from worker.jobs.transport import History, Lease, Transport
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread, Inbox, TimedToken
 from worker.service.prepared_job import AttemptLimits, PreparedJob, StopReason

@@ -19,9 +19,8 @@ from worker import __version__
 from worker.config import HttpSection, LeaseSection, ServiceSection
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs import events
-from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Transport
+from worker.jobs.transport import Claim, Transport
 from worker.runtime import LoadedModel, ModelLoader
 from worker.service.attempt import Attempt
 from worker.service.engine_thread import EngineThread
