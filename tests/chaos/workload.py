@@ -12,7 +12,7 @@ from tests.tiny_models import make_tiny
 from worker.config import EngineSection, ModelSection
 from worker.echo import load_echo
 from worker.jobs.protocol import Job
-from worker.jobs.transport import History
+from worker.jobs.reader import History
 from worker.runtime import LoadedModel, load
 from worker.service.prepared_job import PreparedJob
 

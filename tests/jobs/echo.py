@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from worker.jobs.events import End, Event, Resumed, Started, Token, Tokens
 from worker.jobs.protocol import Limits, Trace, decode_job
-from worker.jobs.transport import Claim, Closed, History, Lease, Opening, Transport
+from worker.jobs.reader import History
+from worker.jobs.transport import Claim, Closed, Lease, Opening, Transport
 
 LIMITS = Limits(model="echo", vocab_size=1000, context=4096)
 

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull
-from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event, now_ms
+from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
 from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
 from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
@@ -190,9 +190,9 @@ class Client:
             raise InvalidRequest.of(("job_id", JOB_ID_RULE, job_id[:128]))
         state, error, trace = JobState(), ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
-            now, epoch = now_ms(), state.next_epoch
-            event = encode_event(error, trace.envelope(job_id, epoch, now, worker_id=""))
-            call = CancelCall(state.last_id, epoch, event, now, CANCELLED_TTL_MS)
+            envelope = trace.envelope(job_id, state.next_epoch, worker_id="")
+            event = encode_event(error, envelope)
+            call = CancelCall(state.last_id, envelope.epoch, event, envelope.ts_ms, CANCELLED_TTL_MS)
             outcome = await self._streams.cancel(job_id, call)
             if outcome == "REQUESTED":
                 await self._command("cancel", job_id)

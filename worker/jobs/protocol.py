@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from worker.errors import InvalidRequest
-from worker.jobs.events import SCHEMA_VERSION, Envelope
+from worker.jobs.events import SCHEMA_VERSION, Envelope, now_ms
 from worker.jobs.payload import (
     JOB_ID,
     PROMPT_FIELDS,
@@ -157,9 +157,9 @@ class Trace:
     correlation_id: str
     traceparent: str
 
-    def envelope(self, job_id: str, epoch: int, ts_ms: int, worker_id: str) -> Envelope:
-        """The envelope of an event of the job."""
-        return Envelope(job_id, epoch, ts_ms, worker_id, self.correlation_id, self.traceparent)
+    def envelope(self, job_id: str, epoch: int, worker_id: str) -> Envelope:
+        """The envelope of an event of the job that is written now."""
+        return Envelope(job_id, epoch, now_ms(), worker_id, self.correlation_id, self.traceparent)
 
     @classmethod
     def of(cls, job_id: str, entry_id: str, job: Job | None = None, entry_traceparent: str | None = None) -> Trace:

@@ -1,16 +1,21 @@
-"""Reading event streams: entries decoded to events, and the cursor that yields each event once.
+"""Reading event streams: a client's cursor, which yields each event once, and a worker's history.
 
-A reader gets one event at a time, each with the id to resume at; a `tokens` entry is split into
-its tokens. `Client.events` in `client.py` does the I/O.
+A client receives one event at a time, each with the id to resume at; a `tokens` entry is split into
+its tokens. `Client.events` in `client.py` does the I/O. A later attempt reads the whole stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from worker.jobs.events import End, Envelope, ErrorEvent, Event, Token, Tokens, decode_event
-from worker.jobs.keys import START, split_id
-from worker.jobs.streams import Record
+from worker.errors import WorkerError
+from worker.jobs.events import End, Envelope, ErrorEvent, Event, Started, Token, Tokens, decode_event
+from worker.jobs.keys import START, events_key, next_id, split_id
+from worker.jobs.streams import JobState, Record, Streams, retry_until_connected
+
+_PAGE = 1000
 
 
 class JobFailed(Exception):
@@ -110,3 +115,53 @@ def _token_span(events: list[StreamEvent]) -> tuple[int, int] | None:
         return indices[0], indices[-1] + 1
     counts = [item.event.tokens_out for item in events if isinstance(item.event, End)]
     return (counts[0], counts[0]) if counts else None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What earlier attempts published. The next token is a function of the job and of this."""
+
+    epoch: int = 1
+    """Epoch of the attempt that begins now."""
+    started: Started | None = None
+    tokens: tuple[Token, ...] = ()
+    handed_back: bool = False
+    """Whether the previous attempt released the job (state `handed_back`)."""
+    intact: bool = True
+    """False if events are missing or unreadable; the job cannot be continued then."""
+
+    @property
+    def reason(self) -> Literal["crash", "drain"]:
+        """Why this attempt follows another: the `reason` of `resumed`."""
+        return "drain" if self.handed_back else "crash"
+
+    @classmethod
+    def read(cls, records: Sequence[Record], epoch: int, handed_back: bool) -> History:
+        """Read a job's whole event stream."""
+        started: Started | None = None
+        tokens: list[Token] = []
+        try:
+            for _, fields in records:
+                decoded = decode_event(fields["type"].decode(), fields["p"])
+                event = decoded and decoded[0]
+                if isinstance(event, Started):
+                    started = event
+                elif isinstance(event, Tokens):
+                    tokens += event.tokens
+        except (WorkerError, KeyError, UnicodeDecodeError):
+            return cls(epoch, handed_back=handed_back, intact=False)
+        contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
+        return cls(epoch, started, tuple(tokens), handed_back, intact=epoch == 1 or contiguous)
+
+
+async def read_history(streams: Streams, job_id: str) -> tuple[JobState, History]:
+    """Read a job's state and events. `take` detects later changes by the stream's last id."""
+    state = await retry_until_connected(streams.job_state, job_id)
+    records: list[Record] = []
+    first = "-"
+    while True:
+        page = await retry_until_connected(streams.range, events_key(job_id), first, state.last_id, _PAGE)
+        records += page
+        if len(page) < _PAGE:
+            return state, History.read(records, state.next_epoch, state.fields.get("state") == "handed_back")
+        first = next_id(records[-1][0])

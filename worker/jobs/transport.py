@@ -19,38 +19,21 @@ from typing import Literal
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
 from worker.jobs.consumer import Consumer, Registration
-from worker.jobs.events import (
-    EncodedEvent,
-    Envelope,
-    ErrorEvent,
-    Event,
-    Started,
-    Token,
-    Tokens,
-    decode_event,
-    encode_event,
-    now_ms,
-)
-from worker.jobs.keys import START, epoch_of, events_key, next_id, split_id, state_key
+from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, encode_event, now_ms
+from worker.jobs.keys import START, epoch_of, events_key, split_id, state_key
 from worker.jobs.payload import job_id_of
 from worker.jobs.protocol import Trace
+from worker.jobs.reader import History, read_history
 from worker.jobs.streams import (
     AppendCall,
     Disconnected,
     JobState,
-    Record,
     ServerClock,
     Streams,
     TakeCall,
     TakeReply,
     retry_until_connected,
 )
-
-_PAGE = 1000
-_REASONS: Mapping[str, Literal["cancelled", "dead_lettered"]] = {
-    Cancelled.code: "cancelled",
-    DeadLettered.code: "dead_lettered",
-}
 
 
 class Fenced(Exception):
@@ -87,43 +70,6 @@ class Claim:
         texts = {"job_id": job_id, "reason": reason, "attempts": str(attempts), "last_error": last_error}
         texts |= {"entry": self.entry_id, "traceparent": self.traceparent or ""}
         return {"p": self.payload} | {name: text.encode() for name, text in texts.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """What earlier attempts published. The next token is a function of the job and of this."""
-
-    epoch: int = 1
-    """Epoch of the attempt that begins now."""
-    started: Started | None = None
-    tokens: tuple[Token, ...] = ()
-    handed_back: bool = False
-    """Whether the previous attempt released the job (state `handed_back`)."""
-    intact: bool = True
-    """False if events are missing or unreadable; the job cannot be continued then."""
-
-    @property
-    def reason(self) -> Literal["crash", "drain"]:
-        """Why this attempt follows another: the `reason` of `resumed`."""
-        return "drain" if self.handed_back else "crash"
-
-    @classmethod
-    def read(cls, records: Sequence[Record], epoch: int, handed_back: bool) -> History:
-        """Read a job's whole event stream."""
-        started: Started | None = None
-        tokens: list[Token] = []
-        try:
-            for _, fields in records:
-                decoded = decode_event(fields["type"].decode(), fields["p"])
-                event = decoded and decoded[0]
-                if isinstance(event, Started):
-                    started = event
-                elif isinstance(event, Tokens):
-                    tokens += event.tokens
-        except (WorkerError, KeyError, UnicodeDecodeError):
-            return cls(epoch, handed_back=handed_back, intact=False)
-        contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
-        return cls(epoch, started, tuple(tokens), handed_back, intact=epoch == 1 or contiguous)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +110,13 @@ class Lease:
         """The fencing token: the first number of every event id."""
         return self.history.epoch
 
-    def stage(self, event: Event, encoded: EncodedEvent) -> None:
-        """Add an event to the log. Raises ValueError if a token's index is not the next."""
+    def stage(self, event: Event, worker_id: str) -> None:
+        """Encode an event into the log. Raises ValueError if a token's index is not the next."""
         for token in event.tokens if isinstance(event, Tokens) else ():
             if token.i != self.tokens:
                 raise ValueError(f"token {token.i} where {self.tokens} is the next")
             self.tokens += 1
-        self.log.append(encoded)
+        self.log.append(encode_event(event, self.trace.envelope(self.job_id, self.epoch, worker_id)))
 
     def unwritten(self) -> list[tuple[str, EncodedEvent]]:
         """Events of the log above `last_id`, with their ids."""
@@ -265,7 +211,7 @@ class Transport:
                 return Lease(claim, job_id, trace, history, base, [call.opening], opening_id, len(history.tokens))
             if reply.outcome != "RETRY":
                 return await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
-            state, history = await self._read_job(job_id)
+            state, history = await read_history(self._streams, job_id)
             if not await self._consumer.renew(claim.entry_id):
                 return Closed("lost")
 
@@ -284,7 +230,7 @@ class Transport:
             raise ValueError(f"{last.kind} is not a terminal event")
         await self._publish(lease, events, last.kind, last.code if isinstance(last, ErrorEvent) else "")
         if isinstance(last, ErrorEvent):
-            await self.registration.publish(last, self._envelope(lease.job_id, lease.epoch, lease.trace))
+            await self.registration.publish(last, lease.trace.envelope(lease.job_id, lease.epoch, self.worker_id))
 
     async def settle(self, lease: Lease) -> None:
         """Acknowledge a finished job and let its keys expire after `retention_s`."""
@@ -336,7 +282,7 @@ class Transport:
     def _take_call(
         self, claim: Claim, job_id: str, trace: Trace, state: JobState, opening: Event, errors: Mapping[str, ErrorEvent]
     ) -> TakeCall:
-        envelope = self._envelope(job_id, state.next_epoch, trace)
+        envelope = trace.envelope(job_id, state.next_epoch, self.worker_id)
         return TakeCall(
             entry_id=claim.entry_id,
             worker=self.worker_id,
@@ -352,18 +298,6 @@ class Transport:
             now_ms=envelope.ts_ms,
             ttl_ms=self._unsettled_ms,
         )
-
-    async def _read_job(self, job_id: str) -> tuple[JobState, History]:
-        """The job's state and history. `take` detects later changes by the stream's last id."""
-        state = await retry_until_connected(self._streams.job_state, job_id)
-        records: list[Record] = []
-        first = "-"
-        while True:
-            page = await retry_until_connected(self._streams.range, events_key(job_id), first, state.last_id, _PAGE)
-            records += page
-            if len(page) < _PAGE:
-                return state, History.read(records, state.next_epoch, state.fields.get("state") == "handed_back")
-            first = next_id(records[-1][0])
 
     async def _close_job(
         self, claim: Claim, job_id: str, trace: Trace, epoch: int, reply: TakeReply, errors: Mapping[str, ErrorEvent]
@@ -383,14 +317,13 @@ class Transport:
         if reply.outcome == "OVER":
             return Closed("over")
         error = errors[reply.code]
-        await self.registration.publish(error, self._envelope(job_id, epoch, trace))
-        return Closed(_REASONS.get(reply.code, "refused"), error)
+        await self.registration.publish(error, trace.envelope(job_id, epoch, self.worker_id))
+        return Closed("dead_lettered" if dead else "cancelled" if reply.code == Cancelled.code else "refused", error)
 
     async def _publish(self, lease: Lease, events: Sequence[Event], state: str, code: str) -> None:
         async with lease.writing:
-            envelope = self._envelope(lease.job_id, lease.epoch, lease.trace)
             for event in events:
-                lease.stage(event, encode_event(event, envelope))
+                lease.stage(event, self.worker_id)
             await self._write(lease, state, code)
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
@@ -409,6 +342,3 @@ class Transport:
     async def _expire_keys(self, job_id: str) -> None:
         for key in (events_key(job_id), state_key(job_id)):
             await retry_until_connected(self._streams.expire, key, int(self._settings.retention_s * 1000))
-
-    def _envelope(self, job_id: str, epoch: int, trace: Trace) -> Envelope:
-        return trace.envelope(job_id, epoch, now_ms(), self.worker_id)

@@ -21,7 +21,8 @@ from worker.answer import AttemptStats
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event
 from worker.jobs.protocol import Job, Trace, decode_job
-from worker.jobs.transport import Claim, Closed, Fenced, History, Lease, Renewal
+from worker.jobs.reader import History
+from worker.jobs.transport import Claim, Closed, Fenced, Lease, Renewal
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
 from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason
 from worker.telemetry import frames_of

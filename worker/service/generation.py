@@ -19,7 +19,8 @@ from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.errors import CudaError, Internal, VramOom, WorkerError
 from worker.jobs import events
-from worker.jobs.transport import History, Lease, Transport
+from worker.jobs.reader import History
+from worker.jobs.transport import Lease, Transport
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread, Inbox, TimedToken
 from worker.service.prepared_job import AttemptLimits, PreparedJob, StopReason

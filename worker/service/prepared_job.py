@@ -25,7 +25,7 @@ from worker.answer import Answer, prompt_ids
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import ErrorEvent, Event, Resumed, Started
 from worker.jobs.protocol import Job, Limits, Resolved
-from worker.jobs.transport import History
+from worker.jobs.reader import History
 from worker.runtime import LoadedModel
 
 T = TypeVar("T")
