@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidRequest
-from worker.jobs.payload import JOB_ID, job_id_of
-from worker.jobs.protocol import Job, decode_job
+from worker.jobs.protocol import JOB_ID, Job, decode_job, job_id_of
 
 IDS = st.text(string.ascii_letters + string.digits + "-_.:", min_size=1, max_size=20)
 TEXTS = st.text(max_size=9)

@@ -11,8 +11,7 @@ import msgpack
 import pytest
 
 from worker.errors import InvalidRequest
-from worker.jobs.payload import job_id_of
-from worker.jobs.protocol import Job, Limits, Trace, decode_job, derived_seed
+from worker.jobs.protocol import Job, Limits, Trace, decode_job, derived_seed, job_id_of
 
 LIMITS = Limits(model="echo", vocab_size=1000, context=100)
 

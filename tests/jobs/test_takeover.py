@@ -138,7 +138,7 @@ async def test_a_released_job_is_claimable_at_once_and_counts_no_delivery(harnes
         worker = await harness.transport(f"w{n}")
         lease = await take_next(worker)
         assert lease.claim.deliveries == 1
-        assert lease.history.handed_back == (n > 0)
+        assert lease.history.reason == ("drain" if n > 0 else "crash")
         await worker.append(lease, tokens(n, n + 1))
         await worker.release(lease)
     worker = await harness.transport("w4")

@@ -16,8 +16,7 @@ from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import DeadLetter, SyncClient
-from worker.jobs.payload import read_map
-from worker.jobs.protocol import MAX_PAYLOAD_BYTES
+from worker.jobs.protocol import read_map
 
 dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
 
@@ -149,7 +148,7 @@ def dead_show(
     with client(config, redis_url, queue) as connected:
         found = _letter(connected, letter)
     try:
-        job: Any = read_map(found.payload, MAX_PAYLOAD_BYTES)[0]
+        job: Any = read_map(found.payload)[0]
         jsonlib.dumps(job)
     except (InvalidRequest, TypeError, ValueError):
         job = found.payload.hex()

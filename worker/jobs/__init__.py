@@ -2,7 +2,7 @@
 
 | question | module |
 | --- | --- |
-| what is in a job, an event, a key | `protocol.py`, `payload.py`, `events.py`, `keys.py` |
+| what is in a job, an event, a key | `protocol.py`, `events.py`, `keys.py` |
 | what each call does on the server | `streams.py` (interface), `lua/` (scripts, one step each) |
 | how the calls reach Redis | `redis_streams.py`, the only module that imports redis |
 | how a worker claims, writes and settles a job | `transport.py`, `consumer.py` |

@@ -25,8 +25,7 @@ import msgpack
 from worker.errors import Cancelled, InvalidRequest, QueueFull
 from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
-from worker.jobs.payload import JOB_ID, JOB_ID_RULE, job_id_of, read_map
-from worker.jobs.protocol import MAX_PAYLOAD_BYTES, Job, Trace
+from worker.jobs.protocol import JOB_ID, JOB_ID_RULE, MAX_PAYLOAD_BYTES, Job, Trace, job_id_of, read_map
 from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
 from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, retry_until_connected
 
@@ -247,7 +246,7 @@ class Client:
 
         Raises InvalidRequest and QueueFull as `submit` does.
         """
-        fields, errors = read_map(letter.payload, MAX_PAYLOAD_BYTES)
+        fields, errors = read_map(letter.payload)
         if errors:
             raise InvalidRequest.of(*errors)
         job = {str(name): value for name, value in fields.items()} | {"job_id": retry_id(letter.job_id)}

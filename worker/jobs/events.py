@@ -251,13 +251,9 @@ class Stopped(Event):
     exit_code: int
 
 
-_KINDS: Mapping[str, type[Event]] = {
-    cls.kind: cls
-    for cls in (
-        *(Started, Tokens, Metrics, Resumed, End, ErrorEvent),
-        *(Starting, LoadProgress, Ready, Vram, Residency, Draining, Stopped),
-    )
-}
+_JOB_EVENTS: tuple[type[Event], ...] = (Started, Tokens, Metrics, Resumed, End, ErrorEvent)
+_WORKER_EVENTS: tuple[type[Event], ...] = (Starting, LoadProgress, Ready, Vram, Residency, Draining, Stopped)
+_KINDS = {cls.kind: cls for cls in _JOB_EVENTS + _WORKER_EVENTS}
 TERMINAL_KINDS = frozenset(kind for kind, cls in _KINDS.items() if cls.terminal)
 
 

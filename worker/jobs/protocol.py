@@ -1,44 +1,62 @@
 """The wire contract of a job: fields, ranges and defaults, and how a worker resolves them.
 
-Unknown fields are rejected, types are not coerced, and all wrong fields are reported at once.
-Bytes are decoded in `payload.py`; events are in `events.py`. Read `transport.py` next.
+A payload is msgpack, or JSON if its first byte is `{`. Unknown fields are rejected, types are not
+coerced, and all wrong fields are reported at once, with shortened values, and text of a prompt as
+its length. Events are in `events.py`. Read `transport.py` next.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
+import msgpack
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from worker.errors import InvalidRequest
 from worker.jobs.events import SCHEMA_VERSION, Envelope, now_ms
-from worker.jobs.payload import (
-    JOB_ID,
-    PROMPT_FIELDS,
-    FieldError,
-    describe,
-    describe_field,
-    field_errors,
-    field_name,
-    job_id_of,
-    limited,
-    read_map,
-)
 
 MAX_PAYLOAD_BYTES = 8 * 2**20
 DEFAULT_MAX_TOKENS = 2048
+JOB_ID = re.compile(r"[A-Za-z0-9\-_.:]{1,128}")
+JOB_ID_RULE = "1 to 128 of letters, digits, - _ . :"
+MAX_FIELDS = 64
+"""Fields of one job. A payload with more is refused unread, which bounds the number of errors."""
+MAX_FIELD_ERRORS = 8
+"""Errors listed for one top-level field; further ones are counted."""
+PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
+
+FieldError = tuple[str, str, Any]
+"""(field, constraint, value), as `InvalidRequest.of` accepts it."""
+
+_CONSTRAINTS: Mapping[str, str] = {
+    "missing": "required",
+    "extra_forbidden": "unknown field",
+    "invalid_key": "keys are strings",
+    "string_pattern_mismatch": JOB_ID_RULE,
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "too_long": "at most {max_length} items",
+    "too_short": "at least {min_length} items",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least {min_length} characters",
+}
+"""Constraint by pydantic's error type; for other types pydantic's message is used."""
 
 
 def _encodable(text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("unicode", "valid Unicode, encoded as UTF-8") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "valid Unicode, encoded as UTF-8") from None
     return text
 
 
@@ -109,9 +127,9 @@ class Job(SamplingParams):
         try:
             job = cls.model_validate({**fields, "logit_bias": bias})
         except ValidationError as error:
-            found += field_errors(error)
+            found += _field_errors(error)
         if found:
-            raise InvalidRequest.of(*limited(found))
+            raise InvalidRequest.of(*_limited(found))
         return job
 
     def resolve(self, limits: Limits, prompt_len: int, entry_id: str) -> Resolved:
@@ -123,7 +141,7 @@ class Job(SamplingParams):
         """
         errors = _exceeded(self, limits, prompt_len)
         if errors:
-            raise InvalidRequest.of(*limited(errors))
+            raise InvalidRequest.of(*_limited(errors))
         left = limits.context - prompt_len
         max_tokens = min(DEFAULT_MAX_TOKENS, left) if self.max_tokens is None else self.max_tokens
         seed = derived_seed(self.job_id, entry_id) if self.seed is None else self.seed
@@ -190,6 +208,89 @@ def decode_job(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Job:
         raise
 
 
+def read_map(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> tuple[dict[Any, Any], list[FieldError]]:
+    """Decode the payload's top-level map; also return the keys that are repeated or no names.
+
+    Bytes of text that are not UTF-8 become lone surrogates, so that validation can name the field.
+
+    Raises:
+        InvalidRequest: too large, neither msgpack nor JSON, no map, or more than MAX_FIELDS fields.
+    """
+    errors: list[FieldError] = []
+
+    def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        kept: dict[Any, Any] = {}
+        for key, value in pairs:
+            if type(key) not in (str, int):
+                errors.append(("payload", "keys are strings", _describe(key)))
+            elif key in kept:
+                errors.append((_field_name(key), "given twice", _describe(value)))
+            else:
+                kept[key] = value
+        return kept
+
+    if len(payload) > max_bytes:
+        raise InvalidRequest.of(("payload", f"at most {max_bytes} bytes", len(payload)))
+    is_json = payload.startswith(b"{")
+    try:
+        if is_json:
+            fields = json.loads(payload.decode(errors="surrogateescape"), object_pairs_hook=unique)
+        else:
+            options = {"strict_map_key": False, "unicode_errors": "surrogateescape"}
+            fields = msgpack.unpackb(payload, object_pairs_hook=unique, **options)
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        rule = f"readable {'JSON' if is_json else 'msgpack'}: {str(error) or type(error).__name__}"
+        raise InvalidRequest.of(("payload", rule, _describe(payload))) from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest.of(("payload", "a map of fields", _describe(fields)))
+    if len(fields) + len(errors) > MAX_FIELDS:
+        raise InvalidRequest.of(("payload", f"at most {MAX_FIELDS} fields", len(fields) + len(errors)))
+    return fields, errors
+
+
+def job_id_of(payload: bytes) -> str | None:
+    """The payload's top-level `job_id` if it can be read and is valid, else None. Never raises.
+
+    Only the top level counts: an id nested in a broken payload may belong to another job.
+    """
+    pairs = _json_pairs(payload.decode(errors="replace")) if payload.startswith(b"{") else _msgpack_pairs(payload)
+    try:
+        for key, value in pairs:
+            if key == "job_id":
+                return value if isinstance(value, str) and JOB_ID.fullmatch(value) else None
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
+        pass
+    return None
+
+
+def _msgpack_pairs(payload: bytes) -> Iterator[tuple[object, object]]:
+    unpacker = msgpack.Unpacker(max_buffer_size=len(payload) or 1, strict_map_key=False, unicode_errors="replace")
+    unpacker.feed(payload)
+    for _ in range(unpacker.read_map_header()):
+        key = unpacker.unpack()
+        if key == "job_id":
+            yield key, unpacker.unpack()
+        else:
+            unpacker.skip()
+
+
+def _json_pairs(text: str) -> Iterator[tuple[object, object]]:
+    decoder, blank, at = json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
+
+    def value_after(mark: str, at: int) -> tuple[object, int]:
+        at = blank.match(text, at).end()  # type: ignore[union-attr]  # the pattern always matches
+        if text[at : at + 1] != mark:
+            raise ValueError(mark)
+        return decoder.raw_decode(text, blank.match(text, at + 1).end())  # type: ignore[union-attr]
+
+    mark = "{"
+    while True:
+        key, at = value_after(mark, at)
+        value, at = value_after(":", at)
+        yield key, value
+        mark = ","
+
+
 def derived_seed(job_id: str, entry_id: str) -> int:
     """Default seed: the first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id)."""
     return int.from_bytes(hashlib.sha256(f"{job_id}\0{entry_id}".encode()).digest()[:8], "big")
@@ -204,13 +305,13 @@ def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
     for key, bias in value.items():
         decimal = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
         token = int(key) if decimal else key
-        field = f"logit_bias.{field_name(key)}"
+        field = f"logit_bias.{_field_name(key)}"
         if type(token) is not int or token < 0:
-            errors.append((field, "a token id, as an integer or a decimal string", describe(key)))
+            errors.append((field, "a token id, as an integer or a decimal string", _describe(key)))
         elif token in parsed:
-            errors.append((field, "given twice", describe(bias)))
+            errors.append((field, "given twice", _describe(bias)))
         elif type(bias) not in (int, float) or not -100 <= bias <= 100:
-            errors.append((field, "a number from -100 to 100", describe(bias)))
+            errors.append((field, "a number from -100 to 100", _describe(bias)))
         else:
             parsed[token] = bias
     return parsed, errors
@@ -222,13 +323,13 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
     v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
     if type(v) is int and v > SCHEMA_VERSION:
         rule = f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version"
-        errors.append(("v", rule, describe(v)))
+        errors.append(("v", rule, _describe(v)))
     prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(prompts) != 1:
         rule = "exactly one of prompt, messages and prompt_tokens"
-        errors += [(name, rule, describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
+        errors += [(name, rule, _describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
     if type(min_tokens) is int and type(max_tokens) is int and min_tokens > max_tokens > 0:
-        errors.append(("min_tokens", "at most max_tokens", describe(min_tokens)))
+        errors.append(("min_tokens", "at most max_tokens", _describe(min_tokens)))
     return errors
 
 
@@ -237,18 +338,71 @@ def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
     errors: list[FieldError] = []
     vocab, left = limits.vocab_size, limits.context - prompt_len
     if job.model is not None and job.model != limits.model:
-        errors.append(("model", f"this worker serves {limits.model}", describe(job.model)))
+        errors.append(("model", f"this worker serves {limits.model}", _describe(job.model)))
     source = next(name for name in PROMPT_FIELDS if getattr(job, name) is not None)
     if left < 1:
         errors.append((source, f"at most {limits.context - 1} tokens, to leave one of the context", prompt_len))
     elif prompt_len < 1:
         errors.append((source, "at least one token", prompt_len))
     elif job.max_tokens is not None and job.max_tokens > left:
-        errors.append(("max_tokens", f"at most {left}: what the context leaves", describe(job.max_tokens)))
+        errors.append(("max_tokens", f"at most {left}: what the context leaves", _describe(job.max_tokens)))
     below = f"below {vocab}, the size of the vocabulary"
     tokens, bias = job.prompt_tokens or (), job.logit_bias or ()
     errors += [(f"prompt_tokens.{i}", below, token) for i, token in enumerate(tokens) if token >= vocab]
-    errors += [(f"logit_bias.{token}", below, describe(token)) for token in bias if token >= vocab]
+    errors += [(f"logit_bias.{token}", below, _describe(token)) for token in bias if token >= vocab]
     if job.top_k > vocab:
-        errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", describe(job.top_k)))
+        errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", _describe(job.top_k)))
     return errors
+
+
+def _describe(value: object) -> Any:
+    """`value` for an error: numbers and short strings unchanged, others as kind and length."""
+    if isinstance(value, str):
+        return _field_name(value) if len(value) <= 64 else f"{_field_name(value[:64])}… ({len(value)} characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**64):
+        return value
+    if isinstance(value, int):
+        return f"integer of {value.bit_length()} bits"
+    kinds: dict[type, str] = {list: "list", tuple: "list", dict: "map", bytes: "bytes"}
+    kind = kinds.get(type(value), type(value).__name__)
+    return f"{kind} of {len(value)}" if hasattr(value, "__len__") else kind
+
+
+def _describe_field(field: str, value: object, error_type: str = "") -> Any:
+    """`value` as an error on `field` reports it: text that may belong to a prompt as its length."""
+    private = field.partition(".")[0] in PROMPT_FIELDS and not field.endswith(".role")
+    if isinstance(value, str) and (private or error_type == "extra_forbidden"):
+        return f"string of {len(value)}"
+    return _describe(value)
+
+
+def _field_name(key: object) -> str:
+    """A key as a field's name: at most 128 characters, encodable as UTF-8."""
+    return str(key)[:128].encode(errors="replace").decode()
+
+
+def _field_errors(error: ValidationError) -> list[FieldError]:
+    """Translate pydantic's errors."""
+    found: list[FieldError] = []
+    for line in error.errors(include_url=False):
+        field = ".".join(_field_name(part) for part in line["loc"])
+        template = _CONSTRAINTS.get(line["type"])
+        message = line["msg"].removeprefix("Input should be ")
+        constraint = template.format(**line.get("ctx", {})) if template else message
+        value = None if line["type"] == "missing" else _describe_field(field, line["input"], line["type"])
+        found.append((field, constraint, value))
+    return found
+
+
+def _limited(errors: list[FieldError]) -> list[FieldError]:
+    """The first MAX_FIELD_ERRORS errors of each top-level field, and a count of the rest."""
+    kept: list[FieldError] = []
+    count: Counter[str] = Counter()
+    for error in errors:
+        top = error[0].partition(".")[0]
+        count[top] += 1
+        if count[top] <= MAX_FIELD_ERRORS:
+            kept.append(error)
+    return kept + [(top, "further errors", n - MAX_FIELD_ERRORS) for top, n in count.items() if n > MAX_FIELD_ERRORS]

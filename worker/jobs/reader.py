@@ -125,18 +125,13 @@ class History:
     """Epoch of the attempt that begins now."""
     started: Started | None = None
     tokens: tuple[Token, ...] = ()
-    handed_back: bool = False
-    """Whether the previous attempt released the job (state `handed_back`)."""
+    reason: Literal["crash", "drain"] = "crash"
+    """Why this attempt follows another, as in `resumed`: the last one crashed or released it."""
     intact: bool = True
     """False if events are missing or unreadable; the job cannot be continued then."""
 
-    @property
-    def reason(self) -> Literal["crash", "drain"]:
-        """Why this attempt follows another: the `reason` of `resumed`."""
-        return "drain" if self.handed_back else "crash"
-
     @classmethod
-    def read(cls, records: Sequence[Record], epoch: int, handed_back: bool) -> History:
+    def read(cls, records: Sequence[Record], epoch: int, reason: Literal["crash", "drain"]) -> History:
         """Read a job's whole event stream."""
         started: Started | None = None
         tokens: list[Token] = []
@@ -149,9 +144,9 @@ class History:
                 elif isinstance(event, Tokens):
                     tokens += event.tokens
         except (WorkerError, KeyError, UnicodeDecodeError):
-            return cls(epoch, handed_back=handed_back, intact=False)
+            return cls(epoch, reason=reason, intact=False)
         contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
-        return cls(epoch, started, tuple(tokens), handed_back, intact=epoch == 1 or contiguous)
+        return cls(epoch, started, tuple(tokens), reason, intact=epoch == 1 or contiguous)
 
 
 async def read_history(streams: Streams, job_id: str) -> tuple[JobState, History]:
@@ -163,5 +158,6 @@ async def read_history(streams: Streams, job_id: str) -> tuple[JobState, History
         page = await retry_until_connected(streams.range, events_key(job_id), first, state.last_id, _PAGE)
         records += page
         if len(page) < _PAGE:
-            return state, History.read(records, state.next_epoch, state.fields.get("state") == "handed_back")
+            released = state.fields.get("state") == "handed_back"
+            return state, History.read(records, state.next_epoch, "drain" if released else "crash")
         first = next_id(records[-1][0])

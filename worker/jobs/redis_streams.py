@@ -160,27 +160,18 @@ class RedisStreams:
         return JobState(_text(last_id), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
-        opening = call.opening
-        reply = await self._on_job(
-            "take",
-            job_id,
-            *(call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms),
-            *(call.deliveries, call.max_deliveries, call.max_attempts),
-            *(opening.kind, opening.packed, call.opening_code, call.cancelled.packed, call.poisoned.packed),
-        )
-        return TakeReply(*map(_text, reply))
+        owner = (call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms)
+        counts = (call.deliveries, call.max_deliveries, call.max_attempts)
+        events = (*call.opening, call.opening_code, call.cancelled.packed, call.poisoned.packed)
+        return TakeReply(*map(_text, await self._on_job("take", job_id, *owner, *counts, *events)))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        reply = await self._on_job(
-            "append",
-            job_id,
-            *(call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms),
-            *_flat((entry_id, event.kind, event.packed) for entry_id, event in call.events),
-        )
-        return _text(reply)
+        owner = (call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms)
+        events = _flat((entry_id, *event) for entry_id, event in call.events)
+        return _text(await self._on_job("append", job_id, *owner, *events))
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
-        args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, call.event.kind, call.event.packed)
+        args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
         return _text(await self._on_job("cancel", job_id, *args))
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:

@@ -21,8 +21,7 @@ from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
 from worker.jobs.consumer import Consumer, Registration
 from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, encode_event, now_ms
 from worker.jobs.keys import START, epoch_of, events_key, split_id, state_key
-from worker.jobs.payload import job_id_of
-from worker.jobs.protocol import Trace
+from worker.jobs.protocol import Trace, job_id_of
 from worker.jobs.reader import History, read_history
 from worker.jobs.streams import (
     AppendCall,
