@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tests.engine.ledger_runner import LedgerRunner
 from tests.models import cpu_runner, engine_of, ids, run
 from worker.engine import Sequence
-from worker.engine.kv_blocks import KvBlocks
-from worker.engine.prefix_index import ROOT, PrefixIndex, split_full_blocks
+from worker.engine.kv_blocks import ROOT, KvBlocks, PrefixIndex, split_full_blocks
 from worker.errors import CudaError, InvalidRequest, VramOom
 from worker.ops import Phase
 from worker.sampling import Sampling

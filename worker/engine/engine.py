@@ -2,7 +2,7 @@
 
 All state changes in the commit, so a step that raises has changed nothing and can be repeated. One
 thread owns an engine. The runner (`worker/model.py`) computes. Read next: `scheduler.py`,
-`sequence.py`, `kv_blocks.py`.
+`kv_blocks.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from worker.engine.kv_blocks import KvBlocks
-from worker.engine.prefix_index import split_full_blocks
-from worker.engine.scheduler import EngineSettings, Scheduler
-from worker.engine.sequence import Sequence
+from worker.engine.kv_blocks import KvBlocks, split_full_blocks
+from worker.engine.scheduler import EngineSettings, Scheduler, Sequence
 from worker.errors import InvalidRequest, VramOom
 from worker.model import OnLaunched, Runner
 from worker.ops import KV_BLOCK, Batch, Phase

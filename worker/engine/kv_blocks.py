@@ -1,23 +1,35 @@
-"""Accounting of KV blocks: which are used, cached and free. The runner owns their storage.
+"""KV blocks and the prefix cache: which blocks are used, cached and free, and what they hold.
 
-A block is used (sequences read it), cached (no sequence reads it, but `prefix_index.py` can find
-its content) or free. New content goes to free blocks first, then to cached ones, least recently
-read first.
+A block is used (sequences read it), cached (no sequence reads it, but its content can be found) or
+free. New content goes to free blocks first, then to cached ones, least recently read first. Prefill
+computes a token the same way in every batch, so blocks with equal token ids and equal ids before
+them hold equal K and V, bit for bit. The runner (`worker/model.py`) owns the storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from worker.engine.prefix_index import ROOT, PrefixIndex
 from worker.ops import KV_BLOCK, Ints
+
+ROOT = 0
+"""The node before a prompt's first block."""
 
 
 def blocks_for(tokens: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // KV_BLOCK)
+
+
+def split_full_blocks(prompt: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[bytes]:
+    """The ids of each full block of a prompt, u32 little-endian."""
+    ids, size = np.asarray(prompt, "<u4").tobytes(), 4 * KV_BLOCK
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
 
 
 class KvBlocks:
@@ -105,3 +117,59 @@ class KvBlocks:
         del self._cached[block]
         self._index.remove(block)
         return block
+
+
+class PrefixIndex:
+    """A tree of block contents, whose nodes and blocks map one to one.
+
+    `block in index` is true if the block can be found. Node numbers are never reused: the children
+    of a removed block are not found below its successor.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[int, bytes], int] = {}
+        self._blocks: dict[int, int] = {}
+        self._keys: dict[int, tuple[int, bytes]] = {}
+        self._unused = count(ROOT + 1)
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._keys
+
+    def find(self, full_blocks: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest indexed beginning of a prompt, given its full blocks."""
+        node, blocks = ROOT, []
+        for content in full_blocks:
+            child = self._nodes.get((node, content))
+            if child is None:
+                break
+            node = child
+            blocks.append(self._blocks[node])
+        return blocks
+
+    def node(self, block: int) -> int:
+        """The node of an indexed block."""
+        return self._nodes[self._keys[block]]
+
+    def insert(self, parent: int, content: bytes, block: int) -> int:
+        """Insert `block` as the child of `parent` with this content; returns the child's node.
+
+        A child that exists keeps its block. Below a removed parent nothing could be found, so
+        nothing is inserted and `parent` is returned.
+        """
+        if parent != ROOT and parent not in self._blocks:
+            return parent
+        key = parent, content
+        node = self._nodes.get(key)
+        if node is None:
+            node = self._nodes[key] = next(self._unused)
+            self._blocks[node], self._keys[block] = block, key
+        return node
+
+    def remove(self, block: int) -> None:
+        """Remove an indexed block, before its content is overwritten."""
+        del self._blocks[self._nodes.pop(self._keys.pop(block))]
+
+    def clear(self) -> None:
+        """Remove every block."""
+        for each in (self._nodes, self._blocks, self._keys):
+            each.clear()

@@ -1,4 +1,4 @@
-"""The scheduler: which sequences own KV blocks, and which batch the next step runs.
+"""Sequences, and the scheduler: which of them own KV blocks, and the batch of the next step.
 
 A sequence is paused or waiting, then running. It holds the cached blocks of its prompt's beginning
 from `add` on, and gets all its other blocks when it starts, so that it cannot run out of them and
@@ -8,13 +8,13 @@ its block table never changes.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker.engine.kv_blocks import KvBlocks, blocks_for
-from worker.engine.sequence import Sequence
+from worker.engine.kv_blocks import ROOT, KvBlocks, blocks_for
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
+from worker.sampling import DrawRequest, EngineFinishReason, Sampling
 
 _LONG_CONTEXT = 32_768
 """Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
@@ -34,6 +34,51 @@ class EngineSettings:
     """Sequences that run at once; the others wait."""
     prefix_cache: bool = True
     """Whether prompts share the KV blocks of equal beginnings. Bits do not depend on it."""
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A prompt to be continued by at most `max_tokens` tokens, ended by any of `end_ids`.
+
+    `replay` holds tokens that an earlier attempt published. The decode path computes them without
+    drawing, and the first new token has the index len(replay). The scheduler and the engine write
+    the remaining fields.
+    """
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    end_ids: frozenset[int] = frozenset()
+    replay: list[int] = field(default_factory=list)
+
+    generated: list[int] = field(default_factory=list, init=False)
+    prefilled: int = field(default=0, init=False)
+    """Prompt tokens whose K and V are in `block_table`: computed, or found in the prefix cache."""
+    full_blocks: list[bytes] = field(default_factory=list, init=False)
+    """The ids of the prompt's full blocks; empty if none of them may enter the prefix cache."""
+    prefix_node: int = field(default=ROOT, init=False)
+    """The node of the prefix index that stands for the full blocks up to `prefilled`."""
+    block_table: Ints | None = field(default=None, init=False)
+    """Before the start the blocks of the cached prefix, from the start all blocks of the sequence;
+    None where no block is held."""
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether prompt tokens are left to compute."""
+        return self.prefilled < len(self.prompt)
+
+    def next_draw(self) -> DrawRequest:
+        """The request for the token of index len(generated)."""
+        index = len(self.generated)
+        forced = self.replay[index] if index < len(self.replay) else None
+        return DrawRequest(self.sampling, index, self.prompt, self.generated, forced)
+
+    def finish_at(self, index: int, token: int) -> EngineFinishReason | None:
+        """Why the sequence ends with `token` at index `index`, or None if it continues."""
+        if token in self.end_ids and not self.sampling.ignore_eos:
+            return "stop"
+        return "length" if index + 1 >= self.max_tokens else None
 
 
 class Scheduler:
