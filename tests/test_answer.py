@@ -9,10 +9,10 @@ import pytest
 
 from tests.models import run
 from worker import runtime
-from worker.answer import Answer, prompt_ids
+from worker.answer import Answer, tokenize_job
 from worker.config import EngineSection, ModelSection
 from worker.errors import InvalidRequest
-from worker.jobs.protocol import Job, Limits
+from worker.jobs.protocol import Job
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -24,9 +24,8 @@ def loaded(request, tiny):
 
 def answer(loaded, published=(), **fields):
     job = Job.parse({"job_id": "j", "prompt": "the quick", "seed": 5, "max_tokens": 24, **fields})
-    prompt = prompt_ids(job, loaded.tokenizer, NOW)
-    limits = Limits(loaded.name, loaded.vocab_size, loaded.engine.context)
-    return Answer(job, job.resolve(limits, len(prompt), "1-1"), loaded.tokenizer, prompt, published)
+    prompt, resolved = tokenize_job(job, loaded, NOW, "1-1")
+    return Answer(job, resolved, loaded.tokenizer, prompt, published)
 
 
 def tokens_of(loaded, answered):

@@ -3,18 +3,20 @@
 No clock, server or device: everything about token i is a function of the job, its resolved
 parameters and the ids before i, so a second worker that gets the published ids continues exactly.
 Callers are `worker/service/generation.py` and `worker generate`. Stop strings are matched, and text
-withheld for them, in `worker/text/text_stream.py`.
+withheld for them, in `worker/text/detokenizer.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence as Ids
+from dataclasses import fields
 from datetime import datetime
 
 from worker import engine
 from worker.jobs.events import Token
-from worker.jobs.protocol import Job, Resolved
+from worker.jobs.protocol import Job, Limits, Resolved
+from worker.runtime import LoadedModel
 from worker.sampling import FinishReason, Sampling
 from worker.text.detokenizer import IncrementalDetokenizer
 from worker.text.tokenizer import Tokenizer
@@ -29,6 +31,13 @@ def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
     return tokenizer.encode_prompt(job.prompt or "", special=job.special)
 
 
+def tokenize_job(job: Job, model: LoadedModel, enqueued: datetime, entry_id: str) -> tuple[list[int], Resolved]:
+    """The prompt as token ids, and the parameters resolved for the model. Raises InvalidRequest."""
+    prompt = prompt_ids(job, model.tokenizer, enqueued)
+    limits = Limits(model.name, model.vocab_size, model.engine.context)
+    return prompt, job.resolve(limits, len(prompt), entry_id)
+
+
 class Answer:
     """One job's answer. Add `sequence` to the engine; pass each token that it draws to `push`."""
 
@@ -38,13 +47,9 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
         """The stop string that ended the answer."""
+        sampling, end_ids = _sampling(job, resolved), tokenizer.vocab.end_ids
         self.sequence = engine.Sequence(
-            job.job_id,
-            list(prompt),
-            resolved.max_tokens,
-            _sampling(job, resolved),
-            tokenizer.vocab.end_ids,
-            list(published),
+            job.job_id, list(prompt), resolved.max_tokens, sampling, end_ids, list(published)
         )
         self._text = IncrementalDetokenizer(
             tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, prompt_ids=prompt
@@ -107,18 +112,6 @@ class AttemptStats:
 
 
 def _sampling(job: Job, resolved: Resolved) -> Sampling:
-    return Sampling(
-        temperature=job.temperature,
-        top_k=job.top_k,
-        top_p=job.top_p,
-        min_p=job.min_p,
-        repetition_penalty=job.repetition_penalty,
-        frequency_penalty=job.frequency_penalty,
-        presence_penalty=job.presence_penalty,
-        penalize_prompt=job.penalize_prompt,
-        logit_bias=dict(job.logit_bias or {}),
-        seed=resolved.seed,
-        min_tokens=job.min_tokens,
-        ignore_eos=job.ignore_eos,
-        logprobs=job.logprobs,
-    )
+    """The sampling parameters of the job, which has every field of `Sampling` by name."""
+    values = {field.name: getattr(job, field.name) for field in fields(Sampling)}
+    return Sampling(**values | {"logit_bias": dict(job.logit_bias or {}), "seed": resolved.seed})

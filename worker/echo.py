@@ -14,7 +14,7 @@ from gguf import TokenType
 from worker.backend import MemoryUse
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.model import OnLaunched, Runner
+from worker.model import OnLaunched
 from worker.ops import Batch
 from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw, DrawRequest
@@ -29,32 +29,21 @@ _TEMPLATE = (
 
 
 class EchoRunner:
-    """The token of index i is the prompt's token i modulo its length, whatever the parameters."""
+    """The token of index i is the prompt's token i modulo its length, whatever the parameters.
 
-    def __init__(self, vocab_size: int, kv_blocks: int) -> None:
+    Each step takes at least `step_s` seconds.
+    """
+
+    def __init__(self, vocab_size: int, kv_blocks: int, step_s: float = 0.0) -> None:
         self.vocab_size = vocab_size
         self.kv_blocks = kv_blocks
-
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        """See `Runner.run`."""
-        on_launched()
-        return [_echo(request) for request in requests]
-
-
-class PacedRunner:
-    """Another runner, each step of which takes at least `step_s` seconds."""
-
-    def __init__(self, runner: Runner, step_s: float) -> None:
-        self.vocab_size = runner.vocab_size
-        self.kv_blocks = runner.kv_blocks
-        self._runner = runner
         self._step_s = step_s
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        """See `Runner.run`."""
-        on_launched()  # the pause stands for the device's time
-        time.sleep(self._step_s)
-        return self._runner.run(batch, requests)
+        on_launched()
+        if self._step_s:
+            time.sleep(self._step_s)  # stands for the device's time
+        return [_echo(request) for request in requests]
 
 
 class NoDevice:
@@ -63,11 +52,9 @@ class NoDevice:
     device = "none"
 
     def memory(self) -> MemoryUse:
-        """No memory."""
         return MemoryUse()
 
     def non_resident(self) -> tuple[int, list[str]]:
-        """No weights are checked."""
         return 0, []
 
 
@@ -90,9 +77,8 @@ def load_echo(
             "tokenizer.chat_template": _TEMPLATE,
         }
     )
-    runner: Runner = EchoRunner(len(tokens), blocks_for(context))
     settings = EngineSettings(context, prefill_chunk, prefix_cache=prefix_cache)
-    engine = Engine(PacedRunner(runner, step_s) if step_s else runner, settings)
+    engine = Engine(EchoRunner(len(tokens), blocks_for(context), step_s), settings)
     progress(1, 1)
     return LoadedModel("echo", "echo-1", len(tokens), tokenizer, engine, NoDevice(), numerics_id="echo-1")
 

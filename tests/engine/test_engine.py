@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import cpu_runner, engine_of, ids, run
-from worker.echo import EchoRunner, PacedRunner
+from worker.echo import EchoRunner
 from worker.engine import Sequence
 from worker.errors import InvalidRequest, VramOom
 from worker.ops import Phase
@@ -223,7 +223,7 @@ def test_the_cpu_runner_calls_on_launched_before_it_computes(tiny):
 def test_a_paced_runner_calls_on_launched_before_its_pause(monkeypatch):
     order = []
     monkeypatch.setattr("worker.echo.time", SimpleNamespace(sleep=order.append))
-    engine = engine_of(PacedRunner(EchoRunner(100, 8), 0.5))
+    engine = engine_of(EchoRunner(100, 8, step_s=0.5))
     engine.add(sequence())
     engine.step(lambda: order.append("launched"))
     assert order == ["launched", 0.5]

@@ -9,10 +9,10 @@ from typing import Any
 from tests.jobs.echo import claim_next
 from tests.jobs.harness import Harness
 from tests.service.models import SharedModel
-from worker.answer import Answer, prompt_ids
+from worker.answer import Answer, tokenize_job
 from worker.config import LeaseSection
 from worker.jobs.events import Event, Started, Token, Tokens
-from worker.jobs.protocol import Job, Limits, Trace, decode_job
+from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.transport import Lease, Transport
 from worker.runtime import LoadedModel
 from worker.service.prepared_job import PreparedJob
@@ -34,9 +34,8 @@ def reference_tokens(model: SharedModel, **fields: Any) -> list[Token]:
     """The tokens of a job, drawn by an engine of its own without a service."""
     loaded = model.fresh()
     job = Job.parse({"job_id": "j", **fields})
-    prompt = prompt_ids(job, loaded.tokenizer, NOW)
-    limits = Limits(loaded.name, loaded.vocab_size, loaded.engine.context)
-    answer = Answer(job, job.resolve(limits, len(prompt), "1-1"), loaded.tokenizer, prompt)
+    prompt, resolved = tokenize_job(job, loaded, NOW, "1-1")
+    answer = Answer(job, resolved, loaded.tokenizer, prompt)
     loaded.engine.add(answer.sequence)
     tokens = []
     while answer.finish_reason is None:

@@ -21,7 +21,7 @@ from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import Token
 from worker.service.engine_thread import Inbox, TimedToken
 from worker.service.generation import TokenBuffer
-from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, StopReason, prompt_hash
+from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason
 
 
 async def test_drawn_tokens_arrive_in_order_and_with_their_times(thread):
@@ -150,4 +150,4 @@ async def _fails():
 
 
 def test_a_prompt_is_hashed_as_little_endian_uint32():
-    assert prompt_hash([1, 258]) == hashlib.sha256(b"\x01\0\0\0\x02\x01\0\0").hexdigest()
+    assert PreparedJob(None, [1, 258], None, 0).prompt_hash == hashlib.sha256(b"\x01\0\0\0\x02\x01\0\0").hexdigest()

@@ -14,12 +14,12 @@ from typing import Any
 import typer
 
 from worker import runtime
-from worker.answer import Answer, AttemptStats, prompt_ids
+from worker.answer import Answer, AttemptStats, tokenize_job
 from worker.cli.console import JsonLines, Terminal, model_path, progress_bar
 from worker.config import load_settings
 from worker.errors import Internal, WorkerError
 from worker.jobs.events import End
-from worker.jobs.protocol import Job, Limits
+from worker.jobs.protocol import Job
 
 
 def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], *, json: bool) -> None:
@@ -42,9 +42,8 @@ def answer_one(model: str, fields: Mapping[str, Any], flags: Mapping[str, Any], 
 
 def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines) -> None:
     """Answer one job on this thread. Raises InvalidRequest, and what the engine raises."""
-    prompt, engine = prompt_ids(job, loaded.tokenizer, datetime.now(UTC)), loaded.engine
-    limits = Limits(loaded.name, loaded.vocab_size, engine.context)
-    resolved = job.resolve(limits, len(prompt), "0-0")
+    prompt, resolved = tokenize_job(job, loaded, datetime.now(UTC), "0-0")
+    engine = loaded.engine
     answer = Answer(job, resolved, loaded.tokenizer, prompt)
     output.started(resolved)
     stats = AttemptStats(time.monotonic())

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -21,10 +21,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from worker.answer import Answer, prompt_ids
+from worker.answer import Answer, tokenize_job
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import ErrorEvent, Event, Resumed, Started
-from worker.jobs.protocol import Job, Limits, Resolved
+from worker.jobs.protocol import Job, Resolved
 from worker.jobs.reader import History
 from worker.runtime import LoadedModel
 
@@ -47,14 +47,12 @@ class PreparedJob:
     def of(cls, job: Job, model: LoadedModel, entry_id: str, enqueued_ms: int) -> PreparedJob:
         """Tokenize the job and resolve its parameters for the model. Raises InvalidRequest."""
         enqueued = datetime.fromtimestamp(min(enqueued_ms, _MAX_ENQUEUED_MS) / 1000, UTC)
-        prompt = prompt_ids(job, model.tokenizer, enqueued)
-        limits = Limits(model.name, model.vocab_size, model.engine.context)
-        return cls(job, prompt, job.resolve(limits, len(prompt), entry_id), enqueued_ms)
+        return cls(job, *tokenize_job(job, model, enqueued, entry_id), enqueued_ms)
 
     @cached_property
     def prompt_hash(self) -> str:
-        """See `prompt_hash`. Computed on first use, since the engine starts without it."""
-        return prompt_hash(self.prompt)
+        """SHA-256 of the ids as little-endian uint32, in hex; the engine starts without it."""
+        return hashlib.sha256(np.asarray(self.prompt, "<u4").tobytes()).hexdigest()
 
     def opening(self, model: LoadedModel, history: History, now_ms: int, cached_tokens: int) -> Event:
         """The first event of the attempt: `started`, `resumed`, or `error` if it can't continue."""
@@ -85,17 +83,11 @@ class PreparedJob:
 
     def answer(self, model: LoadedModel, history: History) -> Answer:
         """The answer that continues `history`, with the parameters resolved when it started."""
-        resolved = self.resolved
-        if history.started is not None:
-            first = history.started
+        resolved, first = self.resolved, history.started
+        if first is not None:
             resolved = Resolved(first.model, len(self.prompt), first.max_tokens, first.seed)
         published = [token.id for token in history.tokens]
         return Answer(self.job, resolved, model.tokenizer, self.prompt, published)
-
-
-def prompt_hash(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as little-endian uint32, in hex."""
-    return hashlib.sha256(np.asarray(ids, "<u4").tobytes()).hexdigest()
 
 
 class StopReason(IntEnum):
