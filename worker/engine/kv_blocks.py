@@ -81,8 +81,6 @@ class KvBlocks:
 
     def release(self, table: Ints) -> None:
         """Remove one reader from each block of a table, whose last block is evicted first."""
-        if not len(table):
-            return
         self._readers[table] -= 1
         unread = table[self._readers[table] == 0].tolist()
         self._used -= len(unread)

@@ -19,7 +19,6 @@ from worker.sampling import DrawRequest, EngineFinishReason, Sampling
 _LONG_CONTEXT = 32_768
 """Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
 _MIN_CHUNK = 128
-_NO_ROWS = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +194,7 @@ def _prefill_batch(sequence: Sequence, chunk: int) -> Batch:
     """The next chunk of the prompt; the last chunk requests the logits of its last row."""
     start = sequence.prefilled
     stop = min(start + chunk_after(start, chunk), len(sequence.prompt))
-    rows = np.array([stop - start - 1], np.int32) if stop == len(sequence.prompt) else _NO_ROWS
+    rows = np.array([stop - start - 1], np.int32) if stop == len(sequence.prompt) else np.empty(0, np.int32)
     tokens = np.array(sequence.prompt[start:stop], np.int32)
     return Batch(Phase.PREFILL, tokens, np.arange(start, stop, dtype=np.int32), (_table(sequence),), rows)
 

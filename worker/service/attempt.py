@@ -172,7 +172,7 @@ class Attempt:
         except Exception as error:
             self._log.error("job_fault", frames=frames_of(error))
             last = ErrorEvent.of(Internal(f"{type(error).__name__} while the answer was written"))
-        await transport.finish(lease, *generation.unpublished(), last)
+        await transport.finish(lease, *generation.unpublished.take(), last)
         await transport.settle(lease)
         return self._ended(last, generation.stats)
 
@@ -206,7 +206,7 @@ class Attempt:
 
     async def _publish_rest(self, lease: Lease, generation: Generation) -> None:
         """Publish the drawn tokens before the release; what is not in time is drawn again."""
-        if rest := generation.unpublished():
+        if rest := generation.unpublished.take():
             with contextlib.suppress(TimeoutError, Fenced):
                 async with asyncio.timeout(_HAND_OVER_S):
                     await self._context.transport.append(lease, *rest)

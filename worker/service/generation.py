@@ -155,7 +155,8 @@ class Generation:
         self._lease = lease
         self._start = start
         self._answer = start.answer
-        self._buffer = TokenBuffer(context.section)
+        self.unpublished = TokenBuffer(context.section)
+        """The tokens that are drawn and not published."""
         self._published = len(lease.history.tokens)
         self._replayed = 0
         self._left_engine = False
@@ -181,10 +182,6 @@ class Generation:
             if not self._left_engine and self._limits.stop_reason is not StopReason.STALLED:
                 await context.engine.abort(answer.sequence.id)
 
-    def unpublished(self) -> list[events.Event]:
-        """Remove and return the tokens that are drawn and not published."""
-        return self._buffer.take()
-
     def end(self) -> events.End:
         """The event that ends a complete answer, with this attempt's own times."""
         assert self._answer.finish_reason is not None, "the answer is not complete"
@@ -206,7 +203,7 @@ class Generation:
                 return
             self._limits.check(self._replaying)
             now = time.monotonic()
-            due = self._buffer.take() if self._buffer.due <= now else []
+            due = self.unpublished.take() if self.unpublished.due <= now else []
             if metrics_at <= now:
                 metrics_at = now + interval_s
                 due.append(self._metrics())
@@ -215,7 +212,7 @@ class Generation:
                 if self.stats.tokens:  # during a long prefill, metrics precede the first token
                     self._context.first_token_gate.open()
             else:
-                await self._limits.wait(min(self._buffer.due, metrics_at), self._replaying)
+                await self._limits.wait(min(self.unpublished.due, metrics_at), self._replaying)
 
     @property
     def _replaying(self) -> bool:
@@ -245,7 +242,7 @@ class Generation:
             metrics.first_token.observe(self.stats.ttft_s)
         else:
             metrics.inter_token.observe(since)
-        self._buffer.add(token, time.monotonic())
+        self.unpublished.add(token, time.monotonic())
 
     def _job_error(self, error: Exception) -> WorkerError:
         """The job's error after a failed step."""

@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import NoReturn
 
@@ -90,16 +90,9 @@ class Reporter:
         """Report that the process is up and begins to load the requested model."""
         pid, host = os.getpid(), socket.gethostname()
         self.send(Starting(model=model, backend=backend, version=__version__, pid=pid, host=host))
-        self._registry_fields = {
-            "name": name,
-            "host": host,
-            "pid": str(pid),
-            "version": __version__,
-            "model": model,
-            "queue": queue,
-            "http_port": str(http_port),
-            "started_ms": str(int(time.time() * 1000)),
-        }
+        fields = self._registry_fields
+        fields.update(name=name, host=host, pid=str(pid), version=__version__, model=model, queue=queue)
+        fields.update(http_port=str(http_port), started_ms=str(int(time.time() * 1000)))
 
     def loading(self, done: int, total: int) -> None:
         """Report each quarter of the weights once, when it is loaded."""
@@ -112,12 +105,8 @@ class Reporter:
     def ready(self, model: LoadedModel, load_s: float) -> None:
         """Report that the model is loaded and the worker takes jobs."""
         name, fingerprint, context = model.name, model.fingerprint, model.engine.context
-        self._registry_fields |= {
-            "model": name,
-            "fingerprint": fingerprint,
-            "context": str(context),
-            "device": model.device.device,
-        }
+        fields = self._registry_fields
+        fields.update(model=name, fingerprint=fingerprint, context=str(context), device=model.device.device)
         self.send(Ready(model=name, fingerprint=fingerprint, context=context, load_ms=round(load_s * 1000, 3)))
         self.job_edge()
 
@@ -150,22 +139,20 @@ class Reporter:
         while True:
             await self.first_token_gate.wait_open()
             self._health.changed.clear()
-            await self._registration.heartbeat(self._status())
+            memory = self._health.memory
+            status = {
+                "state": self._health.state,
+                "degraded": str(int(self._health.degraded)),
+                "jobs": str(self._health.jobs),
+                "vram_used": str(memory.used),
+                "vram_free": str(memory.free),
+                "seen_ms": str(int(time.time() * 1000)),
+            }
+            await self._registration.heartbeat(self._registry_fields | status)
             await asyncio.sleep(_MIN_HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._section.heartbeat_s - _MIN_HEARTBEAT_S):
                     await self._health.changed.wait()
-
-    def _status(self) -> Mapping[str, str]:
-        health = self._health
-        return self._registry_fields | {
-            "state": health.state,
-            "degraded": str(int(health.degraded)),
-            "jobs": str(health.jobs),
-            "vram_used": str(health.memory.used),
-            "vram_free": str(health.memory.free),
-            "seen_ms": str(int(time.time() * 1000)),
-        }
 
     async def watch_memory(self, engine: EngineThread, model: LoadedModel) -> NoReturn:
         """Measure memory at each job's edges and periodically; report at edges and on a change."""

@@ -251,9 +251,21 @@ class Service:
         return outcome
 
     async def _watch_engine(self) -> int:
-        """Return when the engine hangs and its job has been left to another worker."""
-        await wait_for_stall(self._engine, self._section.stall_s)
-        self._fail(Internal(f"the engine made no step for {self._section.stall_s:g} s"))
+        """The watchdog: return when the busy engine has completed no step for `stall_s` seconds.
+
+        Time is counted in ticks, so that a process that was suspended does not count the
+        suspension. The running job is left to another worker before the return.
+        """
+        engine, stall_s = self._engine, self._section.stall_s
+        tick_s = min(_WATCHDOG_TICK_S, stall_s / 4)
+        silent_s, steps = 0.0, engine.steps
+        while silent_s < stall_s:
+            began = time.monotonic()
+            await asyncio.sleep(tick_s)
+            passed_s = min(time.monotonic() - began, 2 * tick_s)
+            silent_s = silent_s + passed_s if engine.busy and engine.steps == steps else 0.0
+            steps = engine.steps
+        self._fail(Internal(f"the engine made no step for {stall_s:g} s"))
         self._interrupt(StopReason.STALLED)
         await asyncio.sleep(_HAND_BACK_S)
         return _DEVICE_LOST
@@ -299,21 +311,6 @@ class Service:
         self._health.enter("failed")
         self._reporter.send(events.ErrorEvent.of(error))
         self._log.error("worker_failed", code=error.code, reason=error.message)
-
-
-async def wait_for_stall(engine: EngineThread, stall_s: float) -> None:
-    """The watchdog: return when the busy engine has completed no step for `stall_s` seconds.
-
-    Time is counted in ticks, so that a process that was suspended does not count the suspension.
-    """
-    tick_s = min(_WATCHDOG_TICK_S, stall_s / 4)
-    silent_s, steps = 0.0, engine.steps
-    while silent_s < stall_s:
-        began = time.monotonic()
-        await asyncio.sleep(tick_s)
-        passed_s = min(time.monotonic() - began, 2 * tick_s)
-        silent_s = silent_s + passed_s if engine.busy and engine.steps == steps else 0.0
-        steps = engine.steps
 
 
 async def first_completed(*coroutines: Coroutine[Any, Any, T]) -> T:
