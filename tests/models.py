@@ -81,3 +81,8 @@ def run(engine: Engine, *sequences: Sequence) -> dict[str, list[DrawnToken]]:
 def ids(tokens: list[DrawnToken]) -> list[int]:
     """The drawn ids."""
     return [token.draw.id for token in tokens]
+
+
+def free_kv_blocks(engine: Engine) -> int:
+    """KV blocks that no sequence reads, cached ones included."""
+    return engine.kv_blocks["cached"] + engine.kv_blocks["free"]

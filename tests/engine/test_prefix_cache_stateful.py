@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.engine.ledger_runner import LedgerRunner
-from tests.models import engine_of
+from tests.models import engine_of, free_kv_blocks
 from worker.engine import Sequence
 from worker.errors import VramOom
 from worker.ops import KV_BLOCK, Phase
@@ -83,7 +83,7 @@ class PrefixCache(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             states = self.engine.kv_blocks
             assert sum(states.values()) == BLOCKS
-            assert self.engine.free_kv_blocks == states["cached"] + states["free"]
+            assert free_kv_blocks(self.engine) == states["cached"] + states["free"]
 
     def teardown(self):
         if not hasattr(self, "engine"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.gpu.served import answer, device_bytes, load, settle
+from tests.models import free_kv_blocks
 from worker.engine import Sequence
 from worker.sampling import Sampling
 
@@ -29,7 +30,7 @@ def test_a_hundred_jobs_leave_memory_at_its_baseline_to_the_byte(name, request, 
     for kind in KINDS:
         answer(loaded, [1, 2, 3], kind, 4)
     settle()
-    baseline, taken, blocks = loaded.device.memory(), device_bytes(), loaded.engine.free_kv_blocks
+    baseline, taken, blocks = loaded.device.memory(), device_bytes(), free_kv_blocks(loaded.engine)
     for job in range(JOBS):
         prompt = rng.integers(0, loaded.vocab_size, int(rng.integers(1, 400))).tolist()
         tokens = int(rng.integers(1, 100))
@@ -41,7 +42,7 @@ def test_a_hundred_jobs_leave_memory_at_its_baseline_to_the_byte(name, request, 
         assert loaded.device.memory() == baseline, f"job {job}"
     settle()
     assert device_bytes() == taken
-    assert loaded.engine.free_kv_blocks == blocks
+    assert free_kv_blocks(loaded.engine) == blocks
     assert loaded.device.non_resident() == (loaded.device.non_resident()[0], [])
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.jobs.harness import wait_until
 from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
+from tests.models import free_kv_blocks
 from tests.service.jobs import reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel
 from tests.service.serving import published_events, read_job, run_job, serving, wait_until_queue_is_empty, worker_events
@@ -120,7 +121,7 @@ async def test_a_stop_string_across_tokens_ends_the_answer_unpublished(harness, 
     client = harness.client()
     async with serving(harness, model().fresh()) as worker:
         result = await run_job(client, stop=[stop, "not in the text"], **fields)
-        assert worker.engine.free_kv_blocks == model().loaded.engine.free_kv_blocks
+        assert free_kv_blocks(worker.engine) == free_kv_blocks(model().loaded.engine)
     assert (result.last.finish_reason, result.last.stop_sequence) == ("stop_sequence", stop)
     assert result.text == text[: text.index(stop)]
     assert result.last.tokens_out == len(result.tokens)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.jobs.harness import wait_until
 from tests.jobs.stream_checker import assert_none, find_violations
+from tests.models import free_kv_blocks
 from tests.service.models import FixedDevice, ScriptedRunner, SharedModel, StepBarrier, failing_model, slow_model
 from tests.service.serving import published_events, read_job, run_job, serving, wait_until_queue_is_empty, worker_events
 from worker.backend import MemoryUse
@@ -98,7 +99,7 @@ async def test_a_running_job_is_cancelled_within_a_step_and_its_memory_is_releas
         assert result.last.code == "CANCELLED"
         assert not result.last.retriable
         assert worker.engine.idle
-        assert worker.engine.free_kv_blocks == loaded.engine.free_kv_blocks
+        assert free_kv_blocks(worker.engine) == free_kv_blocks(loaded.engine)
         assert await client.cancel("a") == "cancelled"
         assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc"
         assert_none(await find_violations(harness.connect(), "default", {"a": None}))
@@ -213,7 +214,7 @@ async def test_a_failed_allocation_fails_only_its_job(fake, error):
         assert result.kinds == ["started", "token", "error"]
         assert (result.last.code, result.last.retriable) == ("VRAM_OOM", True)
         await wait_until(lambda: _async(worker.service._health.degraded))
-        assert worker.engine.free_kv_blocks == loaded.engine.free_kv_blocks
+        assert free_kv_blocks(worker.engine) == free_kv_blocks(loaded.engine)
         assert (await run_job(client, prompt="abc", max_tokens=10)).text == "abcabcabca"
         await wait_until(lambda: _async(not worker.service._health.degraded))
         assert (await wait_for_vram(fake, worker)) == baseline

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.jobs.harness import LossyStreams, wait_until
+from tests.models import free_kv_blocks
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import http_get, read_job, run_job, serving, wait_until_queue_is_empty, worker_events
 from worker.config import HttpSection, LeaseSection
@@ -157,7 +158,7 @@ async def test_every_metric_is_exported_and_none_is_labelled_by_job(fake, model)
         "worker_queue_wait_seconds_count 2.0",
         "worker_model_load_seconds ",
         "worker_prefix_cache_hit_tokens_total 0.0",
-        f'worker_kv_blocks{{state="free"}} {model().loaded.engine.free_kv_blocks}.0',
+        f'worker_kv_blocks{{state="free"}} {free_kv_blocks(model().loaded.engine)}.0',
         'worker_kv_blocks{state="used"} 0.0',
         "worker_uptime_seconds ",
         'worker_state{state="ready"} 1.0',

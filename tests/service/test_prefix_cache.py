@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.jobs.harness import wait_until
+from tests.models import free_kv_blocks
 from tests.service.jobs import PROMPT_TOKENS, crashed_attempt, reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import http_get, read_job, run_job, serving
@@ -61,7 +62,7 @@ async def test_metrics_count_hits_and_blocks_by_state(fake, model):
     async with serving(fake, model().fresh()) as worker:
         for _ in range(2):
             await run_job(client, prompt_tokens=PROMPT_TOKENS, **FIELDS)
-        count = model().loaded.engine.free_kv_blocks
+        count = free_kv_blocks(model().loaded.engine)
         lines = (
             "worker_tokens_in_total 200.0",
             "worker_prefix_cache_hit_tokens_total 96.0",

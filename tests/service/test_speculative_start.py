@@ -9,6 +9,7 @@ import pytest
 
 from tests.jobs.harness import wait_until
 from tests.jobs.stream_checker import assert_none, find_violations
+from tests.models import free_kv_blocks
 from tests.service.jobs import PROMPT_TOKENS, SAMPLED_JOB, crashed_attempt, handed_back_attempt, reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier, failing_model
 from tests.service.serving import (
@@ -35,7 +36,7 @@ async def wait_until_engine_is_free(worker, loaded):
 
     async def free():
         idle = worker.engine.idle and not worker.service._engine.busy
-        return idle and worker.engine.free_kv_blocks == loaded.engine.free_kv_blocks
+        return idle and free_kv_blocks(worker.engine) == free_kv_blocks(loaded.engine)
 
     await wait_until(free)
 

@@ -56,11 +56,6 @@ class Engine:
         return self._blocks.states
 
     @property
-    def free_kv_blocks(self) -> int:
-        """KV blocks that no sequence reads, cached ones included."""
-        return self._blocks.count - self._blocks.states["used"]
-
-    @property
     def active(self) -> list[str]:
         """The ids of all sequences that wait or run."""
         return self._scheduler.active
