@@ -1,7 +1,7 @@
-"""Interface between the runtime and a device: memory arithmetic, uploads, the runner, and memory accounting.
+"""Interface between the runtime and a device: memory plan, uploads, runner, accounting.
 
-Implementations: `worker/cpu/backend.py` and `worker/gpu/backend.py`. Every method is called on the one thread that
-owns the device. Knows no architecture. Next: `worker/runtime.py`, which calls it.
+Implementations: `worker/cpu/backend.py` and `worker/gpu/backend.py`. Every method is called on the
+one thread that owns the device. Next: `worker/runtime.py`, which calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Upload = Callable[[TensorInfo], QTensor]
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes by purpose. `runtime` is what the process or the device's context used before the model was loaded."""
+    """Bytes by purpose. `runtime`: used by process or device context before loading."""
 
     weights: int = 0
     kv: int = 0
@@ -38,7 +38,7 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What serving one file on one backend takes, in bytes and tokens; computed before any device work."""
+    """What serving one file on one backend takes, in bytes and tokens."""
 
     hparams: Hparams
     options: ModelOptions
@@ -81,7 +81,7 @@ class Device(Protocol):
         ...
 
     def non_resident(self) -> tuple[int, list[str]]:
-        """Number of allocations checked, and the addresses of those that are not plain device memory."""
+        """Number of allocations checked, and addresses of those that are not device memory."""
         ...
 
 
@@ -96,7 +96,7 @@ class Backend(Device, Protocol):
     """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        """Bytes of a tensor on the device. Raises ModelLoadFailed if the device does not support its shape."""
+        """Bytes of a tensor on the device. Raises ModelLoadFailed for an unsupported shape."""
         ...
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
@@ -112,10 +112,11 @@ class Backend(Device, Protocol):
         ...
 
     def uploader(self, file: GgufFile, plan: Plan, on_bytes: Callable[[int], None]) -> AbstractContextManager[Upload]:
-        """Context in which weights are uploaded: it yields an `Upload` and on leaving waits for all tensors.
+        """Context for uploads: yields an `Upload`, and waits for all tensors on exit.
 
-        A tensor's contents are undefined until then. If the body raises, the upload is abandoned and nothing stays on
-        the device. `on_bytes` receives the file bytes of each chunk, one call at a time, from any thread.
+        A tensor's contents are undefined until then. If the body raises, the upload is abandoned
+        and nothing stays on the device. `on_bytes` receives the file bytes of each chunk, one call
+        at a time, from any thread.
 
         Raises:
             VramOom, CudaError: An allocation or a copy fails.
@@ -131,5 +132,5 @@ class Backend(Device, Protocol):
         ...
 
     def numerics(self) -> dict[str, str]:
-        """The facts of this backend that decide bits, by name: equal facts and files give equal bits."""
+        """Facts that decide bits, by name: equal facts and files give equal bits."""
         ...

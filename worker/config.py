@@ -1,7 +1,7 @@
 """Settings: command line over environment over TOML file over defaults, checked as a whole.
 
-Frozen sections, each passed on alone; the one place that reads the environment. A variable is named like its key:
-`WORKER_ENGINE__PREFILL_CHUNK=128`. Every key with a line of why stands in configs/default.toml.
+Frozen sections, each passed on alone; the only module that reads the environment. A variable
+is named like its key: `WORKER_ENGINE__PREFILL_CHUNK=128`. Every key with a line of why stands in configs/default.toml.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _parse_kv_memory(value: object) -> object:
 
 
 KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_memory)]
-"""Limit of the KV pool: bytes (int) or a share of the memory left after weights and workspace (float)."""
+"""Limit of the KV pool: bytes (int), or a share of the memory that weights leave (float)."""
 
 
 class _Section(BaseModel):
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from `file` (TOML), the environment and `flags` ({"engine.backend": "cpu"}; None leaves a key unset).
+    """Settings from `file` (TOML), environment and `flags` ({"engine.backend": "cpu"}).
 
     Raises ConfigInvalid with one sentence for every mistake.
     """
@@ -218,7 +218,7 @@ def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
 
 
 def _mistake(error: ErrorDetails) -> str:
-    """One sentence; what was given is left out where it is a whole section or may hold a password."""
+    """One sentence, without the value if that is a whole section or may contain a password."""
     where, words, given = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, "), error["input"]
     if isinstance(given, dict) or where == "redis.url":
         return f"{where}: {words}"

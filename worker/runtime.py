@@ -1,7 +1,7 @@
 """From settings to a loaded model: file, adapter, backend, memory plan, weights, tokenizer, engine.
 
-`plan` is the arithmetic before any device work, which `worker inspect` shows; `load` carries it out. Knows nothing of
-jobs. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
+`plan` is the arithmetic before any device work, which `worker inspect` shows; `load` carries it
+out. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from worker.text.tokenizer import Tokenizer, build_tokenizer
 from worker.text.vocabulary import TokenizerMetadata, Vocabulary, read_vocabulary
 
 MAX_KV_BLOCKS = 1 << 20
-"""Bounds the host memory of the block lists, about 40 MB; 16 million tokens, the longest context a setting allows."""
+"""16 million tokens, the longest context a setting allows; bounds the block lists to 40 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model with its tokenizer and engine, ready to serve jobs. `worker/echo.py` makes one without a file."""
+    """A model with tokenizer and engine, ready to serve jobs; `worker/echo.py` needs no file."""
 
     name: str
     fingerprint: str
@@ -58,7 +58,7 @@ ModelLoader = Callable[[Progress], LoadedModel]
 
 
 def open_backend(engine: EngineSection) -> Backend:
-    """The device that the settings name; auto is a GPU if CuPy is installed and the machine has one.
+    """The device of the settings; auto is a GPU if CuPy is installed and a GPU is present.
 
     Raises:
         ConfigInvalid: The backend is gpu and CuPy is not installed.
@@ -78,7 +78,7 @@ def open_backend(engine: EngineSection) -> Backend:
 
 
 def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto") -> Plan:
-    """Check every key, name and shape of the file and compute its memory. Raises ModelLoadFailed."""
+    """Check keys, names and shapes of the file and compute its memory. Raises ModelLoadFailed."""
     hp = read_hparams(file)
     options = ModelOptions(min(hp.context_length, model.context or hp.context_length), model.sliding_window)
     bound, weights = bind(file, options)
@@ -103,9 +103,9 @@ def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMem
 
 
 def _kv_blocks(free: int, limit: float, context: int, block_bytes: int) -> int:
-    """Blocks of the KV pool in `free` bytes; `limit` is a number of bytes (int) or a share of `free` (float).
+    """Blocks of the KV pool in `free` bytes; `limit`: bytes (int) or a share of `free` (float).
 
-    One context's blocks if they are affordable, even above the limit; 0 if not one block is affordable.
+    One context's blocks if affordable, even above the limit; 0 if not one block is.
     """
     affordable = max(0, free) // block_bytes
     limit_bytes = limit if isinstance(limit, int) else int(max(0, free) * limit)
@@ -114,7 +114,7 @@ def _kv_blocks(free: int, limit: float, context: int, block_bytes: int) -> int:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Suspend the garbage collector: scanning a load's half a million lasting objects takes 10 % of its time."""
+    """Suspend garbage collection, which takes 10 % of a load's time and finds nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -128,10 +128,10 @@ def _no_collection() -> Iterator[None]:
 def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> LoadedModel:
     """Open, check, plan and load a model file.
 
-    The tokenizer and the runner are built while weights are uploaded. If anything fails, nothing stays on the device.
+    The tokenizer and the runner are built during the upload. A failure leaves nothing on the device.
 
     Raises:
-        ModelLoadFailed, InsufficientVram: The file is refused; except for the tokenizer, before any device work.
+        ModelLoadFailed, InsufficientVram: The file is refused; only for its tokenizer during uploads.
         VramOom, CudaError: The device fails while loading.
     """
     with GgufFile.open(path) as file:
@@ -160,7 +160,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
 
 
 def fingerprint(file: GgufFile, choices: Mapping[str, str]) -> str:
-    """Digest (hex) of the file's fingerprint and the load-time choices; the file's own if there are no choices."""
+    """Digest (hex) of the file's fingerprint and load-time choices; without these the file's own."""
     if not choices:
         return file.fingerprint()
     return hashlib.sha256(json.dumps([file.fingerprint(), sorted(choices.items())]).encode()).hexdigest()
@@ -172,14 +172,14 @@ def numerics_id(facts: Mapping[str, str]) -> str:
 
 
 def _padding_ids(vocab: Vocabulary, rows: int, path: Path) -> frozenset[int]:
-    """Rows of the embedding without a token. Raises ModelLoadFailed if there are more tokens than rows."""
+    """Embedding rows without a token. Raises ModelLoadFailed for more tokens than rows."""
     if vocab.size > rows:
         raise ModelLoadFailed(f"{vocab.size} tokens for {rows} embedding rows", str(path), "a row for every token")
     return vocab.padding_ids | frozenset(range(vocab.size, rows))
 
 
 def _byte_counter(planned: Plan, progress: Progress | None) -> Callable[[int], None]:
-    """A function that adds up bytes and calls `progress` at most 100 times, since each call wakes the event loop."""
+    """Sum up bytes and call `progress` at most 100 times: each call wakes the event loop."""
     total = sum(info.nbytes for info in planned.weights)
     done = percent = 0
 

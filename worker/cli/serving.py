@@ -1,4 +1,4 @@
-"""The service inside `worker run`: signals, the connection to the server, and the loading of the model.
+"""The service inside `worker run`: signals, connection to the server, loading of the model.
 
 `worker/service/service.py` has the service itself.
 """

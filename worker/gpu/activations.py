@@ -19,12 +19,7 @@ Q8_BLOCK = 32
 """Elements that share a scale; a row is a whole number of blocks."""
 _COLUMN_GROUP = 128  # kColumnGroup of fragments.cuh
 _THREADS = 256
-_QUADS_KEPT = (
-    1,
-    2,
-    4,
-    8,
-)  # float4s that a thread keeps in registers: few, since code is fetched too
+_QUADS_KEPT = (1, 2, 4, 8)  # float4s that a thread keeps in registers: few, since code is fetched too
 DEFINES = {"SCALE_THREADS": _THREADS}
 INSTANTIATIONS: tuple[KernelName, ...] = tuple(("scale_to_f16.cu", f"scale_to_f16<{kept}>") for kept in _QUADS_KEPT)
 

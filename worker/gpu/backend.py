@@ -38,12 +38,12 @@ def has_gpu() -> bool:
 
 
 class GpuBackend:
-    """`worker.backend.Backend` on the current CUDA device; `kernel_cache` keeps compiled kernels between starts."""
+    """`worker.backend.Backend` on the current CUDA device, with kernels cached in `kernel_cache`."""
 
     name = "gpu"
     prefill_chunk = 1024
     kv_share = 0.9
-    """The rest is for fragmentation and for CUDA graphs, whose size is known only after their capture."""
+    """The rest is for fragmentation and CUDA graphs, whose size is known after capture."""
 
     def __init__(self, kernel_cache: Path) -> None:
         import cupy  # noqa: PLC0415
@@ -63,22 +63,20 @@ class GpuBackend:
         return weight_bytes(info)
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:
-        """See `Backend.kv_bytes_per_token`."""
         return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
     def overhead_bytes(self, hp: Hparams) -> int:
-        """See `Backend.overhead_bytes`: a chunk's activations in f32 and f16, split attention, the margin."""
+        """Activations of a chunk in f32 and f16, partial results of attention, the margin."""
         experts = max(1, hp.expert_used_count)
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
         return 6 * self.prefill_chunk * a_token + 16 * hp.vocab_size + MAX_PARTIAL_BYTES + _MARGIN
 
     def available_bytes(self) -> int:
-        """See `Backend.available_bytes`."""
         return self._memory.free
 
     @contextmanager
     def uploader(self, file: GgufFile, plan: Plan, on_bytes: Callable[[int], None]) -> Iterator[backend.Upload]:
-        """See `Backend.uploader`: asynchronous copies into one slab, after the kernels began to compile."""
+        """Asynchronous copies into one slab; compilation of the repack kernels starts first."""
         for kernel in repack_kernels(plan.weights):
             self._kernels.begin(kernel)
         pool = Pool(self._memory, plan.weight_bytes, Purpose.WEIGHTS)
@@ -94,17 +92,10 @@ class GpuBackend:
         """See `Backend.runner`: graphs are captured, which reads no weights."""
         settings = GpuSettings(plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk)
         return GpuRunner(
-            model,
-            plan.hparams,
-            self._memory,
-            self._kernels,
-            settings,
-            padding_ids=padding_ids,
-            end_ids=end_ids,
+            model, plan.hparams, self._memory, self._kernels, settings, padding_ids=padding_ids, end_ids=end_ids
         )
 
     def memory(self) -> MemoryUse:
-        """See `Backend.memory`."""
         used = self._memory.used
         return MemoryUse(
             weights=used[Purpose.WEIGHTS],
@@ -120,7 +111,6 @@ class GpuBackend:
         return self._memory.slabs, [hex(address) for address in self._memory.non_resident()]
 
     def numerics(self) -> dict[str, str]:
-        """See `Backend.numerics`."""
         from cupy.cuda import nvrtc  # noqa: PLC0415
 
         return numerics(self._kernels.arch, "{}.{}".format(*nvrtc.getVersion()))

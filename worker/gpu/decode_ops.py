@@ -39,11 +39,9 @@ class DecodeOps:
         self._state = state
 
     def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
-        """See `Ops.embed`."""
         return embed(self._kernels, self._pool, table, self._state.tokens[: len(batch.tokens)])
 
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
-        """See `Ops.norm_linear`."""
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
         rows = Q8Activations(x)
         return tuple(y for group in groups for y in matvec.matvec(self._kernels, self._pool, rows, norm, group))
@@ -74,7 +72,6 @@ class DecodeOps:
         return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
     def experts_add(self, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray) -> DeviceArray:
-        """See `Ops.experts_add`."""
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
 
     def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:

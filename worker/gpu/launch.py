@@ -44,7 +44,6 @@ class PdlInMatmulOnly:
         self._kernels = kernels
 
     def get(self, file: str, expression: str) -> Any:
-        """See `Launcher`."""
         kernel = self._kernels.get(file, expression)
         return kernel if file == "matmul.cu" else partial(_without_pdl, kernel)
 

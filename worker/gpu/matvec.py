@@ -163,12 +163,7 @@ def glu(
 
 
 def experts_add(
-    kernels: Launcher,
-    pool: Allocator,
-    h: Q8Activations,
-    routes: Routes,
-    down: Linear,
-    residual: DeviceArray,
+    kernels: Launcher, pool: Allocator, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f].
 

@@ -49,11 +49,9 @@ class PrefillOps:
         self._prompt = prompt
 
     def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
-        """See `Ops.embed`."""
         return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)])
 
     def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
-        """See `Ops.norm_linear`."""
         return matmul.projections(self._kernels, self._pool, self._scaled(x, norm), linears)
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> ScaledF16:
@@ -61,12 +59,10 @@ class PrefillOps:
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:
-        """See `Ops.linear_add`."""
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
         return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _array(residual)))
 
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
-        """See `Ops.norm_glu`."""
         return _like(x, matmul.glu(self._kernels, self._pool, self._scaled(x, norm), gate, up, activation))
 
     def norm_route(self, x: Rows, norm: RmsNorm, router: Linear, k: int) -> tuple[RoutedRows, Routes]:
@@ -84,12 +80,10 @@ class PrefillOps:
         return RoutedRows(scale_to_f16(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
 
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
-        """See `Ops.experts_add`."""
         added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _array(residual))
         return _like(residual, added)
 
     def gather_rows(self, x: DeviceArray | ScaledF16, batch: Batch) -> GatheredRows | ScaledF16:
-        """See `Ops.gather_rows`."""
         wanted = self._prompt.wanted[: len(batch.logit_rows)]
         if not isinstance(x, ScaledF16):
             return GatheredRows(gather_rows(self._kernels, self._pool, x, wanted))

@@ -138,7 +138,6 @@ class GpuRunner:
             self._stream.synchronize()
 
     def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        """See `Runner.run`."""
         lookahead, self._lookahead = self._lookahead, None
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
