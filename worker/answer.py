@@ -6,8 +6,6 @@ Callers are `worker/service/generation.py` and `worker generate`. Stop strings a
 withheld for them, in `worker/text/detokenizer.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence as Ids
 from dataclasses import fields

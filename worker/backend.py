@@ -4,8 +4,6 @@ Implementations: `worker/cpu/backend.py` and `worker/gpu/backend.py`. Every meth
 one thread that owns the device. Next: `worker/runtime.py`, which calls it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -1,10 +1,8 @@
 """Settings: command line over environment over TOML file over defaults, checked as a whole.
 
-Frozen sections, each passed on alone; the only module that reads the environment. A variable
-is named like its key: `WORKER_ENGINE__PREFILL_CHUNK=128`. Every key with a line of why stands in configs/default.toml.
+Frozen sections, each passed on alone. Only this module reads the environment. A variable is named
+like its key: `WORKER_ENGINE__PREFILL_CHUNK=128`. configs/default.toml lists all keys.
 """
-
-from __future__ import annotations
 
 import os
 import re

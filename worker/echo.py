@@ -4,8 +4,6 @@ Its vocabulary is the space and the 256 bytes, so it accepts every text and answ
 beforehand. `EchoRunner` is the simple implementation of the Runner protocol (`worker/model.py`).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ program, `python -m worker.embedded PARENT COMMAND…` arranges to be killed wit
 executes COMMAND. `worker demo` and `worker bench` use this module.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.util

@@ -5,8 +5,6 @@ allocated, so malformed content can only raise ModelLoadFailed. Split files, ten
 meaning of metadata are not handled here. Format: ggml's `docs/gguf.md`. Next: `gguf_file.py`.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import struct

@@ -6,8 +6,6 @@ killed at any time; the size of the files it writes is the progress. A file gets
 when it is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

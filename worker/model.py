@@ -5,8 +5,6 @@ with one model on it (`worker/cpu/runner.py`, `worker/gpu/runner.py`; `worker/ec
 model). Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the caller.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol

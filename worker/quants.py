@@ -4,8 +4,6 @@
 takes longer than the rest of this module. Next: `worker/gguf_file.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypeAlias
 

@@ -5,8 +5,6 @@ adapter chooses the scaling; an op reads `Rope.cos` and `Rope.sin`. Next:
 `worker/adapters/llama.py`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -4,8 +4,6 @@
 out. Next: `worker/adapters/__init__.py`, `worker/backend.py`, `worker/engine/engine.py`.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import importlib.util
@@ -128,10 +126,10 @@ def _no_collection() -> Iterator[None]:
 def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progress | None = None) -> LoadedModel:
     """Open, check, plan and load a model file.
 
-    The tokenizer and the runner are built during the upload. A failure leaves nothing on the device.
+    The tokenizer and the runner are made during the upload; a failure leaves nothing on the device.
 
     Raises:
-        ModelLoadFailed, InsufficientVram: The file is refused; only for its tokenizer during uploads.
+        ModelLoadFailed, InsufficientVram: The file is refused; for its tokenizer during uploads.
         VramOom, CudaError: The device fails while loading.
     """
     with GgufFile.open(path) as file:
@@ -160,7 +158,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
 
 
 def fingerprint(file: GgufFile, choices: Mapping[str, str]) -> str:
-    """Digest (hex) of the file's fingerprint and load-time choices; without these the file's own."""
+    """Digest (hex) of the file's fingerprint and load-time choices, or the file's own."""
     if not choices:
         return file.fingerprint()
     return hashlib.sha256(json.dumps([file.fingerprint(), sorted(choices.items())]).encode()).hexdigest()

@@ -4,8 +4,6 @@ Order: logit_bias, repetition penalty, frequency and presence penalties, masks, 
 top-p, min-p, draw. Ties go to the lower id. The definition is `worker/cpu/sampler.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

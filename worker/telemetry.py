@@ -4,8 +4,6 @@ Metrics are never labelled by job. The log has one line per event; prompts and o
 as SHA-256, lengths and counts. `worker/service/` updates the metrics and writes the log.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 import traceback

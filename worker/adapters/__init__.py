@@ -3,8 +3,6 @@
 A new architecture is a file like `llama.py`, a line in `ADAPTERS` and a row in the tests.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from worker.adapters.gpt_oss import GptOss

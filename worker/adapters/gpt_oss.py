@@ -11,8 +11,6 @@ Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
     clamps in the gated product: min(g, 7)·σ(1.702·g)·(clip(u, ±7) + 1).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from worker.adapters.hparams import ArchitectureKeys

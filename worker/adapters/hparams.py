@@ -4,8 +4,6 @@ Knows the keys that all architectures share; a key that only one architecture ha
 adapter.
 """
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from worker.errors import ModelLoadFailed

@@ -8,8 +8,6 @@ Rows of q and k are permuted in files of this architecture, so RoPE rotates adja
 1). Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies.
 """
 
-from __future__ import annotations
-
 from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions

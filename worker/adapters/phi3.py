@@ -11,8 +11,6 @@ Paper: Abdin et al. 2024 (arXiv:2404.14219). Differences from llama:
   * `attention.sliding_window` applies only if the setting `model.sliding_window` is "file".
 """
 
-from __future__ import annotations
-
 from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions

@@ -5,8 +5,6 @@ Paper: Yang et al. 2024 (arXiv:2407.10671). Differences from llama:
   * RoPE over the pairs (i, i + D/2), with the rows of q and k not permuted.
 """
 
-from __future__ import annotations
-
 from worker.adapters.hparams import ArchitectureKeys, file_window
 from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions

@@ -4,8 +4,6 @@ A model is bound twice: with `describe`, which uploads nothing, to check the fil
 work, and then with the backend's upload. Knows no architecture and no device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

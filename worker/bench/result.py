@@ -3,8 +3,6 @@
 `worker bench --json` prints a Result as one object; `benchmarks/recorded.py` reads it.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ Jobs are served by a `worker run` process, with this process as the client, one 
 `benchmarks/` uses the same functions.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ selected experts count; of an embedding that is not also the output head, only t
 Activations and logits are excluded: they fit the caches.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

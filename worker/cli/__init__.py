@@ -3,8 +3,6 @@
 Exit codes are those of `_HELP`; 1 is also any other failure, 2 also a CUDA error.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import import_module

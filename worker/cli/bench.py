@@ -1,7 +1,5 @@
 """`worker bench`: the speed of a model on this machine and the bytes moved. See `worker/bench/`."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from typing import Annotated

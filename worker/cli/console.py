@@ -1,7 +1,5 @@
 """Arguments, progress bars and output of the commands; an answer as text or as JSON lines."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping

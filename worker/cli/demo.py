@@ -3,8 +3,6 @@
 Server and worker are child processes (`worker/embedded.py`) that end with the demo.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`worker generate`: answer one prompt without a server. Read next: local_job.py."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

@@ -1,7 +1,5 @@
 """`worker submit`, `worker tail` and `worker cancel`: jobs from the submitter's side."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import sys

@@ -3,8 +3,6 @@
 Read next: `worker/runtime.py`, `worker/answer.py`.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`worker pull`, `worker inspect` and `worker tokenize`: download and inspect a model file."""
 
-from __future__ import annotations
-
 import json as jsonlib
 import sys
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Operations: `worker jobs`, `workers`, `drain`, `health` and `dead`."""
 
-from __future__ import annotations
-
 import http.client
 import json as jsonlib
 import time

@@ -1,7 +1,5 @@
 """Shared by the commands that connect to a server: options, a client, events as JSON or text."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from collections.abc import Iterator
 from contextlib import contextmanager

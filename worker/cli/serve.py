@@ -3,8 +3,6 @@
 `serving.py` is imported in `run`, so that the GPU initializes during its imports.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

@@ -3,8 +3,6 @@
 `worker/service/service.py` has the service itself.
 """
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import os

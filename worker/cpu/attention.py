@@ -5,8 +5,6 @@ its position alone, so its bits do not depend on the chunks of the prompt. Decod
 at a time.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The CPU as a device: weights are f32 arrays in the host's memory. Next: `runner.py`."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator

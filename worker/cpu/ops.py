@@ -3,8 +3,6 @@
 The phases differ in the height of a matrix product's tile alone. Weights are f32 arrays.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

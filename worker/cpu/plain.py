@@ -5,8 +5,6 @@ number of rows. Matrix products use tiles of fixed height (`tile`), since BLAS c
 shapes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

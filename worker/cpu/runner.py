@@ -1,7 +1,5 @@
 """The CPU's Runner: holds the KV cache, runs batches and draws tokens. Next: `ops.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

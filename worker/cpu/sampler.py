@@ -5,8 +5,6 @@ they sum to 1 within 1e-9. Random numbers are Philox4x32-10 (Salmon et al., SC'1
 s is block (i, 0, 0, 0) under key s, so a worker that continues an answer draws the same tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

@@ -4,8 +4,6 @@ BLAS runs single-threaded: its threads spin while they wait, which is slow on a 
 number changes bits. The slabs do not depend on the number of threads, so here it changes none.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

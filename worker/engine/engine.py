@@ -5,8 +5,6 @@ thread owns an engine. The runner (`worker/model.py`) computes. Read next: `sche
 `kv_blocks.py`.
 """
 
-from __future__ import annotations
-
 from array import array
 from dataclasses import dataclass
 from typing import TypeAlias

@@ -6,8 +6,6 @@ computes a token the same way in every batch, so blocks with equal token ids and
 them hold equal K and V, bit for bit. The runner (`worker/model.py`) owns the storage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any

@@ -5,8 +5,6 @@ from `add` on, and gets all its other blocks when it starts, so that it cannot r
 its block table never changes.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ Layouts: `kernels/q8_activations.cuh`, `kernels/fragments.cuh`. Kernel: `scale_t
 `tests/quantized_ops.py`, `rms_norm` in `worker/cpu/plain.py`. Next: `matvec.py`, `matmul.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

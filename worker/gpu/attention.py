@@ -4,8 +4,6 @@ The phase chooses the kernel; the arithmetic of a token depends on its position 
 `rope_kv.cu`, `attention_prefill.cu`, `attention_decode.cu`. Twin: `worker/cpu/attention.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

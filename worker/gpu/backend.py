@@ -3,8 +3,6 @@
 Next: `upload.py`, `runner.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +36,7 @@ def has_gpu() -> bool:
 
 
 class GpuBackend:
-    """`worker.backend.Backend` on the current CUDA device, with kernels cached in `kernel_cache`."""
+    """`worker.backend.Backend` on the current CUDA device; kernels are cached on disk."""
 
     name = "gpu"
     prefill_chunk = 1024

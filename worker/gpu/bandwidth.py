@@ -3,8 +3,6 @@
 Kernel: `read_all.cu`. Next: `worker/bench/bench.py`.
 """
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 

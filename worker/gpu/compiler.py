@@ -7,8 +7,6 @@ uses. Constants that Python and CUDA share are passed as `-D` options: see `laun
 `kernel.py`, `launch.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

@@ -5,8 +5,6 @@ batch only shapes are read, so that a captured step can be replayed. Twin: `work
 Prompts: `prefill_ops.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from worker.gpu import matvec

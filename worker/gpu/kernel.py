@@ -6,8 +6,6 @@ still runs, so its first weights are loading when the predecessor's results beco
 Next: `compiler.py`, `launch.py`.
 """
 
-from __future__ import annotations
-
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@
 determines the kernels and the activation bytes of a model before either exists.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable

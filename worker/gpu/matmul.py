@@ -6,8 +6,6 @@ number of tokens, which does not change a bit: each element is one chain of MMAs
 without their norms, `tests/quantized_ops.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby

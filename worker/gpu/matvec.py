@@ -7,8 +7,6 @@ of the batch. Kernels: `matvec.cu`, `glu.cu`, `experts_add.cu`, `route.cu`. Twin
 `worker/cpu/ops.py`, `tests/quantized_ops.py`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ allocates nothing. All uses of a pool are on one stream, which orders the old us
 the new one. Next: `upload.py`, `runner.py`.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable

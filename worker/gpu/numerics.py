@@ -5,8 +5,6 @@ number of multiprocessors is not among them: no order of sums depends on it. Nex
 `attention.py`, `sampler.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from importlib import resources
 

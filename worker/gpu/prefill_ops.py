@@ -6,8 +6,6 @@ the batch only shapes are read, so that a captured chunk serves every shorter on
 `worker/cpu/ops.py`. Generated tokens: `decode_ops.py`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from worker.gpu import matmul, matvec

@@ -12,8 +12,6 @@
 Independent of the model's architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

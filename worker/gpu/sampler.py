@@ -4,8 +4,6 @@ It keeps what a draw depends on besides its request: padding and end masks, toke
 Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

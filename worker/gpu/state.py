@@ -6,8 +6,6 @@ loads it only when a sequence starts or another one continues. Kernel side: `ker
 `kernels/sampling.cuh`. Next: `runner.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ blocks (`kernels/repack.cu`). Reading, copying and repacking overlap with each o
 caller's work until `close`. Allocations are bounded for any file size. Next: `layouts.py`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import deque

@@ -4,8 +4,6 @@
 jobs. `Registration` has heartbeat and status, the worker's own event stream, and commands to it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

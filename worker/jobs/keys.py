@@ -3,8 +3,6 @@
 Braces are cluster hash tags: the two keys of a job share a slot, and so do the two keys of a queue.
 """
 
-from __future__ import annotations
-
 GROUP = "workers"
 """The consumer group of every queue."""
 WORKERS = "inf:workers"

@@ -4,8 +4,6 @@ The only module that imports redis. Blocking reads use a client of their own, wh
 is longer than any block. Neither client retries: the caller must know when a reply was lost.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import weakref

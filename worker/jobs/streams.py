@@ -5,8 +5,6 @@ Each method touches one hash slot. `redis_streams.py` implements the interface w
 `retry_until_connected` and `ServerClock` work over any implementation. Read `transport.py` next.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import math

@@ -6,8 +6,6 @@ module decides which calls to make and repeats them after lost replies; `streams
 each call does on the server.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

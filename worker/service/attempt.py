@@ -9,8 +9,6 @@ One task runs the job and another renews the lease (`Attempt._renew`). Read next
 `worker/jobs/transport.py` (what keeps two workers apart).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

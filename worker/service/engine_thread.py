@@ -5,8 +5,6 @@ Drawn tokens return through one `Inbox` a sequence. No jobs and no text; `genera
 inboxes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

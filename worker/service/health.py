@@ -4,8 +4,6 @@ The pages read cached facts only, which `service.py` and `reporter.py` keep curr
 waits for a Redis server or a device.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -5,8 +5,6 @@ for its first token (`FirstTokenGate`): a few tenths of a millisecond on the eve
 engine's thread would delay that token by as much. `health.py` holds the state that is reported.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -6,8 +6,6 @@ Everything here runs on one event loop, which no call may block. Read next: `att
 `engine_thread.py` (the device), `reporter.py` (what a worker reports about itself).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

@@ -5,8 +5,6 @@ needs one of them, so each imports its library when it is built. The callers han
 and the space prefix (tokenizer.py). Read next: pre_tokenizers.py, which splits text into words.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from functools import lru_cache

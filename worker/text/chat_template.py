@@ -4,8 +4,6 @@ The caller provides the clock. tokenizer.py escapes the content of the messages 
 tokenizes the rendered text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime

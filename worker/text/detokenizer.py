@@ -5,8 +5,6 @@ the same text. `StopMatcher` withholds text that may still become a stop string;
 finds the headers and channels of gpt-oss's messages.
 """
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

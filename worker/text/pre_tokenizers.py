@@ -5,8 +5,6 @@ tokenizer.json of the others); `default` is llama.cpp's, for files older than th
 order, each within the splits of the previous one; unmatched text is a split too.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from worker.errors import ModelLoadFailed

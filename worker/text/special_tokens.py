@@ -4,8 +4,6 @@ tokenizer.py calls `guard` on the content of messages before the chat template i
 `split` on the rendered text and on raw prompts.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections import defaultdict

@@ -4,8 +4,6 @@ A special token in a chat template or a raw prompt is encoded as that token; in 
 message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py, chat_template.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any

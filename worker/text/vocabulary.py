@@ -4,8 +4,6 @@
 special_tokens.py (special tokens in text), bpe.py (ordinary text).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
