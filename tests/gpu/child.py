@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from tests.gpu.served import load
-from worker import cli
 from worker.engine import Sequence
 from worker.errors import WorkerError
 from worker.sampling import Sampling
@@ -48,7 +47,8 @@ def main():
     try:
         serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
     except WorkerError as error:
-        sys.exit(cli._report(error))
+        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
