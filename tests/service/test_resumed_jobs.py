@@ -13,7 +13,10 @@ from tests.service.jobs import SAMPLED_JOB, crashed_attempt, reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import SHORT_LEASE, published_events, read_job, serving
 from worker.config import LeaseSection
-from worker.jobs.events import End, Resumed, Started
+from worker.jobs.events import End, Resumed, Started, encode_event
+from worker.jobs.protocol import Job, Trace
+from worker.jobs.reader import History
+from worker.service.prepared_job import PreparedJob
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt-oss"])
@@ -102,6 +105,18 @@ async def test_workers_without_equal_numerics_ids_continue_with_exact_false(fake
     assert result.of("started")[0].numerics == first
     assert not result.of("resumed")[0].exact
     assert result.text == "abcabcabc"
+
+
+@pytest.mark.parametrize(("second", "expected"), [(True, True), (False, False)])
+def test_a_third_attempt_is_exact_only_if_the_second_one_was(second, expected):
+    """The third worker equals the first; tokens of an inexact second one stay in the answer."""
+    model, trace = SharedModel.echo().fresh(numerics_id="a"), Trace.of("a", "1-1")
+    job = PreparedJob.of(Job.parse({"job_id": "a", "prompt": "abc"}), model, "1-1", 0)
+    events = [job.opening(model, History(), 0, 0), Resumed(from_i=0, reason="crash", exact=second)]
+    encoded = [encode_event(event, trace.envelope("a", epoch, "w")) for epoch, event in enumerate(events, 1)]
+    records = [(f"{i}-0", {"type": each.kind.encode(), "p": each.packed}) for i, each in enumerate(encoded, 1)]
+    history = History.read(records, 3, "crash")
+    assert job.opening(model, history, 0, 0).exact is expected
 
 
 async def test_parameters_resolved_by_the_first_attempt_hold_for_later_ones(fake):

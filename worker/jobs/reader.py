@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from worker.errors import WorkerError
-from worker.jobs.events import End, Envelope, ErrorEvent, Event, Started, Token, Tokens, decode_event
+from worker.jobs.events import End, Envelope, ErrorEvent, Event, Resumed, Started, Token, Tokens, decode_event
 from worker.jobs.keys import START, events_key, next_id, split_id
 from worker.jobs.streams import JobState, Record, Streams, retry_until_connected
 
@@ -127,6 +127,8 @@ class History:
     tokens: tuple[Token, ...] = ()
     reason: Literal["crash", "drain"] = "crash"
     """Why this attempt follows another, as in `resumed`: the last one crashed or released it."""
+    exact: bool = True
+    """False once an attempt has continued with other numerics: published tokens may be its own."""
     intact: bool = True
     """False if events are missing or unreadable; the job cannot be continued then."""
 
@@ -135,6 +137,7 @@ class History:
         """Read a job's whole event stream."""
         started: Started | None = None
         tokens: list[Token] = []
+        exact = True
         try:
             for _, fields in records:
                 decoded = decode_event(fields["type"].decode(), fields["p"])
@@ -143,10 +146,12 @@ class History:
                     started = event
                 elif isinstance(event, Tokens):
                     tokens += event.tokens
+                elif isinstance(event, Resumed):
+                    exact = exact and event.exact
         except (WorkerError, KeyError, UnicodeDecodeError):
             return cls(epoch, reason=reason, intact=False)
         contiguous = started is not None and all(i == token.i for i, token in enumerate(tokens))
-        return cls(epoch, started, tuple(tokens), reason, intact=epoch == 1 or contiguous)
+        return cls(epoch, started, tuple(tokens), reason, exact, intact=epoch == 1 or contiguous)
 
 
 async def read_history(streams: Streams, job_id: str) -> tuple[JobState, History]:

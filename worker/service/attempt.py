@@ -2,7 +2,7 @@
 
     first delivery:   decode, tokenize ─► engine ─┬─► append … append ─► finish ─► settle
                                        └► take ───┘
-    later deliveries: decode, tokenize ─► take ─► engine ─► append …
+    later deliveries: decode, tokenize ─► engine (paused) ─► take ─► engine (resumed) ─► append …
 
 One task runs the job and another renews the lease (`Attempt._renew`). Read next: `prepared_job.py`
 (tokenizing, and what ends an attempt early), `generation.py` (from the engine to `append`), and

@@ -78,7 +78,8 @@ class PreparedJob:
             constraint = "published by a model with another vocabulary"
             return ErrorEvent.of(InvalidRequest.of(("model", constraint, None)))
         ours = (model.fingerprint, self.prompt_hash, model.numerics_id)
-        exact = bool(model.numerics_id) and ours == (started.fingerprint, started.prompt_hash, started.numerics)
+        equal = bool(model.numerics_id) and ours == (started.fingerprint, started.prompt_hash, started.numerics)
+        exact = history.exact and equal
         return Resumed(from_i=len(history.tokens), reason=history.reason, exact=exact)
 
     def answer(self, model: LoadedModel, history: History) -> Answer:
