@@ -4,10 +4,15 @@ Implementations: `worker/cpu/backend.py` and `worker/gpu/backend.py`. Every meth
 one thread that owns the device. Next: `worker/runtime.py`, which calls it.
 """
 
+import hashlib
+import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from worker.errors import InsufficientVram
 from worker.gguf_file import GgufFile, TensorInfo
@@ -132,3 +137,25 @@ class Backend(Device, Protocol):
     def numerics(self) -> dict[str, str]:
         """Facts that decide bits, by name: equal facts and files give equal bits."""
         ...
+
+
+_COMPUTING = ("adapters", "ops.py", "quants.py", "rope.py", "sampling.py")
+"""Sources of this package that decide bits on every backend."""
+
+
+def host_facts() -> dict[str, str]:
+    """Facts of the host that decide bits: NumPy computes all RoPE tables and the CPU's ops."""
+    simd = np.show_config(mode="dicts")["SIMD Extensions"].get("found", ())
+    return {"machine": platform.machine(), "numpy": np.__version__, "simd": " ".join(simd)}
+
+
+def source_digest(package: str, root: Path = Path(__file__).parent) -> str:
+    """SHA-256 (hex) of sources that decide bits: the package `cpu` or `gpu`, and `_COMPUTING`."""
+    digest = hashlib.sha256()
+    for name in (package, *_COMPUTING):
+        path = root / name
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.suffix in (".py", ".cu", ".cuh"):
+                text = file.read_bytes()
+                digest.update(f"{file.relative_to(root).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()

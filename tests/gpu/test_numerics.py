@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from worker.backend import source_digest
 from worker.gpu.numerics import numerics
 
 
@@ -17,20 +18,27 @@ def test_the_facts_are_flat_strings_equal_for_equal_workers():
     assert {"attention_segment", "decode_splits", "logprob_slices", "product_splits"} <= facts.keys()
 
 
-def test_another_device_compiler_kernel_or_constant_has_other_facts(tmp_path, monkeypatch):
+def test_another_device_compiler_order_or_source_has_other_facts(monkeypatch):
     first = numerics("sm_90", "13.0")
     assert numerics("sm_100", "13.0") != first
     assert numerics("sm_90", "13.1") != first
-    module = SimpleNamespace(__name__="worker.gpu.k", INSTANTIATIONS=(("k.cu", "k"),), FIXED_ORDERS={"k": "in turn"})
+    module = SimpleNamespace(INSTANTIATIONS=(("k.cu", "k"),), FIXED_ORDERS={"k": "in turn"})
     monkeypatch.setattr("worker.gpu.numerics.launcher_modules", lambda: (module,))
-    monkeypatch.setattr("worker.gpu.numerics.resources.files", lambda _: tmp_path)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "k.py").write_text("SPLITS = 2\n")
-    (tmp_path / "kernels" / "k.cu").write_text("int k;\n")
-    before = numerics("sm_90", "13.0")
-    assert before["k"] == "in turn"
-    (tmp_path / "kernels" / "k.cu").write_text("int edited;\n")
-    edited = numerics("sm_90", "13.0")
-    assert edited["sources"] != before["sources"]
-    (tmp_path / "k.py").write_text("SPLITS = 3\n")
-    assert numerics("sm_90", "13.0")["sources"] != edited["sources"]
+    assert numerics("sm_90", "13.0")["k"] == "in turn"
+    monkeypatch.setattr("worker.gpu.numerics.source_digest", lambda package: f"edited {package}")
+    assert numerics("sm_90", "13.0")["sources"] == "edited gpu"
+
+
+def test_the_digest_covers_kernels_launchers_adapters_and_rope_and_nothing_else(tmp_path):
+    for file in ("gpu/matvec.py", "gpu/kernels/k.cu", "gpu/kernels/k.cuh", "adapters/llama.py", "rope.py"):
+        before = source_digest("gpu", tmp_path)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("first\n")
+        first = source_digest("gpu", tmp_path)
+        (tmp_path / file).write_text("second\n")
+        assert len({before, first, source_digest("gpu", tmp_path)}) == 3, file
+    before = source_digest("gpu", tmp_path)
+    for file in ("cpu/ops.py", "service.py", "gpu/notes.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("other\n")
+    assert source_digest("gpu", tmp_path) == before

@@ -1,17 +1,15 @@
 """The CPU as a device: weights are f32 arrays in the host's memory. Next: `runner.py`."""
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import psutil
 from threadpoolctl import threadpool_info
 
-from worker.backend import MemoryUse, Plan, Upload
+from worker.backend import MemoryUse, Plan, Upload, host_facts, source_digest
 from worker.cpu.attention import KvCache
 from worker.cpu.runner import CpuRunner
 from worker.cpu.sampler import Sampler
@@ -95,17 +93,12 @@ class CpuBackend:
 
     def numerics(self) -> dict[str, str]:
         """See `Backend.numerics`. The number of threads is left out: it changes no bits."""
-        sources = hashlib.sha256()
-        for source in sorted(resources.files("worker.cpu").iterdir(), key=lambda each: each.name):
-            if source.name.endswith(".py"):
-                sources.update(source.read_bytes())
         blas = [each for each in threadpool_info() if each["user_api"] == "blas"]
         libraries = sorted(f"{each['internal_api']} {each['version']} {each.get('architecture')}" for each in blas)
         return {
             "backend": self.name,
-            "numpy": np.__version__,
             "blas": ", ".join(libraries),
-            "machine": platform.machine(),
             "kv_type": np.dtype(self._kv_dtype).name,
-            "sources": sources.hexdigest(),
+            "sources": source_digest("cpu"),
+            **host_facts(),
         }

@@ -9,7 +9,8 @@
   `matmul.py`, …); `sampler.py`: from logits to tokens.
 - `numerics.py`: the facts that decide the bits of the results.
 
-No other package imports CuPy, and this package is imported only if the GPU was chosen.
+No other package imports CuPy. This module imports none either; the others are imported only if the
+GPU was chosen.
 """
 
 import contextlib

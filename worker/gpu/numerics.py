@@ -5,17 +5,15 @@ number of multiprocessors is not among them: no order of sums depends on it. Nex
 `attention.py`, `sampler.py`.
 """
 
-import hashlib
-from importlib import resources
-
+from worker.backend import host_facts, source_digest
 from worker.gpu.compiler import OPTIONS, defines_of, launcher_modules
 
 
 def numerics(arch: str, nvrtc_version: str) -> dict[str, str]:
     """Flat facts, by name, of a device of compute capability `arch` (such as sm_90).
 
-    `sources` is the digest of all kernel files and of the modules that launch them, which hold the
-    rules that choose a product's split of K. FIXED_ORDERS of those modules are reported by name.
+    `sources` covers kernels, launchers and adapters. FIXED_ORDERS of launcher modules are reported
+    by name.
     """
     files = {file for module in launcher_modules() for file, _ in module.INSTANTIATIONS}
     orders = {name: order for module in launcher_modules() for name, order in _fixed_orders(module).items()}
@@ -25,7 +23,8 @@ def numerics(arch: str, nvrtc_version: str) -> dict[str, str]:
         "nvrtc": nvrtc_version,
         "options": " ".join(OPTIONS),
         "defines": "; ".join(f"{file} {' '.join(options)}" for file in sorted(files) if (options := defines_of(file))),
-        "sources": _sources_digest(),
+        "sources": source_digest("gpu"),
+        **host_facts(),
         "product_splits": "split of K and order of its sums by the shape of the matrix",
         **dict(sorted(orders.items())),
     }
@@ -33,14 +32,3 @@ def numerics(arch: str, nvrtc_version: str) -> dict[str, str]:
 
 def _fixed_orders(module: object) -> dict[str, str]:
     return dict(getattr(module, "FIXED_ORDERS", {}))
-
-
-def _sources_digest() -> str:
-    package = resources.files(__package__)
-    launchers = [package / f"{module.__name__.rpartition('.')[2]}.py" for module in launcher_modules()]
-    kernels = [file for file in (package / "kernels").iterdir() if file.name.endswith((".cu", ".cuh"))]
-    digest = hashlib.sha256()
-    for file in sorted([*kernels, *launchers], key=lambda file: file.name):
-        text = file.read_bytes()
-        digest.update(f"{file.name} {len(text)}\n".encode() + text)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@
 //
 // Inputs: q [S, H·D], k, v [S, Hk·D] f32; caches as in kv_cache.cuh; positions [S] i32; tables [S,
 // table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
-// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (quantized.cuh); the new key and
+// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (q8_activations.cuh); the new key and
 // value.
 // Scratch: partials, S·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, S·(H/GROUP) u32,
 // zero before and after each launch.
