@@ -56,7 +56,8 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path, monkeypatc
         ("8GiB", 8 << 30),
         ("512 MiB", 512 << 20),
         ("1073741824", 1 << 30),
-        (4096, 4096),
+        (1 << 20, 1 << 20),
+        (0, 0),
         ("0.9", 0.9),
         (0.5, 0.5),
         ("1.0", 1.0),
@@ -70,6 +71,15 @@ def test_kv_memory_is_bytes_or_a_share(value, expected):
 def test_kv_memory_is_read_from_the_environment_too(monkeypatch):
     monkeypatch.setenv("WORKER_ENGINE__KV_MEMORY", "0")
     assert load_settings().engine.kv_memory == 0
+
+
+@pytest.mark.parametrize("key", ["uri", "URL2"])
+def test_an_unknown_redis_key_is_refused_without_its_value(monkeypatch, key):
+    monkeypatch.setenv(f"WORKER_REDIS__{key}", "redis://user:s3cret@host")
+    with pytest.raises(ConfigInvalid) as caught:
+        load_settings()
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in str(caught.value.details)
 
 
 def test_an_empty_variable_counts_as_none(monkeypatch):
@@ -92,6 +102,9 @@ def test_an_empty_variable_counts_as_none(monkeypatch):
         ("engine.kv_memory", "8GB", "engine.kv_memory: must be "),
         ("engine.kv_memory", "most", "engine.kv_memory: must be "),
         ("engine.kv_memory", "1.5", "engine.kv_memory: must be "),
+        ("engine.kv_memory", "1", "engine.kv_memory: must be "),
+        ("engine.kv_memory", 4096, "engine.kv_memory: must be "),
+        ("engine.kv_memory", "٣GiB", "engine.kv_memory: must be "),
         ("engine.kv_memory", -1, "engine.kv_memory: must be "),
         ("engine.kv_memory", True, "engine.kv_memory: must be "),
         ("model.sliding_window", "on", "model.sliding_window: "),

@@ -39,18 +39,18 @@ def _folder(default: Callable[[], Path]) -> BeforeValidator:
     return BeforeValidator(chosen)
 
 
-_KV_MEMORY_FORM = 'must be "auto", bytes such as 8GiB, 512MiB or 1073741824, or a share of free memory such as 0.9'
+_KV_MEMORY_FORM = 'must be "auto", bytes such as 8GiB or 1073741824 (0 or at least 1MiB), or a share such as 0.9'
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def _parse_kv_memory(value: object) -> object:
     """Parse `engine.kv_memory`: "auto", an int of bytes or a float above 0 and up to 1."""
     if isinstance(value, str) and value != "auto":
-        if match := re.fullmatch(r"(\d+) ?(|[KMGT]iB)", value):
+        if match := re.fullmatch(r"([0-9]+) ?(|[KMGT]iB)", value):
             value = int(match[1]) * _UNITS[match[2]]
-        elif re.fullmatch(r"\d*\.\d+", value):
+        elif re.fullmatch(r"[0-9]*\.[0-9]+", value):
             value = float(value)
-    is_bytes = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_bytes = isinstance(value, int) and not isinstance(value, bool) and (value == 0 or value >= 1 << 20)
     if value == "auto" or is_bytes or (isinstance(value, float) and 0 < value <= 1):
         return value
     raise ValueError(_KV_MEMORY_FORM)
@@ -218,6 +218,6 @@ def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
 def _mistake(error: ErrorDetails) -> str:
     """One sentence, without the value if that is a whole section or may contain a password."""
     where, words, given = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, "), error["input"]
-    if isinstance(given, dict) or where == "redis.url":
+    if isinstance(given, dict) or where.startswith("redis"):
         return f"{where}: {words}"
     return f"{where}: {words}, not {given!r}"

@@ -1,7 +1,7 @@
 """Interface between models and devices: the ops that adapters call, and the glossary of shapes.
 
-Each op has one name in five places: this protocol, its NumPy twin in `worker/cpu/` (the
-definition), its CuPy launcher in `worker/gpu/`, its `.cu` file and its test. Next:
+An op has one name in this protocol, in its NumPy twin in `worker/cpu/` (the definition), in its
+CuPy launcher in `worker/gpu/`, which names its kernels, and in its test. Next:
 `worker/adapters/llama.py`.
 
 Glossary, used everywhere:

@@ -1,8 +1,7 @@
 """The engine: runs the batch that the scheduler chose and commits the drawn tokens.
 
-All state changes in the commit, so a step that raises has changed nothing and can be repeated. One
-thread owns an engine. The runner (`worker/model.py`) computes. Read next: `scheduler.py`,
-`kv_blocks.py`.
+Tokens are committed after the run, so a step that raised can be repeated. One thread owns an
+engine. The runner (`worker/model.py`) computes. Read next: `scheduler.py`, `kv_blocks.py`.
 """
 
 from array import array
