@@ -7,17 +7,20 @@ withheld for them, in `worker/text/detokenizer.py`.
 """
 
 import hashlib
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import fields
 from datetime import datetime
 
 from worker import engine
-from worker.jobs.events import Token
+from worker.jobs.events import Channel, Token
 from worker.jobs.protocol import Job, Limits, Resolved
 from worker.runtime import LoadedModel
 from worker.sampling import FinishReason, Sampling
 from worker.text.detokenizer import IncrementalDetokenizer
 from worker.text.tokenizer import Tokenizer
+
+_CHANNELS: Mapping[str, Channel] = {"analysis": "reasoning", "commentary": "tool"}
 
 
 def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
@@ -25,7 +28,7 @@ def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
     if job.prompt_tokens is not None:
         return list(job.prompt_tokens)
     if job.messages is not None:
-        return tokenizer.encode_chat([message.model_dump() for message in job.messages], now=enqueued)
+        return tokenizer.encode_chat([message.model_dump(exclude_none=True) for message in job.messages], now=enqueued)
     return tokenizer.encode_prompt(job.prompt or "", special=job.special)
 
 
@@ -62,13 +65,13 @@ class Answer:
         text, channel = self._release(token.index, token.draw.id)
         return Token(token.index, token.draw.id, text, token.draw.logprob, token.draw.top, channel)
 
-    def _release(self, index: int, token_id: int) -> tuple[str, str | None]:
+    def _release(self, index: int, token_id: int) -> tuple[str, Channel]:
         """The text and channel of a token. Sets the finish reason; a stop string takes priority."""
         finish = self.sequence.finish_at(index, token_id)
         piece = self._text.push(token_id, last=finish is not None)
         self.stop_sequence = piece.stop
         self.finish_reason = "stop_sequence" if piece.stop is not None else finish
-        return piece.text, piece.channel
+        return piece.text, _CHANNELS.get(piece.channel or "", "final")
 
 
 class AttemptStats:

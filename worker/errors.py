@@ -11,6 +11,8 @@
     ├── DeadLettered        DEAD_LETTERED       attempts without progress, or too many deliveries
     ├── QueueFull           QUEUE_FULL          raised by the client, with a retry delay
     ├── ConfigInvalid       CONFIG_INVALID      invalid settings: one sentence each
+    ├── ServerRefused       REDIS_REFUSED       the server refuses a command: details["reply"]
+    ├── EventsLost          EVENTS_LOST         the job's stream ended without a terminal event
     └── Internal            INTERNAL            any other error; the traceback is only logged
 
 `message` is one sentence for a person, `details` hold the same values for a program. A code never
@@ -119,6 +121,23 @@ class ConfigInvalid(WorkerError):
 
     code = "CONFIG_INVALID"
     exit_code = 4
+
+
+class ServerRefused(WorkerError):
+    """Redis refuses a command, and a repetition would not help: rights, password, type of a key.
+
+    `details["reply"]` is the first word of the reply, such as NOPERM, WRONGPASS or WRONGTYPE. An
+    unreachable or temporarily refusing server is `worker.jobs.streams.Disconnected` instead.
+    """
+
+    code = "REDIS_REFUSED"
+    exit_code = 5
+
+
+class EventsLost(WorkerError):
+    """A job's events are missing or have expired, so its answer can't be read to its end."""
+
+    code = "EVENTS_LOST"
 
 
 class Internal(WorkerError):

@@ -16,7 +16,7 @@ from worker.jobs.events import Envelope, ErrorEvent, Started, Token, Tokens, dec
 
 def sample(cls: type[events.Event]) -> events.Event:
     if cls is Tokens:
-        plain, rich = Token(0, 5, "a"), Token(1, 6, "", -0.5, ((6, -0.5), (7, -1.5)), "analysis")
+        plain, rich = Token(0, 5, "a"), Token(1, 6, "", -0.5, ((6, -0.5), (7, -1.5)), "reasoning")
         return Tokens(tokens=(plain, rich))
     types = {"str": "x", "int": 7, "float": 1.5, "bool": True, "dict[str, Any]": {"n": 5}, "list[str]": ["w"]}
     return cls(**{f.name: types.get(str(f.type), "x") for f in dataclasses.fields(cls)})
@@ -40,8 +40,8 @@ def test_every_event_is_decoded_as_it_was_encoded(cls: type[events.Event]) -> No
 def test_a_token_is_encoded_without_its_empty_fields() -> None:
     _, packed = encode_event(sample(Tokens), ENVELOPE)
     plain, rich = msgpack.unpackb(packed)["tokens"]
-    assert plain == {"i": 0, "id": 5, "t": "a"}
-    assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "analysis"}
+    assert plain == {"i": 0, "id": 5, "t": "a", "channel": "final"}
+    assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "reasoning"}
 
 
 def test_an_error_event_has_the_fields_of_its_exception() -> None:

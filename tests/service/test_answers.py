@@ -164,8 +164,8 @@ async def test_tokens_of_gpt_oss_are_published_with_their_channel(fake, model):
     async with serving(fake, loaded):
         result = await run_job(client, messages=[{"role": "user", "content": "hi"}])
     assert result.ids == answer
-    text = {channel: "".join(t.t for t in result.tokens if t.channel == channel) for channel in ("analysis", "final")}
-    assert text == {"analysis": "hm", "final": "yes"}
+    text = {channel: "".join(t.t for t in result.tokens if t.channel == channel) for channel in ("reasoning", "final")}
+    assert text == {"reasoning": "hm", "final": "yes"}
     assert result.text == "hmyes"
 
 

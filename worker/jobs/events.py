@@ -19,6 +19,9 @@ from worker.sampling import FinishReason
 
 SCHEMA_VERSION = 1
 
+Channel = Literal["final", "reasoning", "tool"]
+"""What a token's text belongs to: the answer, the model's reasoning, or a tool call's arguments."""
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
@@ -90,8 +93,12 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] | None = None
     """(id, log-probability), in descending order of log-probability."""
-    channel: str | None = None
-    """gpt-oss: analysis, commentary or final."""
+    channel: Channel = "final"
+    """`tool`: `t` is text of the arguments of a call of `recipient`, a JSON object when joined."""
+    recipient: str | None = None
+    """The called tool, such as `functions.get_weather`; only on the channel `tool`."""
+    call: int | None = None
+    """Index of the tool call in the answer, from 0; only on the channel `tool`."""
 
     def to_fields(self) -> dict[str, Any]:
         """One item of a `tokens` entry."""
@@ -102,7 +109,8 @@ class Token:
         """Construct from one item of a `tokens` entry. Raises KeyError if a field is missing."""
         top = item.get("top")
         pairs = None if top is None else tuple((int(id), float(logprob)) for id, logprob in top)
-        return cls(item["i"], item["id"], item["t"], item.get("logprob"), pairs, item.get("channel"))
+        names = ("logprob", "channel", "recipient", "call")
+        return cls(item["i"], item["id"], item["t"], top=pairs, **{name: item[name] for name in names if name in item})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,11 +68,53 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
+class TextPart(_Strict):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(_Strict):
+    """The function that a tool call names, and its arguments: JSON text, or the map itself."""
+
+    name: ShortText
+    arguments: Text | dict[str, Any]
+
+
+class ToolCall(_Strict):
+    """A tool call of an earlier assistant turn, as in OpenAI's chat completions."""
+
+    id: ShortText | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(_Strict):
-    """One turn of a chat. Special tokens in `content` are treated as plain text."""
+    """One turn of a chat. Control tokens in its texts are treated as plain text.
+
+    Fields that are None are not passed to the chat template, except `content`.
+    """
 
     role: Literal["system", "user", "assistant", "developer", "tool"]
-    content: Text
+    content: Text | list[TextPart] | None = None
+    name: ShortText | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=1024)] | None = None
+    tool_call_id: ShortText | None = None
+
+
+class NamedFunction(_Strict):
+    """The name in a `tool_choice` that names a function."""
+
+    name: ShortText
+
+
+class ToolChoice(_Strict):
+    """A `tool_choice` that names the function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class SamplingParams(_Strict):
@@ -108,8 +150,17 @@ class Job(SamplingParams):
         Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)] | None
     ) = None
     special: bool = True
+    chat_template_kwargs: dict[Text, Any] | None = None
+    """Variables of the chat template, such as `enable_thinking` or `reasoning_effort`."""
+    tools: Annotated[list[dict[Text, Any]], Field(min_length=1, max_length=1024)] | None = None
+    """Tools that the model may call, in OpenAI's form; passed to the chat template unchanged."""
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=100)]], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
+    """Ids that end the answer, as the model's own end tokens do."""
+    encoding: Literal["msgpack", "json"] = "msgpack"
+    """Encoding of the job's events."""
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
     correlation_id: ShortText | None = None
     traceparent: ShortText | None = None

@@ -29,7 +29,20 @@ Record = tuple[str, Fields]
 
 
 class Disconnected(ConnectionError):
-    """The server is unreachable, or its reply was lost: the call may have taken effect."""
+    """The server is unreachable or refuses for now, or its reply was lost: a repetition may help.
+
+    `reply` is the first word of a temporary refusal, such as READONLY, LOADING, MISCONF, BUSY or
+    NOREPLICAS: that call had no effect. If it is empty, the call may have taken effect.
+    """
+
+    def __init__(self, message: str, reply: str = "") -> None:
+        super().__init__(message)
+        self.reply = reply
+
+    @property
+    def code(self) -> str:
+        """The stable code: REDIS_BUSY for a temporary refusal, else REDIS_UNREACHABLE."""
+        return "REDIS_BUSY" if self.reply else "REDIS_UNREACHABLE"
 
 
 @dataclass(frozen=True, slots=True)
