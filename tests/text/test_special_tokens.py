@@ -1,5 +1,7 @@
 """Special tokens: `split` finds them, `guard` escapes them in a user's text."""
 
+import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -27,6 +29,44 @@ def naive_split(text: str) -> list[str | int]:
 @given(TEXTS)
 def test_a_text_is_split_at_the_longest_name_at_each_position(text):
     assert list(SpecialTokens(IDS).split(text)) == naive_split(text)
+
+
+def tokenizers_split(text: str, control: tuple[str, ...], user_defined: tuple[str, ...], *, found: bool) -> list:
+    """The names and the text between them by `tokenizers`; with `found`, control tokens are."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.encode_special_tokens = not found
+    tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in control])
+    tokenizer.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in user_defined])
+    encoding = tokenizer.encode(text)
+    parts, start = [], 0
+    for name, (at, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+        parts += [text[start:at], (name,)]
+        start = end
+    return [part for part in [*parts, text[start:]] if part != ""]
+
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+USER_DEFINED = ("<tool_call>", "</tool_call>", "<think>", "</think>", "  ", "   ", "    ", "ab", "bcd", "abcde", "é")
+PARTS = [*CONTROL, *USER_DEFINED, "<|im_", "end|>", "<tool", "a", "bc", "cd", " ", "\n", "<", "x"]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join), st.booleans())
+def test_user_defined_names_are_found_in_any_text_as_by_tokenizers(text, control):
+    names = (*CONTROL, *USER_DEFINED)
+    tokens = SpecialTokens({name: row for row, name in enumerate(names)}, USER_DEFINED)
+    parts = [part if isinstance(part, str) else (names[part],) for part in tokens.split(text, control=control)]
+    assert parts == tokenizers_split(text, CONTROL, USER_DEFINED, found=control)
+
+
+@pytest.mark.parametrize("text", ["<s>>", "x<s>", "a<s", "x<s>>y", "<<s>"])
+def test_no_user_defined_name_that_overlaps_a_control_name_is_found_in_untrusted_text(text):
+    tokens = SpecialTokens({"<s>": 0, ">>": 1, "x<s>": 2, "<s": 3, "<<": 4}, (">>", "x<s>", "<s", "<<"))
+    assert list(tokens.split(text, control=False)) == (["a", 3] if text == "a<s" else [text])
+
+
+def test_a_name_of_one_character_is_found_where_no_longer_one_begins():
+    tokens = SpecialTokens({"a": 0, "ab": 1, "abcd": 2}, ("a", "ab", "abcd"))
+    assert list(tokens.split("abcdabcaxba", control=False)) == [2, 1, "c", 0, "xb", 0]
 
 
 def test_a_vocabulary_without_special_tokens_splits_nothing():

@@ -28,13 +28,13 @@ class Tokenizer:
         self.vocab = vocab
         self._bpe = bpe
         self._render = render
-        self._special = SpecialTokens(vocab.special)
+        self._special = SpecialTokens(vocab.special, vocab.user_defined)
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids of a text without BOS; `special` encodes the special tokens in it."""
+        """Return the ids of a text without BOS; `special` encodes the CONTROL tokens in it."""
         _check_unicode(text, "prompt")
-        return self._encode_parts(self._special.split(text) if special else [text] if text else [])
+        return self._encode_parts(self._special.split(text, control=special))
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a raw prompt, with exactly one BOS if the file adds BOS."""

@@ -99,6 +99,9 @@ class Vocabulary:
     """GGUF token types."""
     special: dict[str, int]
     """Name → id of the CONTROL and USER_DEFINED tokens of two characters or more."""
+    user_defined: frozenset[str]
+    """The names in `special` of USER_DEFINED tokens, which are found in any text. An end token's
+    name is a CONTROL token whatever its type."""
     padding_ids: frozenset[int]
     """Rows without a token: never sampled, never encoded."""
     end_ids: frozenset[int]
@@ -158,6 +161,9 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         tokens=tokens,
         types=types,
         special=special,
+        user_defined=frozenset(
+            t for t, i in special.items() if types[i] == USER_DEFINED and t not in _END_NAMES.split()
+        ),
         padding_ids=padding,
         end_ids=_end_ids(metadata, special, len(tokens)),
         bos_id=bos_id,
