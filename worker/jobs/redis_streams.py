@@ -1,11 +1,11 @@
 """`Streams` on Redis 7.0 or later, and Valkey: redis-py for single commands, `lua/` for the rest.
 
-The only module that imports redis. Blocking reads use a client of their own, whose socket timeout
-is longer than any block. Neither client retries: the caller must know when a reply was lost.
+Blocking reads use a client of their own, whose socket timeout is longer than any block. Neither
+client retries: the caller must know when a reply was lost. `redis_errors.py` has the exceptions.
 """
 
 import asyncio
-import os
+import time
 import weakref
 from collections.abc import Awaitable, Iterable, Mapping
 from importlib import resources
@@ -17,10 +17,13 @@ from redis.asyncio import Connection, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker.errors import ServerRefused
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
+from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.streams import (
     AppendCall,
     CancelCall,
+    Contact,
     Disconnected,
     Entry,
     Fields,
@@ -37,16 +40,6 @@ BLOCKING_TIMEOUT_S = 35.0
 """Must exceed MAX_BLOCK_MS."""
 
 _NO_GROUP = object()
-_UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError)
-_TRANSIENT = (
-    *_UNREACHABLE,
-    exceptions.ReadOnlyError,
-    exceptions.MasterDownError,
-    exceptions.ClusterDownError,
-    exceptions.TryAgainError,
-    exceptions.OutOfMemoryError,
-)
-"""Failover, restart, memory limit: a repeated call succeeds once the condition ends."""
 
 Value = str | int | bytes
 
@@ -54,25 +47,27 @@ Value = str | int | bytes
 class RedisStreams:
     """`Streams` over two redis-py clients, one for commands and one for blocking reads."""
 
-    def __init__(self, commands: Redis, blocking: Redis) -> None:
+    def __init__(self, commands: Redis, blocking: Redis, contact: Contact | None = None) -> None:
+        self.reconnects = 0
+        self.waits_for_access = False
+        self.contact = contact or Contact()
         self._commands = commands
         self._blocking = blocking
         self._address = _address(commands)
-        self.reconnects = 0
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         self._scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
 
     @classmethod
-    def from_url(cls, url: str) -> Self:
+    def from_url(cls, url: str, contact: Contact | None = None) -> Self:
         """Create clients for `url` (redis://, rediss:// or unix://); they connect on first use."""
 
         def client(timeout_s: float) -> Redis:
             options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": COMMAND_TIMEOUT_S}
             return Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **options)
 
-        streams = cls(client(COMMAND_TIMEOUT_S), client(BLOCKING_TIMEOUT_S))
+        streams = cls(client(COMMAND_TIMEOUT_S), client(BLOCKING_TIMEOUT_S), contact)
         for each in (streams._commands, streams._blocking):
             each.connection_pool.connection_kwargs["redis_connect_func"] = streams._on_connect
         return streams
@@ -85,14 +80,15 @@ class RedisStreams:
 
     async def open_queue(self, queue: str) -> None:
         try:
-            await self._call(self._commands.xgroup_create(queue_key(queue), GROUP, id="0", mkstream=True))
-        except exceptions.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
+            create = self._commands.xgroup_create(queue_key(queue), GROUP, id="0", mkstream=True)
+            await self._call(create, write="open_queue")
+        except ServerRefused as error:
+            if error.details["reply"] != "BUSYGROUP":  # it exists
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
         script, args = self._scripts["enqueue"], [bound, *_flat(fields.items())]
-        reply = await self._call(script(keys=[queue_key(queue)], args=args))
+        reply = await self._call(script(keys=[queue_key(queue)], args=args), write="enqueue")
         return None if reply is None else _text(reply)
 
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
@@ -100,7 +96,7 @@ class RedisStreams:
         clock = asyncio.get_running_loop().time
         until = clock() + block_ms / 1000
         read = self._blocking.xreadgroup(GROUP, consumer, {queue_key(queue): ">"}, count=1, block=max(1, block_ms))
-        reply = await self._call(read, no_group=_NO_GROUP)
+        reply = await self._call(read, no_group=_NO_GROUP, write="read_new")
         if reply is _NO_GROUP:  # the server lost the group's creation, or was flushed
             await self.open_queue(queue)
             return None
@@ -123,7 +119,7 @@ class RedisStreams:
     async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
         """XAUTOCLAIM COUNT 1 examines ten pending entries: hence the cursor."""
         claim = self._commands.xautoclaim(queue_key(queue), GROUP, consumer, min_idle_ms, cursor, count=1)
-        reply = await self._call(claim, no_group=(START, []))
+        reply = await self._call(claim, no_group=(START, []), write="reclaim")
         for entry_id, fields in reply[1]:
             pending = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, entry_id, entry_id, 1))
             deliveries = pending[0]["times_delivered"] if pending else 1
@@ -144,7 +140,7 @@ class RedisStreams:
 
     async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
         keys = [queue_key(queue), dead_key(queue)]
-        return await self._call(self._scripts[script](keys=keys, args=[GROUP, *args]), no_group=0)
+        return await self._call(self._scripts[script](keys=keys, args=[GROUP, *args]), no_group=0, write=script)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         rows = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, "-", "+", count), no_group=[])
@@ -173,13 +169,15 @@ class RedisStreams:
         return _text(await self._on_job("cancel", job_id, *args))
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
-        return await self._call(self._scripts[script](keys=[events_key(job_id), state_key(job_id)], args=args))
+        keys = [events_key(job_id), state_key(job_id)]
+        return await self._call(self._scripts[script](keys=keys, args=args), write=script)
 
     async def expire(self, key: str, ttl_ms: int) -> None:
         await self._call(self._commands.pexpire(key, ttl_ms, lt=True))
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        entry_id = await self._call(self._commands.xadd(key, dict(fields.items()), maxlen=keep, approximate=True))
+        add = self._commands.xadd(key, dict(fields.items()), maxlen=keep, approximate=True)
+        entry_id = await self._call(add, write="add")
         if ttl_ms is not None:
             await self._call(self._commands.pexpire(key, ttl_ms))
         return _text(entry_id)
@@ -197,8 +195,8 @@ class RedisStreams:
         """`last-generated-id` of XINFO STREAM, which trimming does not change."""
         try:
             return _text((await self._call(self._commands.xinfo_stream(key)))["last-generated-id"])
-        except exceptions.ResponseError as error:
-            if "no such key" not in str(error):
+        except ServerRefused as error:
+            if "no such key" not in error.message:
                 raise
             return START
 
@@ -211,7 +209,7 @@ class RedisStreams:
         async with self._commands.pipeline(transaction=True) as pipe:
             pipe.hset(key, mapping=dict(status.items()))
             pipe.pexpire(key, ttl_ms)
-            await self._call(pipe.execute())
+            await self._call(pipe.execute(), write="put_status")
         await self._call(self._commands.zadd(WORKERS, {worker: now}))
         await self._call(self._commands.zremrangebyscore(WORKERS, "-inf", now - 10 * ttl_ms))
 
@@ -232,26 +230,29 @@ class RedisStreams:
         await self._commands.aclose()
         await self._blocking.aclose()
 
-    async def _call(self, reply: Awaitable[Any], no_group: Any = None) -> Any:
+    async def _call(self, reply: Awaitable[Any], no_group: Any = None, write: str = "") -> Any:
         """Await the reply; return `no_group` if the queue has no consumer group.
 
-        Raises Disconnected for transient errors. A cancellation that arrives with the reply is
-        raised: `wait_for` of Python 3.11, used by redis-py, would drop it.
+        `write` names a call that writes, for `Contact`. Raises Disconnected and ServerRefused. A
+        cancellation that arrives with the reply is raised: `wait_for` of Python 3.11, used by
+        redis-py, would drop it.
         """
-        task = asyncio.current_task()
+        task, began_s = asyncio.current_task(), time.monotonic()
         cancellations = task.cancelling() if task else 0
         try:
-            return await reply
-        except _TRANSIENT as error:
-            verb = "reach" if isinstance(error, _UNREACHABLE) else "use"
-            raise Disconnected(f"cannot {verb} {self._address} ({_cause(error)})") from error
-        except exceptions.ResponseError as error:
-            if "NOGROUP" not in str(error):
-                raise
-            return no_group
+            value = await reply
+        except exceptions.RedisError as error:
+            if code_of(error) == "NOGROUP":
+                return no_group
+            translated = translate(error, self._address, waiting=self.waits_for_access)
+            if isinstance(translated, Disconnected):
+                self.contact.failed(write, translated)
+            raise translated from error
         finally:
             if task and task.cancelling() > cancellations:
                 raise asyncio.CancelledError
+        self.contact.succeeded(write, began_s)
+        return value
 
 
 def _lua(name: str) -> str:
@@ -264,14 +265,6 @@ def _address(client: Redis) -> str:
     if "path" in options:
         return f"unix://{options['path']}"
     return f"redis://{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-
-
-def _cause(error: Exception) -> str:
-    """The operating system's reason, such as `connection refused`, or else the error's text."""
-    system = error.__cause__ or error.__context__
-    if isinstance(system, OSError) and system.errno:
-        return (os.strerror(system.errno) if system.errno > 0 else str(system.strerror)).lower()
-    return str(error).rstrip(".")
 
 
 def _text(value: Value) -> str:

@@ -7,6 +7,7 @@ Each method touches one hash slot. `redis_streams.py` implements the interface w
 
 import asyncio
 import contextlib
+import logging
 import math
 import random
 import time
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 FIRST_DELAY_S = 0.05
 MAX_DELAY_S = 1.0
+REFUSAL_S = 10.0
+"""A call that was refused and is not repeated counts as failing for this long."""
 
 Fields = Mapping[str, bytes]
 Record = tuple[str, Fields]
@@ -148,11 +151,56 @@ class JobState:
         return max(int(self.fields.get("epoch", 0)), epoch_of(self.last_id)) + 1
 
 
+class Contact:
+    """Reports once when calls begin to fail, and once when they succeed again; by default logs it.
+
+    A server may refuse writes and serve reads: a refused call must itself succeed, or not be
+    repeated for `REFUSAL_S`, before the server counts as back.
+    """
+
+    def __init__(
+        self, on_lost: Callable[[str], None] | None = None, on_back: Callable[[float], None] | None = None
+    ) -> None:
+        log = logging.getLogger(__name__)
+        self._on_lost = on_lost or (lambda reason: log.warning("%s; trying again", reason))
+        self._on_back = on_back or (lambda seconds: log.warning("the server replies again after %.1f s", seconds))
+        self._lost_s: float | None = None
+        self._failed_s = 0.0
+        self._refused: dict[str, float] = {}
+
+    def failed(self, call: str, error: Disconnected) -> None:
+        """Record the failure of a call by that name."""
+        self._failed_s = time.monotonic()
+        if error.reply:
+            self._refused[call] = self._failed_s
+        if self._lost_s is None:
+            self._lost_s = self._failed_s
+            self._on_lost(str(error))
+
+    def succeeded(self, call: str, began_s: float) -> None:
+        """Record the success of a call that began at the monotonic time `began_s`."""
+        if self._lost_s is None or began_s < self._failed_s:
+            return
+        self._refused.pop(call, None)
+        if all(began_s - refused_s > REFUSAL_S for refused_s in self._refused.values()):
+            self._on_back(time.monotonic() - self._lost_s)
+            self._lost_s = None
+            self._refused.clear()
+
+
 class Streams(Protocol):
-    """A connection to a server of streams. Every method may raise Disconnected; times are in ms."""
+    """A connection to a server of streams; times are in ms.
+
+    Every method may raise Disconnected, and ServerRefused if a repetition would not help.
+    """
 
     reconnects: int
     """Number of reconnections so far. Each may have lost replies."""
+    waits_for_access: bool
+    """Whether refused access (password, rights, TLS) raises Disconnected rather than ServerRefused.
+
+    False at first. A running worker sets it, since an operator may be changing a password.
+    """
 
     async def open_queue(self, queue: str) -> None:
         """Create the stream and its consumer group, from id 0, unless they exist."""

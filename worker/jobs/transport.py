@@ -152,6 +152,7 @@ class Transport:
         """Create the queue, delete dead consumers, and accept commands from now on."""
         await self._consumer.open()
         await self.registration.open()
+        self._streams.waits_for_access = True
 
     async def close(self) -> None:
         """Unregister, delete the consumer if it has no pending entries, and disconnect."""

@@ -1,0 +1,134 @@
+"""Exceptions of redis-py as those of `Streams`, by the code that begins the server's error reply.
+
+| cause | exception |
+| --- | --- |
+| no reply: connection refused or lost, time-out | Disconnected; the call may have taken effect |
+| a temporary state (`_BUSY`) | Disconnected with `reply`; the call had no effect |
+| password, user, rights, TLS (`_ACCESS`) | ServerRefused; if `waiting`, Disconnected |
+| anything else | ServerRefused |
+
+A server in a state of `_BUSY` refuses a command, and a script at its first write, before execution.
+Texts differ between servers and versions. Only those behind the code ERR are compared (`_PLAIN`).
+"""
+
+import os
+import re
+import ssl
+from collections.abc import Iterator
+
+from redis import exceptions
+
+from worker.errors import ServerRefused
+from worker.jobs.streams import Disconnected
+
+_CLUSTER = "it is a node of a cluster; use a server without cluster mode"
+_BUSY = {
+    "BUSY": "a script has been running for seconds",
+    "CLUSTERDOWN": "its cluster is down",
+    "LOADING": "it is loading its data",
+    "MASTERDOWN": "it is a replica without its primary",
+    "MAXCLIENTS": "its maximum number of clients is reached",
+    "MISCONF": "it cannot write its data to disk",
+    "NOREPLICAS": "too few replicas are connected",
+    "NOSCRIPT": "its scripts were flushed",
+    "OOM": "its memory limit is reached",
+    "READONLY": "it is a read-only replica",
+    "TRYAGAIN": "its cluster is moving keys",
+    "UNBLOCKED": "its role has changed",
+}
+_ACCESS = {
+    "NOAUTH": "it requires a password; pass one in the URL, redis://:PASSWORD@HOST",
+    "NOPASSWORD": "the URL has a password and the server has none",
+    "NOPERM": "the user lacks a right; docs/operations.md lists those that are needed",
+    "TLS": "see the options of TLS in docs/operations.md",
+    "WRONGPASS": "the user name or the password is wrong, or the user is disabled",
+}
+_PERMANENT = {
+    "ASK": _CLUSTER,
+    "CLUSTER": _CLUSTER,
+    "CROSSSLOT": _CLUSTER,
+    "DB": "it has no database of that number; name another at the end of the URL, such as /0",
+    "MOVED": _CLUSTER,
+    "WRONGTYPE": "a key that the worker uses holds a value of another type",
+}
+_PLAIN = {
+    "max number of clients": "MAXCLIENTS",
+    "in cluster mode": "CLUSTER",
+    "DB index": "DB",
+    "without any password": "NOPASSWORD",
+    "no password is set": "NOPASSWORD",
+    "invalid password": "WRONGPASS",
+    "BUSYGROUP": "BUSYGROUP",  # some servers put ERR before it
+}
+"""Parts of texts behind the code ERR, and the code by which such a reply is named here."""
+
+_WRAPPED = re.compile(r"(?:Error running script|Transaction discarded|Command #).*?(?:: ?-?|\(['\"])([A-Z]{2,}) ", re.S)
+"""Another reply inside: of a script before Redis 7, of EXEC, of redis-py's pipeline."""
+
+
+def code_of(error: exceptions.RedisError) -> str:
+    """The code of the server's error reply, such as READONLY; empty if there was no reply."""
+    text = str(error)
+    if match := _WRAPPED.match(text):
+        return match[1]
+    code = error.status_code or ""
+    if not code and isinstance(error, exceptions.ResponseError):
+        first = re.match(r"-?([A-Z]{2,})(?: |$)", text)
+        code = first[1] if first else "ERR"
+    if code == "ERR":
+        return next((named for part, named in _PLAIN.items() if part in text), code)
+    return code
+
+
+def translate(error: exceptions.RedisError, server: str, *, waiting: bool = False) -> Disconnected | ServerRefused:
+    """The exception to raise for `error`. Its message names the cause, and holds no secret.
+
+    `waiting`: refused access is temporary too, since an operator may restore it.
+    """
+    tls = next((each for each in _causes(error) if isinstance(each, ssl.SSLError)), None)
+    if tls is not None and not isinstance(tls, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        code, why = "TLS", f"TLS failed ({_tls_reason(tls)}); {_ACCESS['TLS']}"
+    elif code := code_of(error):
+        why = f"{_explanation(code, error)} ({code})"
+    elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+        return Disconnected(f"cannot reach {server} ({_lost_reason(error)})")
+    else:
+        code, why = "PROTOCOL", "it does not reply as a Redis server does"
+    if code in _BUSY or (waiting and code in _ACCESS):
+        return Disconnected(f"{server} refuses for now: {why}", code)
+    return ServerRefused(f"{server} refuses: {why}", {"reply": code})
+
+
+def _explanation(code: str, error: exceptions.RedisError) -> str:
+    """Why the server refused: a fixed sentence, or its own text without the command's arguments."""
+    own = str(error).partition(", with args")[0].rstrip(".")
+    if code == "NOPERM":
+        return f"{_ACCESS[code]}: {own}"
+    return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own.removeprefix(f"{code} ")
+
+
+def _lost_reason(error: exceptions.RedisError) -> str:
+    """The operating system's reason, such as `connection refused`, or else the error's text."""
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError):
+            return "connection closed during the TLS handshake"
+        if isinstance(cause, OSError) and cause.errno:
+            return (os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)).lower()
+        if isinstance(cause, OSError) and (number := re.search(r"\[Errno (\d+)\]", str(cause))):  # of several addresses
+            return os.strerror(int(number[1])).lower()
+    if isinstance(error, exceptions.TimeoutError):
+        return "no reply in time"
+    return str(error).removeprefix("Error UNKNOWN while writing to socket. ").rstrip(".").lower()
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {error.verify_message.rstrip('.')}"
+    return (error.reason or "unknown reason").lower().replace("_", " ")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
