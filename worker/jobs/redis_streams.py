@@ -14,12 +14,11 @@ from typing import Any, Self
 
 from redis import exceptions
 from redis.asyncio import Connection, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from worker.errors import ServerRefused
+from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_errors import code_of, translate
+from worker.jobs.redis_pool import WaitingPool, open_client
 from worker.jobs.streams import (
     AppendCall,
     CancelCall,
@@ -33,11 +32,15 @@ from worker.jobs.streams import (
     TakeCall,
     TakeReply,
 )
+from worker.redis_url import RedisUrl
 
-COMMAND_TIMEOUT_S = 5.0
-MAX_BLOCK_MS = 30_000
-BLOCKING_TIMEOUT_S = 35.0
-"""Must exceed MAX_BLOCK_MS."""
+COMMAND_TIMEOUT_S = 2.5
+"""Less than a lease without the time between renewals: a renewal may time out once."""
+MAX_BLOCK_MS = 2000
+BLOCKING_TIMEOUT_S = 4.0
+"""Exceeds MAX_BLOCK_MS by as much as a reply may take."""
+_COMMAND_CONNECTIONS = 32
+_BLOCKING_CONNECTIONS = 256
 
 _NO_GROUP = object()
 
@@ -47,13 +50,15 @@ Value = str | int | bytes
 class RedisStreams:
     """`Streams` over two redis-py clients, one for commands and one for blocking reads."""
 
-    def __init__(self, commands: Redis, blocking: Redis, contact: Contact | None = None) -> None:
+    def __init__(
+        self, commands: Redis, blocking: Redis, address: str = "the server", contact: Contact | None = None
+    ) -> None:
         self.reconnects = 0
         self.waits_for_access = False
         self.contact = contact or Contact()
         self._commands = commands
         self._blocking = blocking
-        self._address = _address(commands)
+        self._address = address
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
@@ -61,14 +66,16 @@ class RedisStreams:
 
     @classmethod
     def from_url(cls, url: str, contact: Contact | None = None) -> Self:
-        """Create clients for `url` (redis://, rediss:// or unix://); they connect on first use."""
-
-        def client(timeout_s: float) -> Redis:
-            options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": COMMAND_TIMEOUT_S}
-            return Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0), **options)
-
-        streams = cls(client(COMMAND_TIMEOUT_S), client(BLOCKING_TIMEOUT_S), contact)
-        for each in (streams._commands, streams._blocking):
+        """Create clients for `url`; they connect on first use. Raises ConfigInvalid."""
+        try:
+            parsed = RedisUrl.parse(url)
+            parsed.check_files()
+        except ValueError as error:
+            raise ConfigInvalid(f"redis.url: {error}") from None
+        commands = open_client(parsed, _COMMAND_CONNECTIONS, COMMAND_TIMEOUT_S)
+        blocking = open_client(parsed, _BLOCKING_CONNECTIONS, BLOCKING_TIMEOUT_S)
+        streams = cls(commands, blocking, str(parsed), contact)
+        for each in (commands, blocking):
             each.connection_pool.connection_kwargs["redis_connect_func"] = streams._on_connect
         return streams
 
@@ -77,6 +84,13 @@ class RedisStreams:
         if connection in self._opened:
             self.reconnects += 1
         self._opened.add(connection)
+
+    def _lost(self, call: str, error: Disconnected) -> None:
+        """Report a failed call. Without a reply, other connections may be dead as well."""
+        for pool in (self._commands.connection_pool, self._blocking.connection_pool):
+            if not error.reply and isinstance(pool, WaitingPool):
+                pool.suspect_idle()
+        self.contact.failed(call, error)
 
     async def open_queue(self, queue: str) -> None:
         try:
@@ -94,8 +108,8 @@ class RedisStreams:
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
         """XREADGROUP of one entry. Pauses if the server returns before the block ends."""
         clock = asyncio.get_running_loop().time
-        until = clock() + block_ms / 1000
-        read = self._blocking.xreadgroup(GROUP, consumer, {queue_key(queue): ">"}, count=1, block=max(1, block_ms))
+        until, block = clock() + block_ms / 1000, max(1, min(block_ms, MAX_BLOCK_MS))
+        read = self._blocking.xreadgroup(GROUP, consumer, {queue_key(queue): ">"}, count=1, block=block)
         reply = await self._call(read, no_group=_NO_GROUP, write="read_new")
         if reply is _NO_GROUP:  # the server lost the group's creation, or was flushed
             await self.open_queue(queue)
@@ -246,7 +260,7 @@ class RedisStreams:
                 return no_group
             translated = translate(error, self._address, waiting=self.waits_for_access)
             if isinstance(translated, Disconnected):
-                self.contact.failed(write, translated)
+                self._lost(write, translated)
             raise translated from error
         finally:
             if task and task.cancelling() > cancellations:
@@ -257,14 +271,6 @@ class RedisStreams:
 
 def _lua(name: str) -> str:
     return (resources.files("worker.jobs") / "lua" / f"{name}.lua").read_text()
-
-
-def _address(client: Redis) -> str:
-    """The server's URL without credentials."""
-    options = client.connection_pool.connection_kwargs
-    if "path" in options:
-        return f"unix://{options['path']}"
-    return f"redis://{options.get('host', 'localhost')}:{options.get('port', 6379)}"
 
 
 def _text(value: Value) -> str:
