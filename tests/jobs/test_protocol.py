@@ -34,7 +34,8 @@ def test_the_defaults_are_those_of_the_table() -> None:
         **{"max_tokens": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
         **{"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "penalize_prompt": False},
         **{"logit_bias": None, "stop": None, "min_tokens": 0, "ignore_eos": False, "seed": None, "logprobs": None},
-        **{"deadline_ms": None, "correlation_id": None, "traceparent": None, "v": 1},
+        **{"deadline_ms": None, "correlation_id": None, "traceparent": None, "v": 1, "encoding": "msgpack"},
+        **{"chat_template_kwargs": None, "tools": None, "tool_choice": None, "stop_token_ids": None},
     }
 
 
