@@ -48,7 +48,7 @@ def test_generate_json_prints_one_event_per_line_and_ends_with_end(tiny):
 
 def test_generate_without_logprobs_omits_them(tiny):
     tokens = events(worker("generate", tiny("llama"), "x", "--max-tokens", 2, "--json", "--ignore-eos"))[1:-1]
-    assert all(set(token) == {"event", "i", "id", "t"} for token in tokens)
+    assert all(set(token) == {"event", "i", "id", "t", "channel"} for token in tokens)
 
 
 def test_generate_chat_uses_the_template(tiny):

@@ -91,7 +91,7 @@ def test_a_field_accepts_its_range_only(field: str, good: list[Any], bad: list[A
                 [{"role": "user", "content": 5}],
             ],
         ),
-        ("messages", [[{"role": "user", "content": ""}]], [[{"role": "user", "content": "x", "name": "n"}], {}]),
+        ("messages", [[{"role": "user", "content": ""}]], [[{"role": "user", "content": "x", "names": "n"}], {}]),
         ("prompt_tokens", [[0], [5, 6]], [[], [-1], [1.5], ["5"], [True], 5, "5", [2**31]]),
     ],
 )
