@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import re
 import socket
 import tempfile
 from collections.abc import Collection, Sequence
@@ -44,8 +46,8 @@ class Step:
 class LlamaCpp:
     """One model in llama.cpp, while its `with` block lasts; RuntimeError if llama.cpp won't have the file."""
 
-    def __init__(self, model: Path, *, context: int = 2048, threads: int = 1) -> None:
-        self._parameters = _parameters(model, context, threads)
+    def __init__(self, model: Path, *, context: int = 2048, threads: int = 1, verbosity: int = -1) -> None:
+        self._parameters = _parameters(model, context, threads, verbosity)
         self._open = ExitStack()
         self._server: Any = None
         self._socket = ""
@@ -80,6 +82,12 @@ class LlamaCpp:
             top = self.next_logprobs([*ids, *(step.token for step in steps)], count)
             steps.append(Step(top[0][0], top))
         return steps
+
+    def complete(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The greedy continuation of `ids` as llama.cpp samples it: without suppressed tokens, up to an end token."""
+        prompt = {"prompt": list(ids), "n_predict": max_tokens, "return_tokens": True}
+        reply = self._post("/completion", {"temperature": 0.0, "samplers": ["temperature"], **prompt})
+        return [int(token) for token in reply["tokens"]]
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of `text`; `bos` adds what the vocabulary begins with, `special` parses control tokens."""
@@ -128,7 +136,7 @@ class _SocketFileConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _parameters(model: Path, context: int, threads: int) -> Any:
+def _parameters(model: Path, context: int, threads: int, verbosity: int) -> Any:
     """Exact and quiet: one slot, f32 attention, no warm-up, a prompt cached only as a prefix of the next one."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
@@ -140,8 +148,23 @@ def _parameters(model: Path, context: int, threads: int) -> Any:
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cache_ram_mib = 0
     parameters.fit_params = parameters.warmup = parameters.ui = False
-    parameters.verbosity = -1
+    parameters.verbosity = verbosity
     return parameters
+
+
+def end_tokens(model: Path) -> frozenset[int]:
+    """The tokens that end a generation, which llama.cpp only reports in its log, on the standard error."""
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            with LlamaCpp(model, verbosity=10):
+                pass
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        log.seek(0)
+        return frozenset(map(int, re.findall(rb"EOG token\s*=\s*(\d+)", log.read())))
 
 
 def write_f32_copy(source: Path, target: Path) -> Path:

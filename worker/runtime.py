@@ -143,7 +143,8 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         with backend.uploader(file, planned, _byte_counter(planned, progress)) as upload:
             bound, _ = bind(file, planned.options, upload)
             tokenizer = build_tokenizer(metadata, vocab)
-            runner = backend.runner(bound, planned, padding_ids=padding_ids, end_ids=vocab.end_ids)
+            masked = padding_ids | vocab.suppressed_ids
+            runner = backend.runner(bound, planned, padding_ids=masked, end_ids=vocab.end_ids)
         chunk = engine.prefill_chunk or backend.prefill_chunk
         settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         return LoadedModel(

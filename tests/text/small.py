@@ -1,5 +1,9 @@
 """Metadata of small vocabularies: every byte, a few merges or pieces, some control tokens."""
 
+from pathlib import Path
+
+import gguf
+import numpy as np
 from gguf import TokenType
 
 from worker.text.bpe import byte_alphabet
@@ -51,3 +55,29 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def tokenizer_of(metadata: dict, **keys) -> Tokenizer:
     return load_tokenizer({**metadata, **keys})
+
+
+def write_model(path: Path, metadata: dict) -> Path:
+    """Write a llama model of one layer with this tokenizer, so that llama.cpp loads it."""
+    writer, width = gguf.GGUFWriter(path, "llama"), 32
+    sizes = {"context_length": 512, "embedding_length": width, "block_count": 1, "feed_forward_length": width}
+    for key, value in {**sizes, "attention.head_count": 1, "attention.head_count_kv": 1}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    for key, value in metadata.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}.get(type(value), writer.add_array)
+        add(key, value)
+    shapes = {"attn_norm": (width,), "ffn_norm": (width,)}
+    shapes |= dict.fromkeys(
+        ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), (width, width)
+    )
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()} | {"output_norm": (width,)}
+    rng = np.random.default_rng(0)
+    for name, shape in (shapes | {"token_embd": (len(metadata["tokenizer.ggml.tokens"]), width)}).items():
+        weights = np.ones(shape) if "norm" in name else rng.standard_normal(shape)
+        writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -79,7 +79,7 @@ def test_end_tokens_are_those_that_end_a_chat_turn(qwen2, phi3, gpt_oss):
     def names(tokenizer):
         return {tokenizer.vocab.tokens[token_id] for token_id in tokenizer.vocab.end_ids}
 
-    assert names(qwen2) == {"<|endoftext|>", "<|im_end|>"}
+    assert names(qwen2) == {"<|endoftext|>", "<|im_end|>", "</s>"}  # the last as in llama.cpp
     assert names(phi3) == {"<|endoftext|>", "<|end|>", "</s>"}
     assert names(gpt_oss) == {"<|endoftext|>", "<|return|>", "<|call|>"}
 

@@ -1,4 +1,4 @@
-"""Roles of a vocabulary's tokens (end, padding, BOS, byte), and errors of bad metadata."""
+"""Roles of a vocabulary's tokens (padding, BOS, byte), and errors of bad metadata."""
 
 import copy
 from datetime import UTC, datetime
@@ -9,8 +9,22 @@ from gguf import TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.text.small import CONTROL, NORMAL, USER_DEFINED, byte_level, pieces_of, sentencepiece, tokenizer_of
+from tests.llama_cpp import LlamaCpp
+from tests.text.small import (
+    CONTROL,
+    NORMAL,
+    USER_DEFINED,
+    byte_level,
+    pieces_of,
+    sentencepiece,
+    tokenizer_of,
+    write_model,
+)
+from worker import runtime
+from worker.config import EngineSection, ModelSection
+from worker.engine import Sequence
 from worker.errors import ModelLoadFailed, WorkerError
+from worker.sampling import Sampling
 from worker.text.tokenizer import load_tokenizer
 
 
@@ -21,21 +35,6 @@ def test_metadata_arrays_may_be_numpy_arrays():
         "tokenizer.ggml.scores": np.array(metadata["tokenizer.ggml.scores"], np.float32),
     }
     assert tokenizer_of(metadata, **arrays).encode("hell") == tokenizer_of(metadata).encode("hell")
-
-
-def test_end_tokens_are_those_of_the_metadata_and_those_with_known_names():
-    names = ("<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|other|>", "<|eot|>")
-    vocab = tokenizer_of(byte_level(names=names, kind=USER_DEFINED, eot_token_id=256 + 3 + 5)).vocab
-    assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|im_end|>", "</s>", "<|end|>", "<|call|>", "<|eot|>"}
-
-
-def test_end_is_not_an_end_token_beside_return_and_call():
-    vocab = tokenizer_of(byte_level(names=("<|end|>", "<|return|>", "<|call|>"), eot_token_id=259)).vocab
-    assert {vocab.tokens[i] for i in vocab.end_ids} == {"<|return|>", "<|call|>"}
-
-
-def test_a_normal_token_with_an_end_token_s_name_is_not_an_end_token():
-    assert tokenizer_of(byte_level(names=("<|im_end|>",), kind=NORMAL)).vocab.end_ids == frozenset()
 
 
 def test_padding_rows_are_unused_or_empty_or_have_a_padding_name_and_are_not_normal():
@@ -49,6 +48,28 @@ def test_padding_rows_are_unused_or_empty_or_have_a_padding_name_and_are_not_nor
 def test_a_metadata_id_past_the_end_of_the_vocabulary_is_ignored():
     vocab = tokenizer_of(byte_level(names=(), eos_token_id=151643, bos_token_id=151643)).vocab
     assert (vocab.end_ids, vocab.bos_id) == (frozenset(), None)
+
+
+def test_suppressed_tokens_are_not_sampled_as_in_llama_cpp(tmp_path):
+    prompt, suppressed = [72, 69, 3], []
+    for _ in range(3):
+        metadata = byte_level(**{"suppress_tokens": suppressed} if suppressed else {})
+        path = write_model(tmp_path / "model.gguf", metadata)
+        model = runtime.load(path, ModelSection(), EngineSection(backend="cpu"))
+        model.engine.add(Sequence("a", prompt, 4, Sampling(temperature=0, logprobs=4)))
+        draws = []
+        while not model.engine.idle:
+            draws += [token.draw for token in model.engine.step()]
+        with LlamaCpp(path) as llama_cpp:
+            assert [draw.id for draw in draws] == llama_cpp.complete(prompt, 4)
+        assert not {draw.id for draw in draws} & set(suppressed)
+        assert not suppressed or draws[0].top[0][0] == suppressed[0]
+        suppressed.append(draws[0].id)
+
+
+@pytest.mark.parametrize("value", [[-1, 70000], (), np.array([], np.int32)])
+def test_suppressed_tokens_outside_the_vocabulary_are_ignored(value):
+    assert tokenizer_of(byte_level(suppress_tokens=value)).vocab.suppressed_ids == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +142,8 @@ def test_a_byte_that_the_vocabulary_lacks_separates_its_neighbours():
         ({"token_type": ["1"] * 262}, "tokenizer.ggml.token_type"),
         ({"merges": None}, "tokenizer.ggml.merges"),
         ({"merges": ["he"]}, "tokenizer.ggml.merges"),
+        ({"suppress_tokens": ["1"]}, "tokenizer.ggml.suppress_tokens"),
+        ({"suppress_tokens": 1}, "tokenizer.ggml.suppress_tokens"),
         ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id"),
         ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token"),
     ],

@@ -1,7 +1,8 @@
 """A model's vocabulary from GGUF metadata: tokens, types, and special, padding and end tokens.
 
 `TokenizerMetadata` checks the types of values; `read_vocabulary` interprets them. Read next:
-special_tokens.py (special tokens in text), bpe.py (ordinary text).
+control_tokens.py (control and end tokens), special_tokens.py (special tokens in text), bpe.py
+(ordinary text).
 """
 
 import re
@@ -12,18 +13,20 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worker.errors import ModelLoadFailed
+from worker.text import control_tokens
 from worker.text.pre_tokenizers import pre_tokenizer
 
 T = TypeVar("T")
 
 # gguf.TokenType as integers: comparing 200,000 rows with enum members is several times slower, and
 # so is the import of gguf.
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_END_NAMES = "<|im_end|> <|end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> </s> <|return|> <|call|>"
 _MAX_NAME = 1000
 _PADDING_NAME = re.compile(r"\[PAD\d+\]|<\|pad_\d+\|>")
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+_SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2}
+"""Ids of a SentencePiece vocabulary whose metadata names none."""
 _PHI3_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -50,6 +53,11 @@ class TokenizerMetadata:
             raise self._wrong(key, value, "a number, 0 or more")
         return value if value < rows else None
 
+    def roles(self, rows: int) -> dict[str, int]:
+        """Return role → id of the tokens that metadata names and the vocabulary has."""
+        named = {role: self.token_id(f"tokenizer.ggml.{role}_token_id", rows) for role in control_tokens.ROLES}
+        return {role: token_id for role, token_id in named.items() if token_id is not None}
+
     def strings(self, key: str) -> list[str]:
         """Return a required array of strings, each valid Unicode."""
         value = self._array(key)
@@ -71,6 +79,14 @@ class TokenizerMetadata:
         if len(value) < rows:
             raise ModelLoadFailed(f"it has {len(value)} numbers", key, f"{rows}, one for each token")
         return value[:rows]
+
+    def token_ids(self, key: str, rows: int) -> frozenset[int]:
+        """Return the ids below `rows` of an array, empty if the key is absent."""
+        value = self._values.get(key)
+        value = [] if value is None else value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(value, list | tuple) or not set(map(type, value)) <= {int}:
+            raise self._wrong(key, value, "an array of token ids")
+        return frozenset(i for i in value if 0 <= i < rows)
 
     def _array(self, key: str) -> list[Any]:
         value = self._values.get(key)
@@ -95,15 +111,18 @@ class Vocabulary:
     pre: str
     """The pre-tokenizer's name; `default` if the file names none."""
     tokens: list[str]
+    ids: dict[str, int]
+    """Token → id; of equal tokens the last."""
     types: list[int]
-    """GGUF token types."""
+    """GGUF token types, after `_retype`."""
     special: dict[str, int]
     """Name → id of the CONTROL and USER_DEFINED tokens of two characters or more."""
     user_defined: frozenset[str]
-    """The names in `special` of USER_DEFINED tokens, which are found in any text. An end token's
-    name is a CONTROL token whatever its type."""
+    """The names in `special` of USER_DEFINED tokens, which are found in any text."""
     padding_ids: frozenset[int]
     """Rows without a token: never sampled, never encoded."""
+    suppressed_ids: frozenset[int]
+    """Tokens that the file forbids to sample."""
     end_ids: frozenset[int]
     """Tokens that end an answer."""
     bos_id: int | None
@@ -123,7 +142,7 @@ class Vocabulary:
     def ordinary(self) -> dict[str, int]:
         """Return token → id for ordinary text. Raises ModelLoadFailed for duplicates."""
         others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
-        ids = dict(zip(self.tokens, range(self.size), strict=True))
+        ids = self.ids.copy()
         if len(ids) == self.size:
             for i in others:
                 del ids[self.tokens[i]]
@@ -144,7 +163,9 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         raise ModelLoadFailed(what, "tokenizer.ggml.model", "gpt2 or llama")
     spm = kind == "llama"
     tokens = metadata.strings("tokenizer.ggml.tokens")
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens), NORMAL)
+    _retype(metadata, types, tokens, ids)
     marked = [i for i, kind in enumerate(types) if kind != NORMAL or not tokens[i]]
     for i in marked:
         if types[i] == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
@@ -152,26 +173,52 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
             raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a name like <0x0A>")
     padding = frozenset(i for i in marked if _is_padding(tokens[i], types[i]))
     special = _special(tokens, types, [i for i in marked if i not in padding])
-    bos_id = metadata.token_id("tokenizer.ggml.bos_token_id", len(tokens))
-    if bos_id is None and spm and len(tokens) > 1:
-        bos_id = 1  # SentencePiece's default
+    roles = {**(_SENTENCEPIECE_ROLES if spm and len(tokens) > 2 else {}), **metadata.roles(len(tokens))}
+    bos_id = roles.get("bos")
     return Vocabulary(
         kind=kind,
         pre=pre,
         tokens=tokens,
+        ids=ids,
         types=types,
         special=special,
-        user_defined=frozenset(
-            t for t, i in special.items() if types[i] == USER_DEFINED and t not in _END_NAMES.split()
-        ),
+        user_defined=frozenset(token for token, i in special.items() if types[i] == USER_DEFINED),
         padding_ids=padding,
-        end_ids=_end_ids(metadata, special, len(tokens)),
+        suppressed_ids=metadata.token_ids("tokenizer.ggml.suppress_tokens", len(tokens)),
+        end_ids=control_tokens.end_ids(roles, ids),
         bos_id=bos_id,
-        eos_id=metadata.token_id("tokenizer.ggml.eos_token_id", len(tokens)),
+        eos_id=roles.get("eos"),
         add_bos=_add_bos(metadata, bos_id, spm or pre_tokenizer(pre).add_bos),
         add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", bool, True),
         strip_after_ids=_strip_after_ids(metadata, special) if spm else frozenset(),
     )
+
+
+def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], ids: Mapping[str, int]) -> None:
+    """Change the types of control tokens to CONTROL, whatever the file's types are.
+
+    These are the tokens with known names, NORMAL ones that look like them, and those that metadata
+    names, except words of ordinary text: a file may name `!` for padding.
+    """
+    control = {ids[name] for name in control_tokens.CONTROL_NAMES if name in ids}
+    looks = map(ids.get, control_tokens.names_like_control(tokens))
+    control |= {i for i in looks if i is not None and types[i] == NORMAL}
+    named = metadata.roles(len(tokens)).values()
+    control |= {i for i in named if types[i] != NORMAL or not _is_word(metadata, tokens[i], ids)}
+    for i in control:
+        if types[i] != BYTE and not _PADDING_NAME.fullmatch(tokens[i]):
+            types[i] = CONTROL
+    if "</s>" in ids and "<|tool_response>" in ids:  # a tag of HTML in Gemma 4, as in `end_ids`
+        types[ids["</s>"]] = NORMAL
+
+
+def _is_word(metadata: TokenizerMetadata, token: str, ids: Mapping[str, int]) -> bool:
+    """Whether ordinary text may be encoded to this token: a character, or two merged tokens."""
+    pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
+    if not pairs or metadata.get("tokenizer.ggml.model", str, "") == "llama":
+        return not pairs or any(left in ids and right in ids for left, right in pairs)
+    merges = metadata.strings("tokenizer.ggml.merges")
+    return any(f"{left} {right}" in merges for left, right in pairs)
 
 
 def _is_padding(token: str, kind: int) -> bool:
@@ -186,14 +233,6 @@ def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str
         what = f"the special token {special[longest]} has {len(longest)} characters"
         raise ModelLoadFailed(what, "tokenizer.ggml.tokens", f"{_MAX_NAME} at most")
     return special
-
-
-def _end_ids(metadata: TokenizerMetadata, special: dict[str, int], rows: int) -> frozenset[int]:
-    ends = {metadata.token_id(f"tokenizer.ggml.{name}_token_id", rows) for name in ("eos", "eot", "eom")}
-    ends |= {special.get(name) for name in _END_NAMES.split()}
-    if "<|return|>" in special and "<|call|>" in special:  # harmony: <|end|> closes a message, not the answer
-        ends.discard(special.get("<|end|>"))
-    return frozenset(end for end in ends if end is not None)
 
 
 def _add_bos(metadata: TokenizerMetadata, bos_id: int | None, default: bool) -> bool:
