@@ -7,8 +7,10 @@ from gguf import TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.text.small import pieces_of, sentencepiece, tokenizer_of
+from tests.llama_cpp import LlamaCpp
+from tests.text.small import CONTROL, NORMAL, USER_DEFINED, pieces_of, sentencepiece, tokenizer_of, write_model
 from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.text.vocabulary import BYTE_NAMES
 
 
 def naive_merge(text: str, ids: dict[str, int], scores: list[float]) -> list[int]:
@@ -65,13 +67,47 @@ def test_merges_of_plain_text_do_not_give_control_tokens():
     assert pieces_of(tokenizer, tokenizer.encode("<s>")) == ["<s", ">"]
 
 
+def without(metadata: dict, *names: str) -> dict:
+    """The metadata without the rows of these names."""
+    kept = [row for row, token in enumerate(metadata["tokenizer.ggml.tokens"]) if token not in names]
+    arrays = ("tokens", "token_type", "scores")
+    return metadata | {
+        f"tokenizer.ggml.{key}": [metadata[f"tokenizer.ggml.{key}"][row] for row in kept] for key in arrays
+    }
+
+
 def test_without_byte_tokens_a_character_without_a_piece_is_refused():
-    metadata = sentencepiece()
-    types = [TokenType.UNUSED if kind == TokenType.BYTE else kind for kind in metadata["tokenizer.ggml.token_type"]]
-    tokenizer = tokenizer_of(metadata, **{"tokenizer.ggml.token_type": [int(kind) for kind in types]})
+    tokenizer = tokenizer_of(without(sentencepiece(), *BYTE_NAMES))
     assert pieces_of(tokenizer, tokenizer.encode("he")) == [" he"]
     with pytest.raises(InvalidRequest, match="encode"):
         tokenizer.encode("he?")
+
+
+def test_a_missing_byte_is_refused_only_where_it_occurs():
+    tokenizer = tokenizer_of(without(sentencepiece(), "<0x0B>"))
+    assert tokenizer.encode("he\n🙂") == [
+        tokenizer.vocab.ids[f"<0x{byte:02X}>"] if byte else tokenizer.vocab.ids["▁he"]
+        for byte in b"\0\n\xf0\x9f\x99\x82"
+    ]
+    with pytest.raises(InvalidRequest, match="encode"):
+        tokenizer.encode("he\v")
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED, CONTROL, TokenType.UNUSED])
+def test_byte_tokens_are_found_by_name_whatever_their_type_as_in_llama_cpp(kind, tmp_path):
+    metadata, texts = sentencepiece(), ["he\n", "he🙂ll\n\n", "h<0x0A>e", "<0x0A>", "\t?"]
+    typed = [
+        int(kind) if token in BYTE_NAMES else row
+        for token, row in zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+    ]
+    tokenizer = tokenizer_of(metadata, **{"tokenizer.ggml.token_type": typed})
+    assert [tokenizer.encode(text) for text in texts] == [tokenizer_of(metadata).encode(text) for text in texts]
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode("he🙂\n"))) == " he🙂\n".encode()
+    if kind in (NORMAL, TokenType.UNUSED):  # llama.cpp takes the names of the others for special tokens
+        with LlamaCpp(
+            write_model(tmp_path / "model.gguf", metadata | {"tokenizer.ggml.token_type": typed})
+        ) as llama_cpp:
+            assert [llama_cpp.tokenize(text) for text in texts] == [tokenizer.encode(text) for text in texts]
 
 
 def test_a_vocabulary_that_the_library_rejects_is_refused():

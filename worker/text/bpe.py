@@ -12,7 +12,7 @@ from itertools import compress, repeat
 
 from worker.errors import InvalidRequest, ModelLoadFailed
 from worker.text.pre_tokenizers import pre_tokenizer
-from worker.text.vocabulary import BYTE, Vocabulary
+from worker.text.vocabulary import BYTE, BYTE_NAMES, Vocabulary
 
 _SPACE = "▁"
 _UNREACHABLE = "\uffff"  # first character of rows that no text encodes to
@@ -82,7 +82,7 @@ class SentencePieceBpe:
     def __init__(self, vocab: Vocabulary, scores: list[float]) -> None:
         from sentencepiece import SentencePieceProcessor  # noqa: PLC0415  # slow to import
 
-        self._unknown = vocab.size
+        self._size = vocab.size
         try:
             self._model = SentencePieceProcessor(model_proto=b"".join(_model(vocab, scores)))
         except (RuntimeError, OverflowError) as error:
@@ -92,7 +92,7 @@ class SentencePieceBpe:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text. Raises InvalidRequest if a character has no token."""
         ids: list[int] = self._model.encode(text, out_type=int)
-        if self._unknown in ids:
+        if max(ids, default=0) >= self._size:
             raise InvalidRequest.of(("prompt", "characters that the model's vocabulary can encode", text[:60]))
         return ids
 
@@ -102,7 +102,7 @@ class SentencePieceBpe:
 
 
 def _model(vocab: Vocabulary, scores: list[float]) -> Iterator[bytes]:
-    """Yield the fields of a ModelProto; the required unknown piece follows the last row."""
+    """Yield the fields of a ModelProto; pieces that the library requires follow the last row."""
     ordinary = vocab.ordinary()
     for row, (token, score) in enumerate(zip(vocab.tokens, scores, strict=True)):
         if token not in ordinary or ordinary[token] != row:
@@ -110,8 +110,10 @@ def _model(vocab: Vocabulary, scores: list[float]) -> Iterator[bytes]:
         else:
             yield _piece(token, score, _TYPE_BYTE if vocab.types[row] == BYTE else _TYPE_NORMAL)
     yield _piece(f"{_UNREACHABLE}unknown", 0.0, _TYPE_UNKNOWN)
-    byte_fallback = vocab.types.count(BYTE) == 256
-    yield _field(_TRAINER, _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, byte_fallback))
+    for name in BYTE_NAMES:  # the library requires all of them
+        if vocab.ids.get(name) is None or vocab.types[vocab.ids[name]] != BYTE:
+            yield _piece(name, 0.0, _TYPE_BYTE)
+    yield _field(_TRAINER, _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, 1))
     identity = _field(_NORMALIZER_NAME, b"identity")
     yield _field(_NORMALIZER, identity + _number(_ADD_DUMMY_PREFIX, 0) + _number(_REMOVE_EXTRA_WHITESPACES, 0))
 

@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _MAX_NAME = 1000
 _PADDING_NAME = re.compile(r"\[PAD\d+\]|<\|pad_\d+\|>")
-_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2}
 """Ids of a SentencePiece vocabulary whose metadata names none."""
 _PHI3_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
@@ -168,7 +168,7 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     _retype(metadata, types, tokens, ids)
     marked = [i for i, kind in enumerate(types) if kind != NORMAL or not tokens[i]]
     for i in marked:
-        if types[i] == BYTE and not _BYTE_NAME.fullmatch(tokens[i]):
+        if types[i] == BYTE and tokens[i] not in BYTE_NAMES:
             what = f"the byte token {i} is {tokens[i][:60]!r}"
             raise ModelLoadFailed(what, "tokenizer.ggml.tokens", "a name like <0x0A>")
     padding = frozenset(i for i in marked if _is_padding(tokens[i], types[i]))
@@ -195,10 +195,11 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
 
 
 def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], ids: Mapping[str, int]) -> None:
-    """Change the types of control tokens to CONTROL, whatever the file's types are.
+    """Correct the file's types, which are known to be wrong in some files.
 
-    These are the tokens with known names, NORMAL ones that look like them, and those that metadata
-    names, except words of ordinary text: a file may name `!` for padding.
+    - CONTROL: tokens with known names, NORMAL ones that look like them, and those that metadata
+      names, except words of ordinary text: a file may name `!` for padding.
+    - BYTE: the names of bytes in a SentencePiece vocabulary.
     """
     control = {ids[name] for name in control_tokens.CONTROL_NAMES if name in ids}
     looks = map(ids.get, control_tokens.names_like_control(tokens))
@@ -208,6 +209,10 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
     for i in control:
         if types[i] != BYTE and not _PADDING_NAME.fullmatch(tokens[i]):
             types[i] = CONTROL
+    if metadata.get("tokenizer.ggml.model", str, "") == "llama":
+        for name in BYTE_NAMES:
+            if name in ids:
+                types[ids[name]] = BYTE
     if "</s>" in ids and "<|tool_response>" in ids:  # a tag of HTML in Gemma 4, as in `end_ids`
         types[ids["</s>"]] = NORMAL
 
