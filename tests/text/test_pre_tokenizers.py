@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.text.small import NORMAL, byte_level, pieces_of, tokenizer_of
+from tests.llama_cpp import LlamaCpp
+from tests.text.small import NORMAL, byte_level, pieces_of, tokenizer_of, write_model
 from worker.errors import ModelLoadFailed
 from worker.text.bpe import byte_alphabet
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
@@ -54,7 +55,12 @@ def test_an_unknown_pre_tokenizer_is_refused_by_name():
         tokenizer_of(byte_level(pre="tekken"))
 
 
-def test_a_file_without_the_key_uses_the_default():
-    metadata = byte_level()
+def test_a_file_without_the_key_or_with_an_empty_one_uses_the_default(tmp_path):
+    merges = ["1 2", "12 3", "123 4", "1234 5", "_ =", "Ċ Ċ", "Ġ A"]
+    extra = [(merge.replace(" ", ""), NORMAL) for merge in merges]
+    metadata = byte_level(extra=extra, merges=merges)
     del metadata["tokenizer.ggml.pre"]
-    assert tokenizer_of(metadata).vocab.pre == "default"
+    tokenizer = tokenizer_of(metadata)
+    assert tokenizer.vocab.pre == tokenizer_of(metadata | {"tokenizer.ggml.pre": ""}).vocab.pre == "default"
+    with LlamaCpp(write_model(tmp_path / "model.gguf", metadata | {"tokenizer.ggml.pre": ""})) as llama_cpp:
+        assert llama_cpp.tokenize("12345 A_=\n\n A") == tokenizer.encode("12345 A_=\n\n A")

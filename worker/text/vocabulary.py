@@ -109,7 +109,7 @@ class Vocabulary:
     kind: str
     """`gpt2` (byte-level BPE) or `llama` (SentencePiece BPE)."""
     pre: str
-    """The pre-tokenizer's name; `default` if the file names none."""
+    """The pre-tokenizer's name; `default` if the file names none or an empty one."""
     tokens: list[str]
     ids: dict[str, int]
     """Token → id; of equal tokens the last."""
@@ -157,7 +157,8 @@ class Vocabulary:
 
 def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     """Read a file's vocabulary. ModelLoadFailed for an unsupported kind, pre-tokenizer or value."""
-    kind, pre = metadata.get("tokenizer.ggml.model", str, ""), metadata.get("tokenizer.ggml.pre", str, "default")
+    kind = metadata.get("tokenizer.ggml.model", str, "")
+    pre = metadata.get("tokenizer.ggml.pre", str, "") or "default"
     if kind not in ("gpt2", "llama"):
         what = f"the tokenizer kind {kind[:60]!r} is unknown" if kind else "it is missing"
         raise ModelLoadFailed(what, "tokenizer.ggml.model", "gpt2 or llama")
