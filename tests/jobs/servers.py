@@ -33,11 +33,11 @@ def free_port() -> int:
 class Server:
     """A server on a loopback port. A restart keeps the port, and the data if `persistent`."""
 
-    def __init__(self, folder: str, *, persistent: bool = False) -> None:
+    def __init__(self, folder: str, *options: str, persistent: bool = False) -> None:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        self._arguments += ["--appendonly", "yes" if persistent else "no", "--appendfsync", "always"]
+        self._arguments += ["--appendonly", "yes" if persistent else "no", "--appendfsync", "always", *options]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -67,9 +67,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(*, persistent: bool = False) -> Iterator[Server]:
+def running_server(*options: str, persistent: bool = False) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(folder, persistent=persistent)
+        server = Server(folder, *options, persistent=persistent)
         server.start()
         try:
             yield server

@@ -36,8 +36,8 @@ from worker.redis_url import RedisUrl
 
 COMMAND_TIMEOUT_S = 2.5
 """Less than a lease without the time between renewals: a renewal may time out once."""
-MAX_BLOCK_MS = 2000
-BLOCKING_TIMEOUT_S = 4.0
+MAX_BLOCK_MS = 1500
+BLOCKING_TIMEOUT_S = 3.5
 """Exceeds MAX_BLOCK_MS by as much as a reply may take."""
 _COMMAND_CONNECTIONS = 32
 _BLOCKING_CONNECTIONS = 256
