@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import traceback
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,105 @@ def test_an_unknown_redis_key_is_refused_without_its_value(monkeypatch, key):
         load_settings()
     assert "s3cret" not in str(caught.value)
     assert "s3cret" not in str(caught.value.details)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("WORKER_REDIS_URL", "redis://:s3cret@h", "expected WORKER_REDIS__URL"),
+        ("worker_redis_url", "redis://:s3cret@h", "expected WORKER_REDIS__URL"),
+        ("WORKER_REDIS_URI", "redis://:s3cret@h", "expected WORKER_REDIS__URI"),
+        ("WORKER_ENGINE_BACKEND", "cpu", "expected WORKER_ENGINE__BACKEND"),
+        ("WORKER_SERVICE_MAX_PAYLOAD_BYTES", "1024", "expected WORKER_SERVICE__MAX_PAYLOAD_BYTES"),
+        ("WORKER_HTTP_PORT", "9108", "expected WORKER_HTTP__PORT"),
+        ("WORKER_REDIS", "redis://:s3cret@h", "expected WORKER_REDIS__KEY"),
+        ("WORKER_MODEL", "smollm2", "expected WORKER_MODEL__KEY"),
+        ("WORKER_REDIX__URL", "redis://:s3cret@h", "there is no such section; expected one of model, engine"),
+        ("WORKER_REDIS__URI", "redis://:s3cret@h", "redis.uri: there is no such setting; expected one of url, "),
+        ("WORKER_REDIS__URL__X", "redis://:s3cret@h", "redis.url: must be text"),
+        ("WORKER_MODEL", '{"path": "s3cret"', "WORKER_SECTION__KEY"),
+        ("WORKER_REDIS__URL", "redis://:s3#cret@h", "redis.url: has a special character"),
+    ],
+)
+def test_a_wrong_variable_is_reported_by_name_without_its_value(monkeypatch, variable, value, words):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigInvalid) as caught:
+        load_settings()
+    assert words in caught.value.message
+    assert variable in caught.value.message or value.startswith("{") or variable.endswith("__X")
+    shown = f"{caught.value!r} {caught.value.details} {''.join(traceback.format_exception(caught.value))}"
+    assert not [secret for secret in ("s3cret", "s3#", "cret@") if secret in shown]
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("WORKER_SERVICE_HOST", "WORKER_SERVICE_PORT", "WORKER_SERVICE_PORT_HTTP", "WORKER_PORT", "WORKER_ID"),
+        *("WORKER_PORT_9108_TCP_ADDR", "WORKER_HTTP_PORT", "WORKER_HTTP_PORT_9108_TCP", "WORKER_HTTP_SERVICE_HOST"),
+    ],
+)
+def test_variables_of_kubernetes_and_of_others_are_ignored(monkeypatch, variable):
+    monkeypatch.setenv(variable, "tcp://10.0.0.1:9108")
+    assert load_settings()
+
+
+def test_a_password_is_in_no_representation():
+    settings = load_settings(flags={"redis.url": "redis://us3r:s3cret@h"})
+    assert "s3cret" not in f"{settings!r} {settings} {settings.redis!r}"
+
+
+@pytest.mark.parametrize("toml", ['url = "redis://:s3cret@h"', '[http]\nurl = "redis://:s3cret@h"', 'redis = "s3cret"'])
+def test_a_url_in_the_wrong_place_of_a_file_is_not_printed(tmp_path, toml):
+    (tmp_path / "worker.toml").write_text(toml)
+    with pytest.raises(ConfigInvalid) as caught:
+        load_settings(tmp_path / "worker.toml")
+    assert "s3cret" not in f"{caught.value} {caught.value.details}"
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "worker.toml").write_bytes(b'[log]\nlevel = "\xff"')
+    with pytest.raises(ConfigInvalid, match="worker"):
+        load_settings(tmp_path / "worker.toml")
+
+
+WRONG = [
+    "\udc80",
+    "x",
+    "1.5",
+    "-7",
+    "nan",
+    "inf",
+    "9" * 5000,
+    "",
+    "a b",
+    1.5,
+    -7,
+    float("nan"),
+    2**70,
+    True,
+    [],
+    {},
+    None,
+]
+
+
+def mistake(key, value):
+    """The message about a value; empty if it is accepted."""
+    try:
+        load_settings(flags={key: value})
+    except ConfigInvalid as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("section", Settings.model_fields)
+def test_no_mistake_is_in_the_words_of_pydantic(section):
+    for key in type(getattr(load_settings(), section)).model_fields:
+        for value in WRONG:
+            message = mistake(f"{section}.{key}", value)
+            assert "Input should" not in message
+            assert "valid " not in message
+            assert not message or message.startswith((f"{section}.{key}: ", f"{section}: "))
 
 
 def test_an_empty_variable_counts_as_none(monkeypatch):

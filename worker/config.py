@@ -13,9 +13,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from worker.errors import ConfigInvalid
+from worker.redis_url import RedisUrl
 
 
 def _default_cache() -> Path:
@@ -100,16 +107,15 @@ class HubSection(_Section):
 class RedisSection(_Section):
     """Which server and queue jobs come from."""
 
-    url: str = "redis://127.0.0.1:6379/0"
+    url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
     queue: str = Field(default="default", pattern=r"^[A-Za-z0-9\-_.:]{1,128}$")
     queue_bound: int = Field(default=10_000, ge=1)
     patience_s: float = Field(default=30.0, gt=0)
 
     @field_validator("url")
     @classmethod
-    def _known_scheme(cls, url: str) -> str:
-        if not url.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
+    def _parsable(cls, url: str) -> str:
+        RedisUrl.parse(url)
         return url
 
 
@@ -203,21 +209,84 @@ def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
     if file is not None and not file.is_file():
         raise ConfigInvalid(f"{file} is no file; expected a TOML file such as configs/default.toml")
 
+    if misnamed := _misnamed_variables():
+        raise ConfigInvalid("; ".join(misnamed), {"mistakes": misnamed})
+
     class FromFile(Settings):
         model_config = SettingsConfigDict(toml_file=file)
 
     try:
         return FromFile(**given)  # type: ignore[arg-type]
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigInvalid(f"{file}: {error}; expected TOML") from None
+    except SettingsError:  # its cause quotes the value
+        raise ConfigInvalid("a variable such as WORKER_ENGINE is not JSON; expected WORKER_SECTION__KEY") from None
     except ValidationError as error:
         mistakes = [_mistake(each) for each in error.errors()]
         raise ConfigInvalid("; ".join(mistakes), {"mistakes": mistakes}) from None
 
 
+def _keys(section: str) -> list[str]:
+    """The keys of a section; empty if there is no such section."""
+    field = Settings.model_fields.get(section)
+    return list(field.annotation.model_fields) if field and field.annotation else []
+
+
+_SERVICE_LINK = re.compile(r"(.*_)?(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_.*)?)")
+"""Variables that Kubernetes and Docker set for a service whose name begins with `worker`."""
+
+
+def _misnamed_variables() -> list[str]:
+    """One sentence for each environment variable that looks like a setting and is none."""
+    found = []
+    for variable, value in os.environ.items():
+        prefix, _, rest = variable.upper().partition("WORKER_")
+        section, _, key = rest.partition("_")
+        section, key = section.lower(), key.lower()
+        if prefix or not value or ((key not in _keys(section) or "://" in value) and _SERVICE_LINK.fullmatch(rest)):
+            continue
+        expected = f"expected WORKER_{section.upper()}__{key.strip('_').upper() or 'KEY'}"
+        if "__" in rest and not _keys(rest.partition("__")[0].lower()):
+            found.append(f"{variable}: there is no such section; expected one of {', '.join(Settings.model_fields)}")
+        elif "__" not in rest and _keys(section) and (key or not value.startswith("{")):
+            found.append(f"{variable}: is not a setting; {expected}, with two underscores before the key")
+    return found
+
+
+_CONSTRAINTS = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "finite_number": "must be a finite number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "int_type": "must be a whole number",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a section with keys",
+    "path_type": "must be a path",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_type": "must be text",
+    "value_error": "{error}",
+}
+
+
 def _mistake(error: ErrorDetails) -> str:
-    """One sentence, without the value if that is a whole section or may contain a password."""
-    where, words, given = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, "), error["input"]
-    if isinstance(given, dict) or where.startswith("redis"):
-        return f"{where}: {words}"
-    return f"{where}: {words}, not {given!r}"
+    """One sentence, without the value if that may contain a password."""
+    location, given = [str(part) for part in error["loc"]], error["input"]
+    where, words = ".".join(location), _CONSTRAINTS.get(error["type"], "has a wrong value")
+    is_secret = location[0] == "redis" or (isinstance(given, str) and "://" in given)
+    if error["type"] == "extra_forbidden":
+        keys = _keys(location[0]) if len(location) > 1 else Settings.model_fields
+        sentence = f"{where}: there is no such setting; expected one of {', '.join(keys)}"
+    elif is_secret or isinstance(given, dict):
+        sentence = f"{where}: {words.format(**error.get('ctx', {}))}"
+    else:
+        sentence = f"{where}: {words.format(**error.get('ctx', {}))}, not {given!r}"
+    variable = "WORKER_" + "__".join(location).upper()
+    is_set = any(name.upper() == variable and value == given for name, value in os.environ.items())
+    return f"{sentence} (in {variable})" if is_set else sentence
