@@ -26,8 +26,8 @@ Serve it from a queue on a Redis server, and submit a job:
     worker submit --chat --wait "Why is the sky blue?"
 
 MODEL is a path to a .gguf file or the name of a pulled model (`worker pull`). Exit codes: 0 success, 1 the model
-can't be served, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable, 130
-interrupted.
+can't be served, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable
+or refuses, 130 interrupted.
 """
 
 _SWITCH_S = 0.001
@@ -72,7 +72,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of stdout closed it: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except ConnectionError as error:
-        problem = f"{str(error).rstrip('.')}; start the server, or name another with --redis-url"
-        print(f"worker: REDIS_UNREACHABLE: {problem}", file=sys.stderr)
+    except ConnectionError as error:  # Disconnected, which is not imported here
+        code = getattr(error, "code", "REDIS_UNREACHABLE")
+        remedy = (
+            "start the server, or name another with --redis-url" if code == "REDIS_UNREACHABLE" else "try again later"
+        )
+        print(f"worker: {code}: {str(error).rstrip('.')}; {remedy}", file=sys.stderr)
         sys.exit(5)

@@ -1,6 +1,7 @@
 """Shared by the commands that connect to a server: options, a client, events as JSON or text."""
 
 import json as jsonlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,10 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from worker.config import RedisSection, load_settings
-from worker.errors import ConfigInvalid
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
-from worker.jobs.streams import Streams
+from worker.jobs.streams import Contact, Streams
 
 _server = partial(typer.Option, rich_help_panel="Server and queue")
 ConfigOption = Annotated[Path | None, _server("--config", metavar="FILE", help="Settings file of worker run.")]
@@ -28,20 +28,27 @@ def redis_section(config: Path | None, url: str | None, queue: str | None) -> Re
     return load_settings(config, {"redis.url": url, "redis.queue": queue}).redis
 
 
-def connect(url: str) -> Streams:
-    """Create the streams of a server; they connect on first use. Raises ConfigInvalid."""
+def connect(url: str, contact: Contact | None = None) -> Streams:
+    """Create the streams of a server; they connect on first use. Raises ConfigInvalid.
+
+    Without `contact`, stderr reports when a connected server is lost, and when it is back.
+    """
     from worker.jobs.redis_streams import RedisStreams  # noqa: PLC0415  # `worker health` needs no redis
 
-    try:
-        return RedisStreams.from_url(url)
-    except ValueError:  # its text may contain a part of the password
-        expected = "redis://[[USER]:PASSWORD@]HOST[:PORT][/DB], with special characters of the password as %XX"
-        raise ConfigInvalid(f"redis.url: not a valid URL; expected {expected}") from None
+    def report(line: str) -> None:
+        print(f"worker: {line}", file=sys.stderr)
+
+    on_stderr = Contact(
+        lambda reason: report(f"{reason}; trying again"),
+        lambda seconds: report(f"connected again after {seconds:.1f} s"),
+        from_start=False,
+    )
+    return RedisStreams.from_url(url, contact or on_stderr)
 
 
 @contextmanager
 def client(config: Path | None, url: str | None, queue: str | None) -> Iterator[SyncClient]:
-    """A client whose server has replied once. Raises ConnectionError if it does not."""
+    """A client whose server has replied once. Raises Disconnected if it does not."""
     section = redis_section(config, url, queue)
     with SyncClient(Client(connect(section.url), section.queue, section.queue_bound)) as connected:
         connected.state("")

@@ -14,7 +14,7 @@ from worker import hub, runtime
 from worker.cli.console import progress_bar
 from worker.cli.remote import connect
 from worker.config import Settings
-from worker.jobs.streams import Disconnected, Streams
+from worker.jobs.streams import Contact, Disconnected
 from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel, Progress
 from worker.service import Assignment, Service
@@ -38,7 +38,12 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
 
     name, redis = settings.service.name or socket.gethostname(), settings.redis
     worker_id = f"{name}-{os.getpid()}-{secrets.token_hex(3)}"
-    log, streams = open_log(settings.log, worker_id), connect(redis.url)
+    log = open_log(settings.log, worker_id)
+    contact = Contact(
+        lambda reason: log.warning("redis_lost", reason=reason),
+        lambda seconds: log.warning("redis_back", lost_s=round(seconds, 3)),
+    )
+    streams = connect(redis.url, contact)
     model = "echo" if echo else settings.model.path
     assignment = Assignment(model, settings.engine.backend, redis.queue, name, redis.patience_s)
     transport = Transport(streams, worker_id, redis.queue, settings.lease)
@@ -50,23 +55,13 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
     try:
         code = await service.run()
     except Disconnected as error:
-        raise Disconnected(f"{error}: {await _disconnect_reason(streams)}") from None
+        cause = contact.last_error or error
+        raise Disconnected(f"{cause}; gave up after {redis.patience_s:g} s", cause.reply) from None
     finally:
         for number in _SIGNALS:  # a later signal must not replace the exit code
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
     return code, service.join_engine(_JOIN_TIMEOUT_S)
-
-
-async def _disconnect_reason(streams: Streams) -> str:
-    """Why the server cannot be reached: connection refused, unknown host, wrong password."""
-    try:
-        await streams.time_ms()
-    except Disconnected as error:
-        return str(error)
-    finally:
-        await streams.close()
-    return "it replies again"
 
 
 def _load_echo(settings: Settings, step_s: float, progress: Progress) -> LoadedModel:

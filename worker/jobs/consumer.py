@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from worker.config import LeaseSection
+from worker.errors import ServerRefused
 from worker.jobs.events import Envelope, Event, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, worker_events_key
 from worker.jobs.streams import Disconnected, Entry, Streams, retry_until_connected
@@ -157,12 +158,12 @@ class Registration:
         """Append to the worker's own stream; pass the envelope to copy a job's event."""
         kind, packed = encode_event(event, envelope or Envelope(None, 0, now_ms(), self._worker_id))
         key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
-        with contextlib.suppress(Disconnected):
+        with contextlib.suppress(Disconnected, ServerRefused):
             await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)
 
     async def heartbeat(self, status: Mapping[str, str]) -> None:
         """Register, and write the status hash, which expires after STATUS_TTL_S."""
-        with contextlib.suppress(Disconnected):
+        with contextlib.suppress(Disconnected, ServerRefused):
             await self._streams.put_status(self._worker_id, status, int(STATUS_TTL_S * 1000))
 
     async def commands(self) -> AsyncIterator[Command]:

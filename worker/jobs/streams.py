@@ -155,30 +155,38 @@ class Contact:
     """Reports once when calls begin to fail, and once when they succeed again; by default logs it.
 
     A server may refuse writes and serve reads: a refused call must itself succeed, or not be
-    repeated for `REFUSAL_S`, before the server counts as back.
+    repeated for `REFUSAL_S`, before the server counts as back. Without `from_start`, failures
+    before the first success are not reported.
     """
 
     def __init__(
-        self, on_lost: Callable[[str], None] | None = None, on_back: Callable[[float], None] | None = None
+        self,
+        on_lost: Callable[[str], None] | None = None,
+        on_back: Callable[[float], None] | None = None,
+        *,
+        from_start: bool = True,
     ) -> None:
         log = logging.getLogger(__name__)
+        self.last_error: Disconnected | None = None
         self._on_lost = on_lost or (lambda reason: log.warning("%s; trying again", reason))
-        self._on_back = on_back or (lambda seconds: log.warning("the server replies again after %.1f s", seconds))
+        self._on_back = on_back or (lambda seconds: log.warning("connected again after %.1f s", seconds))
+        self._reporting = from_start
         self._lost_s: float | None = None
         self._failed_s = 0.0
         self._refused: dict[str, float] = {}
 
     def failed(self, call: str, error: Disconnected) -> None:
         """Record the failure of a call by that name."""
-        self._failed_s = time.monotonic()
+        self.last_error, self._failed_s = error, time.monotonic()
         if error.reply:
             self._refused[call] = self._failed_s
-        if self._lost_s is None:
+        if self._lost_s is None and self._reporting:
             self._lost_s = self._failed_s
             self._on_lost(str(error))
 
     def succeeded(self, call: str, began_s: float) -> None:
         """Record the success of a call that began at the monotonic time `began_s`."""
+        self._reporting = True
         if self._lost_s is None or began_s < self._failed_s:
             return
         self._refused.pop(call, None)

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Literal
 
 from worker.config import LeaseSection
-from worker.errors import Cancelled, DeadLettered, Internal, WorkerError
+from worker.errors import Cancelled, DeadLettered, Internal, ServerRefused, WorkerError
 from worker.jobs.consumer import Consumer, Registration
 from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, encode_event, now_ms
 from worker.jobs.keys import START, epoch_of, events_key, split_id, state_key
@@ -156,7 +156,7 @@ class Transport:
 
     async def close(self) -> None:
         """Unregister, delete the consumer if it has no pending entries, and disconnect."""
-        with contextlib.suppress(Disconnected):
+        with contextlib.suppress(Disconnected, ServerRefused):
             await self._consumer.close()
             await self.registration.close()
         await self._streams.close()
