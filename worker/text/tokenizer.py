@@ -24,8 +24,16 @@ _C_SPACE = " \t\n\v\f\r"
 class Tokenizer:
     """Text to ids and ids to bytes. `render` is an error if there is no usable chat template."""
 
-    def __init__(self, vocab: Vocabulary, bpe: ByteBpe | SentencePieceBpe, render: Render | ModelLoadFailed) -> None:
+    def __init__(
+        self,
+        vocab: Vocabulary,
+        bpe: ByteBpe | SentencePieceBpe,
+        render: Render | ModelLoadFailed,
+        template_source: str = "",
+    ) -> None:
         self.vocab = vocab
+        self.template_source = template_source
+        """The file's chat template, or "" if it has none."""
         self._bpe = bpe
         self._render = render
         self._special = SpecialTokens(vocab.special, vocab.user_defined)
@@ -132,14 +140,14 @@ def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer
         bpe = ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
     else:
         bpe = SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
-    try:
-        return Tokenizer(vocab, bpe, _chat_template(metadata, vocab))
-    except ModelLoadFailed as error:
-        return Tokenizer(vocab, bpe, error)
-
-
-def _chat_template(metadata: TokenizerMetadata, vocab: Vocabulary) -> Render:
     source = metadata.get("tokenizer.chat_template", str, "")
+    try:
+        return Tokenizer(vocab, bpe, _chat_template(source, metadata, vocab), source)
+    except ModelLoadFailed as error:
+        return Tokenizer(vocab, bpe, error, source)
+
+
+def _chat_template(source: str, metadata: TokenizerMetadata, vocab: Vocabulary) -> Render:
     if not source:
         raise ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
     from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
