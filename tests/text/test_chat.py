@@ -121,11 +121,9 @@ def test_a_template_may_build_a_special_token_from_the_role():
     assert pieces_of(tokenizer, tokenizer.encode_chat(user("x"), now=NOW)) == ["<|user|>", "x"]
 
 
-def test_content_with_every_noncharacter_is_refused_and_with_all_but_one_is_kept():
+def test_noncharacters_in_content_are_kept():
     nonchars = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    assert nonchars[1:] in rendered(SMALL, user(nonchars[1:]))
-    with pytest.raises(InvalidRequest, match="noncharacters"):
-        SMALL.encode_chat(user(nonchars), now=NOW)
+    assert nonchars in rendered(SMALL, user(nonchars))
 
 
 def test_a_lone_surrogate_in_content_is_refused():
@@ -142,13 +140,18 @@ def test_a_lone_surrogate_in_content_is_refused():
         ("{{ {'é': 1} | tojson(indent=1) }}", '{\n "é": 1\n}'),
         ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
         ("a{% generation %}{{ messages[0].role }}{% endgeneration %}b", "auserb"),
-        ("  {% if true %}\n  x\n  {% endif %}\ny\n", "  x\ny"),
+        ("  {% if true %}\n  x\n  {% endif %}\ny\n", "  x\ny\n"),
         ("{{ tools is none }}{{ documents is none }}{{ other is defined }}", "TrueTrueFalse"),
         ("{{ add_generation_prompt }}{{ bos_token }}{{ eos_token }}{{ pad_token }}", "Truehe<|im_end|>"),
     ],
 )
 def test_templates_render_as_in_transformers(template, expected):
-    assert chat_with(template, " <b>&'\n", bos_token_id=256, eos_token_id=261) == expected
+    tokens = {"bos_token_id": 256, "eos_token_id": 261}
+    assert chat_with(template + "{{ messages[0].content }}", " <b>&'\n", **tokens) == expected + " <b>&'\n"
+
+
+def test_the_last_newline_of_a_template_is_not_rendered():
+    assert chat_with("{{ messages[0].content }}\n") == "Hi"
 
 
 def test_a_template_that_rejects_messages_or_fails_is_reported_in_one_sentence():

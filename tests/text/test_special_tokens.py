@@ -1,15 +1,17 @@
-"""Special tokens: `split` finds them, `guard` escapes them in a user's text."""
+"""Special tokens: `split` finds them, `split_traced` in a rendered template."""
+
+from itertools import pairwise
 
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.text.special_tokens import SpecialTokens
+from worker.text.traced_text import TRUSTED, UNTRUSTED, concat, trace
 
 NAMES = ("<|a|>", "<|a|><|b|>", "<|b|>", "<s>", "s>|", "aba", "a b", "<|", "ss")
 IDS = {name: row for row, name in enumerate(NAMES)}
-MARK = "\ufdd0"
 TEXTS = st.lists(st.sampled_from([*NAMES, *"<|>abs \n", "<|a", "|b|>", "word"]), max_size=6).map("".join)
 
 
@@ -71,36 +73,34 @@ def test_a_name_of_one_character_is_found_where_no_longer_one_begins():
 
 def test_a_vocabulary_without_special_tokens_splits_nothing():
     assert list(SpecialTokens({}).split("<s>")) == ["<s>"]
-    assert SpecialTokens({}).guard("<s>", MARK) == "<s>"
 
 
-@given(
-    TEXTS,
-    TEXTS.filter(lambda text: not text.isspace()),
-    TEXTS,
-    st.sampled_from([str, str.strip, str.rstrip, str.lstrip]),
-)
-@example("<|", "a", "|>", str)
-@example("<|a|>", "x <", "s>", str)
-@example("x", "  <  ", "s>", str.strip)
-def test_no_special_token_reaches_into_guarded_text(before, content, after, trim):
-    marked = SpecialTokens(IDS).guard(content, MARK)
-    assert marked.replace(MARK, "") == content
-    guarded = trim(marked)
-    first, last, at = len(before), len(before) + len(guarded), 0
-    for part in SpecialTokens(IDS).split(before + guarded + after):
+@given(st.lists(st.tuples(TEXTS, st.sampled_from([TRUSTED, UNTRUSTED])), max_size=6))
+def test_control_tokens_are_found_in_trusted_text_alone(parts):
+    text = concat(trace(part, origin) for part, origin in parts)
+    found = list(SpecialTokens(IDS).split_traced(text, list))
+    at = 0
+    for part in found:
         end = at + len(part if isinstance(part, str) else NAMES[part])
-        assert isinstance(part, str) or not guarded or end <= first or at >= last, (NAMES[part], guarded)
+        assert isinstance(part, str) or set(text._origin[at:end]) == {TRUSTED}
         at = end
+    assert "".join(part if isinstance(part, str) else NAMES[part] for part in found) == text
+    assert not any(isinstance(a, str) and isinstance(b, str) for a, b in pairwise(found))
 
 
-def test_ordinary_text_is_not_marked():
-    tokens = SpecialTokens({"<|im_start|>": 0, "<|im_end|>": 1})
-    for text in ("Hello, world!", "  a < b and c > d\n", "", "   ", "if x <= y | z:"):
-        assert tokens.guard(text, MARK) == text
+@given(TEXTS)
+def test_trusted_text_is_split_as_any_text_is(text):
+    assert list(SpecialTokens(IDS).split_traced(trace(text, TRUSTED), list)) == naive_split(text)
+
+
+def test_a_token_of_unknown_origin_is_none_if_the_request_could_have_made_it():
+    tokens = SpecialTokens({"<|a|>": 0})
+    for requested in ("x <|a|> y", "<|A|>", "<-|-a-|->", "x <|a", "|> x", "a"):
+        assert list(tokens.split_traced(trace("<|a|>"), lambda text=requested: [text])) == ["<|a|>"]
+    assert list(tokens.split_traced(trace("<|a|>"), lambda: ["hello", " b "])) == [0]
 
 
 def test_a_long_text_of_names_and_parts_of_names_is_processed_in_the_time_limit():
     tokens = SpecialTokens({f"<|reserved_{row}|>": row for row in range(1000)})
     assert len(list(tokens.split("<|reserved_" * 100_000))) == 1
-    assert len(tokens.guard("<|reserved_7|>" * 50_000, MARK)) == 50_000 * 15 + 2
+    assert len(list(tokens.split_traced(trace("<|reserved_7|>" * 50_000, UNTRUSTED), list))) == 1

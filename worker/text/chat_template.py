@@ -1,75 +1,154 @@
 """Chat templates: Jinja2 from the GGUF file, rendered as transformers' `apply_chat_template` does.
 
-The caller provides the clock. tokenizer.py escapes the content of the messages before rendering and
-tokenizes the rendered text.
+The caller provides the clock and tokenizes the rendered text. Read next: chat_messages.py (the
+forms of messages), traced_template.py (rendering).
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
 from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.text.chat_messages import adapt, fields_that_must_arrive, traced_messages
+from worker.text.template_traits import Traits, find_traits
+from worker.text.traced_template import RaisedByTemplate, TracedTemplate
+from worker.text.traced_text import TRUSTED, UNTRUSTED, TracedText, trace_all, untrace, untrusted_texts
+
+RESERVED_KWARGS = frozenset(
+    (
+        *("messages", "conversation", "tools", "tool_choice", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "tokenize", "strftime_now", "raise_exception"),
+    )
+)
+"""Variables and arguments of `apply_chat_template` that `chat_template_kwargs` can't replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The part of a request that a chat template renders."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    kwargs: Mapping[str, Any] | None = None
+    """Further variables, `chat_template_kwargs`; they replace special tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A rendered chat, and the variables it was rendered with."""
+
+    text: TracedText
+    variables: Mapping[str, Any]
+
+    def requested(self) -> Iterable[str]:
+        """The texts of the request."""
+        return untrusted_texts(self.variables)
 
 
 class ChatTemplate:
-    """A compiled template. `variables` are the special tokens by role: bos_token, eos_token, …"""
+    """A compiled template. `variables` are the special tokens by role: bos_token, eos_token, …
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        self._variables = {**variables, "tools": None, "documents": None, "add_generation_prompt": True}
-        extensions = [_Generation, loopcontrols]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
+    `special` are the names of all special tokens.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, str], special: Container[str] = ()) -> None:
+        self._source, self._special = source, special
+        self._tokens = trace_all(variables, TRUSTED)
         try:
-            self._template = environment.from_string(source)
+            self._template = TracedTemplate(source)
         except Exception as error:  # a template can raise any exception when it is compiled
             what = f"the chat template does not compile ({_sentence(error)})"
             raise ModelLoadFailed(what, "tokenizer.chat_template", "a Jinja2 template") from error
 
-    def render(self, messages: list[dict[str, str]], now: datetime) -> str:
+    def render(self, chat: Chat, now: datetime) -> RenderedChat:
         """Return the text with the generation prompt; the template's clock is `now` in UTC.
 
-        Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails.
+        Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails, if
+        it drops a message, or if it has no place for a part of the chat.
         """
+        self._check(chat)
+        messages = adapt(traced_messages(chat.messages), self._traits)
+        variables = self._variables(messages, chat.tools, now) | self._kwargs(chat.kwargs or {})
+        if chat.tool_choice is not None:
+            variables["tool_choice"] = trace_all(chat.tool_choice, UNTRUSTED)
+        plain = untrace(variables)
         try:
-            clock = now.astimezone(UTC).strftime
-            return self._template.render(messages=messages, strftime_now=clock, **self._variables)
+            text = self._template.render(plain)
         except Exception as error:  # or rendered
-            verb = "rejects them" if isinstance(error, _RaisedByTemplate) else "fails on them"
+            verb = "rejects them" if isinstance(error, RaisedByTemplate) else "fails on them"
             constraint = f"the model's chat template {verb}: {_sentence(error)}"
-            roles = [message.get("role") for message in messages[:16]]
+            roles = [message.get("role") for message in chat.messages[:16]]
             raise InvalidRequest.of(("messages", constraint, roles)) from error
+        traced = self._template.trace(variables, text)
+        _check_arrival(chat.messages, traced)
+        return RenderedChat(traced, variables)
+
+    @cached_property
+    def _traits(self) -> Traits:
+        def render(messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+            return self._template.render(untrace(self._variables(messages, tools, datetime(2025, 1, 1, tzinfo=UTC))))
+
+        return find_traits(self._source, render)
+
+    def _variables(self, messages: list[Any], tools: list[Any] | None, now: datetime) -> dict[str, Any]:
+        return {
+            **self._tokens,
+            "messages": messages,
+            "tools": trace_all(tools, UNTRUSTED),
+            "documents": None,
+            "add_generation_prompt": True,
+            "strftime_now": now.astimezone(UTC).strftime,
+        }
+
+    def _kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The caller's variables. A special token's name is that token in one of its variables."""
+        variables = {}
+        for key, value in kwargs.items():
+            is_token = key.endswith("_token") and isinstance(value, str) and value in self._special
+            variables[key] = trace_all(value, TRUSTED if is_token else UNTRUSTED)
+        return variables
+
+    def _check(self, chat: Chat) -> None:
+        """Refuse what the template can't take into account."""
+        errors: list[tuple[str, str, Any]] = [
+            (f"chat_template_kwargs.{key}", "not a variable that a job can set", None)
+            for key in chat.kwargs or {}
+            if key in RESERVED_KWARGS
+        ]
+        if chat.tools and not self._mentions("tools"):
+            errors.append(("tools", "none: the model's chat template has no tools", f"list of {len(chat.tools)}"))
+        if chat.tool_choice not in (None, "auto", "none") and not self._mentions("tool_choice"):
+            rule = "auto or none: this worker cannot force a tool call with this model's chat template"
+            errors.append(
+                ("tool_choice", rule, chat.tool_choice if isinstance(chat.tool_choice, str) else "a function")
+            )
+        if not self._mentions("tool_calls"):
+            rule = "none: the model's chat template has no tool calls"
+            indexes = (index for index, message in enumerate(chat.messages) if message.get("tool_calls"))
+            errors += [(f"messages.{index}.tool_calls", rule, None) for index in indexes]
+        if errors:
+            raise InvalidRequest.of(*errors[:16])
+
+    def _mentions(self, name: str) -> bool:
+        return re.search(rf"\b{name}\b", self._source) is not None
 
 
-class _RaisedByTemplate(TemplateError):
-    """The template called `raise_exception`."""
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks the model's turns for training: render its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (a plain set in jinja2's Extension)
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _RaisedByTemplate(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # Jinja's own filter escapes <, > and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _check_arrival(messages: list[dict[str, Any]], text: TracedText) -> None:
+    """Raise InvalidRequest if content of a message is not in the rendered text."""
+    for field, content in fields_that_must_arrive(messages):
+        if field in text._sources:
+            continue
+        stripped = content.strip()
+        if stripped not in text and json.dumps(stripped, ensure_ascii=False)[1:-1] not in text:
+            rule = "in the prompt: the model's chat template drops this text"
+            raise InvalidRequest.of((field, rule, f"string of {len(content)}"))
 
 
 def _sentence(error: Exception) -> str:

@@ -1,15 +1,13 @@
-"""Special tokens in text: `split` finds them, `guard` escapes text that must not contain any.
-
-tokenizer.py calls `guard` on the content of messages before the chat template is rendered, and
-`split` on the rendered text and on raw prompts.
-"""
+"""Special tokens in text: `split` finds them in prompts, `split_traced` in rendered templates."""
 
 import re
 import sys
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+from worker.text.traced_text import UNKNOWN, UNTRUSTED, TracedText
+
+_NOT_UNTRUSTED = re.compile(b"[^%c]+" % UNTRUSTED)
 
 
 class SpecialTokens:
@@ -24,8 +22,6 @@ class SpecialTokens:
         self._all = _Names(ids)
         self._control = _Names(name for name in ids if name not in user_defined)
         self._user_defined = _Names(user_defined)
-        self._names, self._reversed = sorted(ids), sorted(name[::-1] for name in ids)
-        self._longest = max(map(len, ids), default=0)
 
     def split(self, text: str, *, control: bool = True) -> Iterator[str | int]:
         """Yield special tokens' ids, the longest at each position, and the text between them.
@@ -50,37 +46,22 @@ class SpecialTokens:
             start = end
         yield from self._user_defined.find(text, start)
 
-    def guard(self, text: str, mark: str) -> str:
-        """Insert `mark` so that `split` finds no special token that reaches into `text`.
+    def split_traced(self, text: TracedText, requested: Callable[[], Iterable[str]]) -> Iterator[str | int]:
+        """Split a rendered template: a CONTROL token counts only if the template wrote all of it.
 
-        This holds for any text before and after it. A mark is inserted
-
-        - inside each name,
-        - at an end of the text, if it could complete or begin a name,
-        - after the text, if it could be the middle of a name and is not only white space.
-
-        Templates may trim white space, so the ends are also those of the trimmed text.
+        One with characters of unknown origin counts unless it could come from one of the texts
+        that `requested` returns, which is only called if there is one.
         """
-        places = {at + 1 for at, _ in self._all.find(text, overlapping=True)}
-        for end in {len(text), len(text.rstrip())}:
-            if self._begins(self._names, text[max(0, end - self._longest) : end]):
-                places.add(end)
-        for start in {0, len(text) - len(text.lstrip())}:
-            if self._begins(self._reversed, text[start : start + self._longest][::-1]):
-                places.add(start)
-        core = text.strip()
-        if 0 < len(core) < self._longest and any(core in name for name in self._ids):
-            places.add(len(text.rstrip()))
-        return mark.join(text[a:b] for a, b in pairwise([0, *sorted(places), len(text)]))
-
-    @staticmethod
-    def _begins(names: list[str], text: str) -> bool:
-        """Whether a suffix of the text is a prefix of one of the sorted names."""
-        for n in range(1, len(text) + 1):
-            at = bisect_left(names, text[-n:])
-            if at < len(names) and names[at].startswith(text[-n:]):
-                return True
-        return False
+        plain, origin = str.__str__(text), text._origin
+        start = 0
+        for run in _NOT_UNTRUSTED.finditer(origin):
+            for at, end in self._all.find(plain, run.start(), run.end()):
+                if UNKNOWN in origin[at:end] and _could_form(plain[at:end], requested()):
+                    continue
+                yield from self.split(plain[start:at], control=False)
+                yield self._ids[plain[at:end]]
+                start = end
+        yield from self.split(plain[start:], control=False)
 
 
 class _Names:
@@ -101,20 +82,15 @@ class _Names:
         heads = (re.escape(first) + _one_of(seconds[first]) for first in sorted(seconds))
         self._head = re.compile("|".join(heads) or "(?!)")
 
-    def find(
-        self, text: str, start: int = 0, stop: int = sys.maxsize, *, overlapping: bool = False
-    ) -> Iterator[tuple[int, int]]:
-        """Yield start and end of the longest name at each position of `text[start:stop]`.
-
-        The search goes on after the name, with `overlapping` inside it.
-        """
+    def find(self, text: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[int, int]]:
+        """Yield start and end of the longest name at each position of `text[start:stop]`."""
         stop = min(stop, len(text))
         while head := self._head.search(text, start, stop):
             at = head.start()
             end = self._end(text, at, stop)
             if end is not None:
                 yield at, end
-            start = at + 1 if end is None or overlapping else end
+            start = at + 1 if end is None else end
 
     def _end(self, text: str, at: int, stop: int) -> int | None:
         for length in self._lengths.get(text[at : at + 2]) or self._lengths.get(text[at], ()):
@@ -126,3 +102,18 @@ class _Names:
 def _one_of(characters: set[str]) -> str:
     """Return a pattern of one of the characters, or of none if the empty string is among them."""
     return "" if "" in characters else f"[{''.join(map(re.escape, sorted(characters)))}]"
+
+
+def _could_form(name: str, texts: Iterable[str]) -> bool:
+    """Whether a name could be made of one of the texts and what is around it in a template.
+
+    The text may contain it, with other characters between, or be a part of it, or overlap an end.
+    """
+    name = name.casefold()
+    for text in (text.strip().casefold() for text in texts):
+        remaining = iter(text)
+        if text and (text in name or all(char in remaining for char in name)):
+            return True
+        if any(text.endswith(name[:n]) or text.startswith(name[-n:]) for n in range(1, len(name))):
+            return True
+    return False

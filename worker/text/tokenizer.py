@@ -4,20 +4,29 @@ A special token in a chat template or a raw prompt is encoded as that token; in 
 message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py, chat_template.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worker.errors import InvalidRequest, ModelLoadFailed
 from worker.text.bpe import ByteBpe, SentencePieceBpe
 from worker.text.special_tokens import SpecialTokens
 from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, TokenizerMetadata, Vocabulary, read_vocabulary
 
-Render = Callable[[list[dict[str, str]], datetime], str]
-"""`ChatTemplate.render`; its module imports Jinja2, and only a file with a template needs that."""
+if TYPE_CHECKING:  # the module imports Jinja2, and only a file with a template needs that
+    from worker.text.chat_template import Chat, RenderedChat
 
-# Reserved by Unicode for internal use; one that the messages lack marks their special tokens.
-_NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+Render = Callable[["Chat", datetime], "RenderedChat"]
+"""`ChatTemplate.render`."""
+
+# The variables of a chat template, and their names in GGUF: `seperator` is how GGUF spells it.
+_TOKEN_VARIABLES = {
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 _C_SPACE = " \t\n\v\f\r"
 
 
@@ -48,30 +57,32 @@ class Tokenizer:
         """Return the ids of a raw prompt, with exactly one BOS if the file adds BOS."""
         return self._with_bos(self.encode(text, special=special))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, now: datetime) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        now: datetime,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the ids of a chat with the generation prompt.
 
-        `now`, an aware time, is the template's clock. Raises InvalidRequest if the model has no
-        usable template, or the template rejects the messages.
+        `now`, an aware time, is the template's clock; `kwargs` are further variables. Raises
+        InvalidRequest if the model has no usable template, or the template rejects the chat.
         """
         if isinstance(self._render, ModelLoadFailed):
             constraint = f"this model has no usable chat template, send a prompt: {self._render.message}"
             raise InvalidRequest.of(("messages", constraint, None))
+        from worker.text.chat_template import Chat  # noqa: PLC0415
+
         plain = [dict(message) for message in messages]
-        content = "".join(value for message in plain for value in message.values())
-        _check_unicode(content, "messages")
-        mark = next((char for char in _NONCHARACTERS if char not in content), None)
-        if mark is None:
-            raise InvalidRequest.of(("messages", "not all of the noncharacters U+FDD0 to U+FDEF", None))
-        guarded = [
-            {key: value if key == "role" else self._special.guard(value, mark) for key, value in message.items()}
-            for message in plain
-        ]
-        if guarded != plain:  # render the original too: the template may reject special tokens
-            self._render(plain, now)
-        parts = self._special.split(self._render(guarded, now))
-        unmarked = (part if isinstance(part, int) else part.replace(mark, "") for part in parts)
-        return self._with_bos(self._encode_parts(unmarked))
+        chat = Chat(plain, list(tools) if tools else None, tool_choice, kwargs)
+        for field, value in (("messages", plain), ("tools", chat.tools), ("chat_template_kwargs", kwargs)):
+            _check_unicode("".join(_strings(value)), field)
+        rendered = self._render(chat, now)
+        parts = self._special.split_traced(rendered.text, rendered.requested)
+        return self._with_bos(self._encode_parts(parts))
 
     def require_chat(self) -> None:
         """Raise ModelLoadFailed if the model has no usable chat template."""
@@ -153,10 +164,21 @@ def _chat_template(source: str, metadata: TokenizerMetadata, vocab: Vocabulary) 
     from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
 
     token_ids = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
-    for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
+    for name, key in _TOKEN_VARIABLES.items():
         token_ids[name] = metadata.token_id(f"tokenizer.ggml.{key}_token_id", vocab.size)
-    names = {name: "" if token_id is None else vocab.tokens[token_id] for name, token_id in token_ids.items()}
-    return ChatTemplate(source, names).render
+    names = {name: vocab.tokens[token_id] for name, token_id in token_ids.items() if token_id is not None}
+    return ChatTemplate(source, names, vocab.special).render
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield the strings in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value:
+            yield from _strings(item)
+        if isinstance(value, Mapping):
+            yield from _strings(list(value.values()))
 
 
 def _check_unicode(text: str, field: str) -> None:
