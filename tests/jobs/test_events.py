@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import sys
 
 import msgpack
 import pytest
@@ -37,6 +40,28 @@ def test_every_event_is_decoded_as_it_was_encoded(cls: type[events.Event]) -> No
     assert decode_event(kind, later) == (event, ENVELOPE)
 
 
+@pytest.mark.parametrize("cls", [cls for cls in ALL_EVENTS if cls is not events.Event])
+def test_every_event_can_be_encoded_as_compact_json(cls: type[events.Event]) -> None:
+    event = sample(cls)
+    kind, packed = encode_event(event, ENVELOPE, "json")
+    assert decode_event(kind, packed) == (event, ENVELOPE)
+    assert json.loads(packed) == msgpack.unpackb(encode_event(event, ENVELOPE).packed)
+    assert b" " not in packed
+
+
+def test_json_has_the_text_itself_and_only_numbers_that_json_has() -> None:
+    token = Token(0, 5, "é🙂\n", -math.inf, ((5, -math.inf), (6, -1.5)))
+    _, packed = encode_event(Tokens(tokens=(token,)), ENVELOPE, "json")
+    assert '"t":"é🙂\\n"' in packed.decode()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    item = json.loads(packed, parse_constant=refuse)["tokens"][0]
+    assert item["logprob"] == item["top"][0][1] == -sys.float_info.max
+    assert item["top"][1] == [6, -1.5]
+
+
 def test_a_token_is_encoded_without_its_empty_fields() -> None:
     _, packed = encode_event(sample(Tokens), ENVELOPE)
     plain, rich = msgpack.unpackb(packed)["tokens"]
@@ -51,7 +76,7 @@ def test_an_error_event_has_the_fields_of_its_exception() -> None:
 
 def test_an_unknown_type_is_skipped_and_a_broken_event_is_not() -> None:
     assert decode_event("of_the_future", b"\xc1") is None
-    for packed in (b"\xc1", b"\x80", b"\x91\x05", msgpack.packb({"job_id": "a"})):
+    for packed in (b"\xc1", b"\x80", b"\x91\x05", b"{", b'{"v":1}', b"{\xff}", msgpack.packb({"job_id": "a"})):
         with pytest.raises(Exception, match="an event of type started can't be read"):
             decode_event(Started.kind, packed)
 
@@ -59,5 +84,6 @@ def test_an_unknown_type_is_skipped_and_a_broken_event_is_not() -> None:
 @given(st.text(max_size=200))
 def test_any_text_of_a_token_is_decoded_as_it_was_encoded(text: str) -> None:
     event = Tokens(tokens=(Token(0, 1, text),))
-    kind, packed = encode_event(event, ENVELOPE)
-    assert decode_event(kind, packed) == (event, ENVELOPE)
+    for encoding in ("msgpack", "json"):
+        kind, packed = encode_event(event, ENVELOPE, encoding)
+        assert decode_event(kind, packed) == (event, ENVELOPE)

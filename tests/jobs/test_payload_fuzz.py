@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from worker.errors import InvalidRequest
-from worker.jobs.protocol import JOB_ID, Job, decode_job, job_id_of
+from worker.jobs.payload import JOB_ID, job_id_of
+from worker.jobs.protocol import Job, decode_job
 
 IDS = st.text(string.ascii_letters + string.digits + "-_.:", min_size=1, max_size=20)
 TEXTS = st.text(max_size=9)

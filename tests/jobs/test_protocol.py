@@ -11,7 +11,8 @@ import msgpack
 import pytest
 
 from worker.errors import InvalidRequest
-from worker.jobs.protocol import Job, Limits, Trace, decode_job, derived_seed, job_id_of
+from worker.jobs.payload import encoding_of, job_id_of
+from worker.jobs.protocol import Job, Limits, Trace, decode_job, derived_seed
 
 LIMITS = Limits(model="echo", vocab_size=1000, context=100)
 
@@ -163,6 +164,19 @@ def test_an_error_never_echoes_a_prompt_and_stays_small() -> None:
         (b'{"job_id": "a", "prompt": "\\ud800"}', {"prompt"}, "a"),
         (b'{"job_id": "a", "prompt": "x", "temperature": NaN, "top_p": 1e999}', {"temperature", "top_p"}, "a"),
         (b'{"job_id": "not an id", "prompt": "x"}', {"job_id"}, None),
+        (b'{"job_id": "a", "prompt": "x",}', {"payload"}, "a"),
+        (b'\xef\xbb\xbf{"job_id": "a", "prompt": "x"', {"payload"}, "a"),
+        (b' \r\n{"job_id": "a", "prompt": 5}', {"prompt"}, "a"),
+        ('{"job_id": "a", "prompt": "x"'.encode("utf-16"), {"payload"}, "a"),
+        (json.dumps(json.dumps({"job_id": "a", "prompt": "x"})).encode(), {"payload"}, "a"),
+        (b"{'job_id': 'a', 'prompt': 'x'}", {"payload"}, "a"),
+        (b"{job_id: a, prompt: x}", {"payload"}, "a"),
+        (b'[{"job_id": "a"}]', {"payload"}, None),
+        (b"\xef\xbb\xbf", {"payload"}, None),
+        (b" ", {"payload"}, None),
+        (b'"', {"payload"}, None),
+        (msgpack.packb({b"job_id": "a", "prompt": "x"}), {"payload", "job_id"}, "a"),
+        (msgpack.packb({"job_id": b"a", "prompt": "x"}), {"job_id"}, "a"),
         (msgpack.packb({"job_id": "a", "prompt": "x"}) + b"\x00", {"payload"}, "a"),
         (b"\x83\xa6job_id\xa1a\xa6prompt\xa1x\x90\x01", {"payload"}, "a"),
         (b"\x83\xa6job_id\xa1a\xa6prompt\xa1x\x05\x01", {"5"}, "a"),
@@ -196,6 +210,24 @@ def test_json_and_msgpack_give_the_same_job() -> None:
     fields = {"job_id": "a", "messages": [{"role": "user", "content": "é"}], "logit_bias": {"5": 1}, "seed": 2**64 - 1}
     assert decode_job(json.dumps(fields).encode()) == decode_job(msgpack.packb(fields))
     assert decode_job(msgpack.packb(fields | {"logit_bias": {5: 1.0}})).logit_bias == {5: 1.0}
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "\t\r\n  ", "\ufeff", "\ufeff\n ", " " * 5000])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_json_may_follow_white_space_or_a_byte_order_mark(before: str, encoding: str) -> None:
+    payload = (before + '{"job_id": "a", "prompt": "é", "encoding": "json"}\n').encode(encoding)
+    if encoding == "utf-8" or not before.startswith("\ufeff"):
+        assert decode_job(payload).prompt == "é"
+        assert (job_id_of(payload), encoding_of(payload)) == ("a", "json")
+
+
+def test_the_encoding_is_read_from_a_payload_that_is_otherwise_invalid() -> None:
+    assert encoding_of(b'{"job_id": "a", "encoding": "json", "prompt": ') == "json"
+    assert encoding_of(msgpack.packb({"encoding": "json", "prompt": 5})) == "json"
+    for payload in (b"", b"{", b'{"encoding": "xml"}', b'{"prompt": {"encoding": "json"}}', b"\xc1"):
+        assert encoding_of(payload) == "msgpack"
+    with pytest.raises(InvalidRequest, match="encoding: 'msgpack' or 'json'"):
+        job(encoding="xml")
 
 
 def test_default_max_tokens_is_limited_to_the_context_and_a_given_one_refused() -> None:

@@ -14,7 +14,8 @@ from tests.jobs.stream_checker import assert_none, find_violations, keys_without
 from tests.service.models import SharedModel
 from tests.service.serving import published_events, run_job, serving, wait_until_queue_is_empty
 from worker.errors import InvalidRequest
-from worker.jobs.protocol import decode_job, job_id_of
+from worker.jobs.payload import job_id_of
+from worker.jobs.protocol import decode_job
 
 VALUES = st.one_of(
     st.none(),

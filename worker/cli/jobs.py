@@ -16,7 +16,7 @@ from worker.errors import InvalidRequest
 from worker.jobs.client import Client
 from worker.jobs.events import End, ErrorEvent, Stopped, Token
 from worker.jobs.keys import START, events_key, queue_key, split_id, worker_events_key
-from worker.jobs.protocol import job_id_of
+from worker.jobs.payload import job_id_of
 from worker.jobs.reader import StreamEvent
 from worker.jobs.streams import Streams
 

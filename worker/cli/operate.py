@@ -14,7 +14,7 @@ from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import DeadLetter, SyncClient
-from worker.jobs.protocol import read_map
+from worker.jobs.payload import read_map
 
 dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
 

@@ -25,7 +25,8 @@ import msgpack
 from worker.errors import Cancelled, InvalidRequest, QueueFull
 from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
-from worker.jobs.protocol import JOB_ID, JOB_ID_RULE, MAX_PAYLOAD_BYTES, Job, Trace, job_id_of, read_map
+from worker.jobs.payload import JOB_ID, JOB_ID_RULE, MAX_PAYLOAD_BYTES, job_id_of, read_map
+from worker.jobs.protocol import Job, Trace
 from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
 from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, retry_until_connected
 

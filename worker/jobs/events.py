@@ -1,12 +1,16 @@
-"""Events of a job's stream and of a worker's own stream, encoded to and decoded from msgpack.
+"""Events of a job's stream and of a worker's own stream, encoded as msgpack or JSON, and decoded.
 
 Grammar of a job's stream: `[started (tokens | metrics | resumed)*] (end | error)`. An entry has the
-fields `type`, plain text, and `p`, a msgpack map of the event's fields and the envelope's. Readers
-ignore unknown types and fields. `transport.py` writes events and assigns their ids.
+fields `type`, plain text, and `p`, a map of the event's fields and the envelope's, which is JSON if
+its first byte is `{`, otherwise msgpack. Readers ignore unknown types and fields. `transport.py`
+writes events and assigns their ids.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +22,9 @@ from worker.errors import Internal, WorkerError
 from worker.sampling import FinishReason
 
 SCHEMA_VERSION = 1
+
+Encoding = Literal["msgpack", "json"]
+"""Encoding of a job's events, which the job chooses."""
 
 Channel = Literal["final", "reasoning", "tool"]
 """What a token's text belongs to: the answer, the model's reasoning, or a tool call's arguments."""
@@ -39,7 +46,7 @@ class Envelope:
 
 
 class EncodedEvent(NamedTuple):
-    """The two fields of an event's entry: `type` as plain text and `p` as msgpack."""
+    """The two fields of an event's entry: `type` as plain text and the encoded `p`."""
 
     kind: str
     packed: bytes
@@ -270,9 +277,30 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def encode_event(event: Event, envelope: Envelope) -> EncodedEvent:
+def encode_event(event: Event, envelope: Envelope, encoding: Encoding = "msgpack") -> EncodedEvent:
     """Encode to the entry's `type` and `p`."""
-    return EncodedEvent(event.kind, msgpack.packb(asdict(envelope) | event.to_fields()))
+    values = asdict(envelope) | event.to_fields()
+    return EncodedEvent(event.kind, msgpack.packb(values) if encoding == "msgpack" else _compact_json(values))
+
+
+def _compact_json(values: dict[str, Any]) -> bytes:
+    """`values` as UTF-8 without spaces. Numbers that JSON lacks: see `_finite`."""
+    options: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    try:
+        return json.dumps(values, **options).encode()
+    except ValueError:
+        return json.dumps(_finite(values), **options).encode(errors="replace")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with infinities as the largest numbers, and null for what is no number."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
+    return value
 
 
 def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
@@ -285,7 +313,8 @@ def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
     if cls is None:
         return None
     try:
-        values = msgpack.unpackb(packed, strict_map_key=False)
+        # `{` begins no msgpack map
+        values = json.loads(packed) if packed.startswith(b"{") else msgpack.unpackb(packed, strict_map_key=False)
         envelope = Envelope(**{f.name: values[f.name] for f in fields(Envelope) if f.name in values})
         return cls.from_fields(values), envelope
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:

@@ -1,40 +1,38 @@
 """The wire contract of a job: fields, ranges and defaults, and how a worker resolves them.
 
-A payload is msgpack, or JSON if its first byte is `{`. Unknown fields are rejected, types are not
-coerced, and all wrong fields are reported at once, with shortened values, and text of a prompt as
-its length. Events are in `events.py`. Read `transport.py` next.
+Unknown fields are rejected, types are not coerced, and all wrong fields are reported at once, with
+shortened values, and text of a prompt as its length. `payload.py` reads the bytes; events are in
+`events.py`. Read `transport.py` next.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-import msgpack
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from worker.errors import InvalidRequest
-from worker.jobs.events import SCHEMA_VERSION, Envelope, now_ms
+from worker.jobs.events import SCHEMA_VERSION, EncodedEvent, Encoding, Envelope, Event, encode_event, now_ms
+from worker.jobs.payload import (
+    JOB_ID,
+    JOB_ID_RULE,
+    MAX_PAYLOAD_BYTES,
+    FieldError,
+    describe,
+    field_name,
+    job_id_of,
+    read_map,
+)
 
-MAX_PAYLOAD_BYTES = 8 * 2**20
 DEFAULT_MAX_TOKENS = 2048
-JOB_ID = re.compile(r"[A-Za-z0-9\-_.:]{1,128}")
-JOB_ID_RULE = "1 to 128 of letters, digits, - _ . :"
-MAX_FIELDS = 64
-"""Fields of one job. A payload with more is refused unread, which bounds the number of errors."""
 MAX_FIELD_ERRORS = 8
 """Errors listed for one top-level field; further ones are counted."""
 PROMPT_FIELDS = ("prompt", "messages", "prompt_tokens")
-
-FieldError = tuple[str, str, Any]
-"""(field, constraint, value), as `InvalidRequest.of` accepts it."""
 
 _CONSTRAINTS: Mapping[str, str] = {
     "missing": "required",
@@ -159,7 +157,7 @@ class Job(SamplingParams):
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=100)]], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
     """Ids that end the answer, as the model's own end tokens do."""
-    encoding: Literal["msgpack", "json"] = "msgpack"
+    encoding: Encoding = "msgpack"
     """Encoding of the job's events."""
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
     correlation_id: ShortText | None = None
@@ -221,18 +219,30 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The two correlation ids that every event and log line of a job carries."""
+    """What all events of a job have in common: two correlation ids, and the encoding."""
 
     correlation_id: str
     traceparent: str
+    encoding: Encoding = "msgpack"
 
     def envelope(self, job_id: str, epoch: int, worker_id: str) -> Envelope:
         """The envelope of an event of the job that is written now."""
         return Envelope(job_id, epoch, now_ms(), worker_id, self.correlation_id, self.traceparent)
 
+    def encode(self, event: Event, envelope: Envelope) -> EncodedEvent:
+        """Encode an event of the job."""
+        return encode_event(event, envelope, self.encoding)
+
     @classmethod
-    def of(cls, job_id: str, entry_id: str, job: Job | None = None, entry_traceparent: str | None = None) -> Trace:
-        """The entry's traceparent overrides the job's.
+    def of(
+        cls,
+        job_id: str,
+        entry_id: str,
+        job: Job | None = None,
+        entry_traceparent: str | None = None,
+        encoding: Encoding = "msgpack",
+    ) -> Trace:
+        """The entry's traceparent overrides the job's; `encoding` counts without a job.
 
         Missing ids are derived from (job_id, entry_id), so that every attempt derives the same.
         """
@@ -240,6 +250,7 @@ class Trace:
         return cls(
             (job and job.correlation_id) or digest[:32],
             entry_traceparent or (job and job.traceparent) or f"00-{digest[:32]}-{digest[32:48]}-01",
+            job.encoding if job else encoding,
         )
 
 
@@ -259,89 +270,6 @@ def decode_job(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> Job:
         raise
 
 
-def read_map(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> tuple[dict[Any, Any], list[FieldError]]:
-    """Decode the payload's top-level map; also return the keys that are repeated or no names.
-
-    Bytes of text that are not UTF-8 become lone surrogates, so that validation can name the field.
-
-    Raises:
-        InvalidRequest: too large, neither msgpack nor JSON, no map, or more than MAX_FIELDS fields.
-    """
-    errors: list[FieldError] = []
-
-    def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        kept: dict[Any, Any] = {}
-        for key, value in pairs:
-            if type(key) not in (str, int):
-                errors.append(("payload", "keys are strings", _describe(key)))
-            elif key in kept:
-                errors.append((_field_name(key), "given twice", _describe(value)))
-            else:
-                kept[key] = value
-        return kept
-
-    if len(payload) > max_bytes:
-        raise InvalidRequest.of(("payload", f"at most {max_bytes} bytes", len(payload)))
-    is_json = payload.startswith(b"{")
-    try:
-        if is_json:
-            fields = json.loads(payload.decode(errors="surrogateescape"), object_pairs_hook=unique)
-        else:
-            options = {"strict_map_key": False, "unicode_errors": "surrogateescape"}
-            fields = msgpack.unpackb(payload, object_pairs_hook=unique, **options)
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
-        rule = f"readable {'JSON' if is_json else 'msgpack'}: {str(error) or type(error).__name__}"
-        raise InvalidRequest.of(("payload", rule, _describe(payload))) from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest.of(("payload", "a map of fields", _describe(fields)))
-    if len(fields) + len(errors) > MAX_FIELDS:
-        raise InvalidRequest.of(("payload", f"at most {MAX_FIELDS} fields", len(fields) + len(errors)))
-    return fields, errors
-
-
-def job_id_of(payload: bytes) -> str | None:
-    """The payload's top-level `job_id` if it can be read and is valid, else None. Never raises.
-
-    Only the top level counts: an id nested in a broken payload may belong to another job.
-    """
-    pairs = _json_pairs(payload.decode(errors="replace")) if payload.startswith(b"{") else _msgpack_pairs(payload)
-    try:
-        for key, value in pairs:
-            if key == "job_id":
-                return value if isinstance(value, str) and JOB_ID.fullmatch(value) else None
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException):
-        pass
-    return None
-
-
-def _msgpack_pairs(payload: bytes) -> Iterator[tuple[object, object]]:
-    unpacker = msgpack.Unpacker(max_buffer_size=len(payload) or 1, strict_map_key=False, unicode_errors="replace")
-    unpacker.feed(payload)
-    for _ in range(unpacker.read_map_header()):
-        key = unpacker.unpack()
-        if key == "job_id":
-            yield key, unpacker.unpack()
-        else:
-            unpacker.skip()
-
-
-def _json_pairs(text: str) -> Iterator[tuple[object, object]]:
-    decoder, blank, at = json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
-
-    def value_after(mark: str, at: int) -> tuple[object, int]:
-        at = blank.match(text, at).end()  # type: ignore[union-attr]  # the pattern always matches
-        if text[at : at + 1] != mark:
-            raise ValueError(mark)
-        return decoder.raw_decode(text, blank.match(text, at + 1).end())  # type: ignore[union-attr]
-
-    mark = "{"
-    while True:
-        key, at = value_after(mark, at)
-        value, at = value_after(":", at)
-        yield key, value
-        mark = ","
-
-
 def derived_seed(job_id: str, entry_id: str) -> int:
     """Default seed: the first 8 bytes, big-endian, of SHA-256(job_id, a zero byte, entry_id)."""
     return int.from_bytes(hashlib.sha256(f"{job_id}\0{entry_id}".encode()).digest()[:8], "big")
@@ -356,13 +284,13 @@ def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
     for key, bias in value.items():
         decimal = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
         token = int(key) if decimal else key
-        field = f"logit_bias.{_field_name(key)}"
+        field = f"logit_bias.{field_name(key)}"
         if type(token) is not int or token < 0:
-            errors.append((field, "a token id, as an integer or a decimal string", _describe(key)))
+            errors.append((field, "a token id, as an integer or a decimal string", describe(key)))
         elif token in parsed:
-            errors.append((field, "given twice", _describe(bias)))
+            errors.append((field, "given twice", describe(bias)))
         elif type(bias) not in (int, float) or not -100 <= bias <= 100:
-            errors.append((field, "a number from -100 to 100", _describe(bias)))
+            errors.append((field, "a number from -100 to 100", describe(bias)))
         else:
             parsed[token] = bias
     return parsed, errors
@@ -374,13 +302,13 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
     v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
     if type(v) is int and v > SCHEMA_VERSION:
         rule = f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version"
-        errors.append(("v", rule, _describe(v)))
+        errors.append(("v", rule, describe(v)))
     prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(prompts) != 1:
         rule = "exactly one of prompt, messages and prompt_tokens"
         errors += [(name, rule, _describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
     if type(min_tokens) is int and type(max_tokens) is int and min_tokens > max_tokens > 0:
-        errors.append(("min_tokens", "at most max_tokens", _describe(min_tokens)))
+        errors.append(("min_tokens", "at most max_tokens", describe(min_tokens)))
     return errors
 
 
@@ -389,36 +317,21 @@ def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
     errors: list[FieldError] = []
     vocab, left = limits.vocab_size, limits.context - prompt_len
     if job.model is not None and job.model != limits.model:
-        errors.append(("model", f"this worker serves {limits.model}", _describe(job.model)))
+        errors.append(("model", f"this worker serves {limits.model}", describe(job.model)))
     source = next(name for name in PROMPT_FIELDS if getattr(job, name) is not None)
     if left < 1:
         errors.append((source, f"at most {limits.context - 1} tokens, to leave one of the context", prompt_len))
     elif prompt_len < 1:
         errors.append((source, "at least one token", prompt_len))
     elif job.max_tokens is not None and job.max_tokens > left:
-        errors.append(("max_tokens", f"at most {left}: what the context leaves", _describe(job.max_tokens)))
+        errors.append(("max_tokens", f"at most {left}: what the context leaves", describe(job.max_tokens)))
     below = f"below {vocab}, the size of the vocabulary"
     tokens, bias = job.prompt_tokens or (), job.logit_bias or ()
     errors += [(f"prompt_tokens.{i}", below, token) for i, token in enumerate(tokens) if token >= vocab]
-    errors += [(f"logit_bias.{token}", below, _describe(token)) for token in bias if token >= vocab]
+    errors += [(f"logit_bias.{token}", below, describe(token)) for token in bias if token >= vocab]
     if job.top_k > vocab:
-        errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", _describe(job.top_k)))
+        errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", describe(job.top_k)))
     return errors
-
-
-def _describe(value: object) -> Any:
-    """`value` for an error: numbers and short strings unchanged, others as kind and length."""
-    if isinstance(value, str):
-        return _field_name(value) if len(value) <= 64 else f"{_field_name(value[:64])}… ({len(value)} characters)"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | float) or (isinstance(value, int) and -(2**63) <= value < 2**64):
-        return value
-    if isinstance(value, int):
-        return f"integer of {value.bit_length()} bits"
-    kinds: dict[type, str] = {list: "list", tuple: "list", dict: "map", bytes: "bytes"}
-    kind = kinds.get(type(value), type(value).__name__)
-    return f"{kind} of {len(value)}" if hasattr(value, "__len__") else kind
 
 
 def _describe_field(field: str, value: object, error_type: str = "") -> Any:
@@ -426,19 +339,14 @@ def _describe_field(field: str, value: object, error_type: str = "") -> Any:
     private = field.partition(".")[0] in PROMPT_FIELDS and not field.endswith(".role")
     if isinstance(value, str) and (private or error_type == "extra_forbidden"):
         return f"string of {len(value)}"
-    return _describe(value)
-
-
-def _field_name(key: object) -> str:
-    """A key as a field's name: at most 128 characters, encodable as UTF-8."""
-    return str(key)[:128].encode(errors="replace").decode()
+    return describe(value)
 
 
 def _field_errors(error: ValidationError) -> list[FieldError]:
     """Translate pydantic's errors."""
     found: list[FieldError] = []
     for line in error.errors(include_url=False):
-        field = ".".join(_field_name(part) for part in line["loc"])
+        field = ".".join(field_name(part) for part in line["loc"])
         template = _CONSTRAINTS.get(line["type"])
         message = line["msg"].removeprefix("Input should be ")
         constraint = template.format(**line.get("ctx", {})) if template else message

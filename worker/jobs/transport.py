@@ -17,9 +17,10 @@ from typing import Literal
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, ServerRefused, WorkerError
 from worker.jobs.consumer import Consumer, Registration
-from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, encode_event, now_ms
+from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, now_ms
 from worker.jobs.keys import START, epoch_of, events_key, split_id, state_key
-from worker.jobs.protocol import Trace, job_id_of
+from worker.jobs.payload import encoding_of, job_id_of
+from worker.jobs.protocol import Trace
 from worker.jobs.reader import History, read_history
 from worker.jobs.streams import (
     AppendCall,
@@ -113,7 +114,7 @@ class Lease:
             if token.i != self.tokens:
                 raise ValueError(f"token {token.i} where {self.tokens} is the next")
             self.tokens += 1
-        self.log.append(encode_event(event, self.trace.envelope(self.job_id, self.epoch, worker_id)))
+        self.log.append(self.trace.encode(event, self.trace.envelope(self.job_id, self.epoch, worker_id)))
 
     def unwritten(self) -> list[tuple[str, EncodedEvent]]:
         """Events of the log above `last_id`, with their ids."""
@@ -187,7 +188,7 @@ class Transport:
         if job_id is None:
             await self.dead_letter(claim, error)
         else:
-            trace = Trace.of(job_id, entry.id, None, traceparent)
+            trace = Trace.of(job_id, entry.id, None, traceparent, encoding_of(claim.payload))
             await self.take(claim, job_id, trace, lambda _: ErrorEvent.of(error))
         return None
 
@@ -286,10 +287,10 @@ class Transport:
             worker=self.worker_id,
             expected=state.last_id,
             epoch=state.next_epoch,
-            opening=encode_event(opening, envelope),
+            opening=trace.encode(opening, envelope),
             opening_code=opening.code if isinstance(opening, ErrorEvent) else "",
-            cancelled=encode_event(errors[Cancelled.code], envelope),
-            poisoned=encode_event(errors[DeadLettered.code], envelope),
+            cancelled=trace.encode(errors[Cancelled.code], envelope),
+            poisoned=trace.encode(errors[DeadLettered.code], envelope),
             deliveries=claim.deliveries,
             max_deliveries=self._settings.max_deliveries,
             max_attempts=self._settings.max_attempts,

@@ -18,6 +18,7 @@ from typing import TypeVar
 from worker.answer import AttemptStats
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event
+from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.reader import History
 from worker.jobs.transport import Claim, Closed, Fenced, Lease, Renewal
@@ -140,7 +141,8 @@ class Attempt:
     def _identify(self, job_id: str, job: Job | None = None) -> None:
         """Set the job's id, trace, log fields and deadline."""
         self.job_id = job_id
-        self._trace = Trace.of(job_id, self._claim.entry_id, job, self._claim.traceparent)
+        encoding = "msgpack" if job else encoding_of(self._claim.payload)
+        self._trace = Trace.of(job_id, self._claim.entry_id, job, self._claim.traceparent, encoding)
         self._log = self._context.log.bind(job_id=job_id, correlation_id=self._trace.correlation_id)
         if job is not None and job.deadline_ms is not None:
             self.limits.set_deadline((self._claim.enqueued_ms + job.deadline_ms - self._server_ms()) / 1000)
