@@ -20,6 +20,7 @@ from worker.jobs.streams import (
     Entry,
     Fields,
     JobState,
+    Ownership,
     PendingEntry,
     Record,
     TakeCall,
@@ -215,30 +216,41 @@ class MemoryStreams(Keyspace):
                 return Entry(entry_id, stream.entries.get(entry_id, {}), delivery.count)
         return None
 
-    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """All pending entries are one page. A deleted entry is removed from the pending entries."""
+    async def reclaim(self, queue: str, consumer: str, row: PendingEntry) -> Entry | None:
+        """`reclaim.lua`, line by line."""
         stream = self._used_by(queue, consumer)
-        for entry_id, delivery in stream.pending_rows():
-            if split_id(entry_id) < split_id(cursor) or self._now() - delivery.at_ms < min_idle_ms:
-                continue
-            if entry_id not in stream.entries:
-                del stream.pending[entry_id]
-                continue
-            count = delivery.count + 1
-            stream.pending[entry_id] = Delivery(consumer, self._now(), count)
-            return next_id(entry_id), Entry(entry_id, stream.entries[entry_id], count)
-        return START, None
+        delivery = stream.pending.get(row.entry_id)
+        if delivery is None or (delivery.consumer, delivery.count) != (row.consumer, row.deliveries):
+            return None
+        if self._idle(delivery) < row.idle_ms:
+            return None
+        if row.entry_id not in stream.entries:
+            del stream.pending[row.entry_id]
+            return None
+        stream.pending[row.entry_id] = Delivery(consumer, self._now(), delivery.count + 1)
+        return Entry(row.entry_id, stream.entries[row.entry_id], delivery.count + 1)
 
-    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
+    def _idle(self, delivery: Delivery) -> int:
+        return max(0, self._now() - delivery.at_ms)
+
+    async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
+        """`renew.lua`, line by line."""
         stream = self._stream(queue_key(queue))
-        delivery = stream.pending.get(entry_id) if stream else None
-        if stream is None or delivery is None or delivery.consumer != consumer or entry_id not in stream.entries:
-            return False
+        if stream is None:
+            return "deleted"
+        delivery = stream.pending.get(entry_id)
+        if delivery is not None and delivery.consumer != consumer:
+            return "lost"
+        if entry_id not in stream.entries:
+            stream.pending.pop(entry_id, None)
+            return "deleted"
+        if delivery is None:
+            return "lost"
         delivery.at_ms = stream.consumers[consumer] = self._now()
-        return True
+        return "held"
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        if not await self.renew(queue, consumer, entry_id):
+        if await self.renew(queue, consumer, entry_id) != "held":
             return False
         self._streams[queue_key(queue)].pending[entry_id] = Delivery(consumer, self._now() - idle_ms, deliveries)
         return True
@@ -262,8 +274,8 @@ class MemoryStreams(Keyspace):
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         stream = self._stream(queue_key(queue)) or Stream()
-        rows = stream.pending_rows()[:count]
-        return [PendingEntry(i, d.consumer, self._now() - d.at_ms, d.count) for i, d in rows]
+        idle = [(entry_id, delivery, self._idle(delivery)) for entry_id, delivery in stream.pending_rows()[:count]]
+        return [PendingEntry(i, d.consumer, idle_ms, d.count, self._now() - idle_ms) for i, d, idle_ms in idle]
 
     async def job_state(self, job_id: str) -> JobState:
         return JobState(await self.last_id(events_key(job_id)), dict(self._hash(state_key(job_id))))

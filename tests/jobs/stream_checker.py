@@ -7,11 +7,12 @@ later epoch with `resumed` at the next index.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 
 from worker.jobs.events import End, Resumed, Started, Tokens, decode_event
 from worker.jobs.keys import epoch_of, events_key, split_id
-from worker.jobs.streams import Record, Streams
+from worker.jobs.streams import PendingEntry, Record, Streams
 
 
 def violations(job_id: str, records: Sequence[Record], text: str | None = None) -> list[str]:
@@ -69,8 +70,19 @@ async def find_violations(streams: Streams, queue: str, texts: Mapping[str, str 
     found: list[str] = []
     for job_id, text in texts.items():
         found += violations(job_id, await streams.range(events_key(job_id), "-", "+", 1_000_000), text)
-    found += [f"{row.entry_id} is still pending for {row.consumer}" for row in await streams.pending(queue, 100)]
+    found += [f"{row.entry_id} is still pending for {row.consumer}" for row in await _pending(streams, queue)]
     return found
+
+
+async def _pending(streams: Streams, queue: str) -> list[PendingEntry]:
+    """Pending entries; waits for those that are being settled, which follows the terminal event."""
+    rows = await streams.pending(queue, 100)
+    for _ in range(100):
+        if not rows:
+            break
+        await asyncio.sleep(0.01)
+        rows = await streams.pending(queue, 100)
+    return rows
 
 
 def keys_without_ttl(keys: Mapping[str, int | None]) -> list[str]:

@@ -144,8 +144,8 @@ async def test_a_live_worker_is_listed_with_its_status_until_it_leaves_or_stops_
 ) -> None:
     client = harness.client()
     leaving, silent = await harness.transport("w1"), await harness.transport("w2")
-    for worker, ttl_s in ((leaving, consumer.STATUS_TTL_S), (silent, 0.05)):
-        monkeypatch.setattr(consumer, "STATUS_TTL_S", ttl_s)
+    for worker, ttl_ms in ((leaving, consumer.STATUS_TTL_MS), (silent, 50)):
+        monkeypatch.setattr(consumer, "STATUS_TTL_MS", ttl_ms)
         await worker.registration.heartbeat({"state": "ready", "model": "echo"})
     assert (await client.workers())["w1"] == {"state": "ready", "model": "echo"}
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -16,15 +16,59 @@ from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.events import Envelope, Event, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, worker_events_key
-from worker.jobs.streams import Disconnected, Entry, Streams, retry_until_connected
+from worker.jobs.streams import (
+    STATUS_TTL_MS,
+    Disconnected,
+    Entry,
+    Ownership,
+    PendingEntry,
+    Streams,
+    retry_until_connected,
+)
 
 READ_BLOCK_MS = 1000
-STATUS_TTL_S = 15.0
-"""A worker without a heartbeat for this long is no longer listed."""
 MAX_EVENTS = 10_000
 """Approximate number of events kept on a worker's own stream."""
 _DEAD_CONSUMER_MS = 3_600_000
 """A live worker polls or renews every second, so a consumer idle for this long is dead."""
+_SCANNED = 10_000
+"""Pending entries that a scan reads; each worker has one or two."""
+_EQUAL_MS = 20
+"""Two readings of one delivery time differ by less; a renewal follows the last after longer."""
+
+
+class RenewalWatch:
+    """Since when each pending entry was not renewed, by this process's monotonic clock.
+
+    The server's clock may jump. If it goes back, the idle time of an entry is 0 until the clock
+    has caught up; if it goes forward, every idle time is too long. So the idle time counts only
+    when an entry is first seen or was renewed; later scans compare its delivery time.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[PendingEntry, float]] = {}
+
+    def overdue(self, rows: Sequence[PendingEntry], lease_s: float) -> list[PendingEntry]:
+        """The entries that were not renewed for `lease_s`; `rows` are all that are pending now."""
+        now_s, before = time.monotonic(), self._seen
+        self._seen = {}
+        for row in rows:
+            seen, renewed_s = before.get(row.entry_id, (row, now_s - row.idle_ms / 1000))
+            if _renewed(seen, row):
+                seen, renewed_s = row, now_s - row.idle_ms / 1000
+            self._seen[row.entry_id] = (seen, renewed_s)
+        return [row for row in rows if now_s - self._seen[row.entry_id][1] >= lease_s]
+
+
+def _renewed(before: PendingEntry, row: PendingEntry) -> bool:
+    """Whether the entry was renewed or delivered between the two readings.
+
+    An idle time of 0 is no proof: the clock may have gone back before the delivery time. An entry
+    that is still renewed has another idle time when it is read again.
+    """
+    if (before.consumer, before.deliveries) != (row.consumer, row.deliveries):
+        return True
+    return row.idle_ms > 0 and abs(row.delivered_ms - before.delivered_ms) > _EQUAL_MS
 
 
 class Consumer:
@@ -33,6 +77,9 @@ class Consumer:
     def __init__(self, streams: Streams, queue: str, worker_id: str, lease: LeaseSection) -> None:
         self.held: set[str] = set()
         """Ids of the entries that this worker is processing."""
+        self._avoided_until_s: dict[str, float] = {}
+        """Ids of entries that this worker leaves to others, and how long."""
+        self._watch = RenewalWatch()
         self.last_contact_s = time.monotonic()
         """Monotonic time of the last successful poll or renewal."""
         self._streams = streams
@@ -79,16 +126,18 @@ class Consumer:
             self.held.add(entry.id)
         return entry
 
-    async def renew(self, entry_id: str) -> bool:
-        """Reset the idle time of an entry. Returns False if it is no longer pending here."""
-        if await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id):
+    async def renew(self, entry_id: str) -> Ownership:
+        """Reset the idle time of an entry, if it is still pending here."""
+        ownership = await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id)
+        if ownership == "held":
             self.last_contact_s = time.monotonic()
-            return True
-        self.held.discard(entry_id)
-        return False
+        elif ownership == "lost":
+            self.held.discard(entry_id)
+        return ownership
 
-    async def give_back(self, entry_id: str, deliveries: int) -> None:
-        """Make the entry claimable at once by any worker, with this delivery count."""
+    async def give_back(self, entry_id: str, deliveries: int, avoid_s: float = 0.0) -> None:
+        """Make the entry claimable at once, with this delivery count; here only after `avoid_s`."""
+        self._avoided_until_s[entry_id] = time.monotonic() + avoid_s
         args = (entry_id, int(self._lease.lease_s * 1000) + 1, max(0, deliveries))
         await retry_until_connected(self._streams.give_back, self._queue, self._worker_id, *args)
         self.held.discard(entry_id)
@@ -97,6 +146,10 @@ class Consumer:
         """Acknowledge and delete the entry, moving it to the dead letters if `dead` is given."""
         await retry_until_connected(self._streams.settle, self._queue, entry_id, dead)
         self.held.discard(entry_id)
+
+    def _is_free(self, entry_id: str) -> bool:
+        """Whether this worker may claim the entry: not processing it, nor leaving it to others."""
+        return entry_id not in self.held and time.monotonic() >= self._avoided_until_s.get(entry_id, 0.0)
 
     def _connection_lost(self) -> None:
         """Reread own pending entries: replies may be lost. Others get one lease to renew theirs."""
@@ -107,26 +160,35 @@ class Consumer:
         while self._own_after is not None:
             entry = await self._streams.read_own(self._queue, self._worker_id, self._own_after)
             self._own_after = entry.id if entry else None
-            if entry is None or entry.id in self.held:
+            if entry is None or not self._is_free(entry.id):
                 continue
             if not entry.fields:  # deleted by an operator while it was pending
                 await self._streams.settle(self._queue, entry.id, None)
-            elif await self._streams.renew(self._queue, self._worker_id, entry.id):
+            elif await self._streams.renew(self._queue, self._worker_id, entry.id) == "held":
                 return entry
         return None
 
     async def _reclaim(self) -> Entry | None:
+        """Claim an entry whose lease has expired, at most once per `scan_s` if there is none."""
         now_s = time.monotonic()
         if now_s < max(self._next_scan_s, self._no_scan_until_s):
             return None
-        lease_ms, cursor = int(self._lease.lease_s * 1000), START
-        while True:
-            cursor, entry = await self._streams.reclaim(self._queue, self._worker_id, lease_ms, cursor)
-            if entry is not None and entry.id not in self.held:
-                return entry
-            if cursor == START:
-                self._next_scan_s = now_s + self._lease.scan_s
-                return None
+        overdue = await self._overdue()
+        if any(row.idle_ms < self._lease.lease_s * 1000 for row in overdue):
+            await asyncio.sleep(_EQUAL_MS / 1000)  # the clock went back, or it is renewed at this millisecond
+            overdue = await self._overdue()
+        for row in overdue:
+            if self._is_free(row.entry_id):
+                entry = await self._streams.reclaim(self._queue, self._worker_id, row)
+                if entry is not None:
+                    return entry
+        self._next_scan_s = now_s + self._lease.scan_s
+        return None
+
+    async def _overdue(self) -> list[PendingEntry]:
+        rows = await self._streams.pending(self._queue, _SCANNED)
+        self._avoided_until_s = {row.entry_id: self._avoided_until_s.get(row.entry_id, 0.0) for row in rows}
+        return self._watch.overdue(rows, self._lease.lease_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +224,9 @@ class Registration:
             await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)
 
     async def heartbeat(self, status: Mapping[str, str]) -> None:
-        """Register, and write the status hash, which expires after STATUS_TTL_S."""
+        """Register, and write the status hash, which expires after STATUS_TTL_MS."""
         with contextlib.suppress(Disconnected, ServerRefused):
-            await self._streams.put_status(self._worker_id, status, int(STATUS_TTL_S * 1000))
+            await self._streams.put_status(self._worker_id, status, STATUS_TTL_MS)
 
     async def commands(self) -> AsyncIterator[Command]:
         """Yield commands to any worker that were sent since `open`. Never ends."""

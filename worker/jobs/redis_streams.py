@@ -27,6 +27,7 @@ from worker.jobs.streams import (
     Entry,
     Fields,
     JobState,
+    Ownership,
     PendingEntry,
     Record,
     TakeCall,
@@ -43,6 +44,8 @@ _COMMAND_CONNECTIONS = 32
 _BLOCKING_CONNECTIONS = 256
 
 _NO_GROUP = object()
+_OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
+"""Replies of `renew.lua`."""
 
 Value = str | int | bytes
 
@@ -60,7 +63,8 @@ class RedisStreams:
         self._blocking = blocking
         self._address = address
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        of_job, of_queue = ("take", "append", "cancel", "state"), ("renew", "settle", "enqueue", "remove_consumers")
+        of_job = ("take", "append", "cancel", "state")
+        of_queue = ("renew", "reclaim", "pending", "settle", "enqueue", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         self._scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
 
@@ -130,21 +134,18 @@ class RedisStreams:
             return Entry(entry_id, records[0][1] if records else {}, row["times_delivered"])
         return None
 
-    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """XAUTOCLAIM COUNT 1 examines ten pending entries: hence the cursor."""
-        claim = self._commands.xautoclaim(queue_key(queue), GROUP, consumer, min_idle_ms, cursor, count=1)
-        reply = await self._call(claim, no_group=(START, []), write="reclaim")
-        for entry_id, fields in reply[1]:
-            pending = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, entry_id, entry_id, 1))
-            deliveries = pending[0]["times_delivered"] if pending else 1
-            return _text(reply[0]), Entry(_text(entry_id), _fields(fields), deliveries)
-        return _text(reply[0]), None
+    async def reclaim(self, queue: str, consumer: str, row: PendingEntry) -> Entry | None:
+        seen = (row.entry_id, row.consumer, row.deliveries, row.idle_ms)
+        fields = await self._on_queue("reclaim", queue, consumer, *seen)
+        if not fields:
+            return None
+        return Entry(row.entry_id, _fields(dict(zip(fields[::2], fields[1::2], strict=True))), row.deliveries + 1)
 
-    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        return bool(await self._on_queue("renew", queue, consumer, entry_id))
+    async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
+        return _OWNERSHIP[await self._on_queue("renew", queue, consumer, entry_id)]
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
-        return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries))
+        return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries) == 1)
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
         return bool(await self._on_queue("settle", queue, entry_id, *_flat((dead or {}).items())))
@@ -157,11 +158,12 @@ class RedisStreams:
         return await self._call(self._scripts[script](keys=keys, args=[GROUP, *args]), no_group=0, write=script)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
-        rows = await self._call(self._commands.xpending_range(queue_key(queue), GROUP, "-", "+", count), no_group=[])
-        return [
-            PendingEntry(_text(r["message_id"]), _text(r["consumer"]), r["time_since_delivered"], r["times_delivered"])
-            for r in rows
-        ]
+        """XPENDING and the server's clock, read at the same time."""
+        reply = await self._on_queue("pending", queue, count)
+        if not reply:
+            return []
+        now_ms = int(reply[0][0]) * 1000 + int(reply[0][1]) // 1000
+        return [PendingEntry(_text(i), _text(name), idle, n, now_ms - idle) for i, name, idle, n in reply[1]]
 
     async def job_state(self, job_id: str) -> JobState:
         last_id, fields = await self._on_job("state", job_id)

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from worker.jobs.events import EncodedEvent
 from worker.jobs.keys import START, epoch_of
@@ -23,12 +23,16 @@ T = TypeVar("T")
 
 FIRST_DELAY_S = 0.05
 MAX_DELAY_S = 1.0
+STATUS_TTL_MS = 15_000
+"""A worker without a heartbeat for this long is no longer listed."""
 REFUSAL_S = 10.0
 """A call that was refused and is not repeated counts as failing for this long."""
 
 Fields = Mapping[str, bytes]
 Record = tuple[str, Fields]
 """One entry of any stream: its id and fields."""
+Ownership = Literal["held", "lost", "deleted"]
+"""Of a queue entry: pending for this consumer; not pending for it; no longer in the queue."""
 
 
 class Disconnected(ConnectionError):
@@ -135,7 +139,10 @@ class PendingEntry:
     entry_id: str
     consumer: str
     idle_ms: int
+    """0 as well while `delivered_ms` is in the future, because the server's clock went back."""
     deliveries: int
+    delivered_ms: int
+    """When it was delivered or renewed last, by the server's clock; now if `idle_ms` is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +232,11 @@ class Streams(Protocol):
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
         """Return the consumer's next pending entry, without counting a delivery."""
 
-    async def reclaim(self, queue: str, consumer: str, min_idle_ms: int, cursor: str) -> tuple[str, Entry | None]:
-        """Claim one idle entry of a page of pending ones, if any; return the next cursor first."""
+    async def reclaim(self, queue: str, consumer: str, row: PendingEntry) -> Entry | None:
+        """Claim an entry and count a delivery, unless it has changed since `row` was read."""
 
-    async def renew(self, queue: str, consumer: str, entry_id: str) -> bool:
-        """Reset the entry's idle time if it is pending for `consumer`; otherwise return False."""
+    async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
+        """Reset the entry's idle time if it is pending for `consumer`."""
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         """Set idle time and delivery count of the entry, under the same condition as `renew`."""

@@ -8,6 +8,7 @@ each call does on the server.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from worker.jobs.streams import (
     retry_until_connected,
 )
 
+ENTRY_DELETED = "the job's queue entry was deleted"
+"""Message of the error that ends such a job."""
+
 
 class Fenced(Exception):
     """Another worker owns the job, or its keys are gone: write and acknowledge nothing more."""
@@ -44,6 +48,8 @@ class Renewal(Enum):
     HELD = "held"
     LOST = "lost"
     """Another consumer has the entry: stop immediately, as if fenced."""
+    DELETED = "deleted"
+    """The entry was deleted from the queue: the job must end as cancelled."""
     CANCEL_REQUESTED = "cancel_requested"
     """Held, and the job must end as cancelled."""
 
@@ -131,6 +137,10 @@ Opening = Callable[[History], Event]
 `ErrorEvent` that refuses the job."""
 
 
+def _entry_deleted(_: History) -> Event:
+    return ErrorEvent.of(Cancelled(ENTRY_DELETED))
+
+
 class Transport:
     """One worker's connection to one queue.
 
@@ -148,6 +158,8 @@ class Transport:
         self._consumer = Consumer(streams, queue, worker_id, self._settings)
         self._server_clock = ServerClock(streams)
         self.registration = Registration(streams, worker_id, self._settings)
+        self._settling: dict[str, asyncio.Task[None]] = {}
+        """By entry id."""
 
     async def open(self) -> None:
         """Create the queue, delete dead consumers, and accept commands from now on."""
@@ -157,6 +169,8 @@ class Transport:
 
     async def close(self) -> None:
         """Unregister, delete the consumer if it has no pending entries, and disconnect."""
+        if self._settling:
+            await asyncio.wait(self._settling.values())
         with contextlib.suppress(Disconnected, ServerRefused):
             await self._consumer.close()
             await self.registration.close()
@@ -184,13 +198,22 @@ class Transport:
         claim = Claim(entry.id, entry.fields.get("p", b""), traceparent, entry.deliveries)
         if entry.deliveries <= self._settings.max_deliveries:
             return claim
-        job_id, error = job_id_of(claim.payload), DeadLettered(f"delivered {entry.deliveries} times")
-        if job_id is None:
-            await self.dead_letter(claim, error)
-        else:
-            trace = Trace.of(job_id, entry.id, None, traceparent, encoding_of(claim.payload))
-            await self.take(claim, job_id, trace, lambda _: ErrorEvent.of(error))
+        await self._give_up(claim, DeadLettered(f"delivered {entry.deliveries} times"))
         return None
+
+    async def _give_up(self, claim: Claim, error: DeadLettered) -> None:
+        """End the job of an entry that was delivered too often, and dead-letter the entry."""
+        job_id = job_id_of(claim.payload)
+        try:
+            if job_id is None:
+                await self.dead_letter(claim, error)
+            else:
+                trace = Trace.of(job_id, claim.entry_id, None, claim.traceparent, encoding_of(claim.payload))
+                await self.take(claim, job_id, trace, lambda _: ErrorEvent.of(error))
+        except ServerRefused as refused:  # its keys can't be written, which may be why no attempt ended
+            await self.dead_letter(claim, refused, job_id or "")
+        finally:
+            self.forget(claim)
 
     async def take(self, claim: Claim, job_id: str, trace: Trace, opening: Opening) -> Lease | Closed:
         """Begin an epoch of the job by writing `opening(history)` as `<epoch>-0`.
@@ -211,8 +234,11 @@ class Transport:
             if reply.outcome != "RETRY":
                 return await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
             state, history = await read_history(self._streams, job_id)
-            if not await self._consumer.renew(claim.entry_id):
+            ownership = await self._consumer.renew(claim.entry_id)
+            if ownership == "lost":
                 return Closed("lost")
+            if ownership == "deleted":  # no other worker will receive the job
+                opening = _entry_deleted
 
     async def append(self, lease: Lease, *events: Event) -> None:
         """Publish events atomically. If cancelled, the next call writes them.
@@ -236,36 +262,68 @@ class Transport:
         await self._consumer.settle(lease.claim.entry_id, None)
         await self._expire_keys(lease.job_id)
 
+    def begin_settling(self, lease: Lease) -> None:
+        """Start `settle` in the background: the next job need not wait. `close` awaits it."""
+        task = self._settling[lease.claim.entry_id] = asyncio.create_task(self.settle(lease))
+        task.add_done_callback(lambda done: self._settled(lease.claim, done))
+
+    def _settled(self, claim: Claim, task: asyncio.Task[None]) -> None:
+        del self._settling[claim.entry_id]
+        self.forget(claim)
+        if not task.cancelled() and (error := task.exception()):  # the next worker that claims it settles it
+            logging.getLogger(__name__).warning("job not settled: %s", error)
+
+    def forget(self, claim: Claim) -> None:
+        """Stop regarding the entry as this worker's: call it on every way out of an attempt.
+
+        An entry that is still pending then is claimed again after its lease, here or elsewhere.
+        """
+        if claim.entry_id not in self._settling:
+            self._consumer.held.discard(claim.entry_id)
+
     async def renew(self, held: Lease | Claim) -> Renewal:
         """Renew the lease, once per `renew_s`. Also reports whether a cancel was requested."""
         claim = held.claim if isinstance(held, Lease) else held
-        if not await self._consumer.renew(claim.entry_id):
-            return Renewal.LOST
+        ownership = await self._consumer.renew(claim.entry_id)
+        if ownership != "held":
+            return Renewal(ownership)
         if isinstance(held, Lease):
             state = await retry_until_connected(self._streams.job_state, held.job_id)
             if "cancel" in state.fields:
                 return Renewal.CANCEL_REQUESTED
         return Renewal.HELD
 
-    async def release(self, held: Lease | Claim) -> None:
-        """Make the job claimable at once. Counts neither as a delivery nor as a failed attempt."""
+    async def release(self, held: Lease | Claim, avoid_s: float = 0.0) -> None:
+        """Make the job claimable at once. Counts neither as a delivery nor as a failed attempt.
+
+        This worker does not claim it for `avoid_s` seconds, so that another one may.
+        """
         claim = held.claim if isinstance(held, Lease) else held
         with contextlib.suppress(Fenced):
             if isinstance(held, Lease):
                 async with held.writing:
                     await self._write(held, "handed_back", "")
-            await self._consumer.give_back(claim.entry_id, claim.deliveries - 1)
+            await self._consumer.give_back(claim.entry_id, claim.deliveries - 1, avoid_s)
 
-    async def abandon(self, lease: Lease, error: WorkerError) -> None:
-        """Make the job claimable at once after a failure of this worker: a failed attempt."""
+    async def abandon(self, held: Lease | Claim, error: WorkerError) -> None:
+        """Make the job claimable at once after a failure of this worker: a failed attempt.
+
+        This worker does not claim it for a lease, so that another one may.
+        """
+        claim = held.claim if isinstance(held, Lease) else held
         with contextlib.suppress(Fenced):
-            async with lease.writing:
-                await self._write(lease, "running", error.code)
-            await self._consumer.give_back(lease.claim.entry_id, lease.claim.deliveries)
+            if isinstance(held, Lease):
+                with contextlib.suppress(ServerRefused):  # give it back nevertheless
+                    async with held.writing:
+                        await self._write(held, "running", error.code)
+            await self._consumer.give_back(claim.entry_id, claim.deliveries, self._settings.lease_s)
 
-    async def dead_letter(self, claim: Claim, error: WorkerError) -> None:
-        """Move an entry whose payload has no readable job id to the dead letters."""
-        await self._consumer.settle(claim.entry_id, claim.dead_letter("", error.message, 0, ""))
+    async def dead_letter(self, claim: Claim, error: WorkerError, job_id: str = "") -> None:
+        """Move an entry to the dead letters: its job id or its job's keys are unusable."""
+        counts = (claim.deliveries, error.code) if job_id else (0, "")
+        await self._consumer.settle(claim.entry_id, claim.dead_letter(job_id, error.message, *counts))
+        if job_id:
+            await self._expire_keys(job_id)
         await self.registration.publish(ErrorEvent.of(error))
 
     def _terminal_errors(self, claim: Claim, state: JobState, opening: Event) -> dict[str, ErrorEvent]:

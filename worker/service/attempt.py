@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from worker.answer import AttemptStats
-from worker.errors import CudaError, Internal, WorkerError
+from worker.errors import CudaError, Internal, ServerRefused, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event
 from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
@@ -29,6 +29,11 @@ from worker.telemetry import frames_of
 T = TypeVar("T")
 
 _HAND_OVER_S = 2.0
+_STOP_REASONS = {
+    Renewal.LOST: StopReason.LOST,
+    Renewal.DELETED: StopReason.DELETED,
+    Renewal.CANCEL_REQUESTED: StopReason.CANCEL,
+}
 _SMALL_PAYLOAD_BYTES = 4096
 """Such a payload is decoded and tokenized in less time than a thread takes to wake."""
 
@@ -54,7 +59,8 @@ class Attempt:
         """Run the job to its end; returns the outcome for the metrics.
 
         The outcome is `completed`, an error's code in lower case, or the reason of the release.
-        Raises CudaError if the device is lost; the job is left to another worker then.
+        Raises CudaError if the device is lost; the job is left to another worker then. However it
+        ends, the entry is settled, given back, or another worker's, or its lease expires.
         """
         renewals = self._renewals = asyncio.create_task(self._renew())
         try:
@@ -63,11 +69,16 @@ class Attempt:
             return self._released("fenced")
         except AttemptInterrupted as interrupted:
             return await self._hand_over(interrupted.reason)
+        except CudaError:
+            raise
+        except Exception as error:
+            return await self._fail(error)
         finally:
             self._over.set()
             if self.job_id is not None:
                 self._context.engine.release(self.job_id)
             await renewals
+            self._context.transport.forget(self._claim)
 
     async def _renew(self) -> None:
         """Renew the lease until the attempt ends.
@@ -80,9 +91,13 @@ class Attempt:
                     await self._over.wait()
             if self._over.is_set():
                 return
-            renewal = await self._context.transport.renew(self._held)
-            if renewal is not Renewal.HELD:
-                self.limits.interrupt(StopReason.LOST if renewal is Renewal.LOST else StopReason.CANCEL)
+            try:
+                renewal = await self._context.transport.renew(self._held)
+            except Exception as error:  # without renewals another worker takes over, and this one is fenced
+                self._log.error("renewal_fault", frames=frames_of(error))
+            else:
+                if reason := _STOP_REASONS.get(renewal):
+                    self.limits.interrupt(reason)
 
     async def _process(self) -> str:
         claim, context = self._claim, self._context
@@ -165,7 +180,7 @@ class Attempt:
             await self._publish_rest(lease, generation)
             await self._abandon(lease, error)
             raise
-        except Fenced:
+        except (Fenced, ServerRefused):
             raise
         except WorkerError as error:
             last = ErrorEvent.of(error)
@@ -173,7 +188,7 @@ class Attempt:
             self._log.error("job_fault", frames=frames_of(error))
             last = ErrorEvent.of(Internal(f"{type(error).__name__} while the answer was written"))
         await transport.finish(lease, *generation.unpublished.take(), last)
-        await transport.settle(lease)
+        transport.begin_settling(lease)
         return self._ended(last, generation.stats)
 
     def _ended(self, last: End | ErrorEvent, stats: AttemptStats) -> str:
@@ -204,6 +219,19 @@ class Attempt:
             await self._abandon(self._held, Internal("the engine made no step"))
         return self._released(reason.name.lower())
 
+    async def _fail(self, error: Exception) -> str:
+        """End an attempt that raised: after a bug another one begins, at most `max_attempts`.
+
+        A key of the job that holds another type stops every attempt: the entry is dead-lettered.
+        """
+        if isinstance(error, ServerRefused) and error.details["reply"] == "WRONGTYPE":
+            self._log.warning("job_failed", code=error.code, reason=error.message)
+            await self._context.transport.dead_letter(self._claim, error, self.job_id or "")
+            return "dead_lettered"
+        self._log.error("attempt_fault", job_id=self.job_id, frames=frames_of(error))
+        await self._abandon(self._held, Internal(f"{type(error).__name__} in the attempt"))
+        return "fault"
+
     async def _publish_rest(self, lease: Lease, generation: Generation) -> None:
         """Publish the drawn tokens before the release; what is not in time is drawn again."""
         if rest := generation.unpublished.take():
@@ -211,12 +239,12 @@ class Attempt:
                 async with asyncio.timeout(_HAND_OVER_S):
                     await self._context.transport.append(lease, *rest)
 
-    async def _abandon(self, lease: Lease, error: WorkerError) -> None:
+    async def _abandon(self, held: Claim | Lease, error: WorkerError) -> None:
         """Leave the job to another worker at once. Without a server its lease expires instead."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_HAND_OVER_S):
                 await self._stop_renewing()
-                await self._context.transport.abandon(lease, error)
+                await self._context.transport.abandon(held, error)
 
     async def _stop_renewing(self) -> None:
         """End `_renew`: a renewal after the release would block the entry for a whole lease."""

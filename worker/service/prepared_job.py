@@ -26,6 +26,7 @@ from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import ErrorEvent, Event, Resumed, Started
 from worker.jobs.protocol import Job, Resolved
 from worker.jobs.reader import History
+from worker.jobs.transport import ENTRY_DELETED
 from worker.runtime import LoadedModel
 
 T = TypeVar("T")
@@ -97,9 +98,11 @@ class StopReason(IntEnum):
     DRAIN = 1
     """The grace period is over: hand the job back."""
     CANCEL = 2
-    LOST = 3
+    DELETED = 3
+    """The queue entry was deleted: end the job as cancelled."""
+    LOST = 4
     """Another worker has the queue entry: write nothing more."""
-    STALLED = 4
+    STALLED = 5
     """The engine hangs and the worker will exit: leave the job without waiting for the engine."""
 
 
@@ -154,6 +157,8 @@ class AttemptLimits:
         """Raise AttemptInterrupted, Cancelled or InferenceTimeout if the attempt must end."""
         if self.stop_reason is StopReason.CANCEL:
             raise Cancelled("cancelled by request")
+        if self.stop_reason is StopReason.DELETED:
+            raise Cancelled(ENTRY_DELETED)
         if self.stop_reason is not None:
             raise AttemptInterrupted(self.stop_reason)
         if error := self.deadline_error():

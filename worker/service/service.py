@@ -237,7 +237,7 @@ class Service:
             outcome = await attempt.run()
         except CudaError:
             raise
-        except Exception as error:  # the server refused a command, or a bug: the job's lease expires
+        except Exception as error:  # not even the release succeeded: the job's lease expires
             self._log.error("attempt_fault", job_id=attempt.job_id, frames=frames_of(error))
             outcome = "fault"
         finally:
