@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import START, dead_key, events_key, next_id, queue_key, split_id, state_key, worker_key
 from worker.jobs.streams import (
+    STATUS_TTL_MS,
     AppendCall,
     CancelCall,
     Entry,
@@ -169,9 +170,11 @@ class Keyspace:
         self.drop(worker_key(worker))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
+        """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back."""
         self._expire()
-        prefix = worker_key("")
-        return {key.removeprefix(prefix): dict(h) for key, h in self._hashes.items() if key.startswith(prefix)}
+        prefix, until_ms = worker_key(""), self._now() + STATUS_TTL_MS
+        keys = [key for key in self._hashes if key.startswith(prefix) and self._expiry_ms[key] <= until_ms]
+        return {key.removeprefix(prefix): dict(self._hashes[key]) for key in keys}
 
     async def time_ms(self) -> int:
         return self._now()

@@ -20,6 +20,7 @@ from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_i
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_pool import WaitingPool, open_client
 from worker.jobs.streams import (
+    STATUS_TTL_MS,
     AppendCall,
     CancelCall,
     Contact,
@@ -234,9 +235,15 @@ class RedisStreams:
         await self._call(self._commands.delete(worker_key(worker)))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
+        """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back."""
         names = [_text(name) for name in await self._call(self._commands.zrange(WORKERS, 0, -1))]
-        statuses = {name: _texts(await self._call(self._commands.hgetall(worker_key(name)))) for name in names}
-        return {name: status for name, status in statuses.items() if status}
+        async with self._commands.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(worker_key(name))
+                pipe.pttl(worker_key(name))
+            replies = await self._call(pipe.execute())
+        listed = zip(names, replies[::2], replies[1::2], strict=True)
+        return {name: _texts(status) for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
 
     async def time_ms(self) -> int:
         seconds, micros = await self._call(self._commands.time())
