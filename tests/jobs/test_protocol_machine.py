@@ -20,9 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.jobs.echo import begin, end, text, tokens
 from tests.jobs.harness import FakeRedisHarness, Harness, LossyStreams, MemoryHarness, lease_settings
 from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl, violations
+from worker.errors import Internal
 from worker.jobs import streams as streams_module
 from worker.jobs.events import ErrorEvent
-from worker.jobs.keys import events_key
+from worker.jobs.keys import events_key, queue_key
 from worker.jobs.transport import Claim, Fenced, Lease, Renewal, Transport
 
 LEASE = lease_settings(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
@@ -49,6 +50,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.losing = 0
         self.names = count()
         self.trimmed: set[str] = set()
+        self.deleted: set[str] = set()
         self.submitted: set[str] = set()
         self.do(self._open())
         for job_id in jobs:
@@ -137,7 +139,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             renewal = self.do(worker.transport.renew(lease))
             if renewal is Renewal.LOST:
                 worker.leases.remove(lease)
-            elif renewal is Renewal.CANCEL_REQUESTED:
+            elif renewal in (Renewal.CANCEL_REQUESTED, Renewal.DELETED):
                 cancelled = ErrorEvent(code="CANCELLED", message="cancelled by request")
                 if self._try_write(worker, lease, worker.transport.finish(lease, cancelled)):
                     worker.leases.remove(lease)
@@ -149,6 +151,21 @@ class ProtocolMachine(RuleBasedStateMachine):
         for worker, lease in self._a_lease(n):
             worker.leases.remove(lease)
             self.do(worker.transport.release(lease))
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK)
+    def abandon(self, n: int) -> None:
+        for worker, lease in self._a_lease(n):
+            worker.leases.remove(lease)
+            self.do(worker.transport.abandon(lease, Internal("a fault")))
+
+    @precondition(lambda self: any(worker.leases for worker in self.workers))
+    @rule(n=PICK)
+    def delete_entry(self, n: int) -> None:
+        """Delete the queue entry of a running job, whose owner must end it."""
+        for _, lease in self._a_lease(n):
+            self.deleted.add(lease.job_id)
+            self.do(self.streams.delete(queue_key("default"), lease.claim.entry_id))
 
     @rule(n=PICK)
     def crash(self, n: int) -> None:
@@ -190,14 +207,15 @@ class ProtocolMachine(RuleBasedStateMachine):
         if hasattr(self, "harness"):
             self.losing = 0
             self.do(self._finish_all())
-            texts = {job_id: text(LENGTHS[job_id]) for job_id in self.submitted - self.trimmed}
+            texts = {job_id: text(LENGTHS[job_id]) for job_id in self.submitted - self.trimmed - self.deleted}
             self.do(self._check(texts))
             self.do(self.harness.close())
             self.runner.close()
 
     async def _finish_all(self) -> None:
         reliable = await self._worker()
-        while await self.client.queue():
+        while await self.client.queue() or await self.streams.pending("default", 1):
+            reliable.transport._consumer._next_scan_s = 0.0
             claim = await reliable.transport.claim()
             lease = await begin(reliable.transport, claim) if claim else None
             if isinstance(lease, Lease):

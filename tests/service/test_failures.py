@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from tests.jobs.harness import wait_until
-from tests.jobs.stream_checker import assert_none, find_violations
+from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
 from tests.models import free_kv_blocks
 from tests.service.models import FixedDevice, ScriptedRunner, SharedModel, StepBarrier, failing_model, slow_model
 from tests.service.serving import published_events, read_job, run_job, serving, wait_until_queue_is_empty, worker_events
@@ -344,13 +344,19 @@ async def test_a_fault_while_tokenizing_is_internal_and_does_not_reveal_the_prom
         assert any("encode_prompt" in frame for frame in worker.logged("job_fault")[0]["frames"])
 
 
-async def test_a_command_that_the_server_refuses_does_not_end_the_worker(fake):
+@pytest.mark.parametrize("key", ["events", "state"])
+async def test_a_job_whose_key_holds_another_type_is_dead_lettered_with_the_reason(fake, key):
     client = fake.client()
-    await fake.raw.set("inf:{job:a}:events", "not a stream")
+    await fake.raw.set(f"inf:{{job:a}}:{key}", "neither a stream nor a hash")
     async with serving(fake, SharedModel.echo().fresh()) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=5)
-        await worker.wait_until_logged("attempt_fault")
+        await worker.wait_until_logged("job_failed")
         assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc"
+        await wait_until_queue_is_empty(client)
+    (letter,) = await client.dead_letters()
+    assert (letter.job_id, letter.last_error) == ("a", "REDIS_REFUSED")
+    assert "WRONGTYPE" in letter.reason
+    assert_none(keys_without_ttl(await fake.keys()))
 
 
 async def test_memory_is_reported_as_the_device_measures_it(fake):

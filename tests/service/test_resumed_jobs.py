@@ -11,9 +11,10 @@ from tests.jobs.harness import FakeRedisHarness, wait_until
 from tests.jobs.stream_checker import assert_none, find_violations
 from tests.service.jobs import SAMPLED_JOB, crashed_attempt, reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
-from tests.service.serving import SHORT_LEASE, published_events, read_job, serving
+from tests.service.serving import LONG_LEASE, SHORT_LEASE, published_events, read_job, run_job, serving
 from worker.config import LeaseSection
 from worker.jobs.events import End, Resumed, Started, encode_event
+from worker.jobs.keys import queue_key
 from worker.jobs.protocol import Job, Trace
 from worker.jobs.reader import History
 from worker.service.prepared_job import PreparedJob
@@ -237,12 +238,36 @@ async def test_a_renewal_that_finds_another_owner_stops_the_attempt_at_once(harn
         await client.submit(job_id="a", prompt="abc", max_tokens=1000)
         await wait_until(lambda: _longer_than(harness, "a", 3))
         thief = harness.connect()
-        assert await thief.reclaim("default", "thief", (await thief.pending("default", 1))[0])
+
+        async def stolen():  # unless it is renewed between the two calls
+            return await thief.reclaim("default", "thief", (await thief.pending("default", 1))[0])
+
+        await wait_until(stolen)
         await wait_until(lambda: _dropped(one))
         assert one.logged("job_released")[0]["outcome"] == "lost"
         assert one.engine.idle
         assert (await published_events(harness, "a")).kinds == ["started", "token"]
         assert [held.worker for held in await client.queue()] == ["thief"], "it was not acknowledged"
+
+
+@pytest.mark.parametrize("destroy", [False, True], ids=["entry", "queue"])
+async def test_a_running_job_whose_queue_entry_is_deleted_ends_with_an_error(harness, destroy):
+    client, model = harness.client(), SharedModel.echo()
+    slow = ScriptedRunner(model.runner, lambda step: time.sleep(0.02))
+    async with serving(harness, model.fresh(slow), lease=LONG_LEASE) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=1000)
+        await wait_until(lambda: _longer_than(harness, "a", 3))
+        if destroy:
+            await harness.drop(queue_key("default"))
+        else:
+            await harness.connect().delete(queue_key("default"), (await client.queue())[0].entry_id)
+        result = await read_job(client, "a")
+        assert result.kinds == ["started", "token", "error"]
+        assert (result.last.code, result.last.message) == ("CANCELLED", "the job's queue entry was deleted")
+        assert (await client.state("a"))["state"] == "error"
+        assert worker.engine.idle
+        assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc"
+        assert_none(await find_violations(harness.connect(), "default", {"a": None}))
 
 
 async def _dropped(worker):
