@@ -124,11 +124,6 @@ class Keyspace:
             return False
         return True
 
-    async def expire(self, key: str, ttl_ms: int) -> None:
-        if key in self._streams or key in self._hashes:
-            at_ms = self._now() + ttl_ms
-            self._expiry_ms[key] = min(at_ms, self._expiry_ms.get(key, at_ms))
-
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
         entry_id = self._add(key, None, fields)
         entries = self._streams[key].entries
@@ -279,6 +274,12 @@ class MemoryStreams(Keyspace):
         stream = self._stream(queue_key(queue)) or Stream()
         idle = [(entry_id, delivery, self._idle(delivery)) for entry_id, delivery in stream.pending_rows()[:count]]
         return [PendingEntry(i, d.consumer, idle_ms, d.count, self._now() - idle_ms) for i, d, idle_ms in idle]
+
+    async def expire_job(self, job_id: str, ttl_ms: int) -> None:
+        at_ms = self._now() + ttl_ms
+        for key in (events_key(job_id), state_key(job_id)):
+            if key in self._streams or key in self._hashes:
+                self._expiry_ms[key] = min(at_ms, self._expiry_ms.get(key, at_ms))
 
     async def job_state(self, job_id: str) -> JobState:
         return JobState(await self.last_id(events_key(job_id)), dict(self._hash(state_key(job_id))))

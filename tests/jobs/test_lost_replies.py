@@ -25,7 +25,7 @@ from worker.jobs.streams import Disconnected
 from worker.jobs.transport import Fenced, Renewal
 
 
-@pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire", "job_state", "range"])
+@pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire_job", "job_state", "range"])
 async def test_a_lost_reply_is_harmless(harness: Harness, call: str) -> None:
     client, dead = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")

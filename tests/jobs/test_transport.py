@@ -177,7 +177,7 @@ async def test_settling_again_does_not_extend_the_keys_ttl(harness: Harness) -> 
     await client.submit(job_id="a", prompt="hello")
     lease = await take_next(worker)
     await complete(worker, lease, 1)
-    await streams.expire(events_key("a"), 1000)
+    await streams.expire_job("a", 1000)
     await worker.settle(lease)
     assert ((await harness.keys())[events_key("a")] or 0) <= 1000
 

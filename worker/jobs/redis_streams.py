@@ -189,8 +189,11 @@ class RedisStreams:
         keys = [events_key(job_id), state_key(job_id)]
         return await self._call(self._scripts[script](keys=keys, args=args), write=script)
 
-    async def expire(self, key: str, ttl_ms: int) -> None:
-        await self._call(self._commands.pexpire(key, ttl_ms, lt=True))
+    async def expire_job(self, job_id: str, ttl_ms: int) -> None:
+        async with self._commands.pipeline(transaction=False) as pipe:
+            for key in (events_key(job_id), state_key(job_id)):
+                pipe.pexpire(key, ttl_ms, lt=True)
+            await self._call(pipe.execute(), write="expire_job")
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
         add = self._commands.xadd(key, dict(fields.items()), maxlen=keep, approximate=True)

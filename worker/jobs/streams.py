@@ -265,8 +265,8 @@ class Streams(Protocol):
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         """Return CANCELLED (ended as such), REQUESTED (running), OVER (ended before) or RETRY."""
 
-    async def expire(self, key: str, ttl_ms: int) -> None:
-        """Shorten a key's time to live to `ttl_ms`; never lengthen it."""
+    async def expire_job(self, job_id: str, ttl_ms: int) -> None:
+        """Shorten the time to live of a job's two keys to `ttl_ms`; never lengthen it."""
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
         """Append to a stream trimmed to about `keep` entries. Not for job or queue streams."""

@@ -19,7 +19,7 @@ from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, ServerRefused, WorkerError
 from worker.jobs.consumer import Consumer, Registration
 from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, now_ms
-from worker.jobs.keys import START, epoch_of, events_key, split_id, state_key
+from worker.jobs.keys import START, epoch_of, split_id
 from worker.jobs.payload import encoding_of, job_id_of
 from worker.jobs.protocol import Trace
 from worker.jobs.reader import History, read_history
@@ -397,5 +397,4 @@ class Transport:
                 return
 
     async def _expire_keys(self, job_id: str) -> None:
-        for key in (events_key(job_id), state_key(job_id)):
-            await retry_until_connected(self._streams.expire, key, int(self._settings.retention_s * 1000))
+        await retry_until_connected(self._streams.expire_job, job_id, int(self._settings.retention_s * 1000))
