@@ -3,24 +3,22 @@
 No clock, server or device: everything about token i is a function of the job, its resolved
 parameters and the ids before i, so a second worker that gets the published ids continues exactly.
 Callers are `worker/service/generation.py` and `worker generate`. Stop strings are matched, and text
-withheld for them, in `worker/text/detokenizer.py`.
+withheld for them, in `worker/text/detokenizer.py`; channels are assigned in `worker/text/parsers/`.
 """
 
 import hashlib
-from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import fields
 from datetime import datetime
 
 from worker import engine
-from worker.jobs.events import Channel, Token
+from worker.jobs.events import Token
 from worker.jobs.protocol import Job, Limits, Resolved
 from worker.runtime import LoadedModel
 from worker.sampling import FinishReason, Sampling
-from worker.text.detokenizer import IncrementalDetokenizer
+from worker.text.detokenizer import DetokenizedToken, IncrementalDetokenizer
+from worker.text.parsers import answer_parser
 from worker.text.tokenizer import Tokenizer
-
-_CHANNELS: Mapping[str, Channel] = {"analysis": "reasoning", "commentary": "tool"}
 
 
 def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
@@ -52,9 +50,8 @@ class Answer:
         self.sequence = engine.Sequence(
             job.job_id, list(prompt), resolved.max_tokens, sampling, end_ids, list(published)
         )
-        self._text = IncrementalDetokenizer(
-            tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, prompt_ids=prompt
-        )
+        parser = answer_parser(tokenizer, prompt, None if job.tool_choice == "none" else job.tools)
+        self._text = IncrementalDetokenizer(tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, parser=parser)
         for index, token_id in enumerate(published):
             self._release(index, token_id)
 
@@ -62,16 +59,16 @@ class Answer:
         """The token to publish, or None if it is a replayed one or follows the answer's end."""
         if token.replayed or self.finish_reason:
             return None
-        text, channel = self._release(token.index, token.draw.id)
-        return Token(token.index, token.draw.id, text, token.draw.logprob, token.draw.top, channel)
+        text, place, _ = self._release(token.index, token.draw.id)
+        return Token(token.index, token.draw.id, text, token.draw.logprob, token.draw.top, *place)
 
-    def _release(self, index: int, token_id: int) -> tuple[str, Channel]:
-        """The text and channel of a token. Sets the finish reason; a stop string takes priority."""
+    def _release(self, index: int, token_id: int) -> DetokenizedToken:
+        """The text of a token. Sets the finish reason; a stop string takes priority."""
         finish = self.sequence.finish_at(index, token_id)
         piece = self._text.push(token_id, last=finish is not None)
         self.stop_sequence = piece.stop
         self.finish_reason = "stop_sequence" if piece.stop is not None else finish
-        return piece.text, _CHANNELS.get(piece.channel or "", "final")
+        return piece
 
 
 class AttemptStats:

@@ -1,38 +1,29 @@
-"""IncrementalDetokenizer: UTF-8 decoding, stop strings and harmony channels together."""
+"""IncrementalDetokenizer: UTF-8 decoding, stop strings and channels together."""
 
 from types import SimpleNamespace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.small import HARMONY_NAMES, byte_level, tokenizer_of
-from worker.text.detokenizer import HarmonyParser, IncrementalDetokenizer
+from worker.text.detokenizer import IncrementalDetokenizer
+from worker.text.parsers import answer_parser
+from worker.text.parsers.interface import Place
 from worker.text.tokenizer import load_tokenizer
 
 HARMONY = load_tokenizer(byte_level(names=HARMONY_NAMES, extra=[("analysis", 1), ("final", 1)]))
 PLAIN = load_tokenizer(byte_level())
+FINAL = Place("final")
 
 
-def pushed(tokenizer, text: str, **options) -> list[tuple[str, str | None, str | None]]:
+def pushed(tokenizer, text: str, **options) -> list[tuple[str, Place, str | None]]:
     """The output of each token of a raw text; the last push flushes."""
     return pushed_ids(tokenizer, tokenizer.encode(text, special=True), **options)
 
 
-def pushed_ids(tokenizer, ids, **options):
-    detokenizer = IncrementalDetokenizer(tokenizer, **options)
+def pushed_ids(tokenizer, ids, prompt_ids=(), tools=None, **options):
+    detokenizer = IncrementalDetokenizer(tokenizer, parser=answer_parser(tokenizer, prompt_ids, tools), **options)
     return [tuple(detokenizer.push(token_id, last=at == len(ids) - 1)) for at, token_id in enumerate(ids)]
-
-
-def channels_of(outputs) -> list[tuple[str | None, str]]:
-    """(channel, text) of each run of outputs on one channel, without empty runs."""
-    runs: list[tuple[str | None, str]] = []
-    for text, channel, _ in outputs:
-        if text and runs and runs[-1][0] == channel:
-            runs[-1] = (channel, runs[-1][1] + text)
-        elif text:
-            runs.append((channel, text))
-    return runs
 
 
 @settings(deadline=None)
@@ -59,8 +50,8 @@ def test_control_tokens_release_no_text():
 def test_a_stop_string_is_found_inside_a_longer_token(qwen2):
     ids = qwen2.encode("Yes.\n\n")
     assert [qwen2.piece(token_id) for token_id in ids] == ["Yes", ".\n\n"]
-    assert pushed_ids(qwen2, ids, stop=["\n\n"]) == [("Yes", None, None), (".", None, "\n\n")]
-    assert pushed_ids(qwen2, ids, stop=[".\n\n\n", "s\n"]) == [("Ye", None, None), ("s.\n\n", None, None)]
+    assert pushed_ids(qwen2, ids, stop=["\n\n"]) == [("Yes", FINAL, None), (".", FINAL, "\n\n")]
+    assert pushed_ids(qwen2, ids, stop=[".\n\n\n", "s\n"]) == [("Ye", FINAL, None), ("s.\n\n", FINAL, None)]
 
 
 def test_the_last_token_releases_withheld_text_even_if_it_is_an_end_token():
@@ -69,72 +60,13 @@ def test_the_last_token_releases_withheld_text_even_if_it_is_an_end_token():
 
 
 def test_the_last_token_s_text_is_cut_before_a_stop_string():
-    assert pushed(PLAIN, "a.b", stop=["."])[1:] == [("", None, "."), ("", None, ".")]
+    assert pushed(PLAIN, "a.b", stop=["."])[1:] == [("", FINAL, "."), ("", FINAL, ".")]
 
 
 def test_tokens_before_min_tokens_are_neither_matched_nor_withheld():
     outputs = pushed(PLAIN, "ababab", stop=["ab"], min_tokens=3)
     assert [text for text, _, _ in outputs[:4]] == ["a", "b", "a", "b"]
-    assert outputs[5] == ("", None, "ab")
-
-
-def test_harmony_headers_release_no_text_and_content_has_a_channel():
-    text = "<|channel|>analysis<|message|>he<|end|><|start|>assistant<|channel|>final<|message|>hell<|return|>"
-    prompt = HARMONY.encode("<|start|>user<|message|>x<|end|><|start|>assistant", special=True)
-    outputs = pushed(HARMONY, text, prompt_ids=prompt)
-    assert channels_of(outputs) == [("analysis", "he"), ("final", "hell")]
-
-
-def test_text_after_a_channel_s_name_in_the_header_is_ignored():
-    text = "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
-    assert channels_of(pushed(HARMONY, text)) == [("commentary", "{}")]
-
-
-@pytest.mark.parametrize("header", ["<|start|>user<|message|>", "<|channel|>elsewhere<|message|>"])
-def test_content_of_an_unknown_channel_has_none(header):
-    assert channels_of(pushed(HARMONY, header + "he")) == [(None, "he")]
-
-
-def test_an_answer_to_a_raw_prompt_without_harmony_has_no_channel():
-    assert channels_of(pushed(HARMONY, "hell", prompt_ids=HARMONY.encode("he"))) == [(None, "hell")]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "runs"),
-    [
-        ("<|start|>assistant", []),
-        ("<|start|>assistant<|channel|>final<|message|>", [("final", "he")]),
-        ("<|start|>assistant<|channel|>fin", []),
-        ("<|start|>user<|message|>x<|end|>", [(None, "he")]),
-        ("<|channel|>analysis<|message|>", [("analysis", "he")]),
-    ],
-)
-def test_the_prompt_determines_the_harmony_state_in_which_the_answer_begins(prompt, runs):
-    assert channels_of(pushed(HARMONY, "he", prompt_ids=HARMONY.encode(prompt, special=True))) == runs
-
-
-def test_a_channel_name_may_begin_in_the_prompt_and_end_in_the_answer():
-    prompt = HARMONY.encode("<|start|>assistant<|channel|>fin", special=True)
-    assert channels_of(pushed(HARMONY, "al<|message|>he", prompt_ids=prompt)) == [("final", "he")]
-
-
-def test_text_withheld_at_a_message_s_end_is_released_on_its_channel():
-    text = "<|channel|>analysis<|message|>he\n<|end|><|start|>assistant<|channel|>final<|message|>\nll"
-    outputs = pushed(HARMONY, text, stop=["\n\n"])
-    assert channels_of(outputs) == [("analysis", "he\n"), ("final", "\nll")]
-    assert outputs[-1][2] is None
-
-
-def test_a_stop_string_in_a_header_does_not_match():
-    text = "<|channel|>final<|message|>he<|end|>"
-    assert channels_of(pushed(HARMONY, text, stop=["final"])) == [("final", "he")]
-
-
-def test_gpt_oss_s_vocabulary_has_harmony_channels(gpt_oss, qwen2):
-    assert HarmonyParser.supported_by(gpt_oss.vocab)
-    assert not HarmonyParser.supported_by(qwen2.vocab)
-    outputs = pushed(gpt_oss, "<|channel|>analysis<|message|>We.<|end|><|start|>assistant<|channel|>final<|message|>Hi")
-    assert channels_of(outputs) == [("analysis", "We."), ("final", "Hi")]
+    assert outputs[5] == ("", FINAL, "ab")
 
 
 def test_a_second_detokenizer_releases_the_same_text_for_the_same_ids():
@@ -156,8 +88,8 @@ CHUNKS = st.lists(
 
 def decoded(chunks: list[bytes]) -> list[str]:
     """The text of each token, where token i stands for `chunks[i]`."""
-    tokenizer = SimpleNamespace(token_bytes=chunks.__getitem__, vocab=SimpleNamespace(special={}))
-    return [text for text, _, _ in pushed_ids(tokenizer, range(len(chunks)))]
+    detokenizer = IncrementalDetokenizer(SimpleNamespace(token_bytes=chunks.__getitem__))
+    return [detokenizer.push(at, last=at == len(chunks) - 1).text for at in range(len(chunks))]
 
 
 @given(CHUNKS)

@@ -1,27 +1,27 @@
-"""Token ids of an answer to published text: harmony headers, UTF-8 decoding, stop strings.
+"""Token ids of an answer to published text: UTF-8 decoding, channels, stop strings.
 
 The output depends only on the ids pushed so far: a second worker that pushes the same ids publishes
-the same text. `StopMatcher` withholds text that may still become a stop string; `HarmonyParser`
-finds the headers and channels of gpt-oss's messages.
+the same text. `StopMatcher` withholds text that may still become a stop string; `parsers/` assigns
+the text to channels.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from worker.text.parsers.interface import Parser, Piece, Place
 from worker.text.tokenizer import Tokenizer
-from worker.text.vocabulary import Vocabulary
 
-_HARMONY_HEADER = ("<|start|>", "<|channel|>", "<|message|>")
+_FINAL = Place("final")
 
 
 class DetokenizedToken(NamedTuple):
     """The text that one token released."""
 
     text: str
-    """Whole code points; empty for control tokens, headers and withheld text."""
-    channel: str | None
-    """analysis, commentary or final in the content of harmony messages."""
+    """Whole code points; empty for control tokens, markup and withheld text."""
+    place: Place
+    """The channel of the text and, for a tool call, its recipient and index."""
     stop: str | None
     """The stop string that this token completed: the answer ends here."""
 
@@ -29,42 +29,123 @@ class DetokenizedToken(NamedTuple):
 class IncrementalDetokenizer:
     """Decode the tokens of one answer.
 
-    The concatenated texts equal `all_bytes.decode("utf-8", "replace")`, cut before the stop string.
-    The first `min_tokens` tokens are neither matched against `stop` nor withheld. `prompt_ids`
-    determine the harmony state in which the answer begins. A stop string never matches across two
-    harmony messages.
+    Without a parser, the concatenated texts equal `all_bytes.decode("utf-8", "replace")`, cut
+    before the stop string; a parser removes the markup from it. The first `min_tokens` tokens are
+    neither matched against `stop` nor withheld for it.
+
+    Stop strings are matched on the text of each channel as it is published, never across markup; a
+    stop string that contains a mark of the parser, such as `</think>`, on the text with the markup.
+
+    A token has one channel. If it completes text of several channels, the later text is published
+    with the next tokens; the last token publishes all that is left, on the channel final if text of
+    it is left, else on the first one's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0, prompt_ids: Sequence[int] = ()
+        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0, parser: Parser | None = None
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._matcher = StopMatcher(stop) if stop else None
         self._unmatched = min_tokens
-        self._harmony: HarmonyParser | None = None
-        if HarmonyParser.supported_by(tokenizer.vocab):
-            self._harmony = HarmonyParser(tokenizer.vocab.special, tokenizer.token_bytes)
-            self._harmony.follow(prompt_ids)
+        self._parsed: _ParsedText | None = None
+        if parser is not None:
+            special = tokenizer.vocab.special
+            self._marks = {special[mark]: mark.encode() for mark in parser.marks if mark in special}
+            self._boundaries = parser.boundaries
+            self._parsed = _ParsedText(parser, [text for text in stop if not _has_mark(text, parser)])
+            stop = [text for text in stop if _has_mark(text, parser)]
+        self._matcher = StopMatcher(stop) if stop else None
 
     def push(self, token_id: int, *, last: bool = False) -> DetokenizedToken:
         """Add the answer's next token; `last` also releases withheld text.
 
         No text is released after a stop string.
         """
-        channel, in_header, flush = None, False, last
-        if self._harmony is not None:
-            channel = self._harmony.channel
-            flush = last or token_id in self._harmony.boundaries
-            in_header = self._harmony.advance(token_id)
-        text = self._decode(b"" if in_header else self._token_bytes(token_id), last)
-        if self._matcher is None or self._unmatched > 0:
-            self._unmatched -= 1
-            return DetokenizedToken(text, channel, None)
+        matching = self._unmatched <= 0
+        self._unmatched -= 1
+        if self._parsed is not None:
+            return self._push_parsed(self._parsed, token_id, last, matching)
+        text = self._decode(self._token_bytes(token_id), last)
+        if self._matcher is None or not matching:
+            return DetokenizedToken(text, _FINAL, None)
         text = self._matcher.push(text)
-        if flush:
+        if last:
             text += self._matcher.flush()
-        return DetokenizedToken(text, channel, self._matcher.matched)
+        return DetokenizedToken(text, _FINAL, self._matcher.matched)
+
+    def _push_parsed(self, parsed: "_ParsedText", token_id: int, last: bool, matching: bool) -> DetokenizedToken:
+        data = self._marks.get(token_id) or self._token_bytes(token_id)
+        text = self._decode(data, last or token_id in self._boundaries)
+        stop = None
+        if self._matcher is not None and matching:
+            text = self._matcher.push(text)
+            if last:
+                text += self._matcher.flush()
+            stop = self._matcher.matched
+        ends = last or stop is not None
+        parsed.push(token_id, text, matching=matching, last=ends)
+        ends = ends or parsed.stop is not None
+        text, place = parsed.take(everything=ends)
+        return DetokenizedToken(text, place, parsed.stop or stop)
+
+
+class _ParsedText:
+    """The text of an answer on its way through a parser and the stop strings of each channel."""
+
+    def __init__(self, parser: Parser, stop: Sequence[str]) -> None:
+        self._parser = parser
+        self._matcher = StopMatcher(stop) if stop else None
+        self._matched_place = parser.place
+        self._ready: list[Piece] = []
+        """Published with the next tokens; neighbours differ in their places."""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._matcher.matched if self._matcher else None
+
+    def push(self, token_id: int, text: str, *, matching: bool, last: bool) -> None:
+        """Add text; if not `matching`, no stop string ends it. `last` releases withheld text."""
+        self._add(self._parser.push(token_id, text), matching)
+        if last and self.stop is None:
+            self._add(self._parser.flush(), matching)
+        if self._matcher is not None and (last or self._parser.place is not self._matched_place):
+            self._leave(self._matcher, self._parser.place)
+
+    def take(self, *, everything: bool) -> tuple[str, Place]:
+        """Return the next text to publish, of one channel, and its place."""
+        if not self._ready:
+            return "", self._parser.place
+        if not everything or len(self._ready) == 1:
+            place, text = self._ready.pop(0)
+            return text, place
+        ready, self._ready = self._ready, []
+        place = next((place for place, _ in ready if place.channel == "final"), ready[0][0])
+        return "".join(text for _, text in ready), place
+
+    def _add(self, pieces: Iterable[Piece], matching: bool) -> None:
+        for place, piece in pieces:
+            text = piece
+            if self._matcher is not None and matching:
+                if place is not self._matched_place:
+                    self._leave(self._matcher, place)
+                text = self._matcher.push(piece)
+            self._publish(place, text)
+
+    def _leave(self, matcher: "StopMatcher", place: Place) -> None:
+        """Publish withheld text: no stop string continues in text of another place."""
+        self._publish(self._matched_place, matcher.flush())
+        self._matched_place = place
+
+    def _publish(self, place: Place, text: str) -> None:
+        if text and self._ready and self._ready[-1][0] == place:
+            self._ready[-1] = (place, self._ready[-1][1] + text)
+        elif text:
+            self._ready.append((place, text))
+
+
+def _has_mark(stop: str, parser: Parser) -> bool:
+    return any(mark in stop for mark in parser.marks)
 
 
 class StopMatcher:
@@ -103,51 +184,3 @@ class StopMatcher:
         """Return the withheld text; call it where no stop string can continue."""
         withheld, self._withheld = self._withheld, ""
         return withheld
-
-
-class HarmonyParser:
-    """Track harmony, gpt-oss's message format: header tokens, and the channel of the content.
-
-    A message is `<|start|>role<|channel|>name …<|message|>content<|end|>` (OpenAI's harmony guide).
-    The state follows token ids; text is decoded only for a channel's name.
-    """
-
-    def __init__(self, special: dict[str, int], token_bytes: Callable[[int], bytes]) -> None:
-        self.channel: str | None = None
-        """The channel of the content at the next token; None in headers and outside channels."""
-        self._token_bytes = token_bytes
-        self._start, self._channel, self._message = (special[name] for name in _HARMONY_HEADER)
-        self._ends = frozenset(special[name] for name in ("<|end|>", "<|return|>", "<|call|>") if name in special)
-        self.boundaries = self._ends | {self._start, self._channel}
-        """The tokens that end a message's content."""
-        self._in_header = False
-        self._name: bytes | None = None
-
-    @staticmethod
-    def supported_by(vocab: Vocabulary) -> bool:
-        """Whether the vocabulary has the tokens of a harmony header."""
-        return all(name in vocab.special for name in _HARMONY_HEADER)
-
-    def follow(self, prompt_ids: Sequence[int]) -> None:
-        """Advance through a prompt, from its last `<|start|>` on: earlier tokens have no effect."""
-        ids = list(prompt_ids)
-        first = len(ids) - 1 - ids[::-1].index(self._start) if self._start in ids else 0
-        for token_id in ids[first:]:
-            self.advance(token_id)
-
-    def advance(self, token_id: int) -> bool:
-        """Advance by one token; return whether it belongs to a header."""
-        if token_id in self.boundaries:
-            self._in_header = token_id not in self._ends
-            self._name = b"" if token_id == self._channel else None
-            self.channel = None
-            return self._in_header
-        if not self._in_header:
-            return False
-        if token_id == self._message:
-            self._in_header = False
-            words = (self._name or b"").decode(errors="replace").split()
-            self.channel = words[0] if words and words[0] in ("analysis", "commentary", "final") else None
-        elif self._name is not None:
-            self._name += self._token_bytes(token_id)
-        return True
