@@ -1,10 +1,10 @@
-"""What the parsers of an answer have in common: channels, the parser protocol, partial marks.
+"""What the parsers of an answer have in common: channels, the protocol, markup found as text.
 
 A parser assigns each piece of an answer's text to a channel and removes the markup. Its output
 depends on the joined text only, not on how the text is split into tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, Protocol
 
 
@@ -39,12 +39,53 @@ class Parser(Protocol):
         """Return the withheld text, at the end of the answer: nothing is lost."""
 
 
+class TextParser:
+    """Base of parsers that find markup in the text: a state machine over withheld text.
+
+    A state is a method that consumes text from `_held`. It returns whether the next state goes on;
+    if not, it needs more text. With `last` there is none, and a state must not wait.
+    """
+
+    marks: tuple[str, ...] = ()
+    boundaries: frozenset[int] = frozenset()
+
+    def __init__(self, state: Callable[[bool], bool]) -> None:
+        self.place = Place("final")
+        self._state = state
+        self._held = ""
+        self._pieces: list[Piece] = []
+
+    def push(self, token_id: int, text: str) -> list[Piece]:
+        """Add the text of the answer's next token; return the text that can be published."""
+        self._held += text
+        return self._advance(last=False)
+
+    def flush(self) -> list[Piece]:
+        """Return the withheld text, at the end of the answer."""
+        return self._advance(last=True)
+
+    def _advance(self, *, last: bool) -> list[Piece]:
+        while self._held and self._state(last):
+            pass
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _publish(self, text: str) -> None:
+        if text:
+            self._pieces.append((self.place, text))
+
+    def _take(self, length: int) -> str:
+        """Remove and return the first characters of the withheld text."""
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+
 def partial_mark(text: str, marks: Iterable[str]) -> int:
     """Return the length of the longest suffix of `text` that may become one of the marks."""
-    longest = 0
-    for mark in marks:
-        for length in range(min(len(mark) - 1, len(text)), longest, -1):
-            if text.endswith(mark[:length]):
-                longest = length
-                break
-    return longest
+    at = text.rfind("<")
+    return len(text) - at if at >= 0 and any(mark.startswith(text[at:]) for mark in marks) else 0
+
+
+def without_newlines(text: str, withheld: int) -> int:
+    """Return the length of `text` without its last `withheld` characters and newlines there."""
+    return len(text[: len(text) - withheld].rstrip("\n"))

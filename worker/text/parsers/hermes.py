@@ -1,0 +1,213 @@
+"""`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: calls of Hermes, Qwen2.5 and Qwen3.
+
+The text of `arguments` (or `parameters`) is published as the model wrote it, as soon as the name is
+known: a call whose name comes last is withheld until then. A call without arguments has `{}`. Other
+keys of the object and newlines next to the marks are markup.
+
+| odd | published |
+| --- | --- |
+| no JSON object with a name | the text from `<tool_call>` on, as final |
+| a closing brace or `</tool_call>` is missing, one brace too many | the call; later text is final |
+| the arguments end in the middle | the call with what there is |
+| several objects in one `<tool_call>` | several calls |
+"""
+
+import json
+import re
+
+from worker.text.parsers.interface import Place, TextParser, partial_mark, without_newlines
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_START = re.compile(r"(?:<tool_call>)?\s*\{")
+_END = re.compile(r"\s*\}")
+_KEY = re.compile(r'\s*,?\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?=\S)')
+_KEY_SO_FAR = re.compile(r'\s*,?\s*(?:"(?:[^"\\]|\\.)*(?:\\|"\s*:?\s*)?)?')
+_ARGUMENTS = ("arguments", "parameters")
+_STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
+_STRUCTURE = re.compile(r'["{}\[\]<]')
+_AFTER_SCALAR = re.compile(r"[,}\]\s<]")
+
+
+class HermesParser(TextParser):
+    """Parser of text with calls. `_at` is the index in `_held` of what is not parsed yet."""
+
+    marks: tuple[str, ...] = (_OPEN, _CLOSE)
+
+    def __init__(self) -> None:
+        super().__init__(self._text)
+        self._calls = 0
+        self._begin_object(0)
+
+    def _begin_object(self, at: int) -> None:
+        self._at = self._key_at = at
+        self._key = ""
+        self._value = _JsonValue()
+        self._value_at = 0
+        self._name: str | None = None
+        self._early_arguments: str | None = None
+        self._is_published = False
+
+    def _text(self, last: bool) -> bool:
+        start = self._held.find(_OPEN)
+        if start >= 0:
+            self._publish(self._take(start).rstrip("\n"))
+            self._state = self._object
+            return True
+        withheld = partial_mark(self._held, (_OPEN,))
+        self._publish(self._take(len(self._held) if last else without_newlines(self._held, withheld)))
+        return False
+
+    def _object(self, last: bool) -> bool:
+        """At `<tool_call>`, or at the brace of a further object."""
+        if start := _START.match(self._held):
+            self._begin_object(start.end())
+            self._state = self._in_object
+            return True
+        if self._held.removeprefix(_OPEN).strip() or last:
+            return self._reject()
+        return False
+
+    def _in_object(self, last: bool) -> bool:
+        """Before a key or the closing brace."""
+        self._key_at = self._at
+        if key := _KEY.match(self._held, self._at):
+            self._key, self._value, self._at = key[1], _JsonValue(), key.end()
+            self._value_at = self._at
+            if self._key in _ARGUMENTS and self._name is not None and not self._is_published:
+                self._publish_call("")
+                self._state = self._arguments
+            else:
+                self._state = self._in_value
+            return True
+        if end := _END.match(self._held, self._at):
+            self._at = end.end()
+            return self._end_object()
+        rest = self._held[self._at :].lstrip()
+        if self._is_published and rest.startswith((_OPEN, _CLOSE)):  # the brace is missing
+            return self._end_object()
+        is_open = _KEY_SO_FAR.fullmatch(self._held, self._at) or (self._is_published and _CLOSE.startswith(rest))
+        return False if is_open and not last else self._reject()
+
+    def _in_value(self, last: bool) -> bool:
+        """In a value that is not published as it comes."""
+        self._at = self._value.scan(self._held, self._at, last)
+        if not self._value.is_complete:
+            return self._reject() if last else False
+        value = self._held[self._value_at : self._at]
+        self._state = self._in_object
+        if self._key == "name" and self._name is None:
+            self._name = _string(value)
+            if self._name is None:
+                return self._reject()
+            if self._early_arguments is not None:
+                self._publish_call(self._early_arguments)
+                self.place = Place("final")
+        elif self._key in _ARGUMENTS:
+            self._early_arguments = value
+        return True
+
+    def _arguments(self, last: bool) -> bool:
+        end = self._value.scan(self._held, 0, last)
+        self._publish(self._take(len(self._held) if last and not self._value.is_complete else end))
+        if self._value.is_complete:
+            self.place, self._state = Place("final"), self._in_object
+        return self._value.is_complete
+
+    def _end_object(self) -> bool:
+        if not self._is_published:
+            if self._name is None:
+                return self._reject()
+            self._publish_call("{}")
+            self.place = Place("final")
+        self._take(self._at)
+        self._state = self._after_object
+        return True
+
+    def _after_object(self, last: bool) -> bool:
+        rest = self._held.lstrip()
+        if rest.startswith(_CLOSE):
+            self._held = rest.removeprefix(_CLOSE)
+            self._state = self._after_call
+        elif rest.startswith("}"):
+            self._held = rest[1:]
+        elif rest.startswith("{"):
+            self._held = rest
+            self._state = self._object
+        elif _CLOSE.startswith(rest):  # at the end of the answer, markup that is cut off
+            return False
+        else:
+            self._state = self._after_call
+        return True
+
+    def _after_call(self, last: bool) -> bool:
+        self._held = self._held.lstrip("\n")
+        self._state = self._text if self._held else self._after_call
+        return bool(self._held)
+
+    def _publish_call(self, arguments: str) -> None:
+        """Open the call's place, publish the first part of the arguments, drop the parsed text."""
+        self.place = Place("tool", f"functions.{self._name}", self._calls)
+        self._calls += 1
+        self._publish(arguments)
+        self._take(self._at)
+        self._at, self._is_published = 0, True
+
+    def _reject(self) -> bool:
+        """Continue as text: what is no call, or what follows the arguments and is no key."""
+        if self._is_published:
+            self._take(self._key_at)
+        else:
+            self._publish(self._take(len(_OPEN) if self._held.startswith(_OPEN) else 1))
+        self._state = self._text
+        return True
+
+
+class _JsonValue:
+    """Find the end of a JSON value in text that comes in parts. It may have other errors."""
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._depth = 0
+        self._in_string = False
+        self._is_scalar: bool | None = None
+
+    def scan(self, text: str, at: int, last: bool) -> int:
+        """Return the index up to which `text[at:]`, the next part, belongs to the value.
+
+        `</tool_call>` outside of strings ends a value; less than a mark or an escape waits.
+        """
+        if self._is_scalar is None:
+            self._is_scalar = text[at] not in '"{['
+        if self._is_scalar:
+            found = _AFTER_SCALAR.search(text, at)
+            self.is_complete = found is not None
+            return found.start() if found else len(text)
+        while at < len(text) and not self.is_complete:
+            if self._in_string:
+                at = _STRING.match(text, at).end()  # type: ignore[union-attr]  # matches always
+                if text[at : at + 1] != '"':
+                    return at
+                self._in_string = False
+            else:
+                found = _STRUCTURE.search(text, at)
+                if found is None:
+                    return len(text)
+                at = found.start()
+                if found[0] == "<":
+                    self.is_complete = text.startswith(_CLOSE, at)
+                    if self.is_complete or (_CLOSE.startswith(text[at:]) and not last):
+                        return at
+                self._in_string = found[0] == '"'
+                self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+            at += 1
+            self.is_complete = self._depth <= 0 and not self._in_string
+        return at
+
+
+def _string(value: str) -> str | None:
+    """Return the value of a JSON string that is not empty."""
+    try:
+        text = json.loads(value, strict=False)
+    except ValueError:
+        return None
+    return text if isinstance(text, str) and text else None
