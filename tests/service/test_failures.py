@@ -48,6 +48,18 @@ async def test_a_job_that_the_model_cannot_serve_is_refused_with_the_wrong_field
         await wait_until_queue_is_empty(client)
 
 
+async def test_a_prompt_at_which_a_native_library_panics_fails_that_job_only(fake, model):
+    client = fake.client()
+    async with serving(fake, model("gpt-oss").fresh(), max_payload_bytes=2**24):
+        payload = msgpack.packb({"job_id": "a", "prompt": "A" * 11_000_000})
+        await fake.connect().enqueue("default", {"p": payload}, 100)
+        result = await read_job(client, "a")
+        assert (result.kinds, result.last.code) == (["error"], "INVALID_REQUEST")
+        assert "words of millions of characters" in result.last.message
+        assert (await run_job(client, prompt="A", max_tokens=2, ignore_eos=True)).last.finish_reason == "length"
+        await wait_until_queue_is_empty(client)
+
+
 async def test_every_wrong_field_of_a_payload_is_named(harness):
     client = harness.client()
     payload = {"job_id": "a", "prompt": "x", "temperature": 3, "top_p": -1, "tempo": 1, "stop": [""], "v": 2}

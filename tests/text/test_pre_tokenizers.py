@@ -1,10 +1,11 @@
 """The split into words of each pre-tokenizer, against expected values."""
 
 import pytest
+import tokenizers
 
 from tests.llama_cpp import LlamaCpp
 from tests.text.small import NORMAL, byte_level, pieces_of, tokenizer_of, write_model
-from worker.errors import ModelLoadFailed
+from worker.errors import InvalidRequest, ModelLoadFailed
 from worker.text.bpe import byte_alphabet
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -64,3 +65,25 @@ def test_a_file_without_the_key_or_with_an_empty_one_uses_the_default(tmp_path):
     assert tokenizer.vocab.pre == tokenizer_of(metadata | {"tokenizer.ggml.pre": ""}).vocab.pre == "default"
     with LlamaCpp(write_model(tmp_path / "model.gguf", metadata | {"tokenizer.ggml.pre": ""})) as llama_cpp:
         assert llama_cpp.tokenize("12345 A_=\n\n A") == tokenizer.encode("12345 A_=\n\n A")
+
+
+@pytest.mark.parametrize("char", ["A", " "])
+def test_a_word_that_is_too_long_for_the_library_is_refused_and_the_next_text_is_not(char):
+    tokenizer = tokenizer_of(byte_level(pre="gpt-4o"))
+    with pytest.raises(InvalidRequest, match="words of millions of characters"):
+        tokenizer.encode(char * 11_000_000)
+    assert pieces_of(tokenizer, tokenizer.encode("hell A")) == ["hell", " ", "A"]
+
+
+def test_a_vocabulary_at_which_the_library_panics_is_refused(monkeypatch):
+    panic = type("PanicException", (BaseException,), {})
+
+    def raise_panic(**_):
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr(tokenizers.models, "BPE", raise_panic)
+    with pytest.raises(ModelLoadFailed, match="index out of bounds"):
+        tokenizer_of(byte_level())
+    monkeypatch.setattr(tokenizers.models, "BPE", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer_of(byte_level())
