@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 
 
 class Proxy:
-    """Forwards connections to `port`. After `mute`, those open at that time stay open, silently."""
+    """Forwards connections, over TLS if given, to `port`. After `mute`, those open at that time stay open, silently."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._target = port
+        self._tls = tls
         self._generation = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
@@ -19,7 +21,7 @@ class Proxy:
         self.port = 0
 
     async def open(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def mute(self) -> None:
@@ -55,8 +57,8 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def running_proxy(port: int) -> AsyncIterator[Proxy]:
-    proxy = Proxy(port)
+async def running_proxy(port: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
+    proxy = Proxy(port, tls)
     await proxy.open()
     try:
         yield proxy

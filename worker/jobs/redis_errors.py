@@ -91,7 +91,8 @@ def translate(error: exceptions.RedisError, server: str, *, waiting: bool = Fals
     elif code := code_of(error):
         why = f"{_explanation(code, error)} ({code})"
     elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-        return Disconnected(f"cannot reach {server} ({_lost_reason(error)})")
+        hint = "; does its port expect TLS?" if server.startswith("rediss:") and "connecting" in str(error) else ""
+        return Disconnected(f"cannot reach {server} ({_lost_reason(error)}{hint})")
     else:
         code, why = "PROTOCOL", "it does not reply as a Redis server does"
     if code in _BUSY or (waiting and code in _ACCESS):
