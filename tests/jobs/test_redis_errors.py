@@ -296,3 +296,35 @@ async def test_reads_that_succeed_do_not_end_a_refusal_of_writes(admin: Redis, o
     assert await streams.enqueue("default", {"p": b"x"}, 10)
     assert lines[1:] == ["back"]
     await streams.close()
+
+
+async def test_a_node_of_a_cluster() -> None:
+    with running_server("--cluster-enabled", "yes") as server:
+        for path, replies in (("", ["CLUSTERDOWN"]), ("/1", ["CLUSTER", "DB"])):  # DB: of Valkey 9
+            streams = RedisStreams.from_url(f"{server.url}{path}")
+            with pytest.raises((Disconnected, ServerRefused)) as caught:
+                await streams.enqueue("default", {"p": b"x"}, 10)
+            found = caught.value.reply if isinstance(caught.value, Disconnected) else caught.value.details["reply"]
+            assert found in replies
+            await streams.close()
+
+
+async def test_a_host_without_an_address() -> None:
+    streams = RedisStreams.from_url("redis://no-such-host.invalid")
+    with pytest.raises(Disconnected, match=r"cannot reach redis://no-such-host\.invalid:6379 \(.+\)"):
+        await streams.time_ms()
+    await streams.close()
+
+
+async def test_a_server_of_another_protocol() -> None:
+    async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(100)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(reply, "127.0.0.1", 0) as server:
+        streams = RedisStreams.from_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        with pytest.raises(ServerRefused, match="does not reply as a Redis server does"):
+            await streams.time_ms()
+        await streams.close()

@@ -83,6 +83,7 @@ def open_client(url: RedisUrl, size: int, timeout_s: float) -> Redis:
         numbers = {getattr(socket, name): value for name, value in _TCP_OPTIONS.items() if hasattr(socket, name)}
         options |= {"socket_keepalive": True, "socket_keepalive_options": numbers}
     options |= {"db": url.db, "username": url.username, "password": url.password, "client_name": url.client_name}
+    options |= {"driver_info": None}  # CLIENT SETINFO is a right that Redis 7.0 cannot grant
     options |= {"protocol": 2, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     options |= {"retry": Retry(NoBackoff(), 0), **url.tls}
     return Redis.from_pool(WaitingPool(size, connection_class=_CLASSES[url.scheme], **options))
