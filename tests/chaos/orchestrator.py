@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from random import Random
@@ -10,6 +11,7 @@ from typing import Any
 
 from tests.chaos.run_log import Garbage, Job, ReadPass, RunLog
 from tests.chaos.workload import POISON, Case
+from worker.errors import EventsLost
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.events import Event
 from worker.jobs.keys import START
@@ -137,17 +139,18 @@ class Orchestrator:
     async def _pass(self, job: Job, after: str, resumes: list[str], losses: int) -> str | None:
         """Read from `after`; return the id to continue at, or None at the end."""
         reading = ReadPass(job, self._run_log, losses)
-        async for item in self._client.events(job.job_id, after, IDLE_S):
-            if not reading.receive(item):
-                self._run_log.reread += 1
-                return START
-            if self._is_terminal(job, item):
-                return None
-            if item.resume not in resumes[-1:]:
-                resumes.append(item.resume)
-            if self._random.random() < 0.01:
-                self._run_log.rewinds += 1
-                return self._random.choice(resumes)
+        with contextlib.suppress(EventsLost):
+            async for item in self._client.events(job.job_id, after, IDLE_S):
+                if not reading.receive(item):
+                    self._run_log.reread += 1
+                    return START
+                if self._is_terminal(job, item):
+                    return None
+                if item.resume not in resumes[-1:]:
+                    resumes.append(item.resume)
+                if self._random.random() < 0.01:
+                    self._run_log.rewinds += 1
+                    return self._random.choice(resumes)
         reading.ended_early()
         await asyncio.sleep(0.2)
         return START
@@ -165,6 +168,8 @@ class Orchestrator:
                             return
                     else:
                         reading.ended_early()
+                except EventsLost:
+                    reading.ended_early()
                 except TimeoutError:
                     if client.state(job.job_id) == {} and self._run_log.losses:
                         client.submit(job_id=job.job_id, **job.case.fields)

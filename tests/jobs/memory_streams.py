@@ -142,6 +142,20 @@ class Keyspace:
             if records or left <= 0 or not await self._wait_for_add(left):
                 return records
 
+    async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
+        until = time.monotonic() + block_ms / 1000
+        while True:
+            streams = {key: self._stream(key) for key in after}
+            found = {key: stream.above(after[key])[:count] for key, stream in streams.items() if stream}
+            records = {key: entries for key, entries in found.items() if entries}
+            left = int((until - time.monotonic()) * 1000)
+            if records or left <= 0 or not await self._wait_for_add(left):
+                return records
+
+    async def length(self, key: str) -> int:
+        stream = self._stream(key)
+        return len(stream.entries) if stream else 0
+
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
         stream = self._stream(key)
         low = (0, 0) if first == "-" else split_id(first)
@@ -189,6 +203,12 @@ class MemoryStreams(Keyspace):
         if stream is not None and len(stream.entries) >= bound:
             return None
         return self._add(queue_key(queue), None, fields)
+
+    async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
+        """`find.lua`."""
+        page = await self.range(queue_key(queue), first, "+", count)
+        found = [(entry_id, fields) for entry_id, fields in page if job_id.encode() in fields.get("p", b"")]
+        return next_id(page[-1][0]) if len(page) == count else None, found
 
     async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
         until = time.monotonic() + block_ms / 1000

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
-from tests.jobs.harness import NO_LEASE, Harness, assert_consistent
-from tests.jobs.stream_checker import assert_none, keys_without_ttl
+from tests.jobs.harness import NO_LEASE, Harness, LossyStreams, assert_consistent
 from worker.errors import InvalidRequest
+from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent
 from worker.jobs.transport import Closed, Renewal
 
@@ -27,13 +27,41 @@ async def test_a_waiting_job_is_cancelled_at_once_and_its_entry_settled_when_cla
     await assert_consistent(harness, a=None)
 
 
-async def test_an_unknown_job_can_be_cancelled_before_it_is_submitted(harness: Harness) -> None:
+async def test_cancelling_an_unknown_job_reports_it_and_writes_nothing(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
-    assert await client.cancel("a") == "cancelled"
-    assert_none(keys_without_ttl(await harness.keys()))
+    await client.submit(job_id="another", prompt="the id TYPO is no job")
+    before = await harness.keys()
+    assert await client.cancel("TYPO") == "unknown"
+    assert not await client.is_known("TYPO")
+    assert await harness.keys() == before
+    await complete(worker, await take_next(worker), 1)
+    await client.submit(job_id="TYPO", prompt="hello")
+    assert await client.is_known("TYPO")
+    await complete(worker, await take_next(worker), 1)
+    assert await client.cancel("TYPO") == "over"
+
+
+async def test_a_job_behind_many_others_is_found(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.jobs.client.SEARCH_PAGE", 3)
+    client = harness.client()
+    for n in range(6):
+        await client.submit(job_id=f"j{n}", prompt="j5 j6 j7")
+    assert [await client.cancel(job) for job in ("j5", "j0", "j6")] == ["cancelled", "cancelled", "unknown"]
+
+
+async def test_a_job_that_is_taken_and_ends_during_the_search_is_not_unknown(harness: Harness) -> None:
+    worker, ended = await harness.transport("w1"), False
+
+    async def run_it(call: str) -> None:
+        nonlocal ended
+        if call == "find" and not ended:
+            ended = True
+            await complete(worker, await take_next(worker), 1)
+
+    client = Client(LossyStreams(harness.connect(), lambda _: False, run_it))
     await client.submit(job_id="a", prompt="hello")
-    assert await begin(worker, await claim_next(worker)) == Closed("over")
-    await assert_consistent(harness, a=None)
+    assert await client.cancel("a") == "over"
+    assert ended
 
 
 async def test_cancelling_a_running_job_sends_a_command_and_sets_a_flag(harness: Harness) -> None:

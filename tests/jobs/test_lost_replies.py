@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from tests.jobs.echo import claim_next, complete, take_next, text, tokens
+from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
 from tests.jobs.harness import (
     LONG_LEASE,
     NO_LEASE,
@@ -18,11 +18,11 @@ from tests.jobs.harness import (
     lease_settings,
     wait_until,
 )
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, QueueFull
 from worker.jobs.client import Client
 from worker.jobs.keys import events_key, queue_key, state_key
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Fenced, Renewal
+from worker.jobs.transport import Closed, Fenced, Renewal
 
 
 @pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire_job", "job_state", "range"])
@@ -93,11 +93,57 @@ async def test_a_lost_reply_to_a_give_back_is_harmless(harness: Harness) -> None
 
 async def test_a_lost_reply_to_a_cancel_is_harmless(harness: Harness) -> None:
     turns = count()
-    client = Client(LossyStreams(harness.connect(), lambda name: name == "cancel" and next(turns) == 0))
-    with pytest.raises(Disconnected):
-        await client.cancel("a")
+    client = Client(LossyStreams(harness.connect(), lambda name: name == "cancel" and next(turns) == 1))
+    await client.submit(job_id="a", prompt="hello")
     assert await client.cancel("a") == "cancelled"
+    assert next(turns) == 3
+    worker = await harness.transport("w1")
+    assert await begin(worker, await claim_next(worker)) == Closed("over")
     await assert_consistent(harness, a=None)
+
+
+async def test_a_submission_is_sent_again_once_after_a_lost_reply(harness: Harness) -> None:
+    turns, worker = count(), await harness.transport("w1")
+    client = Client(LossyStreams(harness.connect(), lambda name: name == "enqueue" and next(turns) == 0))
+    job_id = await client.submit(prompt="hello")
+    assert [entry.job_id for entry in await client.queue()] == [job_id, job_id]
+    await complete(worker, await take_next(worker), 2)
+    assert await begin(worker, await claim_next(worker)) in (Closed("duplicate"), Closed("over"))
+    assert (await client.result(job_id))[0] == text(2)
+
+
+async def test_a_submission_whose_first_entry_filled_the_queue_has_succeeded(harness: Harness) -> None:
+    turns = count()
+    lossy = LossyStreams(harness.connect(), lambda name: name == "enqueue" and next(turns) == 0)
+    client = Client(lossy, bound=1)
+    await client.submit(job_id="a", prompt="hello")
+    assert [entry.job_id for entry in await client.queue()] == ["a"]
+    with pytest.raises(QueueFull):
+        await client.submit(job_id="b", prompt="hello")
+
+
+async def test_an_interrupted_submission_reports_its_job_id(harness: Harness) -> None:
+    client = Client(LossyStreams(harness.connect(), lambda name: name == "enqueue"))
+    with pytest.raises(Disconnected) as caught:
+        await client.submit(prompt="hello")
+    assert caught.value.job_id in [entry.job_id for entry in await client.queue()]
+    known = client.new_id()
+    with pytest.raises(Disconnected) as caught:
+        await client.submit(job_id=known, prompt="hello")
+    assert caught.value.job_id == known
+
+
+async def test_a_refusal_is_not_repeated(harness: Harness) -> None:
+    calls: list[str] = []
+
+    async def refuse(name: str) -> None:
+        calls.append(name)
+        raise Disconnected("the server is a replica", "READONLY")
+
+    client = Client(LossyStreams(harness.connect(), lambda _: False, refuse))
+    with pytest.raises(Disconnected):
+        await client.submit(prompt="hello")
+    assert calls == ["enqueue"]
 
 
 async def test_a_lost_reply_to_a_dead_letter_adds_no_second_one(harness: Harness) -> None:

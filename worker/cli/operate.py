@@ -13,8 +13,9 @@ from worker.cli.console import JsonOption, print_json
 from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
-from worker.jobs.client import DeadLetter, SyncClient
+from worker.jobs.client import SyncClient
 from worker.jobs.payload import read_map
+from worker.jobs.queue_entries import DeadLetter
 
 dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
 
@@ -121,8 +122,7 @@ def health(
         response = connection.getresponse()
         body = response.read().decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
-        message = f"http://{host}:{port}{path} does not reply ({reason}); start `worker run` or pass --url"
+        message = f"http://{host}:{port}{path} does not reply ({error}); start `worker run` or pass --url"
         raise Unhealthy(message) from None
     finally:
         connection.close()

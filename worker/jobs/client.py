@@ -12,23 +12,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
-import re
 import time
 import uuid
+import weakref
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import msgpack
 
-from worker.errors import Cancelled, InvalidRequest, QueueFull
-from worker.jobs.events import End, ErrorEvent, Event, Token, encode_event
-from worker.jobs.keys import CONTROL, START, dead_key, events_key, queue_key, split_id, worker_events_key
-from worker.jobs.payload import JOB_ID, JOB_ID_RULE, MAX_PAYLOAD_BYTES, job_id_of, read_map
+from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
+from worker.jobs.event_reader import EventReader, check_position
+from worker.jobs.events import End, ErrorEvent, Token, encode_event
+from worker.jobs.keys import CONTROL, START, dead_key, is_entry_id, queue_key, worker_events_key
+from worker.jobs.loop_thread import LoopThread
+from worker.jobs.payload import MAX_PAYLOAD_BYTES, job_id_of, read_map
 from worker.jobs.protocol import Job, Trace
-from worker.jobs.reader import Cursor, JobFailed, StreamEvent, decode_entry
-from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, retry_until_connected
+from worker.jobs.queue_entries import DeadLetter, QueueEntry, retry_id
+from worker.jobs.reader import JobFailed, StreamEvent, decode_entry
+from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,44 +41,20 @@ CANCELLED_TTL_MS = 7 * 24 * 3600 * 1000
 """Time to live of a job that was cancelled before it ran; settling its entry shortens it."""
 MAX_COMMANDS = 10_000
 """Approximate number of entries kept on the control stream."""
-READ_BLOCK_MS = 2000
+SERVED_S = 2.0
+"""Validity of the list of models and their queues, which `submit(model=...)` reads."""
+SEARCH_PAGE = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """An entry of the dead-letter stream."""
-
-    entry_id: str
-    job_id: str
-    reason: str
-    attempts: int
-    last_error: str
-    payload: bytes
-
-    @classmethod
-    def of(cls, record: Record) -> DeadLetter:
-        """Decode an entry of the dead-letter stream."""
-        entry_id, fields = record
-        names = ("job_id", "reason", "attempts", "last_error")
-        job_id, reason, attempts, last_error = (fields.get(name, b"").decode(errors="replace") for name in names)
-        return cls(entry_id, job_id, reason, int(attempts or 0), last_error, fields.get("p", b""))
-
-
-@dataclass(frozen=True, slots=True)
-class QueueEntry:
-    """A job in the queue: waiting, or running if `worker` is set."""
-
-    entry_id: str
-    job_id: str | None
-    """None if the payload has no readable id."""
-    worker: str | None
-    deliveries: int
+_UNREAD = JobState("0-1")
+"""A state that no job has: `cancel` with it changes no waiting job."""
 
 
 class Client:
     """Client of one queue, for any number of jobs, within one event loop.
 
-    Every method may raise `Disconnected`; reads retry for `reconnect_timeout_s` first.
+    Every method may raise `Disconnected` and `ServerRefused`. Commands are sent again once after a
+    lost connection, reads for `reconnect_timeout_s`.
     """
 
     def __init__(
@@ -89,7 +69,13 @@ class Client:
         self._queue = queue
         self._bound = bound
         self._retry_after_s = retry_after_s
-        self._reconnect_timeout_s = reconnect_timeout_s
+        self._reader = EventReader(streams, self._is_queued, reconnect_timeout_s)
+        self._routed: set[str] = set()
+        """Other queues that this client has submitted to."""
+        self._served: Counter[tuple[str, str]] = Counter()
+        """Number of living workers by model and queue, and when they were read."""
+        self._served_s = -SERVED_S
+        self._serving = asyncio.Lock()
 
     @classmethod
     def from_url(cls, url: str, queue: str = "default", bound: int = 10_000) -> Self:
@@ -98,6 +84,11 @@ class Client:
 
         return cls(RedisStreams.from_url(url), queue, bound)
 
+    @staticmethod
+    def new_id() -> str:
+        """Return an unused job id, to pass to `submit` as `job_id` and to know before the call."""
+        return uuid.uuid4().hex
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -105,24 +96,65 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. Readers that wait raise RuntimeError."""
+        await self._reader.close()
         await self._streams.close()
 
     async def submit(self, /, **fields: Any) -> str:
         """Enqueue a job with the fields of `protocol.Job`; return its id, generated if not given.
 
+        A job that names a `model` goes to a queue whose living workers serve it: this client's
+        queue if it has one or if no living worker serves the model, else the one with most workers.
+
         Raises:
             InvalidRequest: with every wrong field, before anything is sent.
             QueueFull: the queue holds `bound` jobs, waiting and running; see `retry_after_s`.
+            Disconnected: its `job_id` is the id; the job may have been enqueued. Submitting it
+                again under that id runs it once.
         """
-        fields = {"job_id": uuid.uuid4().hex} | {name: value for name, value in fields.items() if value is not None}
+        fields = {"job_id": self.new_id()} | {name: value for name, value in fields.items() if value is not None}
         job = Job.parse(fields)
         payload = msgpack.packb(fields)
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise InvalidRequest.of(("payload", f"at most {MAX_PAYLOAD_BYTES} bytes", len(payload)))
-        if await self._streams.enqueue(self._queue, {"p": payload}, self._bound) is None:
-            raise QueueFull(f"the queue {self._queue} holds {self._bound} jobs", self._retry_after_s)
+        try:
+            queue = await self._queue_of(job.model)
+            added = await self._enqueue(queue, job.job_id, payload)
+        except Disconnected as error:
+            error.job_id = job.job_id
+            raise
+        except WorkerError as error:
+            error.details["job_id"] = job.job_id
+            raise
+        if not added:
+            raise QueueFull(f"the queue {queue} holds {self._bound} jobs", self._retry_after_s)
         return job.job_id
+
+    async def _enqueue(self, queue: str, job_id: str, payload: bytes) -> bool:
+        """Add the entry, a second time after a lost reply; `take` refuses one of two entries."""
+        try:
+            return await self._streams.enqueue(queue, {"p": payload}, self._bound) is not None
+        except Disconnected as error:
+            if error.reply:
+                raise
+        added = await self._streams.enqueue(queue, {"p": payload}, self._bound) is not None
+        return added or await self._is_queued(job_id)  # the first entry may be what fills the queue
+
+    async def _queue_of(self, model: str | None) -> str:
+        """The queue for a job that names a model; see `submit`."""
+        if model is None:
+            return self._queue
+        async with self._serving:
+            if time.monotonic() - self._served_s >= SERVED_S:
+                living = [each for each in (await self.workers()).values() if each.get("state") in ("ready", "busy")]
+                self._served = Counter((each.get("model", ""), each.get("queue", "")) for each in living)
+                self._served_s = time.monotonic()
+        queues = {queue: count for (served, queue), count in self._served.items() if served == model and queue}
+        if not queues or self._queue in queues:
+            return self._queue
+        queue = max(sorted(queues), key=lambda name: queues[name])
+        self._routed.add(queue)
+        return queue
 
     async def events(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
@@ -130,116 +162,138 @@ class Client:
         """Yield the job's events above the id `after`, each once, up to the terminal one.
 
         Pass `next_i`, the index of the first token not received, when resuming: then no token is
-        missing or repeated even if the server has lost the entry `after`.
+        missing or repeated even if the server has lost the entry `after`. A job without events,
+        which may be waiting, expired or unknown, is waited for; see `is_known`.
 
         Raises:
             TimeoutError: no event for `idle_s` seconds. Without it, wait for as long as it takes.
+            EventsLost: events that follow those received have expired or were deleted.
         """
-        block_ms = READ_BLOCK_MS if idle_s is None else min(READ_BLOCK_MS, int(idle_s * 1000))
-        idle_since, cursor = time.monotonic(), Cursor(after, next_i)
-        if after != START and await self._is_over(job_id, cursor, terminal_seen=True):
-            return
-        while True:
-            records = await self._read(events_key(job_id), cursor.after, block_ms)
-            for record in records:
-                unseen, idle_since = cursor.advance(record), time.monotonic()
-                if unseen is None:
-                    break
-                for item in unseen:
-                    yield item
-                    if isinstance(item.event, Event) and item.event.terminal:
-                        return
-            if records:
-                continue
-            position = cursor.after
-            if await self._is_over(job_id, cursor):
-                return
-            if cursor.after == position and idle_s is not None and time.monotonic() - idle_since >= idle_s:
-                raise TimeoutError(f"no event of job {job_id} for {idle_s} s")
+        async for page in self.event_pages(job_id, after, idle_s, next_i):
+            for item in page:
+                yield item
+
+    def event_pages(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> AsyncGenerator[list[StreamEvent], None]:
+        """Yield the items of `events` in lists, as the server replied."""
+        return self._reader.pages(job_id, after, idle_s, next_i)
 
     async def tokens(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
     ) -> AsyncGenerator[Token, None]:
-        """Yield the answer's tokens; arguments as of `events`. Raises JobFailed."""
+        """Yield the answer's tokens; arguments and errors as of `events`. Raises JobFailed."""
         async for item in self.events(job_id, after, idle_s, next_i):
-            if isinstance(item.event, Token):
-                yield item.event
-            elif isinstance(item.event, ErrorEvent):
-                raise JobFailed(item.event)
+            if isinstance(token := _token_or_end(item), Token):
+                yield token
 
     async def result(self, job_id: str, idle_s: float | None = None) -> tuple[str, End]:
-        """Wait for the job; return the whole text and the `end` event. Raises JobFailed."""
+        """Wait for the job; return the whole text and the `end` event.
+
+        Raises JobFailed, and the errors of `events`.
+        """
         text: list[str] = []
         async for item in self.events(job_id, idle_s=idle_s):
-            if isinstance(item.event, Token):
-                text.append(item.event.t)
-            elif isinstance(item.event, ErrorEvent):
-                raise JobFailed(item.event)
-            elif isinstance(item.event, End):
-                return "".join(text), item.event
-        raise TimeoutError(f"the events of job {job_id} have expired")
+            received = _token_or_end(item)
+            if isinstance(received, End):
+                return "".join(text), received
+            if received is not None:
+                text.append(received.t)
+        raise AssertionError("events end with a terminal one")
 
     async def cancel(self, job_id: str) -> str:
         """Cancel a job.
 
-        Returns `cancelled` (it ended as such), `requested` (its worker will stop) or `over` (it
-        had ended otherwise). An unknown job is treated as waiting: if it is submitted later, it is
-        over. Raises InvalidRequest for a malformed id.
+        Returns `cancelled` (it ended as such), `requested` (its worker will stop), `over` (it had
+        ended otherwise) or `unknown` (it is in no queue and has no events; nothing is recorded).
+        Raises InvalidRequest for a malformed id.
         """
-        if not JOB_ID.fullmatch(job_id):
-            raise InvalidRequest.of(("job_id", JOB_ID_RULE, job_id[:128]))
-        state, error, trace = JobState(), ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
+        check_position(job_id)
+        state, error, trace = _UNREAD, ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
             envelope = trace.envelope(job_id, state.next_epoch, worker_id="")
             event = encode_event(error, envelope)
             call = CancelCall(state.last_id, envelope.epoch, event, envelope.ts_ms, CANCELLED_TTL_MS)
-            outcome = await self._streams.cancel(job_id, call)
+            outcome = await self._repeat(self._streams.cancel, job_id, call)
             if outcome == "REQUESTED":
                 await self._command("cancel", job_id)
             if outcome != "RETRY":
                 return outcome.lower()
-            state = await self._streams.job_state(job_id)
+            state = await self._repeat(self._streams.job_state, job_id)
+            if not state.fields and not await self.is_known(job_id):
+                return "unknown"
+
+    async def is_known(self, job_id: str) -> bool:
+        """Whether the job waits in a queue, runs, or has ended and not expired."""
+        check_position(job_id)
+        in_queue = bool(await self.state(job_id)) or await self._is_queued(job_id)
+        return in_queue or bool(await self.state(job_id))  # it may have left the queue during the search
+
+    async def _is_queued(self, job_id: str) -> bool:
+        """Whether a queue has an entry of the job: this client's, or one of the living workers'."""
+        if await self._has_entry(self._queue, job_id):
+            return True
+        served = {status["queue"] for status in (await self.workers()).values() if status.get("queue")}
+        for queue in sorted((served | self._routed) - {self._queue}):
+            if await self._has_entry(queue, job_id):
+                return True
+        return False
+
+    async def _has_entry(self, queue: str, job_id: str) -> bool:
+        first: str | None = "-"
+        while first is not None:
+            first, found = await self._repeat(self._streams.find, queue, job_id, first, SEARCH_PAGE)
+            if any(job_id_of(fields.get("p", b"")) == job_id for _, fields in found):
+                return True
+        return False
 
     async def drain(self, worker: str) -> None:
         """Request that a worker takes no more jobs, finishes the running one, and stops."""
         await self._command("drain", worker)
 
     async def _command(self, do: str, target: str) -> None:
-        await self._streams.add(CONTROL, {"do": do.encode(), "target": target.encode()}, MAX_COMMANDS, None)
+        fields = {"do": do.encode(), "target": target.encode()}
+        await self._repeat(self._streams.add, CONTROL, fields, MAX_COMMANDS, None)
 
     async def state(self, job_id: str) -> Mapping[str, str]:
         """The job's state hash; empty for an unknown job."""
-        return (await self._streams.job_state(job_id)).fields
+        return (await self._repeat(self._streams.job_state, job_id)).fields
 
     async def queue(self, count: int = 100) -> list[QueueEntry]:
         """The first `count` jobs of the queue, waiting and running."""
-        pending = {row.entry_id: row for row in await self._streams.pending(self._queue, count)}
+        pending = {row.entry_id: row for row in await self._repeat(self._streams.pending, self._queue, count)}
         entries = []
-        for entry_id, fields in await self._streams.range(queue_key(self._queue), "-", "+", count):
+        for entry_id, fields in await self._range(queue_key(self._queue), "-", "+", count):
             row = pending.get(entry_id)
             worker, deliveries = (row.consumer, row.deliveries) if row else (None, 0)
             entries.append(QueueEntry(entry_id, job_id_of(fields.get("p", b"")), worker, deliveries))
         return entries
 
+    async def queue_length(self) -> int:
+        """Number of jobs in the queue, waiting and running."""
+        return await self._repeat(self._streams.length, queue_key(self._queue))
+
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """The status of each live worker, by its id."""
-        return await self._streams.workers()
+        return await self._repeat(self._streams.workers)
 
     async def worker_events(self, worker: str, after: str = START) -> AsyncGenerator[StreamEvent, None]:
         """Yield a worker's own events above the id `after`. Never ends."""
         while True:
-            for record in await self._read(worker_events_key(worker), after):
+            for record in await self._reader.read(worker_events_key(worker), after):
                 for item in decode_entry(record, after):
                     yield item
                 after = record[0]
 
     async def dead_letters(self, count: int = 100) -> list[DeadLetter]:
         """The oldest `count` dead letters."""
-        return [DeadLetter.of(record) for record in await self._streams.range(dead_key(self._queue), "-", "+", count)]
+        return [DeadLetter.of(record) for record in await self._range(dead_key(self._queue), "-", "+", count)]
 
     async def dead_letter(self, entry_id: str) -> DeadLetter | None:
         """The dead letter with that id."""
-        records = await self._streams.range(dead_key(self._queue), entry_id, entry_id, 1)
+        if not is_entry_id(entry_id):
+            return None
+        records = await self._range(dead_key(self._queue), entry_id, entry_id, 1)
         return DeadLetter.of(records[0]) if records else None
 
     async def retry_dead_letter(self, letter: DeadLetter) -> str:
@@ -257,41 +311,26 @@ class Client:
 
     async def drop_dead_letter(self, entry_id: str) -> bool:
         """Delete a dead letter."""
-        return await self._streams.delete(dead_key(self._queue), entry_id)
+        return is_entry_id(entry_id) and await self._repeat(self._streams.delete, dead_key(self._queue), entry_id)
 
-    async def _is_over(self, job_id: str, cursor: Cursor, *, terminal_seen: bool = False) -> bool:
-        """Whether no event will follow: the job ended at or below the cursor, or its keys expired.
+    async def _range(self, key: str, first: str, last: str, count: int) -> list[Record]:
+        return await self._repeat(self._streams.range, key, first, last, count)
 
-        Rewinds the cursor if the server lost events that the reader received. A terminal event at
-        or below the cursor counts as lost, unless `terminal_seen`.
-        """
-        state = await self._with_timeout(retry_until_connected(self._streams.job_state, job_id))
-        ended, tokens = "ended_ms" in state.fields, int(state.fields.get("tokens") or 0)
-        if split_id(state.last_id) > split_id(cursor.after):
-            return False
-        if not state.fields or cursor.after == START:
-            return ended or cursor.after != START
-        cut = split_id(state.last_id) < split_id(cursor.after)
-        lost = cut or cursor.is_behind(tokens) or (ended and not terminal_seen)
-        return not (lost and cursor.rewind()) and ended
-
-    async def _read(self, key: str, after: str, block_ms: int = READ_BLOCK_MS) -> list[Record]:
-        return await self._with_timeout(retry_until_connected(self._streams.read, key, after, block_ms))
-
-    async def _with_timeout(self, reply: Awaitable[T]) -> T:
+    async def _repeat(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Make the call, once more if the connection was lost. For calls that may be repeated."""
         try:
-            async with asyncio.timeout(self._reconnect_timeout_s):
-                return await reply
-        except TimeoutError:
-            raise Disconnected(f"no reply from the server within {self._reconnect_timeout_s} s") from None
+            return await call(*args, **kwargs)
+        except Disconnected as error:
+            if error.reply:
+                raise
+        return await call(*args, **kwargs)
 
 
-def retry_id(job_id: str) -> str:
-    """The id under which a dead-lettered job is resubmitted."""
-    match = re.fullmatch(r"(.*)\.r(\d+)", job_id)
-    base, count = (match[1], int(match[2])) if match else (job_id, 0)
-    suffix = f".r{count + 1}"
-    return base[: 128 - len(suffix)] + suffix
+def _token_or_end(item: StreamEvent) -> Token | End | None:
+    """The item's token or end, None for other events. Raises JobFailed for an error."""
+    if isinstance(item.event, ErrorEvent):
+        raise JobFailed(item.event)
+    return item.event if isinstance(item.event, Token | End) else None
 
 
 def _sync(method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[SyncClient, P], T]:
@@ -313,22 +352,23 @@ def _sync_iterator(
 
 
 class SyncClient:
-    """`Client` without `await`, on an event loop of its own.
+    """`Client` without `await`, for any number of threads; its event loop has a thread of its own.
 
-    For use from one thread, outside of any running event loop.
+    It cannot be used in a process that was forked after its first call.
 
         with SyncClient.from_url("redis://localhost") as client:
             text, end = client.result(client.submit(prompt="Once upon a time"))
     """
 
+    new_id = staticmethod(Client.new_id)
     submit = _sync(Client.submit)
-    events = _sync_iterator(Client.events)
-    tokens = _sync_iterator(Client.tokens)
     result = _sync(Client.result)
     cancel = _sync(Client.cancel)
+    is_known = _sync(Client.is_known)
     drain = _sync(Client.drain)
     state = _sync(Client.state)
     queue = _sync(Client.queue)
+    queue_length = _sync(Client.queue_length)
     workers = _sync(Client.workers)
     worker_events = _sync_iterator(Client.worker_events)
     dead_letters = _sync(Client.dead_letters)
@@ -338,8 +378,8 @@ class SyncClient:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._runner = asyncio.Runner()
-        self._open = True
+        self._thread = LoopThread()
+        self._closing = weakref.finalize(self, _close, self._thread, client)
 
     @classmethod
     def from_url(cls, url: str, queue: str = "default", bound: int = 10_000) -> Self:
@@ -353,28 +393,47 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections and the event loop."""
-        self._open = False
-        self._run(self._client.close())
-        self._runner.close()
+        """Close the connections and end the thread. Calls in other threads raise RuntimeError."""
+        self._closing()
+
+    def events(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> Iterator[StreamEvent]:
+        """As `Client.events`."""
+        for page in self._iterate(self._client.event_pages(job_id, after, idle_s, next_i)):
+            yield from page
+
+    def tokens(
+        self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
+    ) -> Iterator[Token]:
+        """As `Client.tokens`."""
+        for item in self.events(job_id, after, idle_s, next_i):
+            if isinstance(token := _token_or_end(item), Token):
+                yield token
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        try:
-            return self._runner.run(coroutine)
-        except KeyboardInterrupt:
-            # If it arrived as the coroutine ended, a pending stop would end the next run at once.
-            loop = self._runner.get_loop()
-            loop.call_soon(loop.stop)
-            loop.run_forever()
-            raise
+        return self._thread.run(coroutine)
 
-    def _iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:
-        async def wait_for(reply: Awaitable[Any]) -> Any:
-            return await reply
+    def _iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
+        async def next_item() -> T | None:
+            return await anext(items, None)
 
         try:
-            while (item := self._run(wait_for(anext(events, None)))) is not None:
+            while (item := self._run(next_item())) is not None:
                 yield item
         finally:
-            if self._open:
-                self._run(wait_for(events.aclose()))
+            with contextlib.suppress(RuntimeError):  # closed
+                self._thread.start(_end(items))
+
+
+async def _end(items: AsyncGenerator[Any, None]) -> None:
+    """Close the generator, after an interrupted read of it has ended."""
+    for _ in range(100):
+        try:
+            return await items.aclose()
+        except RuntimeError:
+            await asyncio.sleep(0.01)
+
+
+def _close(thread: LoopThread, client: Client) -> None:
+    thread.close(client.close())

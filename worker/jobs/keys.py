@@ -3,6 +3,8 @@
 Braces are cluster hash tags: the two keys of a job share a slot, and so do the two keys of a queue.
 """
 
+import re
+
 GROUP = "workers"
 """The consumer group of every queue."""
 WORKERS = "inf:workers"
@@ -41,6 +43,12 @@ def worker_key(name: str) -> str:
 def worker_events_key(name: str) -> str:
     """Stream of a worker's own events."""
     return f"inf:worker:{name}:events"
+
+
+def is_entry_id(text: str) -> bool:
+    """Whether the text is an entry id: `5-0`, or `5` for short."""
+    match = re.fullmatch(r"([0-9]{1,20})(?:-([0-9]{1,20}))?", text)
+    return match is not None and all(int(part or 0) < 2**64 for part in match.groups())
 
 
 def split_id(entry_id: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from worker.errors import WorkerError
+from worker.errors import EventsLost, WorkerError
 from worker.jobs.events import End, Envelope, ErrorEvent, Event, Resumed, Started, Token, Tokens, decode_event
 from worker.jobs.keys import START, events_key, next_id, split_id
 from worker.jobs.streams import JobState, Record, Streams, retry_until_connected
@@ -71,6 +71,11 @@ class Cursor:
         self._newest = after
         self._rewound = False
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the reader has received an entry, or resumes after one."""
+        return self._newest != START
+
     def is_behind(self, tokens: int) -> bool:
         """Whether a stream of `tokens` tokens has some that the reader has not received."""
         return self._next_i is not None and self._next_i < tokens
@@ -78,9 +83,9 @@ class Cursor:
     def rewind(self) -> bool:
         """Move to the stream's start; received events are not repeated.
 
-        Returns False, without moving, if the last rewind found no new token.
+        Returns False if it is there, or if the last rewind found no new token.
         """
-        if self._rewound:
+        if self._rewound or self.after == START:
             return False
         self.after, self._rewound = START, True
         return True
@@ -89,12 +94,17 @@ class Cursor:
         """Move to the entry after `after`, and return the events that the reader has not received.
 
         None if tokens before the entry are missing: the cursor is rewound, and the reader must read
-        on from `after`. Tokens that are missing at the start as well are skipped.
+        on from `after`.
+
+        Raises:
+            EventsLost: the tokens are missing in the whole stream.
         """
         events = decode_entry(record, self.after)
         span = _token_span(events)
-        if span is not None and self.is_behind(span[0]) and self.rewind():
-            return None
+        if span is not None and self.is_behind(span[0]):
+            if self.rewind():
+                return None
+            raise EventsLost(f"the events of the job lack its tokens from {self._next_i} to {span[0] - 1}")
         unseen = [item for item in events if self._is_unseen(item)]
         self.after, self._newest = record[0], max(self._newest, record[0], key=split_id)
         if span is not None:

@@ -65,7 +65,7 @@ class RedisStreams:
         self._address = address
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job = ("take", "append", "cancel", "state")
-        of_queue = ("renew", "reclaim", "pending", "settle", "enqueue", "remove_consumers")
+        of_queue = ("renew", "reclaim", "pending", "settle", "enqueue", "find", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         self._scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
 
@@ -206,6 +206,22 @@ class RedisStreams:
         block = min(block_ms, MAX_BLOCK_MS)
         client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
         return _stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
+
+    async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
+        positions: dict[Any, Any] = dict(after)
+        reply = await self._call(self._blocking.xread(positions, count=count, block=min(block_ms, MAX_BLOCK_MS)))
+        return {_text(stream[0]): _stream_records([stream]) for stream in reply or ()}
+
+    async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
+        script = self._scripts["find"](keys=[queue_key(queue)], args=[job_id, first, count])
+        last, found = await self._call(script)
+        records: list[Record] = [
+            (_text(i), _fields(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
+        ]
+        return next_id(_text(last)) if last else None, records
+
+    async def length(self, key: str) -> int:
+        return int(await self._call(self._commands.xlen(key)))
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
         records = await self._call(self._commands.xrange(key, first, last, count))

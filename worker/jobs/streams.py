@@ -45,6 +45,8 @@ class Disconnected(ConnectionError):
     def __init__(self, message: str, reply: str = "") -> None:
         super().__init__(message)
         self.reply = reply
+        self.job_id: str | None = None
+        """The id of the job whose submission was interrupted."""
 
     @property
     def code(self) -> str:
@@ -273,6 +275,22 @@ class Streams(Protocol):
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
         """Return entries above `after`, waiting up to `block_ms` for the first."""
+
+    async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
+        """Return entries of several streams, by key, above the id given for each.
+
+        Waits up to `block_ms` until one stream has an entry; up to `count` entries of each stream.
+        """
+
+    async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
+        """Search `count` entries of the queue from the id `first` for one that may have the job id.
+
+        Returns the id to continue the search at, None at the queue's end, and the entries whose
+        payload contains the id's text.
+        """
+
+    async def length(self, key: str) -> int:
+        """Return the number of entries of a stream."""
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
         """Return entries from `first` to `last`, inclusive; `-` and `+` are the ends."""
