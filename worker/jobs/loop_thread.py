@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import selectors
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 CLOSE_S = 5.0
+
+
+class _Selector(selectors.DefaultSelector):
+    """Has no files in a forked process, whose end would remove them from the parent's epoll."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process = os.getpid()
+
+    def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
+        return super().get_map() if self._process == os.getpid() else {}
 
 
 class LoopThread:
@@ -74,7 +86,7 @@ class LoopThread:
             last.close()
 
     def _start_thread(self) -> asyncio.AbstractEventLoop:
-        self._loop, self._process = asyncio.new_event_loop(), os.getpid()
+        self._loop, self._process = asyncio.SelectorEventLoop(_Selector()), os.getpid()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="worker-client", daemon=True)
         self._thread.start()
         return self._loop
