@@ -110,9 +110,10 @@ class QueueFull(WorkerError):
 
     code = "QUEUE_FULL"
     retriable = True
+    exit_code = 3
 
     def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message, {"retry_after_s": retry_after_s})
+        super().__init__(f"{message}; retry after {retry_after_s:g} s", {"retry_after_s": retry_after_s})
         self.retry_after_s = retry_after_s
 
 

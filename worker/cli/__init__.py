@@ -6,9 +6,11 @@ Exit codes are those of `_HELP`; 1 is also any other failure, 2 also a CUDA erro
 import os
 import sys
 from importlib import import_module
+from typing import Annotated
 
 import typer
 
+from worker import __version__
 from worker.errors import WorkerError
 
 _HELP = """Run language models from GGUF files.
@@ -45,10 +47,23 @@ _MODULES = {
 """Module → its commands, in the order of the help."""
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"worker {__version__}")
+        raise typer.Exit
+
+
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 def command_line(only: str | None = None) -> typer.Typer:
     """Return the command line; if `only` names a command, that one without the others' imports."""
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.callback()(lambda: None)  # a callback keeps the name of a single command
+    app.callback()(_global_options)
     modules = {name: module for module, names in _MODULES.items() for name in names.split()}
     for name in [only] if only in modules else modules:
         command = getattr(import_module(f"worker.cli.{modules[name]}"), name)

@@ -7,10 +7,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from worker.bench.bench import run
 from worker.bench.result import Figure, Result, number
-from worker.cli.console import BackendOption, ContextOption, JsonOption, ModelArgument, model_path, print_json, size
+from worker.cli.console import (
+    BackendOption,
+    ContextOption,
+    JsonOption,
+    ModelArgument,
+    model_path,
+    plain,
+    print_json,
+    size,
+)
 from worker.config import load_settings
 
 _WIDTH = 120  # columns if stdout is not a terminal
@@ -53,10 +63,10 @@ def bench(
 
 def _print(result: Result, console: Console) -> None:
     model, machine = result.model, result.machine
-    console.print(f"[bold]{model.name}[/bold]  {model.architecture}, {size(model.file_bytes)} in {model.file}")
-    console.print(
-        f"[bold]{machine.device}[/bold]  {machine.versions}, worker {result.version}, commit {result.commit or '–'}"
-    )
+    about = f"{model.architecture}, {size(model.file_bytes)} in {model.file}"
+    console.print(Text.assemble((plain(model.name), "bold"), f"  {plain(about)}"))
+    about = f"{machine.versions}, worker {result.version}, commit {result.commit or '–'}"
+    console.print(Text.assemble((plain(machine.device), "bold"), f"  {plain(about)}"))
     low, high = result.bandwidth_low, result.bandwidth_high
     console.print(f"reads {result.bandwidth_gb_s:,.0f} GB/s ({low:,.0f} to {high:,.0f}), the reference of every %\n")
     table = Table(box=None, pad_edge=False)

@@ -36,8 +36,16 @@ def model_path(model: str) -> Path:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on one line and flush."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """Print one JSON object on one line and flush. Bytes that were no UTF-8 become escapes."""
+    print(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode(), flush=True)
+
+
+def plain(value: object) -> str:
+    """Text from others for output: control and other unprintable characters as escapes.
+
+    Pass it to `print`, or to Rich as `Text`: Rich reads a string as markup.
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
 
 
 def size(count: float) -> str:
@@ -58,7 +66,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console  # noqa: PLC0415  # as above
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

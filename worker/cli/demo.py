@@ -10,9 +10,10 @@ from typing import IO, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from worker import hub
-from worker.cli.console import progress_bar
+from worker.cli.console import plain, progress_bar
 from worker.config import HubSection, load_settings
 from worker.embedded import Child, embedded_server, worker_process
 from worker.jobs.client import SyncClient
@@ -47,19 +48,20 @@ def demo(
         console.print(f"[bold]server[/bold]  {url}, until this command ends")
         with console.status("the worker loads its model"):
             name, status = _ready(client, process, log)
-        console.print(f"[bold]worker[/bold]  {name}: {status['model']} on {status['device']}")
+        about = f"{name}: {status['model']} on {status['device']}"
+        console.print(f"[bold]worker[/bold]  {escape(plain(about))}")
         for job_id, prompt in _PROMPTS.items():
             messages = [{"role": "user", "content": prompt}]
             client.submit(job_id=job_id, messages=messages, max_tokens=max_tokens, **_SAMPLING)
         console.print(f"[bold]jobs[/bold]    {', '.join(_PROMPTS)}; to watch from another terminal:")
         for stream in (*_PROMPTS, f"--worker {name}", "--all"):
-            console.print(f"[dim]          {command} tail {stream} --redis-url {url}[/dim]")
+            console.print(f"[dim]          {escape(f'{command} tail {stream} --redis-url {url}')}[/dim]")
         for job_id, prompt in _PROMPTS.items():
             console.print(f"\n[bold]> {prompt}[/bold]")
             _show(client, job_id, console)
     console.print("\n[bold]Next[/bold], with your own Redis server at redis://127.0.0.1:6379:")
     for line in _NEXT:
-        console.print(f"  {command} {line}")
+        console.print(f"  {escape(command)} {line}")
 
 
 def _model_file(model: str, section: HubSection) -> Path:
@@ -94,7 +96,7 @@ def _show(client: SyncClient, job_id: str, console: Console) -> None:
                 console.out(text, end="", highlight=False)
                 console.file.flush()
             case ErrorEvent() as error:
-                console.print(f"\n[red]{error.code}[/red]: {error.message}")
+                console.print(f"\n[red]{error.code}[/red]: {escape(plain(error.message))}")
             case End() as end:
                 rate = (end.tokens_out - 1) / end.decode_ms * 1000 if end.decode_ms else 0.0
                 console.print(

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from worker import hub
 from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, progress_bar, size
+from worker.cli.table import PlainTable
 from worker.config import load_settings
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
@@ -107,7 +107,7 @@ def _tokenizer_report(file: GgufFile) -> dict[str, Any]:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    table = PlainTable(show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key in ("path", "name", "architecture", "fingerprint"):

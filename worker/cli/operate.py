@@ -2,15 +2,15 @@
 
 import http.client
 import json as jsonlib
+import sys
 import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from worker.cli.console import JsonOption, print_json
+from worker.cli.console import JsonOption, plain, print_json
 from worker.cli.remote import ConfigOption, QueueOption, UrlOption, client
+from worker.cli.table import print_table
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import SyncClient
@@ -26,7 +26,7 @@ _HEALTH_TIMEOUT_S = 3.0
 
 
 class NotFound(WorkerError):
-    """No worker or dead letter has that name."""
+    """No worker, job or dead letter has that name."""
 
     code = "NOT_FOUND"
 
@@ -58,20 +58,23 @@ def jobs(
 ) -> None:
     """List the jobs of the queue, oldest first, with their workers and ages."""
     with client(config, redis_url, queue) as connected:
-        entries = connected.queue(count)
+        entries, total = connected.queue(count), connected.queue_length()
     now_ms = time.time() * 1000
     rows = [
         {
             "job_id": entry.job_id,
             "state": "running" if entry.worker else "waiting",
             "worker": entry.worker,
-            "deliveries": entry.deliveries,
             "age_s": round(max(0.0, now_ms - int(entry.entry_id.partition("-")[0])) / 1000, 1),
+            "deliveries": entry.deliveries,
             "entry": entry.entry_id,
         }
         for entry in entries
     ]
-    _print_rows(rows, json, "the queue is empty")
+    _print_rows(rows, json, "the queue is empty", required=2)
+    if total > len(rows):
+        message = f"{len(rows):,} of {total:,} jobs, the oldest; --count N shows more"
+        print(message, file=sys.stderr if json else sys.stdout)
 
 
 def workers(
@@ -85,7 +88,7 @@ def workers(
         {"worker": name, **(status if json else {key: status.get(key) for key in columns})}
         for name, status in sorted(statuses.items())
     ]
-    _print_rows(rows, json, "no live workers")
+    _print_rows(rows, json, "no live workers", required=3)
 
 
 def drain(
@@ -132,11 +135,19 @@ def health(
 
 @dead.command("ls")
 def dead_ls(
-    json: JsonOption = False, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
+    count: Annotated[int, typer.Option(min=1, help="Maximum number of dead letters.")] = 100,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+    redis_url: UrlOption = None,
+    queue: QueueOption = None,
 ) -> None:
     """List the dead letters, oldest first."""
     with client(config, redis_url, queue) as connected:
-        _print_rows([_summary(letter) for letter in connected.dead_letters()], json, "no dead letters")
+        letters, total = connected.dead_letters(count), connected.dead_letter_count()
+    _print_rows([_summary(letter) for letter in letters], json, "no dead letters", required=3)
+    if total > len(letters):
+        message = f"{len(letters):,} of {total:,} dead letters, the oldest; --count N shows more"
+        print(message, file=sys.stderr if json else sys.stdout)
 
 
 @dead.command("show")
@@ -175,7 +186,7 @@ def dead_drop(
 def _letter(connected: SyncClient, entry_id: str) -> DeadLetter:
     letter = connected.dead_letter(entry_id)
     if letter is None:
-        raise NotFound(f"no dead letter {entry_id}; `worker dead ls` lists them")
+        raise NotFound(f"no dead letter {plain(entry_id)}; `worker dead ls` lists them")
     return letter
 
 
@@ -186,18 +197,12 @@ def _summary(letter: DeadLetter) -> dict[str, Any]:
     }
 
 
-def _print_rows(rows: list[dict[str, Any]], json: bool, empty: str) -> None:
+def _print_rows(rows: list[dict[str, Any]], json: bool, empty: str, required: int) -> None:
     """Print one JSON object per line, or a table."""
     if json:
         for row in rows:
             print_json(row)
-        return
-    if not rows:
+    elif rows:
+        print_table(rows, required)
+    else:
         print(empty)
-        return
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)

@@ -289,6 +289,10 @@ class Client:
         """The oldest `count` dead letters."""
         return [DeadLetter.of(record) for record in await self._range(dead_key(self._queue), "-", "+", count)]
 
+    async def dead_letter_count(self) -> int:
+        """Number of dead letters."""
+        return await self._repeat(self._streams.length, dead_key(self._queue))
+
     async def dead_letter(self, entry_id: str) -> DeadLetter | None:
         """The dead letter with that id."""
         if not is_entry_id(entry_id):
@@ -372,6 +376,7 @@ class SyncClient:
     workers = _sync(Client.workers)
     worker_events = _sync_iterator(Client.worker_events)
     dead_letters = _sync(Client.dead_letters)
+    dead_letter_count = _sync(Client.dead_letter_count)
     dead_letter = _sync(Client.dead_letter)
     retry_dead_letter = _sync(Client.retry_dead_letter)
     drop_dead_letter = _sync(Client.drop_dead_letter)
