@@ -1,0 +1,133 @@
+"""Text from others in the commands' output: never markup, readable at 80 columns and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from tests.cli.conftest import Run, prepare
+from tests.jobs.harness import ServerHarness
+from tests.jobs.servers import Server
+from worker.cli.console import plain, progress_bar
+from worker.cli.table import print_table
+from worker.errors import InvalidRequest
+from worker.jobs.keys import dead_key, queue_key
+from worker.jobs.protocol import decode_job
+from worker.jobs.transport import Transport
+
+NAMES = ["x[/y]", "Llama [v2]", "[bold]", "[/b] oops", "a\\[b]", "[link=file:///etc]", ":smile:", "\x1b[31mred", "模型"]
+
+
+async def dead_letter(harness: ServerHarness, payload: bytes) -> None:
+    """Pass a payload through a worker's transport, which cannot read its job id."""
+    transport: Transport = await harness.transport("w1")
+    await harness.connect().enqueue("default", {"p": payload}, 10)
+    claim = await transport.claim()
+    assert claim is not None
+    with pytest.raises(InvalidRequest) as caught:
+        decode_job(claim.payload)
+    await transport.dead_letter(claim, caught.value)
+
+
+@pytest.mark.parametrize(
+    "payload", [b'{"[/b] oops": 1}', b'{"\\u001b[31m": 1}', '{"x": "\udcff"}'.encode(errors="surrogateescape"), b"\xc1"]
+)
+def test_dead_letters_with_odd_payloads_are_listed_and_shown(server: Server, command: Run, payload: bytes) -> None:
+    prepare(server, lambda harness: dead_letter(harness, payload))
+    code, out, _ = command("dead", "ls")
+    assert code == 0
+    assert "\x1b" not in out
+    code, out, _ = command("dead", "ls", "--json")
+    letter = json.loads(out)
+    code, shown, _ = command("dead", "show", letter["id"])
+    assert (code, json.loads(shown)["id"]) == (0, letter["id"])
+    assert "\x1b" not in shown
+    assert command("dead", "drop", letter["id"])[0] == 0
+
+
+@pytest.mark.parametrize("malformed", ["x", "-", "+", "1-2-3", "[/b]", "99999999999999999999-0", ""])
+def test_a_malformed_id_of_a_dead_letter_is_one_sentence(server: Server, command: Run, malformed: str) -> None:
+    prepare(server, lambda harness: dead_letter(harness, b"\xc1"))
+    for action in ("show", "retry", "drop"):
+        code, out, err = command("dead", action, "--", malformed)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith("worker: NOT_FOUND: no dead letter")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_s_name_is_shown_as_it_is(server: Server, command: Run, name: str) -> None:
+    async def beat(harness: ServerHarness) -> None:
+        transport = await harness.transport("w1")
+        await transport.registration.heartbeat({"state": "ready", "model": name, "name": name, "queue": name})
+
+    prepare(server, beat)
+    code, out, _ = command("workers")
+    assert code == 0
+    assert plain(name) in out
+    code, _, err = command("drain", "[/b]")
+    assert (code, "[/b]" in err) == (1, True)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.text(), min_size=3, max_size=3), min_size=1, max_size=4), st.sampled_from(["", "20", "80"]))
+def test_any_text_is_printed_as_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rows: list[list[str]], columns: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    print_table([dict(zip("abc", row, strict=True)) for row in rows], required=1)
+    out = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in out)
+    if columns:
+        assert max(map(cell_len, out.splitlines())) <= int(columns)
+    else:
+        for line, row in zip(out.splitlines()[1:], rows, strict=True):
+            assert all(plain(text).strip() in line for text in row)
+
+
+def test_a_progress_bar_has_any_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress_bar("pulling x[/y]") as progress:
+        progress(1, 2)
+
+
+def test_the_list_of_jobs_is_readable_at_80_columns(
+    server: Server, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fill(harness: ServerHarness) -> None:
+        client = harness.client()
+        for _ in range(3):
+            await client.submit(prompt="hello")
+        await (await harness.transport("a-host.example.org-12345-abcdef")).claim()
+
+    prepare(server, fill)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = command("jobs")
+    lines = out.splitlines()
+    assert (code, len(lines)) == (0, 4)
+    assert max(map(len, lines)) <= 80
+    assert all(re.match(r"[0-9a-f]{32}  (running|waiting)", line) for line in lines[1:])
+    assert "entry" in err
+    monkeypatch.delenv("COLUMNS")
+    lines = command("jobs")[1].splitlines()
+    assert all(re.search(r"\d+-\d+ *$", line) for line in lines[1:])
+
+
+def test_lists_say_how_many_of_how_many_they_show(server: Server, command: Run) -> None:
+    async def fill(harness: ServerHarness) -> None:
+        for number in range(1205):
+            await harness.raw.xadd(queue_key("default"), {"p": b"{}"}, id=f"1-{number + 1}")
+        for number in range(101):
+            await harness.raw.xadd(dead_key("default"), {"p": b"{}"}, id=f"1-{number + 1}")
+
+    prepare(server, fill)
+    assert command("jobs")[1].splitlines()[-1] == "100 of 1,205 jobs, the oldest; --count N shows more"
+    _, out, err = command("jobs", "--json")
+    assert (len(out.splitlines()), "100 of 1,205" in err) == (100, True)
+    assert "of" not in command("jobs", "--count", 2000)[1].splitlines()[-1]
+    assert command("dead", "ls")[1].splitlines()[-1].startswith("100 of 101 dead letters")
