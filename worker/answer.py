@@ -13,7 +13,7 @@ from datetime import datetime
 
 from worker import engine
 from worker.jobs.events import Token
-from worker.jobs.protocol import Job, Limits, Resolved
+from worker.jobs.protocol import Job, Limits, Resolved, ToolChoice
 from worker.runtime import LoadedModel
 from worker.sampling import FinishReason, Sampling
 from worker.text.detokenizer import DetokenizedToken, IncrementalDetokenizer
@@ -26,7 +26,14 @@ def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
     if job.prompt_tokens is not None:
         return list(job.prompt_tokens)
     if job.messages is not None:
-        return tokenizer.encode_chat([message.model_dump(exclude_none=True) for message in job.messages], now=enqueued)
+        choice = job.tool_choice
+        return tokenizer.encode_chat(
+            [message.model_dump(exclude_none=True) for message in job.messages],
+            now=enqueued,
+            tools=job.tools,
+            tool_choice=choice.model_dump() if isinstance(choice, ToolChoice) else choice,
+            kwargs=job.chat_template_kwargs,
+        )
     return tokenizer.encode_prompt(job.prompt or "", special=job.special)
 
 

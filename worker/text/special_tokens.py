@@ -40,6 +40,8 @@ class SpecialTokens:
             yield text[start:]
 
     def _user_defined_in(self, text: str) -> Iterator[tuple[int, int]]:
+        if not self._user_defined:
+            return
         start = 0
         for at, end in self._control.find(text):
             yield from self._user_defined.find(text, start, at)
@@ -81,6 +83,9 @@ class _Names:
         # By two characters: a regex of all names would try up to 1,000 alternatives at each "<|".
         heads = (re.escape(first) + _one_of(seconds[first]) for first in sorted(seconds))
         self._head = re.compile("|".join(heads) or "(?!)")
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
 
     def find(self, text: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[int, int]]:
         """Yield start and end of the longest name at each position of `text[start:stop]`."""
