@@ -12,8 +12,9 @@ from dataclasses import fields
 from datetime import datetime
 
 from worker import engine
+from worker.jobs.chat import ToolChoice
 from worker.jobs.events import Token
-from worker.jobs.protocol import Job, Limits, Resolved, ToolChoice
+from worker.jobs.protocol import Job, Limits, Resolved
 from worker.runtime import LoadedModel
 from worker.sampling import FinishReason, Sampling
 from worker.text.detokenizer import DetokenizedToken, IncrementalDetokenizer

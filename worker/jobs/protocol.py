@@ -11,13 +11,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
 from worker.errors import InvalidRequest
+from worker.jobs.chat import CHAT_FIELDS, Messages, ToolChoiceField, Tools, chat_conflicts
 from worker.jobs.events import SCHEMA_VERSION, EncodedEvent, Encoding, Envelope, Event, encode_event, now_ms
+from worker.jobs.fields import LIST, MAP, TEXT, JsonMap, ShortText, Strict, Text
 from worker.jobs.payload import (
     JOB_ID,
     JOB_ID_RULE,
@@ -38,6 +39,14 @@ _CONSTRAINTS: Mapping[str, str] = {
     "missing": "required",
     "extra_forbidden": "unknown field",
     "invalid_key": "keys are strings",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a map",
+    "model_type": "a map",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
     "string_pattern_mismatch": JOB_ID_RULE,
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
@@ -50,72 +59,7 @@ _CONSTRAINTS: Mapping[str, str] = {
 """Constraint by pydantic's error type; for other types pydantic's message is used."""
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", "valid Unicode, encoded as UTF-8") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-ShortText = Annotated[Text, Field(min_length=1, max_length=256)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
-class TextPart(_Strict):
-    """One part of a message's content."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class FunctionCall(_Strict):
-    """The function that a tool call names, and its arguments: JSON text, or the map itself."""
-
-    name: ShortText
-    arguments: Text | dict[str, Any]
-
-
-class ToolCall(_Strict):
-    """A tool call of an earlier assistant turn, as in OpenAI's chat completions."""
-
-    id: ShortText | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(_Strict):
-    """One turn of a chat. Control tokens in its texts are treated as plain text.
-
-    Fields that are None are not passed to the chat template, except `content`.
-    """
-
-    role: Literal["system", "user", "assistant", "developer", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: ShortText | None = None
-    reasoning_content: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=1024)] | None = None
-    tool_call_id: ShortText | None = None
-
-
-class NamedFunction(_Strict):
-    """The name in a `tool_choice` that names a function."""
-
-    name: ShortText
-
-
-class ToolChoice(_Strict):
-    """A `tool_choice` that names the function to call."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class SamplingParams(_Strict):
+class SamplingParams(Strict):
     """Sampling parameters, applied in order: bias, penalties, temperature, top-k, top-p, min-p."""
 
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -143,16 +87,16 @@ class Job(SamplingParams):
     job_id: Annotated[str, Field(pattern=f"^{JOB_ID.pattern}$")]
     model: ShortText | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=8192)] | None = None
+    messages: Messages | None = None
     prompt_tokens: (
         Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1, fail_fast=True)] | None
     ) = None
     special: bool = True
-    chat_template_kwargs: dict[Text, Any] | None = None
+    chat_template_kwargs: JsonMap | None = None
     """Variables of the chat template, such as `enable_thinking` or `reasoning_effort`."""
-    tools: Annotated[list[dict[Text, Any]], Field(min_length=1, max_length=1024)] | None = None
+    tools: Tools | None = None
     """Tools that the model may call, in OpenAI's form; passed to the chat template unchanged."""
-    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    tool_choice: ToolChoiceField | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=100)]], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
@@ -297,7 +241,7 @@ def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
 
 
 def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
-    """A newer schema, not exactly one prompt, min_tokens above max_tokens."""
+    """A newer schema, not exactly one prompt, chat fields without a chat, min_tokens too high."""
     errors: list[FieldError] = []
     v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
     if type(v) is int and v > SCHEMA_VERSION:
@@ -307,6 +251,7 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
     if len(prompts) != 1:
         rule = "exactly one of prompt, messages and prompt_tokens"
         errors += [(name, rule, _describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
+    errors += chat_conflicts(fields)
     if type(min_tokens) is int and type(max_tokens) is int and min_tokens > max_tokens > 0:
         errors.append(("min_tokens", "at most max_tokens", describe(min_tokens)))
     return errors
@@ -336,7 +281,7 @@ def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
 
 def _describe_field(field: str, value: object, error_type: str = "") -> Any:
     """`value` as an error on `field` reports it: text that may belong to a prompt as its length."""
-    private = field.partition(".")[0] in PROMPT_FIELDS and not field.endswith(".role")
+    private = field.partition(".")[0] in (*PROMPT_FIELDS, *CHAT_FIELDS[:2]) and not field.endswith(".role")
     if isinstance(value, str) and (private or error_type == "extra_forbidden"):
         return f"string of {len(value)}"
     return describe(value)
@@ -346,11 +291,17 @@ def _field_errors(error: ValidationError) -> list[FieldError]:
     """Translate pydantic's errors."""
     found: list[FieldError] = []
     for line in error.errors(include_url=False):
-        field = ".".join(field_name(part) for part in line["loc"])
+        context = line.get("ctx", {})
+        path = [part for part in line["loc"] if part not in (TEXT, LIST, MAP)] + context.get("path", [])
+        field = ".".join(field_name(part) for part in path)
         template = _CONSTRAINTS.get(line["type"])
         message = line["msg"].removeprefix("Input should be ")
-        constraint = template.format(**line.get("ctx", {})) if template else message
-        value = None if line["type"] == "missing" else _describe_field(field, line["input"], line["type"])
+        constraint = template.format(**context) if template else message
+        value = (
+            None
+            if line["type"] in ("missing", "contradiction")
+            else _describe_field(field, line["input"], line["type"])
+        )
         found.append((field, constraint, value))
     return found
 
