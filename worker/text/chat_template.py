@@ -55,11 +55,15 @@ class RenderedChat:
 class ChatTemplate:
     """A compiled template. `variables` are the special tokens by role: bos_token, eos_token, …
 
-    `special` are the names of all special tokens.
+    `special` are the names of all special tokens. A chat with tools is rendered with the template
+    `tool_use` if the file has one.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str], special: Container[str] = ()) -> None:
-        self._source, self._special = source, special
+    def __init__(
+        self, source: str, variables: Mapping[str, str], special: Container[str] = (), tool_use: str = ""
+    ) -> None:
+        self._source, self._tool_use_source = source, tool_use
+        self._special, self._token_variables = special, variables
         self._tokens = trace_all(variables, TRUSTED)
         try:
             self._template = TracedTemplate(source)
@@ -73,6 +77,8 @@ class ChatTemplate:
         Raises InvalidRequest if the template rejects the messages (`raise_exception`) or fails, if
         it drops a message, or if it has no place for a part of the chat.
         """
+        if chat.tools and self._tool_use_source:
+            return self._tool_use.render(chat, now)
         self._check(chat)
         messages = adapt(traced_messages(chat.messages), self._traits)
         variables = self._variables(messages, chat.tools, now) | self._kwargs(chat.kwargs or {})
@@ -89,6 +95,14 @@ class ChatTemplate:
         traced = self._template.trace(variables, text)
         _check_arrival(chat.messages, traced)
         return RenderedChat(traced, variables)
+
+    @cached_property
+    def _tool_use(self) -> "ChatTemplate":
+        try:
+            return ChatTemplate(self._tool_use_source, self._token_variables, self._special)
+        except ModelLoadFailed as error:
+            constraint = f"none: the model's template for tools is not usable: {error.message}"
+            raise InvalidRequest.of(("tools", constraint, None)) from error
 
     @cached_property
     def _traits(self) -> Traits:
@@ -122,7 +136,7 @@ class ChatTemplate:
             for key in chat.kwargs or {}
             if key in RESERVED_KWARGS
         ]
-        if chat.tools and not self._mentions("tools"):
+        if chat.tools and chat.tool_choice != "none" and not self._mentions("tools"):
             errors.append(("tools", "none: the model's chat template has no tools", f"list of {len(chat.tools)}"))
         if chat.tool_choice not in (None, "auto", "none") and not self._mentions("tool_choice"):
             rule = "auto or none: this worker cannot force a tool call with this model's chat template"

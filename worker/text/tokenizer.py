@@ -167,7 +167,8 @@ def _chat_template(source: str, metadata: TokenizerMetadata, vocab: Vocabulary) 
     for name, key in _TOKEN_VARIABLES.items():
         token_ids[name] = metadata.token_id(f"tokenizer.ggml.{key}_token_id", vocab.size)
     names = {name: vocab.tokens[token_id] for name, token_id in token_ids.items() if token_id is not None}
-    return ChatTemplate(source, names, vocab.special).render
+    tool_use = metadata.get("tokenizer.chat_template.tool_use", str, "")
+    return ChatTemplate(source, names, vocab.special, tool_use).render
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -148,7 +148,8 @@ class _TracingEnvironment(_Environment):
 
         return format_traced
 
-    def _join(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    def _join(self, _: object, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+        # The first argument is the evaluation context, which compiled code passes to jinja2's own.
         if attribute is not None:
             value = map(make_attrgetter(self, attribute), value)
         return trace(d).join([trace(item) for item in value])
