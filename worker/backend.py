@@ -52,7 +52,7 @@ class Plan:
     weights: tuple[TensorInfo, ...]
     """Tensors that the architecture uses."""
     unused: tuple[str, ...]
-    """Names of the other tensors."""
+    """Names of the other tensors, which text generation does not need."""
     weight_bytes: int
     kv_bytes_per_token: int
     overhead_bytes: int
@@ -97,6 +97,10 @@ class Backend(Device, Protocol):
     """Default number of prompt tokens per step, which bounds the delay of a cancellation."""
     kv_share: float
     """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
+
+    def check(self, hp: Hparams) -> None:
+        """Raise ModelLoadFailed for hyper-parameters that the device has no kernels for."""
+        ...
 
     def weight_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor on the device. Raises ModelLoadFailed for an unsupported shape."""

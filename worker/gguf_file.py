@@ -58,7 +58,8 @@ class GgufFile:
     """An opened model file. Metadata of the first shard, tensors of all.
 
     Metadata values are int, float, bool and str; arrays of numbers or bools are NumPy arrays of the
-    file's type, arrays of strings are list[str], nested arrays are lists. Close it, or use `with`.
+    file's type, arrays of strings are list[str], nested arrays are lists. Bytes that are not UTF-8
+    are lone surrogates in a string. Close it, or use `with`.
     """
 
     def __init__(self, path: Path, shards: list[_Shard]) -> None:
@@ -66,7 +67,8 @@ class GgufFile:
         self.version: int = shards[0].header.version
         self.metadata: dict[str, Any] = shards[0].header.metadata
         self.tensors: dict[str, TensorInfo] = {t.name: t for shard in shards for t in shard.header.tensors}
-        self.architecture: str = self.require("general.architecture", str)
+        self.architecture: str = self.get("general.architecture", str, "")
+        """Empty in files that are not models."""
         self._shards = shards
 
     @classmethod
@@ -92,6 +94,8 @@ class GgufFile:
         if type(value) is not kind:
             what = f"metadata key {key!r} is of type {type(value).__name__}"
             raise ModelLoadFailed(what, str(self.path), f"type {kind.__name__}")
+        if isinstance(value, str) and not value.isascii() and not is_unicode(value):
+            raise ModelLoadFailed(f"metadata key {key!r} is not UTF-8", str(self.path), "valid UTF-8")
         if isinstance(value, float) and not math.isfinite(value):
             raise ModelLoadFailed(f"metadata key {key!r} is {value}", str(self.path), "a finite number")
         return value
@@ -99,6 +103,12 @@ class GgufFile:
     def get(self, key: str, kind: type[T], default: D) -> T | D:
         """Like `require`, but `default` if the key is missing."""
         return self.require(key, kind) if key in self.metadata else default
+
+    @property
+    def name(self) -> str:
+        """`general.name`, or the file's name without its extension if there is no usable one."""
+        name = self.metadata.get("general.name")
+        return name if isinstance(name, str) and name.strip() and is_unicode(name) else self.path.stem
 
     def data(self, tensor: TensorInfo) -> Bytes:
         """The tensor's blocks [rows, row_bytes] u8, read-only; rows are all dims but the last."""
@@ -145,6 +155,15 @@ class GgufFile:
 
     def __exit__(self, *failure: object) -> None:
         self.close()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string of metadata was valid UTF-8 in the file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _map(path: Path) -> mmap.mmap:

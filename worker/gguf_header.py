@@ -2,7 +2,8 @@
 
 Every length is checked against the remaining bytes before anything of that length is read or
 allocated, so malformed content can only raise ModelLoadFailed. Split files, tensor data and the
-meaning of metadata are not handled here. Format: ggml's `docs/gguf.md`. Next: `gguf_file.py`.
+meaning of metadata are not handled here, nor whether a tensor's type is supported: both matter only
+where an adapter needs them. Format: ggml's `docs/gguf.md`. Next: `gguf_file.py`.
 """
 
 import itertools
@@ -31,7 +32,7 @@ _MAX_KEY_BYTES, _MAX_TENSOR_NAME_BYTES = 65_535, 64
 _MIN_BULK, _MEAN_BYTES = 1000, 32  # for `_strings_in_bulk`: fewest strings; bytes of each with its length
 _ARRAY_COST = 8  # reading a nested array takes the time of this many strings
 
-_NOT_UTF8 = ("a string is not UTF-8", "valid UTF-8")
+_NOT_UTF8 = "surrogateescape"  # a string that is not UTF-8 is an error only where it is needed
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _SCALARS = {
@@ -109,10 +110,7 @@ class _Reader:
         if size > limit:
             self.fail(f"a string claims {size:,} bytes", f"at most {limit:,}")
         start = self.take(size, "a string")
-        try:
-            return self.buffer[start : self.pos].decode()
-        except UnicodeDecodeError:
-            self.fail(*_NOT_UTF8)
+        return self.buffer[start : self.pos].decode(errors=_NOT_UTF8)
 
     def value(self, type_id: int) -> Any:
         """A metadata value: int, float, bool, str, or an array as `_array` returns it."""
@@ -166,13 +164,10 @@ class _Reader:
                 if pos > end:
                     self.pos = start
                     self._fail_end(pos - start, f"string {len(strings):,} of {count:,}")
-                strings.append(buffer[start:pos].decode())
+                strings.append(buffer[start:pos].decode(errors=_NOT_UTF8))
         except struct.error:
             self.pos = pos
             self._fail_end(8, f"the length of string {len(strings):,} of {count:,}")
-        except UnicodeDecodeError:
-            self.pos = start
-            self.fail(*_NOT_UTF8)
         self.pos = pos
         return strings
 
@@ -265,7 +260,7 @@ def _read_entry(reader: _Reader, name: str) -> TensorInfo:
     dims = tuple(reader.u64() for _ in range(n_dims))
     if 0 in dims:
         reader.fail(f"the tensor has dimensions {list(dims)}", "dimensions above 0")
-    kind = quant_type(reader.u32(), f"{reader.path}, {reader.context}")
+    kind = quant_type(reader.u32())
     if dims[0] % kind.block_size:
         reader.fail(f"a row has {dims[0]:,} elements of type {kind.name}", f"a multiple of {kind.block_size}")
     return TensorInfo(name, dims[::-1], kind, reader.u64(), math.prod(dims[1:]) * kind.row_bytes(dims[0]))

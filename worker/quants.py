@@ -10,8 +10,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from worker.errors import ModelLoadFailed
-
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -54,16 +52,19 @@ QUANT_TYPES = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q
 _BY_ID = {kind.ggml_id: kind for kind in QUANT_TYPES}
 
 
-def quant_type(ggml_id: int, where: str) -> QuantType:
-    """The type with this ggml id. Raises ModelLoadFailed, which names `where`, if unsupported."""
-    kind = _BY_ID.get(ggml_id)
-    if kind is None:
-        from gguf import GGMLQuantizationType  # noqa: PLC0415
+def quant_type(ggml_id: int) -> QuantType:
+    """The type with this ggml id: one of `QUANT_TYPES`, or the name and size of an unsupported one.
 
-        name = next((each.name for each in GGMLQuantizationType if each == ggml_id), "unknown")
-        supported = ", ".join(kind.name for kind in QUANT_TYPES)
-        raise ModelLoadFailed(f"tensor type {name} ({ggml_id}) is not supported", where, f"one of {supported}")
-    return kind
+    An id that `gguf` does not know has the name "type ID" and a size of 0 bytes.
+    """
+    if (kind := _BY_ID.get(ggml_id)) is not None:
+        return kind
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415
+
+    known = next((each for each in GGMLQuantizationType if each == ggml_id), None)
+    if known is None:
+        return QuantType(f"type {ggml_id}", ggml_id, 1, 0)
+    return QuantType(known.name, ggml_id, *GGML_QUANT_SIZES[known])
 
 
 def dequantize(data: Bytes, kind: QuantType, *, out: Floats | None = None) -> Floats:

@@ -29,8 +29,8 @@ class RopeScaling:
     """none, linear, yarn or longrope."""
     factor: float = 1.0
     original_context: int = 0
-    attn_factor: float | None = None
-    """Multiplies cos and sin; None if the file does not set it."""
+    attn_factor: float = 1.0
+    """Multiplies cos and sin, with every kind of scaling."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
@@ -102,19 +102,20 @@ def scaled_rope(
     adjacent: bool = False,
     truncate: bool = True,
 ) -> Rope:
-    """Rope with no, linear or YaRN scaling, as `scaling.kind` names it.
+    """Rope with the scaling that `scaling.kind` names.
 
-    `divisors` [dims/2] divide the frequencies before scaling; `truncate` applies to YaRN, see
-    `yarn`.
+    `divisors` [dims/2] divide the frequencies before scaling: `rope_freqs.weight`, or LongRoPE's
+    factors (Ding et al. 2024, arXiv:2402.13753), on top of which `scaling.factor` applies as in
+    linear scaling. `truncate` applies to YaRN, see `yarn`.
     """
     inv_freq, magnitude = frequencies(base, dims), 1.0
     if divisors is not None:
         inv_freq = inv_freq / divisors
-    if scaling.kind == "linear":
+    if scaling.kind in ("linear", "longrope"):
         inv_freq = inv_freq / scaling.factor
     elif scaling.kind == "yarn":
         inv_freq, magnitude = yarn(inv_freq, base, scaling, truncate=truncate)
-    return Rope(inv_freq, context, magnitude, adjacent)
+    return Rope(inv_freq, context, magnitude * scaling.attn_factor, adjacent)
 
 
 def yarn(inv_freq: F64, base: float, scaling: RopeScaling, *, truncate: bool) -> tuple[F64, float]:
@@ -135,9 +136,4 @@ def yarn(inv_freq: F64, base: float, scaling: RopeScaling, *, truncate: bool) ->
     low, high = max(low, 0), min(high, dims - 1)
     ramp = np.clip((np.arange(len(inv_freq)) - low) / max(high - low, 1e-3), 0.0, 1.0)
     magnitude = (0.1 * math.log(scaling.factor) + 1.0) if scaling.factor > 1 else 1.0
-    return inv_freq / scaling.factor * ramp + inv_freq * (1.0 - ramp), magnitude * (scaling.attn_factor or 1.0)
-
-
-def longrope_magnitude(context: int, original: int) -> float:
-    """Magnitude of cos and sin in LongRoPE (Ding et al. 2024, arXiv:2402.13753)."""
-    return 1.0 if context <= original else math.sqrt(1.0 + math.log(context / original) / math.log(original))
+    return inv_freq / scaling.factor * ramp + inv_freq * (1.0 - ramp), magnitude

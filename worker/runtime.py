@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from worker.adapters import bind
+from worker.adapters import adapter_for, bind
 from worker.adapters.hparams import read_hparams
+from worker.adapters.keys import ignored_keys, unknown_keys
 from worker.backend import Backend, Device, Plan
 from worker.config import EngineSection, KvMemory, ModelSection
 from worker.engine import Engine, EngineSettings
@@ -26,7 +27,7 @@ from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
 from worker.ops import KV_BLOCK
 from worker.text.tokenizer import Tokenizer, build_tokenizer
-from worker.text.vocabulary import TokenizerMetadata, Vocabulary, read_vocabulary
+from worker.text.vocabulary import TokenizerMetadata, read_vocabulary
 
 MAX_KV_BLOCKS = 1 << 20
 """16 million tokens, the longest context a setting allows; bounds the block lists to 40 MB."""
@@ -46,6 +47,8 @@ class LoadedModel:
     device: Device
     numerics_id: str
     """Digest of the facts that decide bits, see `Backend.numerics`."""
+    warning: str = ""
+    """What of the file is not used and may deserve a look; empty if nothing."""
 
 
 Progress = Callable[[int, int], None]
@@ -77,9 +80,11 @@ def open_backend(engine: EngineSection) -> Backend:
 
 def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto") -> Plan:
     """Check keys, names and shapes of the file and compute its memory. Raises ModelLoadFailed."""
+    adapter_for(file)
     hp = read_hparams(file)
     options = ModelOptions(min(hp.context_length, model.context or hp.context_length), model.sliding_window)
     bound, weights = bind(file, options)
+    backend.check(hp)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
     overhead, available = backend.overhead_bytes(hp), backend.available_bytes()
@@ -139,7 +144,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
             raise planned.shortfall
         metadata = TokenizerMetadata(file.metadata)
         vocab = read_vocabulary(metadata)
-        padding_ids = _padding_ids(vocab, planned.hparams.vocab_size, path)
+        padding_ids = vocab.padding_ids | padding_rows(vocab.size, planned.hparams.vocab_size, path)
         with backend.uploader(file, planned, _byte_counter(planned, progress)) as upload:
             bound, _ = bind(file, planned.options, upload)
             tokenizer = build_tokenizer(metadata, vocab)
@@ -148,13 +153,14 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
         chunk = engine.prefill_chunk or backend.prefill_chunk
         settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
         return LoadedModel(
-            name=model.name or file.get("general.name", str, path.stem),
+            name=model.name or file.name,
             fingerprint=fingerprint(file, planned.choices),
             vocab_size=planned.hparams.vocab_size,
             tokenizer=tokenizer,
             engine=Engine(runner, settings),
             device=backend,
             numerics_id=numerics_id(backend.numerics()),
+            warning=ignored_keys(unknown_keys(file)),
         )
 
 
@@ -170,11 +176,11 @@ def numerics_id(facts: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(facts.items())).encode()).hexdigest()[:16]
 
 
-def _padding_ids(vocab: Vocabulary, rows: int, path: Path) -> frozenset[int]:
-    """Embedding rows without a token. Raises ModelLoadFailed for more tokens than rows."""
-    if vocab.size > rows:
-        raise ModelLoadFailed(f"{vocab.size} tokens for {rows} embedding rows", str(path), "a row for every token")
-    return vocab.padding_ids | frozenset(range(vocab.size, rows))
+def padding_rows(tokens: int, rows: int, path: Path) -> frozenset[int]:
+    """Embedding rows above the tokens. Raises ModelLoadFailed for more tokens than rows."""
+    if tokens > rows:
+        raise ModelLoadFailed(f"{tokens} tokens for {rows} embedding rows", str(path), "a row for every token")
+    return frozenset(range(tokens, rows))
 
 
 def _byte_counter(planned: Plan, progress: Progress | None) -> Callable[[int], None]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from worker.cpu.plain import rotate
-from worker.rope import Rope, RopeScaling, frequencies, longrope_magnitude, yarn
+from worker.rope import Rope, RopeScaling, frequencies, yarn
 
 
 @pytest.mark.parametrize("adjacent", [True, False])
@@ -52,8 +52,3 @@ def test_yarn_keeps_fast_pairs_divides_slow_ones_and_scales_the_magnitude():
     ramp = (scaled - plain) / (plain / 32 - plain)
     assert np.flatnonzero(ramp > 1e-9)[0] == 9
     assert np.flatnonzero(ramp < 1 - 1e-9)[-1] == 17
-
-
-def test_longrope_magnitude_is_one_up_to_the_original_context():
-    assert longrope_magnitude(4096, 4096) == 1
-    assert longrope_magnitude(131072, 4096) == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))

@@ -21,7 +21,7 @@ def plain(value: Any) -> list[Any]:
 def contents(field: ReaderField) -> list[Any]:
     parts = [field.parts[index] for index in field.data]
     if field.types[-1] == GGUFValueType.STRING:
-        return [bytes(part).decode() for part in parts]
+        return [bytes(part).decode(errors="surrogateescape") for part in parts]
     return [part.tolist()[0] for part in parts]
 
 

@@ -55,7 +55,7 @@ class RawFile:
         self.data += struct.pack("<" + code, value)
 
     def text(self, name: str, value: str) -> None:
-        encoded = value.encode()
+        encoded = value.encode(errors="surrogateescape")
         self.put(f"{name}: length", "Q", len(encoded))
         self.fields[f"{name}: bytes"] = (len(self.data), f"{len(encoded)}s")
         self.data += encoded

@@ -155,11 +155,37 @@ def test_many_strings_read_as_they_were_written_whatever_is_in_them(tmp_path_fac
         assert file.metadata["c.after"] == "after"
 
 
-def test_a_string_that_is_no_utf_8_is_refused_among_many_too(tmp_path: Path) -> None:
-    raw = raw_file(metadata=[*METADATA[:2], ("c.strings", ARRAY, (STRING, ["abcd"] * 2000))])
-    (tmp_path / "m.gguf").write_bytes(raw.set("c.strings[1500]: bytes", b"ab\xff\xff"))
-    with pytest.raises(ModelLoadFailed, match="a string is not UTF-8"):
-        GgufFile.open(tmp_path / "m.gguf")
+def test_a_string_that_is_no_utf_8_is_an_error_only_where_it_is_needed(tmp_path: Path) -> None:
+    metadata = [*METADATA[:2], ("c.strings", ARRAY, (STRING, ["abcd"] * 2000)), ("c.text", STRING, "é")]
+    raw = raw_file(metadata=metadata)
+    data = raw.changed(**{"c.strings[1500]: bytes": b"ab\xff\xff", "c.text: bytes": b"\xff\xfe"})
+    (tmp_path / "m.gguf").write_bytes(data)
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        strings = file.metadata["c.strings"]
+        assert strings[1500].encode(errors="surrogateescape") == b"ab\xff\xff"
+        assert strings[:1500] + strings[1501:] == ["abcd"] * 1999
+        with pytest.raises(ModelLoadFailed, match=r"'c.text' is not UTF-8"):
+            file.require("c.text", str)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [((STRING, "tiny é"), "tiny é"), ((STRING, ""), "m"), ((STRING, "\udcff"), "m"), ((4, 7), "m"), (None, "m")],
+)
+def test_the_name_is_that_of_the_metadata_or_of_the_file(name, expected, tmp_path: Path) -> None:
+    metadata = [*METADATA[:2], *([("general.name", *name)] if name else [])]
+    raw = raw_file(metadata=metadata)
+    (tmp_path / "m.gguf").write_bytes(raw.data)
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        assert file.name == expected
+
+
+@pytest.mark.parametrize(("ggml_id", "name"), [(20, "IQ4_NL"), (4_000, "type 4000")])
+def test_a_tensor_of_an_unsupported_type_is_listed(ggml_id: int, name: str, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(raw_file().set("matrix.weight: type", ggml_id))
+    with GgufFile.open(tmp_path / "m.gguf") as file:
+        assert file.by_type()[name][0] == 1
+        assert len(file.fingerprint()) == 64
 
 
 def test_a_missing_key_is_named(written: Path) -> None:

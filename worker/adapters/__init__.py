@@ -6,7 +6,8 @@ A new architecture is a file like `llama.py`, a line in `ADAPTERS` and a row in 
 from typing import Protocol
 
 from worker.adapters.gpt_oss import GptOss
-from worker.adapters.hparams import ArchitectureKeys, read_hparams
+from worker.adapters.hparams import neutral_values, read_hparams
+from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
 from worker.adapters.phi3 import Phi3
 from worker.adapters.qwen2 import Qwen2
@@ -27,18 +28,35 @@ class Adapter(Protocol):
 ADAPTERS: dict[str, Adapter] = {"gpt-oss": GptOss, "llama": Llama, "phi3": Phi3, "qwen2": Qwen2}
 
 
-def adapter_for(architecture: str, where: str) -> Adapter:
-    """The adapter of a GGUF architecture. Raises ModelLoadFailed, which lists the known ones."""
-    if architecture not in ADAPTERS:
-        raise ModelLoadFailed(f"architecture {architecture!r} has no adapter", where, " or ".join(ADAPTERS))
-    return ADAPTERS[architecture]
+_OTHER_KINDS = {
+    "adapter": "a LoRA adapter",
+    "imatrix": "an importance matrix",
+    "mmproj": "the vision or audio part of a model",
+}
+"""Values of `general.type` whose files are no models."""
+
+
+def adapter_for(file: GgufFile) -> Adapter:
+    """The adapter of a file's architecture. Raises ModelLoadFailed, which lists the known ones."""
+    where, kind = str(file.path), file.metadata.get("general.type")
+    if isinstance(kind, str) and kind in _OTHER_KINDS:
+        raise ModelLoadFailed(f"the file is {_OTHER_KINDS[kind]} (general.type is {kind!r})", where, "a whole model")
+    if not file.architecture:
+        raise ModelLoadFailed("metadata key 'general.architecture' is missing", where, " or ".join(ADAPTERS))
+    if file.architecture not in ADAPTERS:
+        raise ModelLoadFailed(f"architecture {file.architecture!r} has no adapter", where, " or ".join(ADAPTERS))
+    return ADAPTERS[file.architecture]
 
 
 def bind(file: GgufFile, options: ModelOptions, upload: Upload = describe) -> tuple[Model, Weights]:
     """Bind the model of a file and return it with the tensors it uses.
 
-    By default nothing is uploaded: this checks every key, name and shape. Raises ModelLoadFailed.
+    By default nothing is uploaded: this checks every key, name and shape. A key or tensor that may
+    change the computation and that the adapter does not use is refused. Raises ModelLoadFailed.
     """
-    weights = Weights(file, upload)
-    adapter = adapter_for(file.architecture, str(file.path))
-    return adapter(read_hparams(file), ArchitectureKeys(file), weights, options), weights
+    adapter, keys, weights = adapter_for(file), ArchitectureKeys(file), Weights(file, upload)
+    hp = read_hparams(file, keys)
+    model = adapter(hp, keys, weights, options)
+    keys.check_rest(neutral_values(hp))
+    weights.unused()
+    return model, weights

@@ -1,10 +1,10 @@
 """gpt-oss, a mixture of experts. GGUF architecture `gpt-oss`.
 
 Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
-  * biases on q, k, v and the attention output; q is H·D wide, not d;
+  * biases on q, k, v (each optional) and the attention output; q is H·D wide, not d;
   * one sink logit per head in the softmax denominator (Xiao et al. 2023, arXiv:2309.17453);
-  * even layers attend to the newest `attention.sliding_window` keys, the token's own included, odd
-  layers to all;
+  * some layers (even ones, unless the file says otherwise) attend to the newest
+    `attention.sliding_window` keys, the token's own included, the others to all;
   * RoPE over the pairs (i, i + D/2) with YaRN, whose ramp bounds are not rounded;
   * the FFN is the top k of E experts, with a softmax over the chosen logits, biases in router and
   experts, and
@@ -13,8 +13,10 @@ Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
 
 from dataclasses import dataclass
 
-from worker.adapters.hparams import ArchitectureKeys
-from worker.adapters.weights import Weights
+import numpy as np
+
+from worker.adapters.keys import ArchitectureKeys
+from worker.adapters.weights import Bias, Weights
 from worker.model import Hparams, ModelOptions
 from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm
 from worker.rope import Rope, scaled_rope
@@ -27,9 +29,9 @@ class Layer:
     """Weights of one layer."""
 
     attn_norm: RmsNorm  # [d]
-    q: Linear  # [H·D, d], bias
-    k: Linear  # [Hk·D, d], bias
-    v: Linear  # [Hk·D, d], bias
+    q: Linear  # [H·D, d], optional bias
+    k: Linear  # [Hk·D, d], optional bias
+    v: Linear  # [Hk·D, d], optional bias
     attention: Attention  # sinks [H]
     attn_output: Linear  # [d, H·D], bias
     ffn_norm: RmsNorm  # [d]
@@ -48,11 +50,16 @@ class GptOss:
         self.choices: dict[str, str] = {}
         self.experts_used = hp.expert_used_count
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, options.context, hp.rope_scaling, truncate=False)
-        window, width = keys.sliding_window(), keys.count("expert_feed_forward_length", hp.feed_forward_length)
-        self.layers = [_layer(hp, w, i, rope, width, 0 if i % 2 else window) for i in range(hp.block_count)]
+        window = keys.count("attention.sliding_window")
+        width = keys.count("expert_feed_forward_length", hp.feed_forward_length)
+        bases = hp.rope_freq_base, keys.positive("rope.freq_base_swa", default=hp.rope_freq_base)
+        ropes = {base: _rope(hp, keys, options, base) for base in bases}  # tables of one base are made once
+        self.layers = [
+            _layer(hp, w, i, ropes[bases[windowed]], width, window if windowed else 0)
+            for i, windowed in enumerate(_windowed_layers(hp, keys))
+        ]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
-        self.output = w.output(self.token_embd)
+        self.output = w.linear("output", *self.token_embd.shape)
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
         """Logits [R, V] f32 of the batch's `logit_rows`."""
@@ -70,18 +77,37 @@ class GptOss:
         return logits
 
 
+def _rope(hp: Hparams, keys: ArchitectureKeys, options: ModelOptions, base: float) -> Rope:
+    if hp.rope_scaling.kind == "longrope":
+        raise keys.error("rope.scaling.type", "is 'longrope'", "none, linear or yarn")
+    return scaled_rope(base, hp.rope_dims, options.context, hp.rope_scaling, truncate=False)
+
+
+def _windowed_layers(hp: Hparams, keys: ArchitectureKeys) -> list[bool]:
+    """Whether each layer has a window: a flag for each, or all but the last of every `n` layers."""
+    name = "attention.sliding_window_pattern"
+    flags = keys.value(name)
+    if isinstance(flags, np.ndarray):
+        if flags.dtype != np.bool_ or len(flags) != hp.block_count:
+            raise keys.error(name, f"is an array of {len(flags)} values", f"a number, or {hp.block_count} bools")
+        return [bool(flag) for flag in flags]
+    period = keys.count(name, default=2)
+    return [i % period < period - 1 for i in range(hp.block_count)]
+
+
 def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> Layer:
     d, experts, block = hp.embedding_length, hp.expert_count, f"blk.{i}"
+    q, k, v = w.qkv(block, hp)
     sinks = w.vector(f"{block}.attn_sinks.weight", hp.head_count)
     return Layer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
-        q=w.linear(f"{block}.attn_q", hp.q_width, d, bias=True),
-        k=w.linear(f"{block}.attn_k", hp.kv_width, d, bias=True),
-        v=w.linear(f"{block}.attn_v", hp.kv_width, d, bias=True),
+        q=q,
+        k=k,
+        v=v,
         attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window, sinks),
-        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=True),
+        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=Bias.REQUIRED),
         ffn_norm=w.norm(f"{block}.post_attention_norm", d, hp.rms_epsilon),
-        router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=True),
+        router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=Bias.REQUIRED),
         gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d),
         up=w.experts(f"{block}.ffn_up_exps", experts, f, d),
         down=w.experts(f"{block}.ffn_down_exps", experts, d, f),

@@ -1,82 +1,29 @@
-"""Reads and checks GGUF metadata for the adapters: hyper-parameters and single keys.
+"""Reads the hyper-parameters and RoPE keys that all architectures share from GGUF metadata.
 
-Knows the keys that all architectures share; a key that only one architecture has is read in its
-adapter.
+A key that only one architecture has is read in its adapter. Next: `keys.py`, for the keys that
+nothing reads.
 """
 
-from typing import TypeVar
+import math
+from typing import Any
 
+from worker.adapters.keys import ArchitectureKeys
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.model import Hparams, ModelOptions
 from worker.rope import RopeScaling
 
-T = TypeVar("T")
-D = TypeVar("D")
 
-_MAX_COUNT = 1 << 24
-"""No model has that many layers, heads, tokens or features: a higher count is a broken file."""
-
-
-class ArchitectureKeys:
-    """The metadata keys of the file's own architecture, named without its prefix: `block_count`.
-
-    Every method raises ModelLoadFailed, which names the key, if it is missing, of another type or
-    out of range.
-    """
-
-    def __init__(self, file: GgufFile) -> None:
-        self.architecture = file.architecture
-        self._file = file
-
-    def __contains__(self, key: str) -> bool:
-        return self.name(key) in self._file.metadata
-
-    def name(self, key: str) -> str:
-        """The key as it is in the file."""
-        return f"{self.architecture}.{key}"
-
-    def get(self, key: str, kind: type[T], default: D) -> T | D:
-        """Value of type `kind`, or `default` if the key is missing."""
-        return self._file.get(self.name(key), kind, default)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """Integer from 1 to 2^24; required if there is no default."""
-        name = self.name(key)
-        value: int = self._file.require(name, int) if default is None else self._file.get(name, int, default)
-        if not 0 < value <= _MAX_COUNT:
-            raise self.error(key, f"is {value}", f"1 to {_MAX_COUNT}")
-        return value
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        """Finite number above 0; required if there is no default."""
-        name = self.name(key)
-        value: float = self._file.require(name, float) if default is None else self._file.get(name, float, default)
-        if not 0 < value < float("inf"):
-            raise self.error(key, f"is {value}", "a positive number")
-        return value
-
-    def sliding_window(self) -> int:
-        """`attention.sliding_window`, in tokens; 0 if the file has none."""
-        window = self.get("attention.sliding_window", int, 0)
-        if not 0 <= window <= _MAX_COUNT:
-            raise self.error("attention.sliding_window", f"is {window}", f"0 to {_MAX_COUNT}")
-        return window
-
-    def error(self, key: str, problem: str, expected: str) -> ModelLoadFailed:
-        """The exception for a key's value: "KEY is 0; expected 1 to 16777216"."""
-        return ModelLoadFailed(f"{self.name(key)} {problem}", str(self._file.path), expected)
-
-
-def read_hparams(file: GgufFile) -> Hparams:
+def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparams:
     """Read the hyper-parameters. Raises ModelLoadFailed, which names the missing or wrong key."""
-    keys = ArchitectureKeys(file)
-    heads = keys.count("attention.head_count")
+    keys = keys or ArchitectureKeys(file)
+    layers = keys.count("block_count")
+    heads = keys.count_of_layers("attention.head_count", layers)
     width = keys.count("embedding_length")
     head_dim = keys.count("attention.key_length", default=width // heads)
     if (value_dim := keys.count("attention.value_length", default=head_dim)) != head_dim:
         raise keys.error("attention.value_length", f"is {value_dim}", str(head_dim))
-    heads_kv = keys.count("attention.head_count_kv", default=heads)
+    heads_kv = keys.count_of_layers("attention.head_count_kv", layers, default=heads)
     if heads % heads_kv:
         raise keys.error("attention.head_count_kv", f"is {heads_kv}", f"a divisor of the {heads} query heads")
     rope_dims = keys.count("rope.dimension_count", default=head_dim)
@@ -84,9 +31,9 @@ def read_hparams(file: GgufFile) -> Hparams:
         raise keys.error("rope.dimension_count", f"is {rope_dims}", f"an even number up to {head_dim}")
     return Hparams(
         architecture=keys.architecture,
-        block_count=keys.count("block_count"),
+        block_count=layers,
         embedding_length=width,
-        feed_forward_length=keys.count("feed_forward_length"),
+        feed_forward_length=keys.count_of_layers("feed_forward_length", layers),
         head_count=heads,
         head_count_kv=heads_kv,
         head_dim=head_dim,
@@ -101,26 +48,60 @@ def read_hparams(file: GgufFile) -> Hparams:
     )
 
 
-def file_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, dict[str, str]]:
-    """Window of the layers where llama.cpp applies none: 0 unless the setting is "file".
+def neutral_values(hp: Hparams) -> dict[str, tuple[Any, ...]]:
+    """Values of keys that change nothing for a file of these hyper-parameters.
 
-    Also the choice for the fingerprint, if the file has a window.
+    `Meta AI original pth` is the order of q and k rows that all files of `llama` have.
+    """
+    layout = {"tensor_data_layout": ("Meta AI original pth",)} if hp.architecture == "llama" else {}
+    experts = {"expert_gating_func": (0, 4), "expert_weights_norm": (True,)} if hp.expert_count else {}
+    return {
+        **layout,
+        **experts,
+        "attention.key_length_swa": (hp.head_dim,),
+        "attention.scale": (0.0, 1 / math.sqrt(hp.head_dim)),
+        "attention.value_length_swa": (hp.head_dim,),
+        "rope.dimension_count_swa": (hp.rope_dims,),
+        "rope.freq_base_swa": (hp.rope_freq_base,),
+    }
+
+
+def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, dict[str, str]]:
+    """Window of the layers of a model that llama.cpp runs without one, and its load-time choice.
+
+    0, unless the setting is "file". Raises ModelLoadFailed for a window that would be ignored: one
+    below the context, in a file that is not of Phi-3.
     """
     in_file = keys.sliding_window()
     window = in_file if options.sliding_window == "file" else 0
+    if not window and 0 < in_file < options.context and keys.architecture != "phi3":
+        expected = f"at least the context of {options.context}; lower model.context, or set model.sliding_window"
+        raise keys.error("attention.sliding_window", f"is {in_file}", f'{expected} to "file" to apply the window')
     return window, {"sliding_window": str(window)} if in_file else {}
 
 
+def refuse_experts(hp: Hparams, keys: ArchitectureKeys) -> None:
+    """Raise ModelLoadFailed if the file is a mixture of experts, for adapters without experts."""
+    for key, value in (("expert_count", hp.expert_count), ("expert_used_count", hp.expert_used_count)):
+        if value:
+            raise keys.error(key, f"is {value}", f"0: {hp.architecture} models are served without experts")
+
+
 def _rope_scaling(keys: ArchitectureKeys) -> RopeScaling:
-    kind = keys.get("rope.scaling.type", str, "none")
+    """Read the `rope.scaling.*` keys as llama.cpp does: without a type, a factor is linear."""
+    kind = keys.get("rope.scaling.type", str, "linear")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise keys.error("rope.scaling.type", f"is {kind!r}", "none, linear, yarn or longrope")
-    attn_factor = "rope.scaling.attn_factor"
+    old = keys.get("rope.scale_linear", float, 0.0)  # read where the newer key is absent
+    factor = keys.get("rope.scaling.factor", float, old)
+    if factor < 0:
+        raise keys.error("rope.scaling.factor", f"is {factor}", "0 for no scaling, or a positive number")
+    original = keys.get("rope.scaling.original_context_length", int, 0)
     return RopeScaling(
         kind=kind,
-        factor=keys.positive("rope.scaling.factor", default=1.0),
-        original_context=keys.count("rope.scaling.original_context_length", default=keys.count("context_length")),
-        attn_factor=keys.positive(attn_factor) if attn_factor in keys else None,
+        factor=1.0 if factor == 0 or kind == "none" else factor,
+        original_context=original if original > 0 else keys.count("context_length"),
+        attn_factor=keys.positive("rope.scaling.attn_factor", default=1.0),
         beta_fast=keys.positive("rope.scaling.yarn_beta_fast", default=32.0),
         beta_slow=keys.positive("rope.scaling.yarn_beta_slow", default=1.0),
     )

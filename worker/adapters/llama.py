@@ -5,14 +5,17 @@ Papers: Touvron et al. 2023 (arXiv:2302.13971), Llama 2 (grouped queries, arXiv:
     x ← x + W_o · attention(rope(W_q n), rope(W_k n), W_v n)      n = rms_norm(x)
     x ← x + W_down · (silu(W_gate n) · W_up n)                    n = rms_norm(x)
 Rows of q and k are permuted in files of this architecture, so RoPE rotates adjacent pairs (2i, 2i +
-1). Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies.
+1). Where `rope_freqs.weight` [D/2] exists (Llama 3.1 and later), it divides the frequencies. Every
+projection but the output head may have a bias.
 """
 
-from worker.adapters.hparams import ArchitectureKeys, file_window
-from worker.adapters.weights import DenseLayer, Weights
+from worker.adapters.hparams import dense_window, refuse_experts
+from worker.adapters.keys import ArchitectureKeys
+from worker.adapters.rotary import file_rope
+from worker.adapters.weights import Bias, DenseLayer, Weights
 from worker.model import Hparams, ModelOptions
 from worker.ops import Array, Attention, Batch, Ops
-from worker.rope import Rope, scaled_rope
+from worker.rope import Rope
 
 
 class Llama:
@@ -20,11 +23,10 @@ class Llama:
 
     def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        factors = "rope_freqs.weight"
-        divisors = w.host_vector(factors, hp.rope_dims // 2) if w.has(factors) else None
-        scaling, context = hp.rope_scaling, options.context
-        rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, context, scaling, divisors=divisors, adjacent=True)
-        window, self.choices = file_window(keys, options)
+        refuse_experts(hp, keys)
+        window, self.choices = dense_window(keys, options)
+        rope, factors = file_rope(hp, w, options.context, adjacent=True)
+        self.choices |= factors
         self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
@@ -46,15 +48,16 @@ class Llama:
 
 def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
+    q, k, v = w.qkv(block, hp)
     return DenseLayer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
-        q=w.linear(f"{block}.attn_q", hp.q_width, d),
-        k=w.linear(f"{block}.attn_k", hp.kv_width, d),
-        v=w.linear(f"{block}.attn_v", hp.kv_width, d),
+        q=q,
+        k=k,
+        v=v,
         attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window),
-        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
+        attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=Bias.OPTIONAL),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
-        gate=w.linear(f"{block}.ffn_gate", f, d),
-        up=w.linear(f"{block}.ffn_up", f, d),
-        down=w.linear(f"{block}.ffn_down", d, f),
+        gate=w.linear(f"{block}.ffn_gate", f, d, bias=Bias.OPTIONAL),
+        up=w.linear(f"{block}.ffn_up", f, d, bias=Bias.OPTIONAL),
+        down=w.linear(f"{block}.ffn_down", d, f, bias=Bias.OPTIONAL),
     )

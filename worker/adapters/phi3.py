@@ -1,21 +1,19 @@
 """Phi-3-mini. GGUF architecture `phi3`.
 
 Paper: Abdin et al. 2024 (arXiv:2404.14219). Differences from llama:
-  * q, k and v are one fused tensor, gate and up another (gate first);
+  * q, k and v are one fused tensor, with an optional bias, gate and up another (gate first);
   * RoPE over the pairs (i, i + D/2);
-  * long-context files have LongRoPE factors (Ding et al. 2024, arXiv:2402.13753), which divide the
-  frequencies. The
-    long factors apply if the configured context exceeds the original context. The choice depends
-    neither on a sequence's length nor on free memory, so bits do not change while a sequence grows
-    or between machines;
+  * long-context files have LongRoPE factors, whatever `rope.scaling.type` says;
   * `attention.sliding_window` applies only if the setting `model.sliding_window` is "file".
 """
 
-from worker.adapters.hparams import ArchitectureKeys, file_window
+from worker.adapters.hparams import dense_window, refuse_experts
+from worker.adapters.keys import ArchitectureKeys
+from worker.adapters.rotary import LONG_FACTORS, file_rope
 from worker.adapters.weights import DenseLayer, Weights
 from worker.model import Hparams, ModelOptions
 from worker.ops import Array, Attention, Batch, Ops
-from worker.rope import Rope, frequencies, longrope_magnitude, scaled_rope
+from worker.rope import Rope
 
 
 class Phi3:
@@ -23,8 +21,9 @@ class Phi3:
 
     def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
-        window, self.choices = file_window(keys, options)
-        rope, factors = _rope(hp, w, options.context)
+        refuse_experts(hp, keys)
+        window, self.choices = dense_window(keys, options)
+        rope, factors = file_rope(hp, w, options.context, longrope=w.has(LONG_FACTORS))
         self.choices |= factors
         self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
@@ -47,14 +46,13 @@ class Phi3:
 
 def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
-    q_end, k_end, v_end = hp.q_width, hp.q_width + hp.kv_width, hp.q_width + 2 * hp.kv_width
-    qkv = w.linear(f"{block}.attn_qkv", v_end, d)
+    q, k, v = w.qkv(block, hp, fused=True)
     gate_up = w.linear(f"{block}.ffn_up", 2 * f, d)
     return DenseLayer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),
-        q=qkv.rows(0, q_end),
-        k=qkv.rows(q_end, k_end),
-        v=qkv.rows(k_end, v_end),
+        q=q,
+        k=k,
+        v=v,
         attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
@@ -62,14 +60,3 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLay
         up=gate_up.rows(f, 2 * f),
         down=w.linear(f"{block}.ffn_down", d, f),
     )
-
-
-def _rope(hp: Hparams, w: Weights, context: int) -> tuple[Rope, dict[str, str]]:
-    """RoPE for a configured `context`, and the choice of LongRoPE factors if the file has them."""
-    base, dims, scaling = hp.rope_freq_base, hp.rope_dims, hp.rope_scaling
-    if not w.has("rope_factors_long.weight"):
-        return scaled_rope(base, dims, context, scaling), {}
-    factors = {kind: w.host_vector(f"rope_factors_{kind}.weight", dims // 2) for kind in ("long", "short")}
-    kind = "long" if context > scaling.original_context else "short"
-    magnitude = scaling.attn_factor or longrope_magnitude(hp.context_length, scaling.original_context)
-    return Rope(frequencies(base, dims) / factors[kind], context, magnitude), {"rope_factors": kind}

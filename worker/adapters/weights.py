@@ -4,8 +4,10 @@ A model is bound twice: with `describe`, which uploads nothing, to check the fil
 work, and then with the backend's upload. Knows no architecture and no device.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,24 @@ import numpy.typing as npt
 from worker.backend import Upload
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile, TensorInfo
+from worker.model import Hparams
 from worker.ops import Attention, Linear, QTensor, RmsNorm
-from worker.quants import dequantize
+from worker.quants import QUANT_TYPES, dequantize
+
+HARMLESS = re.compile(
+    r"(v|mm|a|resampler)\..*|(model\.)?image_newline"  # vision and audio parts: text does not use them
+    r"|.*\.attn_rot_embd\.weight|.*rotary_emb\.inv_freq"  # standard frequencies, written by converters of 2023
+    r"|.*\.input_scale"  # of activations, for NVFP4 weights
+)
+"""Tensors that no adapter claims and that do not change the computation on text."""
+
+
+class Bias(Enum):
+    """Whether a projection has a bias in the file."""
+
+    NONE = "none"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
 
 
 def describe(info: TensorInfo) -> QTensor:
@@ -24,7 +42,7 @@ def describe(info: TensorInfo) -> QTensor:
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """Weights of one layer with a dense FFN; some architectures have biases on q, k and v."""
+    """Weights of one layer with a dense FFN; the architecture decides which may have biases."""
 
     attn_norm: RmsNorm  # [d]
     q: Linear  # [H·D, d]
@@ -58,6 +76,10 @@ class Weights:
             raise ModelLoadFailed(f"tensor {name} is missing", str(self._file.path), expected)
         if info.shape != shape:
             raise ModelLoadFailed(f"tensor {name} has shape {list(info.shape)}", str(self._file.path), expected)
+        if info.kind not in QUANT_TYPES:
+            supported = ", ".join(kind.name for kind in QUANT_TYPES)
+            problem = f"tensor {name} is of type {info.kind.name} ({info.kind.ggml_id}), which is not supported"
+            raise ModelLoadFailed(problem, str(self._file.path), f"one of {supported}")
         if name in self._claimed:
             raise ModelLoadFailed(f"tensor {name} is claimed twice", str(self._file.path), "one use of each tensor")
         self._claimed.add(name)
@@ -81,22 +103,49 @@ class Weights:
         """`name`.weight [d]."""
         return RmsNorm(self.vector(f"{name}.weight", d), eps)
 
-    def linear(self, name: str, rows: int, cols: int, *, bias: bool = False) -> Linear:
-        """`name`.weight [rows, cols] and, with `bias`, `name`.bias [rows]."""
+    def linear(self, name: str, rows: int, cols: int, *, bias: Bias = Bias.NONE) -> Linear:
+        """`name`.weight [rows, cols] and, as `bias` says, `name`.bias [rows]."""
         weight = self.tensor(f"{name}.weight", rows, cols)
-        return Linear(weight, self.vector(f"{name}.bias", rows) if bias else None)
+        has_bias = bias is Bias.REQUIRED or (bias is Bias.OPTIONAL and self.has(f"{name}.bias"))
+        return Linear(weight, self.vector(f"{name}.bias", rows) if has_bias else None)
+
+    def qkv(self, block: str, hp: Hparams, *, fused: bool = False) -> tuple[Linear, Linear, Linear]:
+        """q, k and v of a layer, of three tensors or a fused one; biases are optional.
+
+        `fused`: the form that the architecture's files usually have.
+        """
+        d, q, kv = hp.embedding_length, hp.q_width, hp.kv_width
+        if self.has(f"{block}.attn_qkv.weight") or (fused and not self.has(f"{block}.attn_q.weight")):
+            whole = self.linear(f"{block}.attn_qkv", q + 2 * kv, d, bias=Bias.OPTIONAL)
+            return whole.rows(0, q), whole.rows(q, q + kv), whole.rows(q + kv, q + 2 * kv)
+        parts = (("attn_q", q), ("attn_k", kv), ("attn_v", kv))
+        query, key, value = (self.linear(f"{block}.{name}", rows, d, bias=Bias.OPTIONAL) for name, rows in parts)
+        return query, key, value
 
     def experts(self, name: str, experts: int, rows: int, cols: int) -> Linear:
         """`name`.weight [E, rows, cols] and `name`.bias [E, rows]."""
         return Linear(self.tensor(f"{name}.weight", experts, rows, cols), self.tensor(f"{name}.bias", experts, rows))
 
-    def output(self, embedding: QTensor) -> Linear:
-        """The output head: `output.weight` [V, d], or the embedding if the file ties them."""
-        return self.linear("output", *embedding.shape) if self.has("output.weight") else Linear(embedding)
+    def output(self, embedding: QTensor, *, biased: bool = False) -> Linear:
+        """The output head: `output.weight` [V, d], or the embedding if the file ties them.
+
+        `biased`: `output.bias` [V] is added to the logits if the file has it.
+        """
+        weight = self.tensor("output.weight", *embedding.shape) if self.has("output.weight") else embedding
+        bias = self.vector("output.bias", embedding.shape[0]) if biased and self.has("output.bias") else None
+        return Linear(weight, bias)
 
     def unused(self) -> list[str]:
-        """Names of unclaimed tensors, in the file's order."""
-        return [name for name in self._file.tensors if name not in self._claimed]
+        """Names of unclaimed tensors, in the file's order.
+
+        Raises ModelLoadFailed for one that may change the computation: `HARMLESS` has no match.
+        """
+        unclaimed = [name for name in self._file.tensors if name not in self._claimed]
+        for name in unclaimed:
+            if not HARMLESS.fullmatch(name):
+                problem = f"tensor {name!r} has no place in a model of architecture {self._file.architecture}"
+                raise ModelLoadFailed(problem, str(self._file.path), "only tensors that the architecture uses")
+        return unclaimed
 
     def claimed(self) -> Iterable[TensorInfo]:
         """Claimed tensors, in the file's order."""

@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 
 from worker import hub
+from worker.adapters.keys import ignored_keys, unknown_keys
 from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, progress_bar, size
 from worker.cli.table import PlainTable
 from worker.config import load_settings
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.gguf_file import GgufFile
-from worker.runtime import fingerprint, open_backend, plan
+from worker.runtime import fingerprint, open_backend, padding_rows, plan
 from worker.text.tokenizer import load_tokenizer
 
 
@@ -52,12 +53,13 @@ def inspect(
 def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "path": str(file.path),
-        "name": file.metadata.get("general.name"),
+        "name": file.name,
         "architecture": file.architecture,
         "gguf_version": file.version,
         "fingerprint": file.fingerprint(),
         "tensors": {kind: {"count": n, "bytes": nbytes} for kind, (n, nbytes) in file.by_type().items()},
         "tensor_bytes": file.tensor_bytes,
+        "unknown_keys": list(unknown_keys(file)),
         "tokenizer": _tokenizer_report(file),
         "can_run": True,
         "reason": None,
@@ -66,11 +68,13 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     try:
         backend = open_backend(settings.engine)
         planned = plan(file, settings.model, backend, settings.engine.kv_memory)
+        if "error" not in report["tokenizer"]:
+            padding_rows(report["tokenizer"]["size"], planned.hparams.vocab_size, file.path)
     except WorkerError as error:
         return report | {"can_run": False, "reason": error.message}
     per_token = planned.kv_bytes_per_token
     shown = sorted({*contexts, *([] if contexts else [2048, 8192]), planned.hparams.context_length})
-    problem = report["tokenizer"].get("error") or (planned.shortfall and planned.shortfall.message)
+    problem = (planned.shortfall and planned.shortfall.message) or report["tokenizer"].get("error")
     return report | {
         "fingerprint": fingerprint(file, planned.choices),
         "hparams": asdict(planned.hparams) | {"sliding_window": max(planned.windows)},
@@ -127,6 +131,8 @@ def _print_report(report: dict[str, Any]) -> None:
             table.add_row(f"memory for KV at {int(tokens):,}", size(nbytes))
         table.add_row("memory available", size(report["available_bytes"]))
         table.add_row("unused tensors", ", ".join(report["unused_tensors"]) or "none")
+    if report["unknown_keys"]:
+        table.add_row("warning", ignored_keys(report["unknown_keys"]))
     table.add_row("this worker can run it", "yes" if report["can_run"] else f"no: {report['reason']}")
     Console().print(table)
 

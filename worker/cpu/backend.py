@@ -52,6 +52,9 @@ class CpuBackend:
         self._runtime_bytes = psutil.Process().memory_info().rss
         self._plan: Plan | None = None
 
+    def check(self, hp: Hparams) -> None:
+        """See `Backend.check`. NumPy computes every shape."""
+
     def weight_bytes(self, info: TensorInfo) -> int:
         return int(np.prod(info.shape)) * WEIGHT_BYTES
 

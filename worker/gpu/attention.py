@@ -111,7 +111,7 @@ class AttentionLauncher:
         chunk: ChunkState,
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
-        dim, tokens = _head_dim(spec), len(q)
+        dim, tokens = check_head_dim(spec.head_dim), len(q)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
@@ -148,7 +148,7 @@ class AttentionLauncher:
         state: StepState,
     ) -> Q8Activations:
         """Write k, v to the cache and return y [S, H·D] of one token per sequence, f32 and q8."""
-        dim, group = _head_dim(spec), group_size(spec)
+        dim, group = check_head_dim(spec.head_dim), group_size(spec)
         keys, values = self._cache.layer(spec.layer)
         partials, arrivals = self._decode_split(spec, group)
         y = empty_q8(pool, *q.shape)
@@ -212,10 +212,11 @@ class AttentionLauncher:
         return floats, zeros
 
 
-def _head_dim(spec: Attention) -> int:
-    if spec.head_dim not in HEAD_DIMS:
-        raise ModelLoadFailed(f"heads of {spec.head_dim} elements", "the GPU's attention", "64, 96 or 128")
-    return spec.head_dim
+def check_head_dim(dim: int) -> int:
+    """Return D. Raises ModelLoadFailed if no kernel is made for it."""
+    if dim not in HEAD_DIMS:
+        raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", "64, 96 or 128")
+    return dim
 
 
 def _sinks(spec: Attention) -> DeviceArray | None:

@@ -11,9 +11,10 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES
+from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import weight_bytes
+from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
 from worker.gpu.runner import GpuRunner, GpuSettings
@@ -55,6 +56,10 @@ class GpuBackend:
         self._runtime_bytes = int(total - free)
         self._kernels = Kernels(kernel_cache)
         self._memory = DeviceMemory()
+
+    def check(self, hp: Hparams) -> None:
+        check_head_dim(hp.head_dim)
+        check_experts(hp.expert_count, hp.expert_used_count)
 
     def weight_bytes(self, info: TensorInfo) -> int:
         """See `Backend.weight_bytes`: within 2 % of the bytes in the file."""

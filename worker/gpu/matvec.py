@@ -169,8 +169,7 @@ def experts_add(
     residual before its wait (`kernels/experts_add.cu`). Raises: ModelLoadFailed.
     """
     tokens, k = routes.experts.shape
-    if k > _WARPS:
-        raise ModelLoadFailed(f"{k} experts a token", "the GPU's experts", f"at most {_WARPS}")
+    check_experts(down.weight.shape[0], k)
     rows, kind = down.weight.shape[-2], down.weight.kind
     x = pool.empty((tokens, rows), np.float32)
     planes = np.array(down.weight.data.addresses(), PLANES)
@@ -197,8 +196,7 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
     Raises: ModelLoadFailed.
     """
     tokens, experts = logits.shape
-    if experts > 32 * _ROUTE_PER_LANE[-1] or k > 32:
-        raise ModelLoadFailed(f"{k} of {experts} experts", "the GPU's router", "at most 32 of 256")
+    check_experts(experts, k, 32)
     per_lane = next(n for n in _ROUTE_PER_LANE if 32 * n >= experts)
     routes = Routes(pool.empty((tokens, k), np.int32), pool.empty((tokens, k), np.float32))
     kernels.get("route.cu", f"route<{per_lane}>")(
@@ -208,6 +206,13 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
         pdl=True,
     )
     return routes
+
+
+def check_experts(experts: int, k: int, max_k: int = _WARPS) -> None:
+    """Raise ModelLoadFailed for more experts than the kernels' blocks and lanes hold."""
+    limit = 32 * _ROUTE_PER_LANE[-1]
+    if experts > limit or k > max_k:
+        raise ModelLoadFailed(f"{k} of {experts} experts a token", "the GPU's experts", f"at most {max_k} of {limit}")
 
 
 def gate_of(activation: Activation) -> np.ndarray[Any, Any]:

@@ -207,6 +207,8 @@ class Service:
         self._metrics.model_load.set(load_s)
         self._reporter.ready(model, load_s)
         self._health.enter("ready")
+        if model.warning:
+            self._log.warning("model_warning", reason=model.warning)
         self._log.info("worker_ready", load_s=round(load_s, 3), context=model.engine.context)
 
     async def _run_jobs(self, context: WorkerContext) -> int:

@@ -1,0 +1,367 @@
+"""Unusual tensors and keys: the log-probabilities of llama.cpp, or a refusal that names them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tests.changed_files import changed_copy
+from tests.llama_cpp import LlamaCpp
+from tests.models import cpu_runner, prefill
+from tests.tiny_models import TINY, make_tiny
+from worker import adapters
+from worker.errors import ModelLoadFailed
+from worker.gguf_file import GgufFile
+from worker.model import ModelOptions
+
+PROMPT = [*range(40, 46), 7, 120, 33, 60]
+CONTEXT = 512
+D = 64  # head width of the tiny models but phi3
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """A function from a model's name to its file with F32 weights, which llama.cpp multiplies exactly."""
+    folder = tmp_path_factory.mktemp("exact")
+
+    def path_of(name):
+        path = folder / f"{name}.gguf"
+        return path if path.exists() else make_tiny(name, path, quant="F32")
+
+    return path_of
+
+
+def vectors(seed, **sizes):
+    """Random vectors of these sizes by tensor name."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(size) * 0.5 for name, size in sizes.items()}
+
+
+def biases(name, *parts):
+    """A bias for each of `parts` in every layer."""
+    shape = TINY[name]
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
+    sizes |= {"ffn_gate": shape.ffn, "ffn_up": shape.ffn}
+    wanted = {f"blk.{i}.{part}.bias": sizes.get(part, shape.width) for i in range(shape.layers) for part in parts}
+    return vectors(len(parts), **wanted)
+
+
+def fused(source, name):
+    """The tensors that hold q, k and v of each layer in one, and the names that they replace."""
+    with GgufFile.open(source) as file:
+        parts = {f"blk.{i}": [f"blk.{i}.attn_{each}.weight" for each in "qkv"] for i in range(TINY[name].layers)}
+        rows = {part: file.data(file.tensors[part]).view("<f4") for part in itertools.chain(*parts.values())}
+        whole = {f"{block}.attn_qkv.weight": np.concatenate([rows[p] for p in each]) for block, each in parts.items()}
+        return whole, list(rows)
+
+
+def logprobs(path, *, context=CONTEXT):
+    """The worker's log-probabilities after `PROMPT`."""
+    logits = cpu_runner(path, context=context).logits(prefill(PROMPT, rows=[len(PROMPT) - 1]))[0].astype(np.float64)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def assert_as_llama_cpp(path, *, unlike=None):
+    """The top 20 are those of llama.cpp; `unlike` is the file without the change, which must differ."""
+    ours = logprobs(path)
+    with LlamaCpp(path, context=CONTEXT) as llama_cpp:
+        theirs = llama_cpp.next_logprobs(PROMPT)
+    assert theirs[0][0] == ours.argmax()
+    assert max(abs(ours[token] - logprob) for token, logprob in theirs) < 1e-3
+    if unlike is not None:
+        assert np.abs(ours - logprobs(unlike)).max() > 1e-2
+
+
+def refusal(path, context=CONTEXT):
+    """The message with which the file is refused."""
+    with GgufFile.open(path) as file, pytest.raises(ModelLoadFailed) as failure:
+        adapters.bind(file, ModelOptions(context))
+    return failure.value.message
+
+
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+LLAMA_PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+@pytest.mark.parametrize("parts", [*((part,) for part in LLAMA_PARTS), LLAMA_PARTS[:4], LLAMA_PARTS[4:], LLAMA_PARTS])
+def test_each_bias_of_a_llama_file_is_added(parts, exact, tmp_path):
+    source = exact("llama")
+    path = changed_copy(source, tmp_path / "biased.gguf", tensors=biases("llama", *parts))
+    assert_as_llama_cpp(path, unlike=None if parts == ("attn_k",) else source)
+
+
+@pytest.mark.parametrize("part", ["attn_q", "attn_k", "attn_v"])
+def test_each_bias_of_a_qwen2_file_is_optional(part, exact, tmp_path):
+    drop = [f"blk.{i}.{part}.bias" for i in range(2)]
+    assert_as_llama_cpp(changed_copy(exact("qwen2"), tmp_path / "q.gguf", drop=drop))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-untied"])
+def test_the_output_bias_of_a_qwen2_file_is_added_to_the_logits(name, exact, tmp_path):
+    source = exact(name)
+    bias = vectors(0, **{"output.bias": TINY[name].vocab})
+    assert_as_llama_cpp(changed_copy(source, tmp_path / "q.gguf", tensors=bias), unlike=source)
+
+
+def test_the_bias_of_phi3s_fused_projection_is_added(exact, tmp_path):
+    source = exact("phi3")
+    assert_as_llama_cpp(changed_copy(source, tmp_path / "p.gguf", tensors=biases("phi3", "attn_qkv")), unlike=source)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_q_k_and_v_may_be_one_tensor(biased, exact, tmp_path):
+    whole, parts = fused(exact("llama"), "llama")
+    tensors = whole | (biases("llama", "attn_qkv") if biased else {})
+    path = changed_copy(exact("llama"), tmp_path / "fused.gguf", tensors=tensors, drop=parts)
+    assert_as_llama_cpp(path, unlike=exact("llama") if biased else None)
+    if not biased:
+        assert (logprobs(path) == logprobs(exact("llama"))).all()
+
+
+# --- RoPE ------------------------------------------------------------------------------------------------------------
+
+FACTORS = {
+    "rope_factors_long.weight": 1.0 + 0.125 * np.arange(D // 2),
+    "rope_factors_short.weight": 1.0 + 0.0625 * np.arange(D // 2),
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scale_linear": 4.0},
+        {"scaling.factor": 4.0},
+        {"scaling.factor": 4.0, "scaling.type": "linear"},
+        {"scaling.factor": 4.0, "scale_linear": 2.0},
+        {"scaling.attn_factor": 1.5},
+        {"scaling.attn_factor": 1.5, "scaling.type": "none"},
+        {"scaling.attn_factor": 1.5, "scaling.type": "linear", "scaling.factor": 2.0},
+        {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 128},
+        {
+            "scaling.type": "yarn",
+            "scaling.factor": 4.0,
+            "scaling.original_context_length": 128,
+            "scaling.attn_factor": 1.25,
+        },
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "phi3"])
+def test_rope_keys_are_applied(name, keys, exact, tmp_path):
+    arch = TINY[name].arch
+    metadata = {f"{arch}.rope.{key}": value for key, value in keys.items()}
+    assert_as_llama_cpp(changed_copy(exact(name), tmp_path / "r.gguf", metadata=metadata), unlike=exact(name))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scaling.factor": 0.0},
+        {"scaling.factor": 0.0, "scale_linear": 4.0},
+        {"scaling.factor": 4.0, "scaling.type": "none"},
+        {"scale_linear": 4.0, "scaling.type": "none"},
+        {"scaling.finetuned": True},
+        {"scaling.alpha": 0.0},
+        {"scaling.yarn_ext_factor": 1.0},
+        {"dimension_sections": [0, 0, 0, 0]},
+        {"freq_base_swa": 1e5},
+    ],
+)
+def test_rope_keys_that_change_nothing_are_accepted(keys, exact, tmp_path):
+    metadata = {f"llama.rope.{key}": value for key, value in keys.items()}
+    path = changed_copy(exact("llama"), tmp_path / "r.gguf", metadata=metadata)
+    assert (logprobs(path) == logprobs(exact("llama"))).all()
+    assert_as_llama_cpp(path)
+
+
+@pytest.mark.parametrize("keys", [{}, {"attn_factor": 1.2}, {"factor": 2.0}, {"original_context_length": 512}])
+def test_longrope_factors_of_a_llama_file_are_applied(keys, exact, tmp_path):
+    scaling = {"type": "longrope", "original_context_length": 128, **keys}
+    metadata = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    path = changed_copy(exact("llama"), tmp_path / "l.gguf", metadata=metadata, tensors=FACTORS)
+    assert_as_llama_cpp(path, unlike=exact("llama"))
+
+
+@pytest.mark.parametrize("kind", [None, "longrope", "linear"])
+@pytest.mark.parametrize("keys", [{}, {"attn_factor": None}, {"factor": 2.0}])
+def test_phi3s_longrope_factors_are_applied_with_the_other_keys(kind, keys, exact, tmp_path):
+    metadata = {f"phi3.rope.scaling.{key}": value for key, value in ({"type": kind} | keys).items()}
+    assert_as_llama_cpp(changed_copy(exact("phi3-longrope"), tmp_path / "l.gguf", metadata=metadata))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        *(("llama", tensor) for tensor in ("output.bias", "blk.0.attn_q_norm.weight", "blk.2.attn_norm.weight")),
+        *(("llama", tensor) for tensor in ("blk.0.attn_norm.bias", "blk.0.attn_q.scale", "blk.0.unknown.weight")),
+        *(
+            ("llama", tensor)
+            for tensor in ("rope_factors_long.weight", "token_types.weight", "blk.0.attn_sinks.weight")
+        ),
+        *(("qwen2", tensor) for tensor in ("blk.0.attn_output.bias", "blk.1.ffn_down.bias", "blk.1.attn_qkv.bias")),
+        *(("phi3", tensor) for tensor in ("output.bias", "blk.0.attn_output.bias", "blk.0.ffn_up.bias")),
+        *(("gpt-oss", tensor) for tensor in ("output.bias", "blk.0.ffn_norm.weight", "blk.0.post_ffw_norm.weight")),
+    ],
+)
+def test_a_tensor_that_the_architecture_does_not_use_is_refused_by_name(name, tensor, exact, tmp_path):
+    path = changed_copy(exact(name), tmp_path / "x.gguf", tensors={tensor: np.ones(D)})
+    assert repr(tensor) in refusal(path)
+
+
+HARMLESS = ("v.blk.0.attn_q.weight", "mm.0.weight", "a.blk.0.ln.weight", "blk.0.attn_rot_embd.weight")
+
+
+@pytest.mark.parametrize("tensor", [*HARMLESS, "blk.0.attn_q.input_scale", "blk.0.attn.rotary_emb.inv_freq"])
+def test_a_tensor_that_changes_nothing_is_reported_as_unused(tensor, exact, tmp_path):
+    path = changed_copy(exact("llama"), tmp_path / "x.gguf", tensors={tensor: np.full(D // 2, 7)})
+    with GgufFile.open(path) as file:
+        assert adapters.bind(file, ModelOptions(CONTEXT))[1].unused() == [tensor]
+    assert (logprobs(path) == logprobs(exact("llama"))).all()
+
+
+CHANGING_KEYS = {
+    "attention.scale": 0.5,
+    "attention.causal": False,
+    "attention.clamp_kqv": 8.0,
+    "attention.key_length_swa": 32,
+    "attention.max_alibi_bias": 8.0,
+    "attention.sliding_window": 16,
+    "attention.sliding_window_pattern": 2,
+    "attention.temperature_scale": 0.1,
+    "attn_logit_softcapping": 50.0,
+    "embedding_scale": 12.0,
+    "expert_count": 8,
+    "expert_shared_count": 1,
+    "expert_used_count": 2,
+    "expert_weights_scale": 2.5,
+    "final_logit_softcapping": 30.0,
+    "interleave_moe_layer_step": 2,
+    "logit_scale": 16.0,
+    "nextn_predict_layers": 1,
+    "residual_scale": 0.22,
+    "rope.dimension_sections": [16, 24, 24, 0],
+    "rope.freq_base_swa": 1e4 + 1,
+    "rope.scaling.alpha": 1000.0,
+    "rope.scaling.factor": -2.0,
+    "rope.scaling.type": "longrope",
+    "rope.scaling.yarn_attn_factor": 2.0,
+    "rope.scaling.yarn_ext_factor": 0.5,
+    "rope.scaling.yarn_log_multiplier": 0.1,
+    "rope.unknown": 3,
+    "swiglu_clamp_exp": [7.0, 7.0],
+    "tensor_data_layout": "another",
+    "use_parallel_residual": True,
+    "attention.head_count_kv": [2, 1],
+    "attention.head_count": [4, 2],
+    "feed_forward_length": [512, 256],
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("key", CHANGING_KEYS)
+def test_a_key_that_changes_the_computation_and_is_not_handled_is_refused_by_name(name, key, exact, tmp_path):
+    if (name, key) == ("phi3", "attention.sliding_window"):
+        pytest.skip("applied as model.sliding_window says")
+    full = f"{TINY[name].arch}.{key}"
+    path = changed_copy(exact(name), tmp_path / "x.gguf", metadata={full: CHANGING_KEYS[key]})
+    expected = "rope_factors_long" if key == "rope.scaling.type" else full
+    assert expected in refusal(path)
+
+
+NEUTRAL_KEYS = {
+    "attention.scale": 1 / math.sqrt(D),
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.layer_norm_epsilon": 1e-5,
+    "attention.sliding_window": 512,
+    "attn_logit_softcapping": 0.0,
+    "embedding_scale": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "expert_weights_scale": 1.0,
+    "logit_scale": 1.0,
+    "pooling_type": 1,
+    "residual_scale": 1.0,
+    "tensor_data_layout": "Meta AI original pth",
+    "use_parallel_residual": False,
+    "vocab_size": 100,
+    "attention.head_count_kv": [2, 2],
+    "attention.head_count": [4, 4],
+    "feed_forward_length": [512, 512],
+    "rope.scaling.original_context_length": 0,
+}
+
+
+@pytest.mark.parametrize("key", NEUTRAL_KEYS)
+def test_a_neutral_value_changes_nothing(key, exact, tmp_path):
+    path = changed_copy(exact("llama"), tmp_path / "n.gguf", metadata={f"llama.{key}": NEUTRAL_KEYS[key]})
+    assert (logprobs(path) == logprobs(exact("llama"))).all()
+    assert_as_llama_cpp(path)
+
+
+@pytest.mark.parametrize("key", ["general.description", "other.attention.scale", "qwen2.rope.scale_linear"])
+def test_keys_outside_the_architecture_change_nothing(key, exact, tmp_path):
+    path = changed_copy(exact("llama"), tmp_path / "n.gguf", metadata={key: b"\xff" if "general" in key else 4.0})
+    assert (logprobs(path) == logprobs(exact("llama"))).all()
+
+
+@pytest.mark.parametrize("kind", ["imatrix", "adapter", "mmproj"])
+def test_a_file_of_another_kind_is_refused_with_that_reason(kind, exact, tmp_path):
+    path = changed_copy(exact("llama"), tmp_path / "k.gguf", metadata={"general.type": kind})
+    assert repr(kind) in refusal(path)
+
+
+# --- gpt-oss ---------------------------------------------------------------------------------------------------------
+
+# llama.cpp rounds YaRN's bounds, and scales windowed layers even if the type is "none".
+NO_YARN = {
+    "gpt-oss.rope.scaling.type": None,
+    "gpt-oss.rope.scaling.factor": None,
+    "gpt-oss.attention.sliding_window": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"rope.freq_base_swa": 1e4},
+        {"attention.sliding_window_pattern": 3},
+        {"attention.sliding_window_pattern": [False, True, True]},
+        {"attention.sliding_window_pattern": [True, True, True]},
+    ],
+)
+def test_gpt_oss_windows_and_their_rope_base_are_those_of_the_file(keys, exact, tmp_path):
+    metadata = NO_YARN | {f"gpt-oss.{key}": value for key, value in keys.items()}
+    assert_as_llama_cpp(changed_copy(exact("gpt-oss"), tmp_path / "g.gguf", metadata=metadata))
+
+
+@pytest.mark.parametrize("part", ["attn_q", "attn_k", "attn_v"])
+def test_gpt_oss_biases_of_q_k_and_v_are_optional(part, exact, tmp_path):
+    drop = [f"blk.{i}.{part}.bias" for i in range(3)]
+    assert_as_llama_cpp(changed_copy(exact("gpt-oss"), tmp_path / "g.gguf", metadata=NO_YARN, drop=drop))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.sliding_window", None),
+        ("attention.sliding_window", 0),
+        ("attention.sliding_window_pattern", 0),
+        ("attention.sliding_window_pattern", [True, False]),
+        ("expert_gating_func", 2),
+        ("expert_weights_scale", 2.5),
+        ("swiglu_clamp_exp", [1.0, 1.0, 1.0]),
+        ("rope.scaling.type", "longrope"),
+    ],
+)
+def test_gpt_oss_keys_that_are_not_handled_are_refused_by_name(key, value, exact, tmp_path):
+    path = changed_copy(exact("gpt-oss"), tmp_path / "g.gguf", metadata={f"gpt-oss.{key}": value})
+    assert f"gpt-oss.{key}" in refusal(path)

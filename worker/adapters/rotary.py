@@ -1,0 +1,29 @@
+"""RoPE of a file: the shared keys, and the tensors that divide the frequencies."""
+
+from worker.adapters.weights import Weights
+from worker.model import Hparams
+from worker.rope import Rope, scaled_rope
+
+DIVISORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+def file_rope(
+    hp: Hparams, w: Weights, context: int, *, longrope: bool = False, adjacent: bool = False
+) -> tuple[Rope, dict[str, str]]:
+    """RoPE for a configured `context`, and the choice of LongRoPE factors if the file has them.
+
+    LongRoPE applies if the file's scaling type or `longrope` requires it. The long factors serve
+    contexts above the original one. The choice depends neither on a sequence's length nor on free
+    memory, so bits do not change while a sequence grows or between machines.
+    """
+    scaling, pairs = hp.rope_scaling, hp.rope_dims // 2
+    divisors, choices = None, {}
+    if longrope or scaling.kind == "longrope":
+        factors = {"long": w.host_vector(LONG_FACTORS, pairs), "short": w.host_vector(SHORT_FACTORS, pairs)}
+        choices = {"rope_factors": "long" if context > scaling.original_context else "short"}
+        divisors = factors[choices["rope_factors"]]
+    elif w.has(DIVISORS):
+        divisors = w.host_vector(DIVISORS, pairs)
+    rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, context, scaling, divisors=divisors, adjacent=adjacent)
+    return rope, choices
