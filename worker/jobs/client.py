@@ -25,10 +25,10 @@ import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
 from worker.jobs.event_reader import EventReader, check_position
-from worker.jobs.events import End, ErrorEvent, Token, encode_event
+from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.keys import CONTROL, START, dead_key, is_entry_id, queue_key, worker_events_key
 from worker.jobs.loop_thread import LoopThread
-from worker.jobs.payload import MAX_PAYLOAD_BYTES, job_id_of, read_map
+from worker.jobs.payload import MAX_PAYLOAD_BYTES, encoding_of, job_id_of, read_map
 from worker.jobs.protocol import Job, Trace
 from worker.jobs.queue_entries import DeadLetter, QueueEntry, retry_id
 from worker.jobs.reader import JobFailed, StreamEvent, decode_entry
@@ -212,7 +212,7 @@ class Client:
         state, error, trace = _UNREAD, ErrorEvent.of(Cancelled("cancelled by request")), Trace.of(job_id, "")
         while True:
             envelope = trace.envelope(job_id, state.next_epoch, worker_id="")
-            event = encode_event(error, envelope)
+            event = trace.encode(error, envelope)
             call = CancelCall(state.last_id, envelope.epoch, event, envelope.ts_ms, CANCELLED_TTL_MS)
             outcome = await self._repeat(self._streams.cancel, job_id, call)
             if outcome == "REQUESTED":
@@ -220,32 +220,38 @@ class Client:
             if outcome != "RETRY":
                 return outcome.lower()
             state = await self._repeat(self._streams.job_state, job_id)
-            if not state.fields and not await self.is_known(job_id):
+            if (entry := await self._find(job_id)) is not None:
+                trace = Trace.of(job_id, entry[0], encoding=encoding_of(entry[1].get("p", b"")))
+            elif not state.fields and not await self.state(job_id):
                 return "unknown"
 
     async def is_known(self, job_id: str) -> bool:
         """Whether the job waits in a queue, runs, or has ended and not expired."""
         check_position(job_id)
-        in_queue = bool(await self.state(job_id)) or await self._is_queued(job_id)
-        return in_queue or bool(await self.state(job_id))  # it may have left the queue during the search
+        known = bool(await self.state(job_id)) or await self._is_queued(job_id)
+        return known or bool(await self.state(job_id))  # it may have left the queue during the search
 
     async def _is_queued(self, job_id: str) -> bool:
-        """Whether a queue has an entry of the job: this client's, or one of the living workers'."""
-        if await self._has_entry(self._queue, job_id):
-            return True
+        return await self._find(job_id) is not None
+
+    async def _find(self, job_id: str) -> Record | None:
+        """The job's entry in this client's queue or, if it has none, in those of living workers."""
+        if (entry := await self._find_in(self._queue, job_id)) is not None:
+            return entry
         served = {status["queue"] for status in (await self.workers()).values() if status.get("queue")}
         for queue in sorted((served | self._routed) - {self._queue}):
-            if await self._has_entry(queue, job_id):
-                return True
-        return False
+            if (entry := await self._find_in(queue, job_id)) is not None:
+                return entry
+        return None
 
-    async def _has_entry(self, queue: str, job_id: str) -> bool:
+    async def _find_in(self, queue: str, job_id: str) -> Record | None:
         first: str | None = "-"
         while first is not None:
             first, found = await self._repeat(self._streams.find, queue, job_id, first, SEARCH_PAGE)
-            if any(job_id_of(fields.get("p", b"")) == job_id for _, fields in found):
-                return True
-        return False
+            for entry_id, fields in found:
+                if job_id_of(fields.get("p", b"")) == job_id:
+                    return entry_id, fields
+        return None
 
     async def drain(self, worker: str) -> None:
         """Request that a worker takes no more jobs, finishes the running one, and stops."""
