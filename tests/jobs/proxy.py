@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import ssl
 from collections.abc import AsyncIterator
 
@@ -14,6 +15,7 @@ class Proxy:
     def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._target = port
         self._tls = tls
+        self.bytes_per_s = math.inf
         self._generation = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: list[asyncio.StreamWriter] = []
@@ -52,6 +54,8 @@ class Proxy:
             while data := await source.read(65536):
                 if generation == self._generation:
                     sink.write(data)
+                    await asyncio.sleep(len(data) / self.bytes_per_s)
+                    await sink.drain()
             if generation == self._generation:
                 sink.close()
 

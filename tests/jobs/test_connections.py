@@ -15,7 +15,7 @@ from tests.jobs.proxy import running_proxy
 from tests.jobs.servers import Server, running_server
 from worker.config import LeaseSection
 from worker.jobs.client import Client, SyncClient
-from worker.jobs.redis_streams import RedisStreams
+from worker.jobs.redis_streams import COMMAND_TIMEOUT_S, RedisStreams
 from worker.jobs.streams import Disconnected, retry_until_connected
 from worker.jobs.transport import Claim, Transport
 
@@ -149,6 +149,22 @@ async def test_a_lease_survives_a_dead_connection(server: Server) -> None:
         await client.close()
         await streams.close()
         await other.close()
+
+
+async def test_megabytes_over_a_slow_link_are_not_a_dead_connection(server: Server) -> None:
+    """Sending and receiving them takes longer than a reply may be silent."""
+    payload = b"x" * (5 << 20)
+    async with running_proxy(server.port) as proxy:
+        proxy.bytes_per_s = 1.5e6
+        streams = RedisStreams.from_url(f"redis://127.0.0.1:{proxy.port}")
+        await streams.open_queue("default")
+        began_s = time.monotonic()
+        entry_id = await streams.enqueue("default", {"p": payload}, 10)
+        assert time.monotonic() - began_s > COMMAND_TIMEOUT_S
+        entry = await streams.read_new("default", "w1", 100)
+        assert entry is not None
+        assert (entry.id, entry.fields) == (entry_id, {"p": payload})
+        await streams.close()
 
 
 async def test_a_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -10,7 +10,8 @@ import math
 import select
 import socket
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
@@ -19,9 +20,56 @@ from redis.backoff import NoBackoff
 
 from worker.redis_url import RedisUrl
 
-_CLASSES = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 4000}
 """A peer that acknowledges nothing is detected within 4 s. All in s, but TCP_USER_TIMEOUT in ms."""
+
+
+_MIN_BYTES_PER_S = 500_000
+
+
+class _Steady(AbstractConnection):
+    """Bounds silence by `socket_timeout`, where redis-py bounds a whole command or reply.
+
+    Megabytes may take longer than that on a slow link. A command gets more time by its size, since
+    the kernel does not report how much of it is sent; a reply gets more with each part received.
+    """
+
+    def __init__(self, *, socket_timeout: float, **options: Any) -> None:
+        super().__init__(socket_timeout=socket_timeout, **options)
+        self._silence_s = socket_timeout
+
+    async def _connect(self) -> None:
+        await super()._connect()  # type: ignore[no-untyped-call, safe-super]
+        reader = self._reader
+        assert reader is not None, "connected"
+        feed_data = reader.feed_data
+
+        def feed_and_extend(data: Iterable[SupportsIndex]) -> None:
+            feed_data(data)
+            self.update_current_socket_timeout(-1)  # restart the time-out of the read in progress
+
+        reader.feed_data = feed_and_extend  # type: ignore[method-assign]
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command, and give it and its reply a time-out by its size."""
+        size = len(command) if isinstance(command, str | bytes) else sum(map(len, command))
+        self.socket_timeout = self._silence_s + size / _MIN_BYTES_PER_S
+        await super().send_packed_command(command, check_health)
+
+
+class _Tcp(_Steady, Connection):
+    pass
+
+
+class _Tls(_Steady, SSLConnection):
+    pass
+
+
+class _Unix(_Steady, UnixDomainSocketConnection):
+    pass
+
+
+_CLASSES = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
 
 
 class WaitingPool(ConnectionPool):
