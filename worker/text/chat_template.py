@@ -5,7 +5,6 @@ forms of messages), traced_template.py (rendering).
 """
 
 import json
-import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -136,22 +135,19 @@ class ChatTemplate:
             for key in chat.kwargs or {}
             if key in RESERVED_KWARGS
         ]
-        if chat.tools and chat.tool_choice != "none" and not self._mentions("tools"):
-            errors.append(("tools", "none: the model's chat template has no tools", f"list of {len(chat.tools)}"))
-        if chat.tool_choice not in (None, "auto", "none") and not self._mentions("tool_choice"):
+        if "tool" not in self._source:
+            rule = "none: the model's chat template has no tools"
+            if chat.tools and chat.tool_choice != "none":
+                errors.append(("tools", rule, f"list of {len(chat.tools)}"))
+            indexes = (index for index, message in enumerate(chat.messages) if message.get("tool_calls"))
+            errors += [(f"messages.{index}.tool_calls", rule, None) for index in indexes]
+        if chat.tool_choice not in (None, "auto", "none") and "tool_choice" not in self._source:
             rule = "auto or none: this worker cannot force a tool call with this model's chat template"
             errors.append(
                 ("tool_choice", rule, chat.tool_choice if isinstance(chat.tool_choice, str) else "a function")
             )
-        if not self._mentions("tool_calls"):
-            rule = "none: the model's chat template has no tool calls"
-            indexes = (index for index, message in enumerate(chat.messages) if message.get("tool_calls"))
-            errors += [(f"messages.{index}.tool_calls", rule, None) for index in indexes]
         if errors:
             raise InvalidRequest.of(*errors[:16])
-
-    def _mentions(self, name: str) -> bool:
-        return re.search(rf"\b{name}\b", self._source) is not None
 
 
 def _check_arrival(messages: list[dict[str, Any]], text: TracedText) -> None:
