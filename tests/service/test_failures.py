@@ -8,12 +8,21 @@ import time
 import msgpack
 import pytest
 
-from tests.jobs.harness import wait_until
+from tests.jobs.harness import LossyStreams, wait_until
 from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
 from tests.models import free_kv_blocks
 from tests.service.models import FixedDevice, ScriptedRunner, SharedModel, StepBarrier, failing_model, slow_model
-from tests.service.serving import published_events, read_job, run_job, serving, wait_until_queue_is_empty, worker_events
+from tests.service.serving import (
+    LONG_LEASE,
+    published_events,
+    read_job,
+    run_job,
+    serving,
+    wait_until_queue_is_empty,
+    worker_events,
+)
 from worker.backend import MemoryUse
+from worker.config import LeaseSection
 from worker.errors import CudaError, Internal, VramOom
 from worker.jobs.events import ErrorEvent
 
@@ -380,3 +389,50 @@ async def test_memory_is_reported_as_the_device_measures_it(fake):
         worker.engine._runner = slowly
         result = await run_job(client, prompt="abc", max_tokens=40)
         assert {(m.vram_used, m.vram_free) for m in result.of("metrics")} == {(545, 1000)}
+
+
+def faulty(harness, call, times):
+    """A connection on which the first calls of that name raise an error that no code expects."""
+    left = [times]
+
+    async def before(name):
+        if name == call and left[0] > 0:
+            left[0] -= 1
+            raise RuntimeError("a bug")
+
+    return LossyStreams(harness.connect(), lambda name: False, before)
+
+
+async def test_an_entry_is_claimable_at_once_after_a_fault_of_the_attempt(harness):
+    client, streams = harness.client(), faulty(harness, "take", 1)
+    async with serving(harness, SharedModel.echo().fresh(), lease=LONG_LEASE, streams=streams) as one:
+        await client.submit(job_id="a", prompt="abc", max_tokens=6)
+        await one.wait_until_logged("attempt_fault")
+        async with serving(harness, SharedModel.echo().fresh(), name="w2", lease=LONG_LEASE):
+            assert (await read_job(client, "a")).text == "abcabc"
+        assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc"
+    assert_none(await find_violations(harness.connect(), "default", {"a": "abcabc"}))
+
+
+@pytest.mark.parametrize("call", ["take", "renew"])
+async def test_a_worker_alone_tries_again_a_lease_after_a_fault(harness, call):
+    client = harness.client()
+    async with serving(harness, slow_model(0.02), streams=faulty(harness, call, 2)) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=30)
+        assert (await read_job(client, "a")).text == "abc" * 10
+
+        async def nothing_held():  # the acknowledgement follows the last event
+            return worker.transport._consumer.held == set()
+
+        await wait_until(nothing_held)
+    assert_none(await find_violations(harness.connect(), "default", {"a": "abc" * 10}))
+
+
+async def test_a_job_of_which_every_attempt_faults_is_dead_lettered(harness):
+    client, lease = harness.client(), LeaseSection(lease_s=0.1, renew_s=0.05, scan_s=0.02, max_deliveries=3)
+    async with serving(harness, SharedModel.echo().fresh(), lease=lease, streams=faulty(harness, "take", 3)) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=6)
+        result = await read_job(client, "a")
+        assert result.last.code == "DEAD_LETTERED"
+        assert len(worker.logged("attempt_fault")) == 3
+    assert [letter.job_id for letter in await client.dead_letters()] == ["a"]
