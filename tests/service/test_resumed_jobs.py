@@ -140,6 +140,64 @@ async def test_an_answer_that_exceeds_the_context_of_the_next_worker_is_refused(
     assert result.kinds == ["started", "error"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "abc", "max_tokens": 100},
+        {"prompt": "abc", "max_tokens": 1000, "stop": ["cab"]},
+        {"prompt": "abc" * 40, "max_tokens": 5},
+    ],
+    ids=["length", "stop string", "long prompt"],
+)
+async def test_a_complete_answer_is_ended_by_a_worker_with_a_smaller_context(harness, fields):
+    client, large, small = harness.client(), SharedModel.echo(4096), SharedModel.echo(64)
+    await client.submit(job_id="a", **fields)
+    whole = reference_tokens(large, **fields)
+    await crashed_attempt(harness, large.fresh(), whole)
+    async with serving(harness, small.fresh()):
+        result = await read_job(client, "a")
+        assert result.kinds == ["started", "token", "resumed", "end"], result.last
+        assert (result.last.tokens_out, result.last.finish_reason) == (
+            len(whole),
+            "stop_sequence" if "stop" in fields else "length",
+        )
+        assert_none(await find_violations(harness.connect(), "default", {"a": result.text}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": "abc", "max_tokens": 100}, {"prompt": "abc" * 40, "max_tokens": 5}],
+    ids=["long answer", "long prompt"],
+)
+async def test_an_answer_that_exceeds_this_worker_s_context_is_left_to_a_larger_worker(harness, fields):
+    client, large, small = harness.client(), SharedModel.echo(4096), SharedModel.echo(64)
+    await client.submit(job_id="a", **fields)
+    whole = reference_tokens(large, **fields)
+    await crashed_attempt(harness, large.fresh(), whole[:3])
+    status = {"state": "busy", "queue": "default", "model": "echo", "context": "4096"}
+    await harness.connect().put_status("large", status, 15_000)
+    async with serving(harness, small.fresh(), lease=LONG_LEASE) as worker:
+        await worker.wait_until_logged("job_released")
+        assert worker.logged("job_released")[0]["outcome"] == "other_worker"
+        (entry,) = await client.queue()
+        assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc", "it does not hold up other jobs"
+        async with serving(harness, large.fresh(), name="w2", lease=LONG_LEASE):
+            result = await read_job(client, "a")
+        assert result.ids == [token.id for token in whole]
+        assert entry.deliveries <= 2, "giving it back counts as no delivery"
+
+
+async def test_an_answer_that_only_a_dead_worker_could_continue_is_refused(fake):
+    client, large, small = fake.client(), SharedModel.echo(4096), SharedModel.echo(64)
+    await client.submit(job_id="a", prompt="abc", max_tokens=1000)
+    await crashed_attempt(fake, large.fresh(), [])
+    for n, change in enumerate(({"state": "failed"}, {"context": "1002"}, {"queue": "other"}, {"model": "other"})):
+        status = {"state": "ready", "queue": "default", "model": "echo", "context": "4096", **change}
+        await fake.connect().put_status(f"other{n}", status, 15_000)
+    async with serving(fake, small.fresh()):
+        assert (await read_job(client, "a")).last.code == "INVALID_REQUEST"
+
+
 async def test_an_answer_with_ids_of_another_vocabulary_is_refused(fake, model):
     client = fake.client()
     await client.submit(job_id="a", prompt_tokens=[300, 301], max_tokens=20, ignore_eos=True)

@@ -153,6 +153,7 @@ class Transport:
     ) -> None:
         self.worker_id = worker_id
         self._streams = streams
+        self._queue = queue
         self._settings = lease or LeaseSection()
         self._unsettled_ms = int(self._settings.unsettled_s * 1000)
         self._consumer = Consumer(streams, queue, worker_id, self._settings)
@@ -180,6 +181,12 @@ class Transport:
     def seconds_since_contact(self) -> float:
         """Seconds since the last successful poll or renewal; /livez fails above 3 × `scan_s`."""
         return time.monotonic() - self._consumer.last_contact_s
+
+    async def other_workers(self) -> list[Mapping[str, str]]:
+        """The status of the other living workers of this queue."""
+        workers = await retry_until_connected(self._streams.workers)
+        others = (status for name, status in workers.items() if name != self.worker_id)
+        return [status for status in others if status.get("queue") == self._queue]
 
     async def server_time_ms(self) -> int:
         """The server's clock, by which deadlines count."""

@@ -12,23 +12,26 @@ One task runs the job and another renews the lease (`Attempt._renew`). Read next
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from worker.answer import AttemptStats
-from worker.errors import CudaError, Internal, ServerRefused, WorkerError
-from worker.jobs.events import End, ErrorEvent, Event
+from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError
+from worker.jobs.events import End, ErrorEvent, Event, Resumed
 from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.reader import History
 from worker.jobs.transport import Claim, Closed, Fenced, Lease, Renewal
+from worker.service.continuation import CannotContinue, can_continue, end_of
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
-from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason
+from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason, enqueued_at
 from worker.telemetry import frames_of
 
 T = TypeVar("T")
 
 _HAND_OVER_S = 2.0
+_AVOID_S = 4.0
+"""For which a job that only another worker can continue is left to that one."""
 _STOP_REASONS = {
     Renewal.LOST: StopReason.LOST,
     Renewal.DELETED: StopReason.DELETED,
@@ -47,6 +50,7 @@ class Attempt:
         self.limits = AttemptLimits(context.section.inference_timeout_s)
         self._context = context
         self._claim = claim
+        self._job: Job | None = None
         self._held: Claim | Lease = claim
         self._renewals: asyncio.Task[None] | None = None
         self._log = context.log
@@ -112,13 +116,20 @@ class Attempt:
             return self._released("dead_lettered")
 
         def opening(history: History) -> Event:
+            if isinstance(start, InvalidRequest) and history.started is not None:
+                raise CannotContinue(start, history)  # the worker that began it has accepted it
             if isinstance(start, WorkerError):
                 return ErrorEvent.of(start)
             if error := self.limits.deadline_error():
                 return ErrorEvent.of(error)
             return start.job.opening(context.model, history, int(self._server_ms()), start.cached_tokens)
 
-        lease = await context.transport.take(claim, self.job_id, self._trace, opening)
+        try:
+            lease = await context.transport.take(claim, self.job_id, self._trace, opening)
+        except CannotContinue as unable:
+            if isinstance(start, SpeculativeStart):
+                start.discard()
+            return await self._end_or_pass_on(unable)
         if isinstance(lease, Closed):
             if isinstance(start, SpeculativeStart):
                 start.discard()
@@ -155,7 +166,7 @@ class Attempt:
 
     def _identify(self, job_id: str, job: Job | None = None) -> None:
         """Set the job's id, trace, log fields and deadline."""
-        self.job_id = job_id
+        self.job_id, self._job = job_id, job
         encoding = "msgpack" if job else encoding_of(self._claim.payload)
         self._trace = Trace.of(job_id, self._claim.entry_id, job, self._claim.traceparent, encoding)
         self._log = self._context.log.bind(job_id=job_id, correlation_id=self._trace.correlation_id)
@@ -163,7 +174,6 @@ class Attempt:
             self.limits.set_deadline((self._claim.enqueued_ms + job.deadline_ms - self._server_ms()) / 1000)
 
     async def _generate(self, lease: Lease, start: SpeculativeStart) -> str:
-        transport = self._context.transport
         generation = Generation(self._context, self.limits, lease, start, self._claimed)
         self._log = self._log.bind(epoch=lease.epoch, prompt_sha256=start.job.prompt_hash)
         published, prompt_tokens = len(lease.history.tokens), len(start.job.prompt)
@@ -187,15 +197,45 @@ class Attempt:
         except Exception as error:
             self._log.error("job_fault", frames=frames_of(error))
             last = ErrorEvent.of(Internal(f"{type(error).__name__} while the answer was written"))
-        await transport.finish(lease, *generation.unpublished.take(), last)
-        transport.begin_settling(lease)
-        return self._ended(last, generation.stats)
+        return await self._finish(lease, [*generation.unpublished.take(), last], generation.stats)
 
-    def _ended(self, last: End | ErrorEvent, stats: AttemptStats) -> str:
+    async def _finish(self, lease: Lease, rest: Sequence[Event], stats: AttemptStats) -> str:
+        """Publish the last events; what follows them happens while the next job runs."""
+        await self._context.transport.finish(lease, *rest)
+        self._context.transport.begin_settling(lease)
+        return self._ended(rest[-1], stats)
+
+    async def _end_or_pass_on(self, unable: CannotContinue) -> str:
+        """End a job whose answer is complete or which no worker can continue, else give it back."""
+        context, claim, history = self._context, self._claim, unable.history
+        assert self.job_id is not None
+        assert history.started is not None, "only what has started is continued"
+        enqueued, end = enqueued_at(claim.enqueued_ms), None
+        if self._job is not None:
+            end = await asyncio.to_thread(end_of, self._job, context.model, history, enqueued)
+        others = await context.transport.other_workers()
+        if end is None and any(can_continue(status, history.started) for status in others):
+            await self._stop_renewing()
+            await context.transport.release(claim, _AVOID_S)
+            return self._released("other_worker")
+
+        def opening(history: History) -> Event:
+            if end is None or history.started is None:
+                return ErrorEvent.of(unable.error)
+            return Resumed(from_i=len(history.tokens), reason=history.reason, exact=history.exact)
+
+        lease = await context.transport.take(claim, self.job_id, self._trace, opening)
+        if isinstance(lease, Closed):
+            return self._closed(lease)
+        assert end is not None, "`take` grants no lease for an error"
+        return await self._finish(lease, [end], AttemptStats(self._claimed))
+
+    def _ended(self, last: Event, stats: AttemptStats) -> str:
         fields = {"tokens": stats.tokens, "text_chars": stats.chars, "text_sha256": stats.text_digest.hexdigest()}
         if isinstance(last, ErrorEvent):
             self._log.warning("job_failed", code=last.code, **fields)
             return last.code.lower()
+        assert isinstance(last, End), "the last event is terminal"
         self._context.metrics.inference.observe(stats.ttft_s + stats.decode_s)
         self._log.info("job_completed", finish_reason=last.finish_reason, ttft_ms=last.ttft_ms, **fields)
         return "completed"

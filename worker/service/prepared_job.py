@@ -23,16 +23,22 @@ import numpy as np
 
 from worker.answer import Answer, tokenize_job
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
-from worker.jobs.events import ErrorEvent, Event, Resumed, Started
+from worker.jobs.events import Event, Resumed, Started
 from worker.jobs.protocol import Job, Resolved
 from worker.jobs.reader import History
 from worker.jobs.transport import ENTRY_DELETED
 from worker.runtime import LoadedModel
+from worker.service.continuation import CannotContinue
 
 T = TypeVar("T")
 
 _MAX_ENQUEUED_MS = 253_402_300_799_000
 """The end of the year 9999: an entry's id may contain any time."""
+
+
+def enqueued_at(enqueued_ms: int) -> datetime:
+    """The time of submission, which chat templates may print."""
+    return datetime.fromtimestamp(min(enqueued_ms, _MAX_ENQUEUED_MS) / 1000, UTC)
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,7 @@ class PreparedJob:
     @classmethod
     def of(cls, job: Job, model: LoadedModel, entry_id: str, enqueued_ms: int) -> PreparedJob:
         """Tokenize the job and resolve its parameters for the model. Raises InvalidRequest."""
-        enqueued = datetime.fromtimestamp(min(enqueued_ms, _MAX_ENQUEUED_MS) / 1000, UTC)
-        return cls(job, *tokenize_job(job, model, enqueued, entry_id), enqueued_ms)
+        return cls(job, *tokenize_job(job, model, enqueued_at(enqueued_ms), entry_id), enqueued_ms)
 
     @cached_property
     def prompt_hash(self) -> str:
@@ -56,7 +61,7 @@ class PreparedJob:
         return hashlib.sha256(np.asarray(self.prompt, "<u4").tobytes()).hexdigest()
 
     def opening(self, model: LoadedModel, history: History, now_ms: int, cached_tokens: int) -> Event:
-        """The first event of the attempt: `started`, `resumed`, or `error` if it can't continue."""
+        """The first event of the attempt, `started` or `resumed`. Raises CannotContinue."""
         started = history.started
         if started is None:
             return Started(
@@ -74,10 +79,10 @@ class PreparedJob:
         left = model.engine.context - len(self.prompt)
         if started.max_tokens > left:
             constraint = f"at most {left}: what the context of the worker that continues leaves"
-            return ErrorEvent.of(InvalidRequest.of(("max_tokens", constraint, started.max_tokens)))
+            raise CannotContinue(InvalidRequest.of(("max_tokens", constraint, started.max_tokens)), history)
         if any(not 0 <= token.id < model.vocab_size for token in history.tokens):
             constraint = "published by a model with another vocabulary"
-            return ErrorEvent.of(InvalidRequest.of(("model", constraint, None)))
+            raise CannotContinue(InvalidRequest.of(("model", constraint, None)), history)
         ours = (model.fingerprint, self.prompt_hash, model.numerics_id)
         equal = bool(model.numerics_id) and ours == (started.fingerprint, started.prompt_hash, started.numerics)
         exact = history.exact and equal
