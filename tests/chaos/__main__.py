@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.run import Outcome, Plan, run
-from tests.chaos.schedule import schedule
+from tests.chaos.schedule import REFUSALS, schedule
 
 OVERHEAD_S = 25.0
 """Approximate time of start, last jobs and check."""
@@ -75,6 +75,7 @@ def _summarize(outcome: Outcome) -> None:
         "server restarts": f"{counts.faults['server']}, and {counts.faults['lost second']} that lost the last second "
         f"({outcome.lost_bytes} bytes; {run_log.submitted_again} jobs resubmitted, {run_log.repeated} tokens "
         f"repeated, {run_log.reread} readers restarted)",
+        "refusals": ", ".join(f"{counts.faults[kind]} {kind}" for kind in sorted(REFUSALS)),
         "workers started": f"{counts.starts}",
         "takeovers": f"{outcome.resumed['crash']} after a crash or a pause, {outcome.resumed['drain']} after a release",
         "fenced workers": f"{logged['job_released fenced']} writes, {logged['job_released lost']} renewals",

@@ -171,10 +171,11 @@ class Orchestrator:
                 except EventsLost:
                     reading.ended_early()
                 except TimeoutError:
-                    if client.state(job.job_id) == {} and self._run_log.losses:
-                        client.submit(job_id=job.job_id, **job.case.fields)
-                        job.sent = time.monotonic()
-                        self._run_log.submitted_again += 1
+                    with contextlib.suppress(Disconnected):
+                        if client.state(job.job_id) == {} and self._run_log.losses:
+                            client.submit(job_id=job.job_id, **job.case.fields)
+                            job.sent = time.monotonic()
+                            self._run_log.submitted_again += 1
                 except Disconnected:
                     continue
 

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from tests.chaos.checker import check_run
 from tests.chaos.orchestrator import Orchestrator
 from tests.chaos.run_log import RunLog
-from tests.chaos.schedule import Fault
+from tests.chaos.schedule import REFUSALS, Fault
 from tests.chaos.server import PersistentServer
 from tests.chaos.worker_pool import LEASE_S, WorkerPool
 from tests.chaos.workload import QUEUES, echo_cases, tiny_cases
@@ -136,6 +136,9 @@ async def _inject_faults(
                 break
             if fault.kind in ("server", "lost second"):
                 await _restart(server, outcome, random.uniform(0, 1.5), lossy=fault.kind == "lost second")
+            elif fault.kind in REFUSALS:
+                outcome.worker_pool.counts.faults[fault.kind] += 1
+                await server.refuse(fault.kind, fault.pause * LEASE_S)
             else:
                 pause_s = fault.pause * LEASE_S
                 await outcome.worker_pool.inject(fault.kind, QUEUES[fault.queue], fault.busy, pause_s, streams)

@@ -13,8 +13,13 @@ FAULT_WEIGHTS: Mapping[str, float] = {
     "kill all": 3,
     "server": 4,  # SIGKILL of the server, which restarts with all its data
     "lost second": 4,  # the same, without what it wrote in its last second
+    "too few replicas": 2,  # it refuses writes past the lease: NOREPLICAS
+    "out of memory": 2,  # OOM
+    "read only": 2,  # READONLY
+    "busy": 2,  # a script runs: BUSY, for every command
 }
 """Kinds of faults and their relative frequency."""
+REFUSALS = frozenset({"too few replicas", "out of memory", "read only", "busy"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Fault:
     busy: bool
     """Prefer a worker that has a job."""
     pause: float
-    """Length of a pause, in leases."""
+    """Length of a pause or a refusal, in leases."""
 
 
 def schedule(seed: int, seconds: float, gap_s: float, weights: Mapping[str, float] = FAULT_WEIGHTS) -> list[Fault]:

@@ -1,4 +1,4 @@
-"""The server of a run, with an append-only file: can be killed, restarted, and lose writes."""
+"""The server of a run, with an append-only file: can be killed, restarted, lose and refuse writes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import socket
 from pathlib import Path
+
+from redis.asyncio import Redis
 
 from worker.embedded import Child, free_port, server_binary
 
@@ -51,6 +53,27 @@ class PersistentServer:
                 lost += len(data) - mark
                 path.write_bytes(data[:mark])
         return lost
+
+    async def refuse(self, kind: str, seconds: float) -> None:
+        """Refuse writes, or if `busy` every command, for a while."""
+        async with Redis.from_url(self.url, protocol=2) as redis:
+            if kind == "busy":
+                await redis.config_set("busy-reply-threshold", 100)
+                async with Redis.from_url(self.url, protocol=2, socket_timeout=None) as other:
+                    script = asyncio.ensure_future(other.eval("while true do end", 0))
+                    await asyncio.sleep(seconds)
+                    await redis.script_kill()
+                    await asyncio.wait([script])
+                    script.exception()
+            elif kind == "read only":
+                await redis.execute_command("REPLICAOF", "127.0.0.1", free_port())
+                await asyncio.sleep(seconds)
+                await redis.execute_command("REPLICAOF", "NO", "ONE")
+            else:
+                option = "maxmemory" if kind == "out of memory" else "min-replicas-to-write"
+                await redis.config_set(option, 1)
+                await asyncio.sleep(seconds)
+                await redis.config_set(option, 0)
 
     def stop(self) -> None:
         """End the process. Does nothing if it was not started."""

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.chaos.run import Plan, run
-from tests.chaos.schedule import Fault
+from tests.chaos.schedule import REFUSALS, Fault
 
 PAUSES = [Fault(5.0 + 1.5 * n, "pause", n % 2, busy=True, pause=1.5) for n in range(5)]
 
@@ -24,7 +24,7 @@ def _one_thread(monkeypatch):
 
 
 def plan(**changes):
-    return Plan(seed=5, seconds=15.0, faults=PAUSES, orchestrators=1, cases=6, **changes)
+    return Plan(**{"seed": 5, "seconds": 15.0, "faults": PAUSES, "orchestrators": 1, "cases": 6, **changes})
 
 
 async def test_with_fencing_workers_that_resume_after_their_lease_do_no_harm(tmp_path):
@@ -37,6 +37,15 @@ async def test_with_fencing_workers_that_resume_after_their_lease_do_no_harm(tmp
 async def test_without_fencing_the_checker_finds_violations(tmp_path):
     outcome = await run(plan(fenced=False), tmp_path, lambda _: None)
     assert any("follows the terminal" in each or "token indices" in each for each in outcome.failed), outcome.failed
+
+
+async def test_a_server_that_refuses_for_longer_than_a_lease_stops_no_job(tmp_path):
+    refusals = [Fault(4.0 + 5.0 * n, kind, 0, busy=True, pause=1.6) for n, kind in enumerate(sorted(REFUSALS))]
+    outcome = await run(plan(seconds=24.0, faults=refusals), tmp_path, lambda _: None)
+    assert outcome.failed == []
+    assert {kind: outcome.worker_pool.counts.faults[kind] for kind in REFUSALS} == dict.fromkeys(REFUSALS, 1)
+    assert [event for event in outcome.logged if "fault" in event] == []
+    assert len(outcome.run_log.jobs) > 10
 
 
 def descendants(process):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from worker.jobs.keys import GROUP, epoch_of, events_key, queue_key, state_key
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import AppendCall, Disconnected
+from worker.jobs.streams import AppendCall, Disconnected, Ownership
 
 
 async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
@@ -26,10 +26,10 @@ async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
     return call.events[-1][0] if call.events else call.expected
 
 
-async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) -> bool:
+async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) -> Ownership:
     """Replaces `renew.lua`: the calling consumer always gets the entry."""
     await self._commands.xclaim(queue_key(queue), GROUP, consumer, 0, [entry_id], justid=True)
-    return True
+    return "held"
 
 
 def remove_fencing() -> None:
