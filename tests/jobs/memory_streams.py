@@ -347,9 +347,10 @@ class MemoryStreams(Keyspace):
         state = self._hash(state_key(job_id))
         if stream is None or (state.get("epoch") == str(call.epoch) and state.get("worker") != call.worker):
             return START
-        if stream.last_id != call.expected:
+        written = bool(call.events) and stream.last_id == call.events[-1][0]
+        if not written and stream.last_id != call.expected:
             return stream.last_id
-        for entry_id, event in call.events:
+        for entry_id, event in () if written else call.events:
             self._add(events_key(job_id), entry_id, {"type": event.kind.encode(), "p": event.packed})
         over = call.state in TERMINAL_KINDS
         fields: dict[str, str | int] = {

@@ -173,9 +173,8 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule(job_id=JOBS, wanted=RARELY)
     def cancel(self, job_id: str, wanted: bool) -> None:
-        if wanted:
+        if wanted and self.do(self.client.cancel(job_id)) != "unknown":
             self.submitted.add(job_id)
-            self.do(self.client.cancel(job_id))
 
     @rule(job_id=JOBS, wanted=RARELY)
     def trim(self, job_id: str, wanted: bool) -> None:

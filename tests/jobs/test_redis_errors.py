@@ -63,6 +63,8 @@ def test_a_temporary_state_of_the_server_is_a_disconnection_with_its_code(text: 
     ("text", "code", "words"),
     [
         ("NOPERM User x has no permissions to run the 'xadd' command", "NOPERM", "'xadd'"),
+        ("ERR ACL failure in script: User w has no permissions to run the 'xadd' command", "NOPERM", "'xadd'"),
+        ("ERR The user executing the script can't run this command or subcommand", "NOPERM", "lacks a right"),
         ("NOAUTH Authentication required.", "NOAUTH", "requires a password"),
         ("WRONGPASS invalid username-password pair or user is disabled.", "WRONGPASS", "password is wrong"),
         ("ERR invalid password", "WRONGPASS", "password is wrong"),

@@ -17,8 +17,8 @@ from tests.service.models import SharedModel, slow_model
 from tests.service.serving import read_job, serving, wait_until_queue_is_empty
 from worker.config import LeaseSection
 
-LEASE = LeaseSection(lease_s=1.0, renew_s=0.2, scan_s=0.1)
-PAUSE_S = 1.5
+LEASE = LeaseSection(lease_s=0.6, renew_s=0.15, scan_s=0.1)
+PAUSE_S = 0.9
 """Longer than the lease."""
 
 
@@ -67,6 +67,13 @@ async def without_scripts(harness):
 
 
 @contextlib.asynccontextmanager
+async def without_writes(harness):
+    """A script is begun, and refused in its middle."""
+    async with without_rights(harness, ["hset", "xack"]):
+        yield
+
+
+@contextlib.asynccontextmanager
 async def running_script(harness):
     await harness.raw.config_set("busy-reply-threshold", 50)
     async with Redis.from_url(harness.url) as other:
@@ -97,6 +104,7 @@ REFUSALS = [
     read_only,
     without_rights,
     without_scripts,
+    without_writes,
     running_script,
     unable_to_save,
 ]
@@ -119,15 +127,15 @@ async def assert_healthy(harness, *workers, texts):
 @pytest.mark.parametrize("refusal", REFUSALS)
 async def test_a_running_job_goes_on_when_the_server_accepts_writes_again(real, refusal):
     client = real.client()
-    async with serving(real, slow_model(0.05), lease=LEASE) as worker:
-        await client.submit(job_id="a", prompt="abc", max_tokens=60)
+    async with serving(real, slow_model(0.04), lease=LEASE) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=30)
         await wait_until(lambda: has_tokens(real, "a"))
         async with refusal(real):
             await asyncio.sleep(PAUSE_S)
         result = await read_job(client, "a")
-        assert result.text == "abc" * 20
+        assert result.text == "abc" * 10
         assert "resumed" not in result.kinds
-        await assert_healthy(real, worker, texts={"a": "abc" * 20})
+        await assert_healthy(real, worker, texts={"a": "abc" * 10})
     assert await real.client().queue() == []
 
 
@@ -135,29 +143,29 @@ async def test_a_running_job_goes_on_when_the_server_accepts_writes_again(real, 
 async def test_with_two_workers_a_waiting_and_a_running_job_end_well(real, refusal):
     client = real.client()
     async with (
-        serving(real, slow_model(0.05), name="w1", lease=LEASE) as one,
+        serving(real, slow_model(0.04), name="w1", lease=LEASE) as one,
         serving(real, SharedModel.echo().fresh(), name="w2", lease=LEASE) as two,
     ):
-        await client.submit(job_id="a", prompt="abc", max_tokens=60)
+        await client.submit(job_id="a", prompt="abc", max_tokens=30)
         await wait_until(lambda: has_tokens(real, "a"))
         async with refusal(real):
             await asyncio.sleep(PAUSE_S)
-        await client.submit(job_id="b", prompt="abc", max_tokens=30)
+        await client.submit(job_id="b", prompt="abc", max_tokens=15)
         results = await asyncio.gather(read_job(client, "a"), read_job(client, "b"))
-        assert [result.text for result in results] == ["abc" * 20, "abc" * 10]
-        await assert_healthy(real, one, two, texts={"a": "abc" * 20, "b": "abc" * 10})
+        assert [result.text for result in results] == ["abc" * 10, "abc" * 5]
+        await assert_healthy(real, one, two, texts={"a": "abc" * 10, "b": "abc" * 5})
 
 
 @pytest.mark.parametrize("refusal", [too_few_replicas, out_of_memory, without_scripts])
 async def test_deliveries_and_attempts_are_not_counted_while_the_server_refuses(real, refusal):
     """Without rights to scripts, XREADGROUP still delivers; the entry is taken when it can be."""
     client = real.client()
-    lease = LeaseSection(lease_s=0.4, renew_s=0.1, scan_s=0.05, max_deliveries=2, max_attempts=1)
-    async with serving(real, slow_model(0.05), lease=lease) as worker:
-        await client.submit(job_id="a", prompt="abc", max_tokens=40)
+    lease = LeaseSection(lease_s=0.6, renew_s=0.15, scan_s=0.1, max_deliveries=2, max_attempts=1)
+    async with serving(real, slow_model(0.04), lease=lease) as worker:
+        await client.submit(job_id="a", prompt="abc", max_tokens=50)
         for seen in (0, 2, 5):
             await wait_until(lambda count=seen: has_tokens(real, "a", count))
             async with refusal(real):
-                await asyncio.sleep(0.8)
-        assert (await read_job(client, "a")).text == "abc" * 13 + "a"
-        await assert_healthy(real, worker, texts={"a": "abc" * 13 + "a"})
+                await asyncio.sleep(PAUSE_S)
+        assert (await read_job(client, "a")).text == "abc" * 16 + "ab"
+        await assert_healthy(real, worker, texts={"a": "abc" * 16 + "ab"})

@@ -58,6 +58,8 @@ _PLAIN = {
     "without any password": "NOPASSWORD",
     "no password is set": "NOPASSWORD",
     "invalid password": "WRONGPASS",
+    "ACL failure in script": "NOPERM",
+    "The user executing the script": "NOPERM",  # cannot run a command, or access a key
     "BUSYGROUP": "BUSYGROUP",  # some servers put ERR before it
 }
 """Parts of texts behind the code ERR, and the code by which such a reply is named here."""

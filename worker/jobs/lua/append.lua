@@ -5,9 +5,10 @@
 local owner = redis.call('HMGET', KEYS[2], 'epoch', 'worker')
 if owner[1] == ARGV[2] and owner[2] ~= ARGV[3] then return '0-0' end -- the server lost our take, and another worker has the epoch
 local top = top_of(KEYS[1])
-if top ~= ARGV[1] or top == '0-0' then return top end
+local written = #ARGV > 8 and top == ARGV[#ARGV - 2] -- before: the state may lack it, if the user had no right to HSET
+if not written and top ~= ARGV[1] or top == '0-0' then return top end
 
-for i = 9, #ARGV, 3 do
+for i = written and #ARGV + 1 or 9, #ARGV, 3 do
   top = redis.call('XADD', KEYS[1], ARGV[i], 'type', ARGV[i + 1], 'p', ARGV[i + 2])
 end
 local over = ARGV[4] == 'end' or ARGV[4] == 'error'
