@@ -1,17 +1,20 @@
 """The command line, one module per group of commands. `main` is the console script.
 
-Exit codes are those of `_HELP`; 1 is also any other failure, 2 also a CUDA error.
+Exit codes are those of `_HELP`; 1 is also any other failure, 2 also a CUDA error. Before its first
+statement, `main` imports nothing but the standard library's smallest modules: a container may be
+stopped at any time.
 """
 
 import os
+import signal
 import sys
 from importlib import import_module
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from worker import __version__
-from worker.errors import WorkerError
+
+if TYPE_CHECKING:
+    import typer
 
 _HELP = """Run language models from GGUF files.
 
@@ -47,23 +50,21 @@ _MODULES = {
 """Module → its commands, in the order of the help."""
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"worker {__version__}")
-        raise typer.Exit
-
-
-def _global_options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None: ...
-
-
-def command_line(only: str | None = None) -> typer.Typer:
+def command_line(only: str | None = None) -> "typer.Typer":
     """Return the command line; if `only` names a command, that one without the others' imports."""
+    import typer  # noqa: PLC0415  # see `main`
+
+    def print_version(wanted: bool) -> None:
+        if wanted:
+            print(f"worker {__version__}")
+            raise typer.Exit
+
+    version = typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+
+    def global_options(version: Annotated[bool, version] = False) -> None: ...
+
     app = typer.Typer(help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-    app.callback()(_global_options)
+    app.callback()(global_options)
     modules = {name: module for module, names in _MODULES.items() for name in names.split()}
     for name in [only] if only in modules else modules:
         command = getattr(import_module(f"worker.cli.{modules[name]}"), name)
@@ -76,6 +77,11 @@ def command_line(only: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Run the command line; report an expected failure as one sentence and an exit code."""
+    if sys.argv[1:2] == ["run"]:  # as a container's first process it would ignore SIGTERM without a handler
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(0))  # nothing is connected; `serve` drains from its start on
+    from worker.errors import WorkerError  # noqa: PLC0415  # after the handlers
+
     sys.setswitchinterval(_SWITCH_S)
     try:
         command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
