@@ -57,17 +57,16 @@ async def test_health_follows_the_worker_from_start_to_drain(fake):
         assert 'worker_state{state="draining"} 1.0' in (await http_get(port, "/metrics"))[1]
 
 
-async def test_a_worker_without_its_server_is_neither_alive_nor_ready_until_it_returns(fake):
+async def test_a_worker_without_its_server_is_alive_and_not_ready_until_it_returns(fake):
     server_down = False
     streams = LossyStreams(fake.connect(), lambda name: server_down, lambda name: _refuse(server_down))
     lease = LeaseSection(lease_s=2, renew_s=0.1, scan_s=0.1)
     async with serving(fake, SharedModel.echo().fresh(), streams=streams, lease=lease) as worker:
-        await wait_until_status(worker, "/livez", 200)
+        await wait_until_status(worker, "/readyz", 200)
         server_down = True
-        await wait_until_status(worker, "/livez", 503)
-        assert (await http_get(worker.service.http_port, "/readyz"))[0] == 503
+        await wait_until_status(worker, "/readyz", 503)
+        assert (await http_get(worker.service.http_port, "/livez"))[0] == 200
         server_down = False
-        await wait_until_status(worker, "/livez", 200)
         await wait_until_status(worker, "/readyz", 200)
 
 
@@ -76,14 +75,14 @@ async def _refuse(server_down):
         raise Disconnected("the server is down")
 
 
-async def test_a_busy_worker_stays_alive_through_its_renewals(fake):
+async def test_a_busy_worker_stays_ready_through_its_renewals(fake):
     model, client = SharedModel.echo(), fake.client()
     slow = model.fresh(ScriptedRunner(model.runner, lambda step: time.sleep(0.02)))
     async with serving(fake, slow, lease=LeaseSection(lease_s=2, renew_s=0.1, scan_s=0.1)) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=60)
         answers = []
         while not answers or (await client.state("a")).get("state") != "end":
-            answers.append((await http_get(worker.service.http_port, "/livez"))[0])
+            answers.append((await http_get(worker.service.http_port, "/readyz"))[0])
             await asyncio.sleep(0.01)
         assert set(answers) == {200}
 
@@ -212,6 +211,17 @@ async def test_a_model_that_does_not_load_ends_the_worker_and_is_reported(fake):
     )
     assert events[2].exit_code == 1
     assert await fake.client().workers() == {}
+
+
+async def test_the_last_event_and_the_log_have_the_exit_code_of_the_process(fake):
+    def load(progress):
+        raise ConfigInvalid("backend gpu needs CuPy")
+
+    async with serving(fake, load, ready=False) as worker:
+        with pytest.raises(ConfigInvalid):
+            await worker.task
+        assert worker.logged("worker_stopped")[0]["exit_code"] == 4
+    assert (await worker_events(fake, "w1"))[-1].exit_code == 4
 
 
 async def test_a_worker_can_be_stopped_while_it_loads(fake):

@@ -144,11 +144,13 @@ def test_a_model_that_cannot_be_served_is_exit_code_1_and_a_message(server, clie
     last = process.log.read_text().splitlines()[-1]
     assert last.startswith("worker: MODEL_LOAD_FAILED: ")
     assert process.logged("worker_failed")[0]["code"] == "MODEL_LOAD_FAILED"
+    assert process.logged("worker_stopped")[0]["exit_code"] == 1
 
 
 def test_an_unreachable_server_is_exit_code_5_and_a_message(tmp_path):
     process = Process("redis://127.0.0.1:1", tmp_path / "1", "--echo", WORKER_REDIS__PATIENCE_S="0.3")
     assert process.wait() == 5
+    assert process.logged("worker_stopped")[0]["exit_code"] == 5
     last = process.log.read_text().splitlines()[-1]
     assert last.startswith("worker: REDIS_UNREACHABLE: ")
     assert "cannot reach redis://127.0.0.1:1 (connection refused)" in last

@@ -179,7 +179,7 @@ class Transport:
 
     @property
     def seconds_since_contact(self) -> float:
-        """Seconds since the last successful poll or renewal; /livez fails above 3 × `scan_s`."""
+        """Seconds since the last successful poll or renewal; /readyz fails above 3 × `scan_s`."""
         return time.monotonic() - self._consumer.last_contact_s
 
     async def other_workers(self) -> list[Mapping[str, str]]:

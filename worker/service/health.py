@@ -1,5 +1,10 @@
 """A worker's health: its state, and the HTTP pages /livez, /readyz and /metrics that report it.
 
+| page | status 200 while |
+| --- | --- |
+| /livez | the process works: its event loop replies and the engine is not stalled |
+| /readyz | the model is loaded, the Redis server is reached, and the worker takes jobs |
+
 The pages read cached facts only, which `service.py` and `reporter.py` keep current; a request never
 waits for a Redis server or a device.
 """
@@ -68,8 +73,11 @@ class Health:
 
     @property
     def alive(self) -> bool:
-        """/livez: the worker loads a model, or it polls and renews."""
-        return self.state != "failed" and (self.state == "starting" or self.reached)
+        """/livez: the event loop runs, as a reply shows, and the engine is not stalled.
+
+        Without regard to the server: a restart of every worker would not end its outage.
+        """
+        return self.state != "failed"
 
     @property
     def ready(self) -> bool:

@@ -31,6 +31,7 @@ from worker.telemetry import Log, Metrics, frames_of
 T = TypeVar("T")
 
 _DEVICE_LOST = 2
+_SERVER_UNREACHABLE = 5
 _SHUTDOWN_S = 1.0
 _HAND_BACK_S = 3.0
 """For handing the job back after the grace period; it takes longer only without a server."""
@@ -94,6 +95,8 @@ class Service:
     async def run(self) -> int:
         """Serve until drained; returns the exit code: 0, 1 after a fault, 2 if the device is lost.
 
+        The exit code in the log and in `stopped` is that of the process, also after a raise.
+
         Raises:
             WorkerError: ModelLoadFailed, InsufficientVram or ConfigInvalid, before the first job.
             Disconnected: the server was unreachable at the start.
@@ -112,8 +115,10 @@ class Service:
             code = _DEVICE_LOST
         except WorkerError as error:
             self._fail(error)
+            code = error.exit_code
             raise
         except Disconnected:
+            code = _SERVER_UNREACHABLE
             raise
         except Exception as error:
             self._log.error("worker_fault", frames=frames_of(error))
