@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shlex
 import shutil
@@ -84,9 +85,13 @@ def accepted(command, settings, monkeypatch, config=None):
 
 
 def click_command(name):
+    return click_commands()[name]
+
+
+def click_commands():
     from typer.main import get_command
 
-    return get_command(command_line()).commands[name]
+    return get_command(command_line()).commands
 
 
 def test_the_dockerfile_passes_its_linter():
@@ -162,7 +167,34 @@ def test_the_compose_worker_has_valid_settings_and_a_gpu(services, monkeypatch):
     assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
     assert worker["healthcheck"]["test"] == ["CMD", "worker", "health"]
     assert worker["depends_on"]["redis"]["condition"] == "service_healthy"
+    assert worker["depends_on"]["pull"]["condition"] == "service_completed_successfully"
     assert (COMPOSE.parent / worker["build"]["context"] / worker["build"]["dockerfile"]).resolve() == DOCKERFILE
+
+
+@pytest.mark.parametrize(
+    ("model", "pulled"),
+    [("smollm2", ["pull smollm2"]), ("hf:a/b/c d.gguf", ["pull hf:a/b/c d.gguf"]), ("/models/x.gguf", [])],
+)
+def test_compose_pulls_a_model_that_has_a_name_and_leaves_a_path_alone(services, tmp_path, model, pulled):
+    pull, worker = services["pull"], services["worker"]
+    assert set(pull["volumes"]) <= set(worker["volumes"])
+    assert pull["environment"]["MODEL"] == worker["environment"]["WORKER_MODEL__PATH"]
+    record = tmp_path / "worker"
+    record.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    record.chmod(0o755)
+    command = [part.replace("$$", "$") for part in pull["entrypoint"]]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(command, env={"MODEL": model, "PATH": path}, check=True, timeout=10)
+    calls = tmp_path / "calls"
+    assert (calls.read_text().splitlines() if calls.exists() else []) == pulled
+    assert "pull" in click_commands()
+
+
+def test_containers_have_an_init_process_and_no_privileges(services):
+    for name in ("pull", "worker"):
+        assert services[name]["init"] is True
+        assert services[name]["read_only"] is True
+        assert services[name]["cap_drop"] == ["ALL"]
 
 
 def test_the_compose_server_persists_data_and_evicts_nothing(services):
