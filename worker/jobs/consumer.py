@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -16,6 +17,7 @@ from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.events import Envelope, Event, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, worker_events_key
+from worker.jobs.served_models import ServedModels
 from worker.jobs.streams import (
     STATUS_TTL_MS,
     Disconnected,
@@ -79,6 +81,11 @@ class Consumer:
         """Ids of the entries that this worker is processing."""
         self._avoided_until_s: dict[str, float] = {}
         """Ids of entries that this worker leaves to others, and how long."""
+        self._model_of: dict[str, str] = {}
+        """Ids of entries that this worker leaves to the workers of another model."""
+        self._overdue: deque[PendingEntry] = deque()
+        """Entries without a lease that the last scan has found and this worker has not tried."""
+        self.other_models = ServedModels(streams, queue, worker_id)
         self._watch = RenewalWatch()
         self.last_contact_s = time.monotonic()
         """Monotonic time of the last successful poll or renewal."""
@@ -135,9 +142,14 @@ class Consumer:
             self.held.discard(entry_id)
         return ownership
 
-    async def give_back(self, entry_id: str, deliveries: int, avoid_s: float = 0.0) -> None:
-        """Make the entry claimable at once, with this delivery count; here only after `avoid_s`."""
+    async def give_back(self, entry_id: str, deliveries: int, avoid_s: float = 0.0, model: str | None = None) -> None:
+        """Make the entry claimable at once, with this delivery count.
+
+        Here only after `avoid_s`, and only once no worker serves `model`, which the job names.
+        """
         self._avoided_until_s[entry_id] = time.monotonic() + avoid_s
+        if model is not None:
+            self._model_of[entry_id] = model
         args = (entry_id, int(self._lease.lease_s * 1000) + 1, max(0, deliveries))
         await retry_until_connected(self._streams.give_back, self._queue, self._worker_id, *args)
         self.held.discard(entry_id)
@@ -149,11 +161,14 @@ class Consumer:
 
     def _is_free(self, entry_id: str) -> bool:
         """Whether this worker may claim the entry: not processing it, nor leaving it to others."""
-        return entry_id not in self.held and time.monotonic() >= self._avoided_until_s.get(entry_id, 0.0)
+        if entry_id in self.held or time.monotonic() < self._avoided_until_s.get(entry_id, 0.0):
+            return False
+        return entry_id not in self._model_of or self._model_of[entry_id] not in self.other_models
 
     def _connection_lost(self) -> None:
         """Reread own pending entries: replies may be lost. Others get one lease to renew theirs."""
         self._own_after = START
+        self._overdue.clear()
         self._no_scan_until_s = time.monotonic() + self._lease.lease_s
 
     async def _read_own(self) -> Entry | None:
@@ -169,25 +184,29 @@ class Consumer:
         return None
 
     async def _reclaim(self) -> Entry | None:
-        """Claim an entry whose lease has expired, at most once per `scan_s` if there is none."""
+        """Claim an entry whose lease has expired; look for such entries once per `scan_s`."""
         now_s = time.monotonic()
-        if now_s < max(self._next_scan_s, self._no_scan_until_s):
-            return None
-        overdue = await self._overdue()
-        if any(row.idle_ms < self._lease.lease_s * 1000 for row in overdue):
-            await asyncio.sleep(_EQUAL_MS / 1000)  # the clock went back, or it is renewed at this millisecond
-            overdue = await self._overdue()
-        for row in overdue:
+        if not self._overdue and now_s >= max(self._next_scan_s, self._no_scan_until_s):
+            self._next_scan_s = now_s + self._lease.scan_s
+            overdue = await self._scan()
+            if any(row.idle_ms < self._lease.lease_s * 1000 for row in overdue):
+                await asyncio.sleep(_EQUAL_MS / 1000)  # the clock went back, or it is renewed at this millisecond
+                overdue = await self._scan()
+            self._overdue.extend(overdue)
+        while self._overdue:
+            row = self._overdue.popleft()
             if self._is_free(row.entry_id):
                 entry = await self._streams.reclaim(self._queue, self._worker_id, row)
                 if entry is not None:
                     return entry
-        self._next_scan_s = now_s + self._lease.scan_s
         return None
 
-    async def _overdue(self) -> list[PendingEntry]:
+    async def _scan(self) -> list[PendingEntry]:
         rows = await self._streams.pending(self._queue, _SCANNED)
         self._avoided_until_s = {row.entry_id: self._avoided_until_s.get(row.entry_id, 0.0) for row in rows}
+        self._model_of = {row.entry_id: self._model_of[row.entry_id] for row in rows if row.entry_id in self._model_of}
+        if self._model_of:
+            await self.other_models.refresh()
         return self._watch.overdue(rows, self._lease.lease_s)
 
 

@@ -300,6 +300,18 @@ class Transport:
                 return Renewal.CANCEL_REQUESTED
         return Renewal.HELD
 
+    async def is_served_elsewhere(self, model: str) -> bool:
+        """Whether another living worker of the queue serves the model."""
+        await self._consumer.other_models.refresh()
+        return model in self._consumer.other_models
+
+    async def pass_on(self, claim: Claim, model: str) -> None:
+        """Leave the job to the workers of the model that it names, as `release` does.
+
+        This worker does not claim it again while one of them lives.
+        """
+        await self._consumer.give_back(claim.entry_id, claim.deliveries - 1, model=model)
+
     async def release(self, held: Lease | Claim, avoid_s: float = 0.0) -> None:
         """Make the job claimable at once. Counts neither as a delivery nor as a failed attempt.
 

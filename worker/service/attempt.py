@@ -57,6 +57,7 @@ class Attempt:
         self._over = asyncio.Event()
         self._claimed = time.monotonic()
         self._server_lead_ms = 0.0
+        self._other_model = ""
         self._trace = Trace.of("", claim.entry_id, None, claim.traceparent)
 
     async def run(self) -> str:
@@ -144,6 +145,7 @@ class Attempt:
         try:
             job = await self._off_loop(lambda: decode_job(claim.payload, context.section.max_payload_bytes))
             self._identify(job.job_id, job)
+            await self._check_model(job)
             prepared = await self._off_loop(
                 lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms)
             )
@@ -157,6 +159,14 @@ class Attempt:
         except Exception as error:
             self._log.error("job_fault", frames=frames_of(error))
             return Internal(f"{type(error).__name__} while the job was read")
+
+    async def _check_model(self, job: Job) -> None:
+        """Raise AttemptInterrupted if another worker serves the model that the job names."""
+        if job.model is None or job.model == self._context.model.name:
+            return
+        if await self._context.transport.is_served_elsewhere(job.model):
+            self._other_model = job.model
+            raise AttemptInterrupted(StopReason.OTHER_MODEL)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         """Run `work` on the payload: in place if the payload is small, else on another thread."""
@@ -255,6 +265,9 @@ class Attempt:
             await self._stop_renewing()
             await self._context.transport.release(self._held)
             return self._released("handed_back")
+        if reason is StopReason.OTHER_MODEL:
+            await self._stop_renewing()
+            await self._context.transport.pass_on(self._claim, self._other_model)
         if reason is StopReason.STALLED and isinstance(self._held, Lease):
             await self._abandon(self._held, Internal("the engine made no step"))
         return self._released(reason.name.lower())

@@ -59,8 +59,8 @@ class Health:
         self.changed.set()
 
     def attempt_ended(self, outcome: str) -> None:
-        """Count an attempt that ended, for which the server was reached."""
-        self.jobs += 1
+        """Count an attempt that ended, unless it was left to the workers of another model."""
+        self.jobs += outcome != "other_model"
         self._last_attempt_end = time.monotonic()
         if outcome in ("completed", VramOom.code.lower()):
             self.degraded = outcome != "completed"

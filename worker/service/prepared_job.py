@@ -100,6 +100,8 @@ class PreparedJob:
 class StopReason(IntEnum):
     """Why an attempt must stop; the highest reason counts."""
 
+    OTHER_MODEL = 0
+    """The job names a model that another worker serves: leave it to that one."""
     DRAIN = 1
     """The grace period is over: hand the job back."""
     CANCEL = 2
