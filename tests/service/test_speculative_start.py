@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 import pytest
@@ -23,6 +24,7 @@ from tests.service.serving import (
 )
 from worker.errors import CudaError, VramOom
 from worker.jobs.keys import state_key
+from worker.service import attempt
 
 
 def scripted(model=None, script=lambda step: None):
@@ -64,6 +66,26 @@ async def test_cached_tokens_are_counted_when_the_engine_starts(fake, model):
             result = await run_job(client, **fields)
             assert result.cached_tokens == cached
             assert result.tokens == reference_tokens(model(), **fields)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Every entry counts as delivered at once, however long it waited."""
+    monkeypatch.setattr(attempt, "_WAITED_MS", math.inf)
+
+
+async def test_after_a_wait_take_precedes_the_engine(fake):
+    """Otherwise a step would be run for jobs that were cancelled meanwhile."""
+    client, held = fake.client(), HeldTake(fake)
+    runner, loaded = scripted()
+    await client.submit(job_id="a", prompt="abc", max_tokens=5)
+    await asyncio.sleep(2 * attempt._WAITED_MS / 1000)
+    async with serving(fake, loaded, streams=held.streams, lease=LONG_LEASE):
+        await asyncio.wait_for(held.called.wait(), 10)
+        await asyncio.sleep(0.1)
+        assert runner.steps == 0
+        held.go.set()
+        assert (await read_job(client, "a")).text == "abcab"
 
 
 async def test_from_the_second_delivery_on_take_precedes_the_engine(fake):
@@ -121,13 +143,13 @@ async def test_a_take_that_the_server_refuses_leaves_the_engine_as_it_was(fake):
     runner, loaded = scripted(script=lambda step: time.sleep(0.005))
     async with serving(fake, loaded) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=1000)
-        await worker.wait_until_logged("attempt_fault")
+        await worker.wait_until_logged("job_failed")
         await wait_until_engine_is_free(worker, loaded)
         assert runner.steps < 1000
 
 
 @pytest.mark.parametrize("cut", [0, 5, 12])
-async def test_a_job_with_a_history_is_replayed_although_it_was_started(fake, model, cut):
+async def test_a_job_with_a_history_is_replayed_although_it_was_started(fake, model, cut, at_once):
     client, held = fake.client(), HeldTake(fake)
     whole = reference_tokens(model(), **SAMPLED_JOB)
     await client.submit(job_id="a", **SAMPLED_JOB)
@@ -143,7 +165,7 @@ async def test_a_job_with_a_history_is_replayed_although_it_was_started(fake, mo
         assert_none(await find_violations(fake.connect(), "default", {"a": "".join(t.t for t in whole)}))
 
 
-async def test_the_parameters_of_an_earlier_attempt_hold_although_it_published_no_token(fake):
+async def test_the_parameters_of_an_earlier_attempt_hold_although_it_published_no_token(fake, at_once):
     """This worker's longer context would leave more tokens, and it has already drawn more."""
     client, small, large, held = fake.client(), SharedModel.echo(64), SharedModel.echo(128), HeldTake(fake)
     await client.submit(job_id="a", prompt="abc")

@@ -1,8 +1,8 @@
 """One attempt at one job: from the claimed queue entry to its terminal event, or to its release.
 
-    first delivery:   decode, tokenize ─► engine ─┬─► append … append ─► finish ─► settle
-                                       └► take ───┘
-    later deliveries: decode, tokenize ─► engine (paused) ─► take ─► engine (resumed) ─► append …
+    delivered at once: decode, tokenize ─► engine ─┬─► append … append ─► finish ─► settle
+                                        └► take ───┘
+    later, or again:   decode, tokenize ─► engine (paused) ─► take ─► engine (resumed) ─► append …
 
 One task runs the job and another renews the lease (`Attempt._renew`). Read next: `prepared_job.py`
 (tokenizing, and what ends an attempt early), `generation.py` (from the engine to `append`), and
@@ -37,6 +37,8 @@ _STOP_REASONS = {
     Renewal.DELETED: StopReason.DELETED,
     Renewal.CANCEL_REQUESTED: StopReason.CANCEL,
 }
+_WAITED_MS = 50
+"""An entry that is claimed within this time was not waiting. Above any delay of a reply."""
 _SMALL_PAYLOAD_BYTES = 4096
 """Such a payload is decoded and tokenized in less time than a thread takes to wake."""
 
@@ -146,10 +148,13 @@ class Attempt:
             job = await self._off_loop(lambda: decode_job(claim.payload, context.section.max_payload_bytes))
             self._identify(job.job_id, job)
             await self._check_model(job)
+            if error := self.limits.deadline_error():
+                return error
             prepared = await self._off_loop(
                 lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms)
             )
-            return await SpeculativeStart.begin(context, self.limits, prepared, claim.deliveries)
+            waited = self._server_ms() - claim.enqueued_ms > _WAITED_MS
+            return await SpeculativeStart.begin(context, self.limits, prepared, paused=claim.deliveries > 1 or waited)
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
                 self._identify(error.details["job_id"])

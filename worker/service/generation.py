@@ -49,7 +49,8 @@ class SpeculativeStart:
 
     | delivery of the entry | sequence | reason |
     | --- | --- | --- |
-    | first | runs at once | another worker has rarely begun the job: `take` and prefill overlap |
+    | first, at once | runs at once | `take` and prefill overlap |
+    | first, after a wait | paused | the job may be cancelled or doubled by now: no step for it |
     | later | paused | `take` counts failed attempts: it precedes a step that may kill the worker |
 
     In both cases the cached prefix is held, whose length the job's stream opens with. Drawn tokens
@@ -68,14 +69,14 @@ class SpeculativeStart:
 
     @classmethod
     async def begin(
-        cls, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, deliveries: int
+        cls, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, *, paused: bool
     ) -> SpeculativeStart:
         """Add the answer to the engine. Returns at its first launch or, if paused, at once.
 
         Raises as `AttemptLimits.guard` does. The caller releases the job's sequence in the end.
         """
-        start = cls(context, limits, job, paused=deliveries > 1)
-        added = context.engine.add(start.answer.sequence, start.inbox, paused=start._state == "paused")
+        start = cls(context, limits, job, paused=paused)
+        added = context.engine.add(start.answer.sequence, start.inbox, paused=paused)
         start.cached_tokens = await limits.guard(added)
         return start
 
