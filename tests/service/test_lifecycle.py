@@ -139,7 +139,9 @@ async def test_every_metric_is_exported_and_none_is_labelled_by_job(fake, model)
         await run_job(client, job_id="job-number-2", prompt="hello", max_tokens=100_000)
 
         async def counted():
-            return 'outcome="invalid_request"} 1.0' in (await http_get(worker.service.http_port, "/metrics"))[1]
+            metrics = (await http_get(worker.service.http_port, "/metrics"))[1]
+            measured = 'worker_kv_blocks{state="used"} 0.0' in metrics  # after the last job
+            return measured and 'outcome="invalid_request"} 1.0' in metrics
 
         await wait_until(counted)
         exposition = (await http_get(worker.service.http_port, "/metrics"))[1]

@@ -44,15 +44,19 @@ _SMALL_PAYLOAD_BYTES = 4096
 
 
 class Attempt:
-    """One attempt at the job of `claim`. Call `run` once."""
+    """One attempt at the job of `claim`. Call `run` once.
 
-    def __init__(self, context: WorkerContext, claim: Claim) -> None:
+    `on_generated` is called when the engine is free and the last events are not yet published.
+    """
+
+    def __init__(self, context: WorkerContext, claim: Claim, on_generated: Callable[[], None]) -> None:
         self.job_id: str | None = None
         """None until the payload is decoded."""
         self.limits = AttemptLimits(context.section.inference_timeout_s)
         self._context = context
         self._claim = claim
         self._job: Job | None = None
+        self._on_generated = on_generated
         self._held: Claim | Lease = claim
         self._renewals: asyncio.Task[None] | None = None
         self._log = context.log
@@ -216,6 +220,7 @@ class Attempt:
 
     async def _finish(self, lease: Lease, rest: Sequence[Event], stats: AttemptStats) -> str:
         """Publish the last events; what follows them happens while the next job runs."""
+        self._on_generated()
         await self._context.transport.finish(lease, *rest)
         self._context.transport.begin_settling(lease)
         return self._ended(rest[-1], stats)

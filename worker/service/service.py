@@ -78,6 +78,8 @@ class Service:
         self._reporter = Reporter(transport.registration, self._health, section, self._metrics, log)
         self._engine = EngineThread()
         self._attempt: Attempt | None = None
+        self._claiming: asyncio.Task[Claim | None] | None = None
+        """Returns the entry after that of the running job."""
         self._drain_reason = ""
         self._grace_s = 0.0
         self._draining = asyncio.Event()
@@ -218,16 +220,28 @@ class Service:
 
     async def _run_jobs(self, context: WorkerContext) -> int:
         """Run one job after another until the drain. Raises CudaError if a job loses the device."""
-        while not self._draining.is_set():
-            claim = await self._claim()
-            if claim is None:
-                continue
-            if self._draining.is_set():
-                await self._transport.release(claim)
-                break
-            if await self._run_job(context, claim) == "stalled":  # the next claim would return the same job
-                return _DEVICE_LOST
-        return 0
+        try:
+            while self._claiming is not None or not self._draining.is_set():
+                claim = await self._next_claim()
+                if claim is None:
+                    continue
+                if self._draining.is_set():
+                    await self._transport.release(claim)
+                elif await self._run_job(context, claim) == "stalled":  # the next claim would return the same job
+                    return _DEVICE_LOST
+            return 0
+        finally:
+            if self._claiming is not None:
+                self._claiming.cancel()
+
+    def _begin_claim(self) -> None:
+        """Claim the next entry while the last events of a job are on their way to the server."""
+        if self._claiming is None and not self._draining.is_set():
+            self._claiming = asyncio.create_task(self._claim())
+
+    async def _next_claim(self) -> Claim | None:
+        claiming, self._claiming = self._claiming, None
+        return await (claiming or self._claim())
 
     async def _claim(self) -> Claim | None:
         try:
@@ -238,7 +252,7 @@ class Service:
             return None
 
     async def _run_job(self, context: WorkerContext, claim: Claim) -> str:
-        attempt = self._attempt = Attempt(context, claim)
+        attempt = self._attempt = Attempt(context, claim, self._begin_claim)
         context.first_token_gate.close(on_open=self._reporter.busy)
         try:
             outcome = await attempt.run()
