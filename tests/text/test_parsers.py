@@ -144,11 +144,13 @@ def test_calls_of_hermes_are_published_with_their_arguments(answer, expected):
         '<tool_call>{"name": ""}</tool_call>',
         '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
         '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": }</tool_call>',
         '<tool_call>{"name": "f"',
         '<tool_call>{"name": "f", "argu',
         '<tool_call>{"name": "f", "arguments":',
         '<tool_call>{"arguments": {"a": 1}, "na',
         '<tool_call>["name"]</tool_call>',
+        '<tool_call>{"name": "f", "args": {"a": 1}}</tool_call>',
         "text\n\n",
     ],
 )
@@ -232,6 +234,7 @@ TWO = [call("{}"), call("{}", 1, "g")]
         (HEAD.strip() + "and " + S, [call("{"), ("final", "and"), call('"s": "a"}')]),
         (HEAD + "<parameter=s>ab</para", [call('{"s": "ab</para')]),
         (HEAD + "<parameter=n>5", [call('{"n": 5')]),
+        (HEAD + S + "<parameter=n", [call('{"s": "a"'), ("final", "<parameter=n")]),
     ],
 )
 def test_xml_calls_are_published_as_json_objects(answer, expected):

@@ -1,12 +1,13 @@
 """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: calls of Hermes, Qwen2.5 and Qwen3.
 
 The text of `arguments` (or `parameters`) is published as the model wrote it, as soon as the name is
-known: a call whose name comes last is withheld until then. A call without arguments has `{}`. Other
-keys of the object and newlines next to the marks are markup.
+known: a call whose name comes last is withheld until then. Other keys of the object and newlines
+next to the marks are markup.
 
 | odd | published |
 | --- | --- |
-| no JSON object with a name | the text from `<tool_call>` on, as final |
+| no JSON object with a name, or other keys in place of `arguments` | the text, as final |
+| no `arguments` and no other keys | a call with `{}` |
 | a closing brace or `</tool_call>` is missing, one brace too many | the call; later text is final |
 | the arguments end in the middle | the call with what there is |
 | several objects in one `<tool_call>` | several calls |
@@ -20,9 +21,10 @@ from worker.text.parsers.interface import Place, TextParser, partial_mark, witho
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _START = re.compile(r"(?:<tool_call>)?\s*\{")
 _END = re.compile(r"\s*\}")
-_KEY = re.compile(r'\s*,?\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?=\S)')
+_KEY = re.compile(r'\s*,?\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?=[^\s,:}\]<])')
 _KEY_SO_FAR = re.compile(r'\s*,?\s*(?:"(?:[^"\\]|\\.)*(?:\\|"\s*:?\s*)?)?')
 _ARGUMENTS = ("arguments", "parameters")
+_ABOUT = ("name", "id", "type")
 _STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
 _STRUCTURE = re.compile(r'["{}\[\]<]')
 _AFTER_SCALAR = re.compile(r"[,}\]\s<]")
@@ -45,7 +47,7 @@ class HermesParser(TextParser):
         self._value_at = 0
         self._name: str | None = None
         self._early_arguments: str | None = None
-        self._is_published = False
+        self._is_published = self._has_other_keys = False
 
     def _text(self, last: bool) -> bool:
         start = self._held.find(_OPEN)
@@ -59,8 +61,9 @@ class HermesParser(TextParser):
 
     def _object(self, last: bool) -> bool:
         """At `<tool_call>`, or at the brace of a further object."""
-        if start := _START.match(self._held):
-            self._begin_object(start.end())
+        start = _START.match(self._held)
+        self._begin_object(start.end() if start else 0)
+        if start:
             self._state = self._in_object
             return True
         if self._held.removeprefix(_OPEN).strip() or last:
@@ -73,11 +76,12 @@ class HermesParser(TextParser):
         if key := _KEY.match(self._held, self._at):
             self._key, self._value, self._at = key[1], _JsonValue(), key.end()
             self._value_at = self._at
-            if self._key in _ARGUMENTS and self._name is not None and not self._is_published:
+            self._state = self._in_value
+            if self._key in _ARGUMENTS and self._is_published:
+                return self._reject()
+            if self._key in _ARGUMENTS and self._name is not None:
                 self._publish_call("")
                 self._state = self._arguments
-            else:
-                self._state = self._in_value
             return True
         if end := _END.match(self._held, self._at):
             self._at = end.end()
@@ -104,6 +108,8 @@ class HermesParser(TextParser):
                 self.place = Place("final")
         elif self._key in _ARGUMENTS:
             self._early_arguments = value
+        elif self._key not in _ABOUT:
+            self._has_other_keys = True
         return True
 
     def _arguments(self, last: bool) -> bool:
@@ -115,7 +121,7 @@ class HermesParser(TextParser):
 
     def _end_object(self) -> bool:
         if not self._is_published:
-            if self._name is None:
+            if self._name is None or self._has_other_keys:
                 return self._reject()
             self._publish_call("{}")
             self.place = Place("final")

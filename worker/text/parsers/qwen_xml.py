@@ -12,7 +12,7 @@ newlines next to the marks are markup.
 | a value with the end tags inside | the tags are text, unless further tags or the end follow |
 | `<tool_call>` without a function | the text from it on, as final |
 | text between the parameters | as final |
-| the answer ends in a value | the value without an end |
+| the answer ends in a value or a tag | the object without an end |
 """
 
 import re
@@ -113,11 +113,21 @@ class QwenXmlParser(TextParser):
         elif _AFTER_FUNCTION.match(rest):
             self._end_function()
         elif _partial_tag(rest, _TAGS) == len(rest) or _NAME_SO_FAR.fullmatch(rest):
-            self._held = "" if last else self._held  # at the end of the answer, markup that is cut off
-            return False
+            return last and self._cut_off(rest)
         else:
             self._publish_between(len(self._held) - len(rest))
         return True
+
+    def _cut_off(self, rest: str) -> bool:
+        """At the end of the answer: a closing tag closes, another one leaves the object open."""
+        self._held = ""
+        if rest.startswith("</"):
+            self._end_function()
+        else:
+            self.place = Place("final")
+            self._publish(rest)
+            self._state = self._text
+        return False
 
     def _publish_between(self, at: int) -> None:
         """Publish text that is no tag, from `at` to the next tag, as final."""
