@@ -8,11 +8,15 @@ from itertools import pairwise
 import pytest
 
 from tests.models import run
+from tests.text.small import HARMONY_NAMES, USER_DEFINED, byte_level
 from worker import runtime
-from worker.answer import Answer, tokenize_job
+from worker.answer import Answer, prompt_ids, tokenize_job
 from worker.config import EngineSection, ModelSection
+from worker.engine.engine import DrawnToken
 from worker.errors import InvalidRequest
-from worker.jobs.protocol import Job
+from worker.jobs.protocol import Job, Resolved
+from worker.sampling import Draw
+from worker.text.tokenizer import load_tokenizer
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -76,6 +80,49 @@ def test_tokens_after_the_end_are_dropped(loaded):
     answered = answer(loaded, max_tokens=2)
     drawn = run(loaded.engine, answered.sequence)["j"]
     assert [answered.push(token) is not None for token in [*drawn, drawn[-1]]] == [True, True, False]
+
+
+THINKING = byte_level(extra=[(mark, USER_DEFINED) for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>")])
+HARMONY = byte_level(names=HARMONY_NAMES)
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CALLS = '<tool_call>{"name": "f", "arguments": {"é": 1}}</tool_call>'
+HEADERS = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.f<|channel|>commentary<|message|>{}"
+REJECTED = '<tool_call>{"name": "f"'
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prompt", "text"),
+    [
+        (THINKING, "<|im_start|>assistant\n<think>\n", f"h🙂\n</think>\n\nhe\n{CALLS}\n{CALLS}\nhe"),
+        (THINKING, "<|im_start|>assistant\n", f"<think>\n\n</think>\n\n{REJECTED}<think>"),
+        (HARMONY, "<|start|>assistant", f"{HEADERS}<|call|>"),
+        (HARMONY, "<|start|>assistant", "<|channel|>analysis Well, no<|return|>"),
+    ],
+)
+def test_replayed_tokens_leave_the_parsers_in_the_same_state(metadata, prompt, text):
+    tokenizer = load_tokenizer(metadata)
+    messages = [{"role": "user", "content": "hi"}]
+    job = Job.parse({"job_id": "j", "messages": messages, "tools": TOOLS, "stop": ["}}}", "hm?"]})
+    ids, resolved = tokenizer.encode(prompt, special=True), Resolved("m", 5, max_tokens=999, seed=1)
+    drawn = [DrawnToken("j", n, Draw(i), False, None) for n, i in enumerate(tokenizer.encode(text, special=True))]
+    whole = Answer(job, resolved, tokenizer, ids)
+    tokens = [whole.push(token) for token in drawn]
+    assert len({token.channel for token in tokens}) > 1 or "Well" in text
+    for cut in range(len(drawn)):
+        resumed = Answer(job, resolved, tokenizer, ids, [token.draw.id for token in drawn[:cut]])
+        assert [resumed.push(token) for token in drawn[cut:]] == tokens[cut:]
+
+
+def test_calls_are_text_for_a_job_without_tools_or_with_tool_choice_none():
+    tokenizer = load_tokenizer(THINKING)
+    resolved = Resolved("m", 5, max_tokens=999, seed=1)
+    for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        job = Job.parse({"job_id": "j", "messages": [{"role": "user", "content": "hi"}], **fields})
+        answered = Answer(job, resolved, tokenizer, prompt_ids(job, tokenizer, NOW))
+        ids = tokenizer.encode(CALLS)
+        tokens = [answered.push(DrawnToken("j", n, Draw(i), False, None)) for n, i in enumerate(ids)]
+        assert "".join(token.t for token in tokens) == CALLS
+        assert {token.channel for token in tokens} == {"final"}
 
 
 def test_a_chat_that_its_template_rejects_is_an_invalid_request(loaded):

@@ -73,18 +73,47 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class Terminal:
-    """Readable output: the text on stdout, statistics on stderr."""
+    """Readable output: the answer on stdout, statistics on stderr.
+
+    Reasoning is dimmed on a terminal; if stdout is none, it goes to stderr. A tool call is a line
+    of its own: the recipient and the arguments.
+    """
+
+    def __init__(self) -> None:
+        self._dims = sys.stdout.isatty()
+        self._place: tuple[str, int | None] | None = None
 
     def started(self, resolved: Resolved) -> None:
         """Print nothing."""
 
     def token(self, token: Token) -> None:
-        """Print the token's text."""
-        sys.stdout.write(token.t)
-        sys.stdout.flush()
+        """Print the token's text, on a new line where another channel or tool call begins."""
+        place = (token.channel, token.call)
+        if place != self._place and (token.t or token.channel == "tool"):
+            self._end_place()
+            self._place = place
+            if token.channel == "tool":
+                self._write(f"{plain(token.recipient)} ")
+        if token.t:
+            self._write(f"\x1b[2m{token.t}\x1b[0m" if self._dims and token.channel == "reasoning" else token.t)
+
+    def _end_place(self) -> None:
+        if self._place is not None:
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        stream = sys.stderr if self._is_aside else sys.stdout
+        stream.write(text)
+        stream.flush()
+
+    @property
+    def _is_aside(self) -> bool:
+        return self._place is not None and self._place[0] == "reasoning" and not self._dims
 
     def ended(self, end: End) -> None:
         """Print the statistics."""
+        if self._is_aside:
+            self._end_place()
         sys.stdout.write("\n")
         sys.stdout.flush()
         rate = f", {(end.tokens_out - 1) / end.decode_ms * 1000:.1f} tokens/s" if end.tokens_out > 1 else ""

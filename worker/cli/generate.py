@@ -38,7 +38,9 @@ def generate(
     """Answer one prompt and stream the answer.
 
     Pass a PROMPT (raw, or with --chat a user message) or --prompt-tokens. The text goes to stdout,
-    statistics to stderr. With --json each line is an event: started, token…, then end or error.
+    statistics to stderr. Reasoning is dimmed, or goes to stderr if stdout is no terminal; a tool
+    call is a line of its own. With --json each line is an event: started, token…, then end or
+    error.
     """
     fields = {
         "temperature": temperature, "seed": seed, "top_k": top_k, "top_p": top_p, "min_p": min_p,

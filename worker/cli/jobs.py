@@ -63,7 +63,8 @@ def submit(
 
         JOB=$(worker submit "Once upon a time" --max-tokens 50); worker tail $JOB
 
-    With --wait, the text goes to stdout and statistics to stderr; with --json, each line is one
+    With --wait, the text goes to stdout and statistics to stderr. Reasoning is dimmed, or goes to
+    stderr if stdout is no terminal; a tool call is a line of its own. With --json, each line is one
     event. Exit codes: 0 the answer is complete, 1 the job failed, 3 it was refused or the queue is
     full, 5 the server cannot be reached. Ctrl-C does not cancel the job.
     """

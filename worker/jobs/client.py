@@ -188,7 +188,9 @@ class Client:
                 yield token
 
     async def result(self, job_id: str, idle_s: float | None = None) -> tuple[str, End]:
-        """Wait for the job; return the whole text and the `end` event.
+        """Wait for the job; return the answer's text and the `end` event.
+
+        The text is that of the channel final: no reasoning and no tool calls, which `tokens` has.
 
         Raises JobFailed, and the errors of `events`.
         """
@@ -197,7 +199,7 @@ class Client:
             received = _token_or_end(item)
             if isinstance(received, End):
                 return "".join(text), received
-            if received is not None:
+            if received is not None and received.channel == "final":
                 text.append(received.t)
         raise AssertionError("events end with a terminal one")
 

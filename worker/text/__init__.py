@@ -4,6 +4,6 @@
   for messages, which `chat_template.py` renders.
 - `vocabulary.py` reads the GGUF metadata; `special_tokens.py` splits special tokens from ordinary
   text, which `bpe.py` encodes, with the word patterns of `pre_tokenizers.py`.
-- A token's text is withheld for a stop string in `detokenizer.py`, which also parses gpt-oss's
-  harmony message format.
+- A token's text is withheld for a stop string in `detokenizer.py`. `parsers/` assigns it to a
+  channel: reasoning, tool call or final, by the model's format.
 """

@@ -50,7 +50,8 @@ class IncrementalDetokenizer:
         self._parsed: _ParsedText | None = None
         if parser is not None:
             special = tokenizer.vocab.special
-            self._marks = {special[mark]: mark.encode() for mark in parser.marks if mark in special}
+            self._markup = {special[mark]: mark.encode() for mark in parser.marks if mark in special}
+            self._markup |= dict.fromkeys(parser.boundaries, b"")
             self._boundaries = parser.boundaries
             self._parsed = _ParsedText(parser, [text for text in stop if not _has_mark(text, parser)])
             stop = [text for text in stop if _has_mark(text, parser)]
@@ -74,7 +75,7 @@ class IncrementalDetokenizer:
         return DetokenizedToken(text, _FINAL, self._matcher.matched)
 
     def _push_parsed(self, parsed: "_ParsedText", token_id: int, last: bool, matching: bool) -> DetokenizedToken:
-        data = self._marks.get(token_id) or self._token_bytes(token_id)
+        data = self._markup[token_id] if token_id in self._markup else self._token_bytes(token_id)
         text = self._decode(data, last or token_id in self._boundaries)
         stop = None
         if self._matcher is not None and matching:

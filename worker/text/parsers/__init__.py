@@ -21,7 +21,7 @@ def answer_parser(
 
     Tool calls are parsed only in answers to jobs with tools; in harmony always.
     """
-    vocab, template = tokenizer.vocab, _template_source(tokenizer)
+    vocab, template = tokenizer.vocab, tokenizer.template_source
     if HarmonyParser.supported_by(vocab):
         return HarmonyParser(vocab, tokenizer.token_bytes, prompt_ids)
     calls: QwenXmlParser | HermesParser | None = None
@@ -36,7 +36,3 @@ def answer_parser(
         content=calls,
         ended_by_call=isinstance(calls, QwenXmlParser),
     )
-
-
-def _template_source(tokenizer: Tokenizer) -> str:
-    return getattr(tokenizer, "template_source", "")

@@ -30,7 +30,7 @@ class Parser(Protocol):
     marks: tuple[str, ...]
     """Markup found as text; a control token with such a name is passed to `push` as its name."""
     boundaries: frozenset[int]
-    """Ids of the control tokens that are markup: no code point spans one of them."""
+    """Ids of the tokens that are markup and have no text: no code point spans one of them."""
 
     def push(self, token_id: int, text: str) -> Iterable[Piece]:
         """Add the text of the answer's next token; return the text that can be published."""
