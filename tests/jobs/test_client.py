@@ -7,12 +7,12 @@ import asyncio
 import msgpack
 import pytest
 
-from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
+from tests.jobs.echo import begin, claim_next, complete, end, take_next, text, tokens
 from tests.jobs.harness import LONG_LEASE, Harness, LossyStreams, lease_settings, wait_until
 from worker.errors import InvalidRequest, QueueFull
 from worker.jobs import consumer
 from worker.jobs.client import Client
-from worker.jobs.events import ErrorEvent, Ready, Token
+from worker.jobs.events import ErrorEvent, Ready, Token, Tokens
 from worker.jobs.keys import events_key
 from worker.jobs.reader import JobFailed
 from worker.jobs.streams import Disconnected
@@ -81,6 +81,22 @@ async def test_an_error_ends_the_iteration_over_tokens(harness: Harness) -> None
     assert caught.value.error.retriable
     with pytest.raises(JobFailed):
         await client.result("a")
+
+
+async def test_the_result_is_the_text_of_the_channel_final(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
+    await client.submit(job_id="a", prompt="hello")
+    published = Tokens(
+        tokens=(
+            Token(0, 100, "hm", channel="reasoning"),
+            Token(1, 101, "yes"),
+            Token(2, 102, "{}", channel="tool", recipient="functions.f", call=0),
+        )
+    )
+    await worker.finish(await take_next(worker), published, end(3))
+    assert (await client.result("a"))[0] == "yes"
+    received = [token async for token in client.tokens("a")]
+    assert received == list(published.tokens)
 
 
 async def test_readers_ignore_unknown_event_types(harness: Harness) -> None:

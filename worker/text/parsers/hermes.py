@@ -16,7 +16,7 @@ next to the marks are markup.
 import json
 import re
 
-from worker.text.parsers.interface import Place, TextParser, partial_mark, without_newlines
+from worker.text.parsers.interface import Place, TextParser, partial_mark
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _START = re.compile(r"(?:<tool_call>)?\s*\{")
@@ -52,11 +52,11 @@ class HermesParser(TextParser):
     def _text(self, last: bool) -> bool:
         start = self._held.find(_OPEN)
         if start >= 0:
-            self._publish(self._take(start).rstrip("\n"))
+            self._publish_before(start)
             self._state = self._object
             return True
         withheld = partial_mark(self._held, (_OPEN,))
-        self._publish(self._take(len(self._held) if last else without_newlines(self._held, withheld)))
+        self._publish_all_but(withheld, last)
         return False
 
     def _object(self, last: bool) -> bool:

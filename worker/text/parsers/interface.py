@@ -7,6 +7,9 @@ depends on the joined text only, not on how the text is split into tokens.
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, Protocol
 
+_MAX_MARK = 20
+_MAX_NEWLINES = 16  # removed before a mark; a model that repeats newlines must not be withheld for ever
+
 
 class Place(NamedTuple):
     """What a piece of text belongs to. A stop string never matches across two `Place` objects."""
@@ -74,6 +77,23 @@ class TextParser:
         if text:
             self._pieces.append((self.place, text))
 
+    def _publish_before(self, mark: int) -> None:
+        """Publish the text before the mark at this index of `_held`, without its last newlines."""
+        end = self._without_newlines(mark)
+        self._publish(self._take(mark)[:end])
+
+    def _publish_all_but(self, withheld: int, last: bool) -> None:
+        """Publish the text without its last `withheld` characters and newlines before these.
+
+        `last` publishes all.
+        """
+        end = len(self._held) if last else self._without_newlines(len(self._held) - withheld)
+        self._publish(self._take(end))
+
+    def _without_newlines(self, end: int) -> int:
+        newlines = self._held[max(0, end - _MAX_NEWLINES) : end]
+        return end - len(newlines) + len(newlines.rstrip("\n"))
+
     def _take(self, length: int) -> str:
         """Remove and return the first characters of the withheld text."""
         text, self._held = self._held[:length], self._held[length:]
@@ -82,10 +102,5 @@ class TextParser:
 
 def partial_mark(text: str, marks: Iterable[str]) -> int:
     """Return the length of the longest suffix of `text` that may become one of the marks."""
-    at = text.rfind("<")
+    at = text.rfind("<", max(0, len(text) - _MAX_MARK))
     return len(text) - at if at >= 0 and any(mark.startswith(text[at:]) for mark in marks) else 0
-
-
-def without_newlines(text: str, withheld: int) -> int:
-    """Return the length of `text` without its last `withheld` characters and newlines there."""
-    return len(text[: len(text) - withheld].rstrip("\n"))

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from worker.text.parsers.interface import Piece, Place, TextParser, without_newlines
+from worker.text.parsers.interface import Piece, Place, TextParser
 from worker.text.parsers.tool_schema import STRING, json_string, json_value, parameter_types
 
 _MAX_NAME = 256
@@ -64,11 +64,11 @@ class QwenXmlParser(TextParser):
 
     def _text(self, last: bool) -> bool:
         if start := _OPEN.search(self._held):
-            self._publish(self._take(start.start()).rstrip("\n"))
+            self._publish_before(start.start())
             self._state = self._call
             return True
         withheld = _partial_tag(self._held, _OPENING)
-        self._publish(self._take(len(self._held) if last else without_newlines(self._held, withheld)))
+        self._publish_all_but(withheld, last)
         return False
 
     def _call(self, last: bool) -> bool:
@@ -213,7 +213,8 @@ class QwenXmlParser(TextParser):
 
 def _partial_tag(text: str, tags: Sequence[str]) -> int:
     """Return the length of the end of `text` that may become one of the tags, with white space."""
-    at = max(text.rfind("<"), 0)
+    at = text.rfind("<", max(0, len(text) - _MAX_TAG))
+    if at < 0:
+        return 0
     tail = "".join(text[at:].split())
-    is_partial = len(text) - at <= _MAX_TAG and any(tag.startswith(tail) and tag != tail for tag in tags)
-    return len(text) - at if tail and is_partial else 0
+    return len(text) - at if any(tag.startswith(tail) and tag != tail for tag in tags) else 0

@@ -8,7 +8,7 @@ the XML form ends it (Qwen3-Coder and Qwen3.5 omit the mark there).
 import re
 from collections.abc import Sequence
 
-from worker.text.parsers.interface import Parser, Piece, Place, TextParser, partial_mark, without_newlines
+from worker.text.parsers.interface import Parser, Piece, Place, TextParser, partial_mark
 from worker.text.tokenizer import Tokenizer
 
 _OPEN, _CLOSE = "<think>", "</think>"
@@ -73,15 +73,15 @@ class ThinkParser(TextParser):
         end = self._held.find(_CLOSE)
         call = _CALL.search(self._held) if self._ended_by_call else None
         if call and (end < 0 or call.start() < end):
-            self._publish(self._take(call.start()).rstrip("\n"))
+            self._publish_before(call.start())
             return self._begin_content()
         if end >= 0:
-            self._publish(self._take(end).rstrip("\n"))
+            self._publish_before(end)
             self._take(len(_CLOSE))
             self._state = self._closed
             return True
         withheld = max(partial_mark(self._held, (_CLOSE,)), self._partial_call())
-        self._publish(self._take(len(self._held) if last else without_newlines(self._held, withheld)))
+        self._publish_all_but(withheld, last)
         return False
 
     def _partial_call(self) -> int:
