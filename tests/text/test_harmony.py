@@ -40,6 +40,7 @@ def test_headers_release_no_text_and_content_has_a_channel():
         "<|channel|>commentary to=functions.f json",
         "<|channel|>commentary to=functions.f",
         "<|channel|>analysis to=functions.f code",
+        "<|channel|>final to=functions.f",
         " to=functions.f<|channel|>commentary <|constrain|>json",
         " to=functions.f<|channel|>commentary json",
         " to=functions.f<|channel|>analysis",

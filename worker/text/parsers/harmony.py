@@ -5,7 +5,7 @@ HEADER is `role [to=R] [<|channel|>NAME [to=R] [[<|constrain|>]TYPE]]` (OpenAI's
 
 | channel and recipient | place of the content |
 | --- | --- |
-| a recipient, with any channel but final | tool; the recipient as the model wrote it |
+| a recipient | tool; the recipient as the model wrote it |
 | analysis | reasoning |
 | commentary, final, an unknown channel, no channel | final |
 
@@ -163,7 +163,7 @@ class HarmonyParser:
 
     def _begin_content(self) -> None:
         name, recipient = self._name, self._recipient
-        if recipient is not None and recipient not in _NOT_TOOLS and name != "final":
+        if recipient is not None and recipient not in _NOT_TOOLS:
             self.place = Place("tool", recipient, self._calls)
             self._calls += 1
         else:

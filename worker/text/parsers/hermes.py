@@ -17,6 +17,7 @@ import json
 import re
 
 from worker.text.parsers.interface import Place, TextParser, partial_mark
+from worker.text.parsers.json_value import JsonValue
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _START = re.compile(r"(?:<tool_call>)?\s*\{")
@@ -25,9 +26,6 @@ _KEY = re.compile(r'\s*,?\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?=[^\s,:}\]<])')
 _KEY_SO_FAR = re.compile(r'\s*,?\s*(?:"(?:[^"\\]|\\.)*(?:\\|"\s*:?\s*)?)?')
 _ARGUMENTS = ("arguments", "parameters")
 _ABOUT = ("name", "id", "type")
-_STRING = re.compile(r'(?:[^"\\]|\\.)*', re.DOTALL)
-_STRUCTURE = re.compile(r'["{}\[\]<]')
-_AFTER_SCALAR = re.compile(r"[,}\]\s<]")
 
 
 class HermesParser(TextParser):
@@ -43,7 +41,7 @@ class HermesParser(TextParser):
     def _begin_object(self, at: int) -> None:
         self._at = self._key_at = at
         self._key = ""
-        self._value = _JsonValue()
+        self._value = JsonValue(_CLOSE)
         self._value_at = 0
         self._name: str | None = None
         self._early_arguments: str | None = None
@@ -74,7 +72,7 @@ class HermesParser(TextParser):
         """Before a key or the closing brace."""
         self._key_at = self._at
         if key := _KEY.match(self._held, self._at):
-            self._key, self._value, self._at = key[1], _JsonValue(), key.end()
+            self._key, self._value, self._at = key[1], JsonValue(_CLOSE), key.end()
             self._value_at = self._at
             self._state = self._in_value
             if self._key in _ARGUMENTS and self._is_published:
@@ -166,48 +164,6 @@ class HermesParser(TextParser):
             self._publish(self._take(len(_OPEN) if self._held.startswith(_OPEN) else 1))
         self._state = self._text
         return True
-
-
-class _JsonValue:
-    """Find the end of a JSON value in text that comes in parts. It may have other errors."""
-
-    def __init__(self) -> None:
-        self.is_complete = False
-        self._depth = 0
-        self._in_string = False
-        self._is_scalar: bool | None = None
-
-    def scan(self, text: str, at: int, last: bool) -> int:
-        """Return the index up to which `text[at:]`, the next part, belongs to the value.
-
-        `</tool_call>` outside of strings ends a value; less than a mark or an escape waits.
-        """
-        if self._is_scalar is None:
-            self._is_scalar = text[at] not in '"{['
-        if self._is_scalar:
-            found = _AFTER_SCALAR.search(text, at)
-            self.is_complete = found is not None
-            return found.start() if found else len(text)
-        while at < len(text) and not self.is_complete:
-            if self._in_string:
-                at = _STRING.match(text, at).end()  # type: ignore[union-attr]  # matches always
-                if text[at : at + 1] != '"':
-                    return at
-                self._in_string = False
-            else:
-                found = _STRUCTURE.search(text, at)
-                if found is None:
-                    return len(text)
-                at = found.start()
-                if found[0] == "<":
-                    self.is_complete = text.startswith(_CLOSE, at)
-                    if self.is_complete or (_CLOSE.startswith(text[at:]) and not last):
-                        return at
-                self._in_string = found[0] == '"'
-                self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
-            at += 1
-            self.is_complete = self._depth <= 0 and not self._in_string
-        return at
 
 
 def _string(value: str) -> str | None:

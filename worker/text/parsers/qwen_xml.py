@@ -12,6 +12,7 @@ newlines next to the marks are markup.
 | a value with the end tags inside | the tags are text, unless further tags or the end follow |
 | `<tool_call>` without a function | the text from it on, as final |
 | text between the parameters | as final |
+| a JSON object in place of the parameters | as the arguments |
 | the answer ends in a value or a tag | the object without an end |
 """
 
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.text.parsers.interface import Piece, Place, TextParser
+from worker.text.parsers.json_value import JsonValue
 from worker.text.parsers.tool_schema import STRING, json_string, json_value, parameter_types
 
 _MAX_NAME = 256
@@ -54,13 +56,16 @@ class QwenXmlParser(TextParser):
         self._calls = 0
         self._types: Mapping[str, frozenset[str]] = {}
         self._type = STRING
-        self._has_parameters = False
+        self._is_new = self._has_parameters = False
+        self._json: JsonValue | None = None
         self._scanned = 0
 
     def flush(self) -> list[Piece]:
         """Return the withheld text, at the end of the answer."""
         pieces = super().flush()
-        return [*pieces, (self.place, "}")] if self._state == self._in_function else pieces
+        if self._state == self._in_function:
+            self._end_function()
+        return pieces + self._advance(last=True)
 
     def _text(self, last: bool) -> bool:
         if start := _OPEN.search(self._held):
@@ -90,12 +95,13 @@ class QwenXmlParser(TextParser):
     def _begin_function(self, name: str) -> None:
         self.place = Place("tool", f"functions.{name}", self._calls)
         self._calls += 1
-        self._types, self._has_parameters = parameter_types(self._tools, name), False
-        self._publish("{")
+        self._types = parameter_types(self._tools, name)
+        self._has_parameters, self._json, self._is_new = False, None, True
         self._state = self._in_function
 
     def _end_function(self) -> None:
-        self._publish("}")
+        if self._json is None:
+            self._publish("}" if self._has_parameters else "{}")
         self.place = Place("final")
         self._state = self._after_function
 
@@ -112,11 +118,22 @@ class QwenXmlParser(TextParser):
             self._end_function()
         elif _AFTER_FUNCTION.match(rest):
             self._end_function()
+        elif rest.startswith("{") and self._is_new:
+            self._held, self._json, self._is_new = rest, JsonValue("</function>"), False
+            self._state = self._in_json
         elif _partial_tag(rest, _TAGS) == len(rest) or _NAME_SO_FAR.fullmatch(rest):
             return last and self._cut_off(rest)
         else:
             self._publish_between(len(self._held) - len(rest))
         return True
+
+    def _in_json(self, last: bool) -> bool:
+        """In arguments that are a JSON object."""
+        assert self._json is not None
+        end = self._json.scan(self._held, 0, last)
+        self._publish(self._take(end))
+        self._state = self._in_function if self._json.is_complete else self._in_json
+        return self._json.is_complete
 
     def _cut_off(self, rest: str) -> bool:
         """At the end of the answer: a closing tag closes, another one leaves the object open."""
@@ -124,6 +141,7 @@ class QwenXmlParser(TextParser):
         if rest.startswith("</"):
             self._end_function()
         else:
+            self._publish("" if self._has_parameters or self._json else "{")
             self.place = Place("final")
             self._publish(rest)
             self._state = self._text
@@ -131,6 +149,7 @@ class QwenXmlParser(TextParser):
 
     def _publish_between(self, at: int) -> None:
         """Publish text that is no tag, from `at` to the next tag, as final."""
+        self._is_new = False
         next_tag = self._held.find("<", at + 1)
         text = (self._held if next_tag < 0 else self._held[:next_tag]).rstrip()
         self._pieces.append((Place("final"), self._take(len(text))))
@@ -138,8 +157,8 @@ class QwenXmlParser(TextParser):
     def _begin_value(self, name: str) -> None:
         self._type, self._scanned = self._types.get(name, STRING), 0
         quote = '"' if self._type == STRING else ""
-        self._publish(f"{', ' if self._has_parameters else ''}{json_string(name)}: {quote}")
-        self._has_parameters = True
+        self._publish(f"{', ' if self._has_parameters else '{'}{json_string(name)}: {quote}")
+        self._has_parameters, self._is_new = True, False
         self._state = self._before_value
 
     def _before_value(self, last: bool) -> bool:
