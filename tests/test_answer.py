@@ -76,6 +76,65 @@ def test_a_stop_string_ends_the_answer_and_is_not_published(loaded):
     assert (resumed.finish_reason, resumed.stop_sequence) == ("stop_sequence", stop)
 
 
+def test_a_stop_string_that_is_a_control_token_s_name_ends_the_answer_there(loaded):
+    vocab = loaded.tokenizer.vocab
+    for name in [min(set(vocab.special) - {vocab.tokens[i] for i in vocab.end_ids}), vocab.tokens[min(vocab.end_ids)]]:
+        always = {"temperature": 0, "logit_bias": {vocab.special[name]: 100}}
+        stopped = answer(loaded, stop=["zz", name], **always)
+        assert [(token.id, token.t) for token in tokens_of(loaded, stopped)] == [(vocab.special[name], "")]
+        assert (stopped.finish_reason, stopped.stop_sequence) == ("stop_sequence", name)
+        resumed = answer(loaded, [vocab.special[name]], stop=["zz", name], **always)
+        assert (resumed.finish_reason, resumed.stop_sequence) == ("stop_sequence", name)
+    later = answer(loaded, stop=[name], min_tokens=3, ignore_eos=True, temperature=0)
+    tokens_of(loaded, later)
+    assert later.finish_reason == "length"
+
+
+def test_a_control_stop_string_matches_only_after_min_tokens(loaded):
+    name = min(
+        set(loaded.tokenizer.vocab.special) - {loaded.tokenizer.vocab.tokens[i] for i in loaded.tokenizer.vocab.end_ids}
+    )
+    bias = {loaded.tokenizer.vocab.special[name]: 100}
+    stopped = answer(loaded, stop=[name], min_tokens=3, temperature=0, logit_bias=bias)
+    assert len(tokens_of(loaded, stopped)) == 4
+    assert (stopped.finish_reason, stopped.stop_sequence) == ("stop_sequence", name)
+
+
+def test_a_stop_token_ends_the_answer_without_text_and_releases_withheld_text(loaded):
+    whole = tokens_of(loaded, answer(loaded, ignore_eos=True, temperature=0))
+    at = next(i for i, token in enumerate(whole) if i > 1 and token.t and token.id not in {t.id for t in whole[:i]})
+    stops = {"stop_token_ids": [whole[at].id], "stop": [whole[at - 1].t + "zz"] if whole[at - 1].t else []}
+    for ignore_eos in (True, False):
+        stopped = answer(loaded, ignore_eos=ignore_eos, temperature=0, **stops)
+        published = tokens_of(loaded, stopped)
+        if ignore_eos or not {t.id for t in whole[:at]} & loaded.tokenizer.vocab.end_ids:
+            assert [token.id for token in published] == [token.id for token in whole[: at + 1]]
+            released = b"".join(loaded.tokenizer.token_bytes(token.id) for token in whole[:at])
+            assert "".join(token.t for token in published) == released.decode("utf-8", "replace")
+            assert (stopped.finish_reason, stopped.stop_sequence) == ("stop", None)
+            resumed = answer(loaded, [token.id for token in published], ignore_eos=ignore_eos, temperature=0, **stops)
+            assert resumed.finish_reason == "stop"
+
+
+def test_no_stop_or_end_token_is_drawn_before_min_tokens(loaded):
+    stop, end = 40, min(loaded.tokenizer.vocab.end_ids)
+    biased = {"temperature": 0, "logit_bias": {stop: 100, end: 90}, "min_tokens": 5, "ignore_eos": True}
+    stopped = answer(loaded, stop_token_ids=[stop], **biased)
+    ids = [token.id for token in tokens_of(loaded, stopped)]
+    assert (len(ids), ids[5], stopped.finish_reason) == (6, stop, "stop")
+    assert not {stop, end} & set(ids[:5])
+    for cut in (1, 4, 5):
+        assert [
+            token.id for token in tokens_of(loaded, answer(loaded, ids[:cut], stop_token_ids=[stop], **biased))
+        ] == ids[cut:]
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused(loaded):
+    rows = loaded.vocab_size
+    with pytest.raises(InvalidRequest, match=rf"stop_token_ids\.1: below {rows}, the size of the vocabulary"):
+        answer(loaded, stop_token_ids=[0, rows])
+
+
 def test_tokens_after_the_end_are_dropped(loaded):
     answered = answer(loaded, max_tokens=2)
     drawn = run(loaded.engine, answered.sequence)["j"]

@@ -54,12 +54,20 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
         """The stop string that ended the answer."""
-        sampling, end_ids = _sampling(job, resolved), tokenizer.vocab.end_ids
+        sampling, vocab = _sampling(job, resolved), tokenizer.vocab
         self.sequence = engine.Sequence(
-            job.job_id, list(prompt), resolved.max_tokens, sampling, end_ids, list(published)
+            job.job_id, list(prompt), resolved.max_tokens, sampling, vocab.end_ids, list(published)
         )
+        # Control tokens have no text in which the detokenizer would find these stop strings.
+        self._stop_tokens = {vocab.control_id(stop): stop for stop in job.stop or ()}
         parser = answer_parser(tokenizer, prompt, None if job.tool_choice == "none" else job.tools)
-        self._text = IncrementalDetokenizer(tokenizer, stop=job.stop or (), min_tokens=job.min_tokens, parser=parser)
+        self._text = IncrementalDetokenizer(
+            tokenizer,
+            stop=job.stop or (),
+            min_tokens=job.min_tokens,
+            parser=parser,
+            silent_ids=sampling.stop_token_ids,
+        )
         for index, token_id in enumerate(published):
             self._release(index, token_id)
 
@@ -73,9 +81,10 @@ class Answer:
     def _release(self, index: int, token_id: int) -> DetokenizedToken:
         """The text of a token. Sets the finish reason; a stop string takes priority."""
         finish = self.sequence.finish_at(index, token_id)
-        piece = self._text.push(token_id, last=finish is not None)
-        self.stop_sequence = piece.stop
-        self.finish_reason = "stop_sequence" if piece.stop is not None else finish
+        stop = self._stop_tokens.get(token_id) if index >= self.sequence.sampling.min_tokens else None
+        piece = self._text.push(token_id, last=finish is not None or stop is not None)
+        self.stop_sequence = stop if piece.stop is None else piece.stop
+        self.finish_reason = finish if self.stop_sequence is None else "stop_sequence"
         return piece
 
 
@@ -120,4 +129,5 @@ class AttemptStats:
 def _sampling(job: Job, resolved: Resolved) -> Sampling:
     """The sampling parameters of the job, which has every field of `Sampling` by name."""
     values = {field.name: getattr(job, field.name) for field in fields(Sampling)}
-    return Sampling(**values | {"logit_bias": dict(job.logit_bias or {}), "seed": resolved.seed})
+    values |= {"logit_bias": dict(job.logit_bias or {}), "stop_token_ids": frozenset(job.stop_token_ids or ())}
+    return Sampling(**values | {"seed": resolved.seed})

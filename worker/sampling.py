@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 EngineFinishReason = Literal["stop", "length"]
-"""Why the engine ends a sequence: it drew an end token, or `max_tokens` tokens."""
+"""Why the engine ends a sequence: it drew an end or stop token, or `max_tokens` tokens."""
 
 FinishReason = Literal[EngineFinishReason, "stop_sequence"]
 """Why an answer ends: one of the engine's reasons, or a stop string in its text."""
@@ -36,9 +36,11 @@ class Sampling:
     seed: int = 0
     """Philox key, uint64."""
     min_tokens: int = 0
-    """End tokens are masked in draws with a lower index."""
+    """End tokens and `stop_token_ids` are masked in draws with a lower index."""
     ignore_eos: bool = False
     """Publish end tokens like other tokens, without ending the answer."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer besides the end tokens, with `ignore_eos` too."""
     logprobs: int | None = None
     """Number of alternatives reported with each token; None reports no log-probabilities."""
 

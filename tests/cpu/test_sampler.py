@@ -65,6 +65,11 @@ def test_end_tokens_are_masked_before_min_tokens_only():
     assert [draw(logits, sampling, index=i, ends=[1]).id for i in range(5)] == [2, 2, 2, 1, 1]
 
 
+def test_stop_tokens_are_masked_before_min_tokens_only():
+    sampling = Sampling(temperature=0, min_tokens=2, stop_token_ids=frozenset({1, 2}))
+    assert [draw(logits_of(0, 9, 1), sampling, index=i).id for i in range(4)] == [0, 0, 1, 1]
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_once_a_token():
     sampling = Sampling(temperature=0, repetition_penalty=2.0)
     assert draw(logits_of(4, 3, -1), sampling, generated=[0, 0, 0]).id == 1  # 4 → 2 once, not 0.5

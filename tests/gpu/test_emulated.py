@@ -24,7 +24,7 @@ CHOSEN = {
     "experts": "decode_experts and MXFP4 and 3-5-3",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or a_step_repeated",
-    "sampler": "draws_equal and 320 or moves_on or forced or no_number",
+    "sampler": "draws_equal and 320 or advances or forced or not_finite or stop_tokens",
 }
 """Files, and the expression for `pytest -k`; an empty one selects all tests."""
 

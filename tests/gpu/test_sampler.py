@@ -67,6 +67,7 @@ def random_case(rng, size):
         logit_bias={int(rng.integers(size)): float(rng.normal() * 5)} if rng.integers(2) else {},
         seed=int(rng.integers(0, 2**64, dtype=np.uint64)),
         min_tokens=int(rng.choice([0, 30])),
+        stop_token_ids=frozenset(rng.integers(0, size, 2).tolist()) if size > 10 and rng.integers(2) else frozenset(),
         logprobs=[None, 0, 5, 20][rng.integers(4)],
     )
     return DrawRequest(sampling, len(generated), prompt, generated)
@@ -137,6 +138,16 @@ def test_the_device_advances_its_state_as_the_host_would(kernels, memory):
         generated.append(draw.id)
         assert int(bench.state.tokens.get()[0]) == draw.id
         assert int(bench.state.positions.get()[0]) == 11 + index
+
+
+def test_stop_tokens_are_masked_up_to_min_tokens_and_only_for_their_sequence(kernels, memory):
+    bench, logits = Bench(kernels, memory, 320, ends=[3]), np.zeros(320, np.float32)
+    logits[[3, 5, 7]] = 9, 8, 7
+    stops = Sampling(temperature=0, min_tokens=2, stop_token_ids=frozenset({5}))
+    drawn = [bench.draw(logits, DrawRequest(stops, 0, [1], []))]
+    drawn += [bench.again(logits, DrawRequest(stops, index, [1], [])) for index in (1, 2)]
+    drawn += [bench.draw(logits, DrawRequest(Sampling(temperature=0, min_tokens=9), 0, [1], []))]
+    assert [draw.id for draw in drawn] == [7, 7, 3, 5]
 
 
 def test_a_forced_token_is_returned_without_a_draw(kernels, memory):

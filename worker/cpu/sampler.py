@@ -25,7 +25,10 @@ Block = tuple[int, int, int, int]
 
 
 class Sampler:
-    """Draws for one vocabulary. Masks the padding rows, and the end tokens before `min_tokens`."""
+    """Draws for one vocabulary.
+
+    Masks the padding rows, and end and stop tokens before `min_tokens`.
+    """
 
     def __init__(self, vocab_size: int, padding_ids: Iterable[int], end_ids: Iterable[int]) -> None:
         self.vocab_size = vocab_size
@@ -51,6 +54,7 @@ class Sampler:
         scores[self._padding] = -np.inf
         if request.index < request.sampling.min_tokens:
             scores[self._ends] = -np.inf
+            scores[list(request.sampling.stop_token_ids)] = -np.inf
         return scores
 
 

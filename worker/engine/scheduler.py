@@ -73,7 +73,8 @@ class Sequence:
 
     def finish_at(self, index: int, token: int) -> EngineFinishReason | None:
         """Why the sequence ends with `token` at index `index`, or None if it continues."""
-        if token in self.end_ids and not self.sampling.ignore_eos:
+        ends = frozenset[int]() if self.sampling.ignore_eos else self.end_ids
+        if token in ends or token in self.sampling.stop_token_ids:
             return "stop"
         return "length" if index + 1 >= self.max_tokens else None
 

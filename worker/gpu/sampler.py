@@ -72,11 +72,13 @@ class SamplerLauncher:
         def array(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
             return memory.reserve(int(np.prod(shape)) * np.dtype(dtype).itemsize, Purpose.WORKSPACE).array(shape, dtype)
 
-        mask = np.zeros(vocab_size, np.uint8)
-        mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
-        mask[[i for i in end_ids if i < vocab_size]] |= _END
-        self._mask = array((vocab_size,), np.uint8)
-        self._mask.set(mask)
+        self._vocabulary_mask = np.zeros(vocab_size, np.uint8)
+        self._vocabulary_mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
+        self._vocabulary_mask[[i for i in end_ids if i < vocab_size]] |= _END
+        self._mask = array((sequences, vocab_size), np.uint8)
+        self._mask.set(np.tile(self._vocabulary_mask, (sequences, 1)))
+        self._masked_stops: list[frozenset[int]] = [frozenset()] * sequences
+        """The stop tokens in each row of `_mask`, beside those of the vocabulary."""
         self._counts = array((sequences, vocab_size), np.int32)
         self._bias = array((sequences, vocab_size), np.float64)
         self._scores = array((vocab_size,), np.float64)
@@ -90,10 +92,16 @@ class SamplerLauncher:
         self._vocab_size = vocab_size
 
     def load(self, row: int, request: DrawRequest, stream: Any) -> None:
-        """Upload the counts and biases of a sequence, if its draws depend on them."""
+        """Upload the mask, counts and biases of a sequence, if its draws depend on them."""
         sampling = request.sampling
         if request.forced is not None:
             return
+        stops = sampling.stop_token_ids if request.index < sampling.min_tokens else frozenset[int]()
+        if stops != self._masked_stops[row]:
+            mask = self._vocabulary_mask.copy()
+            mask[list(stops)] |= _END
+            self._ring.upload([(0, mask)], self._mask[row], stream)
+            self._masked_stops[row] = stops
         if penalized(sampling):
             seen = [*request.prompt, *request.generated] if sampling.penalize_prompt else request.generated
             counts = np.bincount(np.asarray(seen, np.int64), minlength=self._vocab_size).astype(np.int32)
@@ -111,7 +119,7 @@ class SamplerLauncher:
                 (self._blocks,),
                 (_THREADS,),
                 (
-                    *(logits[row], self._mask, self._counts[row], self._bias[row], np.int32(self._vocab_size)),
+                    *(logits[row], self._mask[row], self._counts[row], self._bias[row], np.int32(self._vocab_size)),
                     *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
                     *(self._scores, self._weights, self._scratch),
                 ),

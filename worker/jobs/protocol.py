@@ -100,7 +100,11 @@ class Job(SamplingParams):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=100)]], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
-    """Ids that end the answer, as the model's own end tokens do."""
+    """Ids below the vocabulary's size that end the answer, with finish reason `stop`.
+
+    As with the model's end tokens, the last token has no text, and none is drawn before
+    `min_tokens`. Unlike these, they end the answer with `ignore_eos` too.
+    """
     encoding: Encoding = "msgpack"
     """Encoding of the job's events."""
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
@@ -274,6 +278,8 @@ def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
     tokens, bias = job.prompt_tokens or (), job.logit_bias or ()
     errors += [(f"prompt_tokens.{i}", below, token) for i, token in enumerate(tokens) if token >= vocab]
     errors += [(f"logit_bias.{token}", below, describe(token)) for token in bias if token >= vocab]
+    stops = job.stop_token_ids or ()
+    errors += [(f"stop_token_ids.{i}", below, token) for i, token in enumerate(stops) if token >= vocab]
     if job.top_k > vocab:
         errors.append(("top_k", f"at most {vocab}, the size of the vocabulary", describe(job.top_k)))
     return errors

@@ -6,7 +6,7 @@ the text to channels.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from worker.text.parsers.interface import Parser, Piece, Place
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
 
     Without a parser, the concatenated texts equal `all_bytes.decode("utf-8", "replace")`, cut
     before the stop string; a parser removes the markup from it. The first `min_tokens` tokens are
-    neither matched against `stop` nor withheld for it.
+    neither matched against `stop` nor withheld for it. Tokens of `silent_ids` have no text.
 
     Stop strings are matched on the text of each channel as it is published, never across markup; a
     stop string that contains a mark of the parser, such as `</think>`, on the text with the markup.
@@ -42,9 +42,15 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), min_tokens: int = 0, parser: Parser | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        parser: Parser | None = None,
+        silent_ids: frozenset[int] = frozenset(),
     ) -> None:
-        self._token_bytes = tokenizer.token_bytes
+        self._token_bytes = _without(silent_ids, tokenizer.token_bytes)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._unmatched = min_tokens
         self._parsed: _ParsedText | None = None
@@ -147,6 +153,10 @@ class _ParsedText:
 
 def _has_mark(stop: str, parser: Parser) -> bool:
     return any(mark in stop for mark in parser.marks)
+
+
+def _without(silent_ids: frozenset[int], token_bytes: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    return (lambda token_id: b"" if token_id in silent_ids else token_bytes(token_id)) if silent_ids else token_bytes
 
 
 class StopMatcher:

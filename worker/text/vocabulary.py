@@ -139,6 +139,10 @@ class Vocabulary:
         """The number of tokens in the file."""
         return len(self.tokens)
 
+    def control_id(self, name: str) -> int | None:
+        """Return the id of the CONTROL token of this name, if there is one."""
+        return None if name in self.user_defined else self.special.get(name)
+
     def ordinary(self) -> dict[str, int]:
         """Return token → id for ordinary text. Raises ModelLoadFailed for duplicates."""
         others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
