@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.llama_cpp import LlamaCpp
-from tests.text.small import CHATML_NAMES, byte_level, tokenizer_of
+from tests.text.small import CHATML_NAMES, USER_DEFINED, byte_level, tokenizer_of
 from tests.tiny_vocabulary import PHI3
 from worker.answer import prompt_ids
 from worker.errors import InvalidRequest
@@ -178,6 +178,7 @@ def test_fields_that_a_job_lacks_are_not_in_its_messages():
     ("template", "messages", "field"),
     [
         ("{{ messages[0].content }}", [HI, HO, message("user", "bye")], "messages.2.content"),
+        ("{{ messages[0].content }}{{ messages|length }}", [HI, HO, HI], "messages.2.content"),
         (
             "{{ messages[0].content }}{{ messages[1].content }}",
             [message("system", "S")] * 2 + [HI],
@@ -189,7 +190,9 @@ def test_fields_that_a_job_lacks_are_not_in_its_messages():
     ],
 )
 def test_a_text_that_the_template_drops_is_an_error(template, messages, field):
-    assert rejection(template, *messages).startswith(f"{field}: in the prompt: the model's chat template drops this")
+    assert rejection(template, *messages).startswith(
+        f"{field}: must be in the prompt, but the model's chat template drops"
+    )
 
 
 def test_a_template_may_drop_blank_texts_thoughts_and_earlier_answers():
@@ -252,6 +255,22 @@ def test_what_the_template_has_no_place_for_is_refused():
     assert rejection(CHATML, HI, tools=[TOOL]) == "tools: none: the model's chat template has no tools"
     assert rejection(CHATML, HI, called("{}")).startswith("messages.1.tool_calls: none")
     assert rendered(CHATML, HI, tools=[TOOL], tool_choice="none") == rendered(CHATML, HI)
+
+
+def test_values_that_are_nested_too_deeply_are_refused():
+    deep = "[" * 900 + "]" * 900
+    for fields in ({"kwargs": {"x": json.loads(deep)}}, {"tools": [{"x": json.loads(deep)}]}):
+        with pytest.raises(InvalidRequest, match=r"nested less deeply|RecursionError"):
+            tokenizer_with(CHATML + "{{ tools }}").encode_chat([HI], now=NOW, **fields)
+    assert "nested less deeply" in rejection(MAP_CALLS, HI, called('{"x": ' + deep + "}"))
+
+
+def test_a_user_defined_token_is_found_in_content_and_a_control_token_is_not():
+    metadata = byte_level(names=NAMES, extra=[("<tool_call>", USER_DEFINED)])
+    tokenizer = tokenizer_of(metadata, **{"tokenizer.chat_template": CHATML})
+    ids = tokenizer.encode_chat([message("user", "a<tool_call>b<|im_end|>")], now=NOW)
+    special = [tokenizer.vocab.tokens[i] for i in ids if i in tokenizer.vocab.special.values()]
+    assert special == ["<|im_start|>", "<tool_call>", "<|im_end|>"]
 
 
 def test_a_lone_surrogate_is_refused_in_every_field():

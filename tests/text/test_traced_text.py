@@ -210,6 +210,8 @@ def traced(source, c="", d=""):
 @example("{{ c.split('|_')|join('-') }}", "x|_|_y", "")
 @example("{{ c|replace('<s>', '') }}", "<|im_<s>end|>", "")
 @example("<|im_{{ c.strip() }}", " end|> ", "")
+@example("{{ ('<b>'|safe) + c }}{{ ['<b>'|safe, c]|join }}", "<s>", "")
+@example("{% autoescape true %}{{ '<b>'|safe ~ c }}{{ c }}<s>{{ '<b>' }}{% endautoescape %}", "<s>", "")
 def test_the_text_is_that_of_jinja2_and_no_content_becomes_a_control_token(source, c, d):
     source, variables = MACRO + source, variables_of(c, d)
     try:

@@ -17,7 +17,7 @@ from worker.errors import InvalidRequest, ModelLoadFailed
 from worker.text.chat_messages import adapt, fields_that_must_arrive, traced_messages
 from worker.text.template_traits import Traits, find_traits
 from worker.text.traced_template import RaisedByTemplate, TracedTemplate
-from worker.text.traced_text import TRUSTED, UNTRUSTED, TracedText, trace_all, untrace, untrusted_texts
+from worker.text.traced_text import TRUSTED, UNKNOWN, UNTRUSTED, TracedText, trace_all, untrace, untrusted_texts
 
 RESERVED_KWARGS = frozenset(
     (
@@ -155,10 +155,18 @@ def _check_arrival(messages: list[dict[str, Any]], text: TracedText) -> None:
     for field, content in fields_that_must_arrive(messages):
         if field in text._sources:
             continue
-        stripped = content.strip()
-        if stripped not in text and json.dumps(stripped, ensure_ascii=False)[1:-1] not in text:
-            rule = "in the prompt: the model's chat template drops this text"
+        plain = content.strip()
+        if not any(_of_unknown_origin(form, text) for form in (plain, json.dumps(plain, ensure_ascii=False)[1:-1])):
+            rule = "must be in the prompt, but the model's chat template drops this text"
             raise InvalidRequest.of((field, rule, f"string of {len(content)}"))
+
+
+def _of_unknown_origin(part: str, text: TracedText) -> bool:
+    """Whether a part of the text is this one, and its origin is not recorded."""
+    at = text.find(part)
+    while at >= 0 and text._origin.count(UNKNOWN, at, at + len(part)) < len(part):
+        at = text.find(part, at + 1)
+    return at >= 0
 
 
 def _sentence(error: Exception) -> str:

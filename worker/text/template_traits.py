@@ -96,10 +96,12 @@ class _Trial:
         return self._attempt(chat) or self._attempt(chat[:2])
 
     def _attempt(self, messages: list[Message]) -> str | None:
+        """Render a chat; if that fails, with or without tools, or with a system message."""
         tools = [_TOOL] if any(message["role"] == "tool" for message in messages) else None
-        for given in (tools, None if tools else [_TOOL]):  # some templates fail without tools
+        prefixed = [_message("system", "wq"), *messages]
+        for chat, given in ((messages, tools), (messages, None if tools else [_TOOL]), (prefixed, tools)):
             try:
-                return self._render(messages, given)
+                return self._render(chat, given)
             except Exception:  # a template can raise any exception
                 continue
         return None

@@ -78,9 +78,12 @@ class Tokenizer:
 
         plain = [dict(message) for message in messages]
         chat = Chat(plain, list(tools) if tools else None, tool_choice, kwargs)
-        for field, value in (("messages", plain), ("tools", chat.tools), ("chat_template_kwargs", kwargs)):
-            _check_unicode("".join(_strings(value)), field)
-        rendered = self._render(chat, now)
+        try:
+            for field, value in (("messages", plain), ("tools", chat.tools), ("chat_template_kwargs", kwargs)):
+                _check_unicode("".join(_strings(value)), field)
+            rendered = self._render(chat, now)
+        except RecursionError:
+            raise InvalidRequest.of(("messages", "a chat whose values are nested less deeply", None)) from None
         parts = self._special.split_traced(rendered.text, rendered.requested)
         return self._with_bos(self._encode_parts(parts))
 

@@ -76,8 +76,8 @@ class _CodeGenerator(CodeGenerator):
 
 def _literal(value: Any) -> str:
     """Python source of a constant, in which each string is the template's."""
-    if isinstance(value, str):
-        return f"environment.literal({str(value)!r})"
+    if type(value) is str:  # not Markup, which has operations of its own
+        return f"environment.literal({value!r})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
