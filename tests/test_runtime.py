@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from worker import runtime
+from worker.adapters.hparams import read_hparams
 from worker.config import EngineSection, ModelSection
 from worker.engine.kv_blocks import blocks_for
 from worker.errors import ModelLoadFailed
@@ -144,3 +146,12 @@ def test_the_gpus_numerics_name_the_card_the_compiler_and_the_kernels():
     assert set(facts.items()) >= {("backend", "cuda"), ("compute_capability", "90"), ("nvrtc", "12.9")}
     assert numerics("sm_90", "12.9") == facts
     assert runtime.numerics_id(numerics("sm_80", "12.9")) != runtime.numerics_id(facts)
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 32}, {"expert_count": 512}, {"expert_used_count": 17}])
+def test_the_gpu_refuses_shapes_without_a_kernel_before_a_weight_is_read(change, tiny):
+    with GgufFile.open(tiny("gpt-oss")) as file:
+        hparams = read_hparams(file)
+    GpuBackend.check(None, hparams)
+    with pytest.raises(ModelLoadFailed, match="the GPU's"):
+        GpuBackend.check(None, replace(hparams, **change))

@@ -40,6 +40,8 @@ class TinyShape:
     tied: bool = False
     experts: int = 0
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    """Projections with a bias that most files of the architecture lack, such as `ffn_up`."""
 
     @property
     def vocab(self) -> int:
@@ -168,6 +170,10 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "llama": replace(_LLAMA, tied=True),
+    "llama-biased": replace(
+        _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    ),
+    "qwen2-biased": replace(_QWEN2, biases=("output",)),
     "llama3-rope": replace(
         _LLAMA,
         metadata={**_LLAMA.metadata, "rope.freq_base": 5e5},
@@ -261,6 +267,13 @@ def _tensors(shape: TinyShape) -> Iterator[_Tensor]:
     yield _Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
         yield _Tensor("output.weight", (V, d), 2 / math.sqrt(d))
+    yield from _bias(shape, "", "output", V)
+
+
+def _bias(shape: TinyShape, block: str, part: str, rows: int) -> Iterator[_Tensor]:
+    """The bias of a projection, if the shape lists it."""
+    if part in shape.biases:
+        yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
 
 
 def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
@@ -273,7 +286,9 @@ def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
             yield _Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
             if biased:
                 yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
+            yield from _bias(shape, block, part, rows)
     yield _Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
+    yield from _bias(shape, block, "attn_output", d)
     if shape.arch == "gpt-oss":
         yield _Tensor(block + "attn_output.bias", (d,), 0.25)
         yield _Tensor(block + "attn_sinks.weight", (shape.heads,), 1.5, mean=3.0)
@@ -284,9 +299,11 @@ def _feed_forward(shape: TinyShape, block: str) -> Iterator[_Tensor]:
     if shape.arch == "phi3":
         yield _Tensor(block + "ffn_up.weight", (2 * f, d), 1.3 / math.sqrt(d))
     else:
-        yield _Tensor(block + "ffn_gate.weight", (f, d), 1.3 / math.sqrt(d))
-        yield _Tensor(block + "ffn_up.weight", (f, d), 1.3 / math.sqrt(d))
+        for part in ("ffn_gate", "ffn_up"):
+            yield _Tensor(f"{block}{part}.weight", (f, d), 1.3 / math.sqrt(d))
+            yield from _bias(shape, block, part, f)
     yield _Tensor(block + "ffn_down.weight", (d, f), 1.3 / math.sqrt(f))
+    yield from _bias(shape, block, "ffn_down", d)
 
 
 def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -193,6 +194,37 @@ def test_phi3s_longrope_factors_are_applied_with_the_other_keys(kind, keys, exac
     assert_as_llama_cpp(changed_copy(exact("phi3-longrope"), tmp_path / "l.gguf", metadata=metadata))
 
 
+def random_change(rng, name, exact):
+    """A random set of biases, RoPE keys and a form of q, k and v: arguments of `changed_copy`."""
+    arch, parts = TINY[name].arch, {"llama": LLAMA_PARTS, "phi3": ("attn_qkv",), "qwen2": ()}[TINY[name].arch]
+    keys = {
+        "rope.scaling.type": [None, "none", "linear", "yarn"],
+        "rope.scaling.factor": [None, 0.0, 1.0, 2.5, 8.0],
+        "rope.scale_linear": [None, None, 3.0],
+        "rope.scaling.attn_factor": [None, 1.0, 0.8],
+        "rope.scaling.original_context_length": [None, 64, 1024],
+        "rope.freq_base": [1e4, 5e5],
+        "attention.causal": [None, True],
+        "logit_scale": [None, 1.0],
+    }
+    metadata = {f"{arch}.{key}": values[rng.integers(len(values))] for key, values in keys.items()}
+    tensors = biases(name, *(part for part in parts if rng.integers(2)))
+    drop = [f"blk.{i}.attn_{part}.bias" for i in range(2) for part in "qkv" if arch == "qwen2" and rng.integers(2)]
+    if name == "llama" and rng.integers(2):
+        whole, separate = fused(exact(name), name)
+        tensors = whole | {each: value for each, value in tensors.items() if not re.search(r"attn_[qkv]\.", each)}
+        drop += separate
+    return {"metadata": metadata, "tensors": tensors, "drop": drop}
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("name", ["llama", "llama3-rope", "qwen2", "qwen2-untied", "phi3"])
+def test_random_combinations_are_computed_as_llama_cpp_does(name, seed, exact, tmp_path):
+    change = random_change(np.random.default_rng(seed), name, exact)
+    print(change["metadata"], list(change["tensors"]), change["drop"])
+    assert_as_llama_cpp(changed_copy(exact(name), tmp_path / "r.gguf", **change))
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +289,6 @@ CHANGING_KEYS = {
     "rope.unknown": 3,
     "swiglu_clamp_exp": [7.0, 7.0],
     "tensor_data_layout": "another",
-    "use_parallel_residual": True,
     "attention.head_count_kv": [2, 1],
     "attention.head_count": [4, 2],
     "feed_forward_length": [512, 256],
@@ -290,7 +321,7 @@ NEUTRAL_KEYS = {
     "pooling_type": 1,
     "residual_scale": 1.0,
     "tensor_data_layout": "Meta AI original pth",
-    "use_parallel_residual": False,
+    "use_parallel_residual": True,
     "vocab_size": 100,
     "attention.head_count_kv": [2, 2],
     "attention.head_count": [4, 4],

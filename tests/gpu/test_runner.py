@@ -18,13 +18,13 @@ import pytest
 from tests.goldens import CASES, golden_model, load_golden, relative_error
 from tests.gpu import served
 from tests.gpu.loaded import gpu_runner, rounding_twin
-from tests.models import GREEDY, decode, engine_of, ids, prefill, run
+from tests.models import GREEDY, cpu_runner, decode, engine_of, ids, prefill, run
 from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
 from worker.errors import VramOom
 from worker.sampling import DrawRequest, Sampling
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope")
+NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased")
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
 PROMPT = np.random.default_rng(3).integers(0, 280, 150).tolist()
 PREFILL_BOUND, DECODE_BOUND, TWIN_BOUND, WORST_BOUND = 3e-3, 5e-2, 2e-3, 5e-2
@@ -69,6 +69,20 @@ def test_decode_logits_equal_transformers_within_8_bits(name, tmp_path, kernels,
     assert np.median(from_twin) < TWIN_BOUND
     assert max(from_twin) < WORST_BOUND
     assert np.median(from_golden) < DECODE_BOUND
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen2-biased"])
+def test_biases_are_added_in_both_phases(name, tiny, load):
+    runner, twin, table = load(name), rounding_twin(tiny(name)), np.arange(4, dtype=np.int32)
+    prompt = PROMPT[:37]
+    expected = cpu_runner(tiny(name)).logits(prefill(prompt, table=table))
+    errors = [relative_error(*pair) for pair in zip(runner.logits(prefill(prompt, table=table)), expected, strict=True)]
+    for position in range(37, 45):
+        twin.cache.k[:], twin.cache.v[:] = np.moveaxis(runner.cache.array.get().swapaxes(3, 4), 1, 0)
+        pair = (each.logits(decode(PROMPT[position], position, table)) for each in (runner, twin))
+        errors.append(relative_error(*pair))
+    assert np.median(errors) < TWIN_BOUND
+    assert max(errors) < WORST_BOUND
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,6 +27,7 @@ IRRELEVANT = frozenset(
         "attention.layer_norm_epsilon",  # of models with another norm
         "pooling_type",  # of embeddings
         "rope.scaling.finetuned",  # describes the training
+        "use_parallel_residual",  # true in files of converters of early 2024, whatever the architecture
         "vocab_size",  # the rows of the embedding decide
     }
 )
@@ -47,7 +48,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 _HARMLESS_KEYS = re.compile(
     r"general\.(type|architecture|name|author|version|organization|finetune|basename|description|quantized_by"
-    r"|size_label|license|license\.(name|link)|url|doi|uuid|repo_url|source\..*|base_model\..*|dataset\..*|tags"
+    r"|size_label|parameter_count|license|license\.(name|link)|url|doi|uuid|repo_url|source\..*|base_model\..*|dataset\..*|tags"
     r"|languages|datasets|file_type|quantization_version|alignment|sampling\..*)"
     r"|split\.(no|count|tensors\.count)|quantize\.imatrix\..*|tokenizer\.chat_templates?(\..*)?"
     r"|tokenizer\.(huggingface\.json|rwkv\.world)|tokenizer\.ggml\.(model|pre|tokens|token_type|token_type_count|scores"
@@ -134,7 +135,10 @@ class ArchitectureKeys:
                 continue
             values = neutral.get(key) or NEUTRAL.get(key, ())
             if not (any(_equal(value, each) for each in values) if values else _is_off(value)):
-                expected = " or ".join(map(str, values)) or "no such key: the worker does not know what it changes"
+                neutral_values = " or ".join(map(str, values))
+                expected = (
+                    f"{neutral_values}, which changes nothing" if values else "no such key: its effect is unknown"
+                )
                 raise self.error(key, f"is {_shown(value)}", expected)
 
     def error(self, key: str, problem: str, expected: str) -> ModelLoadFailed:
