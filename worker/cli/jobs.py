@@ -95,6 +95,8 @@ def _submit(connected: SyncClient, fields: Mapping[str, Any]) -> str:
     try:
         return connected.submit(**fields)
     except Disconnected as error:
+        if error.reply:
+            raise
         again = f"the job may be queued: submit it again with --job-id {error.job_id}"
         raise Disconnected(f"{error}; {again}", error.reply) from error
 

@@ -9,7 +9,9 @@
 | where a lease is renewed | `Transport.renew` → `Consumer.renew` → `lua/renew.lua` on the server |
 | where a stale worker is fenced | `lua/take.lua` begins an epoch, `lua/append.lua` checks it |
 | heartbeats, worker events, drain and cancel commands | `Registration` in `consumer.py` |
-| how an orchestrator submits and reads | `client.py` (`Client`, `SyncClient`), `reader.py` |
+| how an orchestrator submits and reads | `client.py` (`Client`, `SyncClient`) |
+| which events a reader has not received, when it gives up | `reader.py`, `event_reader.py` |
+| how many readers share a few connections | `shared_reads.py` |
 
 Imports no model, engine or device code. Read `protocol.py` first, then `transport.py`.
 """

@@ -6,7 +6,7 @@
         print(token.t, end="")
 
 `SyncClient` has the same methods without `await`. Job fields are in `protocol.py`, events in
-`events.py`; `reader.py` decides which events a reader has not received.
+`events.py`; `event_reader.py` reads them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading event streams: a client's cursor, which yields each event once, and a worker's history.
 
 A client receives one event at a time, each with the id to resume at; a `tokens` entry is split into
-its tokens. `Client.events` in `client.py` does the I/O. A later attempt reads the whole stream.
+its tokens. `event_reader.py` does the I/O. A later attempt reads the whole stream.
 """
 
 from __future__ import annotations
