@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from redis.asyncio import Redis
@@ -13,6 +13,7 @@ from tests.jobs.echo import complete, take_next, text
 from tests.jobs.harness import Harness, ServerHarness
 from tests.jobs.memory_streams import MemoryStreams
 from tests.jobs.servers import Server
+from worker.errors import ServerRefused
 from worker.jobs import shared_reads
 from worker.jobs.shared_reads import SharedReads
 from worker.jobs.streams import Disconnected, Record
@@ -165,6 +166,50 @@ async def test_a_failed_call_is_raised_by_its_readers_only() -> None:
         await reads.read("bad", "0-0", 5000)
     await add(streams, "good")
     assert await good
+    await reads.close()
+
+
+async def test_a_refused_key_fails_its_readers_only(server: Server) -> None:
+    harness = ServerHarness(server.url)
+    reads, streams = SharedReads(harness.connect()), harness.connect()
+    await harness.raw.set("text", "no stream")
+    waiting = [asyncio.ensure_future(reads.read(f"k{n}", "0-0", 60_000)) for n in range(50)]
+    for _ in range(2):
+        with pytest.raises(ServerRefused):
+            await reads.read("text", "0-0", 60_000)
+    assert not any(reader.done() for reader in waiting)
+    for n in range(50):
+        await add(streams, f"k{n}")
+    assert all(await asyncio.gather(*waiting))
+    await reads.close()
+    await harness.close()
+
+
+async def test_a_server_that_refuses_keys_of_several_slots_is_read_one_by_one() -> None:
+    class Cluster(MemoryStreams):
+        refused = 0
+
+        async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
+            if len(after) > 1:
+                self.refused += 1
+                raise ServerRefused("keys in several slots", {"reply": "CROSSSLOT"})
+            return await super().read_many(after, block_ms, count)
+
+    streams = Cluster()
+    reads = SharedReads(streams)
+
+    async def read(key: str) -> Sequence[Record]:
+        while not (records := await reads.read(key, "0-0", 5000)):
+            pass
+        return records
+
+    for turn in range(3):
+        waiting = [asyncio.ensure_future(read(f"k{n}{turn}")) for n in range(10)]
+        await asyncio.sleep(0.05)
+        for n in range(10):
+            await add(streams, f"k{n}{turn}")
+        assert all(await asyncio.gather(*waiting))
+    assert streams.refused == 1
     await reads.close()
 
 

@@ -9,9 +9,12 @@ block for long, or if another polls and can be merged with this one.
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from worker.errors import ServerRefused
 from worker.jobs.keys import split_id
 from worker.jobs.streams import Record, Streams
 
@@ -50,6 +53,8 @@ class SharedReads:
         self._polling = 0
         self._readers = 0
         self._closed = False
+        self._together = True
+        """False if the server refuses keys of several hash slots in one call."""
 
     @property
     def readers(self) -> int:
@@ -63,6 +68,8 @@ class SharedReads:
         """
         if self._closed:
             raise RuntimeError(_CLOSED)
+        if not self._together:
+            return await self._streams.read(key, after, int(min(block_ms, BLOCK_MS)))
         loop = asyncio.get_running_loop()
         waiter = _Waiter(key, after, loop.time() + block_ms / 1000, loop.create_future())
         self._pool.append(waiter)
@@ -86,53 +93,64 @@ class SharedReads:
         """Start a slot for the pool, once for all readers that join in this turn of the loop."""
         if not self._starting and len(self._slots) < SLOTS:
             self._starting = True
-            slot = asyncio.create_task(self._run_slot(), name="shared-reads")
-            self._slots.add(slot)
-            slot.add_done_callback(self._slots.discard)
+            self._slots.add(asyncio.create_task(self._run_slot(), name="shared-reads"))
 
     async def _run_slot(self) -> None:
         self._starting = False
-        while batch := self._take_pool():
-            polls = self._blocking >= SLOTS - 1 or self._polling > 0
-            try:
-                replies = await self._call(batch, polls)
-            except asyncio.CancelledError:
-                self._pool += batch
-                raise
-            except Exception as error:
+        try:
+            while batch := self._take_pool():
+                polls = self._blocking >= SLOTS - 1 or self._polling > 0
+                await self._serve(batch, POLL_MS if polls else BLOCK_MS)
+                if polls and self._polling:
+                    return  # that slot takes the pool within POLL_MS, and may then block for long
+        finally:
+            self._slots.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+
+    async def _serve(self, batch: Sequence[_Waiter], most_ms: float) -> None:
+        """Make one call for the batch; several if one of its keys is refused."""
+        try:
+            replies = await self._call(batch, most_ms)
+        except asyncio.CancelledError:
+            self._pool += batch
+            raise
+        except ServerRefused as error:
+            if len({waiter.key for waiter in batch}) == 1:
                 _fail(batch, error)
-                continue
-            self._deliver(batch, replies)
-            if polls and self._polling:
-                return  # that slot takes the pool within POLL_MS, and may then block for long
+            elif error.details.get("reply") == "CROSSSLOT":
+                self._together = False
+                self._deliver(batch, {}, math.inf)
+            else:
+                middle = len(batch) // 2
+                await self._serve(batch[:middle], 1.0)
+                await self._serve(batch[middle:], 1.0)
+        except Exception as error:
+            _fail(batch, error)
+        else:
+            self._deliver(batch, replies, asyncio.get_running_loop().time())
 
     def _take_pool(self) -> list[_Waiter]:
         batch, self._pool = [waiter for waiter in self._pool if not waiter.records.done()], []
         return batch
 
-    async def _call(self, batch: Sequence[_Waiter], polls: bool) -> dict[str, list[Record]]:
+    async def _call(self, batch: Sequence[_Waiter], most_ms: float) -> dict[str, list[Record]]:
         """Read the streams of a batch. Of several positions in one stream, start at the first."""
         after: dict[str, str] = {}
         for waiter in batch:
             after[waiter.key] = min(after.get(waiter.key, waiter.after), waiter.after, key=split_id)
         left_ms = 1000 * (min(waiter.deadline for waiter in batch) - asyncio.get_running_loop().time())
-        block_ms = max(1.0, min(POLL_MS if polls else BLOCK_MS, max(left_ms, MS_PER_READER * len(batch))))
+        block_ms = max(1.0, min(most_ms, max(left_ms, MS_PER_READER * len(batch))))
         count = max(1, min(MAX_COUNT, MAX_ENTRIES // len(after)))
-        if polls:
-            self._polling += 1
-        else:
-            self._blocking += 1
+        polls = int(most_ms <= POLL_MS)
+        self._polling += polls
+        self._blocking += 1 - polls
         try:
             return await self._streams.read_many(after, int(block_ms), count)
         finally:
-            if polls:
-                self._polling -= 1
-            else:
-                self._blocking -= 1
+            self._polling -= polls
+            self._blocking -= 1 - polls
 
-    def _deliver(self, batch: Sequence[_Waiter], replies: dict[str, list[Record]]) -> None:
+    def _deliver(self, batch: Sequence[_Waiter], replies: dict[str, list[Record]], now: float) -> None:
         """Wake readers with entries or a passed deadline; return the others to the pool."""
-        now = asyncio.get_running_loop().time()
         for waiter in batch:
             records = replies.get(waiter.key, [])
             if records and split_id(records[0][0]) <= split_id(waiter.after):
