@@ -42,10 +42,10 @@ async def test_cancelling_an_unknown_job_reports_it_and_writes_nothing(harness: 
 
 
 async def test_a_job_behind_many_others_is_found(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.jobs.client.SEARCH_PAGE", 3)
-    client = harness.client()
+    monkeypatch.setattr("worker.jobs.queues.SEARCH_PAGE", 3)
+    client, other = harness.client(), harness.client()
     for n in range(6):
-        await client.submit(job_id=f"j{n}", prompt="j5 j6 j7")
+        await other.submit(job_id=f"j{n}", prompt="j5 j6 j7")
     assert [await client.cancel(job) for job in ("j5", "j0", "j6")] == ["cancelled", "cancelled", "unknown"]
 
 
@@ -59,7 +59,7 @@ async def test_a_job_that_is_taken_and_ends_during_the_search_is_not_unknown(har
             await complete(worker, await take_next(worker), 1)
 
     client = Client(LossyStreams(harness.connect(), lambda _: False, run_it))
-    await client.submit(job_id="a", prompt="hello")
+    await harness.client().submit(job_id="a", prompt="hello")
     assert await client.cancel("a") == "over"
     assert ended
 

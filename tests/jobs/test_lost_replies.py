@@ -19,6 +19,7 @@ from tests.jobs.harness import (
     wait_until,
 )
 from worker.errors import InvalidRequest, QueueFull
+from worker.jobs import streams
 from worker.jobs.client import Client
 from worker.jobs.keys import events_key, queue_key, state_key
 from worker.jobs.streams import Disconnected
@@ -133,17 +134,28 @@ async def test_an_interrupted_submission_reports_its_job_id(harness: Harness) ->
     assert caught.value.job_id == known
 
 
-async def test_a_refusal_is_not_repeated(harness: Harness) -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize("refusals", [3, 1000])
+async def test_a_refused_call_is_repeated_for_a_limited_time(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    monkeypatch.setattr(streams, "BUSY_S", 1.0)
+    calls = 0
 
-    async def refuse(name: str) -> None:
-        calls.append(name)
-        raise Disconnected("the server is a replica", "READONLY")
+    async def refuse(_: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls <= refusals:
+            raise Disconnected("the server is a replica", "READONLY")
 
     client = Client(LossyStreams(harness.connect(), lambda _: False, refuse))
-    with pytest.raises(Disconnected):
+    if refusals == 3:
         await client.submit(prompt="hello")
-    assert calls == ["enqueue"]
+        assert calls == 4
+        return
+    with pytest.raises(Disconnected) as caught:
+        await client.submit(prompt="hello")
+    assert caught.value.code == "REDIS_BUSY"
+    assert calls > 3
 
 
 async def test_a_lost_reply_to_a_dead_letter_adds_no_second_one(harness: Harness) -> None:

@@ -60,6 +60,18 @@ async def test_submitting_over_a_restart_needs_no_care() -> None:
         await client.close()
 
 
+async def test_commands_wait_while_the_server_refuses_them(server: Server) -> None:
+    raw, client = Redis.from_url(server.url, protocol=2), Client.from_url(server.url)
+    await raw.config_set("min-replicas-to-write", 1)
+    pending = [asyncio.ensure_future(client.submit(job_id=f"j{n}", prompt="x")) for n in range(20)]
+    await asyncio.sleep(0.5)
+    assert not any(call.done() for call in pending)
+    await raw.config_set("min-replicas-to-write", 0)
+    assert len(await asyncio.gather(*pending)) == await client.queue_length() == 20
+    await client.close()
+    await raw.aclose()
+
+
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 async def test_events_in_json_are_read_like_others(server: Server, encoding: str) -> None:
     harness = ServerHarness(server.url)

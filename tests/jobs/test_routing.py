@@ -8,14 +8,14 @@ import pytest
 
 from tests.jobs.echo import complete, take_next, text
 from tests.jobs.harness import LONG_LEASE, Harness
-from worker.jobs import client as client_module
+from worker.jobs import queues
 from worker.jobs.keys import queue_key
 from worker.jobs.transport import Transport
 
 
 @pytest.fixture(autouse=True)
 def _read_workers_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "SERVED_S", 0.0)
+    monkeypatch.setattr(queues, "SERVED_S", 0.0)
 
 
 async def live(harness: Harness, name: str, model: str, queue: str, state: str = "ready") -> None:
@@ -72,7 +72,7 @@ async def test_a_routed_job_is_read_and_cancelled_like_any_other(harness: Harnes
 async def test_the_workers_are_read_once_for_many_submissions(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "SERVED_S", 60.0)
+    monkeypatch.setattr(queues, "SERVED_S", 60.0)
     client = harness.client()
     await live(harness, "w1", "qwen", "other")
     await asyncio.gather(*(client.submit(prompt="x", model="qwen") for _ in range(20)))

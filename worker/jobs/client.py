@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import time
 import uuid
 import weakref
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import msgpack
@@ -31,8 +29,9 @@ from worker.jobs.loop_thread import LoopThread
 from worker.jobs.payload import MAX_PAYLOAD_BYTES, encoding_of, job_id_of, read_map
 from worker.jobs.protocol import Job, Trace
 from worker.jobs.queue_entries import DeadLetter, QueueEntry, retry_id
+from worker.jobs.queues import Queues
 from worker.jobs.reader import JobFailed, StreamEvent, decode_entry
-from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams
+from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, repeat_briefly
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,11 +40,6 @@ CANCELLED_TTL_MS = 7 * 24 * 3600 * 1000
 """Time to live of a job that was cancelled before it ran; settling its entry shortens it."""
 MAX_COMMANDS = 10_000
 """Approximate number of entries kept on the control stream."""
-SERVED_S = 2.0
-"""Validity of the list of models and their queues, which `submit(model=...)` reads."""
-SEARCH_PAGE = 1000
-
-
 _UNREAD = JobState("0-1")
 """A state that no job has: `cancel` with it changes no waiting job."""
 
@@ -53,8 +47,9 @@ _UNREAD = JobState("0-1")
 class Client:
     """Client of one queue, for any number of jobs, within one event loop.
 
-    Every method may raise `Disconnected` and `ServerRefused`. Commands are sent again once after a
-    lost connection, reads for `reconnect_timeout_s`.
+    Every method may raise `Disconnected` and `ServerRefused`. Commands are repeated once after a
+    lost connection and for 5 s while the server refuses them for now, reads for
+    `reconnect_timeout_s`.
     """
 
     def __init__(
@@ -67,15 +62,10 @@ class Client:
     ) -> None:
         self._streams = streams
         self._queue = queue
+        self._queues = Queues(streams, queue)
         self._bound = bound
         self._retry_after_s = retry_after_s
         self._reader = EventReader(streams, self._is_queued, reconnect_timeout_s)
-        self._routed: set[str] = set()
-        """Other queues that this client has submitted to."""
-        self._served: Counter[tuple[str, str]] = Counter()
-        """Number of living workers by model and queue, and when they were read."""
-        self._served_s = -SERVED_S
-        self._serving = asyncio.Lock()
 
     @classmethod
     def from_url(cls, url: str, queue: str = "default", bound: int = 10_000) -> Self:
@@ -118,7 +108,7 @@ class Client:
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise InvalidRequest.of(("payload", f"at most {MAX_PAYLOAD_BYTES} bytes", len(payload)))
         try:
-            queue = await self._queue_of(job.model)
+            queue = await self._queues.of_model(job.model)
             added = await self._enqueue(queue, job.job_id, payload)
         except Disconnected as error:
             error.job_id = job.job_id
@@ -132,29 +122,18 @@ class Client:
 
     async def _enqueue(self, queue: str, job_id: str, payload: bytes) -> bool:
         """Add the entry, a second time after a lost reply; `take` refuses one of two entries."""
-        try:
-            return await self._streams.enqueue(queue, {"p": payload}, self._bound) is not None
-        except Disconnected as error:
-            if error.reply:
-                raise
-        added = await self._streams.enqueue(queue, {"p": payload}, self._bound) is not None
-        return added or await self._is_queued(job_id)  # the first entry may be what fills the queue
+        calls = 0
 
-    async def _queue_of(self, model: str | None) -> str:
-        """The queue for a job that names a model; see `submit`."""
-        if model is None:
-            return self._queue
-        async with self._serving:
-            if time.monotonic() - self._served_s >= SERVED_S:
-                living = [each for each in (await self.workers()).values() if each.get("state") in ("ready", "busy")]
-                self._served = Counter((each.get("model", ""), each.get("queue", "")) for each in living)
-                self._served_s = time.monotonic()
-        queues = {queue: count for (served, queue), count in self._served.items() if served == model and queue}
-        if not queues or self._queue in queues:
-            return self._queue
-        queue = max(sorted(queues), key=lambda name: queues[name])
-        self._routed.add(queue)
-        return queue
+        async def enqueue() -> str | None:
+            nonlocal calls
+            calls += 1
+            return await self._streams.enqueue(queue, {"p": payload}, self._bound)
+
+        entry_id = await repeat_briefly(enqueue)
+        if entry_id is not None:
+            self._queues.submitted(job_id, queue, entry_id)
+            return True
+        return calls > 1 and await self._is_queued(job_id)  # the first entry may be what fills the queue
 
     async def events(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None
@@ -216,13 +195,13 @@ class Client:
             envelope = trace.envelope(job_id, state.next_epoch, worker_id="")
             event = trace.encode(error, envelope)
             call = CancelCall(state.last_id, envelope.epoch, event, envelope.ts_ms, CANCELLED_TTL_MS)
-            outcome = await self._repeat(self._streams.cancel, job_id, call)
+            outcome = await repeat_briefly(self._streams.cancel, job_id, call)
             if outcome == "REQUESTED":
                 await self._command("cancel", job_id)
             if outcome != "RETRY":
                 return outcome.lower()
-            state = await self._repeat(self._streams.job_state, job_id)
-            if (entry := await self._find(job_id)) is not None:
+            state = await repeat_briefly(self._streams.job_state, job_id)
+            if (entry := await self._queues.find(job_id)) is not None:
                 trace = Trace.of(job_id, entry[0], encoding=encoding_of(entry[1].get("p", b"")))
             elif not state.fields and not await self.state(job_id):
                 return "unknown"
@@ -234,26 +213,7 @@ class Client:
         return known or bool(await self.state(job_id))  # it may have left the queue during the search
 
     async def _is_queued(self, job_id: str) -> bool:
-        return await self._find(job_id) is not None
-
-    async def _find(self, job_id: str) -> Record | None:
-        """The job's entry in this client's queue or, if it has none, in those of living workers."""
-        if (entry := await self._find_in(self._queue, job_id)) is not None:
-            return entry
-        served = {status["queue"] for status in (await self.workers()).values() if status.get("queue")}
-        for queue in sorted((served | self._routed) - {self._queue}):
-            if (entry := await self._find_in(queue, job_id)) is not None:
-                return entry
-        return None
-
-    async def _find_in(self, queue: str, job_id: str) -> Record | None:
-        first: str | None = "-"
-        while first is not None:
-            first, found = await self._repeat(self._streams.find, queue, job_id, first, SEARCH_PAGE)
-            for entry_id, fields in found:
-                if job_id_of(fields.get("p", b"")) == job_id:
-                    return entry_id, fields
-        return None
+        return await self._queues.find(job_id) is not None
 
     async def drain(self, worker: str) -> None:
         """Request that a worker takes no more jobs, finishes the running one, and stops."""
@@ -261,15 +221,15 @@ class Client:
 
     async def _command(self, do: str, target: str) -> None:
         fields = {"do": do.encode(), "target": target.encode()}
-        await self._repeat(self._streams.add, CONTROL, fields, MAX_COMMANDS, None)
+        await repeat_briefly(self._streams.add, CONTROL, fields, MAX_COMMANDS, None)
 
     async def state(self, job_id: str) -> Mapping[str, str]:
         """The job's state hash; empty for an unknown job."""
-        return (await self._repeat(self._streams.job_state, job_id)).fields
+        return (await repeat_briefly(self._streams.job_state, job_id)).fields
 
     async def queue(self, count: int = 100) -> list[QueueEntry]:
         """The first `count` jobs of the queue, waiting and running."""
-        pending = {row.entry_id: row for row in await self._repeat(self._streams.pending, self._queue, count)}
+        pending = {row.entry_id: row for row in await repeat_briefly(self._streams.pending, self._queue, count)}
         entries = []
         for entry_id, fields in await self._range(queue_key(self._queue), "-", "+", count):
             row = pending.get(entry_id)
@@ -279,11 +239,11 @@ class Client:
 
     async def queue_length(self) -> int:
         """Number of jobs in the queue, waiting and running."""
-        return await self._repeat(self._streams.length, queue_key(self._queue))
+        return await repeat_briefly(self._streams.length, queue_key(self._queue))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """The status of each live worker, by its id."""
-        return await self._repeat(self._streams.workers)
+        return await repeat_briefly(self._streams.workers)
 
     async def worker_events(self, worker: str, after: str = START) -> AsyncGenerator[StreamEvent, None]:
         """Yield a worker's own events above the id `after`. Never ends."""
@@ -299,7 +259,7 @@ class Client:
 
     async def dead_letter_count(self) -> int:
         """Number of dead letters."""
-        return await self._repeat(self._streams.length, dead_key(self._queue))
+        return await repeat_briefly(self._streams.length, dead_key(self._queue))
 
     async def dead_letter(self, entry_id: str) -> DeadLetter | None:
         """The dead letter with that id."""
@@ -323,19 +283,10 @@ class Client:
 
     async def drop_dead_letter(self, entry_id: str) -> bool:
         """Delete a dead letter."""
-        return is_entry_id(entry_id) and await self._repeat(self._streams.delete, dead_key(self._queue), entry_id)
+        return is_entry_id(entry_id) and await repeat_briefly(self._streams.delete, dead_key(self._queue), entry_id)
 
     async def _range(self, key: str, first: str, last: str, count: int) -> list[Record]:
-        return await self._repeat(self._streams.range, key, first, last, count)
-
-    async def _repeat(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make the call, once more if the connection was lost. For calls that may be repeated."""
-        try:
-            return await call(*args, **kwargs)
-        except Disconnected as error:
-            if error.reply:
-                raise
-        return await call(*args, **kwargs)
+        return await repeat_briefly(self._streams.range, key, first, last, count)
 
 
 def _token_or_end(item: StreamEvent) -> Token | End | None:

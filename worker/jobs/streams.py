@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 FIRST_DELAY_S = 0.05
 MAX_DELAY_S = 1.0
+BUSY_S = 5.0
+"""Time for which a client's command is repeated while the server refuses it for now."""
 STATUS_TTL_MS = 15_000
 """A worker without a heartbeat for this long is no longer listed."""
 REFUSAL_S = 10.0
@@ -326,6 +328,22 @@ async def retry_until_connected(call: Callable[P, Awaitable[T]], *args: P.args, 
         except Disconnected:
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(MAX_DELAY_S, 2 * delay_s)
+
+
+async def repeat_briefly(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Make a call that may be repeated: again once after a lost reply, for BUSY_S if refused."""
+    delay_s, lost, until_s = FIRST_DELAY_S, False, time.monotonic() + BUSY_S
+    while True:
+        try:
+            return await call(*args, **kwargs)
+        except Disconnected as error:
+            if lost if not error.reply else time.monotonic() + delay_s > until_s:
+                raise
+            if not error.reply:
+                lost = True
+                continue
+        await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+        delay_s = min(MAX_DELAY_S, 2 * delay_s)
 
 
 class ServerClock:
