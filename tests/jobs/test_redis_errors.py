@@ -13,7 +13,7 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 
-from tests.jobs.servers import Server, running_server
+from tests.jobs.servers import Server, free_port, running_server
 from worker.errors import ServerRefused
 from worker.jobs.keys import events_key, state_key
 from worker.jobs.redis_errors import code_of, translate
@@ -301,7 +301,7 @@ async def test_reads_that_succeed_do_not_end_a_refusal_of_writes(admin: Redis, o
 
 
 async def test_a_node_of_a_cluster() -> None:
-    with running_server("--cluster-enabled", "yes") as server:
+    with running_server("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
         for path, replies in (("", ["CLUSTERDOWN"]), ("/1", ["CLUSTER", "DB"])):  # DB: of Valkey 9
             streams = RedisStreams.from_url(f"{server.url}{path}")
             with pytest.raises((Disconnected, ServerRefused)) as caught:

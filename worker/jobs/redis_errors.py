@@ -104,7 +104,8 @@ def translate(error: exceptions.RedisError, server: str, *, waiting: bool = Fals
 
 def _explanation(code: str, error: exceptions.RedisError) -> str:
     """Why the server refused: a fixed sentence, or its own text without the command's arguments."""
-    own = str(error).partition(", with args")[0].rstrip(".")
+    inner = re.fullmatch(r"Command # .* caused error: \(['\"](.*)['\"],\)", str(error), re.S)
+    own = (inner[1] if inner else str(error)).partition(", with args")[0].rstrip(".")
     if code == "NOPERM":
         return f"{_ACCESS[code]}: {own}"
     return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own.removeprefix(f"{code} ")
