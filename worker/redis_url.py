@@ -8,7 +8,6 @@ worker sets: time-outs, retries, undecoded replies and their version.
 """
 
 import re
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 _CHOICES: Mapping[str, Mapping[str, object]] = {
     "ssl_cert_reqs": {name: name for name in ("required", "optional", "none")},
     "ssl_check_hostname": _BOOLEANS,
-    "ssl_min_version": {"tlsv1.2": ssl.TLSVersion.TLSv1_2, "tlsv1.3": ssl.TLSVersion.TLSv1_3},
+    "ssl_min_version": {"tlsv1.2": "TLSv1_2", "tlsv1.3": "TLSv1_3"},
 }
 _TLS_OPTIONS = (*_FILES, "ssl_ca_path", "ssl_password", *_CHOICES)
 _OPTIONS = ("db", "client_name", *_TLS_OPTIONS)
@@ -45,7 +44,7 @@ class RedisUrl:
     username: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
     tls: Mapping[str, object] = field(default_factory=dict, repr=False)
-    """Options of redis-py's SSLConnection."""
+    """Options of redis-py's SSLConnection, `ssl_min_version` as the name in `ssl.TLSVersion`."""
 
     def __str__(self) -> str:
         """The URL without secrets, for messages."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import time
+import traceback
 
 import pytest
 from redis.asyncio import Redis
@@ -14,6 +16,7 @@ from tests.jobs.harness import ServerHarness
 from tests.jobs.proxy import running_proxy
 from tests.jobs.servers import Server, running_server
 from worker.config import LeaseSection
+from worker.errors import ServerRefused
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.redis_streams import COMMAND_TIMEOUT_S, RedisStreams
 from worker.jobs.streams import Disconnected, retry_until_connected
@@ -165,6 +168,29 @@ async def test_megabytes_over_a_slow_link_are_not_a_dead_connection(server: Serv
         assert entry is not None
         assert (entry.id, entry.fields) == (entry_id, {"p": payload})
         await streams.close()
+
+
+async def test_the_kernel_watches_an_idle_connection(server: Server) -> None:
+    streams = RedisStreams.from_url(server.url)
+    await streams.time_ms()
+    (connection,) = streams._commands.connection_pool._available_connections
+    link = connection._writer.get_extra_info("socket")
+    assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert link.getsockopt(socket.SOL_TCP, socket.TCP_KEEPIDLE) == 2
+    assert link.getsockopt(socket.SOL_TCP, socket.TCP_USER_TIMEOUT) == 4000
+    await streams.close()
+
+
+async def test_no_representation_holds_a_password(server: Server) -> None:
+    streams = RedisStreams.from_url(server.url.replace("redis://", "redis://us3r:s3cret@"))
+    with pytest.raises(ServerRefused) as caught:
+        await streams.time_ms()
+    pool = streams._commands.connection_pool
+    shown = f"{streams!r} {streams._commands!r} {pool!r} {pool._available_connections!r} {caught.value!r}"
+    shown += "".join(traceback.format_exception(caught.value))
+    assert "s3cret" not in shown
+    assert "us3r" not in shown
+    await streams.close()
 
 
 async def test_a_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:

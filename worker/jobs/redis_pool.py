@@ -9,6 +9,7 @@ import asyncio
 import math
 import select
 import socket
+import ssl
 import time
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
@@ -134,4 +135,6 @@ def open_client(url: RedisUrl, size: int, timeout_s: float) -> Redis:
     options |= {"driver_info": None}  # CLIENT SETINFO is a right that Redis 7.0 cannot grant
     options |= {"protocol": 2, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
     options |= {"retry": Retry(NoBackoff(), 0), **url.tls}
+    if "ssl_min_version" in options:
+        options["ssl_min_version"] = ssl.TLSVersion[options["ssl_min_version"]]
     return Redis.from_pool(WaitingPool(size, connection_class=_CLASSES[url.scheme], **options))

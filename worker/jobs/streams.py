@@ -179,7 +179,7 @@ class Contact:
     ) -> None:
         log = logging.getLogger(__name__)
         self.last_error: Disconnected | None = None
-        self._on_lost = on_lost or (lambda reason: log.warning("%s; trying again", reason))
+        self._on_lost = on_lost or (lambda reason: log.warning("%s", reason))
         self._on_back = on_back or (lambda seconds: log.warning("connected again after %.1f s", seconds))
         self._reporting = from_start
         self._lost_s: float | None = None
