@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -330,3 +332,34 @@ async def test_a_server_of_another_protocol() -> None:
         with pytest.raises(ServerRefused, match="does not reply as a Redis server does"):
             await streams.time_ms()
         await streams.close()
+
+
+async def test_a_server_that_cannot_save(tmp_path: Path) -> None:
+    (folder := tmp_path / "data").mkdir()
+    with running_server("--dir", str(folder), "--save", "3600 1") as server:
+        streams, admin = RedisStreams.from_url(server.url), Redis.from_url(server.url, protocol=2)
+        await streams.open_queue("default")
+        folder.rmdir()
+        await admin.bgsave()
+        while (await admin.info("persistence"))["rdb_last_bgsave_status"] != "err":
+            await asyncio.sleep(0.02)
+        assert await refusal(streams) == "MISCONF"
+        await streams.close()
+        await admin.aclose()
+
+
+async def test_a_server_that_loads_its_data(tmp_path: Path) -> None:
+    options = ("--dir", str(tmp_path), "--key-load-delay", "200000", "--loading-process-events-interval-bytes", "1024")
+    with running_server(*options) as server:
+        streams, admin = RedisStreams.from_url(server.url), Redis.from_url(server.url, protocol=2)
+        for n in range(5):
+            await admin.set(f"k{n}", os.urandom(8192))
+        await admin.save()
+        server.stop()
+        server.start()
+        with contextlib.suppress(Disconnected):  # the connection of before the restart
+            await streams.time_ms()
+        assert await refusal(streams) == "LOADING"
+        assert await retry_until_connected(streams.time_ms)
+        await streams.close()
+        await admin.aclose()
