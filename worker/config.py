@@ -217,7 +217,9 @@ def load_settings(file: Path | None = None, flags: Mapping[str, Any] | None = No
 
     try:
         return FromFile(**given)  # type: ignore[arg-type]
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except OSError as error:
+        raise ConfigInvalid(f"{file} cannot be read: {str(error.strerror).lower()}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigInvalid(f"{file}: {error}; expected TOML") from None
     except SettingsError:  # its cause quotes the value
         raise ConfigInvalid("a variable such as WORKER_ENGINE is not JSON; expected WORKER_SECTION__KEY") from None

@@ -97,6 +97,12 @@ def test_a_wrong_url_is_an_invalid_setting(worker, url, words, command) -> None:
     assert words in err
 
 
+def test_health_names_the_reason_in_words(worker) -> None:
+    code, err = worker("redis://h", "health", "--url", "127.0.0.1:1")
+    assert code == 1
+    assert "does not reply (connection refused)" in err
+
+
 def test_a_database_that_the_server_lacks(server, worker) -> None:
     code, err = worker(f"{server.url}/99", "jobs")
     assert code == 5

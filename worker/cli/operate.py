@@ -125,7 +125,8 @@ def health(
         response = connection.getresponse()
         body = response.read().decode(errors="replace").strip()
     except (OSError, http.client.HTTPException) as error:
-        message = f"http://{host}:{port}{path} does not reply ({error}); start `worker run` or pass --url"
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+        message = f"http://{host}:{port}{path} does not reply ({reason}); start `worker run` or pass --url"
         raise Unhealthy(message) from None
     finally:
         connection.close()
