@@ -60,7 +60,8 @@ _PLAIN = {
     "invalid password": "WRONGPASS",
     "ACL failure in script": "NOPERM",
     "The user executing the script": "NOPERM",  # cannot run a command, or access a key
-    "BUSYGROUP": "BUSYGROUP",  # some servers put ERR before it
+    "BUSYGROUP": "BUSYGROUP",  # some servers put ERR before these
+    "NOGROUP": "NOGROUP",
 }
 """Parts of texts behind the code ERR, and the code by which such a reply is named here."""
 
