@@ -262,9 +262,11 @@ class MemoryStreams(Keyspace):
         if entry_id not in stream.entries:
             stream.pending.pop(entry_id, None)
             return "deleted"
-        if delivery is None:
+        if delivery is None and split_id(entry_id) > split_id(stream.delivered):
             return "lost"
-        delivery.at_ms = stream.consumers[consumer] = self._now()
+        count = delivery.count if delivery else 1
+        stream.pending[entry_id] = Delivery(consumer, self._now(), count)
+        stream.consumers[consumer] = self._now()
         return "held"
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
@@ -275,12 +277,13 @@ class MemoryStreams(Keyspace):
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
         stream = self._stream(queue_key(queue))
-        if stream is None or stream.pending.pop(entry_id, None) is None:
+        if stream is None:
             return False
-        if dead:
+        pending = stream.pending.pop(entry_id, None) is not None
+        if dead and pending:
             self._add(dead_key(queue), None, dead)
         stream.entries.pop(entry_id, None)
-        return True
+        return pending
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
         stream = self._stream(queue_key(queue)) or Stream()

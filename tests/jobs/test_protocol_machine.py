@@ -1,4 +1,4 @@
-"""State machine: protocol calls, crashes, cancels, trims and lost replies in any order.
+"""State machine: calls, crashes, cancels, trims, refusals and lost replies in any order.
 
 The streams stay valid throughout. A worker that is not picked for a while is in effect paused;
 leases last 0 s, so every scan reclaims.
@@ -24,12 +24,14 @@ from worker.errors import Internal
 from worker.jobs import streams as streams_module
 from worker.jobs.events import ErrorEvent
 from worker.jobs.keys import events_key, queue_key
+from worker.jobs.streams import Disconnected
 from worker.jobs.transport import Claim, Fenced, Lease, Renewal, Transport
 
 LEASE = lease_settings(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
 LENGTHS = {"a": 6, "b": 3, "c": 9, "d": 0, "e": 4, "f": 5}
 JOBS = st.sampled_from(sorted(LENGTHS))
 PICK = st.integers(0, 2)
+WRITES = {"read_new", "reclaim", "renew", "give_back", "settle", "take", "append", "expire_job"}
 RARELY = st.integers(0, 7).map(lambda n: n == 7)
 
 
@@ -47,7 +49,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @initialize(jobs=st.lists(JOBS, min_size=3, max_size=8))
     def open(self, jobs: list[str]) -> None:
         self.runner = asyncio.Runner()
-        self.losing = 0
+        self.losing = self.refusing = 0
         self.names = count()
         self.trimmed: set[str] = set()
         self.deleted: set[str] = set()
@@ -63,12 +65,17 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.workers = [await self._worker() for _ in range(3)]
 
     async def _worker(self) -> Worker:
-        lossy = LossyStreams(self.harness.connect(), self._loses)
+        lossy = LossyStreams(self.harness.connect(), self._loses, self._refuse)
         return Worker(await self.harness.transport(f"w{next(self.names)}", LEASE, lossy))
 
     def _loses(self, _: str) -> bool:
         self.losing = max(0, self.losing - 1)
         return self.losing % 2 == 1
+
+    async def _refuse(self, name: str) -> None:
+        if self.refusing and name in WRITES:
+            self.refusing -= 1
+            raise Disconnected("too few replicas", "NOREPLICAS")
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(work)
@@ -81,6 +88,10 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(calls=st.integers(1, 6))
     def lose_replies(self, calls: int) -> None:
         self.losing = calls
+
+    @rule(calls=st.integers(1, 6))
+    def refuse_writes(self, calls: int) -> None:
+        self.refusing = calls
 
     @rule(n=PICK)
     def claim(self, n: int) -> None:
@@ -204,7 +215,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
-            self.losing = 0
+            self.losing = self.refusing = 0
             self.do(self._finish_all())
             texts = {job_id: text(LENGTHS[job_id]) for job_id in self.submitted - self.trimmed - self.deleted}
             self.do(self._check(texts))

@@ -11,7 +11,15 @@ import pytest_asyncio
 from redis.crc import key_slot
 
 from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
-from tests.jobs.harness import LONG_LEASE, NO_LEASE, SHORT_LEASE, ServerHarness, lease_settings, wait_until
+from tests.jobs.harness import (
+    LONG_LEASE,
+    NO_LEASE,
+    SHORT_LEASE,
+    ServerHarness,
+    assert_consistent,
+    lease_settings,
+    wait_until,
+)
 from tests.jobs.servers import Server, running_server
 from tests.jobs.stream_checker import assert_none, find_violations
 from worker.jobs import redis_streams
@@ -203,3 +211,22 @@ async def test_no_command_is_newer_than_redis_7_0(real: ServerHarness) -> None:
         _, docs = await real.raw.execute_command("COMMAND DOCS", name)
         since = docs[docs.index(b"since") + 1]
         assert [int(part) for part in since.split(b".")] <= [7, 0, 0], name
+
+
+async def test_a_call_that_was_refused_in_its_middle_is_completed_by_its_repetition() -> None:
+    with running_server() as server:
+        real = ServerHarness(server.url)
+        client, worker = real.client(), await real.transport("w1", LONG_LEASE)
+        await client.submit(job_id="a", prompt="hello")
+        lease = await take_next(worker)
+        await real.raw.execute_command("ACL", "SETUSER", "default", "-hset", "-xdel")
+        running = asyncio.create_task(complete(worker, lease, 2))
+        for right in ("hset", "xdel"):
+            await asyncio.sleep(0.3)
+            assert not running.done()
+            await real.raw.execute_command("ACL", "SETUSER", "default", f"+{right}")
+        await running
+        assert await client.queue() == []
+        assert (await client.state("a"))["state"] == "end"
+        await assert_consistent(real, a=text(2))
+        await real.close()

@@ -7,10 +7,21 @@ from itertools import count
 import pytest
 
 from tests.jobs.echo import begin, claim_next, complete, end, take_next, text, token, tokens
-from tests.jobs.harness import NO_LEASE, SHORT_LEASE, Harness, LossyStreams, assert_consistent, wait_until
+from tests.jobs.harness import (
+    NO_LEASE,
+    SHORT_LEASE,
+    FakeRedisHarness,
+    Harness,
+    LossyStreams,
+    RedisHarness,
+    ServerHarness,
+    assert_consistent,
+    wait_until,
+)
+from tests.jobs.servers import Server
 from worker.errors import DeadLettered
 from worker.jobs.events import Started
-from worker.jobs.keys import events_key
+from worker.jobs.keys import GROUP, events_key, queue_key
 from worker.jobs.transport import Closed, Fenced, Renewal
 
 DAY_MS = 24 * 3600 * 1000
@@ -129,6 +140,34 @@ async def test_a_renewed_lease_is_not_reclaimed(harness: Harness) -> None:
         assert await owner.renew(lease) is Renewal.HELD
         assert await other.claim() is None
     assert lease.claim.deliveries == (await harness.connect().pending("default", 1))[0].deliveries == 1
+
+
+async def test_a_running_entry_that_an_operator_acknowledges_is_pending_again_after_a_renewal() -> None:
+    harness = FakeRedisHarness()
+    await _acknowledged_by_others(harness)
+
+
+async def test_a_running_entry_whose_consumer_is_deleted_is_pending_again_after_a_renewal(server: Server) -> None:
+    await _acknowledged_by_others(ServerHarness(server.url), delete_consumer=True)
+    server.flush()
+    await _acknowledged_by_others(ServerHarness(server.url))
+
+
+async def _acknowledged_by_others(harness: RedisHarness, *, delete_consumer: bool = False) -> None:
+    client, owner = harness.client(), await harness.transport("w1")
+    await client.submit(job_id="a", prompt="hello")
+    lease = await take_next(owner)
+    if delete_consumer:
+        await harness.raw.xgroup_delconsumer(queue_key("default"), GROUP, "w1")
+    else:
+        await harness.raw.xack(queue_key("default"), GROUP, lease.claim.entry_id)
+    assert await harness.connect().pending("default", 1) == []
+    assert await owner.renew(lease) is Renewal.HELD
+    assert [row.consumer for row in await harness.connect().pending("default", 1)] == ["w1"]
+    await complete(owner, lease, 3)
+    assert await client.queue() == []
+    await assert_consistent(harness, a=text(3))
+    await harness.close()
 
 
 async def test_a_released_job_is_claimable_at_once_and_counts_no_delivery(harness: Harness) -> None:

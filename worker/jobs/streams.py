@@ -240,7 +240,10 @@ class Streams(Protocol):
         """Claim an entry and count a delivery, unless it has changed since `row` was read."""
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
-        """Reset the entry's idle time if it is pending for `consumer`."""
+        """Reset the entry's idle time if it is pending for `consumer`.
+
+        An entry that is pending for nobody because an operator acknowledged it is pending again.
+        """
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         """Set idle time and delivery count of the entry, under the same condition as `renew`."""
@@ -248,7 +251,7 @@ class Streams(Protocol):
     async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
         """Acknowledge and delete the entry, and add `dead`, if given, to the dead letters.
 
-        Only the first call has an effect and returns True.
+        Only the first call adds them and returns True.
         """
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:

@@ -278,7 +278,7 @@ class Attempt:
         if reason is StopReason.OTHER_MODEL:
             await self._stop_renewing()
             await self._context.transport.pass_on(self._claim, self._other_model)
-        if reason is StopReason.STALLED and isinstance(self._held, Lease):
+        if reason is StopReason.STALLED:
             await self._abandon(self._held, Internal("the engine made no step"))
         return self._released(reason.name.lower())
 

@@ -1,8 +1,9 @@
--- Acknowledge an entry. Only the call that does so adds the dead letter, if given, and deletes the entry.
+-- Acknowledge and delete an entry; return whether it was pending. Only then the dead letter, if given, is added.
+-- A repetition completes a call that was refused in its middle; the dead letter comes first, so that it is not lost.
 -- KEYS: 1 queue, 2 dead letters. ARGV: 1 group, 2 entry; then the dead letter's fields and values.
-local acknowledged = redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
-if acknowledged == 1 then
-  if #ARGV > 2 then redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3)) end
-  redis.call('XDEL', KEYS[1], ARGV[2])
+if #ARGV > 2 and redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1)[1] then
+  redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3))
 end
+local acknowledged = redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
+redis.call('XDEL', KEYS[1], ARGV[2])
 return acknowledged
