@@ -90,7 +90,9 @@ async def test_a_model_that_no_living_worker_of_the_queue_serves_is_refused(fake
     client = fake.client()
     async with serving(fake, model("one"), name="w1", lease=LEASE):
         await client_of(fake, "w2", "two", queue, state)
-        result = await run_job(client, prompt="abc", model="two")
+        payload = b'{"job_id": "a", "prompt": "abc", "model": "two"}'
+        await fake.connect().enqueue("default", {"p": payload}, 10)  # `submit` would choose the other queue
+        result = await read_job(client, "a")
         assert (result.kinds, result.last.code) == (["error"], "INVALID_REQUEST")
         assert "this worker serves one" in result.last.message
 
