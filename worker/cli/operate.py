@@ -64,8 +64,8 @@ def jobs(
         {
             "job_id": entry.job_id,
             "state": "running" if entry.worker else "waiting",
-            "worker": entry.worker,
             "age_s": round(max(0.0, now_ms - int(entry.entry_id.partition("-")[0])) / 1000, 1),
+            "worker": entry.worker,
             "deliveries": entry.deliveries,
             "entry": entry.entry_id,
         }

@@ -2,18 +2,17 @@
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 from rich.text import Text
 
 from worker.cli.console import plain
 
 _MIN_FOLDED = 16
-"""Width of a folded column below which the others are folded as well."""
+"""The least width of a folded column."""
 
 
 class PlainTable(Table):
@@ -38,13 +37,24 @@ def print_table(rows: Sequence[Mapping[str, Any]], required: int) -> None:
     needed = [sum(widths[:count]) + 2 * (count - 1) for count in range(1, len(widths) + 1)]
     room = shutil.get_terminal_size((0, 0)).columns or needed[-1]
     shown = max(required, sum(width <= room for width in needed))
-    table = PlainTable(*headings[:shown])
-    keep = needed[shown - 1] - widths[shown - 1] + _MIN_FOLDED <= room
-    for index, column in enumerate(table.columns):
-        column.overflow = "fold"
-        column.min_width = widths[index] if keep and index < shown - 1 else None
-    for row in cells:
-        table.add_row(*row[:shown])
-    Console(width=room, highlight=False).print(table)
+    before = needed[shown - 1] - widths[shown - 1]
+    for row in [headings, *cells]:
+        first = "".join(set_cell_size(cell, width + 2) for cell, width in zip(row, widths[: shown - 1], strict=False))
+        for line in _fold(row[shown - 1], max(room - before, _MIN_FOLDED)):
+            print((first + line).rstrip())
+            first = " " * before
     if missing := headings[shown:]:
         print(f"[not shown in {room} columns: {', '.join(missing)}; --json shows all]", file=sys.stderr)
+
+
+def _fold(text: str, width: int) -> Iterator[str]:
+    """Split text into lines of at most `width` cells, at spaces where there are some."""
+    while cell_len(text) > width:
+        end, used = 0, 0
+        while used + cell_len(text[end]) <= width or end == 0:
+            used, end = used + cell_len(text[end]), end + 1
+        space = text.rfind(" ", 1, end + 1)
+        end = space + 1 if space > 0 else end
+        yield text[:end]
+        text = text[end:]
+    yield text
