@@ -1,6 +1,7 @@
 """HarmonyParser: channels, recipients and odd headers of gpt-oss's answers."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -189,3 +190,37 @@ def test_only_words_in_the_place_of_a_channel_or_type_are_markup(answer, chat):
     kept = re.sub(r"(<\|channel\|>|<\|constrain\|>)[\s?]*(\w+)", r"\1", text)
     missing = [word for word in re.findall(r" (word\d+)", kept) if word not in published]
     assert not missing
+
+
+@given(ANSWERS, st.lists(st.integers(0, 99), max_size=9), st.booleans())
+def test_the_result_does_not_depend_on_how_the_text_is_split(answer, cuts, chat):
+    whole = parsed(answer, chat, lambda text: [text])
+    assert parsed(answer, chat, list) == whole
+    assert parsed(answer, chat, lambda text: split(text, cuts)) == whole
+
+
+def parsed(answer, chat, split_text):
+    """Runs of text of an answer whose texts are split by `split_text`."""
+    parser = HarmonyParser(TOKENIZER.vocab, TOKENIZER.token_bytes, PROMPT if chat else ())
+    pieces = []
+    for part in re.findall(r"<\|\w+\|>|(?:(?!<\|\w+\|>).)+", "".join(answer), re.DOTALL):
+        ids = TOKENIZER.vocab.special
+        parts = [(ids[part], "")] if part in ids else [(-1, text) for text in split_text(part)]
+        for token_id, text in parts:
+            pieces += parser.push(token_id, text)
+    return joined([*pieces, *parser.flush()])
+
+
+def split(text, cuts):
+    at = sorted({cut % (len(text) + 1) for cut in cuts} | {0, len(text)})
+    return [text[a:b] for a, b in pairwise(at)]
+
+
+def joined(pieces):
+    found: list[tuple[Place, str]] = []
+    for place, text in pieces:
+        if found and found[-1][0] == place:
+            found[-1] = (place, found[-1][1] + text)
+        else:
+            found.append((place, text))
+    return found

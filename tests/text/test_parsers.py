@@ -234,7 +234,7 @@ TWO = [call("{}"), call("{}", 1, "g")]
         (HEAD.strip() + "and " + S, [("final", "and"), call('{"s": "a"}')]),
         (HEAD + '{"s": "a</function>"}\n' + END + ".", [call('{"s": "a</function>"}'), ("final", ".")]),
         (HEAD + '{"s": ["a"</function>.', [call('{"s": ["a"'), ("final", ".")]),
-        (HEAD + '{"s": "a', [call('{"s": "a')]),
+        (HEAD + '{"s": "a\\', [call('{"s": "a\\')]),
         (HEAD + S + "and " + N + END, [call('{"s": "a\\n</parameter>\\nand ", "n": 5}')]),
         (HEAD + "<", [call("{"), ("final", "<")]),
         (HEAD + "<parameter=s>ab</para", [call('{"s": "ab</para')]),

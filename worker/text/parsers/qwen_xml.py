@@ -131,7 +131,7 @@ class QwenXmlParser(TextParser):
         """In arguments that are a JSON object."""
         assert self._json is not None
         end = self._json.scan(self._held, 0, last)
-        self._publish(self._take(end))
+        self._publish(self._take(len(self._held) if last and not self._json.is_complete else end))
         self._state = self._in_function if self._json.is_complete else self._in_json
         return self._json.is_complete
 
