@@ -116,7 +116,7 @@ class Vocabulary:
     types: list[int]
     """GGUF token types, after `_retype`."""
     special: dict[str, int]
-    """Name → id of the CONTROL and USER_DEFINED tokens of two characters or more."""
+    """Name → id of the CONTROL and USER_DEFINED tokens."""
     user_defined: frozenset[str]
     """The names in `special` of USER_DEFINED tokens, which are found in any text."""
     padding_ids: frozenset[int]
@@ -236,8 +236,7 @@ def _is_padding(token: str, kind: int) -> bool:
 
 
 def _special(tokens: list[str], types: list[int], marked: list[int]) -> dict[str, int]:
-    # Not names of one character: `SpecialTokens.guard` inserts a mark inside each name.
-    special = {tokens[i]: i for i in marked if types[i] in (CONTROL, USER_DEFINED) and len(tokens[i]) > 1}
+    special = {tokens[i]: i for i in marked if types[i] in (CONTROL, USER_DEFINED)}
     longest = max(special, key=len, default="")
     if len(longest) > _MAX_NAME:
         what = f"the special token {special[longest]} has {len(longest)} characters"
