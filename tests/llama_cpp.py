@@ -61,6 +61,7 @@ class LlamaCpp:
             self._server = xllamacpp.Server(self._parameters)
             opening.callback(setattr, self, "_server", None)  # its destructor stops the threads and frees the model
             self._ascii = self.tokenize("a")[-1]
+            self.next_logprobs([self._ascii], 1)  # a server that is closed before its main loop runs never ends
             self._open = opening.pop_all()
         return self
 
