@@ -23,8 +23,6 @@ from worker.redis_url import RedisUrl
 
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 4000}
 """A peer that acknowledges nothing is detected within 4 s. All in s, but TCP_USER_TIMEOUT in ms."""
-
-
 _MIN_BYTES_PER_S = 500_000
 
 
