@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,29 @@ def test_dead_letters_with_odd_payloads_are_listed_and_shown(server: Server, com
     assert (code, json.loads(shown)["id"]) == (0, letter["id"])
     assert "\x1b" not in shown
     assert command("dead", "drop", letter["id"])[0] == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {b"p": b""},
+        {b"p": msgpack.packb({"job_id": "a", "temperature": float("nan")}), b"attempts": b"many"},
+        {b"p": b"\x91" * 5000 + b"\x00"},
+        {b"p": b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"},
+        {b"other": b"x"},
+    ],
+)
+def test_entries_of_any_writer_are_listed_and_shown(server: Server, command: Run, fields: dict[bytes, bytes]) -> None:
+    async def write(harness: ServerHarness) -> None:
+        for key in (dead_key("default"), queue_key("default")):
+            await harness.raw.xadd(key, fields, id="5-1")
+
+    prepare(server, write)
+    for arguments in (("dead", "ls"), ("jobs",)):
+        assert command(*arguments)[0] == 0
+    code, out, _ = command("dead", "show", "5-1")
+    assert code == 0
+    json.loads(out, parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("malformed", ["x", "-", "+", "1-2-3", "[/b]", "99999999999999999999-0", ""])

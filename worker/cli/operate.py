@@ -160,8 +160,8 @@ def dead_show(
         found = _letter(connected, letter)
     try:
         job: Any = read_map(found.payload)[0]
-        jsonlib.dumps(job)
-    except (InvalidRequest, TypeError, ValueError):
+        jsonlib.dumps(job, allow_nan=False)
+    except (InvalidRequest, TypeError, ValueError, RecursionError):
         job = found.payload.hex()
     print_json({**_summary(found), "job": job})
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worker.cli.console import plain
 from worker.config import RedisSection, load_settings
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
@@ -66,7 +67,7 @@ def as_line(item: StreamEvent) -> str:
     at = datetime.fromtimestamp(item.envelope.ts_ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
     fields = " ".join(f"{name}={_format(value)}" for name, value in item.event.to_fields().items())
     source = item.envelope.job_id or item.envelope.worker_id
-    return f"{at}  {source}  {item.entry_id}  {item.kind:<13} {fields}".rstrip()
+    return plain(f"{at}  {source}  {item.entry_id}  {item.kind:<13} {fields}".rstrip())
 
 
 def _format(value: Any) -> str:

@@ -76,7 +76,7 @@ class LoopThread:
                 ending = asyncio.run_coroutine_threadsafe(last, self._loop)
             try:
                 if threading.current_thread() is not self._thread:
-                    ending.result(CLOSE_S)
+                    concurrent.futures.wait([ending], CLOSE_S)
             finally:
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 if self._thread not in (None, threading.current_thread()):

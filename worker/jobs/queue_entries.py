@@ -25,7 +25,8 @@ class DeadLetter:
         entry_id, fields = record
         names = ("job_id", "reason", "attempts", "last_error")
         job_id, reason, attempts, last_error = (fields.get(name, b"").decode(errors="replace") for name in names)
-        return cls(entry_id, job_id, reason, int(attempts or 0), last_error, fields.get("p", b""))
+        count = int(attempts) if attempts.isascii() and attempts.isdigit() else 0
+        return cls(entry_id, job_id, reason, count, last_error, fields.get("p", b""))
 
 
 @dataclass(frozen=True, slots=True)
