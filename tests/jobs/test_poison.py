@@ -80,3 +80,20 @@ async def test_a_crash_between_the_error_event_and_the_dead_letter_loses_neither
     assert await begin(successor, await claim_next(successor)) == Closed("over")
     assert [letter.job_id for letter in await client.dead_letters()] == ["a"]
     await assert_consistent(harness, a=None)
+
+
+async def test_a_second_entry_of_a_dead_lettered_job_adds_no_second_letter(harness: Harness) -> None:
+    client = harness.client()
+    for _ in range(2):
+        await client.submit(job_id="a", prompt="poison")
+    for n in range(3):
+        await take_next(await harness.transport(f"w{n}", NO_LEASE))
+    reasons = []
+    while await client.queue():
+        last = await harness.transport("last", NO_LEASE)
+        closed = await begin(last, await claim_next(last))
+        assert isinstance(closed, Closed)
+        reasons.append(closed.reason)
+    assert sorted(reasons) == ["dead_lettered", "over"]
+    assert [letter.job_id for letter in await client.dead_letters()] == ["a"]
+    await assert_consistent(harness, a=None)

@@ -380,7 +380,8 @@ class Transport:
     ) -> Closed:
         """Settle an entry that has nothing to run."""
         dead: dict[str, bytes] | None = None
-        if reply.code == DeadLettered.code:
+        own = reply.outcome != "DUPLICATE" and reply.entry_id in ("", claim.entry_id)  # else another entry of the job
+        if own and reply.code == DeadLettered.code:
             state = await retry_until_connected(self._streams.job_state, job_id)
             attempts, last_error = state.next_epoch - 2, state.fields.get("last_error", "")
             reason = "attempts without one new token, or too many deliveries"
@@ -388,7 +389,7 @@ class Transport:
         await self._consumer.settle(claim.entry_id, dead)
         if reply.outcome == "DUPLICATE":
             return Closed("duplicate")
-        if reply.entry_id in ("", claim.entry_id):
+        if own:
             await self._expire_keys(job_id)
         if reply.outcome == "OVER":
             return Closed("over")
