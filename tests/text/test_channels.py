@@ -118,6 +118,13 @@ def test_a_stop_string_matches_in_one_channel_or_with_a_mark(answer, stop, expec
     assert runs(TEXT, answer, stop=stop, tools=TOOLS) == expected
 
 
+@pytest.mark.parametrize("tokenizer", [TOKEN, SILENT], ids=["token", "control token"])
+def test_a_mark_that_is_a_stop_token_has_no_text(tokenizer):
+    silent = frozenset([tokenizer.vocab.special["<tool_call>"], tokenizer.vocab.special["</think>"]])
+    assert joined(pushed(tokenizer, "<think>a</think>", silent_ids=silent)) == [("reasoning", "a")]
+    assert joined(pushed(tokenizer, "a<tool_call>", silent_ids=silent, tools=TOOLS)) == [("final", "a")]
+
+
 def test_text_withheld_for_a_stop_string_is_published_on_its_channel():
     outputs = pushed(TEXT, "<think>ab</think>c<|im_end|>", stop=["bc", "cd"])
     assert joined(outputs) == [("reasoning", "ab"), ("final", "c")]

@@ -57,7 +57,7 @@ class IncrementalDetokenizer:
         if parser is not None:
             special = tokenizer.vocab.special
             self._markup = {special[mark]: mark.encode() for mark in parser.marks if mark in special}
-            self._markup |= dict.fromkeys(parser.boundaries, b"")
+            self._markup |= dict.fromkeys(parser.boundaries | silent_ids, b"")
             self._boundaries = parser.boundaries
             self._parsed = _ParsedText(parser, [text for text in stop if not _has_mark(text, parser)])
             stop = [text for text in stop if _has_mark(text, parser)]
