@@ -167,9 +167,9 @@ class HermesParser(TextParser):
 
 
 def _string(value: str) -> str | None:
-    """Return the value of a JSON string that is not empty."""
+    """Return the value of a JSON string that is not empty and is Unicode."""
     try:
         text = json.loads(value, strict=False)
-    except ValueError:
+        return text if isinstance(text, str) and text.encode() else None
+    except (ValueError, RecursionError):  # a lone surrogate is a ValueError
         return None
-    return text if isinstance(text, str) and text else None

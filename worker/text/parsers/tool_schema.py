@@ -38,7 +38,7 @@ def json_value(text: str, types: frozenset[str]) -> str:
         try:
             parsed = read(value)
             if _type_of(parsed) & types:
-                return value if read is _from_json else json.dumps(parsed, ensure_ascii=False, allow_nan=False)
+                return value if read is _from_json else json.dumps(parsed, allow_nan=False)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return json_string(text)
