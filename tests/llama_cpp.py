@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import socket
 import tempfile
 from collections.abc import Collection, Sequence
@@ -46,8 +44,8 @@ class Step:
 class LlamaCpp:
     """One model in llama.cpp, while its `with` block lasts; RuntimeError if llama.cpp won't have the file."""
 
-    def __init__(self, model: Path, *, context: int = 2048, threads: int = 1, verbosity: int = -1) -> None:
-        self._parameters = _parameters(model, context, threads, verbosity)
+    def __init__(self, model: Path, *, context: int = 2048, threads: int = 1) -> None:
+        self._parameters = _parameters(model, context, threads)
         self._open = ExitStack()
         self._server: Any = None
         self._socket = ""
@@ -89,6 +87,12 @@ class LlamaCpp:
         prompt = {"prompt": list(ids), "n_predict": max_tokens, "return_tokens": True}
         reply = self._post("/completion", {"temperature": 0.0, "samplers": ["temperature"], **prompt})
         return [int(token) for token in reply["tokens"]]
+
+    def ends_at(self, token: int) -> bool:
+        """Whether a generation ends when it draws `token`."""
+        biased = {"prompt": [self._ascii], "n_predict": 2, "logit_bias": [[token, 1000.0]]}
+        reply = self._post("/completion", {"temperature": 0.0, "samplers": ["temperature"], **biased})
+        return bool(reply["stop_type"] == "eos")
 
     def tokenize(self, text: str, *, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of `text`; `bos` adds what the vocabulary begins with, `special` parses control tokens."""
@@ -137,7 +141,7 @@ class _SocketFileConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _parameters(model: Path, context: int, threads: int, verbosity: int) -> Any:
+def _parameters(model: Path, context: int, threads: int) -> Any:
     """Exact and quiet: one slot, f32 attention, no warm-up, a prompt cached only as a prefix of the next one."""
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
@@ -149,23 +153,8 @@ def _parameters(model: Path, context: int, threads: int, verbosity: int) -> Any:
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.cache_ram_mib = 0
     parameters.fit_params = parameters.warmup = parameters.ui = False
-    parameters.verbosity = verbosity
+    parameters.verbosity = -1
     return parameters
-
-
-def end_tokens(model: Path) -> frozenset[int]:
-    """The tokens that end a generation, which llama.cpp only reports in its log, on the standard error."""
-    with tempfile.TemporaryFile() as log:
-        stderr = os.dup(2)
-        os.dup2(log.fileno(), 2)
-        try:
-            with LlamaCpp(model, verbosity=10):
-                pass
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        log.seek(0)
-        return frozenset(map(int, re.findall(rb"EOG token\s*=\s*(\d+)", log.read())))
 
 
 def write_f32_copy(source: Path, target: Path) -> Path:
