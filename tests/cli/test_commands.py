@@ -51,6 +51,15 @@ def test_generate_without_logprobs_omits_them(tiny):
     assert all(set(token) == {"event", "i", "id", "t", "channel"} for token in tokens)
 
 
+def test_a_system_message_is_in_the_prompt_of_a_template_without_that_role(tiny):
+    def prompt_tokens(*system):
+        done = worker("generate", tiny("phi3"), "hi", "--chat", *system, "--max-tokens", 1, "--json")
+        return events(done)[0]["prompt_tokens"]
+
+    merged = json.loads(worker("tokenize", tiny("phi3"), "Be brief.\nhi", "--chat", "--json").stdout)["ids"]
+    assert prompt_tokens("--system", "Be brief.") == len(merged) > prompt_tokens()
+
+
 def test_generate_chat_uses_the_template(tiny):
     started = events(worker("generate", tiny("qwen2"), "hi", "--chat", "--max-tokens", 1, "--json"))[0]
     counted = json.loads(worker("tokenize", tiny("qwen2"), "hi", "--chat", "--json").stdout)["ids"]

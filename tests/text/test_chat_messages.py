@@ -206,6 +206,21 @@ def test_a_template_may_drop_blank_texts_thoughts_and_earlier_answers():
         assert "hi" in rendered(users.replace("m.content", "m.content|trim"), *messages)
 
 
+def test_a_text_that_switches_something_need_not_arrive():
+    switch = "{{ 'off' if '/no_think' in messages[0].content else 'on' }}"
+    drop = "{% for m in messages[1:] %}{{ m.content }}{% endfor %}"
+    system = message("system", "/no_think")
+    printed = "{{ messages[0].content.replace('/no_think', '') if messages[0].role == 'system' }}"
+    assert rendered(switch + printed + drop, system, HI) == "offhi"
+    assert rendered("{{ '</think>' in messages[0].content }}", message("user", "x</think>")) == "True"
+    marker = (
+        "{{ messages[0].content if messages|length == 2 }}{{ '+' if messages[1].content }}{{ messages[-1].content }}"
+    )
+    assert rejection(marker, HI, HI, HI).startswith("messages.0.content: must be in the prompt")
+    hidden = "{% for m in messages if 'secret' not in m.content %}{{ m.content }}{% endfor %}"
+    assert rejection(hidden, message("user", "secret"), HO, HI).startswith("messages.0.content: must be in the prompt")
+
+
 def test_a_text_arrives_in_any_form():
     for form in (
         "m.content|tojson",

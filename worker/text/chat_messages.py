@@ -6,6 +6,7 @@ Strings are `TracedText`: texts that are joined keep their sources.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from worker.errors import InvalidRequest
@@ -35,23 +36,45 @@ def _traced_content(content: Any, field: str) -> Any:
     return [trace_all(part, UNTRUSTED, frozenset((f"{field}.{n}",))) for n, part in enumerate(content)]
 
 
-def fields_that_must_arrive(messages: list[Message]) -> Iterator[tuple[str, str]]:
-    """Yield field and text of content that a template must not drop.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The content of a message, or the text of one of its parts."""
+
+    index: int
+    part: int | None
+    text: str
+
+    @property
+    def field(self) -> str:
+        """The field of the job, and the source of the text."""
+        return f"messages.{self.index}.content" + ("" if self.part is None else f".{self.part}")
+
+    def replaced(self, messages: list[Message], text: str) -> list[Message]:
+        """The messages with another text in this place."""
+        message = messages[self.index]
+        content: Any = text
+        if self.part is not None:
+            content = [*message["content"]]
+            content[self.part] = {**content[self.part], "text": text}
+        return [*messages[: self.index], {**message, "content": content}, *messages[self.index + 1 :]]
+
+
+def required_contents(messages: list[Message]) -> Iterator[Content]:
+    """Yield the contents that a template must not drop.
 
     It may drop earlier assistant turns, and thoughts.
     """
     for index, message in enumerate(messages):
-        content, field = message.get("content"), f"messages.{index}.content"
-        if message.get("role") == "assistant" and index < len(messages) - 1:
+        content, answer = message.get("content"), message.get("role") == "assistant"
+        if answer and index < len(messages) - 1:
             continue
         if isinstance(content, list):
-            texts = [(f"{field}.{n}", part["text"]) for n, part in enumerate(content)]
+            contents = [Content(index, n, part["text"]) for n, part in enumerate(content)]
         else:
-            texts = [(field, content or "")]
-        for name, text in texts:
-            shown = text.rpartition("</think>")[2] if message.get("role") == "assistant" else text
-            if shown.strip():
-                yield name, text
+            contents = [Content(index, None, content or "")]
+        for each in contents:
+            if (each.text.rpartition("</think>")[2] if answer else each.text).strip():
+                yield each
 
 
 def adapt(messages: list[Message], traits: Traits) -> list[Message]:

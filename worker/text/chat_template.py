@@ -6,7 +6,7 @@ forms of messages), traced_template.py (rendering).
 
 import json
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from worker.errors import InvalidRequest, ModelLoadFailed
-from worker.text.chat_messages import adapt, fields_that_must_arrive, traced_messages
+from worker.text.chat_messages import Content, adapt, required_contents, traced_messages
 from worker.text.template_traits import Traits, find_traits
 from worker.text.traced_template import RaisedByTemplate, TracedTemplate
 from worker.text.traced_text import TRUSTED, UNKNOWN, UNTRUSTED, TracedText, trace_all, untrace, untrusted_texts
@@ -26,6 +26,9 @@ RESERVED_KWARGS = frozenset(
     )
 )
 """Variables and arguments of `apply_chat_template` that `chat_template_kwargs` can't replace."""
+
+_MAX_SWITCHES = 4
+"""Contents of a chat that may have an effect without being in the prompt; each costs two renders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +82,42 @@ class ChatTemplate:
         if chat.tools and self._tool_use_source:
             return self._tool_use.render(chat, now)
         self._check(chat)
-        messages = adapt(traced_messages(chat.messages), self._traits)
-        variables = self._variables(messages, chat.tools, now) | self._kwargs(chat.kwargs or {})
-        if chat.tool_choice is not None:
-            variables["tool_choice"] = trace_all(chat.tool_choice, UNTRUSTED)
-        plain = untrace(variables)
+        variables = self._chat_variables(chat, now)
         try:
-            text = self._template.render(plain)
+            text = self._template.render(untrace(variables))
         except Exception as error:  # or rendered
             verb = "rejects them" if isinstance(error, RaisedByTemplate) else "fails on them"
             constraint = f"the model's chat template {verb}: {_sentence(error)}"
             roles = [message.get("role") for message in chat.messages[:16]]
             raise InvalidRequest.of(("messages", constraint, roles)) from error
         traced = self._template.trace(variables, text)
-        _check_arrival(chat.messages, traced)
+        missing = (content for content in required_contents(chat.messages) if not _arrives(content, traced))
+        for count, content in enumerate(missing):
+            if count == _MAX_SWITCHES or not self._changes(text, chat, content, now):
+                rule = "must be in the prompt, but the model's chat template drops this text"
+                raise InvalidRequest.of((content.field, rule, f"string of {len(content.text)}"))
         return RenderedChat(traced, variables)
+
+    def _changes(self, text: str, chat: Chat, content: Content, now: datetime) -> bool:
+        """Whether a content that is not in the rendered text has an effect, such as a switch.
+
+        The text then differs from those without the content, and with a neutral word instead.
+        """
+        for other in ("", "wq"):
+            variables = self._chat_variables(replace(chat, messages=content.replaced(chat.messages, other)), now)
+            try:
+                if self._template.render(untrace(variables)) == text:
+                    return False
+            except Exception:  # a template can raise any exception
+                continue
+        return True
+
+    def _chat_variables(self, chat: Chat, now: datetime) -> dict[str, Any]:
+        messages = adapt(traced_messages(chat.messages), self._traits)
+        variables = self._variables(messages, chat.tools, now) | self._kwargs(chat.kwargs or {})
+        if chat.tool_choice is not None:
+            variables["tool_choice"] = trace_all(chat.tool_choice, UNTRUSTED)
+        return variables
 
     @cached_property
     def _tool_use(self) -> "ChatTemplate":
@@ -150,15 +174,11 @@ class ChatTemplate:
             raise InvalidRequest.of(*errors[:16])
 
 
-def _check_arrival(messages: list[dict[str, Any]], text: TracedText) -> None:
-    """Raise InvalidRequest if content of a message is not in the rendered text."""
-    for field, content in fields_that_must_arrive(messages):
-        if field in text._sources:
-            continue
-        plain = content.strip()
-        if not any(_of_unknown_origin(form, text) for form in (plain, json.dumps(plain, ensure_ascii=False)[1:-1])):
-            rule = "must be in the prompt, but the model's chat template drops this text"
-            raise InvalidRequest.of((field, rule, f"string of {len(content)}"))
+def _arrives(content: Content, text: TracedText) -> bool:
+    plain = content.text.strip()
+    return content.field in text._sources or any(
+        _of_unknown_origin(form, text) for form in (plain, json.dumps(plain, ensure_ascii=False)[1:-1])
+    )
 
 
 def _of_unknown_origin(part: str, text: TracedText) -> bool:
