@@ -22,6 +22,7 @@ PARTS = (
     "{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }}){% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}"
 )
+FIRST_PART = CHATML.replace("{{ m.content }}", "{{ m.content[0]['text'] + '.' }}")
 BOTH = CHATML.replace(
     "{{ m.content }}", "{{ m.content if m.content is string else m.content|map(attribute='text')|join('+') }}"
 )
@@ -85,6 +86,7 @@ def test_a_thought_is_dropped_by_a_template_that_looks_for_its_end_token():
         (CHATML, ["a", "b"], "a\nb"),
         (PARTS, ["a", "b"], "(a)(b)"),
         (PARTS, "a", "(a)"),
+        (FIRST_PART, "a", "a."),
         (BOTH, ["a", "b"], "a+b"),
         (BOTH, "a", "a"),
     ],

@@ -28,7 +28,7 @@ RESERVED_KWARGS = frozenset(
 """Variables and arguments of `apply_chat_template` that `chat_template_kwargs` can't replace."""
 
 _MAX_SWITCHES = 4
-"""Contents of a chat that may have an effect without being in the prompt; each costs two renders."""
+"""Contents that may have an effect without being in the prompt; each costs two renders."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ Render = Callable[[list[Message], list[Any] | None], str]
 
 Form = Literal["text", "parts", "both"]
 _KEY, _VALUE, _CALL_ID = "wqkey", "wqvalue", "abcdefghi"
+_FILLERS = ("wquser", "wqresult", "")
+"""Contents beside the one that is tried."""
 _TOOL = {
     "type": "function",
     "function": {
@@ -96,10 +98,12 @@ class _Trial:
         return self._attempt(chat) or self._attempt(chat[:2])
 
     def _attempt(self, messages: list[Message]) -> str | None:
-        """Render a chat; if that fails, with or without tools, or with a system message."""
+        """Render a chat; if that fails, without tools or with them, a system message, or parts."""
         tools = [_TOOL] if any(message["role"] == "tool" for message in messages) else None
         prefixed = [_message("system", "wq"), *messages]
-        for chat, given in ((messages, tools), (messages, None if tools else [_TOOL]), (prefixed, tools)):
+        in_parts = [{**m, "content": _parts(m["content"])} if m["content"] in _FILLERS else m for m in messages]
+        variants = ((messages, tools), (messages, None if tools else [_TOOL]), (prefixed, tools), (in_parts, tools))
+        for chat, given in variants:
             try:
                 return self._render(chat, given)
             except Exception:  # a template can raise any exception
