@@ -73,11 +73,14 @@ def test_the_keys_of_published_files_are_accepted_without_a_warning(name, tiny, 
         ("general.file_type", "x"),
         ("tokenizer.ggml.pre", ""),
         ("tokenizer.huggingface.json", b"\xff"),
+        ("tokenizer.chat_template", b"{{ messages }}\xff"),
+        ("tokenizer.chat_template", 7),
         ("general.languages", [b"\xff", b"en"]),
     ],
 )
-def test_metadata_that_is_not_needed_refuses_no_file(key, value, tiny, tmp_path):
-    assert verdict(changed_copy(tiny("qwen2"), tmp_path / "m.gguf", metadata={key: value}))["can_run"]
+@pytest.mark.parametrize("name", ["qwen2", "phi3"])
+def test_metadata_that_is_not_needed_refuses_no_file(name, key, value, tiny, tmp_path):
+    assert verdict(changed_copy(tiny(name), tmp_path / "m.gguf", metadata={key: value}))["can_run"]
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,9 @@ def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, di
     in_file = keys.sliding_window()
     window = in_file if options.sliding_window == "file" else 0
     if not window and 0 < in_file < options.context and keys.architecture != "phi3":
-        expected = f"at least the context of {options.context}; lower model.context, or set model.sliding_window"
-        raise keys.error("attention.sliding_window", f"is {in_file}", f'{expected} to "file" to apply the window')
+        problem = f"is {in_file}, less than the context of {options.context}"
+        expected = f'a model.context of at most {in_file}, or model.sliding_window = "file", which applies the window'
+        raise keys.error("attention.sliding_window", problem, expected)
     return window, {"sliding_window": str(window)} if in_file else {}
 
 

@@ -154,8 +154,9 @@ def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer
         bpe = ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
     else:
         bpe = SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
-    source = metadata.get("tokenizer.chat_template", str, "")
+    source = ""
     try:
+        source = metadata.get("tokenizer.chat_template", str, "")
         return Tokenizer(vocab, bpe, _chat_template(source, metadata, vocab), source)
     except ModelLoadFailed as error:
         return Tokenizer(vocab, bpe, error, source)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worker.errors import ModelLoadFailed
+from worker.gguf_file import is_unicode
 from worker.text import control_tokens
 from worker.text.pre_tokenizers import pre_tokenizer
 
@@ -44,6 +45,8 @@ class TokenizerMetadata:
         value = self._values.get(key, default)
         if not isinstance(value, kind):
             raise self._wrong(key, value, {str: "a string", bool: "a boolean"}.get(kind, "a number"))
+        if kind is str and not is_unicode(str(value)):
+            raise ModelLoadFailed("it is not UTF-8", key, "a UTF-8 string")
         return value
 
     def token_id(self, key: str, rows: int) -> int | None:
@@ -63,10 +66,8 @@ class TokenizerMetadata:
         value = self._array(key)
         if not set(map(type, value)) <= {str}:
             raise self._wrong(key, value, "an array of strings")
-        try:
-            "".join(value).encode()
-        except UnicodeEncodeError as error:
-            raise ModelLoadFailed("a string is not UTF-8", key, "an array of UTF-8 strings") from error
+        if not is_unicode("".join(value)):
+            raise ModelLoadFailed("a string is not UTF-8", key, "an array of UTF-8 strings")
         return value
 
     def numbers(self, key: str, rows: int, default: float) -> list[Any]:
@@ -253,7 +254,7 @@ def _add_bos(metadata: TokenizerMetadata, bos_id: int | None, default: bool) -> 
 
 def _strip_after_ids(metadata: TokenizerMetadata, special: dict[str, int]) -> frozenset[int]:
     # GGUF lacks this attribute of HF's Phi-3 tokenizers: detect it by name, as llama.cpp does.
-    name = metadata.get("general.name", str, "").lower()
+    name = str(metadata.get("general.name", object, "")).lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     return frozenset(i for token, i in special.items() if token not in _PHI3_NOT_STRIPPING)
