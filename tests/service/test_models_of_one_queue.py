@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.jobs.harness import wait_until
-from tests.service.models import ScriptedRunner, SharedModel
+from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import (
     LONG_LEASE,
     read_job,
@@ -106,6 +106,24 @@ async def test_a_job_is_refused_once_the_last_worker_of_its_model_is_gone(fake):
         assert await client.state(job) == {}
         await fake.connect().drop_status("w2")
         assert (await read_job(client, job)).last.code == "INVALID_REQUEST"
+
+
+async def test_a_job_waits_for_a_worker_that_still_loads_its_model(fake):
+    client, barrier = fake.client(), StepBarrier(at=0)
+
+    def load(progress):
+        barrier.script(0)
+        return model("two")
+
+    async with (
+        serving(fake, model("one"), name="w1", lease=LEASE) as one,
+        serving(fake, load, name="w2", lease=LEASE, ready=False),
+    ):
+        await listed(fake, {"one", "test"})
+        job = await client.submit(prompt="abc", model="two", max_tokens=3)
+        await one.wait_until_logged("job_released")
+        barrier.release()
+        assert (await read_job(client, job)).kinds == ["started", "token", "end"]
 
 
 async def test_a_registry_without_this_worker_is_incomplete(fake):

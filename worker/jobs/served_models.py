@@ -21,6 +21,7 @@ class ServedModels:
         self._worker_id = worker_id
         self._reconnects = streams.reconnects
         self._models: frozenset[str] = frozenset()
+        self._one_loads = False
         self._valid_until_s = 0.0
         self._incomplete_until_s = 0.0
 
@@ -32,11 +33,15 @@ class ServedModels:
         now_s = time.monotonic()
         if self._worker_id not in workers or self._reconnects != self._streams.reconnects:
             self._reconnects, self._incomplete_until_s = self._streams.reconnects, now_s + _RELISTED_S
-        others = (status for worker, status in workers.items() if worker != self._worker_id)
-        serving = (status for status in others if status.get("queue") == self._queue and status["state"] != "failed")
-        self._models = frozenset(status.get("model", "") for status in serving)
+        others = [status for worker, status in workers.items() if worker != self._worker_id]
+        of_queue = [status for status in others if status.get("queue") == self._queue]
+        self._models = frozenset(status.get("model", "") for status in of_queue if status.get("state") != "failed")
+        self._one_loads = any(status.get("state") == "starting" for status in of_queue)
         self._valid_until_s = now_s + _VALID_S
 
     def __contains__(self, model: str) -> bool:
-        """Whether another worker served the model at the last `refresh`, or may have."""
-        return model in self._models or time.monotonic() < self._incomplete_until_s
+        """Whether another worker served the model at the last `refresh`, or may have.
+
+        The name of a model is known when it is loaded.
+        """
+        return model in self._models or self._one_loads or time.monotonic() < self._incomplete_until_s
