@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import time
 
 import pytest
+import redis
 
 from tests.jobs.harness import wait_until
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
+from tests.service.processes import workers
 from tests.service.serving import (
     LONG_LEASE,
     read_job,
@@ -19,6 +22,8 @@ from tests.service.serving import (
     wait_until_queue_is_empty,
 )
 from worker.config import LeaseSection
+from worker.jobs.client import SyncClient
+from worker.jobs.keys import queue_key
 
 LEASE = LeaseSection(lease_s=60, renew_s=0.1, scan_s=0.05)
 
@@ -151,3 +156,19 @@ async def test_a_busy_worker_receives_its_jobs_afterwards_and_the_other_is_not_h
         assert time.monotonic() - began < 1
         for job in (first, *waiting):
             assert (await read_job(client, job)).kinds[-1] == "end"
+
+
+def test_processes_with_two_models_on_a_real_server_refuse_no_job(server, tiny, tmp_path):
+    arguments = [("--model", tiny(name), "--backend", "cpu") for name in ("qwen2", "llama")]
+    raw = redis.Redis.from_url(server.url)
+    with workers(server.url, tmp_path, *arguments) as both, SyncClient.from_url(server.url) as client:
+        named = {f"{n}-{name}": f"tiny {name}" for n in range(10) for name in ("qwen2", "llama")}
+        for job_id, name in named.items():  # not by `submit`, which may choose a queue
+            job = {"job_id": job_id, "prompt": "hello", "max_tokens": 3, "model": name}
+            raw.xadd(queue_key("default"), {"p": json.dumps(job)})
+        for job_id, name in named.items():
+            events = list(client.events(job_id, idle_s=20))
+            assert (events[0].event.model, events[-1].kind) == (name, "end")
+        outcomes = {line["outcome"] for process in both for line in process.logged("job_released")}
+        assert outcomes <= {"other_model"}
+    raw.close()
