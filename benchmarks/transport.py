@@ -3,7 +3,7 @@
     python -m benchmarks.transport
 
 Server, worker and client are separate processes; their CPU time is printed as shares of one core. A
-job requires about seven sequential round trips, so the reference is the rate of PING.
+job requires about three sequential round trips, so the reference is the rate of PING.
 """
 
 from __future__ import annotations
