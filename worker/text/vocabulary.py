@@ -8,6 +8,7 @@ control_tokens.py (control and end tokens), special_tokens.py (special tokens in
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -112,8 +113,6 @@ class Vocabulary:
     pre: str
     """The pre-tokenizer's name; `default` if the file names none or an empty one."""
     tokens: list[str]
-    ids: dict[str, int]
-    """Token → id; of equal tokens the last."""
     types: list[int]
     """GGUF token types, after `_retype`."""
     special: dict[str, int]
@@ -135,6 +134,11 @@ class Vocabulary:
     strip_after_ids: frozenset[int]
     """Special tokens after which white space is stripped."""
 
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Token → id; of equal tokens the last."""
+        return dict(zip(self.tokens, range(self.size), strict=True))
+
     @property
     def size(self) -> int:
         """The number of tokens in the file."""
@@ -147,7 +151,7 @@ class Vocabulary:
     def ordinary(self) -> dict[str, int]:
         """Return token → id for ordinary text. Raises ModelLoadFailed for duplicates."""
         others = self.padding_ids.union(i for i, kind in enumerate(self.types) if kind not in (NORMAL, BYTE))
-        ids = self.ids.copy()
+        ids = dict(zip(self.tokens, range(self.size), strict=True))
         if len(ids) == self.size:
             for i in others:
                 del ids[self.tokens[i]]
@@ -169,7 +173,8 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         raise ModelLoadFailed(what, "tokenizer.ggml.model", "gpt2 or llama")
     spm = kind == "llama"
     tokens = metadata.strings("tokenizer.ggml.tokens")
-    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    names = control_tokens.CONTROL_NAMES.union(BYTE_NAMES, control_tokens.names_like_control(tokens))
+    ids = {token: i for i, token in enumerate(tokens) if token in names}  # faster than a dict of all
     types = metadata.numbers("tokenizer.ggml.token_type", len(tokens), NORMAL)
     _retype(metadata, types, tokens, ids)
     marked = [i for i, kind in enumerate(types) if kind != NORMAL or not tokens[i]]
@@ -185,7 +190,6 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         kind=kind,
         pre=pre,
         tokens=tokens,
-        ids=ids,
         types=types,
         special=special,
         user_defined=frozenset(token for token, i in special.items() if types[i] == USER_DEFINED),
@@ -208,10 +212,9 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
     - BYTE: the names of bytes in a SentencePiece vocabulary.
     """
     control = {ids[name] for name in control_tokens.CONTROL_NAMES if name in ids}
-    looks = map(ids.get, control_tokens.names_like_control(tokens))
-    control |= {i for i in looks if i is not None and types[i] == NORMAL}
+    control |= {i for name, i in ids.items() if types[i] == NORMAL and name not in BYTE_NAMES}
     named = metadata.roles(len(tokens)).values()
-    control |= {i for i in named if types[i] != NORMAL or not _is_word(metadata, tokens[i], ids)}
+    control |= {i for i in named if types[i] != NORMAL or not _is_word(metadata, tokens[i], tokens)}
     for i in control:
         if types[i] != BYTE and not _PADDING_NAME.fullmatch(tokens[i]):
             types[i] = CONTROL
@@ -223,11 +226,11 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
         types[ids["</s>"]] = NORMAL
 
 
-def _is_word(metadata: TokenizerMetadata, token: str, ids: Mapping[str, int]) -> bool:
+def _is_word(metadata: TokenizerMetadata, token: str, tokens: list[str]) -> bool:
     """Whether ordinary text may be encoded to this token: a character, or two merged tokens."""
     pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
     if not pairs or metadata.get("tokenizer.ggml.model", str, "") == "llama":
-        return not pairs or any(left in ids and right in ids for left, right in pairs)
+        return not pairs or any(left in tokens and right in tokens for left, right in pairs)
     merges = metadata.strings("tokenizer.ggml.merges")
     return any(f"{left} {right}" in merges for left, right in pairs)
 
