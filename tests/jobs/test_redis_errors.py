@@ -68,6 +68,8 @@ def test_a_temporary_state_of_the_server_is_a_disconnection_with_its_code(text: 
         ("ERR ACL failure in script: User w has no permissions to run the 'xadd' command", "NOPERM", "'xadd'"),
         ("ERR The user executing the script can't run this command or subcommand", "NOPERM", "lacks a right"),
         ("NOAUTH Authentication required.", "NOAUTH", "requires a password"),
+        ("ERR Protocol error: unauthenticated multibulk length", "NOAUTH", "requires a password"),
+        ("ERR Protocol error: unauthenticated bulk length", "NOAUTH", "requires a password"),
         ("WRONGPASS invalid username-password pair or user is disabled.", "WRONGPASS", "password is wrong"),
         ("ERR invalid password", "WRONGPASS", "password is wrong"),
         ("ERR Client sent AUTH, but no password is set", "NOPASSWORD", "the server has none"),

@@ -74,6 +74,16 @@ async def without_writes(harness):
 
 
 @contextlib.asynccontextmanager
+async def changed_password(harness):
+    """Every connection is closed; new ones are refused, in other words for a call with many arguments."""
+    await harness.raw.config_set("requirepass", "s3cret")
+    await harness.raw.client_kill_filter(_type="normal", skipme=True)
+    yield
+    async with Redis.from_url(harness.url, password="s3cret") as admin:
+        await admin.config_set("requirepass", "")
+
+
+@contextlib.asynccontextmanager
 async def running_script(harness):
     await harness.raw.config_set("busy-reply-threshold", 50)
     async with Redis.from_url(harness.url) as other:
@@ -105,6 +115,7 @@ REFUSALS = [
     without_rights,
     without_scripts,
     without_writes,
+    changed_password,
     running_script,
     unable_to_save,
 ]

@@ -57,6 +57,7 @@ _PLAIN = {
     "DB index": "DB",
     "without any password": "NOPASSWORD",
     "no password is set": "NOPASSWORD",
+    "Protocol error: unauthenticated": "NOAUTH",  # the reply to more than 10 arguments, or to a large one
     "invalid password": "WRONGPASS",
     "ACL failure in script": "NOPERM",
     "The user executing the script": "NOPERM",  # cannot run a command, or access a key
