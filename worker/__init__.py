@@ -7,7 +7,7 @@ without the engine or any GPU library. To read the code, start with docs/archite
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Client", "Job", "SyncClient", "__version__"]
 
 _MODULES = {"Client": "worker.jobs.client", "SyncClient": "worker.jobs.client", "Job": "worker.jobs.protocol"}
