@@ -31,8 +31,8 @@ Serve it from a queue on a Redis server, and submit a job:
     worker submit --chat --wait "Why is the sky blue?"
 
 MODEL is a path to a .gguf file or the name of a pulled model (`worker pull`). Exit codes: 0 success, 1 the model
-can't be served, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the Redis server is unreachable
-or refuses, 130 interrupted.
+can't be served, or the job failed or is not known, 2 wrong usage, 3 invalid request, 4 invalid settings, 5 the
+Redis server is unreachable or refuses, 130 interrupted.
 """
 
 _SWITCH_S = 0.001

@@ -42,15 +42,9 @@ def generate(
     call is a line of its own. With --json each line is an event: started, token…, then end or
     error.
     """
-    fields = {
-        "temperature": temperature, "seed": seed, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty, "min_tokens": min_tokens, "logprobs": logprobs,
-        "max_tokens": max_tokens, "stop": stop or None, "stop_token_ids": stop_token_id or None,
-        "ignore_eos": ignore_eos, "special": special,
-    }  # fmt: skip
+    given = locals()  # the parameters by name
     try:
-        fields |= options.prompt_fields(prompt, prompt_tokens, chat, system, tools, tool_choice, template_kwargs)
+        fields = options.job_fields(given)
     except InvalidRequest as error:
         (JsonLines() if json else Terminal()).failed(error)
         raise typer.Exit(error.exit_code) from None

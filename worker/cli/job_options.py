@@ -1,6 +1,7 @@
 """Options that describe a job, the same for `worker generate` and `worker submit`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,28 +49,34 @@ IgnoreEosOption = Annotated[bool, _sampling("Continue after end tokens.", "--ign
 LogprobsOption = Annotated[int | None, _sampling("Log-probabilities, with 0 to 20 alternatives per token.")]
 
 
-def prompt_fields(
-    prompt: str | None,
-    tokens: str | None,
-    chat: bool,
-    system: str | None,
-    tools: Path | None,
-    tool_choice: str | None,
-    template_kwargs: str | None,
-) -> dict[str, Any]:
-    """The fields of the job's prompt; validation rejects a prompt and tokens at once.
+_SAMPLING_FIELDS = (
+    *("max_tokens", "temperature", "seed", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "min_tokens", "logprobs"),
+)
+"""Job fields whose options have the same names."""
+
+
+def job_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's fields from the parameters of a command; None where an option is not given.
+
+    Validation rejects a prompt and tokens at once.
 
     Raises:
         InvalidRequest: there is no prompt.
         BadParameter: a malformed value, or an option that has no effect without --chat.
     """
-    fields: dict[str, Any] = {"prompt": None if chat else prompt, "prompt_tokens": tokens and _token_ids(tokens)}
+    prompt, tokens, chat = options["prompt"], options["prompt_tokens"], options["chat"]
+    fields = {name: options[name] for name in _SAMPLING_FIELDS}
+    fields |= {"stop": options["stop"] or None, "stop_token_ids": options["stop_token_id"] or None}
+    fields |= {"ignore_eos": options["ignore_eos"] or None, "special": None if options["special"] else False}
+    fields |= {"prompt": None if chat else prompt, "prompt_tokens": tokens and _token_ids(tokens)}
+    chat_options = {name: options[name] for name in ("system", "tools", "tool_choice", "template_kwargs")}
     if not chat:
-        for name, value in (("system", system), ("tools", tools), ("tool-choice", tool_choice)):
-            _require_chat(name, value)
-        _require_chat("template-kwargs", template_kwargs)
+        for name, value in chat_options.items():
+            if value is not None:
+                raise typer.BadParameter("has no effect without --chat", param_hint=f"--{name.replace('_', '-')}")
     elif prompt is not None:
-        fields |= _chat_fields(prompt, system, tools, tool_choice, template_kwargs)
+        fields |= _chat_fields(prompt, **chat_options)
     if prompt is None and tokens is None:
         text = "missing; pass the user's message" if chat else "missing; pass a PROMPT, or --prompt-tokens 1,2,3"
         raise InvalidRequest.of(("prompt", text, None))
@@ -95,11 +102,6 @@ def _chat_fields(
         "tool_choice": tool_choice if known else {"type": "function", "function": {"name": tool_choice}},
         "chat_template_kwargs": None if template_kwargs is None else _json(template_kwargs, dict, "--template-kwargs"),
     }
-
-
-def _require_chat(option: str, value: object) -> None:
-    if value is not None:
-        raise typer.BadParameter("has no effect without --chat", param_hint=f"--{option}")
 
 
 def _read(path: Path) -> str:

@@ -68,17 +68,11 @@ def submit(
     event. Exit codes: 0 the answer is complete, 1 the job failed, 3 it was refused or the queue is
     full, 5 the server cannot be reached. Ctrl-C does not cancel the job.
     """
+    given = locals()  # the parameters by name
     if prompt == "":
         raise InvalidRequest.of(("prompt", "at least one character", ""))
-    fields: dict[str, Any] = {
-        "job_id": job_id or Client.new_id(), "model": model, "deadline_ms": deadline_ms,
-        "max_tokens": max_tokens, "stop": stop or None, "stop_token_ids": stop_token_id or None,
-        "temperature": temperature, "seed": seed, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "frequency_penalty": frequency_penalty,
-        "presence_penalty": presence_penalty, "min_tokens": min_tokens, "logprobs": logprobs,
-        "ignore_eos": ignore_eos or None, "special": None if special else False,
-        **options.prompt_fields(prompt, prompt_tokens, chat, system, tools, tool_choice, template_kwargs),
-    }  # fmt: skip
+    fields = {"job_id": job_id or Client.new_id(), "model": model, "deadline_ms": deadline_ms}
+    fields |= options.job_fields(given)
     with client(config, redis_url, queue) as connected:
         submitted = _submit(connected, fields)
         if not wait:
@@ -180,19 +174,21 @@ def _unknown(job: str) -> NotFound:
     return NotFound(f"no job {job} is known: it was not submitted, or its events have expired")
 
 
+async def _follow(events: AsyncIterator[StreamEvent], show: Callable[[StreamEvent], None]) -> None:
+    """Show the events of one stream to its end, or until some are lost."""
+    try:
+        async for item in events:
+            show(item)
+    except EventsLost as error:
+        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+
+
 async def _show_all(streams: Streams, queue: str, since: str | None, show: Callable[[StreamEvent], None]) -> None:
     """Show the events of all workers and of all jobs of a queue, from the entry id `since`.
 
     Never ends; raises the first error of a read. Events of one stream are in order.
     """
     following: set[str] = set()
-
-    async def follow(events: AsyncIterator[StreamEvent]) -> None:
-        try:
-            async for item in events:
-                show(item)
-        except EventsLost as error:
-            print(f"worker: {error.code}: {error.message}", file=sys.stderr)
 
     async def follow_workers() -> None:
         first, workers = since is None, await reader.workers()
@@ -202,7 +198,7 @@ async def _show_all(streams: Streams, queue: str, since: str | None, show: Calla
                 if key not in following:
                     following.add(key)
                     after = await streams.last_id(key) if first else since or START
-                    group.create_task(follow(reader.worker_events(worker, after)))
+                    group.create_task(_follow(reader.worker_events(worker, after), show))
             first = False
             await asyncio.sleep(_POLL_S)
             workers = await retry_until_connected(reader.workers)
@@ -217,7 +213,7 @@ async def _show_all(streams: Streams, queue: str, since: str | None, show: Calla
                 job_id = job_id_of(fields.get("p", b""))
                 if job_id and split_id(after) > split_id(since or START) and events_key(job_id) not in following:
                     following.add(events_key(job_id))
-                    group.create_task(follow(reader.events(job_id)))
+                    group.create_task(_follow(reader.events(job_id), show))
 
     try:
         async with Client(streams, queue) as reader, asyncio.TaskGroup() as group:
