@@ -83,7 +83,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, list | tuple):
         items = "".join(f"{_literal(item)}, " for item in value)
         return f"[{items}]" if isinstance(value, list) else f"({items})"
-    return str(value) if isinstance(value, float) else repr(value)
+    return repr(value)
 
 
 class _Generation(Extension):

@@ -131,7 +131,7 @@ class HermesParser(TextParser):
         rest = self._held.lstrip()
         if rest.startswith(_CLOSE):
             self._held = rest.removeprefix(_CLOSE)
-            self._state = self._after_call
+            self._state = self._after_markup
         elif rest.startswith("}"):
             self._held = rest[1:]
         elif rest.startswith("{"):
@@ -140,13 +140,8 @@ class HermesParser(TextParser):
         elif _CLOSE.startswith(rest):  # at the end of the answer, markup that is cut off
             return False
         else:
-            self._state = self._after_call
+            self._state = self._after_markup
         return True
-
-    def _after_call(self, last: bool) -> bool:
-        self._held = self._held.lstrip("\n")
-        self._state = self._text if self._held else self._after_call
-        return bool(self._held)
 
     def _publish_call(self, arguments: str) -> None:
         """Open the call's place, publish the first part of the arguments, drop the parsed text."""

@@ -54,7 +54,7 @@ class TextParser:
 
     def __init__(self, state: Callable[[bool], bool]) -> None:
         self.place = Place("final")
-        self._state = state
+        self._first_state = self._state = state
         self._held = ""
         self._pieces: list[Piece] = []
 
@@ -93,6 +93,12 @@ class TextParser:
     def _without_newlines(self, end: int) -> int:
         newlines = self._held[max(0, end - _MAX_NEWLINES) : end]
         return end - len(newlines) + len(newlines.rstrip("\n"))
+
+    def _after_markup(self, last: bool) -> bool:
+        """Remove newlines after a mark, then return to the first state."""
+        self._held = self._held.lstrip("\n")
+        self._state = self._first_state if self._held else self._after_markup
+        return bool(self._held)
 
     def _take(self, length: int) -> str:
         """Remove and return the first characters of the withheld text."""

@@ -213,7 +213,7 @@ class QwenXmlParser(TextParser):
         rest = self._held.lstrip()
         if close := _CLOSE_CALL.match(rest):
             self._held = rest[close.end() :]
-            self._state = self._after_call
+            self._state = self._after_markup
         elif not rest or _partial_tag(rest, ("</tool_call>", *_OPENING)) == len(rest):
             self._held = "" if last else self._held
             return False
@@ -221,13 +221,8 @@ class QwenXmlParser(TextParser):
             self._held = rest
             self._state = self._call
         else:
-            self._state = self._after_call
+            self._state = self._after_markup
         return True
-
-    def _after_call(self, last: bool) -> bool:
-        self._held = self._held.lstrip("\n")
-        self._state = self._text if self._held else self._after_call
-        return bool(self._held)
 
 
 def _partial_tag(text: str, tags: Sequence[str]) -> int:
