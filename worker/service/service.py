@@ -9,7 +9,7 @@ Everything here runs on one event loop, which no call may block. Read next: `att
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -126,17 +126,21 @@ class Service:
             self._log.error("worker_fault", frames=frames_of(error))
             self._fail(Internal(f"{type(error).__name__} in the service"))
         finally:
-            self._log.info("worker_stopped", exit_code=code)
-            self._reporter.send(events.Stopped(reason=self._drain_reason or self._health.state, exit_code=code))
-            await self._reporter.flush(_SHUTDOWN_S)
-            for task in reports:
-                task.cancel()
-            self._engine.stop()
-            await http.close()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SHUTDOWN_S):
-                    await self._transport.close()
+            await self._close(code, reports, http)
         return code
+
+    async def _close(self, code: int, reports: Iterable[asyncio.Task[NoReturn]], http: StatusServer) -> None:
+        """Report the exit code, then end the reports, the engine, the pages and the connections."""
+        self._log.info("worker_stopped", exit_code=code)
+        self._reporter.send(events.Stopped(reason=self._drain_reason or self._health.state, exit_code=code))
+        await self._reporter.flush(_SHUTDOWN_S)
+        for task in reports:
+            task.cancel()
+        self._engine.stop()
+        await http.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHUTDOWN_S):
+                await self._transport.close()
 
     def join_engine(self, timeout_s: float) -> bool:
         """Wait for the engine's thread to end; returns whether it has. Blocks the caller."""
