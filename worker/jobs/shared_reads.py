@@ -1,7 +1,7 @@
 """Blocking reads of any number of streams over a few connections: one XREAD serves many readers.
 
 A reader that waits in `SharedReads.read` is part of the next XREAD. It is not part of another
-before it calls `read` again, so a slow reader holds at most one page and delays nobody.
+before it calls `read` again, so a slow reader holds at most one page and delays no other.
 
 Up to `SLOTS` calls are in flight. A call that blocks cannot be changed, so a new reader needs a
 free slot. Therefore calls block for `POLL_MS` only while no slot is free to wait: if all others

@@ -242,7 +242,7 @@ class Streams(Protocol):
     async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
         """Reset the entry's idle time if it is pending for `consumer`.
 
-        An entry that is pending for nobody because an operator acknowledged it is pending again.
+        An entry that an operator acknowledged, which no consumer has pending, is pending again.
         """
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
