@@ -31,8 +31,8 @@ NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def reference_tokens(model: SharedModel, **fields: Any) -> list[Token]:
-    """The tokens of a job, drawn by an engine of its own without a service."""
-    loaded = model.fresh()
+    """The tokens of a job, drawn without a service; a worker may serve `model` meanwhile."""
+    loaded = model.reference.fresh()
     job = Job.parse({"job_id": "j", **fields})
     prompt, resolved = tokenize_job(job, loaded, NOW, "1-1")
     answer = Answer(job, resolved, loaded.tokenizer, prompt)

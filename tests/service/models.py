@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,28 @@ from worker.sampling import Draw
 
 
 class SharedModel:
-    """A loaded model; each worker gets a fresh engine, of which only one may run at a time."""
+    """A loaded model; each worker gets a fresh engine, of which only one may run at a time.
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.runner = loaded.engine._runner
+    `reference` is a second copy, with a KV cache of its own, that may run beside a worker.
+    """
+
+    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+        self.loaded = load()
+        self.runner = self.loaded.engine._runner
+        self._load = load
+
+    @cached_property
+    def reference(self) -> SharedModel:
+        return SharedModel(self._load)
 
     @classmethod
     def from_file(cls, path: Path, **engine: Any) -> SharedModel:
         section = EngineSection(backend="cpu", **engine)
-        return cls(load(path, ModelSection(), section, lambda done, total: None))
+        return cls(lambda: load(path, ModelSection(), section, lambda done, total: None))
 
     @classmethod
     def echo(cls, context: int = 4096) -> SharedModel:
-        return cls(load_echo(context, 64, 0.0, lambda done, total: None))
+        return cls(lambda: load_echo(context, 64, 0.0, lambda done, total: None))
 
     def fresh(self, runner: Any = None, **changes: Any) -> LoadedModel:
         """The model with a new engine over `runner`, by default the model's own."""
