@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         **{"max_tokens": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
         **{"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "penalize_prompt": False},
         **{"logit_bias": None, "stop": None, "min_tokens": 0, "ignore_eos": False, "seed": None, "logprobs": None},
+        **{"priority": 0, "tenant": None},
         **{"deadline_ms": None, "correlation_id": None, "traceparent": None, "v": 1, "encoding": "msgpack"},
         **{"chat_template_kwargs": None, "tools": None, "tool_choice": None, "stop_token_ids": None},
     }
@@ -62,6 +63,8 @@ def test_the_defaults_are_those_of_the_table() -> None:
         ("ignore_eos", [True, False], [0, "no"]),
         ("seed", [0, 2**64 - 1, None], [-1, 2**64, 1.0, "7", True]),
         ("logprobs", [0, 20, None], [-1, 21, 1.0, True]),
+        ("priority", [0, 9], [-1, 10, 1.0, None]),
+        ("tenant", ["a", "x" * 256, None], ["", "x" * 257, 1]),
         ("deadline_ms", [1, 10**9, None], [0, -1, 1.5, "1"]),
         ("correlation_id", ["x", None], ["", "x" * 257, 5]),
         ("traceparent", ["00-aa-bb-01", None], ["", 5]),

@@ -107,6 +107,10 @@ class Job(SamplingParams):
     """
     encoding: Encoding = "msgpack"
     """Encoding of the job's events."""
+    priority: Annotated[int, Field(ge=0, le=9)] = 0
+    """0 is the most urgent. Orders the jobs that a worker has claimed; queues order the others."""
+    tenant: ShortText | None = None
+    """Jobs of equal priority start in turn by tenant, those without one as one tenant."""
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
     correlation_id: ShortText | None = None
     traceparent: ShortText | None = None
