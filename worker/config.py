@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from worker.errors import ConfigInvalid
+from worker.queue_order import QUEUE_NAME, QueueOrder
 from worker.redis_url import RedisUrl
 
 
@@ -105,12 +106,25 @@ class HubSection(_Section):
 
 
 class RedisSection(_Section):
-    """Which server and queue jobs come from."""
+    """Which server and queues jobs come from."""
 
     url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
-    queue: str = Field(default="default", pattern=r"^[A-Za-z0-9\-_.:]{1,128}$")
+    queue: str = Field(default="default", pattern=f"^{QUEUE_NAME}$")
+    queues: tuple[str, ...] = ()
     queue_bound: int = Field(default=10_000, ge=1)
     patience_s: float = Field(default=30.0, gt=0)
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """The queues that a worker serves, in the form of `queues`."""
+        return self.queues or (f"{self.queue}:1",)
+
+    @field_validator("queues")
+    @classmethod
+    def _ordered(cls, queues: tuple[str, ...]) -> tuple[str, ...]:
+        if queues:
+            QueueOrder(queues)
+        return queues
 
     @field_validator("url")
     @classmethod

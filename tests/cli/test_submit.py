@@ -42,7 +42,7 @@ def test_every_flag_reaches_the_job(server: Server, command: Run, tmp_path: Path
     flags = {
         "temperature": 0.5, "seed": 3, "top_k": 4, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 1.5,
         "frequency_penalty": 0.5, "presence_penalty": -0.5, "min_tokens": 2, "logprobs": 1, "max_tokens": 9,
-        "deadline_ms": 1000, "model": "echo",
+        "deadline_ms": 1000, "model": "echo", "priority": 3, "tenant": "t",
     }  # fmt: skip
     options = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
     code, _, err = command(

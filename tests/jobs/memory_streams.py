@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from worker.jobs.events import TERMINAL_KINDS
@@ -210,17 +210,21 @@ class MemoryStreams(Keyspace):
         found = [(entry_id, fields) for entry_id, fields in page if job_id.encode() in fields.get("p", b"")]
         return next_id(page[-1][0]) if len(page) == count else None, found
 
-    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
+    async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
         until = time.monotonic() + block_ms / 1000
         while True:
-            stream = self._used_by(queue, consumer)
-            for entry_id, fields in stream.above(stream.delivered):
-                stream.delivered = entry_id
-                stream.pending[entry_id] = Delivery(consumer, self._now(), 1)
-                return Entry(entry_id, fields, 1)
+            found = {queue: entry for queue in queues if (entry := self._deliver(queue, consumer))}
             left = int((until - time.monotonic()) * 1000)
-            if left <= 0 or not await self._wait_for_add(left):
-                return None
+            if found or left <= 0 or not await self._wait_for_add(left):
+                return found
+
+    def _deliver(self, queue: str, consumer: str) -> Entry | None:
+        stream = self._used_by(queue, consumer)
+        for entry_id, fields in stream.above(stream.delivered):
+            stream.delivered = entry_id
+            stream.pending[entry_id] = Delivery(consumer, self._now(), 1)
+            return Entry(entry_id, fields, 1)
+        return None
 
     def _used_by(self, queue: str, consumer: str) -> Stream:
         stream = self._stream(queue_key(queue)) or self._streams.setdefault(queue_key(queue), Stream())

@@ -163,8 +163,7 @@ async def test_megabytes_over_a_slow_link_are_not_a_dead_connection(server: Serv
         began_s = time.monotonic()
         entry_id = await streams.enqueue("default", {"p": payload}, 10)
         assert time.monotonic() - began_s > COMMAND_TIMEOUT_S
-        entry = await streams.read_new("default", "w1", 100)
-        assert entry is not None
+        entry = (await streams.read_new(["default"], "w1", 100))["default"]
         assert (entry.id, entry.fields) == (entry_id, {"p": payload})
         await streams.close()
 

@@ -113,7 +113,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def _claimed(self, n: int) -> Claim | None:
         transport = self.workers[n].transport
-        transport._consumer._next_scan_s = 0.0  # every claim scans: results must not depend on time
+        transport._consumers["default"]._next_scan_s = 0.0  # every claim scans: results must not depend on time
         return self.do(transport.claim())
 
     def _begin(self, worker: Worker, claim: Claim) -> None:
@@ -225,7 +225,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     async def _finish_all(self) -> None:
         reliable = await self._worker()
         while await self.client.queue() or await self.streams.pending("default", 1):
-            reliable.transport._consumer._next_scan_s = 0.0
+            reliable.transport._consumers["default"]._next_scan_s = 0.0
             claim = await reliable.transport.claim()
             lease = await begin(reliable.transport, claim) if claim else None
             if isinstance(lease, Lease):

@@ -86,7 +86,7 @@ async def test_an_unreachable_server_is_reported_at_once_without_retries() -> No
     with pytest.raises(Disconnected):
         await streams.time_ms()
     with pytest.raises(Disconnected):
-        await streams.read_new("default", "w1", 1000)
+        await streams.read_new(["default"], "w1", 1000)
     assert loop.time() - since < 0.5
     await streams.close()
 
@@ -99,7 +99,7 @@ async def test_a_blocking_read_may_exceed_the_command_timeout(
     await streams.open_queue("default")
     loop = asyncio.get_running_loop()
     since = loop.time()
-    assert await streams.read_new("default", "w1", 400) is None
+    assert await streams.read_new(["default"], "w1", 400) == {}
     assert await streams.read("inf:control", "0-0", 400) == []
     assert loop.time() - since > 0.75
     assert streams.reconnects == 0
@@ -108,14 +108,14 @@ async def test_a_blocking_read_may_exceed_the_command_timeout(
 async def test_commands_are_served_while_a_read_blocks(real: ServerHarness) -> None:
     streams = real.connect()
     await streams.open_queue("default")
-    blocked = asyncio.create_task(streams.read_new("default", "w1", 5000))
+    blocked = asyncio.create_task(streams.read_new(["default"], "w1", 5000))
     next_command = asyncio.create_task(streams.read("inf:control", "0-0", 5000))
     for _ in range(20):
         await streams.time_ms()
     assert not blocked.done()
     await streams.enqueue("default", {"p": b"x"}, 10)
     await streams.add("inf:control", {"do": b"drain"}, 10, None)
-    assert (await blocked).fields == {"p": b"x"}
+    assert (await blocked)["default"].fields == {"p": b"x"}
     assert len(await next_command) == 1
 
 

@@ -59,7 +59,7 @@ async def test_a_routed_job_is_read_and_cancelled_like_any_other(harness: Harnes
     await live(harness, "w1", "echo", "other")
     for job_id in ("a", "b"):
         await client.submit(job_id=job_id, prompt="x", model="echo")
-    worker = Transport(harness.connect(), "w1", "other", LONG_LEASE)
+    worker = Transport(harness.connect(), "w1", ["other"], LONG_LEASE)
     await worker.open()
     reading = asyncio.ensure_future(client.result("a"))
     await complete(worker, await take_next(worker), 2)

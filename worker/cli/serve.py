@@ -21,6 +21,13 @@ _engine = partial(typer.Option, rich_help_panel="Model and engine")
 _server = partial(typer.Option, rich_help_panel="Server and queue")
 
 
+def _queues(names: list[str]) -> dict[str, object]:
+    """The settings of `--queue`: one is a plain name, several have the form of `redis.queues`."""
+    if len(names) == 1:
+        return {"redis.queue": names[0], "redis.queues": []}
+    return {"redis.queues": names or None}
+
+
 def run(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file such as configs/default.toml.")] = None,
     model: Annotated[str | None, _engine(help="A .gguf file, or a name that `worker pull` knows.")] = None,
@@ -32,7 +39,10 @@ def run(
     echo: Annotated[bool, _engine("--echo", help="Serve no model: each answer repeats its prompt.")] = False,
     echo_step_ms: Annotated[float, _engine(min=0, help="With --echo: milliseconds per token.")] = 0.0,
     redis_url: Annotated[str | None, _server(help="For example redis://127.0.0.1:6379/0.")] = None,
-    queue: Annotated[str | None, _server(help="Name of the queue.")] = None,
+    queue: Annotated[
+        list[str] | None,
+        _server(help="Name of the queue; repeat it for several, most urgent first, or all with weights: a:3."),
+    ] = None,
     name: Annotated[str | None, _server(help="First part of the worker's id; by default the host name.")] = None,
     grace: Annotated[float | None, _server(help="Seconds that the running job has after SIGTERM.")] = None,
     http_port: Annotated[int | None, _server(help="Port of /livez, /readyz, /metrics; 0 picks a free one.")] = None,
@@ -57,7 +67,7 @@ def run(
         "engine.backend": backend,
         "engine.prefix_cache": prefix_cache,
         "redis.url": redis_url,
-        "redis.queue": queue,
+        **_queues(queue or []),
         "service.name": name,
         "service.grace_s": grace,
         "http.port": http_port,

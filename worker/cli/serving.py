@@ -16,6 +16,7 @@ from worker.cli.remote import connect
 from worker.config import Settings
 from worker.jobs.streams import Contact, Disconnected
 from worker.jobs.transport import Transport
+from worker.queue_order import QueueOrder
 from worker.runtime import LoadedModel, Progress
 from worker.service import Assignment, Service
 from worker.telemetry import open_log
@@ -45,8 +46,9 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
     )
     streams = connect(redis.url, contact)
     model = "echo" if echo else settings.model.path
-    assignment = Assignment(model, settings.engine.backend, redis.queue, name, redis.patience_s)
-    transport = Transport(streams, worker_id, redis.queue, settings.lease)
+    queues = ",".join(QueueOrder(redis.served).names)
+    assignment = Assignment(model, settings.engine.backend, queues, name, redis.patience_s)
+    transport = Transport(streams, worker_id, redis.served, settings.lease)
     service = Service(assignment, settings.service, settings.lease, settings.http, transport, load, log)
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:

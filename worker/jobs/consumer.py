@@ -108,21 +108,21 @@ class Consumer:
         """Delete this consumer if it has no pending entries."""
         await self._streams.remove_consumers(self._queue, self._worker_id, 0)
 
-    async def next(self) -> Entry | None:
-        """Claim an entry; None after about `scan_s`.
+    async def next(self, block_ms: int) -> Entry | None:
+        """Claim an entry; None if there is none within `block_ms`, or without a connection.
 
         In this order: pending entries whose delivery was lost with a reply, entries of dead
         consumers, new entries.
         """
         if self._streams.reconnects != self._reconnects:
             self._reconnects = self._streams.reconnects
-            self._connection_lost()
+            self.reply_lost()
         try:
             entry = await self._read_own() or await self._reclaim()
             if entry is None:
-                entry = await self._streams.read_new(self._queue, self._worker_id, int(self._lease.scan_s * 1000))
+                entry = (await self._streams.read_new([self._queue], self._worker_id, block_ms)).get(self._queue)
         except Disconnected:
-            self._connection_lost()
+            self.reply_lost()
             await asyncio.sleep(random.uniform(0.1, 0.5) * self._lease.scan_s)
             return None
         except asyncio.CancelledError:
@@ -165,7 +165,7 @@ class Consumer:
             return False
         return entry_id not in self._model_of or self._model_of[entry_id] not in self.other_models
 
-    def _connection_lost(self) -> None:
+    def reply_lost(self) -> None:
         """Reread own pending entries: replies may be lost. Others get one lease to renew theirs."""
         self._own_after = START
         self._overdue.clear()

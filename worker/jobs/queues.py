@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from worker.jobs.keys import queue_key
 from worker.jobs.payload import job_id_of
 from worker.jobs.streams import Record, Streams, repeat_briefly
+from worker.queue_order import queues_of
 
 SERVED_S = 2.0
 """Validity of the list of models and their queues."""
@@ -47,9 +48,11 @@ class Queues:
             if time.monotonic() - self._served_s >= SERVED_S:
                 workers = (await repeat_briefly(self._streams.workers)).values()
                 living = [status for status in workers if status.get("state") in ("ready", "busy")]
-                self._served = Counter((status.get("model", ""), status.get("queue", "")) for status in living)
+                self._served = Counter(
+                    (status.get("model", ""), queue) for status in living for queue in queues_of(status)
+                )
                 self._served_s = time.monotonic()
-        queues = {queue: count for (served, queue), count in self._served.items() if served == model and queue}
+        queues = {queue: count for (served, queue), count in self._served.items() if served == model}
         if not queues or self.own in queues:
             return self.own
         return max(sorted(queues), key=lambda queue: queues[queue])
@@ -67,7 +70,7 @@ class Queues:
             if (entry := await self._search(queue, job_id)) is not None:
                 return entry
         workers = await repeat_briefly(self._streams.workers)
-        for queue in sorted({status.get("queue") or self.own for status in workers.values()} - set(known)):
+        for queue in sorted(frozenset().union(*map(queues_of, workers.values())) - set(known)):
             if (entry := await self._search(queue, job_id)) is not None:
                 return entry
         return None

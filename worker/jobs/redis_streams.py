@@ -7,7 +7,7 @@ client retries: the caller must know when a reply was lost. `redis_errors.py` ha
 import asyncio
 import time
 import weakref
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from typing import Any, Self
@@ -110,20 +110,26 @@ class RedisStreams:
         reply = await self._call(script(keys=[queue_key(queue)], args=args), write="enqueue")
         return None if reply is None else _text(reply)
 
-    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
-        """XREADGROUP of one entry. Pauses if the server returns before the block ends."""
+    async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
+        """XREADGROUP of one entry a queue. Pauses if the server returns before the block ends."""
         clock = asyncio.get_running_loop().time
-        until, block = clock() + block_ms / 1000, max(1, min(block_ms, MAX_BLOCK_MS))
-        read = self._blocking.xreadgroup(GROUP, consumer, {queue_key(queue): ">"}, count=1, block=block)
+        until, block = clock() + block_ms / 1000, min(block_ms, MAX_BLOCK_MS)
+        client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
+        read = client.xreadgroup(GROUP, consumer, {queue_key(queue): ">" for queue in queues}, count=1, block=wait)
         reply = await self._call(read, no_group=_NO_GROUP, write="read_new")
         if reply is _NO_GROUP:  # the server lost the group's creation, or was flushed
-            await self.open_queue(queue)
-            return None
-        for entry_id, fields in _stream_records(reply):
-            return Entry(entry_id, fields, 1)
-        if (left := until - clock()) > 0:
+            for queue in queues:
+                await self.open_queue(queue)
+            return {}
+        of_key = {queue_key(queue): queue for queue in queues}
+        found = {
+            of_key[_text(key)]: Entry(entry_id, fields, 1)
+            for key, records in reply or ()
+            for entry_id, fields in _stream_records([(key, records)])
+        }
+        if not found and (left := until - clock()) > 0:
             await asyncio.sleep(min(left, 0.01))
-        return None
+        return found
 
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
         """XPENDING and XRANGE; XREADGROUP with an id would count a delivery."""

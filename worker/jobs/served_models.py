@@ -6,6 +6,7 @@ A worker that claims a job of another model gives it back if one of them serves 
 import time
 
 from worker.jobs.streams import Streams, retry_until_connected
+from worker.queue_order import queues_of
 
 _VALID_S = 1.0
 _RELISTED_S = 6.0
@@ -34,7 +35,7 @@ class ServedModels:
         if self._worker_id not in workers or self._reconnects != self._streams.reconnects:
             self._reconnects, self._incomplete_until_s = self._streams.reconnects, now_s + _RELISTED_S
         others = [status for worker, status in workers.items() if worker != self._worker_id]
-        of_queue = [status for status in others if status.get("queue") == self._queue]
+        of_queue = [status for status in others if self._queue in queues_of(status)]
         self._models = frozenset(status.get("model", "") for status in of_queue if status.get("state") != "failed")
         self._one_loads = any(status.get("state") == "starting" for status in of_queue)
         self._valid_until_s = now_s + _VALID_S

@@ -230,8 +230,11 @@ class Streams(Protocol):
         Repeating it adds a second entry of the job, which `take` refuses as a duplicate.
         """
 
-    async def read_new(self, queue: str, consumer: str, block_ms: int) -> Entry | None:
-        """Return the next undelivered entry, waiting up to `block_ms`."""
+    async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
+        """Return the next undelivered entry of each queue, waiting up to `block_ms` for the first.
+
+        With 0 the call does not wait.
+        """
 
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
         """Return the consumer's next pending entry, without counting a delivery."""

@@ -18,6 +18,7 @@ from typing import Literal
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, ServerRefused, WorkerError
 from worker.jobs.consumer import Consumer, Registration
+from worker.jobs.consumers import Consumers
 from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, now_ms
 from worker.jobs.keys import START, epoch_of, split_id
 from worker.jobs.payload import encoding_of, job_id_of
@@ -33,6 +34,7 @@ from worker.jobs.streams import (
     TakeReply,
     retry_until_connected,
 )
+from worker.queue_order import queues_of
 
 ENTRY_DELETED = "the job's queue entry was deleted"
 """Message of the error that ends such a job."""
@@ -58,6 +60,7 @@ class Renewal(Enum):
 class Claim:
     """A queue entry that is pending for this worker."""
 
+    queue: str
     entry_id: str
     payload: bytes
     traceparent: str | None
@@ -142,51 +145,54 @@ def _entry_deleted(_: History) -> Event:
 
 
 class Transport:
-    """One worker's connection to one queue.
+    """One worker's connection to its queues, which are written as for `QueueOrder`.
 
     `worker_id` is its consumer name, host-pid-random, and must never be reused. Every method except
     `claim` waits for the server without a limit; `claim` returns after about `scan_s`.
     """
 
     def __init__(
-        self, streams: Streams, worker_id: str, queue: str = "default", lease: LeaseSection | None = None
+        self,
+        streams: Streams,
+        worker_id: str,
+        queues: Sequence[str] = ("default",),
+        lease: LeaseSection | None = None,
     ) -> None:
         self.worker_id = worker_id
         self._streams = streams
-        self._queue = queue
         self._settings = lease or LeaseSection()
         self._unsettled_ms = int(self._settings.unsettled_s * 1000)
-        self._consumer = Consumer(streams, queue, worker_id, self._settings)
+        self._consumers = Consumers(streams, queues, worker_id, self._settings)
         self._server_clock = ServerClock(streams)
         self.registration = Registration(streams, worker_id, self._settings)
         self._settling: dict[str, asyncio.Task[None]] = {}
         """By entry id."""
 
     async def open(self) -> None:
-        """Create the queue, delete dead consumers, and accept commands from now on."""
-        await self._consumer.open()
+        """Create the queues, delete dead consumers, and accept commands from now on."""
+        await self._consumers.open()
         await self.registration.open()
         self._streams.waits_for_access = True
 
     async def close(self) -> None:
-        """Unregister, delete the consumer if it has no pending entries, and disconnect."""
+        """Unregister, delete the consumers without pending entries, and disconnect."""
         if self._settling:
             await asyncio.wait(self._settling.values())
         with contextlib.suppress(Disconnected, ServerRefused):
-            await self._consumer.close()
+            await self._consumers.close()
             await self.registration.close()
         await self._streams.close()
 
     @property
     def seconds_since_contact(self) -> float:
         """Seconds since the last successful poll or renewal; /readyz fails above 3 × `scan_s`."""
-        return time.monotonic() - self._consumer.last_contact_s
+        return time.monotonic() - self._consumers.last_contact_s
 
     async def other_workers(self) -> list[Mapping[str, str]]:
-        """The status of the other living workers of this queue."""
+        """The status of the other living workers that serve a queue of this one."""
         workers = await retry_until_connected(self._streams.workers)
         others = (status for name, status in workers.items() if name != self.worker_id)
-        return [status for status in others if status.get("queue") == self._queue]
+        return [status for status in others if not queues_of(status).isdisjoint(self._consumers.names)]
 
     async def server_time_ms(self) -> int:
         """The server's clock, by which deadlines count."""
@@ -197,16 +203,20 @@ class Transport:
 
         An entry with more than `max_deliveries` deliveries is dead-lettered here, unparsed.
         """
-        entry = await self._consumer.next()
-        if entry is None:
+        found = await self._consumers.next()
+        if found is None:
             await self._server_clock.refresh()  # while no job waits for it
             return None
+        queue, entry = found
         traceparent = entry.fields.get("traceparent", b"")[:256].decode(errors="replace") or None
-        claim = Claim(entry.id, entry.fields.get("p", b""), traceparent, entry.deliveries)
+        claim = Claim(queue, entry.id, entry.fields.get("p", b""), traceparent, entry.deliveries)
         if entry.deliveries <= self._settings.max_deliveries:
             return claim
         await self._give_up(claim, DeadLettered(f"delivered {entry.deliveries} times"))
         return None
+
+    def _consumer_of(self, claim: Claim) -> Consumer:
+        return self._consumers[claim.queue]
 
     async def _give_up(self, claim: Claim, error: DeadLettered) -> None:
         """End the job of an entry that was delivered too often, and dead-letter the entry."""
@@ -241,7 +251,7 @@ class Transport:
             if reply.outcome != "RETRY":
                 return await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
             state, history = await read_history(self._streams, job_id)
-            ownership = await self._consumer.renew(claim.entry_id)
+            ownership = await self._consumer_of(claim).renew(claim.entry_id)
             if ownership == "lost":
                 return Closed("lost")
             if ownership == "deleted":  # no other worker will receive the job
@@ -266,7 +276,7 @@ class Transport:
 
     async def settle(self, lease: Lease) -> None:
         """Acknowledge a finished job and let its keys expire after `retention_s`."""
-        await self._consumer.settle(lease.claim.entry_id, None)
+        await self._consumer_of(lease.claim).settle(lease.claim.entry_id, None)
         await self._expire_keys(lease.job_id)
 
     def begin_settling(self, lease: Lease) -> None:
@@ -286,12 +296,12 @@ class Transport:
         An entry that is still pending then is claimed again after its lease, here or elsewhere.
         """
         if claim.entry_id not in self._settling:
-            self._consumer.held.discard(claim.entry_id)
+            self._consumer_of(claim).held.discard(claim.entry_id)
 
     async def renew(self, held: Lease | Claim) -> Renewal:
         """Renew the lease, once per `renew_s`. Also reports whether a cancel was requested."""
         claim = held.claim if isinstance(held, Lease) else held
-        ownership = await self._consumer.renew(claim.entry_id)
+        ownership = await self._consumer_of(claim).renew(claim.entry_id)
         if ownership != "held":
             return Renewal(ownership)
         if isinstance(held, Lease):
@@ -300,17 +310,18 @@ class Transport:
                 return Renewal.CANCEL_REQUESTED
         return Renewal.HELD
 
-    async def is_served_elsewhere(self, model: str) -> bool:
-        """Whether another living worker of the queue serves the model."""
-        await self._consumer.other_models.refresh()
-        return model in self._consumer.other_models
+    async def is_served_elsewhere(self, claim: Claim, model: str) -> bool:
+        """Whether another living worker of the entry's queue serves the model."""
+        other_models = self._consumer_of(claim).other_models
+        await other_models.refresh()
+        return model in other_models
 
     async def pass_on(self, claim: Claim, model: str) -> None:
         """Leave the job to the workers of the model that it names, as `release` does.
 
         This worker does not claim it again while one of them lives.
         """
-        await self._consumer.give_back(claim.entry_id, claim.deliveries - 1, model=model)
+        await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries - 1, model=model)
 
     async def release(self, held: Lease | Claim, avoid_s: float = 0.0) -> None:
         """Make the job claimable at once. Counts neither as a delivery nor as a failed attempt.
@@ -322,7 +333,7 @@ class Transport:
             if isinstance(held, Lease):
                 async with held.writing:
                     await self._write(held, "handed_back", "")
-            await self._consumer.give_back(claim.entry_id, claim.deliveries - 1, avoid_s)
+            await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries - 1, avoid_s)
 
     async def abandon(self, held: Lease | Claim, error: WorkerError) -> None:
         """Make the job claimable at once after a failure of this worker: a failed attempt.
@@ -335,12 +346,12 @@ class Transport:
                 with contextlib.suppress(ServerRefused):  # give it back nevertheless
                     async with held.writing:
                         await self._write(held, "running", error.code)
-            await self._consumer.give_back(claim.entry_id, claim.deliveries, self._settings.lease_s)
+            await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries, self._settings.lease_s)
 
     async def dead_letter(self, claim: Claim, error: WorkerError, job_id: str = "") -> None:
         """Move an entry to the dead letters: its job id or its job's keys are unusable."""
         counts = (claim.deliveries, error.code) if job_id else (0, "")
-        await self._consumer.settle(claim.entry_id, claim.dead_letter(job_id, error.message, *counts))
+        await self._consumer_of(claim).settle(claim.entry_id, claim.dead_letter(job_id, error.message, *counts))
         if job_id:
             await self._expire_keys(job_id)
         await self.registration.publish(ErrorEvent.of(error))
@@ -386,7 +397,7 @@ class Transport:
             attempts, last_error = state.next_epoch - 2, state.fields.get("last_error", "")
             reason = "attempts without one new token, or too many deliveries"
             dead = claim.dead_letter(job_id, reason, attempts, last_error)
-        await self._consumer.settle(claim.entry_id, dead)
+        await self._consumer_of(claim).settle(claim.entry_id, dead)
         if reply.outcome == "DUPLICATE":
             return Closed("duplicate")
         if own:
@@ -410,7 +421,7 @@ class Transport:
             call = AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
             last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(last_id):
-                self._consumer.held.discard(lease.claim.entry_id)
+                self._consumer_of(lease.claim).held.discard(lease.claim.entry_id)
                 raise Fenced(f"job {lease.job_id}: epoch {lease.epoch} ended at {last_id}")
             lease.last_id = last_id
             if not lease.unwritten():

@@ -173,7 +173,7 @@ class Attempt:
         """Raise AttemptInterrupted if another worker serves the model that the job names."""
         if job.model is None or job.model == self._context.model.name:
             return
-        if await self._context.transport.is_served_elsewhere(job.model):
+        if await self._context.transport.is_served_elsewhere(self._claim, job.model):
             self._other_model = job.model
             raise AttemptInterrupted(StopReason.OTHER_MODEL)
 

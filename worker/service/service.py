@@ -48,6 +48,7 @@ class Assignment:
     """As requested; the model's own name is known when it is loaded."""
     backend: str
     queue: str
+    """The names of the queues, separated by commas."""
     name: str
     """The first part of the worker's id, and a target of the `drain` command."""
     patience_s: float
