@@ -33,6 +33,7 @@ def cpu_runner(
     kv_dtype: Any = np.float32,
     padding_ids: Iterable[int] = (),
     end_ids: Iterable[int] = (),
+    slots: int = 8,
 ) -> CpuRunner:
     """Load a file on the CPU, by default with a KV pool of one context."""
     with GgufFile.open(path) as file:
@@ -40,7 +41,7 @@ def cpu_runner(
             model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         hp = read_hparams(file)
     cache = KvCache(hp, blocks_for(context) if kv_blocks is None else kv_blocks, kv_dtype)
-    return CpuRunner(model, cache, Sampler(hp.vocab_size, padding_ids, end_ids))
+    return CpuRunner(model, cache, Sampler(hp.vocab_size, padding_ids, end_ids), slots)
 
 
 def prefill(
@@ -60,11 +61,18 @@ def decode(token: int, position: int, table: np.ndarray) -> Batch:
 
 
 def engine_of(
-    runner: Any, *, context: int = 512, chunk: int = 64, running: int = 1, order: Any = None, prefix_cache: bool = True
+    runner: Any,
+    *,
+    context: int = 512,
+    chunk: int = 64,
+    running: int = 1,
+    order: Any = None,
+    prefix_cache: bool = True,
+    beside: int = 128,
 ) -> Engine:
     """An engine over a runner; `order` is the order in which KV blocks are allocated."""
     blocks = None if order is None else KvBlocks(len(order), np.asarray(order, np.int32))
-    return Engine(runner, EngineSettings(context, chunk, running, prefix_cache), blocks)
+    return Engine(runner, EngineSettings(context, chunk, running, prefix_cache, beside), blocks)
 
 
 def run(engine: Engine, *sequences: Sequence) -> dict[str, list[DrawnToken]]:

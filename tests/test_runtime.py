@@ -102,6 +102,15 @@ def test_auto_is_one_context_on_the_cpu_and_a_share_of_free_memory_on_a_gpu(tiny
     assert on_gpu.context == on_cpu.context
 
 
+def test_max_running_is_the_number_of_slots_and_counts_in_the_memory_plan(tiny):
+    loaded = runtime.load(tiny("qwen2"), ModelSection(), EngineSection(backend="cpu", max_running=3))
+    assert loaded.engine.settings.max_running == loaded.engine._runner.slots == 3
+    backend = runtime.open_backend(EngineSection(backend="cpu"))
+    with GgufFile.open(tiny("qwen2")) as file:
+        few, many = (runtime.plan(file, ModelSection(), backend, "auto", n).overhead_bytes for n in (1, 256))
+    assert few < many
+
+
 @pytest.mark.parametrize(("context", "factors"), [(0, "long"), (512, "long"), (129, "long"), (128, "short")])
 def test_longrope_factors_follow_the_configured_context_whatever_memory_is_free(context, factors, tiny, monkeypatch):
     path = tiny("phi3-longrope")

@@ -56,7 +56,14 @@ class Answer:
         """The stop string that ended the answer."""
         sampling, vocab = _sampling(job, resolved), tokenizer.vocab
         self.sequence = engine.Sequence(
-            job.job_id, list(prompt), resolved.max_tokens, sampling, vocab.end_ids, list(published)
+            job.job_id,
+            list(prompt),
+            resolved.max_tokens,
+            sampling,
+            vocab.end_ids,
+            list(published),
+            job.priority,
+            job.tenant or "",
         )
         # Control tokens have no text in which the detokenizer would find these stop strings.
         self._stop_tokens = {vocab.control_id(stop): stop for stop in job.stop or ()}

@@ -110,8 +110,8 @@ class Backend(Device, Protocol):
         """Bytes of one token's K and V over all layers."""
         ...
 
-    def overhead_bytes(self, hp: Hparams) -> int:
-        """Upper bound of activations and workspace."""
+    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
+        """Upper bound of activations and workspace, for `max_running` sequences at once."""
         ...
 
     def available_bytes(self) -> int:
@@ -130,8 +130,10 @@ class Backend(Device, Protocol):
         """
         ...
 
-    def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> Runner:
-        """Build the runner; called while the uploads are in progress, so it reads no weights.
+    def runner(
+        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int
+    ) -> Runner:
+        """Build a runner of `max_running` slots; called during the uploads, so it reads no weights.
 
         Raises:
             VramOom, CudaError: The device refuses memory or is lost.

@@ -85,6 +85,7 @@ class EngineSection(_Section):
     """Where the model runs and how its work is cut."""
 
     backend: Literal["auto", "cpu", "gpu"] = "auto"
+    max_running: int = Field(default=1, ge=1, le=256)
     prefill_chunk: int = Field(default=0, ge=0, le=4096)
     prefix_cache: bool = True
     kv_memory: KvMemory = "auto"

@@ -7,11 +7,13 @@ model). Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from worker.ops import Array, Attention, Batch, Ops
+import numpy as np
+
+from worker.ops import Array, Attention, Batch, Ints, Ops, Phase
 from worker.rope import RopeScaling
-from worker.sampling import Draw, DrawRequest
+from worker.sampling import Draw, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +91,68 @@ OnLaunched = Callable[[], None]
 """Called after the kernels are enqueued and before the first synchronization."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """What generation in a slot needs besides the KV blocks; given once, with the last chunk."""
+
+    slot: int
+    prompt: Sequence[int]
+    sampling: Sampling
+    end_ids: frozenset[int]
+    """Ids that end the sequence: end tokens unless `ignore_eos`, and `stop_token_ids`."""
+    max_tokens: int
+    """Tokens that the sequence draws at most, those of `replay` included."""
+    replay: Sequence[int] = ()
+    """Ids that the decode path computes without a draw, from index 0 on. They are returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one prompt. `start`, the position of the first, is a multiple of B."""
+
+    tokens: Ints
+    start: int
+    block_table: Ints
+    """The KV blocks of positions 0, B, 2B, …; with `begin` also of the slot, until `extend`."""
+    begin: SlotStart | None = None
+    """Set on a prompt's last chunk: draw from its last row, and generate from now on."""
+
+    def batch(self) -> Batch:
+        """The batch of the chunk, with the logits of the last row if generation begins."""
+        count = len(self.tokens)
+        positions = np.arange(self.start, self.start + count, dtype=np.int32)
+        rows = np.array([] if self.begin is None else [count - 1], np.int32)
+        return Batch(Phase.PREFILL, self.tokens, positions, (self.block_table,), rows)
+
+
+class SlotDraw(NamedTuple):
+    """The next token of the sequence in a slot."""
+
+    slot: int
+    draw: Draw | None
+    """None: no token can be drawn, since the logits are not finite. The slot has stopped."""
+
+
 class Runner(Protocol):
     """One device with one model: its KV storage, its ops of both phases and its sampler.
 
-    * Running a batch twice leaves the same state and returns the same draws: a failed step can be
-      repeated.
-    * A runner may compute ahead of the requested batch if no result depends on it.
-    * K and V before the batch's first position are not written: other sequences may share the
-    blocks.
+    Sequences generate in slots 0 … `slots` - 1. A slot runs from a chunk's `begin` until the device
+    draws one of its `end_ids` or its `max_tokens`-th token, or until `stop`. A runner may compute
+    one decode step ahead. K and V before a chunk's first position are not written: other sequences
+    may share the blocks. After `stop` the caller uses the slot and its blocks again in the next
+    `run`, whose launches therefore follow all earlier ones.
     """
 
     vocab_size: int
     kv_blocks: int
+    slots: int
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        """Compute the batch and draw one token for each of its `logit_rows`.
+    def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        """Compute the chunks, then one decode step of the running slots; return draws in order.
+
+        A runner that computes ahead returns the draws of all launches but its newest decode step,
+        which the next call returns; that step includes the slots that begin. Another runner
+        computes the slots that ran before the call. So both return at most one draw of a slot.
 
         `on_launched` is called before the first wait for the device (on the CPU before the
         computation), possibly more than once, and not at all if the runner does not wait.
@@ -112,3 +161,17 @@ class Runner(Protocol):
             VramOom: An allocation fails.
             CudaError: The device is lost.
         """
+
+    def extend(self, slot: int, block_table: Ints) -> None:
+        """Replace the block table of a running slot by a longer one that begins with it.
+
+        It applies from the next `run` on. A call of `run` after which n tokens of a slot have been
+        returned writes K and V of at most n tokens after the prompt, and of `max_tokens`; the
+        caller extends the table before.
+        """
+
+    def stop(self, slot: int) -> None:
+        """End generation in a slot and drop its draws that were not returned. Idempotent."""
+
+    def reset(self) -> None:
+        """After an exception of `run`: stop all slots, drop what was launched. Raises nothing."""

@@ -78,7 +78,9 @@ def open_backend(engine: EngineSection) -> Backend:
     return CpuBackend(np.float16 if engine.kv_type == "f16" else np.float32)
 
 
-def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto") -> Plan:
+def plan(
+    file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto", max_running: int = 1
+) -> Plan:
     """Check keys, names and shapes of the file and compute its memory. Raises ModelLoadFailed."""
     adapter_for(file)
     hp = read_hparams(file)
@@ -87,7 +89,7 @@ def plan(file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMem
     backend.check(hp)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
-    overhead, available = backend.overhead_bytes(hp), backend.available_bytes()
+    overhead, available = backend.overhead_bytes(hp, max_running), backend.available_bytes()
     per_token = backend.kv_bytes_per_token(hp)
     share = backend.kv_share if kv_memory == "auto" else kv_memory
     return Plan(
@@ -139,7 +141,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
     """
     with GgufFile.open(path) as file:
         backend = open_backend(engine)
-        planned = plan(file, model, backend, engine.kv_memory)
+        planned = plan(file, model, backend, engine.kv_memory, engine.max_running)
         if planned.shortfall:
             raise planned.shortfall
         metadata = TokenizerMetadata(file.metadata)
@@ -149,9 +151,11 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
             bound, _ = bind(file, planned.options, upload)
             tokenizer = build_tokenizer(metadata, vocab)
             masked = padding_ids | vocab.suppressed_ids
-            runner = backend.runner(bound, planned, padding_ids=masked, end_ids=vocab.end_ids)
+            runner = backend.runner(
+                bound, planned, padding_ids=masked, end_ids=vocab.end_ids, max_running=engine.max_running
+            )
         chunk = engine.prefill_chunk or backend.prefill_chunk
-        settings = EngineSettings(planned.context, chunk, prefix_cache=engine.prefix_cache)
+        settings = EngineSettings(planned.context, chunk, engine.max_running, engine.prefix_cache)
         return LoadedModel(
             name=model.name or file.name,
             fingerprint=fingerprint(file, planned.choices),

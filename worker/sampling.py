@@ -6,7 +6,7 @@ top-p, min-p, draw. Ties go to the lower id. The definition is `worker/cpu/sampl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 EngineFinishReason = Literal["stop", "length"]
 """Why the engine ends a sequence: it drew an end or stop token, or `max_tokens` tokens."""
@@ -59,8 +59,7 @@ class DrawRequest:
     forced: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One drawn token.
 
     Log-probabilities are natural, of the raw logits over all V rows: before bias, penalties and

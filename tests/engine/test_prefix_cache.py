@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.engine.ledger_runner import LedgerRunner
 from tests.models import cpu_runner, engine_of, ids, run
+from worker.cpu.slots import HostSlots
 from worker.engine import Sequence
 from worker.engine.kv_blocks import ROOT, KvBlocks, PrefixIndex, split_full_blocks
 from worker.errors import CudaError, InvalidRequest, VramOom
@@ -25,18 +26,19 @@ BRANCH = PROMPT[:90] + OTHER[:9]
 SHUFFLED = np.random.default_rng(5).permutation(40)
 
 
-class RecordingRunner:
+class RecordingRunner(HostSlots):
     """A CPU runner that records its batches and logits."""
 
     def __init__(self, runner):
+        super().__init__(runner.slots, self.compute)
         self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
         self.cache, self.batches, self.logits = runner.cache, [], []
         self._runner = runner
 
-    def run(self, batch, requests, on_launched):
+    def compute(self, batch, requests):
         self.batches.append(batch)
         self.logits += list(self._runner.logits(batch))
-        return self._runner.run(batch, requests, on_launched)
+        return self._runner.compute(batch, requests)
 
     def kv(self, tokens):
         """K and V of the last batch's sequence: the bits of its first `tokens` positions."""

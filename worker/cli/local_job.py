@@ -15,6 +15,7 @@ from worker import runtime
 from worker.answer import Answer, AttemptStats, tokenize_job
 from worker.cli.console import JsonLines, Terminal, model_path, progress_bar
 from worker.config import load_settings
+from worker.engine import FailedSequence
 from worker.errors import Internal, WorkerError
 from worker.jobs.events import End
 from worker.jobs.protocol import Job
@@ -48,6 +49,8 @@ def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines)
     engine.add(answer.sequence)
     while answer.finish_reason is None and not engine.idle:
         for generated in engine.step():
+            if isinstance(generated, FailedSequence):
+                raise generated.error
             if token := answer.push(generated):
                 stats.count(token.t, time.monotonic())
                 output.token(token)

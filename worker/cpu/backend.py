@@ -61,10 +61,10 @@ class CpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(np.dtype(self._kv_dtype).itemsize)
 
-    def overhead_bytes(self, hp: Hparams) -> int:
-        """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a chunk."""
+    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
+        """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a batch."""
         widest = max(hp.vocab_size, hp.q_width, hp.feed_forward_length * max(1, hp.expert_used_count))
-        return 4 * self.prefill_chunk * 4 * widest
+        return 4 * max(self.prefill_chunk, max_running) * 4 * widest
 
     def available_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
@@ -75,9 +75,11 @@ class CpuBackend:
             yield upload
         self._plan = plan
 
-    def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> CpuRunner:
+    def runner(
+        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int = 1
+    ) -> CpuRunner:
         sampler = Sampler(plan.hparams.vocab_size, padding_ids, end_ids)
-        return CpuRunner(model, KvCache(plan.hparams, plan.kv_blocks, self._kv_dtype), sampler)
+        return CpuRunner(model, KvCache(plan.hparams, plan.kv_blocks, self._kv_dtype), sampler, max_running)
 
     def memory(self) -> MemoryUse:
         """See `Backend.memory`. Activations are freed after a step; the KV pool counts in full."""

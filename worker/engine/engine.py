@@ -1,42 +1,53 @@
-"""The engine: runs the batch that the scheduler chose and commits the drawn tokens.
+"""The engine: runs the step that the scheduler chose and commits the drawn tokens.
 
-Tokens are committed after the run, so a step that raised can be repeated. One thread owns an
-engine. The runner (`worker/model.py`) computes. Read next: `scheduler.py`, `kv_blocks.py`.
+After a step that raised, all running sequences are computed again. One thread owns an engine. The
+runner (`worker/model.py`) computes. Read next: `scheduler.py`, `kv_blocks.py`.
 """
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from worker.engine.kv_blocks import KvBlocks, split_full_blocks
-from worker.engine.scheduler import EngineSettings, Scheduler, Sequence
-from worker.errors import InvalidRequest, VramOom
-from worker.model import OnLaunched, Runner
-from worker.ops import KV_BLOCK, Batch, Phase
+from worker.engine.scheduler import EngineSettings, Scheduler, Step
+from worker.engine.sequence import NO_SLOT, Sequence
+from worker.errors import Internal, InvalidRequest, VramOom
+from worker.model import OnLaunched, Runner, SlotDraw
+from worker.ops import KV_BLOCK
 from worker.sampling import Draw, EngineFinishReason
 
 _Ids: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class DrawnToken:
+class DrawnToken(NamedTuple):
     """One token of a sequence, drawn or replayed; `finish` is set on the last one."""
 
     sequence_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     draw: Draw
     replayed: bool
     """An earlier attempt has published it."""
     finish: EngineFinishReason | None
 
 
+@dataclass(frozen=True, slots=True)
+class FailedSequence:
+    """A sequence that the engine has ended without a token. The others are not affected."""
+
+    sequence_id: str
+    error: Internal
+
+
 class Engine:
-    """Sequences come in by `add`; each `step` computes one batch and returns the tokens drawn."""
+    """Sequences come in by `add`; each `step` advances those that run and returns new tokens."""
 
     def __init__(self, runner: Runner, settings: EngineSettings, blocks: KvBlocks | None = None) -> None:
+        if settings.max_running > runner.slots:
+            raise ValueError(f"max_running {settings.max_running} is above the runner's {runner.slots} slots")
         self.settings = settings
         self._runner = runner
         self._blocks = blocks or KvBlocks(runner.kv_blocks)
@@ -51,6 +62,11 @@ class Engine:
     def kv_blocks(self) -> dict[str, int]:
         """How many KV blocks are used, cached and free."""
         return self._blocks.states
+
+    @property
+    def sequences(self) -> tuple[int, int, int]:
+        """How many sequences run and wait, and how often one was preempted."""
+        return self._scheduler.running, self._scheduler.waiting, self._scheduler.preemptions
 
     @property
     def active(self) -> list[str]:
@@ -72,6 +88,7 @@ class Engine:
         self._check(sequence)
         ids = _as_array(sequence.prompt)
         self._check_ids(ids)
+        sequence.ids = ids.view(np.int32)
         sequence.full_blocks = split_full_blocks(ids) if self.settings.prefix_cache else []
         return self._scheduler.add(sequence, paused=paused)
 
@@ -85,39 +102,71 @@ class Engine:
 
     def abort(self, sequence_id: str) -> None:
         """Remove a sequence in any state and release its blocks. Does nothing if there is none."""
-        self._scheduler.remove(sequence_id)
+        slot = self._scheduler.remove(sequence_id)
+        if slot != NO_SLOT:
+            self._runner.stop(slot)
 
-    def step(self, on_launched: OnLaunched = lambda: None) -> list[DrawnToken]:
-        """Compute one prefill chunk, or one token of every running sequence.
+    def step(self, on_launched: OnLaunched = lambda: None) -> list[DrawnToken | FailedSequence]:
+        """Compute chunks of prompts within the prefill budget, and a token of each other sequence.
 
-        Raises what the runner raises. For `on_launched` see `Runner.run`.
+        At most one token of a sequence is returned. For `on_launched` see `Runner.run`.
+
+        Raises what the runner raises. The running sequences wait again then, to be computed anew:
+        no token is lost or returned twice. Unless memory was short, the prefix cache is emptied.
         """
-        scheduled = self._scheduler.schedule()
-        if scheduled is None:
+        step = self._scheduler.schedule()
+        if step is None:
             return []
-        batch, sequences = scheduled
-        drawing = sequences if len(batch.logit_rows) else []
-        draws = self._run(batch, drawing, on_launched)
-        if batch.phase is Phase.PREFILL:
-            self._scheduler.prefilled(sequences[0], len(batch.tokens))
-        return [self._commit(sequence, draw) for sequence, draw in zip(drawing, draws, strict=True)]
+        draws = self._run(step, on_launched)
+        if step.chunks:
+            self._scheduler.computed(step)
+        return self._commit(draws)
 
-    def _run(self, batch: Batch, drawing: list[Sequence], on_launched: OnLaunched) -> list[Draw]:
+    def _run(self, step: Step, on_launched: OnLaunched) -> list[SlotDraw]:
+        runner = self._runner
         try:
-            return self._runner.run(batch, [s.next_draw() for s in drawing], on_launched)
-        except (VramOom, MemoryError):
-            raise  # the launched part wrote only blocks that are not in the prefix cache
-        except Exception:
-            self._scheduler.clear_cache()  # what the device's memory holds is uncertain
+            for slot in step.stopped:
+                runner.stop(slot)
+            for sequence in step.extended:
+                assert sequence.block_table is not None
+                runner.extend(sequence.slot, sequence.block_table)
+            return runner.run(step.chunks, on_launched)
+        except Exception as error:
+            runner.reset()
+            # After a failed allocation, the launched part has written only blocks of this step.
+            if not isinstance(error, (VramOom, MemoryError)):
+                self._scheduler.clear_cache()  # what the device's memory holds is uncertain
+            self._scheduler.restart()
             raise
 
-    def _commit(self, sequence: Sequence, draw: Draw) -> DrawnToken:
-        index = len(sequence.generated)
-        sequence.generated.append(draw.id)
-        finish = sequence.finish_at(index, draw.id)
-        if finish:
-            self._scheduler.remove(sequence.id)
-        return DrawnToken(sequence.id, index, draw, index < len(sequence.replay), finish)
+    def _commit(self, draws: Iterable[SlotDraw]) -> list[DrawnToken | FailedSequence]:
+        slots, short = self._scheduler.slots, self._scheduler.short
+        tokens: list[DrawnToken | FailedSequence] = []
+        drawn, new = DrawnToken, tuple.__new__  # a third of the time of a call of the class
+        for slot, draw in draws:
+            sequence = slots[slot]
+            assert sequence is not None, "the runner drew for a slot that is stopped"
+            if draw is None:
+                tokens.append(self._fail(sequence))
+                continue
+            sequence.room -= 1
+            if not sequence.room:
+                short.append(sequence)
+            if sequence.recomputed:
+                sequence.recomputed -= 1
+                continue
+            token, generated, finish = draw[0], sequence.generated, None
+            index = len(generated)
+            generated.append(token)
+            if token in sequence.ends or index + 1 >= sequence.max_tokens:
+                finish = sequence.finish_at(index, token)
+                self._runner.stop(self._scheduler.finish(sequence))
+            tokens.append(new(drawn, (sequence.id, index, draw, index < len(sequence.replay), finish)))
+        return tokens
+
+    def _fail(self, sequence: Sequence) -> FailedSequence:
+        self._runner.stop(self._scheduler.finish(sequence))
+        return FailedSequence(sequence.id, Internal("the model's logits are not finite, so no token can be drawn"))
 
     def _check(self, sequence: Sequence) -> None:
         left = self.context - len(sequence.prompt)

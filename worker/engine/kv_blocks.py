@@ -65,13 +65,13 @@ class KvBlocks:
         self._add_readers(table)
         return table, self._index.node(found[-1]) if found else ROOT
 
-    def extend(self, table: Ints, count: int) -> Ints | None:
+    def extend(self, table: Ints, count: int, leave: int = 0) -> Ints | None:
         """Extend a held table to `count` blocks with blocks that no other table has.
 
-        Returns None, and changes nothing, if too few blocks are free or cached.
+        Returns None, and changes nothing, if fewer than `leave` blocks would stay free or cached.
         """
         missing = count - len(table)
-        if missing > self.count - self._used:
+        if missing + leave > self.count - self._used:
             return None
         added = np.array([self._next_free() for _ in range(missing)], np.int32)
         self._add_readers(added)

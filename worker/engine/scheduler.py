@@ -1,22 +1,35 @@
-"""Sequences, and the scheduler: which of them own KV blocks, and the batch of the next step.
+"""The scheduler: which sequences own slots and KV blocks, and the chunks of the next step.
 
-A sequence is paused or waiting, then running. It holds the cached blocks of its prompt's beginning
-from `add` on, and gets all its other blocks when it starts, so that it cannot run out of them and
-its block table never changes.
+A sequence is paused or waiting, then running: it has a slot, computes its prompt in chunks and
+then generates. It holds the cached blocks of its prompt's beginning from `add` on. If one sequence
+runs at a time, it gets all its other blocks when it starts. Otherwise it starts with those of its
+known tokens and one more, and its table grows; when no block is free, the youngest sequence of the
+least urgent priority waits again and is computed anew (preemption by recomputation, as in vLLM:
+Kwon et al. 2023, arXiv:2309.06180). Read first: `sequence.py`, `waiting.py`.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-
-from worker.engine.kv_blocks import ROOT, KvBlocks, blocks_for
-from worker.ops import KV_BLOCK, Batch, Ints, Phase
-from worker.sampling import DrawRequest, EngineFinishReason, Sampling
+from worker.engine.kv_blocks import KvBlocks, blocks_for
+from worker.engine.sequence import NO_SLOT, Sequence
+from worker.engine.waiting import WaitingSequences, urgency
+from worker.model import Chunk, SlotStart
+from worker.ops import KV_BLOCK, Ints
 
 _LONG_CONTEXT = 32_768
 """Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
 _MIN_CHUNK = 128
+_CHUNK_COST = 64
+"""Tokens of the prefill budget that a chunk costs at least: it reads all weights."""
+_BESIDE_ROW = 2
+"""Prompt tokens a step for each sequence that generates, if that is more than `prefill_beside`:
+their step takes longer, and their successors' prompts must be computed while they generate."""
+_GROWTH = 8
+"""Blocks by which a table grows, if so many are free: each growth is an upload."""
+_UNBOUNDED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,65 +44,48 @@ class EngineSettings:
     """Sequences that run at once; the others wait."""
     prefix_cache: bool = True
     """Whether prompts share the KV blocks of equal beginnings. Bits do not depend on it."""
+    prefill_beside: int = 128
+    """Prompt tokens of a step in which up to 64 other sequences generate, a multiple of B: bounds
+    the time between two tokens. At most `prefill_chunk` counts. Bits do not depend on it."""
 
 
-@dataclass(slots=True)
-class Sequence:
-    """A prompt to be continued by at most `max_tokens` tokens, ended by any of `end_ids`.
+class Step(NamedTuple):
+    """What the runner does in one step, besides a decode step of the slots that generate."""
 
-    `replay` holds tokens that an earlier attempt published. The decode path computes them without
-    drawing, and the first new token has the index len(replay). The scheduler and the engine write
-    the remaining fields.
-    """
+    chunks: tuple[Chunk, ...] = ()
+    prompts: tuple[Sequence, ...] = ()
+    """The sequence of each chunk."""
+    stopped: tuple[int, ...] = ()
+    """Slots of preempted sequences."""
+    extended: tuple[Sequence, ...] = ()
+    """Generating sequences whose tables have grown."""
 
-    id: str
-    prompt: list[int]
-    max_tokens: int
-    sampling: Sampling = field(default_factory=Sampling)
-    end_ids: frozenset[int] = frozenset()
-    replay: list[int] = field(default_factory=list)
 
-    generated: list[int] = field(default_factory=list, init=False)
-    prefilled: int = field(default=0, init=False)
-    """Prompt tokens whose K and V are in `block_table`: computed, or found in the prefix cache."""
-    full_blocks: list[bytes] = field(default_factory=list, init=False)
-    """The ids of the prompt's full blocks; empty if none of them may enter the prefix cache."""
-    prefix_node: int = field(default=ROOT, init=False)
-    """The node of the prefix index that stands for the full blocks up to `prefilled`."""
-    block_table: Ints | None = field(default=None, init=False)
-    """Before the start the blocks of the cached prefix, from the start all blocks of the sequence;
-    None where no block is held."""
-
-    @property
-    def in_prefill(self) -> bool:
-        """Whether prompt tokens are left to compute."""
-        return self.prefilled < len(self.prompt)
-
-    def next_draw(self) -> DrawRequest:
-        """The request for the token of index len(generated)."""
-        index = len(self.generated)
-        forced = self.replay[index] if index < len(self.replay) else None
-        return DrawRequest(self.sampling, index, self.prompt, self.generated, forced)
-
-    def finish_at(self, index: int, token: int) -> EngineFinishReason | None:
-        """Why the sequence ends with `token` at index `index`, or None if it continues."""
-        ends = frozenset[int]() if self.sampling.ignore_eos else self.end_ids
-        if token in ends or token in self.sampling.stop_token_ids:
-            return "stop"
-        return "length" if index + 1 >= self.max_tokens else None
+_DECODE_ONLY = Step()
 
 
 class Scheduler:
-    """Admits sequences in the order of `add` and `resume`, and advances those that run together."""
+    """Admits waiting sequences, and advances those that run together."""
 
     def __init__(self, blocks: KvBlocks, settings: EngineSettings) -> None:
-        if settings.prefill_chunk % KV_BLOCK or settings.prefill_chunk <= 0:
-            raise ValueError(f"prefill_chunk {settings.prefill_chunk} is not a positive multiple of {KV_BLOCK}")
+        for size in (settings.prefill_chunk, settings.prefill_beside):
+            if size % KV_BLOCK or size <= 0:
+                raise ValueError(f"a chunk of {size} tokens is not a positive multiple of {KV_BLOCK}")
+        self.slots: list[Sequence | None] = [None] * settings.max_running
+        """The running sequence in each slot."""
+        self.short: list[Sequence] = []
+        """Generating sequences whose tables must grow before the next step."""
+        self.preemptions = 0
+        """Preemptions since the start."""
         self._settings = settings
         self._blocks = blocks
+        self._grows = settings.max_running > 1
         self._paused: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._waiting = WaitingSequences()
+        self._running: dict[Sequence, None] = {}
+        self._prefilling: list[Sequence] = []
+        self._free_slots = list(range(settings.max_running))
+        self._arrivals = self._step = 0
 
     @property
     def active(self) -> list[str]:
@@ -99,16 +95,26 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether no sequence waits or runs; paused ones do not count."""
-        return not self._waiting and not self._running
+        return not self._running and not self._waiting
+
+    @property
+    def running(self) -> int:
+        """Number of running sequences."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Number of waiting sequences; paused ones do not count."""
+        return len(self._waiting)
 
     def add(self, sequence: Sequence, *, paused: bool) -> int:
         """Hold the cached prefix and queue or pause the sequence; returns the cached tokens."""
-        # The last prompt token is always computed: the first draw needs its logits.
-        self._hold_prefix(sequence, (len(sequence.prompt) - 1) // KV_BLOCK)
+        sequence.reusable = _reusable(sequence)
+        self._hold_prefix(sequence)
         if paused:
             self._paused[sequence.id] = sequence
         else:
-            self._waiting.append(sequence)
+            self._queue(sequence)
         return sequence.prefilled
 
     def resume(self, sequence: Sequence) -> None:
@@ -120,82 +126,186 @@ class Scheduler:
         if paused is None or paused.prompt != sequence.prompt:
             raise ValueError(f"no paused sequence {sequence.id} with this prompt")
         del self._paused[sequence.id]
-        sequence.full_blocks, sequence.block_table = paused.full_blocks, paused.block_table
-        sequence.prefix_node, sequence.prefilled = paused.prefix_node, paused.prefilled
-        self._waiting.append(sequence)
+        sequence.ids, sequence.full_blocks, sequence.reusable = paused.ids, paused.full_blocks, paused.reusable
+        sequence.block_table, sequence.prefix_node = paused.block_table, paused.prefix_node
+        sequence.prefilled = paused.prefilled
+        self._queue(sequence)
 
-    def remove(self, sequence_id: str) -> None:
-        """Remove a sequence in any state and release its blocks. Does nothing if there is none."""
-        sequences = [s for s in (*self._paused.values(), *self._waiting, *self._running) if s.id == sequence_id]
-        self._paused.pop(sequence_id, None)
-        self._waiting = deque(s for s in self._waiting if s.id != sequence_id)
-        self._running = [s for s in self._running if s.id != sequence_id]
-        self._release(*sequences)
+    def remove(self, sequence_id: str) -> int:
+        """Remove a sequence in any state and release its blocks; returns its slot or NO_SLOT."""
+        for sequence in (*self._paused.values(), *self._waiting, *self._running):
+            if sequence.id == sequence_id:
+                self._paused.pop(sequence_id, None)
+                self._waiting.discard(sequence)
+                return self.finish(sequence)
+        return NO_SLOT
 
-    def schedule(self) -> tuple[Batch, list[Sequence]] | None:
-        """The next batch and its sequences, or None if none can run.
+    def finish(self, sequence: Sequence) -> int:
+        """Release a sequence's blocks and its slot, which is returned; NO_SLOT if it had none."""
+        slot = sequence.slot
+        if slot != NO_SLOT:
+            del self._running[sequence]
+            if sequence in self._prefilling:
+                self._prefilling.remove(sequence)
+            self.slots[slot], sequence.slot = None, NO_SLOT
+            heapq.heappush(self._free_slots, slot)
+        self._release((sequence,))
+        return slot
 
-        A batch is one chunk of the first unfinished prompt, or one token of every running sequence.
+    def schedule(self) -> Step | None:
+        """The next step, or None if no sequence can run.
+
+        Tables that are too short grow, waiting sequences start while slots and blocks are free, and
+        prompts get chunks within the prefill budget.
         """
+        self._step += 1
+        if not (self.short or self._waiting or self._prefilling):
+            return _DECODE_ONLY if self._running else None
+        stopped, extended = self._grow()
         self._admit()
         if not self._running:
             return None
-        for sequence in self._running:
-            if sequence.in_prefill:
-                return _prefill_batch(sequence, self._settings.prefill_chunk), [sequence]
-        return _decode_batch(self._running), list(self._running)
+        prompts, chunks = self._chunks()
+        return Step(chunks, prompts, stopped, extended)
 
-    def prefilled(self, sequence: Sequence, tokens: int) -> None:
-        """Count `tokens` more prompt tokens as computed, and cache the blocks that they fill."""
-        first = sequence.prefilled // KV_BLOCK
-        sequence.prefilled += tokens
-        filled = slice(first, sequence.prefilled // KV_BLOCK)
-        blocks = _table(sequence)[filled].tolist()
-        for block, content in zip(blocks, sequence.full_blocks[filled], strict=False):
-            sequence.prefix_node = self._blocks.cache(block, content, sequence.prefix_node)
+    def computed(self, step: Step) -> None:
+        """Count the step's prompt tokens as computed, and cache the blocks that they fill."""
+        for sequence, chunk in zip(step.prompts, step.chunks, strict=True):
+            first = sequence.prefilled // KV_BLOCK
+            sequence.prefilled += len(chunk.tokens)
+            filled = slice(first, sequence.prefilled // KV_BLOCK)
+            blocks = _table(sequence)[filled].tolist()
+            for block, content in zip(blocks, sequence.full_blocks[filled], strict=False):
+                sequence.prefix_node = self._blocks.cache(block, content, sequence.prefix_node)
+            if chunk.begin is not None:
+                self._prefilling.remove(sequence)
+
+    def restart(self) -> None:
+        """Queue all running sequences again, after a step that failed and a reset of the runner."""
+        for sequence in list(self._running):
+            self._requeue(sequence)
+        self.short.clear()
 
     def clear_cache(self) -> None:
         """Empty the prefix cache. Running sequences add nothing to it any more."""
-        self._release(*self._paused.values(), *self._waiting)
+        self._release((*self._paused.values(), *self._waiting))
         self._blocks.clear_cache()
         for sequence in self._running:
             sequence.full_blocks = []
 
+    def _queue(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        sequence.arrival, sequence.queued_at = self._arrivals, self._step
+        self._waiting.add(sequence)
+
+    def _grow(self) -> tuple[tuple[int, ...], tuple[Sequence, ...]]:
+        """Extend the tables that are too short: the stopped slots and the extended sequences.
+
+        When no block is free, prefixes held for others are given up, then the youngest sequence of
+        the lowest priority is preempted, which may be the one whose table is short.
+        """
+        stopped: list[int] = []
+        extended: list[Sequence] = []
+        for sequence in sorted(self.short, key=_rank):
+            while sequence.slot != NO_SLOT:
+                if self._extend(sequence):
+                    extended.append(sequence)
+                    break
+                if not self._release((*self._paused.values(), *self._waiting)):
+                    victim = max(self._running, key=_rank)
+                    stopped.append(victim.slot)
+                    self._requeue(victim)
+                    self.preemptions += 1
+        self.short.clear()
+        return tuple(stopped), tuple(extended)
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Extend a table by _GROWTH blocks or by one; returns whether a block was free."""
+        table = _table(sequence)
+        full = _all_blocks(sequence)
+        for count in (min(len(table) + _GROWTH, full), len(table) + 1):
+            longer = self._blocks.extend(table, count)
+            if longer is not None:
+                sequence.block_table = longer
+                sequence.room += (count - len(table)) * KV_BLOCK if count < full else _UNBOUNDED
+                return True
+        return False
+
     def _admit(self) -> None:
-        """Start waiting sequences, in order, while `max_running` and the KV blocks allow."""
-        while self._waiting and len(self._running) < self._settings.max_running:
-            first = self._waiting[0]
-            if first.block_table is None:  # its hold was given up: at most the blocks that `add` reported
-                self._hold_prefix(first, first.prefilled // KV_BLOCK)
-            table = self._blocks.extend(_table(first), blocks_for(len(first.prompt) + first.max_tokens))
-            if table is not None:
-                first.block_table = table
-                self._running.append(self._waiting.popleft())
+        """Start waiting sequences while slots and KV blocks are free."""
+        while self._waiting and self._free_slots:
+            first = self._waiting.first(self._step)
+            if first.block_table is None:  # its hold was given up
+                self._hold_prefix(first)
+            if self._start(first):
+                self._waiting.start(first)
             elif self._running:
                 return
             else:
                 # Only prefixes held for others are in the way, and those may wait for this one.
-                self._release(*self._paused.values(), *(s for s in self._waiting if s is not first))
+                self._release((*self._paused.values(), *(s for s in self._waiting if s is not first)))
 
-    def _hold_prefix(self, sequence: Sequence, max_blocks: int) -> None:
-        reusable = sequence.full_blocks[:max_blocks]
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot and blocks; returns whether enough blocks are free."""
+        full, count = _all_blocks(sequence), blocks_for(len(sequence.prompt) + len(sequence.known)) + 1
+        if count >= full or not self._grows:
+            count = full
+        # A block is left to each running sequence, whose growth would preempt this one.
+        table = self._blocks.extend(_table(sequence), count, leave=len(self._running) if self._grows else 0)
+        if table is None:
+            return False
+        sequence.block_table, sequence.preempted = table, False
+        sequence.recomputed = len(sequence.generated)
+        sequence.room = count * KV_BLOCK - len(sequence.prompt) if count < full else _UNBOUNDED
+        sequence.slot = heapq.heappop(self._free_slots)
+        self.slots[sequence.slot] = sequence
+        self._running[sequence] = None
+        self._prefilling.append(sequence)
+        return True
+
+    def _chunks(self) -> tuple[tuple[Sequence, ...], tuple[Chunk, ...]]:
+        """The chunks of the step and their prompts, within the budget.
+
+        The most urgent prompts come first, of those the ones whose last chunk is longest ago.
+        """
+        budget, generating = self._settings.prefill_chunk, len(self._running) - len(self._prefilling)
+        if generating:
+            by_rows = _BESIDE_ROW * generating // KV_BLOCK * KV_BLOCK
+            budget = min(budget, max(self._settings.prefill_beside, by_rows))
+        prompts: list[Sequence] = []
+        chunks: list[Chunk] = []
+        for sequence in sorted(self._prefilling, key=lambda s: (urgency(s, self._step), s.chunk_at, s.arrival)):
+            size = chunk_after(sequence.prefilled, self._settings.prefill_chunk)
+            chunk = _next_chunk(sequence, min(size, budget))
+            sequence.chunk_at = self._step
+            prompts.append(sequence)
+            chunks.append(chunk)
+            budget = (budget - max(len(chunk.tokens), _CHUNK_COST)) // KV_BLOCK * KV_BLOCK
+            if budget <= 0:
+                break
+        return tuple(prompts), tuple(chunks)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Let a running sequence wait for another start, before others of its priority."""
+        self.finish(sequence)
+        sequence.preempted = True
+        sequence.prefilled, sequence.reusable = 0, _reusable(sequence)
+        self._waiting.add(sequence)
+
+    def _hold_prefix(self, sequence: Sequence) -> None:
+        reusable = sequence.full_blocks[: sequence.reusable]
         sequence.block_table, sequence.prefix_node = self._blocks.hold_prefix(reusable)
+        sequence.reusable = len(sequence.block_table)  # the caller was told this number
         sequence.prefilled = len(sequence.block_table) * KV_BLOCK
 
-    def _release(self, *sequences: Sequence) -> None:
+    def _release(self, sequences: Iterable[Sequence]) -> bool:
+        """Release the blocks that sequences hold; returns whether they held any."""
+        held = False
         for sequence in sequences:
             if sequence.block_table is not None and len(sequence.block_table):
                 self._blocks.release(sequence.block_table)
-                sequence.block_table = None
-
-
-def _prefill_batch(sequence: Sequence, chunk: int) -> Batch:
-    """The next chunk of the prompt; the last chunk requests the logits of its last row."""
-    start = sequence.prefilled
-    stop = min(start + chunk_after(start, chunk), len(sequence.prompt))
-    rows = np.array([stop - start - 1], np.int32) if stop == len(sequence.prompt) else np.empty(0, np.int32)
-    tokens = np.array(sequence.prompt[start:stop], np.int32)
-    return Batch(Phase.PREFILL, tokens, np.arange(start, stop, dtype=np.int32), (_table(sequence),), rows)
+                sequence.block_table, held = None, True
+        return held
 
 
 def chunk_after(prefilled: int, chunk: int) -> int:
@@ -208,12 +318,38 @@ def chunk_after(prefilled: int, chunk: int) -> int:
     return chunk
 
 
-def _decode_batch(sequences: list[Sequence]) -> Batch:
-    """The newest token of every sequence."""
-    tokens = np.array([s.generated[-1] for s in sequences], np.int32)
-    positions = np.array([len(s.prompt) + len(s.generated) - 1 for s in sequences], np.int32)
-    tables = tuple(_table(s) for s in sequences)
-    return Batch(Phase.DECODE, tokens, positions, tables, np.arange(len(sequences), dtype=np.int32))
+def _next_chunk(sequence: Sequence, size: int) -> Chunk:
+    """The next `size` tokens of the prompt, a multiple of B, or those that are left."""
+    start, length = sequence.prefilled, len(sequence.prompt)
+    stop, begin = start + size, None
+    if stop >= length:
+        stop, begin = length, _slot_start(sequence)
+    return Chunk(sequence.ids[start:stop], start, _table(sequence), begin)
+
+
+def _slot_start(sequence: Sequence) -> SlotStart:
+    return SlotStart(
+        sequence.slot,
+        sequence.prompt,
+        sequence.sampling,
+        sequence.ends,
+        sequence.max_tokens,
+        tuple(sequence.known),
+    )
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Order in which running sequences keep their blocks: by priority, then by age."""
+    return sequence.priority, sequence.arrival
+
+
+def _reusable(sequence: Sequence) -> int:
+    """Full blocks before the last prompt token, whose logits the first draw needs."""
+    return (len(sequence.prompt) - 1) // KV_BLOCK
+
+
+def _all_blocks(sequence: Sequence) -> int:
+    return blocks_for(len(sequence.prompt) + sequence.max_tokens)
 
 
 def _table(sequence: Sequence) -> Ints:
