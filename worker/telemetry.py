@@ -36,6 +36,9 @@ class Metrics:
         self._vram = gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"])
         self._kv_blocks = gauge("worker_kv_blocks", "KV blocks of 16 tokens.", ["state"])
         self._state = gauge("worker_state", "1 for the current state, 0 for the others.", ["state"])
+        self.jobs_running = gauge("worker_jobs_running", "Jobs in this worker, from claim to their last event.")
+        self._sequences = gauge("worker_sequences", "Sequences in the engine.", ["state"])
+        self.preemptions = gauge("worker_preemptions", "Sequences that gave up their KV blocks since the start.")
         self.requests = counter("worker_requests_total", "Finished jobs, by outcome.", ["outcome"])
         self.tokens_in = counter("worker_tokens_in_total", "Prompt tokens, computed or found in the prefix cache.")
         self.tokens_generated = counter("worker_tokens_generated_total", "Tokens sampled.")
@@ -60,6 +63,12 @@ class Metrics:
             self._vram.labels(purpose).set(count)
         for state, count in kv_blocks.items():
             self._kv_blocks.labels(state).set(count)
+
+    def set_sequences(self, running: int, waiting: int, preemptions: int) -> None:
+        """Set the engine's sequences by state, and its preemptions so far."""
+        self._sequences.labels("running").set(running)
+        self._sequences.labels("waiting").set(waiting)
+        self.preemptions.set(preemptions)
 
     def exposition(self) -> bytes:
         """Return all metrics in the Prometheus text format."""

@@ -24,7 +24,7 @@ def main() -> int:
     arguments = _arguments()
     seconds = max(10.0, arguments.minutes * 60 - OVERHEAD_S)
     faults = schedule(arguments.seed, seconds, arguments.gap)
-    plan = Plan(arguments.seed, seconds, faults, fenced=not arguments.unfenced)
+    plan = Plan(arguments.seed, seconds, faults, fenced=not arguments.unfenced, max_running=arguments.max_running)
     print(f"seed {arguments.seed}: {len(faults)} faults in {seconds:.0f} s, {'' if plan.fenced else 'un'}fenced")
     report = print if arguments.verbose else _ignore
     with tempfile.TemporaryDirectory(prefix="worker-chaos-") as folder:
@@ -42,6 +42,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.Random(time.time_ns()).randrange(10_000))
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--gap", type=float, default=GAP_S, help="seconds between two faults, on average")
+    parser.add_argument("--max-running", type=int, default=1, help="jobs that a worker runs at once")
     parser.add_argument("--unfenced", action="store_true", help="disable fencing: the checker must find violations")
     parser.add_argument("--verbose", action="store_true", help="print one line per fault")
     return parser.parse_args()

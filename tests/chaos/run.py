@@ -44,6 +44,8 @@ class Plan:
     concurrency: int = 6
     """Running jobs of each orchestrator."""
     cases: int = 12
+    max_running: int = 1
+    """Jobs that a worker runs at once."""
 
 
 @dataclass
@@ -73,10 +75,12 @@ async def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> Outcom
     }
     report(f"{plan.cases} reference answers for each model in {time.monotonic() - began:.0f} s")
     server, run_log = PersistentServer(folder), RunLog()
-    worker_pool = WorkerPool(folder, server.url, plan.seed, plan.workers, plan.fenced)
+    worker_pool = WorkerPool(folder, server.url, plan.seed, plan.workers, plan.fenced, plan.max_running)
     outcome = Outcome(run_log, worker_pool)
     orchestrators = [
-        Orchestrator(f"{queue}{plan.seed}o{n}", queue, server.url, cases[queue], run_log, plan.concurrency)
+        Orchestrator(
+            f"{queue}{plan.seed}o{n}", queue, server.url, cases[queue], run_log, max(plan.concurrency, plan.max_running)
+        )
         for queue in QUEUES
         for n in range(plan.orchestrators)
     ]

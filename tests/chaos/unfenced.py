@@ -5,6 +5,8 @@ Any worker's events are appended at the end of the stream, and any worker can re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from worker.jobs.keys import GROUP, epoch_of, events_key, queue_key, state_key
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import AppendCall, Disconnected, Ownership
@@ -32,7 +34,13 @@ async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) ->
     return "held"
 
 
+async def append_many(self: RedisStreams, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
+    """Replaces the pipeline of `append.lua`."""
+    return [await append(self, job_id, call) for job_id, call in calls]
+
+
 def remove_fencing() -> None:
     """Patch RedisStreams in this process."""
     RedisStreams.append = append  # type: ignore[method-assign]
+    RedisStreams.append_many = append_many  # type: ignore[method-assign]
     RedisStreams.renew = renew  # type: ignore[method-assign]

@@ -75,11 +75,12 @@ class Counts:
 class WorkerPool:
     """`each` workers for each queue."""
 
-    def __init__(self, folder: Path, url: str, seed: int, each: int, fenced: bool = True) -> None:
+    def __init__(self, folder: Path, url: str, seed: int, each: int, fenced: bool = True, max_running: int = 1) -> None:
         self.counts = Counts()
         self._folder = folder
         self._url = url
         self._fenced = fenced
+        self._max_running = max_running
         self._random = Random(f"workers {seed}")
         self._stopping = False
         (folder / "worker.toml").write_text(SETTINGS)
@@ -164,7 +165,7 @@ class WorkerPool:
     def _start(self, slot: Slot) -> None:
         command = [sys.executable, "-m", "tests.chaos.worker", *([] if self._fenced else ["--unfenced"]), "run"]
         command += ["--config", str(self._folder / "worker.toml"), "--redis-url", self._url]
-        command += ["--queue", slot.queue, "--name", slot.name]
+        command += ["--queue", slot.queue, "--name", slot.name, "--max-running", str(self._max_running)]
         if slot.queue == "echo":
             command += ["--echo", "--echo-step-ms", str(ECHO_STEP_MS), "--context", str(ECHO_CONTEXT)]
         else:
@@ -208,5 +209,5 @@ class WorkerPool:
 
     async def _busy_pids(self, streams: Streams, queue: str) -> set[int]:
         """Process ids of workers with a pending entry; a worker's id is name-pid-random."""
-        rows = await retry_until_connected(streams.pending, queue, 100)
+        rows = await retry_until_connected(streams.pending, queue, 1000)
         return {int(row.consumer.split("-")[-2]) for row in rows}

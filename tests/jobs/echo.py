@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from worker.jobs.events import End, Event, Resumed, Started, Token, Tokens
+from worker.jobs.lease import Claim, Closed, Lease
 from worker.jobs.protocol import Limits, Trace, decode_job
 from worker.jobs.reader import History
-from worker.jobs.transport import Claim, Closed, Lease, Opening, Transport
+from worker.jobs.transport import Opening, Transport
 
 LIMITS = Limits(model="echo", vocab_size=1000, context=4096)
 

@@ -371,6 +371,9 @@ class MemoryStreams(Keyspace):
         self._put(job_id, call.ttl_ms, fields)
         return stream.last_id
 
+    async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
+        return [await self.append(job_id, call) for job_id, call in calls]
+
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         """`cancel.lua`, line by line."""
         now = await self.job_state(job_id)

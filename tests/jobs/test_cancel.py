@@ -11,7 +11,7 @@ from tests.jobs.harness import NO_LEASE, Harness, LossyStreams, assert_consisten
 from worker.errors import InvalidRequest
 from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent
-from worker.jobs.transport import Closed, Renewal
+from worker.jobs.lease import Closed, Renewal
 
 
 async def test_a_waiting_job_is_cancelled_at_once_and_its_entry_settled_when_claimed(harness: Harness) -> None:

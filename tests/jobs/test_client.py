@@ -14,9 +14,9 @@ from worker.jobs import consumer
 from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent, Ready, Token, Tokens
 from worker.jobs.keys import events_key
+from worker.jobs.lease import Closed
 from worker.jobs.reader import JobFailed
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Closed
 
 
 async def test_a_full_queue_reports_when_to_retry(harness: Harness) -> None:

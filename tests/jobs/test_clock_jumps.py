@@ -10,8 +10,8 @@ from tests.jobs.echo import begin, complete, take_next, text, tokens
 from tests.jobs.harness import MemoryHarness, assert_consistent, lease_settings, wait_until
 from tests.jobs.memory_streams import MemoryStreams
 from worker.jobs.consumer import RenewalWatch
+from worker.jobs.lease import Lease, Renewal
 from worker.jobs.streams import PendingEntry
-from worker.jobs.transport import Lease, Renewal
 
 HOUR_S = 3600.0
 LEASE = lease_settings(lease_s=0.3, scan_s=0.02)

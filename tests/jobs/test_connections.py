@@ -17,9 +17,10 @@ from tests.jobs.servers import Server, running_server
 from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.client import Client, SyncClient
+from worker.jobs.lease import Claim
 from worker.jobs.redis_streams import COMMAND_TIMEOUT_S, RedisStreams
 from worker.jobs.streams import Disconnected, retry_until_connected
-from worker.jobs.transport import Claim, Transport
+from worker.jobs.transport import Transport
 
 NOTICED_S = 5.0
 

@@ -22,8 +22,8 @@ from worker.errors import InvalidRequest, QueueFull
 from worker.jobs import streams
 from worker.jobs.client import Client
 from worker.jobs.keys import events_key, queue_key, state_key
+from worker.jobs.lease import Closed, Fenced, Renewal
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Closed, Fenced, Renewal
 
 
 @pytest.mark.parametrize("call", ["take", "append", "settle", "renew", "expire_job", "job_state", "range"])

@@ -10,7 +10,7 @@ import pytest
 from tests.jobs.echo import begin, claim_next, complete, take_next, text, tokens
 from tests.jobs.harness import NO_LEASE, Harness, LossyStreams, assert_consistent, lease_settings
 from worker.jobs.events import ErrorEvent
-from worker.jobs.transport import Closed
+from worker.jobs.lease import Closed
 
 
 async def test_a_third_attempt_without_progress_is_dead_lettered(harness: Harness) -> None:

@@ -24,8 +24,9 @@ from worker.errors import Internal
 from worker.jobs import streams as streams_module
 from worker.jobs.events import ErrorEvent
 from worker.jobs.keys import events_key, queue_key
+from worker.jobs.lease import Claim, Fenced, Lease, Renewal
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Claim, Fenced, Lease, Renewal, Transport
+from worker.jobs.transport import Transport
 
 LEASE = lease_settings(lease_s=0.0, scan_s=0.001, max_deliveries=1000)
 LENGTHS = {"a": 6, "b": 3, "c": 9, "d": 0, "e": 4, "f": 5}

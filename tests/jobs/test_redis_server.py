@@ -24,9 +24,9 @@ from tests.jobs.servers import Server, running_server
 from tests.jobs.stream_checker import assert_none, find_violations
 from worker.jobs import redis_streams
 from worker.jobs.keys import dead_key, events_key, queue_key, state_key
+from worker.jobs.lease import Claim
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Claim
 
 
 @pytest_asyncio.fixture

@@ -10,7 +10,8 @@ import pytest
 from tests.jobs.echo import claim_next, complete, take_next
 from tests.jobs.harness import LONG_LEASE, Harness
 from worker.jobs.client import Client
-from worker.jobs.transport import Claim, Lease, Transport
+from worker.jobs.lease import Claim, Lease
+from worker.jobs.transport import Transport
 
 
 async def serving(harness: Harness, *queues: str, name: str = "w1") -> Transport:

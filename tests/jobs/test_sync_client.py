@@ -16,9 +16,9 @@ from tests.jobs.echo import begin, complete, text
 from tests.jobs.harness import LONG_LEASE, NO_LEASE, ServerHarness
 from tests.jobs.servers import Server
 from worker.jobs.client import SyncClient
+from worker.jobs.lease import Closed
 from worker.jobs.protocol import decode_job
 from worker.jobs.queue_entries import retry_id
-from worker.jobs.transport import Closed
 
 
 def test_the_sync_client_has_the_same_calls_without_await(server: Server) -> None:

@@ -22,7 +22,7 @@ from tests.jobs.servers import Server
 from worker.errors import DeadLettered
 from worker.jobs.events import Started
 from worker.jobs.keys import GROUP, events_key, queue_key
-from worker.jobs.transport import Closed, Fenced, Renewal
+from worker.jobs.lease import Closed, Fenced, Renewal
 
 DAY_MS = 24 * 3600 * 1000
 

@@ -12,8 +12,8 @@ from tests.jobs.harness import LONG_LEASE, NO_LEASE, Harness, LossyStreams, asse
 from worker.errors import InvalidRequest
 from worker.jobs.events import ErrorEvent, Tokens
 from worker.jobs.keys import events_key, state_key
+from worker.jobs.lease import Closed, Fenced
 from worker.jobs.protocol import Trace
-from worker.jobs.transport import Closed, Fenced
 
 DAY_MS = 24 * 3600 * 1000
 

@@ -12,8 +12,9 @@ from tests.service.models import SharedModel
 from worker.answer import Answer, tokenize_job
 from worker.config import LeaseSection
 from worker.jobs.events import Event, Started, Token, Tokens
+from worker.jobs.lease import Lease
 from worker.jobs.protocol import Job, Trace, decode_job
-from worker.jobs.transport import Lease, Transport
+from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel
 from worker.service.prepared_job import PreparedJob
 

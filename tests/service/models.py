@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from worker.config import EngineSection, ModelSection
 from worker.echo import load_echo
 from worker.engine import Engine
 from worker.engine.kv_blocks import KvBlocks
+from worker.model import SlotDraw
 from worker.runtime import LoadedModel, load
-from worker.sampling import Draw
 
 
 class SharedModel:
@@ -46,9 +47,16 @@ class SharedModel:
 
     def fresh(self, runner: Any = None, **changes: Any) -> LoadedModel:
         """The model with a new engine over `runner`, by default the model's own."""
-        runner = runner or self.runner
+        runner = runner or with_own_slots(self.runner)
         engine = Engine(runner, self.loaded.engine.settings, KvBlocks(runner.kv_blocks))
         return replace(self.loaded, engine=engine, **changes)
+
+
+def with_own_slots(runner: Any) -> Any:
+    """A runner that shares model and KV cache, but not the slots: a dropped engine leaves sequences in them."""
+    own = copy.copy(runner)
+    own._generating = {}
+    return own
 
 
 class ScriptedRunner:
@@ -60,16 +68,17 @@ class ScriptedRunner:
     def __init__(
         self, runner: Any, script: Callable[[int], None], launch: Callable[[int], None] = lambda step: None
     ) -> None:
-        self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
+        self.vocab_size, self.kv_blocks, self.slots = runner.vocab_size, runner.kv_blocks, runner.slots
         self.steps = 0
-        self._runner, self._script, self._launch = runner, script, launch
+        self._runner, self._script, self._launch = with_own_slots(runner), script, launch
+        self.stop, self.extend, self.reset = self._runner.stop, self._runner.extend, self._runner.reset
 
-    def run(self, batch: Any, requests: Any, on_launched: Callable[[], None]) -> list[Draw]:
+    def run(self, chunks: Any, on_launched: Callable[[], None]) -> list[SlotDraw]:
         step, self.steps = self.steps, self.steps + 1
         self._launch(step)
         on_launched()
         self._script(step)
-        return self._runner.run(batch, requests)
+        return self._runner.run(chunks)
 
 
 class StepBarrier:

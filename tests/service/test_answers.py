@@ -22,6 +22,8 @@ from worker.answer import prompt_ids
 from worker.jobs.events import Tokens, decode_event
 from worker.jobs.keys import events_key, queue_key
 from worker.jobs.protocol import Job, derived_seed
+from worker.model import SlotDraw
+from worker.sampling import Draw
 
 
 async def check_settled(harness, client, *job_ids):
@@ -174,11 +176,10 @@ class _AnswerRunner(ScriptedRunner):
 
     def __init__(self, runner, answer):
         super().__init__(runner, lambda step: None)
-        self._answer = answer
+        self._answer = iter(answer)
 
-    def run(self, batch, requests, on_launched):
-        draws = super().run(batch, requests, on_launched)
-        return [type(d)(self._answer[r.index]) for d, r in zip(draws, requests, strict=True)]
+    def run(self, chunks, on_launched):
+        return [SlotDraw(slot, Draw(next(self._answer))) for slot, _ in super().run(chunks, on_launched)]
 
 
 async def test_tokens_after_the_first_are_published_in_batches(harness):

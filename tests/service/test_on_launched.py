@@ -25,8 +25,8 @@ def nothing(step):
 class NeverLaunchedRunner(ScriptedRunner):
     """A runner that does not wait for its device and so never calls `on_launched`."""
 
-    def run(self, batch, requests, on_launched):
-        return super().run(batch, requests, lambda: None)
+    def run(self, chunks, on_launched):
+        return super().run(chunks, lambda: None)
 
 
 class Added:

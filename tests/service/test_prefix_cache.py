@@ -10,7 +10,6 @@ from tests.service.jobs import PROMPT_TOKENS, crashed_attempt, reference_tokens
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import http_get, read_job, run_job, serving
 from worker.errors import VramOom
-from worker.ops import Phase
 
 FIELDS = {"seed": 7, "temperature": 0.8, "max_tokens": 12, "ignore_eos": True}
 
@@ -19,12 +18,13 @@ class CountingRunner:
     """A runner that counts the prompt tokens that it computes."""
 
     def __init__(self, runner):
-        self.vocab_size, self.kv_blocks, self.prefilled = runner.vocab_size, runner.kv_blocks, 0
+        self.vocab_size, self.kv_blocks, self.slots, self.prefilled = runner.vocab_size, runner.kv_blocks, 1, 0
+        self.stop, self.extend, self.reset = runner.stop, runner.extend, runner.reset
         self._runner = runner
 
-    def run(self, batch, requests, on_launched):
-        self.prefilled += len(batch.tokens) if batch.phase is Phase.PREFILL else 0
-        return self._runner.run(batch, requests, on_launched)
+    def run(self, chunks, on_launched):
+        self.prefilled += sum(len(chunk.tokens) for chunk in chunks)
+        return self._runner.run(chunks, on_launched)
 
 
 async def blocks(worker):

@@ -238,7 +238,7 @@ async def test_a_drain_during_take_hands_the_job_over(fake):
         await client.submit(job_id="a", prompt="abc", max_tokens=300)
         await asyncio.wait_for(held.called.wait(), 10)
         worker.service.signal("test")
-        attempt = worker.service._attempt
+        (attempt,) = worker.service._attempts
         await held.wait_until(lambda: attempt.limits.stop_reason is not None)
         held.go.set()
         assert await asyncio.wait_for(worker.task, 5) == 0
@@ -255,7 +255,7 @@ async def test_an_engine_that_hangs_during_take_ends_the_worker_and_another_cont
     async with serving(fake, loaded, name="w1", streams=held.streams, lease=LONG_LEASE, stall_s=0.3) as worker:
         await client.submit(job_id="a", prompt="abc", max_tokens=10)
         await asyncio.wait_for(held.called.wait(), 10)
-        attempt = worker.service._attempt
+        (attempt,) = worker.service._attempts
         await held.wait_until(lambda: attempt.limits.stop_reason is not None)
         held.go.set()
         assert await asyncio.wait_for(worker.task, 10) == 2

@@ -33,6 +33,9 @@ def run(
     model: Annotated[str | None, _engine(help="A .gguf file, or a name that `worker pull` knows.")] = None,
     backend: Annotated[str | None, _engine(help="cpu or gpu; by default the GPU if there is one.")] = None,
     context: Annotated[int | None, _engine(help="Maximum tokens of prompt and answer together.")] = None,
+    max_running: Annotated[
+        int | None, _engine(min=1, max=256, help="Jobs that run at once; 1 by default. No answer depends on it.")
+    ] = None,
     prefix_cache: Annotated[
         bool | None, _engine(help="Share the KV cache of common prompt prefixes; on by default.")
     ] = None,
@@ -65,6 +68,7 @@ def run(
         "model.path": model,
         "model.context": context,
         "engine.backend": backend,
+        "engine.max_running": max_running,
         "engine.prefix_cache": prefix_cache,
         "redis.url": redis_url,
         **_queues(queue or []),

@@ -71,7 +71,14 @@ def _load_echo(settings: Settings, step_s: float, progress: Progress) -> LoadedM
 
     context = settings.model.context or _ECHO_CONTEXT
     chunk = settings.engine.prefill_chunk or _ECHO_CHUNK
-    return load_echo(context, chunk, step_s, progress, prefix_cache=settings.engine.prefix_cache)
+    return load_echo(
+        context,
+        chunk,
+        step_s,
+        progress,
+        prefix_cache=settings.engine.prefix_cache,
+        max_running=settings.engine.max_running,
+    )
 
 
 def _load_model(settings: Settings, progress: Progress) -> LoadedModel:

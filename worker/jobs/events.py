@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import msgpack
@@ -43,6 +43,13 @@ class Envelope:
     correlation_id: str | None = None
     traceparent: str | None = None
     v: int = SCHEMA_VERSION
+
+    def to_fields(self) -> dict[str, Any]:
+        """All fields, in their order."""
+        return {name: getattr(self, name) for name in _ENVELOPE_FIELDS}
+
+
+_ENVELOPE_FIELDS = tuple(each.name for each in fields(Envelope))
 
 
 class EncodedEvent(NamedTuple):
@@ -108,8 +115,18 @@ class Token:
     """Index of the tool call in the answer, from 0; only on the channel `tool`."""
 
     def to_fields(self) -> dict[str, Any]:
-        """One item of a `tokens` entry."""
-        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        """One item of a `tokens` entry. Written out, since it is called for every token."""
+        item: dict[str, Any] = {"i": self.i, "id": self.id, "t": self.t}
+        if self.logprob is not None:
+            item["logprob"] = self.logprob
+        if self.top is not None:
+            item["top"] = self.top
+        item["channel"] = self.channel
+        if self.recipient is not None:
+            item["recipient"] = self.recipient
+        if self.call is not None:
+            item["call"] = self.call
+        return item
 
     @classmethod
     def from_fields(cls, item: Mapping[str, Any]) -> Token:
@@ -279,7 +296,7 @@ def now_ms() -> int:
 
 def encode_event(event: Event, envelope: Envelope, encoding: Encoding = "msgpack") -> EncodedEvent:
     """Encode to the entry's `type` and `p`."""
-    values = asdict(envelope) | event.to_fields()
+    values = envelope.to_fields() | event.to_fields()
     return EncodedEvent(event.kind, msgpack.packb(values) if encoding == "msgpack" else _compact_json(values))
 
 

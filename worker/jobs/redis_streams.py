@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from redis import exceptions
 from redis.asyncio import Connection, Redis
+from redis.asyncio.client import Pipeline
 
 from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
@@ -183,9 +184,16 @@ class RedisStreams:
         return TakeReply(*map(_text, await self._on_job("take", job_id, *owner, *counts, *events)))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        owner = (call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms)
-        events = _flat((entry_id, *event) for entry_id, event in call.events)
-        return _text(await self._on_job("append", job_id, *owner, *events))
+        return _text(await self._on_job("append", job_id, *_append_args(call)))
+
+    async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
+        """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
+        sha = self._scripts["append"].sha
+        async with self._commands.pipeline(transaction=False) as pipe:
+            for job_id, call in calls:
+                pipe.execute_command("EVALSHA", sha, 2, events_key(job_id), state_key(job_id), *_append_args(call))
+            replies = await self._call(_some_replies(pipe), write="append")
+        return [None if isinstance(reply, Exception) else _text(reply) for reply in replies]
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
@@ -301,6 +309,20 @@ class RedisStreams:
                 raise asyncio.CancelledError
         self.contact.succeeded(write, began_s)
         return value
+
+
+async def _some_replies(pipe: Pipeline) -> list[Any]:
+    """Replies of a pipeline, errors included; raises the first error if all are errors."""
+    replies: list[Any] = await pipe.execute(raise_on_error=False)
+    if replies and all(isinstance(reply, exceptions.RedisError) for reply in replies):
+        raise replies[0]
+    return replies
+
+
+def _append_args(call: AppendCall) -> list[Value]:
+    """ARGV of `append.lua`."""
+    owner = (call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms)
+    return [*owner, *_flat((entry_id, *event) for entry_id, event in call.events)]
 
 
 def _lua(name: str) -> str:

@@ -272,6 +272,12 @@ class Streams(Protocol):
     async def append(self, job_id: str, call: AppendCall) -> str:
         """Return the stream's last id; START if it is gone or another worker has the epoch."""
 
+    async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
+        """Make several `append` calls in one round trip, each atomic.
+
+        Returns their results; None for one that failed, whose cause `append` reports.
+        """
+
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         """Return CANCELLED (ended as such), REQUESTED (running), OVER (ended before) or RETRY."""
 

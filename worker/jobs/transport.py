@@ -11,16 +11,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Literal
 
 from worker.config import LeaseSection
 from worker.errors import Cancelled, DeadLettered, Internal, ServerRefused, WorkerError
 from worker.jobs.consumer import Consumer, Registration
 from worker.jobs.consumers import Consumers
-from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, now_ms
-from worker.jobs.keys import START, epoch_of, split_id
+from worker.jobs.events import ErrorEvent, Event, now_ms
+from worker.jobs.lease import Claim, Closed, Fenced, Lease, Renewal
 from worker.jobs.payload import encoding_of, job_id_of
 from worker.jobs.protocol import Trace
 from worker.jobs.reader import History, read_history
@@ -38,101 +35,6 @@ from worker.queue_order import queues_of
 
 ENTRY_DELETED = "the job's queue entry was deleted"
 """Message of the error that ends such a job."""
-
-
-class Fenced(Exception):
-    """Another worker owns the job, or its keys are gone: write and acknowledge nothing more."""
-
-
-class Renewal(Enum):
-    """Result of a renewal."""
-
-    HELD = "held"
-    LOST = "lost"
-    """Another consumer has the entry: stop immediately, as if fenced."""
-    DELETED = "deleted"
-    """The entry was deleted from the queue: the job must end as cancelled."""
-    CANCEL_REQUESTED = "cancel_requested"
-    """Held, and the job must end as cancelled."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A queue entry that is pending for this worker."""
-
-    queue: str
-    entry_id: str
-    payload: bytes
-    traceparent: str | None
-    """The entry's own, which overrides the job's."""
-    deliveries: int
-
-    @property
-    def enqueued_ms(self) -> int:
-        """When the job was submitted, by the server's clock; deadlines count from here."""
-        return split_id(self.entry_id)[0]
-
-    def dead_letter(self, job_id: str, reason: str, attempts: int, last_error: str) -> dict[str, bytes]:
-        """Fields of the entry in the dead-letter stream."""
-        texts = {"job_id": job_id, "reason": reason, "attempts": str(attempts), "last_error": last_error}
-        texts |= {"entry": self.entry_id, "traceparent": self.traceparent or ""}
-        return {"p": self.payload} | {name: text.encode() for name, text in texts.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """Nothing to run. The entry is settled, or after `lost` pending for another consumer."""
-
-    reason: Literal["over", "duplicate", "lost", "refused", "cancelled", "dead_lettered"]
-    """`over`: it had ended before. `duplicate`: another queue entry has the job. `refused`: the
-    opening event was an error."""
-    error: ErrorEvent | None = None
-    """The terminal event, if this call wrote it."""
-
-
-@dataclass(slots=True)
-class Lease:
-    """One epoch of one job. Keeps its events, to write them again if the server loses them.
-
-    Renewed with `Transport.renew`, which runs `lua/renew.lua` on the server.
-    """
-
-    claim: Claim
-    job_id: str
-    trace: Trace
-    history: History
-    base: str
-    """The stream's last id before this epoch."""
-    log: list[EncodedEvent]
-    """Event n has the id `<epoch>-n`."""
-    last_id: str
-    """The stream's last id, as last reported by the server."""
-    tokens: int
-    """Number of tokens of the answer so far, those of earlier epochs included."""
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held during an append: one batch is in flight at a time."""
-
-    @property
-    def epoch(self) -> int:
-        """The fencing token: the first number of every event id."""
-        return self.history.epoch
-
-    def stage(self, event: Event, worker_id: str) -> None:
-        """Encode an event into the log. Raises ValueError if a token's index is not the next."""
-        for token in event.tokens if isinstance(event, Tokens) else ():
-            if token.i != self.tokens:
-                raise ValueError(f"token {token.i} where {self.tokens} is the next")
-            self.tokens += 1
-        self.log.append(self.trace.encode(event, self.trace.envelope(self.job_id, self.epoch, worker_id)))
-
-    def unwritten(self) -> list[tuple[str, EncodedEvent]]:
-        """Events of the log above `last_id`, with their ids."""
-        first = 0 if self.last_id == self.base else min(split_id(self.last_id)[1] + 1, len(self.log))
-        return [(f"{self.epoch}-{seq}", event) for seq, event in enumerate(self.log[first:], first)]
-
-    def owns(self, last_id: str) -> bool:
-        """Whether a stream that ends at `last_id` is this epoch's, possibly with writes lost."""
-        return last_id == self.base != START or epoch_of(last_id) == self.epoch
 
 
 Opening = Callable[[History], Event]
@@ -264,6 +166,35 @@ class Transport:
             Fenced: another worker owns the job, or its keys are gone.
         """
         await self._publish(lease, events, "running", "")
+
+    def stage(self, lease: Lease, events: Sequence[Event]) -> None:
+        """Encode events for the next write of the lease. Raises as `Lease.stage` does."""
+        for event in events:
+            lease.stage(event, self.worker_id)
+
+    async def append_staged(self, leases: Sequence[Lease]) -> list[bool]:
+        """Publish the staged events of several leases, each atomically, in one round trip.
+
+        Returns for each whether they are written now. If not, `append` must be called: it writes
+        them, or raises. No append of these leases may be in flight or waiting.
+        """
+        for lease in leases:
+            await lease.writing.acquire()  # free: returns without a wait
+        try:
+            calls = [self._append_call(lease, "running", "") for lease in leases]
+            try:
+                replies = await self._streams.append_many(
+                    [(lease.job_id, call) for lease, call in zip(leases, calls, strict=True)]
+                )
+            except (Disconnected, ServerRefused):
+                return [False] * len(leases)
+            for lease, call, last_id in zip(leases, calls, replies, strict=True):
+                if last_id is not None and call.events and last_id == call.events[-1][0]:
+                    lease.last_id = last_id
+            return [not lease.unwritten() for lease in leases]
+        finally:
+            for lease in leases:
+                lease.writing.release()
 
     async def finish(self, lease: Lease, *events: Event) -> None:
         """Publish events, the last of which is terminal; call `settle` next. Raises Fenced."""
@@ -410,15 +341,17 @@ class Transport:
 
     async def _publish(self, lease: Lease, events: Sequence[Event], state: str, code: str) -> None:
         async with lease.writing:
-            for event in events:
-                lease.stage(event, self.worker_id)
+            self.stage(lease, events)
             await self._write(lease, state, code)
+
+    def _append_call(self, lease: Lease, state: str, code: str) -> AppendCall:
+        owner, events = (lease.last_id, lease.epoch, self.worker_id), lease.unwritten()
+        return AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""
         while True:
-            owner, events = (lease.last_id, lease.epoch, self.worker_id), lease.unwritten()
-            call = AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
+            call = self._append_call(lease, state, code)
             last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(last_id):
                 self._consumer_of(lease.claim).held.discard(lease.claim.entry_id)

@@ -18,10 +18,10 @@ from typing import TypeVar
 from worker.answer import AttemptStats
 from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError
 from worker.jobs.events import End, ErrorEvent, Event, Resumed
+from worker.jobs.lease import Claim, Closed, Fenced, Lease, Renewal
 from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.reader import History
-from worker.jobs.transport import Claim, Closed, Fenced, Lease, Renewal
 from worker.service.continuation import CannotContinue, can_continue, end_of
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
 from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason, enqueued_at

@@ -1,8 +1,8 @@
 """The thread that owns the engine and its device. Every access to either runs here.
 
 The event loop submits work by `call`, `add`, `resume` and `abort`, which runs between two steps.
-Drawn tokens return through one `Inbox` a sequence. No jobs and no text; `generation.py` reads the
-inboxes.
+Drawn tokens return as one `Frame` a step, from which the loop fills one `Inbox` a sequence. No jobs
+and no text; `generation.py` reads the inboxes.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple, TypeVar
 
-from worker.engine import DrawnToken, Engine, Sequence
+from worker.engine import DrawnToken, Engine, FailedSequence, Sequence
 
 T = TypeVar("T")
 
@@ -29,29 +29,27 @@ class TimedToken(NamedTuple):
 
 
 class Inbox:
-    """Passes a sequence's tokens, or the exception that ended it, to the event loop.
+    """A sequence's tokens, or the exception that ended it. Used on the event loop.
 
-    `wake` is called on the loop, once for all items that arrive together.
+    `wake` is called once for all items that arrive together.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._wake = wake
-        self._items: deque[TimedToken | Exception] = deque()
-        self._woken = False
+        self.wake = wake
+        self._items: list[TimedToken | Exception] = []
 
     def put(self, item: TimedToken | Exception) -> None:
-        """Add an item. Called on the engine's thread."""
+        """Add an item; the caller calls `wake` after the last one."""
         self._items.append(item)
-        if not self._woken:
-            self._woken = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self._wake)
 
     def take(self) -> list[TimedToken | Exception]:
-        """Remove and return all items. Called on the event loop."""
-        self._woken = False  # before reading: an item that comes later must wake the loop again
-        return [self._items.popleft() for _ in range(len(self._items))]
+        """Remove and return all items."""
+        items, self._items = self._items, []
+        return items
+
+
+Frame = list[tuple[Inbox, TimedToken | Exception]]
+"""What one step has drawn, with the inboxes it is for."""
 
 
 class EngineThread:
@@ -65,6 +63,9 @@ class EngineThread:
         """Completed steps; read by the watchdog."""
         self._engine: Engine | None = None
         self._inboxes: dict[str, Inbox] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._frames: deque[Frame] = deque()
+        self._frames_announced = False
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._launch_callbacks: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -75,6 +76,12 @@ class EngineThread:
         """Whether a sequence waits or runs; paused ones do not count."""
         engine = self._engine
         return engine is not None and not engine.idle
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for KV blocks or a slot; paused ones do not count."""
+        engine = self._engine
+        return 0 if engine is None else engine.sequences[1]
 
     def call(self, work: Callable[[], T], *, on_launched: bool = False) -> asyncio.Future[T]:
         """Run `work` on the engine's thread between two steps; returns its future result.
@@ -113,6 +120,8 @@ class EngineThread:
         step: if the loop woke earlier, it would take the GIL from the thread that is about to
         launch. Raises InvalidRequest immediately.
         """
+
+        self._loop = asyncio.get_running_loop()
 
         def add() -> int:
             cached = self._owned().add(sequence, paused=paused)
@@ -164,18 +173,41 @@ class EngineThread:
             failed = [(each, self._inboxes.pop(each)) for each in engine.active if each in self._inboxes]
             for sequence_id, _ in failed:
                 engine.abort(sequence_id)
-            for _, inbox in failed:
-                inbox.put(error)
+            self._send([(inbox, error) for _, inbox in failed])
             return
         finally:
             self._run_launch_callbacks()  # the step launched nothing, or failed before it launched
-        at = time.monotonic()
+        at, frame = time.monotonic(), Frame()
         self.steps += 1
         for token in tokens:
-            if token.sequence_id in self._inboxes:
-                self._inboxes[token.sequence_id].put(TimedToken(token, at))
-            if token.finish:
-                self._inboxes.pop(token.sequence_id, None)
+            if isinstance(token, FailedSequence) or token.finish:
+                inbox = self._inboxes.pop(token.sequence_id, None)
+            else:
+                inbox = self._inboxes.get(token.sequence_id)
+            if inbox is not None:
+                frame.append((inbox, token.error if isinstance(token, FailedSequence) else TimedToken(token, at)))
+        self._send(frame)
+
+    def _send(self, frame: Frame) -> None:
+        """Pass a frame to the event loop, which is woken once for all frames that wait."""
+        if not frame or self._loop is None:
+            return
+        self._frames.append(frame)
+        if not self._frames_announced:
+            self._frames_announced = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        """Put all drawn tokens into their inboxes. Called on the event loop, by itself or early."""
+        self._frames_announced = False  # before reading: a frame that comes later must wake the loop again
+        woken: dict[Inbox, None] = {}
+        while self._frames:
+            for inbox, item in self._frames.popleft():
+                inbox.put(item)
+                woken[inbox] = None
+        for inbox in woken:
+            inbox.wake()
 
     def _run_launch_callbacks(self) -> None:
         while self._launch_callbacks:

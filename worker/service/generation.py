@@ -1,8 +1,9 @@
 """The middle of an attempt: tokens from the engine, decoded, to the job's stream in batches.
 
 `SpeculativeStart` adds a job to the engine before its lease is confirmed. `Generation` then reads
-the inbox, checks the limits and publishes, with one batch in flight; while the server is slow the
-engine continues and the next batch is larger. What precedes and follows is in `attempt.py`.
+the inbox, checks the limits and publishes, alone or through `FlushLoop`, with one batch in flight;
+while the server is slow the engine continues and the next batch is larger. What precedes and
+follows is in `attempt.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from worker.backend import MemoryUse
 from worker.config import ServiceSection
 from worker.errors import CudaError, Internal, VramOom, WorkerError
 from worker.jobs import events
+from worker.jobs.lease import Lease
 from worker.jobs.reader import History
-from worker.jobs.transport import Lease, Transport
+from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread, Inbox, TimedToken
+from worker.service.flush_loop import FlushLoop
 from worker.service.prepared_job import AttemptLimits, PreparedJob, StopReason
 from worker.service.reporter import FirstTokenGate
 from worker.telemetry import Log, Metrics, trace_of
@@ -42,6 +45,7 @@ class WorkerContext:
     memory: Callable[[], MemoryUse]
     """The last measured memory use; does not query the device."""
     first_token_gate: FirstTokenGate
+    flush_loop: FlushLoop
 
 
 class SpeculativeStart:
@@ -87,6 +91,7 @@ class SpeculativeStart:
         """
         self._state = "discarded"
         self._context.engine.release(self.answer.sequence.id)
+        self._context.engine.deliver()
         for item in self.inbox.take():
             if isinstance(item, CudaError):
                 raise item
@@ -127,6 +132,8 @@ class TokenBuffer:
         self._delay_s = section.flush_ms / 1000
         self._tokens: list[events.Token] = []
         self._first = True
+        self.has_first = False
+        """Whether the first token is in the buffer."""
 
     def add(self, token: events.Token, now: float) -> None:
         """Add a token that was received at `now`."""
@@ -135,11 +142,12 @@ class TokenBuffer:
             self.due = now
         elif len(self._tokens) == 1:
             self.due = now + self._delay_s
-        self._first = False
+        if self._first:
+            self._first, self.has_first = False, True
 
     def take(self) -> list[events.Event]:
         """Remove all tokens and return them as events."""
-        tokens, self._tokens, self.due = self._tokens, [], math.inf
+        tokens, self._tokens, self.due, self.has_first = self._tokens, [], math.inf, False
         starts = range(0, len(tokens), self._size)
         return [events.Tokens(tokens=tuple(tokens[start : start + self._size])) for start in starts]
 
@@ -151,9 +159,9 @@ class Generation:
         self, context: WorkerContext, limits: AttemptLimits, lease: Lease, start: SpeculativeStart, claimed: float
     ) -> None:
         self.stats = AttemptStats(claimed)
+        self.lease = lease
         self._context = context
         self._limits = limits
-        self._lease = lease
         self._start = start
         self._answer = start.answer
         self.unpublished = TokenBuffer(context.section)
@@ -162,6 +170,11 @@ class Generation:
         self._replayed = 0
         self._left_engine = False
         """Whether the engine itself has ended the sequence."""
+        self._metrics_at = math.inf
+        self._error: Exception | None = None
+        """What ends the attempt, found outside of its task."""
+        self._append_requested = False
+        self._appending = False
 
     async def run(self) -> None:
         """Draw and publish until the answer or the attempt ends.
@@ -170,7 +183,7 @@ class Generation:
         fault of the engine, and Fenced. The engine has removed the sequence then, unless it hangs.
         """
         context, start = self._context, self._start
-        answer = self._answer = await start.continue_from(self._lease.history)
+        answer = self._answer = await start.continue_from(self.lease.history)
         if answer.finish_reason is not None:  # the published tokens are the whole answer
             return
         self._limits.start_timeout()
@@ -196,38 +209,93 @@ class Generation:
         )
 
     async def _follow(self, answer: Answer) -> None:
-        interval_s = self._context.section.metrics_ms / 1000
-        metrics_at = time.monotonic() + interval_s
-        while True:
-            self._read_inbox(answer)
-            if answer.finish_reason is not None:
-                return
-            self._limits.check(self._replaying)
-            now = time.monotonic()
-            due = self.unpublished.take() if self.unpublished.due <= now else []
-            if metrics_at <= now:
-                metrics_at = now + interval_s
-                due.append(self._metrics())
-            if due:
-                await self._context.transport.append(self._lease, *due)
-                if self.stats.tokens:  # during a long prefill, metrics precede the first token
-                    self._context.first_token_gate.open()
-            else:
-                await self._limits.wait(min(self.unpublished.due, metrics_at), self._replaying)
+        """Wait for the end. Tokens are read in `_read_inbox`, and most published by `FlushLoop`."""
+        context, inbox = self._context, self._start.inbox
+        self._metrics_at = time.monotonic() + context.section.metrics_ms / 1000
+        inbox.wake = self._read_inbox
+        self._read_inbox()
+        try:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                if answer.finish_reason is not None:
+                    return
+                self._limits.check(self._replaying)
+                late = self._metrics_at + 2 * context.section.flush_ms / 1000  # usually published with tokens
+                if self._append_requested or late <= time.monotonic():
+                    await self._append()
+                else:
+                    await self._limits.wait(late, self._replaying)
+        finally:
+            inbox.wake = self._limits.wake.set
+            context.flush_loop.discard(self)
+
+    async def _append(self) -> None:
+        self._append_requested, self._appending = False, True
+        try:
+            await self._context.transport.append(self.lease, *self._take_due())
+        finally:
+            self._appending = False
+        if self.stats.tokens:  # during a long prefill, metrics precede the first token
+            self._context.first_token_gate.open()
+
+    def _take_due(self) -> list[events.Event]:
+        due, now = self.unpublished.take(), time.monotonic()
+        if self._metrics_at <= now:
+            self._metrics_at = now + self._context.section.metrics_ms / 1000
+            due.append(self._metrics())
+        return due
+
+    @property
+    def idle(self) -> bool:
+        """See `TokenSource.idle`."""
+        return not (self._appending or self._append_requested or self.lease.writing.locked())
+
+    def stage(self) -> bool:
+        """See `TokenSource.stage`."""
+        try:
+            self._context.transport.stage(self.lease, self._take_due())
+        except Exception as error:
+            self._fail(error)
+            return False
+        return True
+
+    def request_append(self) -> None:
+        """See `TokenSource.request_append`."""
+        self._append_requested = True
+        self._limits.wake.set()
+
+    def _fail(self, error: Exception) -> None:
+        self._error = self._error or error
+        self._limits.wake.set()
 
     @property
     def _replaying(self) -> bool:
         return 0 < self._replayed < self._published
 
-    def _read_inbox(self, answer: Answer) -> None:
-        for item in self._start.inbox.take():
-            if isinstance(item, TimedToken):
-                self._push(answer, item)
-            elif answer.finish_reason is None or isinstance(item, CudaError):
-                self._left_engine = True
-                raise self._job_error(item)
+    def _read_inbox(self) -> None:
+        """Read the drawn tokens. Wakes the task for the first one and for the end."""
+        answer, now, before = self._answer, time.monotonic(), self.stats.tokens
+        try:
+            for item in self._start.inbox.take():
+                if isinstance(item, TimedToken):
+                    self._push(answer, item, now)
+                elif answer.finish_reason is None or isinstance(item, CudaError):
+                    self._left_engine = True
+                    self._fail(self._job_error(item))
+        except Exception as error:
+            self._fail(error)
+        self._context.metrics.tokens_generated.inc(self.stats.tokens - before)
+        if answer.finish_reason is not None:
+            self._limits.wake.set()
+        elif self.unpublished.due == math.inf:
+            return
+        elif self.unpublished.has_first:
+            self.request_append()
+        else:
+            self._context.flush_loop.add(self, at_once=self.unpublished.due <= now)
 
-    def _push(self, answer: Answer, drawn: TimedToken) -> None:
+    def _push(self, answer: Answer, drawn: TimedToken, now: float) -> None:
         self._left_engine = self._left_engine or drawn.token.finish is not None
         if drawn.token.replayed:
             self._replayed += 1
@@ -238,12 +306,11 @@ class Generation:
             return
         since = self.stats.count(token.t, drawn.at)
         metrics = self._context.metrics
-        metrics.tokens_generated.inc()
         if since is None:
             metrics.first_token.observe(self.stats.ttft_s)
         else:
             metrics.inter_token.observe(since)
-        self.unpublished.add(token, time.monotonic())
+        self.unpublished.add(token, now)
 
     def _job_error(self, error: Exception) -> WorkerError:
         """The job's error after a failed step."""
@@ -251,7 +318,7 @@ class Generation:
             return error
         if isinstance(error, MemoryError):
             return VramOom("an allocation failed while the job ran")
-        self._context.log.error("engine_fault", job_id=self._lease.job_id, trace=trace_of(error))
+        self._context.log.error("engine_fault", job_id=self.lease.job_id, trace=trace_of(error))
         return Internal(f"{type(error).__name__} in the engine")
 
     def _metrics(self) -> events.Metrics:

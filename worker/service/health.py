@@ -44,6 +44,8 @@ class Health:
         self.memory = MemoryUse()
         self.jobs = 0
         """Attempts that ended."""
+        self.running = 0
+        """Attempts that run now."""
         self.changed = asyncio.Event()
         self._metrics = metrics
         self._silence_s = silence_s
@@ -58,13 +60,23 @@ class Health:
         self._metrics.set_state(state)
         self.changed.set()
 
+    def set_running(self, attempts: int) -> None:
+        """Set the number of attempts that run."""
+        self.running = attempts
+        self._metrics.jobs_running.set(attempts)
+        self.changed.set()
+
     def attempt_ended(self, outcome: str) -> None:
-        """Count an attempt that ended, unless it was left to the workers of another model."""
+        """Count an attempt that ended, unless it was left to the workers of another model.
+
+        The worker is ready, not busy, if none runs.
+        """
         self.jobs += outcome != "other_model"
         self._last_attempt_end = time.monotonic()
         if outcome in ("completed", VramOom.code.lower()):
             self.degraded = outcome != "completed"
-        self.enter("ready")
+        if not self.running:
+            self.enter("ready")
 
     @property
     def reached(self) -> bool:

@@ -142,6 +142,7 @@ class Reporter:
                 "state": self._health.state,
                 "degraded": str(int(self._health.degraded)),
                 "jobs": str(self._health.jobs),
+                "running": str(self._health.running),
                 "vram_used": str(memory.used),
                 "vram_free": str(memory.free),
                 "seen_ms": str(int(time.time() * 1000)),
@@ -162,11 +163,14 @@ class Reporter:
             await self.first_token_gate.wait_open()
             at_edge = self._job_edge.is_set()
             self._job_edge.clear()
-            use, kv_blocks = await engine.call(lambda: (model.device.memory(), model.engine.kv_blocks))
+            use, kv_blocks, sequences = await engine.call(
+                lambda: (model.device.memory(), model.engine.kv_blocks, model.engine.sequences)
+            )
             self._health.memory = use
             purposes = asdict(use)
             del purposes["free"]  # not a purpose: the sum of all purposes is the memory in use
             self._metrics.set_memory(purposes, kv_blocks)
+            self._metrics.set_sequences(*sequences)
             if at_edge or use.used != reported.used or abs(use.free - reported.free) > _MIN_CHANGE_BYTES:
                 activations = use.activations + use.workspace
                 self.send(Vram(weights=use.weights, kv=use.kv, activations=activations, free=use.free))

@@ -1,4 +1,4 @@
-"""The life of a worker: start, claim and run one job after another, drain, stop.
+"""The life of a worker: start, claim and run jobs, drain, stop.
 
     starting ─► ready ◄─► busy ─► draining ─► (exit 0)          any ─► failed ─► (exit 1 or 2)
 
@@ -17,13 +17,16 @@ from worker import __version__
 from worker.config import HttpSection, LeaseSection, ServiceSection
 from worker.errors import CudaError, Internal, WorkerError
 from worker.jobs import events
+from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
-from worker.jobs.transport import Claim, Transport
+from worker.jobs.transport import Transport
 from worker.runtime import LoadedModel, ModelLoader
 from worker.service.attempt import Attempt
 from worker.service.engine_thread import EngineThread
+from worker.service.flush_loop import FlushLoop
 from worker.service.generation import WorkerContext
 from worker.service.health import Health, StatusServer
+from worker.service.lane import Lane
 from worker.service.prepared_job import StopReason
 from worker.service.reporter import Reporter
 from worker.telemetry import Log, Metrics, frames_of
@@ -38,6 +41,8 @@ _HAND_BACK_S = 3.0
 _CANCEL_S = 0.5
 """The same after a second signal."""
 _WATCHDOG_TICK_S = 1.0
+_ADMISSION_TICK_S = 0.01
+"""Interval of looking whether the claimed jobs have KV blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +83,8 @@ class Service:
         self._health = Health(self._metrics, lambda: transport.seconds_since_contact, 3 * lease.scan_s)
         self._reporter = Reporter(transport.registration, self._health, section, self._metrics, log)
         self._engine = EngineThread()
-        self._attempt: Attempt | None = None
-        self._claiming: asyncio.Task[Claim | None] | None = None
-        """Returns the entry after that of the running job."""
+        self._attempts: set[Attempt] = set()
+        self._claim_lock = asyncio.Lock()
         self._drain_reason = ""
         self._grace_s = 0.0
         self._draining = asyncio.Event()
@@ -164,6 +168,7 @@ class Service:
             self._log,
             lambda: self._health.memory,
             self._reporter.first_token_gate,
+            FlushLoop(self._transport, self._section.flush_ms),
         )
         return await first_completed(
             self._run_jobs(context),
@@ -224,40 +229,65 @@ class Service:
         self._log.info("worker_ready", load_s=round(load_s, 3), context=model.engine.context)
 
     async def _run_jobs(self, context: WorkerContext) -> int:
-        """Run one job after another until the drain. Raises CudaError if a job loses the device."""
+        """Run jobs in `max_running` lanes until the drain.
+
+        Returns the exit code. Raises CudaError if a job loses the device; the other jobs have a
+        moment to be left to other workers.
+        """
+        limit = context.model.engine.settings.max_running
+        lanes = [asyncio.create_task(self._run_lane(context)) for _ in range(limit)]
         try:
-            while self._claiming is not None or not self._draining.is_set():
-                claim = await self._next_claim()
+            running = set(lanes)
+            while running:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for lane in done:
+                    if lane.exception() or lane.result():
+                        await asyncio.wait(lanes, timeout=_HAND_BACK_S)
+                        return lane.result()
+            return 0
+        finally:
+            for lane in lanes:
+                lane.cancel()
+
+    async def _run_lane(self, context: WorkerContext) -> int:
+        """Run one job after another until the drain."""
+        lane = Lane(self._claim)
+        try:
+            while lane.claiming or not self._draining.is_set():
+                claim = await lane.next_claim()
                 if claim is None:
                     continue
                 if self._draining.is_set():
                     await self._transport.release(claim)
-                elif await self._run_job(context, claim) == "stalled":  # the next claim would return the same job
+                elif await self._run_job(context, claim, lane) == "stalled":  # the next claim would return the same job
                     return _DEVICE_LOST
             return 0
         finally:
-            if self._claiming is not None:
-                self._claiming.cancel()
-
-    def _begin_claim(self) -> None:
-        """Claim the next entry while the last events of a job are on their way to the server."""
-        if self._claiming is None and not self._draining.is_set():
-            self._claiming = asyncio.create_task(self._claim())
-
-    async def _next_claim(self) -> Claim | None:
-        claiming, self._claiming = self._claiming, None
-        return await (claiming or self._claim())
+            lane.close()
 
     async def _claim(self) -> Claim | None:
-        try:
-            return await self._transport.claim()
-        except Exception as error:  # an unreadable entry must not end the worker: other entries may be readable
-            self._log.error("claim_fault", frames=frames_of(error))
-            await asyncio.sleep(self._lease.scan_s)
-            return None
+        """Claim an entry: one lane at a time, and none while a claimed job waits for KV blocks."""
+        async with self._claim_lock:
+            if self._draining.is_set():
+                return None
+            if self._engine.waiting:
+                await asyncio.sleep(_ADMISSION_TICK_S)
+                return None
+            try:
+                return await self._transport.claim()
+            except Exception as error:  # an unreadable entry must not end the worker: other entries may be readable
+                self._log.error("claim_fault", frames=frames_of(error))
+                await asyncio.sleep(self._lease.scan_s)
+                return None
 
-    async def _run_job(self, context: WorkerContext, claim: Claim) -> str:
-        attempt = self._attempt = Attempt(context, claim, self._begin_claim)
+    async def _run_job(self, context: WorkerContext, claim: Claim, lane: Lane) -> str:
+        def begin_claim() -> None:
+            if not self._draining.is_set():
+                lane.begin_claim()
+
+        attempt = Attempt(context, claim, begin_claim)
+        self._attempts.add(attempt)
+        self._health.set_running(len(self._attempts))
         context.first_token_gate.close(on_open=self._reporter.busy)
         try:
             outcome = await attempt.run()
@@ -267,7 +297,8 @@ class Service:
             self._log.error("attempt_fault", job_id=attempt.job_id, frames=frames_of(error))
             outcome = "fault"
         finally:
-            self._attempt = None
+            self._attempts.discard(attempt)
+            self._health.set_running(len(self._attempts))
             context.first_token_gate.open()
         self._metrics.requests.labels(outcome).inc()
         self._health.attempt_ended(outcome)
@@ -295,18 +326,18 @@ class Service:
         return _DEVICE_LOST
 
     def _interrupt(self, reason: StopReason) -> None:
-        if self._attempt is not None:
-            self._attempt.limits.interrupt(reason)
+        for attempt in self._attempts:
+            attempt.limits.interrupt(reason)
 
     def _begin_drain(self, reason: str) -> None:
         if self._draining.is_set():
             return
-        running = self._attempt is not None
+        running = len(self._attempts)
         self._drain_reason, self._grace_s = reason, self._section.grace_s if running else 0.0
         self._draining.set()
         self._health.enter("draining")
         self._log.info("worker_draining", reason=reason, grace_s=self._grace_s)
-        self._reporter.send(events.Draining(reason=reason, grace_s=self._grace_s, running=int(running)))
+        self._reporter.send(events.Draining(reason=reason, grace_s=self._grace_s, running=running))
 
     async def _end_drain(self) -> int:
         """Return after the drain began, the grace period, and a moment to hand the job back."""
@@ -323,10 +354,12 @@ class Service:
                 await self._hurried.wait()
 
     async def _obey_commands(self) -> None:
-        """Execute operators' commands for this worker and its job."""
+        """Execute operators' commands for this worker and its jobs."""
         async for command in self._transport.registration.commands():
-            if command.do == "cancel" and self._attempt is not None and self._attempt.job_id == command.target:
-                self._interrupt(StopReason.CANCEL)
+            if command.do == "cancel":
+                for attempt in self._attempts:
+                    if attempt.job_id == command.target:
+                        attempt.limits.interrupt(StopReason.CANCEL)
             elif command.do == "drain" and command.target in (self._transport.worker_id, self._assignment.name):
                 self._begin_drain("command")
 
