@@ -137,12 +137,102 @@ def test_a_product_applies_the_norm_to_its_input(kernels, memory, kind, cols):
     pool.check()
 
 
-def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory):
+# ---- several rows, each of which has the bits of a product of one row
+
+TOGETHER = pytest.mark.parametrize("tokens", [2, 3, 8, 17])
+
+
+def equal_alone_and_together(multiply, tokens):
+    """`multiply(rows)` returns arrays [T, …] for a slice of the input rows."""
+    together = [y.get() for y in multiply(slice(0, tokens))]
+    for t in range(tokens):
+        for whole, alone in zip(together, multiply(slice(t, t + 1)), strict=True):
+            assert alone.get().tobytes() == whole[t : t + 1].tobytes(), f"row {t} of {tokens}"
+
+
+@EACH_TYPE
+@TOGETHER
+@pytest.mark.parametrize(("rows", "cols"), [(37, 256), (300, 2816)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_decode_rows_have_the_same_bits_alone_and_together(kernels, memory, kind, tokens, rows, cols, normed):
     from worker.gpu.matvec import matvec
 
-    projection = Projection(kernels, memory, Q6_K, (300, 1280))
-    pool, x = GuardedPool(), rows_of(5, 1280)
-    (together,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
-    for t in range(5):
-        (alone,) = matvec(kernels, pool, q8_activations(pool, x[t : t + 1]), None, [projection.linear])
-        assert alone.get().tobytes() == together.get()[t : t + 1].tobytes()
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = rows_of(tokens, cols)
+    residual = np.random.default_rng(1).normal(size=(tokens, rows)).astype(np.float32)
+    norm = norm_of(pool, cols)[1] if normed else None
+    given = f32_activations if normed else q8_activations
+
+    def multiply(part):
+        return matvec(kernels, pool, given(pool, x[part]), norm, [projection.linear], pool.put(residual[part]))
+
+    equal_alone_and_together(multiply, tokens)
+    pool.check()
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("tokens", [2, 3, 8])
+@pytest.mark.parametrize(("rows", "cols"), [(101, 256), (33, 2816)])
+def test_warps_with_several_weight_rows_keep_the_bits_of_one_row(
+    kernels, memory, kind, tokens, rows, cols, monkeypatch
+):
+    from worker.gpu import matvec as launcher
+
+    monkeypatch.setattr(launcher, "_SMALL_GRID_BLOCKS", 1)  # every row is a row of the same block
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = rows_of(tokens, cols)
+
+    def multiply(part):
+        return launcher.matvec(kernels, pool, q8_activations(pool, x[part]), None, [projection.linear])
+
+    equal_alone_and_together(multiply, tokens)
+    pool.check()
+
+
+@TOGETHER
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K), (F32, F32, F32)])
+def test_q_k_and_v_of_several_rows_have_the_same_bits_as_alone(kernels, memory, kinds, tokens):
+    from worker.gpu.matvec import matvec
+
+    shapes = [(67, 512), (9, 512), (18, 512)]
+    parts = [Projection(kernels, memory, k, s, f"w{i}") for i, (k, s) in enumerate(zip(kinds, shapes, strict=True))]
+    pool, x = GuardedPool(), rows_of(tokens, 512)
+    norm = norm_of(pool, 512)[1]
+    linears = [part.linear for part in parts]
+    equal_alone_and_together(lambda part: matvec(kernels, pool, f32_activations(pool, x[part]), norm, linears), tokens)
+    pool.check()
+
+
+@EACH_TYPE
+@TOGETHER
+@pytest.mark.parametrize(("rows", "cols"), [(64, 256), (45, 2816)])
+def test_glu_rows_have_the_same_bits_alone_and_together(kernels, memory, kind, tokens, rows, cols):
+    from worker.gpu.matvec import glu
+
+    gate, up = (Projection(kernels, memory, kind, (rows, cols), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(tokens, cols)
+    norm = norm_of(pool, cols)[1]
+
+    def multiply(part):
+        h = glu(kernels, pool, f32_activations(pool, x[part]), norm, gate.linear, up.linear, SWIGLU)
+        return [h.x] if h.q is None else [h.x, h.q, h.meta]
+
+    equal_alone_and_together(multiply, tokens)
+    pool.check()
+
+
+@TOGETHER
+@pytest.mark.parametrize("kinds", [(Q4_K, Q6_K), (Q8_0, F32), (F32, Q5_0)], ids=lambda kinds: f"{kinds[0].name}")
+def test_glu_rows_of_two_types_have_the_same_bits_as_alone(kernels, memory, kinds, tokens):
+    from worker.gpu.matvec import glu
+
+    parts = [Projection(kernels, memory, kind, (64, 1280), name) for kind, name in zip(kinds, "gu", strict=True)]
+    pool, x = GuardedPool(), rows_of(tokens, 1280)
+    norm = norm_of(pool, 1280)[1]
+
+    def multiply(part):
+        linears = (parts[0].linear, parts[1].linear)
+        return [glu(kernels, pool, f32_activations(pool, x[part]), norm, *linears, SWIGLU).x]
+
+    equal_alone_and_together(multiply, tokens)
+    pool.check()

@@ -5,11 +5,13 @@ Layouts: `kernels/q8_activations.cuh`, `kernels/fragments.cuh`. Kernel: `scale_t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layouts import address
 from worker.gpu.memory import DeviceArray
 from worker.ops import RmsNorm
 
@@ -18,8 +20,17 @@ Q8_BLOCK = 32
 _COLUMN_GROUP = 128  # kColumnGroup of fragments.cuh
 _THREADS = 256
 _QUADS_KEPT = (1, 2, 4, 8)  # float4s that a thread keeps in registers: few, since code is fetched too
-DEFINES = {"SCALE_THREADS": _THREADS}
-INSTANTIATIONS: tuple[KernelName, ...] = tuple(("scale_to_f16.cu", f"scale_to_f16<{kept}>") for kept in _QUADS_KEPT)
+DECODE_WARPS = 16
+"""Warps of a block of a decode product; they determine the order of a norm's sum of squares."""
+DEFINES = {"SCALE_THREADS": _THREADS, "DECODE_WARPS": DECODE_WARPS}
+_FLAGS = ("false", "true")
+INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(("scale_to_f16.cu", f"scale_to_f16<{kept}>") for kept in _QUADS_KEPT),
+    *(
+        ("quantize_rows.cu", f"quantize_rows<{forms}, {DECODE_WARPS}>")
+        for forms in ("true, false", "false, true", "true, true")
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +38,14 @@ class Q8Activations:
     """Input rows of a decode product: `x` [T, cols] f32, and optionally the same rows as Q8 blocks.
 
     `q` [T, cols] i8 and `meta` [T, cols/32], 8 bytes a block: an f32 scale and two i16 sums. A
-    product whose input has no Q8 blocks quantizes `x` itself.
+    product of one row whose input has no Q8 blocks quantizes `x` itself. `factor` [T] f32, 1 if
+    None, multiplies the rows' products: 1/rms of a norm that `quantize_rows` has applied.
     """
 
     x: DeviceArray
     q: DeviceArray | None = None
     meta: DeviceArray | None = None
+    factor: DeviceArray | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,6 +60,46 @@ def empty_q8(pool: Allocator, rows: int, cols: int) -> Q8Activations:
         return Q8Activations(x)
     meta = pool.empty((rows, cols // Q8_BLOCK), np.int64)
     return Q8Activations(x, pool.empty((rows, cols), np.int8), meta)
+
+
+INPUT_ROWS = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8"), ("norm", "u8"), ("eps", "f4"), ("cols", "i4")])
+"""`InputRows` of stage_activations.cuh."""
+
+
+def input_rows(x: Q8Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
+    """The kernel parameter `InputRows`: a value of INPUT_ROWS."""
+    weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
+    return np.array((address(x.x), address(x.q), address(x.meta), address(weight), eps, x.shape[1]), INPUT_ROWS)
+
+
+def quantize_rows(
+    kernels: Launcher,
+    pool: Allocator,
+    x: DeviceArray,
+    norm: RmsNorm | None,
+    *,
+    q8: bool,
+    f32: bool,
+    warps: int = DECODE_WARPS,
+) -> Q8Activations:
+    """x·norm weight (or x) of x [R, cols] f32, as Q8 blocks, as f32 or both, with the factors.
+
+    The bits are those that a product of one row with `warps` warps computes for itself. Without
+    `f32`, the result's `x` is not for products.
+    """
+    rows, cols = x.shape
+    plain = pool.empty((rows, cols), np.float32) if f32 and norm is not None else None
+    y = Q8Activations(
+        x if plain is None else plain,
+        pool.empty((rows, cols), np.int8) if q8 else None,
+        pool.empty((rows, cols // Q8_BLOCK), np.int64) if q8 else None,
+        None if norm is None else pool.empty((rows,), np.float32),
+    )
+    kernel = kernels.get("quantize_rows.cu", f"quantize_rows<{_FLAGS[q8]}, {_FLAGS[plain is not None]}, {warps}>")
+    shared = 4 * cols * (plain is not None) + cols * 5 // 4 * q8
+    args = (input_rows(Q8Activations(x), norm), y.q, y.meta, plain, y.factor)
+    kernel((rows,), (32 * warps,), args, shared_mem=shared, pdl=True)
+    return y
 
 
 @dataclass(frozen=True, slots=True)

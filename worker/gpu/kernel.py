@@ -18,7 +18,7 @@ import numpy as np
 from worker.errors import CudaError, VramOom
 
 _PDL_CAPABILITY = 90
-_DEFAULT_SHARED = 32 << 10  # bytes of dynamic shared memory that every kernel may use without an attribute
+_DEFAULT_SHARED = 48 << 10  # bytes of shared memory, static and dynamic, that need no attribute
 _SLOT = 16  # bytes: the largest alignment of a kernel parameter
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, and also CUDA_ERROR_OUT_OF_MEMORY
 
@@ -44,7 +44,7 @@ class Kernel:
     def __init__(self, raw: Any, *, pdl: bool) -> None:
         self._raw = raw
         self._pdl = pdl
-        self._max_shared = _DEFAULT_SHARED
+        self._max_shared = _DEFAULT_SHARED - raw.shared_size_bytes
 
     def __call__(
         self, grid: Shape, block: Shape, args: Sequence[Any], *, shared_mem: int = 0, pdl: bool = False

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from worker.errors import ModelLoadFailed
-from worker.gpu.activations import Q8Activations, empty_q8
+from worker.gpu.activations import DECODE_WARPS, Q8Activations, empty_q8, input_rows, quantize_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, address, plane_bytes, unit_elements
@@ -23,14 +23,13 @@ from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear, RmsNorm, Routes
 from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
 
-_WARPS = 16  # of a block
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
 _ROUTE_TOKENS = 4  # tokens of a block of route.cu, a warp each
 _ROUTE_PER_LANE = (1, 2, 4, 8)  # experts of a lane
-DEFINES = {"DECODE_WARPS": _WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS}
+DEFINES = {"DECODE_WARPS": DECODE_WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS}
 
-_THREADS = 32 * _WARPS
+_THREADS = 32 * DECODE_WARPS
 _GRID_BLOCKS = 264  # two for each of an H100's multiprocessors; the rest of a larger grid waits its turn
 _SMALL_GRID_BLOCKS = 132
 _LARGE_BYTES = 4 << 20  # matrices of more bytes get the full grid
@@ -46,8 +45,13 @@ _MATRIX = np.dtype(
 """`Matrix` of matvec.cu."""
 _BRANCH = np.dtype([("planes", PLANES), ("bias", "u8")])
 """`Branch` of glu.cu."""
-_INPUT_ROWS = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8"), ("norm", "u8"), ("eps", "f4"), ("cols", "i4")])
-"""`InputRows` of stage_activations.cuh."""
+_PREPARED_ROWS = np.dtype(
+    [
+        *(("x", "u8"), ("q", "u8"), ("meta", "u8"), ("factor", "u8")),
+        *(("rows", "i4"), ("cols", "i4"), ("norm", "u8"), ("eps", "f4"), ("padding", "i4")),
+    ]
+)
+"""`PreparedRows` of row_tiles.cuh."""
 _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 """`Hidden` of glu.cu."""
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
@@ -57,14 +61,39 @@ GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 # multiprocessor.
 _TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")
 _ANY_TILE, _SHORT_TILE = "1, 3", "1, 1"  # the second where a lane has one load a row: less code to fetch
+_ROW_TILES = (8, 4, 2)
+_MAX_STAGED = 160 << 10  # bytes of shared memory
+_MAX_NORMED = 8192  # elements of T rows that every block of matvec_rows normalizes for itself
+# Tiles for T rows. matvec_rows: TILE_M, UNROLL_K and blocks a multiprocessor, for warps with few
+# weight rows, with many, and for matrices of several types. glu_rows: warps of a block, elements of
+# h together, UNROLL_K, blocks a multiprocessor.
+_ROWS_TILES = {2: ("1, 2, 2", "4, 1, 1"), 4: ("1, 2, 2", "4, 1, 1"), 8: ("1, 2, 2", "4, 1, 1")}
+_ROWS_MIXED_TILE = "1, 3, 1"
+_GLU_ROWS_TILES = {2: "16, 1, 1, 2", 4: "16, 1, 1, 2", 8: "16, 1, 1, 2"}
 INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(
+        ("matvec_rows.cu", f"matvec_rows<{rows}, {tile}, {kind.name}>")
+        for rows, tiles in _ROWS_TILES.items()
+        for tile in dict.fromkeys(tiles)
+        for kind in QUANT_TYPES
+    ),
+    *(
+        ("glu_rows.cu", f"glu_rows<{rows}, {tile}, {kind.name}>")
+        for rows, tile in _GLU_ROWS_TILES.items()
+        for kind in QUANT_TYPES
+    ),
+    *(
+        ("matvec_rows.cu", f"matvec_rows<{rows}, {_ROWS_MIXED_TILE}, {', '.join(kind.name for kind in kinds)}>")
+        for rows in _ROW_TILES
+        for kinds in MIXED
+    ),
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
     *(
         ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
         for kinds in MIXED
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
-    *(("glu.cu", f"glu<{_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
@@ -86,18 +115,30 @@ def _schedule(linears: Sequence[Linear]) -> _Schedule:
     units = max(linear.weight.shape[1] // unit_elements(linear.weight.kind) for linear in linears)
     sizes = [sum(plane_bytes(linear.weight.kind, math.prod(linear.weight.shape))) for linear in linears]
     grid = _GRID_BLOCKS if sum(sizes) > _LARGE_BYTES else _SMALL_GRID_BLOCKS
-    blocks = [min(n, max(1, round(grid * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
+    blocks = _shares(grid, rows, sizes)
     block_rows = sum(rows) / sum(blocks)
     split_k = next(
-        n for n in (1, 2, 4, 8, _WARPS) if block_rows * n >= _MIN_BUSY_WARPS or 32 * n >= units or n == _WARPS
+        n
+        for n in (1, 2, 4, 8, DECODE_WARPS)
+        if block_rows * n >= _MIN_BUSY_WARPS or 32 * n >= units or n == DECODE_WARPS
     )
     tile = _SHORT_TILE if 32 * split_k >= units else _ANY_TILE
     alike = len({linear.weight.kind for linear in linears}) == 1
-    if alike and units <= 64 and block_rows * split_k >= 2 * _WARPS:
+    if alike and units <= 64 and block_rows * split_k >= 2 * DECODE_WARPS:
         tile = "2, 2"
-    if alike and units <= 32 and block_rows * split_k >= 3 * _WARPS:
+    if alike and units <= 32 and block_rows * split_k >= 3 * DECODE_WARPS:
         tile = "3, 1"
     return _Schedule(tuple(blocks), split_k, tile)
+
+
+def split_k_of(linears: Sequence[Linear]) -> int:
+    """Splits of K in the sums of these projections of one input; it fixes their bits."""
+    return _schedule(linears).split_k
+
+
+def _shares(grid: int, rows: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """The blocks of each matrix, in proportion to its bytes."""
+    return [min(n, max(1, round(grid * size / sum(sizes)))) for n, size in zip(rows, sizes, strict=True)]
 
 
 def matvec(
@@ -115,8 +156,12 @@ def matvec(
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]
     schedule = _schedule(linears)
+    tile = _row_tile(tokens, cols, kinds)
+    names = ", ".join(kind.name for kind in (kinds if len(set(kinds)) > 1 else kinds[:1]))
+    weights = _weights_tile(linears, schedule.split_k, tile)
+    shares = schedule.blocks if tile == 1 else _resident(linears, int(weights[-1]))
     results, matrices, first = [], [], 0
-    for linear, blocks in zip(linears, schedule.blocks, strict=True):
+    for linear, blocks in zip(linears, shares, strict=True):
         rows = linear.weight.shape[0]
         results.append(pool.empty((tokens, rows), np.float32))
         pointers = (address(_bias(linear)), address(residual), address(results[-1]))
@@ -124,10 +169,15 @@ def matvec(
         first += blocks
     absent = np.array(((0, 0, 0, 0), 0, 0, 0, 0, first, 0, 0), _MATRIX)
     matrices += [absent] * (_MAX_PROJECTIONS - len(linears))
-    types = kinds if len(set(kinds)) > 1 else kinds[:1]
-    kernel = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {', '.join(kind.name for kind in types)}>")
-    args = (*matrices, _input_rows(x, norm), np.int32(schedule.split_k))
-    kernel((first, tokens), (_THREADS,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
+    shared = tile * _staged_bytes(cols, kinds)
+    if tile == 1:
+        kernel, rows_in = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {names}>"), input_rows(x, norm)
+    else:
+        kernel = kernels.get("matvec_rows.cu", f"matvec_rows<{tile}, {weights}, {names}>")
+        own_norm = norm is not None and tile * cols <= _MAX_NORMED
+        rows_in = _rows_in(x, norm) if own_norm else _rows_in(prepared(kernels, pool, x, norm, kinds))
+    args: tuple[Any, ...] = (*matrices, rows_in, np.int32(schedule.split_k))
+    kernel((first, -(-tokens // tile)), (_THREADS,), args, shared_mem=shared, pdl=True)
     return tuple(results)
 
 
@@ -151,10 +201,23 @@ def glu(
     hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
     units = cols // unit_elements(gate.weight.kind)
     tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
-    types = kinds if kinds[0] is not kinds[1] else kinds[:1]
-    experts, warps = (None, _WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
-    kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {', '.join(kind.name for kind in types)}>")
-    args = (*branches, _input_rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
+    names = ", ".join(kind.name for kind in (kinds if kinds[0] is not kinds[1] else kinds[:1]))
+    row_tile = 1 if routes is not None else _row_tile(tokens, cols, kinds)
+    if row_tile > 1:
+        kernel = kernels.get("glu_rows.cu", f"glu_rows<{row_tile}, {_GLU_ROWS_TILES[row_tile]}, {names}>")
+        args: tuple[Any, ...] = (
+            *branches,
+            _rows_in(prepared(kernels, pool, x, norm, kinds)),
+            gate_of(activation),
+            np.int32(rows),
+            hidden,
+        )
+        grid, shared = (-(-rows // _GLU_ELEMENTS), -(-tokens // row_tile)), row_tile * _staged_bytes(cols, kinds)
+        kernel(grid, (32 * int(_GLU_ROWS_TILES[row_tile].split(",")[0]),), args, shared_mem=shared, pdl=True)
+        return h
+    experts, warps = (None, DECODE_WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
+    kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {names}>")
+    args = (*branches, input_rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
     grid = (-(-rows // _GLU_ELEMENTS), tokens * k)
     kernel(grid, (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return h
@@ -177,7 +240,7 @@ def experts_add(
     kernels.get("experts_add.cu", f"experts_add<3, {kind.name}>")(
         (min(_GRID_BLOCKS, rows), tokens),
         (_THREADS,),
-        (planes, _bias(down), _input_rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
+        (planes, _bias(down), input_rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
         shared_mem=_staged_bytes(k * h.shape[1], (kind,)),
         pdl=True,
     )
@@ -208,7 +271,7 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
     return routes
 
 
-def check_experts(experts: int, k: int, max_k: int = _WARPS) -> None:
+def check_experts(experts: int, k: int, max_k: int = DECODE_WARPS) -> None:
     """Raise ModelLoadFailed for more experts than the kernels' blocks and lanes hold."""
     limit = 32 * _ROUTE_PER_LANE[-1]
     if experts > limit or k > max_k:
@@ -220,9 +283,49 @@ def gate_of(activation: Activation) -> np.ndarray[Any, Any]:
     return np.array((np.inf if activation.limit is None else activation.limit, activation.alpha), GATE)
 
 
-def _input_rows(x: Q8Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
+def _resident(linears: Sequence[Linear], blocks: int) -> list[int]:
+    """The blocks of each matrix of a grid that is resident at once, `blocks` a multiprocessor."""
+    rows = [linear.weight.shape[0] for linear in linears]
+    sizes = [sum(plane_bytes(linear.weight.kind, math.prod(linear.weight.shape))) for linear in linears]
+    return _shares(_SMALL_GRID_BLOCKS * blocks, rows, sizes)
+
+
+def _weights_tile(linears: Sequence[Linear], split_k: int, row_tile: int) -> str:
+    """TILE_M, UNROLL_K and blocks a multiprocessor of matvec_rows for T = `row_tile` rows.
+
+    Several weight rows a warp share the loads of activations, which limit products of 8 rows.
+    They need enough rows for every warp; of 2 and 4 rows a tile along K loads more at once.
+    """
+    weight = linears[0].weight
+    if len({linear.weight.kind for linear in linears}) > 1 or row_tile == 1:
+        return _ROWS_MIXED_TILE
+    narrow, wide = _ROWS_TILES[row_tile]
+    rows = sum(linear.weight.shape[0] for linear in linears) / (_SMALL_GRID_BLOCKS * int(wide[-1]))
+    enough = rows * split_k >= int(wide[0]) * DECODE_WARPS
+    one_unit = 32 * split_k * unit_elements(weight.kind) >= weight.shape[1]
+    return wide if enough and (one_unit or row_tile == _ROW_TILES[0]) else narrow
+
+
+def _row_tile(rows: int, cols: int, kinds: Sequence[QuantType]) -> int:
+    """T: the rows that use a loaded weight together; 1 is the kernels of one row."""
+    return next((t for t in _ROW_TILES if t < 2 * rows and t * _staged_bytes(cols, kinds) <= _MAX_STAGED), 1)
+
+
+def prepared(
+    kernels: Launcher, pool: Allocator, x: Q8Activations, norm: RmsNorm | None, kinds: Iterable[QuantType]
+) -> Q8Activations:
+    """norm(x) in the forms that weights of these types read, by a launch of its own if need be."""
+    reads_q8 = {kind.block_size > 1 for kind in kinds}
+    if norm is None and (True not in reads_q8 or x.q is not None):
+        return x
+    return quantize_rows(kernels, pool, x.x, norm, q8=True in reads_q8, f32=False in reads_q8)
+
+
+def _rows_in(x: Q8Activations, norm: RmsNorm | None = None) -> np.ndarray[Any, Any]:
+    """Prepared rows, or rows that the kernel normalizes: a value of _PREPARED_ROWS."""
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    return np.array((address(x.x), address(x.q), address(x.meta), address(weight), eps, x.shape[1]), _INPUT_ROWS)
+    pointers = (address(x.x), address(x.q), address(x.meta), address(x.factor))
+    return np.array((*pointers, *x.shape, address(weight), eps, 0), _PREPARED_ROWS)
 
 
 def _staged_bytes(elements: int, kinds: Iterable[QuantType]) -> int:

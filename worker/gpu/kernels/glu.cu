@@ -18,19 +18,9 @@
 #include "vec_dot.cuh"
 #include "pdl.cuh"
 #include "gated.cuh"
+#include "glu_params.cuh"
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
-
-struct Branch {
-    Planes planes;
-    const float* bias;
-};
-
-struct Hidden {  // rows [T·k, rows], as f32 and as Q8 blocks
-    float* x;
-    u8* q;
-    Meta* meta;
-};
 
 template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)

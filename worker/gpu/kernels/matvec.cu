@@ -15,14 +15,7 @@
 // worker/gpu/matvec.py.
 #include "vec_dot.cuh"
 #include "pdl.cuh"
-
-struct Matrix {
-    Planes planes;
-    const float* bias;      // [rows] or null
-    const float* residual;  // [T, rows] or null
-    float* out;             // [T, rows]
-    int rows, first_block, blocks;
-};
+#include "matrix.cuh"
 
 template <class Block, int TILE_M, int UNROLL_K, bool STAGE_Q8, bool STAGE_F32>
 __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& input, int split_k, u8* shared) {
