@@ -1,0 +1,192 @@
+"""Decode's products on the int8 tensor cores: the bits of the products of one row, for every type."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.gpu.activations import q8_activations, q8_bytes, rows_of
+from tests.gpu.guarded import GuardedPool
+from tests.gpu.weights import Projection
+from worker.gpu.activations import Q8Activations
+from worker.gpu.matvec_mma import (
+    BLOCK_TYPES,
+    MAX_SHARED,
+    T16X16,
+    T64X16,
+    T64X32,
+    T64X64,
+    TILES,
+    is_supported,
+    shared_bytes,
+)
+from worker.ops import SWIGLU, Activation, Linear, QTensor
+from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
+
+EACH_BLOCK_TYPE = pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+EACH_TILE = pytest.mark.parametrize("tiles", TILES, ids=str)
+
+
+def bits(array):
+    """The array's values as integers, so that a comparison prints where they differ."""
+    return array.get().view(np.uint32)
+
+
+def assert_same_bits(found, expected):
+    np.testing.assert_array_equal(bits(found), bits(expected))
+
+
+@EACH_BLOCK_TYPE
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(37, 256, 16), (130, 2816, 17), (67, 512, 33)])
+def test_products_have_the_bits_of_one_row(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matvec import matvec
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
+    x = q8_activations(pool, rows_of(tokens, cols))
+    residual = pool.put(rows_of(tokens, rows))
+    (expected,) = matvec(kernels, pool, x, None, [projection.linear], residual)
+    (found,) = matvec_mma(kernels, pool, x, [projection.linear], residual)
+    pool.check()
+    assert_same_bits(found, expected)
+
+
+@EACH_TILE
+@pytest.mark.parametrize("kind", [Q8_0, Q4_K, Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("tokens", [16, 65])
+def test_no_tile_changes_a_bit(kernels, memory, kind, tiles, tokens):
+    from worker.gpu.matvec import matvec
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (131, 1280), bias=True)
+    x = q8_activations(pool, rows_of(tokens, 1280))
+    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
+    if shared_bytes(kind, tiles) > MAX_SHARED:
+        tiles = T64X32
+    (found,) = matvec_mma(kernels, pool, x, [projection.linear], tiles=tiles)
+    pool.check()
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("kind", [Q5_0, Q8_0, Q4_K, Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("split_k", "cols"), [(1, 896), (2, 2048), (4, 4096), (8, 8192), (16, 12288)])
+def test_every_split_of_k_has_the_bits_of_one_row(kernels, memory, kind, split_k, cols):
+    from worker.gpu.matvec import matvec, split_k_of
+    from worker.gpu.matvec_mma import matvec_mma
+
+    if cols % kind.block_size:
+        cols = 768
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (9, cols))
+    assert split_k_of([projection.linear]) == split_k
+    x = q8_activations(pool, rows_of(16, cols))
+    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
+    for tiles in (T16X16, T64X16):
+        (found,) = matvec_mma(kernels, pool, x, [projection.linear], tiles=tiles)
+        assert_same_bits(found, expected)
+    pool.check()
+
+
+@pytest.mark.parametrize("cols", [32, 64, 96, 480, 896, 2880])
+def test_rows_of_any_number_of_units_have_the_bits_of_one_row(kernels, memory, cols):
+    from worker.gpu.matvec import matvec
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, Q5_0, (70, cols), bias=True)
+    x = q8_activations(pool, rows_of(20, cols))
+    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
+    (found,) = matvec_mma(kernels, pool, x, [projection.linear])
+    pool.check()
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K), (Q8_0, Q8_0, Q8_0)])
+def test_several_projections_share_the_splits_of_one_row(kernels, memory, kinds):
+    from worker.gpu.matvec import matvec
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, x = GuardedPool(), rows_of(18, 2048)
+    shapes = [(67, 2048), (9, 2048), (18, 2048)]
+    parts = [
+        Projection(kernels, memory, k, s, f"w{i}", bias=i == 1).linear
+        for i, (k, s) in enumerate(zip(kinds, shapes, strict=True))
+    ]
+    expected = matvec(kernels, pool, q8_activations(pool, x), None, parts)
+    found = matvec_mma(kernels, pool, q8_activations(pool, x), parts)
+    pool.check()
+    for f, e in zip(found, expected, strict=True):
+        assert_same_bits(f, e)
+
+
+def test_the_factor_of_a_row_is_applied_to_its_sums(kernels, memory):
+    from worker.gpu.matvec_mma import glu_mma, matvec_mma
+
+    gate, up = (Projection(kernels, memory, Q4_K, (64, 512), name).linear for name in ("gate", "up"))
+    pool = GuardedPool()
+    x = q8_activations(pool, rows_of(19, 512))
+    factor = np.random.default_rng(2).uniform(0.1, 2, 19).astype(np.float32)
+    scaled = Q8Activations(x.x, x.q, x.meta, pool.put(factor))
+    (plain,), (found,) = (matvec_mma(kernels, pool, each, [gate]) for each in (x, scaled))
+    exact = plain.get().astype(np.float64) * factor[:, None]
+    np.testing.assert_array_equal(found.get(), exact.astype(np.float32))
+    twos = Q8Activations(x.x, x.q, x.meta, pool.put(np.full(19, 2, np.float32)))
+    x2 = rows_of(19, 512) * np.float32(2)
+    found, expected = (
+        glu_mma(kernels, pool, twos, gate, up, SWIGLU),
+        glu_mma(kernels, pool, q8_activations(pool, x2), gate, up, SWIGLU),
+    )
+    assert_same_bits(found.x, expected.x)
+    pool.check()
+
+
+@EACH_BLOCK_TYPE
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(19, 256, 16), (160, 1280, 33)])
+def test_the_gated_product_has_the_bits_of_one_row(kernels, memory, kind, rows, cols, tokens):
+    from worker.gpu.matvec import glu
+    from worker.gpu.matvec_mma import glu_mma
+
+    gate, up = (
+        Projection(kernels, memory, kind, (rows, cols), name, bias=rows == 160).linear for name in ("gate", "up")
+    )
+    pool, activation = GuardedPool(), SWIGLU if rows == 19 else Activation(limit=7.0, alpha=1.702)
+    x = q8_activations(pool, rows_of(tokens, cols))
+    expected = glu(kernels, pool, x, None, gate, up, activation)
+    found = glu_mma(kernels, pool, x, gate, up, activation)
+    pool.check()
+    assert_same_bits(found.x, expected.x)
+    if rows % 32 == 0:
+        assert q8_bytes(found) == q8_bytes(expected)
+    else:
+        assert found.q is None
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_any_place(kernels, memory):
+    from worker.gpu.matvec import matvec
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, Q6_K, (300, 1280))
+    x = rows_of(48, 1280)
+    (together,) = matvec_mma(kernels, pool, q8_activations(pool, x), [projection.linear])
+    for t in (0, 17, 47):
+        (alone,) = matvec(kernels, pool, q8_activations(pool, x[t : t + 1]), None, [projection.linear])
+        np.testing.assert_array_equal(bits(alone)[0], bits(together)[t])
+
+
+@EACH_BLOCK_TYPE
+@pytest.mark.parametrize("tiles", TILES, ids=str)
+def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(kind, tiles):
+    if shared_bytes(kind, tiles) <= MAX_SHARED:
+        assert tiles.resident * (shared_bytes(kind, tiles) + 1024) <= 228 << 10
+    else:
+        assert tiles is T64X64
+
+
+def test_weights_that_no_tile_serves_are_not_supported():
+    def linear(kind):
+        return Linear(QTensor("w", (64, 256), kind, None))
+
+    assert is_supported([linear(Q4_K), linear(Q6_K)])
+    assert is_supported([linear(Q4_K), linear(Q4_K)], gated=True)
+    assert not is_supported([linear(Q4_K), linear(Q6_K)], gated=True)
+    assert not is_supported([linear(Q4_K), linear(F32)])
+    assert is_supported([linear(Q4_K)], max_shared=99 << 10)
+    assert not is_supported([linear(Q4_K), linear(Q4_K)], gated=True, max_shared=99 << 10)
