@@ -4,17 +4,20 @@ odd sizes. Bounds: `products.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tests.gpu.activations import q8_activations, rows_of, scaled_f16
+from tests.gpu.activations import norm_of, q8_activations, rows_of, scaled_f16
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, PREFILL_OWN, rounded
 from tests.gpu.weights import Projection, error
 from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
+from worker.gpu.activations import Q8Activations
 from worker.ops import Routes
-from worker.quants import F32, MXFP4, Q8_0
+from worker.quants import F32, MXFP4, Q8_0, QUANT_TYPES
 
 
 def routes_of(pool, tokens, experts, k, *, only=None):
@@ -116,3 +119,137 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
         h_part, y_part = both(part)
         assert h_part.tobytes() == h[part].tobytes()
         assert y_part.tobytes() == y[part].tobytes()
+
+
+class Layer:
+    """The experts of a layer, their router and norm, and one step of decode through them."""
+
+    def __init__(self, kernels, memory, kinds, experts, k, f, d, bias=True):
+        gate, up, down = kinds
+        self.kernels, self.k = kernels, k
+        self.gate = Projection(kernels, memory, gate, (experts, f, d), "gate", bias=bias).linear
+        self.up = Projection(kernels, memory, up, (experts, f, d), "up", bias=bias).linear
+        self.down = Projection(kernels, memory, down, (experts, d, f), "down", bias=bias).linear
+        self.router = Projection(kernels, memory, F32, (experts, d), "router", bias=bias).linear
+        self.norm = norm_of(GuardedPool(), d)[1]
+
+    def alone(self, x, residual, chosen=None, weights=None):
+        """Routes, h and x of one row, by the launchers for one row."""
+        from worker.gpu import matvec
+
+        pool = GuardedPool()
+        rows = Q8Activations(pool.put(x[None]))
+        if chosen is None:
+            routes = matvec.norm_route(self.kernels, pool, rows.x, self.norm, self.router, self.k)
+        else:
+            routes = Routes(pool.put(chosen[None]), pool.put(weights[None]))
+        h = matvec.glu(self.kernels, pool, rows, self.norm, self.gate, self.up, CLAMPED, routes)
+        y = matvec.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual[None]))
+        return routes, h, y
+
+    def together(self, x, residual, chosen=None, weights=None, active=None):
+        """The same of several rows, grouped by expert; `chosen` replaces the router's choice."""
+        from worker.gpu import decode_experts
+
+        pool = GuardedPool()
+        if active is not None:
+            active = decode_experts.ActiveRows(*(pool.put(array) for array in active))
+        n, routes = decode_experts.norm_route(self.kernels, pool, pool.put(x), self.norm, self.router, self.k, active)
+        if chosen is not None:
+            routes = Routes(pool.put(chosen), pool.put(weights))
+            tiles = decode_experts.group_pairs(self.kernels, pool, routes, self.router.weight.shape[0], active)
+            n = replace(n, tiles=tiles)
+        h = decode_experts.experts_glu(self.kernels, pool, n, routes, self.gate, self.up, CLAMPED)
+        y = decode_experts.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual))
+        pool.check()
+        return routes, h.rows, y
+
+
+def assert_rows_equal(layer, together, x, residual, rows, chosen=None, weights=None):
+    """Each of `rows` has the bits that it has alone."""
+    routes, h, y = together
+    for r in rows:
+        mine = (None, None) if chosen is None else (chosen[r], weights[r])
+        alone_routes, alone_h, alone_y = layer.alone(x[r], residual[r], *mine)
+        pairs = slice(r * layer.k, (r + 1) * layer.k)
+        assert routes.experts.get()[r].tolist() == alone_routes.experts.get()[0].tolist()
+        assert routes.weights.get()[r].tobytes() == alone_routes.weights.get()[0].tobytes()
+        assert h.x.get()[pairs].tobytes() == alone_h.x.get().tobytes()
+        if h.q is not None:
+            assert h.q.get()[pairs].tobytes() == alone_h.q.get().tobytes()
+            assert h.meta.get()[pairs].tobytes() == alone_h.meta.get().tobytes()
+        assert y.get()[r].tobytes() == alone_y.get()[0].tobytes()
+
+
+def inputs_of(rows, d):
+    return rows_of(rows, d) * np.float32(0.3), np.random.default_rng(2).normal(size=(rows, d)).astype(np.float32)
+
+
+SKEWED = (3, 1, 6, 4)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 17, 64])
+@pytest.mark.parametrize("only", [None, SKEWED], ids=["random", "skewed"])
+def test_grouped_experts_have_the_bits_of_each_row_alone(kernels, memory, rows, only):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 8, 4, 96, 64)
+    x, residual = inputs_of(rows, 64)
+    chosen, weights, _ = routes_of(GuardedPool(), rows, 8, 4, only=only)
+    together = layer.together(x, residual, chosen, weights)
+    assert_rows_equal(layer, together, x, residual, range(rows), chosen, weights)
+
+
+BLOCK_KINDS = [kind for kind in QUANT_TYPES if kind.block_size > 1]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [*((kind,) * 3 for kind in BLOCK_KINDS), (F32,) * 3, (Q8_0, MXFP4, Q8_0), (MXFP4, MXFP4, F32)],
+    ids=lambda kinds: "-".join(kind.name for kind in kinds),
+)
+def test_rows_choose_and_compute_their_experts_as_each_does_alone(kernels, memory, kinds):
+    layer = Layer(kernels, memory, kinds, 5, 3, 256, 256, bias=False)
+    x, residual = inputs_of(7, 256)
+    assert_rows_equal(layer, layer.together(x, residual), x, residual, range(7))
+
+
+@pytest.mark.parametrize(("f", "d"), [(128, 2880), (2880, 96), (64, 512), (64, 544), (32, 1056)])
+def test_grouped_experts_of_any_length_of_rows(kernels, memory, f, d):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 6, 2, f, d)
+    x, residual = inputs_of(11, d)
+    assert_rows_equal(layer, layer.together(x, residual), x, residual, range(11))
+
+
+@pytest.mark.parametrize("positions", [(4, -1, 0, 7), (-1, -1, -1, -1)])
+def test_inactive_rows_are_in_no_group_and_get_zeros(kernels, memory, positions):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 8, 4, 64, 96)
+    x, residual = inputs_of(5, 96)
+    slots = np.array([3, -1, 1, 0, 2], np.int32)
+    positions = np.array(positions, np.int32)
+    chosen, weights, _ = routes_of(GuardedPool(), 5, 8, 4)
+    together = layer.together(x, residual, chosen, weights, (slots, positions))
+    active = [r for r in range(5) if slots[r] >= 0 and positions[slots[r]] >= 0]
+    assert_rows_equal(layer, together, x, residual, active, chosen, weights)
+    rest = [r for r in range(5) if r not in active]
+    assert not together[2].get()[rest].any()
+    assert np.isnan(together[1].x.get().reshape(5, -1)[rest]).all()  # not written
+
+
+@pytest.mark.parametrize(("rows", "experts", "k"), [(2, 32, 4), (9, 8, 4), (40, 3, 2), (64, 70, 1), (33, 200, 8)])
+def test_pairs_are_sorted_by_expert_and_cut_into_tiles(kernels, rows, experts, k):
+    from worker.gpu.decode_experts import group_pairs
+
+    pool = GuardedPool()
+    chosen, _, routes = routes_of(pool, rows, experts, k)
+    tiles = group_pairs(kernels, pool, routes, experts)
+    pool.check()
+    order, flat = tiles.order.get(), chosen.reshape(-1)
+    assert order.tolist() == np.argsort(flat, kind="stable").tolist()
+    table, at, start = tiles.table.get(), 0, 0
+    for tile in table[table["count"] > 0]:
+        assert (tile["first"], tile["start"]) == (at, start)
+        assert set(flat[order[at : at + tile["count"]]]) == {tile["expert"]}
+        at, start = at + tile["count"], start + 8 + tile["count"]
+    assert at == rows * k
+    used = sum(-(-np.bincount(flat) // 8))
+    assert set(table["count"][used:]) == {0}
+    assert set(table["start"][used:]) == {start}
