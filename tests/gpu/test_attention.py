@@ -111,6 +111,7 @@ class Bench:
     kernels: object
     memory: object
     processors: int = 132
+    slots: int = 3
 
     def __post_init__(self):
         from worker.gpu.attention import AttentionLauncher
@@ -119,7 +120,7 @@ class Bench:
         self.pool = GuardedPool()
         self.cache = KvCache(self.memory, self.scene.hp, BLOCKS)
         self.cache.array.view(np.uint8).fill(0xFF)
-        self.launcher = AttentionLauncher(self.memory, self.cache, 3, self.processors)
+        self.launcher = AttentionLauncher(self.memory, self.cache, self.slots, self.processors)
         self.spec = self.scene.spec(self.pool.put)
         self.table = self.pool.put(self.scene.table)
 
@@ -129,10 +130,14 @@ class Bench:
         y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, chunk)
         return values_of(y, q.shape[1])
 
-    def decode(self, positions):
+    def decode(self, positions, row_slots=None):
+        """y of a step; `positions` are those of the slots, which all have the scene's table."""
         at = np.asarray(positions, np.int32)
-        q, k, v = (self.pool.put(x[at]) for x in (self.scene.q, self.scene.k, self.scene.v))
-        state = DeviceState(self.pool.put(at), self.pool.put(np.tile(self.scene.table, (len(at), 1))))
+        slots = np.arange(len(at), dtype=np.int32) if row_slots is None else np.asarray(row_slots, np.int32)
+        tokens = np.clip(np.where(slots < 0, 0, at[slots]), 0, self.scene.tokens - 1)
+        q, k, v = (self.pool.put(x[tokens]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        tables = np.tile(self.scene.table, (len(at), 1))
+        state = DeviceState(self.pool.put(slots), self.pool.put(at), self.pool.put(tables))
         self.rows = self.launcher.decode(self.kernels, self.pool, q, k, v, self.spec, state)
         return self.rows.x.get()
 
@@ -159,6 +164,7 @@ class Chunk:
 
 @dataclass
 class DeviceState:
+    row_slots: object
     positions: object
     tables: object
 
@@ -263,6 +269,28 @@ def test_decode_of_several_sequences_gives_each_the_bits_that_it_gets_alone(kern
         alone = Bench(scene, kernels, memory)
         alone.fill(400)
         assert np.array_equal(alone.decode([position])[0].view(np.uint32), got[row].view(np.uint32))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inactive_rows_write_zeros_and_no_keys_or_values(kernels, memory, shape):
+    bench = Bench(Scene(shape, 300), kernels, memory, slots=4)
+    bench.fill(290)
+    before = bench.cache.array.get().view(np.uint16)
+    beyond = len(bench.scene.table) * KV_BLOCK
+    assert (bench.decode([-1, 290, beyond, -7], row_slots=[0, -1, 3, 2]) == 0).all()
+    assert not bench.rows.q.get().any()
+    assert not bench.rows.meta.get().any()
+    assert np.array_equal(bench.cache.array.get().view(np.uint16), before)
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+def test_an_inactive_sequence_alone_writes_no_keys_or_values(kernels, memory, shape):
+    bench = Bench(Scene(shape, 30), kernels, memory, slots=1)
+    bench.fill(30)
+    before = bench.cache.array.get().view(np.uint16)
+    bench.decode([-1])
+    assert np.array_equal(bench.cache.array.get().view(np.uint16), before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,7 +1,8 @@
 """Launchers of RoPE, KV writes and attention: FlashAttention in prefill, split KV in decode.
 
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
-`rope_kv.cu`, `attention_prefill.cu`, `attention_decode.cu`. Twin: `worker/cpu/attention.py`.
+`rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, `attention_items.cu` and
+`attention_rows.cu` for several. Twin: `worker/cpu/attention.py`.
 """
 
 from collections.abc import Mapping
@@ -37,6 +38,10 @@ _WIDE_DIM, _WIDE_GROUP = 64, 5  # wide blocks: heads of this size in groups of a
 _DECODE_BLOCKS = 264  # blocks of one sequence's decode grid: two per multiprocessor of an H100
 _MAX_DECODE_SPLITS = 64
 
+_ROWS_THREADS = 256  # of a block that computes splits of several rows
+_RING_SLOTS = 2  # KV blocks that a warp copies ahead
+_ITEMS_THREADS = 256
+
 DEFINES: Mapping[str, int] = {
     "KV_BLOCK": KV_BLOCK,
     "QUERY_TILE": _QUERY_TILE,
@@ -50,6 +55,9 @@ DEFINES: Mapping[str, int] = {
     "DECODE_WIDE_DIM": _WIDE_DIM,
     "DECODE_WIDE_GROUP": _WIDE_GROUP,
     "MAX_DECODE_SPLITS": _MAX_DECODE_SPLITS,
+    "ROWS_THREADS": _ROWS_THREADS,
+    "RING_SLOTS": _RING_SLOTS,
+    "ITEMS_THREADS": _ITEMS_THREADS,
 }
 FIXED_ORDERS: Mapping[str, str] = {
     "attention_segment": f"online softmax over {_SEGMENT} positions, segments oldest first",
@@ -61,8 +69,10 @@ _FLAGS = ("false", "true")
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in HEAD_DIMS for split in _FLAGS),
     *(("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>") for dim in HEAD_DIMS for adjacent in _FLAGS),
+    ("attention_items.cu", "attention_items"),
     *(
-        ("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")
+        (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")
+        for kernel in ("attention_decode", "attention_rows")
         for dim in HEAD_DIMS
         for group in range(1, _MAX_GROUP + 1)
         for adjacent in _FLAGS
@@ -84,19 +94,31 @@ def decode_splits(spec: Attention) -> int:
     return min(_MAX_DECODE_SPLITS, max(1, _DECODE_BLOCKS // (spec.n_heads // group_size(spec))))
 
 
+def decode_partial_bytes(dim: int) -> int:
+    """Upper bound of the partial results of a decode row."""
+    return 4 * _DECODE_BLOCKS * _MAX_GROUP * (dim + 4)
+
+
+def decode_tile(spec: Attention) -> int:
+    """The positions of a tile in decode: kTile of the kernels."""
+    return 256 if spec.head_dim == _WIDE_DIM else _DECODE_WARPS * KV_BLOCK
+
+
 class AttentionLauncher:
-    """Attention of all layers of a model, for at most `sequences` sequences in a decode step.
+    """Attention of all layers of a model, for at most `slots` rows in a decode step.
 
     `processors` is the device's number of multiprocessors. It shapes the grid of split chunks and
     changes no bit of a result.
     """
 
-    def __init__(self, memory: DeviceMemory, cache: KvCache, sequences: int, processors: int) -> None:
+    def __init__(self, memory: DeviceMemory, cache: KvCache, slots: int, processors: int) -> None:
         self._memory = memory
         self._cache = cache
-        self._sequences = sequences
+        self._slots = slots
         self._processors = processors
         self._ropes: dict[int, tuple[Rope, DeviceArray, DeviceArray]] = {}
+        self._most_rows = 1 << (slots - 1).bit_length()  # of a step: graphs have a power of two
+        self._work_lists: dict[int, tuple[int, DeviceArray]] = {}
         self._decode_scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray]] = {}
         self._prefill_scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray, int]] = {}
 
@@ -147,22 +169,55 @@ class AttentionLauncher:
         spec: Attention,
         state: StepState,
     ) -> Q8Activations:
-        """Write k, v to the cache and return y [S, H·D] of one token per sequence, f32 and q8."""
+        """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8 rows.
+
+        Row r is the next token of slot `state.row_slots[r]`; inactive rows return zeros and write
+        no keys or values. With one slot, row 0 is slot 0.
+        """
         dim, group = check_head_dim(spec.head_dim), group_size(spec)
-        keys, values = self._cache.layer(spec.layer)
-        partials, arrivals = self._decode_split(spec, group)
+        rows, stored = len(q), self._stored_splits(spec, state)
+        partials, arrivals = self._decode_split(spec, group, stored)
         y = empty_q8(pool, *q.shape)
-        kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {_FLAGS[spec.rope.adjacent]}>")(
-            (decode_splits(spec), spec.n_heads // group, len(q)),
-            (32 * (_WIDE_WARPS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_WARPS),),
-            (
-                *(y.x, y.q, y.meta, q, k, v, keys, values, *self._rope(spec.rope)),
-                *(state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
-                *(partials, arrivals, np.int32(spec.n_heads), np.int32(spec.n_kv_heads), np.int32(spec.window)),
-            ),
+        adjacent, heads = _FLAGS[spec.rope.adjacent], (np.int32(spec.n_heads), np.int32(spec.n_kv_heads))
+        inputs = (y.x, y.q, y.meta, q, k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope))
+        tables = (state.tables, np.int32(state.tables.shape[1]), _sinks(spec))
+        scratch = (partials, arrivals, *heads, np.int32(spec.window))
+        if rows == 1:
+            row_slots = None if self._slots == 1 else state.row_slots
+            kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")(
+                (decode_splits(spec), spec.n_heads // group, 1),
+                (32 * (_WIDE_WARPS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_WARPS),),
+                (*inputs, row_slots, state.positions, *tables, *scratch),
+                pdl=True,
+            )
+            return y
+        work = self._work_list(kernels, spec, state, rows, stored)
+        kernels.get("attention_rows.cu", f"attention_rows<{dim}, {group}, {adjacent}>")(
+            (min(_rows_blocks(dim, group) * self._processors, rows * stored * spec.n_heads // group),),
+            (_ROWS_THREADS,),
+            (*inputs, work, *tables, *scratch, np.int32(decode_splits(spec)), np.int32(stored)),
+            shared_mem=_ROWS_THREADS // 32 * _RING_SLOTS * 4 * KV_BLOCK * dim,
             pdl=True,
         )
         return y
+
+    def _work_list(self, kernels: Launcher, spec: Attention, state: StepState, rows: int, stored: int) -> DeviceArray:
+        """The splits of a step: written by the first layer with its window, for all such layers."""
+        if spec.window not in self._work_lists:
+            slab = self._memory.reserve(8 * (1 + self._most_rows * stored), Purpose.WORKSPACE)
+            self._work_lists[spec.window] = spec.layer, slab.array((1 + self._most_rows * stored, 2), np.int32)
+        layer, work = self._work_lists[spec.window]
+        if spec.layer == layer:
+            sizes = rows, state.tables.shape[1], spec.window, decode_tile(spec), decode_splits(spec)
+            kernels.get("attention_items.cu", "attention_items")(
+                (1,), (_ITEMS_THREADS,), (work, state.row_slots, state.positions, *map(np.int32, sizes)), pdl=True
+            )
+        return work
+
+    def _stored_splits(self, spec: Attention, state: StepState) -> int:
+        """The number of splits that the longest context can need."""
+        positions = int(state.tables.shape[1]) * KV_BLOCK
+        return min(decode_splits(spec), -(-positions // decode_tile(spec)))
 
     def _rope(self, rope: Rope) -> tuple[DeviceArray, DeviceArray, np.int32]:
         """The device copy of a Rope's tables, uploaded on first use and shared by the layers."""
@@ -195,13 +250,17 @@ class AttentionLauncher:
         layers = max(4, _BLOCKS_PER_PROCESSOR * self._processors // (tiles * spec.n_heads))
         return *self._prefill_scratch[key], min(segments, layers)
 
-    def _decode_split(self, spec: Attention, group: int) -> tuple[DeviceArray, DeviceArray]:
-        """Partial results (partial_floats of softmax_parts.cuh each) and arrival counters."""
+    def _decode_split(self, spec: Attention, group: int, stored: int) -> tuple[DeviceArray, DeviceArray]:
+        """Partial results (partial_floats of softmax_parts.cuh each) and arrival counters.
+
+        A single row has a partial result for each split, several rows for those a context can need.
+        """
         key = (spec.n_heads, spec.head_dim, group)
         if key not in self._decode_scratch:
-            counters = self._sequences * spec.n_heads // group
+            groups = spec.n_heads // group
             floats = -(-group * (spec.head_dim + 2) // 4) * 4
-            self._decode_scratch[key] = self._scratch(4 * counters * decode_splits(spec) * floats, counters)
+            results = max(decode_splits(spec), self._most_rows * stored if self._most_rows > 1 else 0)
+            self._decode_scratch[key] = self._scratch(4 * groups * results * floats, groups * self._most_rows)
         return self._decode_scratch[key]
 
     def _scratch(self, nbytes: int, counters: int) -> tuple[DeviceArray, DeviceArray]:
@@ -217,6 +276,11 @@ def check_head_dim(dim: int) -> int:
     if dim not in HEAD_DIMS:
         raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", "64, 96 or 128")
     return dim
+
+
+def _rows_blocks(dim: int, group: int) -> int:
+    """Blocks of attention_rows that fit on a multiprocessor: rows_blocks_of in kv_ring.cuh."""
+    return 2 if dim == 64 or (dim, group) == (96, 1) else 1
 
 
 def _sinks(spec: Attention) -> DeviceArray | None:

@@ -9,13 +9,15 @@
 // (worker/gpu/attention.py: decode_splits), so the order of the sums depends on the position alone,
 // never on the device.
 //
-// Inputs: q [S, H·D], k, v [S, Hk·D] f32; caches as in kv_cache.cuh; positions [S] i32; tables [S,
-// table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
-// Outputs: y [S, H·D] f32, and the same rows quantized as q8, meta (q8_activations.cuh); the new key and
-// value.
-// Scratch: partials, S·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, S·(H/GROUP) u32,
+// Inputs: q [R, H·D], k, v [R, Hk·D] f32; caches as in kv_cache.cuh; row_slots [R] i32, or null: row
+// r is slot r; of the slots, positions [S] i32 and tables [S, table_stride] i32; cos, sin [context,
+// dims/2] f32; sinks [H] f32 or null.
+// Outputs: y [R, H·D] f32, and the same rows quantized as q8, meta (q8_activations.cuh); the new key and
+// value. A row is inactive if its slot or the slot's position is negative, or if the position lies
+// beyond the table: nothing is written for it.
+// Scratch: partials, R·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, R·(H/GROUP) u32,
 // zero before and after each launch.
-// Grid (G, H/GROUP, S), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
+// Grid (G, H/GROUP, R), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
 // computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at
 // once; those of a block's first tile are loaded before the wait (pdl.cuh).
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
@@ -24,49 +26,17 @@
 // tests/quantized_ops.py.
 #include "arrival.cuh"
 #include "decode_heads.cuh"
+#include "decode_splits.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
-
-// Warps of a block, KV blocks of a tile for each warp, and blocks of a multiprocessor. Two blocks
-// of a multiprocessor let one start beside the preceding product's blocks and load its keys and
-// values while those still run. Groups of more than 4 heads use 16 warps: they add more per
-// position in a long context.
-__host__ __device__ constexpr bool is_wide(int head_dim, int group) {
-    return head_dim == DECODE_WIDE_DIM && group >= DECODE_WIDE_GROUP;
-}
-__host__ __device__ constexpr int warps_of(int head_dim, int group) {
-    return is_wide(head_dim, group) ? DECODE_WIDE_WARPS : DECODE_WARPS;
-}
-__host__ __device__ constexpr int kv_blocks_of(int head_dim, int group) {
-    return head_dim == DECODE_WIDE_DIM && !is_wide(head_dim, group) ? 2 : 1;
-}
-__host__ __device__ constexpr int blocks_of(int head_dim, int group) {
-    return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
-}
-
-// The tiles of a sequence that this block computes: of `tiles` from the tile `first` on, those that
-// lie `mine` after it, `splits` apart (splits = G).
-struct SplitTiles {
-    int newest, oldest, first, tiles, splits, mine;
-
-    __device__ __forceinline__ SplitTiles(int position, int window, int tile)
-        : newest(position), oldest(window && position >= window ? position - window + 1 : 0), first(oldest / tile),
-          tiles(newest / tile - first + 1), splits(gridDim.x) {
-        const int offset = blockIdx.x - (first < splits ? first : first % splits);
-        mine = offset < 0 ? offset + splits : offset;
-    }
-    __device__ __forceinline__ bool has_newest() const {
-        return tiles <= splits ? mine == tiles - 1 : (tiles - 1 - mine) % splits == 0;
-    }
-    __device__ __forceinline__ bool sees(int start) const { return start <= newest && start + kKvBlock > oldest; }
-};
 
 template <int D, int GROUP, bool ADJACENT>
 __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     attention_decode(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                      unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
-                     const int* positions, const int* tables, int table_stride, const float* sinks, float* partials,
-                     unsigned int* arrivals, int n_heads, int n_kv_heads, int window) {
+                     const int* row_slots, const int* positions, const int* tables, int table_stride,
+                     const float* sinks, float* partials, unsigned int* arrivals, int n_heads, int n_kv_heads,
+                     int window) {
     constexpr int kPartial = partial_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
     constexpr int kBlocks = kv_blocks_of(D, GROUP), kOfWarp = kBlocks * kKvBlock, kTile = kWarps * kOfWarp;
     static_assert(GROUP <= kWarps, "combine computes the weights of a head in one warp");
@@ -78,10 +48,14 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     __shared__ __align__(16) unsigned short new_key[D], new_value[D];
     const int sequence = blockIdx.z, head = blockIdx.y * GROUP, kv_head = head / (n_heads / n_kv_heads);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const SplitTiles tiles(positions[sequence], window, kTile);
+    // row_slots, positions and tables may be read before the wait: a graph holds one step, and they
+    // are written before it, by a copy or the preceding step's sampler (pdl.cuh, rule 1).
+    const int slot = row_slots ? row_slots[sequence] : sequence, position = slot < 0 ? -1 : positions[slot];
+    if ((unsigned int)position >= (unsigned int)(table_stride * kKvBlock)) return;
+    const SplitTiles tiles = SplitTiles::of_split(position, window, kTile, gridDim.x, blockIdx.x);
     if (tiles.mine >= tiles.tiles) return;
     const int newest = tiles.newest;
-    const int* table = tables + (size_t)sequence * table_stride;
+    const int* table = tables + (size_t)slot * table_stride;
     const auto start_of = [&](int tile, int i) {
         return (tiles.first + tile) * kTile + warp * kOfWarp + i * kKvBlock;
     };
@@ -109,7 +83,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, newest, rope);
     }
     if (element >= 0) key_rotation = rotation_of<ADJACENT>(element, newest, rope);
-    const size_t slot = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
+    const size_t new_row = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
     launch_dependents();
     grid_dependency_wait();
     if (rotates) {
@@ -131,8 +105,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     if (element >= 0) {
         const size_t at = ((size_t)sequence * n_kv_heads + kv_head) * D;
         const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
-        k_cache[slot + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
-        v_cache[slot + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
+        k_cache[new_row + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
+        v_cache[new_row + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
     }
     __syncthreads();
 
@@ -155,10 +129,11 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     if (warp < warps) heads.store_partial(warp_partials[warp], GROUP);
     __syncthreads();
 
-    const int active = min(tiles.tiles, tiles.splits);
-    const size_t first = (size_t)sequence * n_heads * D, group = (size_t)sequence * gridDim.y + blockIdx.y;
+    const int active = tiles.active();
+    const size_t first = (size_t)sequence * n_heads * D;
     const float* sink = sinks ? sinks + head : nullptr;
     const FinalRows result = {y + first, q8 + first, meta + first / 32, sink, head * D, n_heads * D};
+    const size_t group = (size_t)sequence * gridDim.y + blockIdx.y;
     if (active == 1) {
         combine<D, GROUP>(warp_partials[0], warps, weights.warps, result);
         return;

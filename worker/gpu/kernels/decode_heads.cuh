@@ -76,6 +76,8 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
             if (start + value_row(t) == newest) load_value(t, value);
     }
 
+    __device__ __forceinline__ void load_values() const {}  // `load` has loaded them
+
     // The 32-bit word that holds the lane's element of tile j in its value row t.
     __device__ __forceinline__ unsigned int word(int t, int j) const {
         if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
@@ -112,9 +114,10 @@ struct Heads {
         for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
     }
 
-    // Add the positions of one KV block; at least one of them is visible.
-    __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest,
-                                           int newest) {
+    // Add the positions of one KV block; at least one of them is visible. Kv: KvFragments<D>, or a
+    // derived class that loads its values between the two products.
+    template <class Kv>
+    __device__ __forceinline__ void attend(Kv& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
         const int c = threadIdx.x % 4;
         float weights[2][2], scores[2][4] = {}, highest = peak;
 #pragma unroll
@@ -148,6 +151,7 @@ struct Heads {
                 total = t + e == 0 ? fmaf(total, scale, weight) : __fadd_rn(total, weight);
             }
         }
+        kv.load_values();
         unsigned int a[4];
         split_pair(weights[0][0], weights[0][1], a[0], a[1]);
         split_pair(weights[1][0], weights[1][1], a[2], a[3]);

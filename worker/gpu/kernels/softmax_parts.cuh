@@ -46,21 +46,32 @@ struct FinalRows {
         const float4 quads[] = {sum};
         store_quantized(quads, real ? column + at : cols, cols, q8, meta);
     }
+    // Zeros instead, for an inactive row. Called by all threads of a block.
+    template <int D, int GROUP>
+    __device__ __forceinline__ void store_zeros() const {
+#pragma unroll 1
+        for (int at = column + 4 * threadIdx.x; at < column + GROUP * D; at += 4 * blockDim.x) {
+            *reinterpret_cast<float4*>(y + at) = make_float4(0.f, 0.f, 0.f, 0.f);
+            *reinterpret_cast<u32*>(q8 + at % 32 / 16 * (cols / 2) + at / 32 * 16 + at % 16) = 0;
+            if (at % 32 == 0) meta[at / 32] = {0.f, {0, 0}};
+        }
+    }
 };
 
 // Add `n` ≤ MAX partial results. Call from all threads of a synchronized block of at least
 // GROUP·D/4 threads and GROUP warps: four elements a thread; one warp computes the weights of one
-// head, preferably a warp without elements.
-template <int D, int GROUP, int MAX, class Target>
+// head, preferably a warp without elements. FIRST partial results are loaded while the weights are
+// computed.
+template <int D, int GROUP, int FIRST = 16, int MAX, class Target>
 __device__ __forceinline__ void combine(const float* partials, int n, float (*weights)[MAX], const Target target) {
-    constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < 16 ? MAX : 16;
+    constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < FIRST ? MAX : FIRST;
     constexpr int kAdding = (GROUP * D / 4 + 31) / 32;  // warps
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = 4 * threadIdx.x;
     const int g = warp < kAdding ? warp - kAdding + blockDim.x / 32 : warp - kAdding;
     const bool real = at < GROUP * D;
     const auto quad = [=](int i) { return *reinterpret_cast<const float4*>(partials + i * kPartial + at); };
     float2 ends[kEach];
-    float4 first[kFirst];  // loaded while the weights are computed
+    float4 first[kFirst];
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
         const int i = lane + 32 * j;
