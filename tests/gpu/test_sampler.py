@@ -9,48 +9,79 @@ from __future__ import annotations
 import math
 from functools import reduce
 from operator import add
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from worker.cpu.sampler import Sampler
 from worker.errors import Internal
-from worker.ops import Batch, Phase
 from worker.sampling import DrawRequest, Sampling
+
+NO_LIMIT = 2**31 - 1
 
 
 class Bench:
-    """A sampler for one vocabulary and one sequence."""
+    """A sampler for one vocabulary, and the state of some slots."""
 
-    def __init__(self, kernels, memory, size, padding=(), ends=(), processors=None):
+    def __init__(self, kernels, memory, size, padding=(), ends=(), processors=None, slots=1, rows=None):
         import cupy
 
+        from worker.gpu.memory import Purpose
         from worker.gpu.sampler import SamplerLauncher
-        from worker.gpu.state import StepState
+        from worker.gpu.state import ENDS, REQUEST
+
+        def array(*shape, dtype=np.int32):
+            slab = memory.reserve(math.prod(shape) * np.dtype(dtype).itemsize, Purpose.WORKSPACE)
+            made = slab.array(shape, dtype)
+            made.fill(-1 if dtype == np.int32 else 0)
+            return made
 
         self.kernels, self.cupy = kernels, cupy
         self.emulated = cupy.cuda.Device().attributes["MultiProcessorCount"] == 1
         processors = processors or cupy.cuda.Device().attributes["MultiProcessorCount"]
-        self.state = StepState(memory, 1, 4)
-        self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=1, processors=processors)
+        requests = array(slots, REQUEST.itemsize, dtype=np.uint8)
+        self.state = SimpleNamespace(tokens=array(slots), positions=array(slots), requests=requests)
+        self.state.ends, self.state.limits = array(slots, ENDS), array(slots)
+        self.row_slots = array(rows or slots)
+        self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=slots, processors=processors, rows=rows)
         self.twin = Sampler(size, padding, ends)
 
+    def start(self, slot, request, position=10, ends=(), limit=NO_LIMIT):
+        """Begin a sequence in a slot."""
+        from worker.gpu.state import ENDS, REQUEST, pack
+
+        packed = np.array([pack(request)], REQUEST).view(np.uint8)
+        padded = np.array([*ends, *[-1] * (ENDS - len(ends))], np.int32)
+        values = ((self.state.positions, position), (self.state.requests, packed), (self.state.limits, limit))
+        for array, value in (*values, (self.state.ends, padded)):
+            array[slot : slot + 1].set(np.asarray(value, array.dtype).reshape(array[slot : slot + 1].shape))
+        self.sampler.load(slot, request, self.cupy.cuda.get_current_stream())
+
+    def launch(self, logits, row_slots):
+        """Draw for rows of slots: the raw results, and their ids."""
+        from worker.gpu.sampler import DRAWN
+
+        self.row_slots[: len(row_slots)].set(np.array(row_slots, np.int32))
+        self.sampler.drawn.fill(0x55)
+        device_logits = self.cupy.asarray(np.asarray(logits, np.float32))
+        self.sampler.launch(self.kernels, device_logits, self.state, self.row_slots[: len(row_slots)])
+        raw = self.sampler.drawn.get()[: len(row_slots)]
+        return raw, raw.view(DRAWN)["id"][:, 0].tolist()
+
     def draw(self, logits, request, position=10):
-        from worker.gpu.sampler import unpack
+        self.start(0, request, position)
+        return self.again(logits, request)
 
-        stream = self.cupy.cuda.get_current_stream()
-        at = np.array([position], np.int32)
-        batch = Batch(Phase.DECODE, at, at, (np.zeros(1, np.int32),), np.zeros(1, np.int32))
-        self.state.load(batch, [request], stream)
-        self.sampler.load(0, request, stream)
-        return self.again(logits, request, unpack)
-
-    def again(self, logits, request, unpack=None):
+    def again(self, logits, request):
         """Draw from the state after the last draw."""
         from worker.gpu.sampler import unpack
 
         self.sampler.launch(self.kernels, self.cupy.asarray(logits)[None], self.state)
         return unpack(self.sampler.drawn.get()[0], request)
+
+    def positions(self):
+        return self.state.positions.get().tolist()
 
 
 def random_case(rng, size):
@@ -176,3 +207,160 @@ def test_a_padding_row_of_nan_is_ignored(kernels, memory):
     logits[319] = np.nan
     request = DrawRequest(Sampling(temperature=0), 0, [1], [])
     assert bench.draw(logits, request).id == 0
+
+
+ROWS = (2, 3, 8, 64)
+
+
+def random_rows(rng, size, rows):
+    requests = [random_case(rng, size) for _ in range(rows)]
+    return requests, np.stack([random_logits(rng, size) for _ in range(rows)])
+
+
+@pytest.mark.parametrize(("size", "launches"), [(5, 2), (320, 3), (3001, 2), (20000, 1)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_of_one_launch_equal_the_twin_and_launches_of_their_own(kernels, memory, rows, size, launches):
+    from worker.gpu.sampler import unpack
+
+    rng = np.random.default_rng(size * rows)
+    padding, ends = ({size - 1}, rng.integers(0, size, 3).tolist()) if size > 10 else ((), [1])
+    bench = Bench(kernels, memory, size, padding, ends, slots=rows + 1, rows=rows)
+    alone = Bench(kernels, memory, size, padding, ends)
+    for _ in range(launches):
+        requests, logits = random_rows(rng, size, rows)
+        slots = rng.permutation(rows + 1)[:rows].tolist()
+        for slot, request in zip(slots, requests, strict=True):
+            bench.start(slot, request)
+        for row, raw in enumerate(bench.launch(logits, slots)[0]):
+            draw = unpack(raw, requests[row])
+            same(draw, bench.twin.draw(logits[row], requests[row]))
+            assert draw == alone.draw(logits[row], requests[row])
+            assert int(bench.state.tokens.get()[slots[row]]) == draw.id
+
+
+def hard_logits():
+    """Rows whose selections need every way of `row_select.cuh`."""
+    rng, size = np.random.default_rng(8), 20000
+    near = (np.arange(size) % 7001 * 1e-13).astype(np.float32)  # almost equal, several times each
+    flat = (rng.normal(size=size) * 1e-4).astype(np.float32)
+    spread = np.where(np.arange(size) == 77, 300, -np.arange(size, dtype=np.float32) / 100).astype(np.float32)
+    steps = np.round(rng.normal(size=size)).astype(np.float32)
+    infinite = np.where(rng.integers(2, size=size) == 0, -np.inf, flat).astype(np.float32)
+    return [np.zeros(size, np.float32), near, rng.permutation(near), flat, spread, steps, infinite]
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 3000}, {"top_p": 0.4}, {"top_k": 9000, "top_p": 0.7, "min_p": 0.1}, {}])
+def test_selections_among_equal_almost_equal_and_distant_logits(kernels, memory, changes):
+    from worker.gpu.sampler import unpack
+
+    logits = np.stack(hard_logits())
+    rows, size = logits.shape
+    bench, alone = (Bench(kernels, memory, size, slots=slots) for slots in (rows, 1))
+    requests = [DrawRequest(Sampling(seed=row, logprobs=20, **changes), 5, [], []) for row in range(rows)]
+    for row, request in enumerate(requests):
+        bench.start(row, request)
+    for row, raw in enumerate(bench.launch(logits, range(rows))[0]):
+        assert unpack(raw, requests[row]) == alone.draw(logits[row], requests[row]), row
+
+
+@pytest.mark.parametrize("rows", [1, *ROWS])
+def test_rows_without_an_active_slot_draw_nothing_and_write_nothing(kernels, memory, rows):
+    from worker.gpu.sampler import INACTIVE
+
+    bench = Bench(kernels, memory, 320, slots=rows + 1, rows=rows)
+    logits, greedy = np.full((rows, 320), np.nan), DrawRequest(Sampling(temperature=0), 0, [], [])
+    for slot in range(rows + 1):
+        bench.start(slot, greedy, position=-1 if slot < rows else 10)
+    before = {name: array.get() for name, array in vars(bench.state).items()}
+    slots = [-1 if row % 2 else row for row in range(rows)]
+    assert bench.launch(logits, slots)[1] == [INACTIVE] * rows
+    for name, array in vars(bench.state).items():
+        np.testing.assert_array_equal(array.get(), before[name])
+    logits[-1] = np.arange(320)
+    assert bench.launch(logits, [*slots[:-1], rows])[1] == [INACTIVE] * (rows - 1) + [319]
+    assert bench.positions() == [-1] * rows + [11]
+
+
+@pytest.mark.parametrize("rows", [1, *ROWS])
+def test_a_slot_ends_with_an_end_id_or_at_its_limit(kernels, memory, rows):
+    from worker.gpu.sampler import INACTIVE
+
+    bench = Bench(kernels, memory, 320, slots=rows)
+    for slot in range(rows):  # slot s draws id s, and ends with it if s is odd, at its second token if even
+        ends = [*range(100, 115), slot] if slot % 2 else [300, slot + 1]
+        bench.start(slot, DrawRequest(Sampling(temperature=slot % 3, top_k=1), 0, [], []), ends=ends, limit=12)
+    logits = np.eye(rows, 320) * 50
+    assert bench.launch(logits, range(rows))[1] == list(range(rows))
+    assert bench.positions() == [-1 if slot % 2 else 11 for slot in range(rows)]
+    assert bench.launch(logits, range(rows))[1] == [INACTIVE if slot % 2 else slot for slot in range(rows)]
+    assert bench.positions() == [-1] * rows
+    assert bench.launch(logits, range(rows))[1] == [INACTIVE] * rows
+
+
+@pytest.mark.parametrize("rows", [1, *ROWS])
+def test_a_row_that_is_not_finite_stops_its_slot_only(kernels, memory, rows):
+    from worker.gpu.sampler import NOT_FINITE
+
+    bench = Bench(kernels, memory, 320, slots=rows)
+    for slot in range(rows):
+        sampling = Sampling(temperature=slot % 2, top_k=1, logprobs=2 if slot % 4 < 2 else None)
+        bench.start(slot, DrawRequest(sampling, 0, [], []))
+    logits = np.eye(rows, 320) * 50
+    broken = [row for row in range(rows) if row % 3 == 0]
+    logits[broken, 200] = [np.nan if row % 2 else np.inf for row in broken]
+    assert bench.launch(logits, range(rows))[1] == [NOT_FINITE if row in broken else row for row in range(rows)]
+    assert bench.positions() == [-1 if slot in broken else 11 for slot in range(rows)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_slots_advance_over_many_steps_as_the_twin_does(kernels, memory, rows):
+    from worker.gpu.sampler import unpack
+
+    rng, size = np.random.default_rng(rows), 320
+    bench = Bench(kernels, memory, size, ends=[3], slots=rows)
+    prompts = [rng.integers(0, size, 5).tolist() for _ in range(rows)]
+    samplings = [
+        Sampling(
+            temperature=[0.0, 1.0, 0.7][row % 3],
+            **{"top_p": 0.9, "seed": row, "repetition_penalty": 1.2 if row % 4 else 1.0, "frequency_penalty": 0.3},
+            **{"penalize_prompt": row % 2 == 0, "logit_bias": {row: 4.0, 9: -3.0, 12: 1.0} if row % 3 else {}},
+            **{"min_tokens": 5, "stop_token_ids": frozenset({12, 13})},
+            logprobs=2 if row % 2 else None,
+        )
+        for row in range(rows)
+    ]
+    generated = [[] for _ in range(rows)]
+    for row in range(rows):
+        bench.start(row, DrawRequest(samplings[row], 0, prompts[row], []))
+    for index in range(12):
+        logits = np.stack([random_logits(rng, size) for _ in range(rows)]).astype(np.float32)
+        requests = [DrawRequest(samplings[row], index, prompts[row], generated[row]) for row in range(rows)]
+        for row, raw in enumerate(bench.launch(logits, range(rows))[0]):
+            draw = unpack(raw, requests[row])
+            same(draw, bench.twin.draw(logits[row], requests[row]))
+            generated[row].append(draw.id)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_forced_id_is_counted_and_ends_its_slot_like_a_drawn_one(kernels, memory, rows):
+    bench = Bench(kernels, memory, 320, slots=rows)
+    sampling = Sampling(temperature=0, frequency_penalty=1.0)
+    for slot in range(rows):
+        bench.start(slot, DrawRequest(sampling, 0, [1], [], forced=77), ends=[77] if slot else [])
+    assert bench.launch(np.full((rows, 320), np.nan), range(rows))[1] == [77] * rows
+    assert bench.positions() == [11, *[-1] * (rows - 1)]
+    assert int(bench.sampler._counts.get()[0, 77]) == 1
+
+
+@pytest.mark.parametrize("count", [3, 1500, 3001])
+def test_any_number_of_ids_can_be_biased(kernels, memory, count):
+    rng, size = np.random.default_rng(count), 3001
+    logits, ids = random_logits(rng, size), rng.permutation(size)[:count]
+    sampling = Sampling(temperature=0, logit_bias={int(i): float(rng.normal() * 9) for i in ids})
+    bench, request = Bench(kernels, memory, size, slots=2), DrawRequest(sampling, 0, [], [])
+    plain = DrawRequest(Sampling(temperature=0), 0, [], [])
+    for requests in ((request, plain), (plain, request), (plain, plain)):  # a list is replaced by the next one
+        for slot in range(2):
+            bench.start(slot, requests[slot])
+        expected = [bench.twin.draw(logits, each).id for each in requests]
+        assert bench.launch([logits, logits], range(2))[1] == expected

@@ -4,7 +4,8 @@ It keeps what a draw depends on besides its request: padding and end masks, toke
 Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,20 @@ from worker.errors import Internal
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
-from worker.gpu.state import REQUEST, PinnedRing, StepState, penalized
-from worker.sampling import Draw, DrawRequest
+from worker.gpu.state import ENDS, REQUEST, PinnedRing, StepState, penalized
+from worker.sampling import Draw, DrawRequest, Sampling
 
 _TOP = 20
 _THREADS = 256
 _SLICES = 128  # of the vocabulary, in sums of log-probabilities; also the most blocks of a launch
+_LISTED = 1024
+"""Biased ids and stop tokens of a slot that need no allocation of their own."""
+_ROW_BLOCKS = 3
+"""Blocks of a launch of several rows on each multiprocessor."""
 _PADDING, _END = 1, 2
+
+NOT_FINITE, INACTIVE = -1, -2
+"""Ids of rows without a draw: the logits were not finite; the row's slot is not active."""
 
 DRAWN = np.dtype(
     [("id", "i4"), ("count", "i4"), ("logprob", "f8"), ("top_logprobs", "f8", _TOP), ("top_ids", "i4", _TOP)]
@@ -36,27 +44,66 @@ _SCRATCH = np.dtype(
 )
 """`GridScratch` of sampling.cuh."""
 
+_BUCKETS, _LISTED_KEYS = 1024, 2048
+_HISTOGRAM = np.dtype([("mass", "u8", _BUCKETS), ("count", "u4", _BUCKETS)])
+_ROW_BOARD = np.dtype(
+    [
+        *(("barrier", "u4", 2), ("id", "i4"), ("listed", "i4"), ("top_listed", "i4"), ("top", "i4", _TOP)),
+        *(("unused", "i4"), ("best", _BEST), ("interval", "u8", 9), ("cut", "u8", 3)),
+        ("shares", [("best", _BEST), ("sums", "u8", 6)], _SLICES),
+        *(("slice_sums", "f8", _SLICES), ("weights", _HISTOGRAM), ("other", _HISTOGRAM)),
+        ("keys", "u8", _LISTED_KEYS),
+    ]
+)
+"""`RowBoard` of row_board.cuh."""
+SPECIAL = np.dtype([("bias", "f8"), ("id", "i4"), ("stop", "i4")])
+"""`Special` of sampling.cuh."""
+_SPECIALS = np.dtype([("list", "u8"), ("count", "i4"), ("unused", "i4")])
+_SLOT_ARRAYS = np.dtype(
+    [
+        *((name, "u8") for name in ("mask", "marks", "specials", "counts", "tokens", "positions", "requests")),
+        *((name, "u8") for name in ("ends", "limits")),
+    ]
+)
+
+ROW_BYTES = _ROW_BOARD.itemsize + DRAWN.itemsize
+"""Device memory of a row."""
+SLOT_BYTES = _LISTED * SPECIAL.itemsize + _SPECIALS.itemsize
+"""Device memory of a slot, besides counts and marks of the vocabulary."""
+
 DEFINES: Mapping[str, int] = {
     "THREADS": _THREADS,
     "TOP": _TOP,
+    "ENDS": ENDS,
     "LOGPROB_SLICES": _SLICES,
     "REQUEST_BYTES": REQUEST.itemsize,
     "DRAWN_BYTES": DRAWN.itemsize,
     "SCRATCH_BYTES": _SCRATCH.itemsize,
+    "ROW_BOARD_BYTES": _ROW_BOARD.itemsize,
+    "ROW_BLOCKS": _ROW_BLOCKS,
+    "SPECIAL_BYTES": SPECIAL.itemsize,
+    "SPECIALS_BYTES": _SPECIALS.itemsize,
+    "SLOT_ARRAYS_BYTES": _SLOT_ARRAYS.itemsize,
 }
 FIXED_ORDERS: Mapping[str, str] = {
     "logprob_slices": f"sums over {_SLICES} slices of the vocabulary, {_THREADS} threads each, slices in order"
 }
 """The orders of sums that `worker.gpu.numerics` reports."""
 
-INSTANTIATIONS: tuple[KernelName, ...] = (("sample.cu", "sample"),)
+INSTANTIATIONS: tuple[KernelName, ...] = (("sample.cu", "sample"), ("sample_rows.cu", "sample_rows"))
 
 
 class SamplerLauncher:
-    """Draws for one vocabulary and at most `sequences` sequences.
+    """Draws for one vocabulary, `sequences` slots and launches of at most `rows` rows.
 
-    `processors` is the device's number of multiprocessors: the blocks of a launch must all be
-    resident. It changes no bit of a result.
+    `processors` is the device's number of multiprocessors: it determines the blocks of a launch and
+    changes no bit of a result.
+
+    Device memory of a slot: counts [V] i32, one bit an id, a list of _LISTED ids. The counts are
+    dense because any number of ids can repeat up to the longest context, and a slot must never wait
+    for memory: 608 KB of Qwen2.5's vocabulary are the KV of 50 tokens. Biases and stop tokens are a
+    sorted list; a longer list than _LISTED ids has an allocation of its own until the slot's next
+    `load`.
     """
 
     def __init__(
@@ -68,63 +115,113 @@ class SamplerLauncher:
         *,
         sequences: int,
         processors: int,
+        rows: int | None = None,
     ) -> None:
-        def array(shape: tuple[int, ...], dtype: Any) -> DeviceArray:
-            return memory.reserve(int(np.prod(shape)) * np.dtype(dtype).itemsize, Purpose.WORKSPACE).array(shape, dtype)
+        def array(shape: tuple[int, ...], dtype: Any, fill: int = 0) -> DeviceArray:
+            made = memory.reserve(math.prod(shape) * np.dtype(dtype).itemsize, Purpose.WORKSPACE).array(shape, dtype)
+            made.fill(fill)
+            return made
 
-        self._vocabulary_mask = np.zeros(vocab_size, np.uint8)
-        self._vocabulary_mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
-        self._vocabulary_mask[[i for i in end_ids if i < vocab_size]] |= _END
-        self._mask = array((sequences, vocab_size), np.uint8)
-        self._mask.set(np.tile(self._vocabulary_mask, (sequences, 1)))
-        self._masked_stops: list[frozenset[int]] = [frozenset()] * sequences
-        """The stop tokens in each row of `_mask`, beside those of the vocabulary."""
+        self._memory = memory
+        self._vocab_size = vocab_size
+        mask = np.zeros(vocab_size, np.uint8)
+        mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
+        mask[[i for i in end_ids if i < vocab_size]] |= _END
+        self._masked = np.flatnonzero(mask)
+        self._mask = array((vocab_size,), np.uint8)
+        self._mask.set(mask)
+        self._marks = array((sequences, -(-vocab_size // 32)), np.uint32)
+        self._marks.set(np.tile(self._packed_marks(()), (sequences, 1)))
+        self._lists = array((sequences, _LISTED * SPECIAL.itemsize), np.uint8)
+        self._specials = array((sequences, _SPECIALS.itemsize), np.uint8)
+        self._loaded: list[dict[int, tuple[float, int, int]]] = [{} for _ in range(sequences)]
+        """The ids in each slot's list, by id."""
+        self._long: list[tuple[DeviceArray, PinnedRing] | None] = [None] * sequences
+        """Lists of more than _LISTED ids, and the buffers that they are uploaded from."""
         self._counts = array((sequences, vocab_size), np.int32)
-        self._bias = array((sequences, vocab_size), np.float64)
         self._scores = array((vocab_size,), np.float64)
         self._weights = array((vocab_size,), np.uint64)
         self._scratch = array((_SCRATCH.itemsize,), np.uint8)
-        self._scratch.fill(0)
-        self.drawn = array((sequences, DRAWN.itemsize), np.uint8)
-        self.drawn.fill(0)
-        self._ring = PinnedRing(vocab_size * 8, slots=1)
-        self._blocks = min(_SLICES, processors)
-        self._vocab_size = vocab_size
+        rows = rows or sequences
+        self._boards = array((rows, _ROW_BOARD.itemsize), np.uint8)
+        self._ticket = array((1,), np.uint32)
+        self.drawn = array((rows, DRAWN.itemsize), np.uint8)
+        self._ring = PinnedRing(max(4 * vocab_size, self._lists[0].nbytes))
+        self._processors = processors
 
-    def load(self, row: int, request: DrawRequest, stream: Any) -> None:
-        """Upload the mask, counts and biases of a sequence, if its draws depend on them."""
+    def load(self, slot: int, request: DrawRequest, stream: Any) -> None:
+        """Upload what the draws of a sequence depend on besides `StepState`: once, when it starts.
+
+        That is its masked stop tokens, its biases, and the counts of `generated` and, if they are
+        penalized, of the prompt's ids. Later draws and forced ids are counted on the device.
+        """
         sampling = request.sampling
-        if request.forced is not None:
-            return
-        stops = sampling.stop_token_ids if request.index < sampling.min_tokens else frozenset[int]()
-        if stops != self._masked_stops[row]:
-            mask = self._vocabulary_mask.copy()
-            mask[list(stops)] |= _END
-            self._ring.upload([(0, mask)], self._mask[row], stream)
-            self._masked_stops[row] = stops
+        self._load_specials(slot, sampling, request.index, stream)
         if penalized(sampling):
             seen = [*request.prompt, *request.generated] if sampling.penalize_prompt else request.generated
             counts = np.bincount(np.asarray(seen, np.int64), minlength=self._vocab_size).astype(np.int32)
-            self._ring.upload([(0, counts)], self._counts[row], stream)
-        if sampling.logit_bias:
-            bias = np.zeros(self._vocab_size)
-            bias[list(sampling.logit_bias)] = list(sampling.logit_bias.values())
-            self._ring.upload([(0, bias)], self._bias[row], stream)
+            self._ring.upload([(0, counts)], self._counts[slot], stream)
 
-    def launch(self, kernels: Launcher, logits: DeviceArray, state: StepState) -> None:
-        """Draw from each row of logits [S, V] f32, into `drawn` and the state's next step."""
-        kernel = kernels.get("sample.cu", "sample")
-        for row in range(len(logits)):
-            kernel(
-                (self._blocks,),
-                (_THREADS,),
-                (
-                    *(logits[row], self._mask[row], self._counts[row], self._bias[row], np.int32(self._vocab_size)),
-                    *(state.tokens[row:], state.positions[row:], state.requests[row], self.drawn[row]),
-                    *(self._scores, self._weights, self._scratch),
-                ),
-                pdl=True,
-            )
+    def _load_specials(self, slot: int, sampling: Sampling, index: int, stream: Any) -> None:
+        """Upload the list of biased ids and stop tokens, if the slot has another list."""
+        stops = sampling.stop_token_ids if index < sampling.min_tokens else frozenset[int]()
+        bias = sampling.logit_bias
+        special = {i: (bias.get(i, 0.0), i, int(i in stops)) for i in sorted({*bias, *stops}) if i < self._vocab_size}
+        if special == self._loaded[slot]:
+            return
+        entries = np.array(list(special.values()), SPECIAL)
+        target, ring, self._long[slot] = self._lists[slot], self._ring, None
+        if len(special) > _LISTED:
+            slab = self._memory.reserve(entries.nbytes, Purpose.WORKSPACE)
+            target, ring = self._long[slot] = slab.array((entries.nbytes,), np.uint8), PinnedRing(entries.nbytes, 1)
+        if special:
+            ring.upload([(0, entries)], target, stream)
+        header = np.array((target.data.ptr, len(special), 0), _SPECIALS)
+        self._ring.upload([(0, header)], self._specials[slot], stream)
+        self._ring.upload([(0, self._packed_marks(special))], self._marks[slot], stream)
+        self._loaded[slot] = special
+
+    def _packed_marks(self, special: Collection[int]) -> np.ndarray[Any, Any]:
+        """Bit i [V / 32 u32]: id i is masked for all slots, or is one of `special`."""
+        bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
+        bits[self._masked] = 1
+        bits[list(special)] = 1
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def launch(
+        self, kernels: Launcher, logits: DeviceArray, state: StepState, row_slots: DeviceArray | None = None
+    ) -> None:
+        """Draw from each row of logits [R, V] f32, into `drawn` [R] and the state's next step.
+
+        Row r belongs to slot `row_slots[r]` ([R] i32 on the device, -1: none), or to slot r without
+        `row_slots`. A row without an active slot is not read; its drawn id is INACTIVE. A slot
+        becomes inactive after one of its `ends`, at its limit, and with NOT_FINITE.
+        """
+        rows = len(logits)
+        row_args = (logits, np.int32(self._vocab_size), row_slots, self._slot_arrays(state), self.drawn)
+        if rows == 1:
+            args = (*row_args, self._scores, self._weights, self._scratch)
+            kernels.get("sample.cu", "sample")((min(_SLICES, self._processors),), (_THREADS,), args, pdl=True)
+        else:
+            kernel = kernels.get("sample_rows.cu", "sample_rows")
+            kernel((self._blocks(rows), rows), (_THREADS,), (*row_args, self._boards, self._ticket), pdl=True)
+
+    def _blocks(self, rows: int) -> int:
+        """Blocks of each row, so that about one wave of blocks covers the device."""
+        return min(_SLICES, max(1, _ROW_BLOCKS * self._processors // rows))
+
+    def _slot_arrays(self, state: StepState) -> np.ndarray[Any, Any]:
+        arrays = (
+            *(self._mask, self._marks, self._specials, self._counts),
+            *(state.tokens, state.positions, state.requests, state.ends, state.limits),
+        )
+        return np.array(tuple(array.data.ptr for array in arrays), _SLOT_ARRAYS)
+
+
+def bytes_per_slot(vocab_size: int) -> int:
+    """Device bytes of a slot and of its row in a launch."""
+    listed = _LISTED * SPECIAL.itemsize + _SPECIALS.itemsize
+    return 4 * vocab_size + 4 * -(-vocab_size // 32) + listed + _ROW_BOARD.itemsize + DRAWN.itemsize
 
 
 def unpack(raw: np.ndarray[Any, Any], request: DrawRequest) -> Draw:

@@ -21,6 +21,7 @@
 // Twin: worker/cpu/sampler.py.
 #include "pdl.cuh"
 #include "sampling.cuh"
+#include "slice_sums.cuh"
 
 // Draw an id by inverse CDF in id order; the one thread that finds it commits it.
 __device__ void draw(const Request& r, const double* scores, u64* weights, double peak, int size, int lo, int hi,
@@ -64,29 +65,9 @@ __device__ void draw(const Request& r, const double* scores, u64* weights, doubl
         if (!(weights[i] >> 63)) continue;
         reached += weights[i] & ~(1ull << 63);
         if (reached > at) {
-            commit(sequence, i, grid);
+            commit(sequence, i, grid->id);
             return;
         }
-    }
-}
-
-// Sum exp(l - raw_best) over each slice of the vocabulary: by thread with stride THREADS, then
-// pairwise over the threads. Blocks take slices b, b + gridDim.x, …, so the sums do not depend on
-// the grid.
-__device__ void sum_slices(const Logits& row, double raw_best, GridScratch* grid) {
-    __shared__ double sums[THREADS];
-    const int t = threadIdx.x, each = (row.size + LOGPROB_SLICES - 1) / LOGPROB_SLICES;
-#pragma unroll 1
-    for (int slice = blockIdx.x; slice < LOGPROB_SLICES; slice += gridDim.x) {
-        const int lo = min(row.size, slice * each), hi = min(row.size, lo + each);
-        sums[t] = 0;
-        for (int i = lo + t; i < hi; i += THREADS) sums[t] = __dadd_rn(sums[t], exp((double)row.raw[i] - raw_best));
-        for (int half = THREADS / 2; half; half /= 2) {
-            __syncthreads();
-            if (t < half) sums[t] = __dadd_rn(sums[t], sums[t + half]);
-        }
-        if (t == 0) grid->slice_sums[slice] = sums[0];
-        __syncthreads();
     }
 }
 
@@ -94,10 +75,10 @@ __device__ void sum_slices(const Logits& row, double raw_best, GridScratch* grid
 // order.
 __device__ void report(const Logits& row, double raw_best, int count, int lo, int hi, Drawn* drawn, GridScratch* grid,
                        SelectScratch& shared) {
-    const int t = threadIdx.x;
-    sum_slices(row, raw_best, grid);
+    sum_slices(row.raw, row.size, raw_best, blockIdx.x, gridDim.x, grid->slice_sums);
 
-    const auto key_of = [=](int i) { return ordered_key(row.raw[i]); };
+    const float* const raw = row.raw;
+    const auto key_of = [=](int i) { return ordered_key(raw[i]); };
     const auto no_mass = [](int) { return 0ull; };
     Cutoff cut = {0, 0, 0};
     if (count > 0 && count < row.size)
@@ -106,35 +87,31 @@ __device__ void report(const Logits& row, double raw_best, int count, int lo, in
         for_each_kept(cut, ThreadRange(lo, hi), key_of, grid, shared.warps,
                       [&](int i) { grid->list[atomicAdd(&grid->listed, 1)] = i; });
     grid_barrier(&grid->barrier);
-    if (blockIdx.x) return;
-    double sum = 0;
-#pragma unroll 16
-    for (int s = 0; s < LOGPROB_SLICES; ++s) sum = __dadd_rn(sum, grid->slice_sums[s]);
-    const double log_sum = log(sum);
-    if (t == 0) drawn->count = count, drawn->logprob = grid->id < 0 ? 0 : row.raw[grid->id] - raw_best - log_sum;
-    if (t >= count) return;
-    const int id = grid->list[t];
-    int rank = 0;
-    for (int u = 0; u < count; ++u) {
-        const int other = grid->list[u];
-        rank += row.raw[other] > row.raw[id] || (row.raw[other] == row.raw[id] && other < id);
-    }
-    drawn->top_ids[rank] = id;
-    drawn->top_logprobs[rank] = row.raw[id] - raw_best - log_sum;
+    if (blockIdx.x == 0)
+        write_log_probabilities(row.raw, raw_best, count, grid->id, grid->list, grid->slice_sums, drawn);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    sample(const float* raw, const unsigned char* mask, int* counts, const double* bias, int size, int* token,
-           int* position, Request* request, Drawn* drawn, double* scores, u64* weights, GridScratch* grid) {
+    sample(const float* logits, int size, const int* row_slots, const SlotArrays slots, Drawn* drawn, double* scores,
+           u64* weights, GridScratch* grid) {
     __shared__ SelectScratch shared;
-    const Logits row = {raw, mask, counts, bias, size};
-    const Sequence sequence = {token, position, counts, request, drawn};
-    const Request r = *sequence.request;  // a copy: commit() advances the request
+    __shared__ SequenceEnd end;
+    const int wanted = row_slots ? row_slots[0] : 0, slot = max(wanted, 0);
+    const Request r = slots.requests[slot];  // a copy: commit() advances the request
+    const Logits row(logits, slots, slot, size);
+    const Sequence sequence(slots, slot, size, drawn, &end);
+    load_end(end, slots, slot);
+    const int position = slots.positions[slot];
     grid_dependency_wait();
+    if (wanted < 0 || position < 0) {  // the same in all blocks: commit() comes after all have started
+        if (threadIdx.x == 0 && blockIdx.x == 0) drawn->id = kInactive;
+        return;
+    }
     const int t = threadIdx.x, each = (row.size + gridDim.x - 1) / gridDim.x;
     const int lo = min(row.size, (int)blockIdx.x * each), hi = min(row.size, lo + each);
-    if (r.forced >= 0) {
-        if (t == 0 && blockIdx.x == 0) commit(sequence, r.forced, grid);
+    if (r.forced >= 0) {  // blocks that start later exit as well, whatever commit() has written
+        __syncthreads();
+        if (t == 0 && blockIdx.x == 0) commit(sequence, r.forced, grid->id);
         return;
     }
     u64* zeros = reinterpret_cast<u64*>(grid->histograms);
@@ -153,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (id >= 0 && r.temperature > 0) {
         draw(r, scores, weights, peak, row.size, lo, hi, sequence, grid, shared);
     } else if (t == 0 && blockIdx.x == 0) {
-        commit(sequence, id, grid);
+        commit(sequence, id, grid->id);
     }
     const int top = min(r.logprobs, min(TOP, row.size));
     if (r.logprobs >= 0) report(row, raw_best, top, lo, hi, sequence.drawn, grid, shared);

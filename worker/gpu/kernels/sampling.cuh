@@ -1,8 +1,8 @@
-// Data of sample.cu: the request and result of one row, scratch memory shared by the grid, adjusted
-// scores.
+// Data of sample.cu and sample_rows.cu: slots, the request and result of one row, scratch memory
+// shared by the grid, adjusted scores.
 //
-// Request, Drawn and GridScratch mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which
-// define REQUEST_BYTES, DRAWN_BYTES, SCRATCH_BYTES, THREADS, TOP and LOGPROB_SLICES.
+// The structs mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define their sizes
+// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES.
 // Twin: worker/cpu/sampler.py.
 #pragma once
 #include "select.cuh"
@@ -23,6 +23,7 @@ struct Drawn {
     double top_logprobs[TOP];
     int top_ids[TOP];
 };
+constexpr int kInactive = -2;  // the id of a row without an active slot; -1: no token could be drawn
 static_assert(sizeof(Drawn) == DRAWN_BYTES, "DRAWN of worker/gpu/sampler.py");
 
 // Over some ids: highest score and its lowest id, highest raw logit, whether any score is NaN.
@@ -47,19 +48,68 @@ struct GridScratch {  // device memory, zeros before the first launch
 static_assert(sizeof(GridScratch) == SCRATCH_BYTES, "SCRATCH of worker/gpu/sampler.py");
 static_assert(THREADS >= LOGPROB_SLICES && THREADS == kBins, "one thread reads a block's result, one a bin");
 
-struct Logits {  // one row, with the mask, counts and bias of its ids
+// An id of a slot whose score is not its raw logit: a bias, or a stop token masked before min_tokens.
+struct Special {
+    double bias;
+    int id, stop;
+};
+static_assert(sizeof(Special) == SPECIAL_BYTES, "SPECIAL of worker/gpu/sampler.py");
+
+struct Specials {  // of one slot, ascending ids
+    const Special* list;
+    int count, unused;
+};
+static_assert(sizeof(Specials) == SPECIALS_BYTES, "SPECIALS of worker/gpu/sampler.py");
+
+// What the slots' draws depend on besides their requests.
+struct SlotArrays {
+    const unsigned char* mask;   // [V]: 1: padding, 2: end token
+    const unsigned int* marks;   // [S, ceil(V / 32)]: bit i: id i has a mask or is in the slot's list
+    const Specials* specials;    // [S]
+    int* counts;                 // [S, V] of the tokens that penalties count
+    int *tokens, *positions;     // [S]; position < 0: the slot is inactive
+    Request* requests;           // [S]
+    const int *ends, *limits;    // [S, ENDS], -1 padded; [S]: the last token's position
+};
+static_assert(sizeof(SlotArrays) == SLOT_ARRAYS_BYTES, "SLOT_ARRAYS of worker/gpu/sampler.py");
+
+struct Logits {  // one row, with the masks, counts and biases of its slot
     const float* raw;
     const unsigned char* mask;
+    const unsigned int* marks;
     const int* counts;
-    const double* bias;
+    Specials specials;
     int size;
+
+    Logits() = default;
+    __device__ Logits(const float* raw, const SlotArrays& slots, int slot, int size)
+        : raw(raw), mask(slots.mask), marks(slots.marks + (size_t)slot * ((size + 31) / 32)),
+          counts(slots.counts + (size_t)slot * size), specials(slots.specials[slot]), size(size) {}
+};
+
+// A copy of what ends the row's sequence, in shared memory: read before the wait, used by commit().
+struct SequenceEnd {
+    int ends[ENDS], limit, position;
 };
 
 struct Sequence {  // the row's state in device memory, advanced by the drawn token
     int *token, *position, *counts;
     Request* request;
     Drawn* drawn;
+    const SequenceEnd* end;
+
+    Sequence() = default;
+    __device__ Sequence(const SlotArrays& slots, int slot, int size, Drawn* drawn, const SequenceEnd* end)
+        : token(slots.tokens + slot), position(slots.positions + slot), counts(slots.counts + (size_t)slot * size),
+          request(slots.requests + slot), drawn(drawn), end(end) {}
 };
+
+__device__ __forceinline__ void load_end(SequenceEnd& end, const SlotArrays& slots, int slot) {
+    const int t = threadIdx.x;
+    if (t < ENDS) end.ends[t] = slots.ends[slot * ENDS + t];
+    if (t == ENDS) end.limit = slots.limits[slot];
+    if (t == ENDS + 1) end.position = slots.positions[slot];
+}
 
 __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index) {
     unsigned int c0 = index, c1 = 0, c2 = 0, c3 = 0, k0 = (unsigned int)seed, k1 = (unsigned int)(seed >> 32);
@@ -71,12 +121,31 @@ __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index
     return c0;
 }
 
-// The score of an id with this raw logit and mask; each operation rounds, as in the twin.
-__device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int mask, const Request& r) {
-    if (mask & 1 || (mask & 2 && r.index < r.min_tokens)) return -(double)kInfinity;
-    if (!r.biased && !r.penalized) return raw;
-    const double s = __dadd_rn((double)raw, r.biased ? row.bias[id] : 0.0);
-    const int count = r.penalized ? row.counts[id] : 0;
+// The slot's entry of an id, or null.
+__device__ __noinline__ const Special* find(const Specials& specials, int id) {
+    int lo = 0, hi = specials.count;
+    while (lo < hi) {
+        const int middle = (lo + hi) / 2;
+        if (specials.list[middle].id < id) lo = middle + 1;
+        else hi = middle;
+    }
+    return lo < specials.count && specials.list[lo].id == id ? specials.list + lo : nullptr;
+}
+
+// The score of a marked id before penalties: masks and bias.
+__device__ __forceinline__ double marked_score(const Logits& row, int id, float raw, const Request& r) {
+    const unsigned int mask = row.mask[id];
+    const Special* special = find(row.specials, id);
+    if (mask & 1 || ((mask & 2 || (special && special->stop)) && r.index < r.min_tokens)) return -(double)kInfinity;
+    return special ? __dadd_rn((double)raw, special->bias) : (double)raw;
+}
+
+// The score of an id with this raw logit and mark; each operation rounds, as in the twin.
+__device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int marked,
+                                           const Request& r) {
+    const double s = marked ? marked_score(row, id, raw, r) : (double)raw;
+    if (!r.penalized || s == -(double)kInfinity) return s;
+    const int count = row.counts[id];
     if (!count) return s;
     const double repeated = s > 0 ? __ddiv_rn(s, r.repetition) : __dmul_rn(s, r.repetition);
     return __dadd_rn(__dadd_rn(repeated, -__dmul_rn((double)count, r.frequency)), -r.presence);
@@ -111,17 +180,18 @@ __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, dou
     Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
     for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * THREADS) {
         float raw[kAtOnce];
-        unsigned int mask[kAtOnce];
+        const unsigned int* const marks = row.marks + (from >> 5);
+        unsigned int words[kAtOnce];  // shifted when used: no load waits for another
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int id = from + i * THREADS;
-            if (id < hi) raw[i] = row.raw[id], mask[i] = row.mask[id];
+            if (id < hi) raw[i] = row.raw[id], words[i] = marks[i * (THREADS / 32)];
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int id = from + i * THREADS;
             if (id >= hi) break;
-            const double s = adjusted(row, id, raw[i], mask[i], r);
+            const double s = adjusted(row, id, raw[i], words[i] >> (from & 31) & 1, r);
             if (r.temperature > 0) scores[id] = s;
             mine = better(mine, {s, (double)raw[i], id, s != s});
         }
@@ -160,12 +230,18 @@ __device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf 
     }
 }
 
-// Make the drawn token the next step's input; id -1: no token could be drawn.
-__device__ void commit(const Sequence& sequence, int id, GridScratch* grid) {
-    grid->id = sequence.drawn->id = id;
+// Make the drawn token the next step's input; id -1: no token could be drawn. The slot becomes
+// inactive after an end id, at its limit and if no token could be drawn.
+__device__ __forceinline__ void commit(const Sequence& sequence, int id, int& drawn_id) {
+    drawn_id = sequence.drawn->id = id;
+    const SequenceEnd& end = *sequence.end;
+    const int position = end.position + 1;
+    bool ended = id < 0 || position >= end.limit;
+#pragma unroll
+    for (int i = 0; i < ENDS; ++i) ended |= end.ends[i] == id;
+    *sequence.position = ended ? -1 : position;
     if (id < 0) return;
     *sequence.token = id;
-    *sequence.position += 1;
     if (sequence.request->penalized) sequence.counts[id] += 1;
     sequence.request->index += 1;
 }
