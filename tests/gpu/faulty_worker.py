@@ -47,9 +47,9 @@ def install(fault):
     """Insert the fault between the runner and its device."""
     run, upload = GpuRunner.run, PinnedRing.upload
 
-    def faulty_run(runner, batch, requests, on_launched):
+    def faulty_run(runner, chunks, on_launched):
         fault.step()
-        return run(runner, batch, requests, on_launched)
+        return run(runner, chunks, on_launched)
 
     def faulty_upload(ring, arrays, target, stream):
         fault.call()

@@ -24,6 +24,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # to 64 registers, so that two blocks share a multiprocessor and one loads while the other adds; the
 # spill loads come from L1, a few words per row.
 SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
+# With 128 sums a thread, addresses that only the end of a row tile needs are spilled.
+SPILL_ALLOWANCE_OF = {"matvec_mma.cu": 768}
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
 
@@ -55,7 +57,11 @@ def test_every_kernel_compiles_within_its_registers(nvrtc, arch):
         results = list(threads.map(compiled, INSTANTIATIONS))
     assert all("registers" in result.log for _, result in results)
     spilling = {name: local_bytes(result.log) for name, result in results}
-    assert {name: size for name, size in spilling.items() if size > SPILL_ALLOWANCE[arch]} == {}
+
+    def allowance(name):
+        return max(SPILL_ALLOWANCE[arch], SPILL_ALLOWANCE_OF.get(name[0], 0))
+
+    assert {name: size for name, size in spilling.items() if size > allowance(name)} == {}
 
 
 def test_no_kernel_file_is_without_an_instantiation():
@@ -241,7 +247,7 @@ def test_threads_launch_one_kernel_at_the_same_time_each_with_its_own_shape(monk
     stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=stream))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
-    kernel = Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=1)), pdl=True)
+    kernel = Kernel(SimpleNamespace(kernel=SimpleNamespace(ptr=1), shared_size_bytes=0), pdl=True)
     threads = [
         threading.Thread(
             target=kernel, name=f"{n}", args=((n,), (32,), (np.int32(n),)), kwargs={"shared_mem": 16 * n, "pdl": True}

@@ -16,6 +16,7 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or (decode_split and 20)",
+    "attention_rows": "listed or windows",
     "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4)) or vectors",
     "memory": "",
@@ -23,8 +24,9 @@ CHOSEN = {
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16)",
     "experts": "decode_experts and MXFP4 and 3-5-3",
     "routing": "",
-    "runner": "(prefill_logits and qwen2]) or a_step_repeated",
-    "sampler": "draws_equal and 320 or advances or forced or not_finite or stop_tokens",
+    "runner": "prefill_logits and qwen2]",
+    "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
+    "sampler": "(draws_equal or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost",
 }
 """Files, and the expression for `pytest -k`; an empty one selects all tests."""
 

@@ -17,7 +17,6 @@ from tests.gpu.loaded import gpu_runner
 from tests.gpu.served import load, settle
 from tests.models import engine_of, run
 from worker.engine import Sequence
-from worker.ops import Phase
 from worker.sampling import Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope")
@@ -33,16 +32,17 @@ class Observed:
     """A GPU runner that records its last batch's block table and the logits after each prompt."""
 
     def __init__(self, runner):
-        self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
+        self.vocab_size, self.kv_blocks, self.slots = runner.vocab_size, runner.kv_blocks, runner.slots
+        self.extend, self.stop, self.reset = runner.extend, runner.stop, runner.reset
         self.prefilled, self.table, self.logits = 0, None, []
         self._runner = runner
 
-    def run(self, batch, requests, on_launched):
-        self.table = batch.block_tables[0]
-        if batch.phase is Phase.PREFILL:
-            self.prefilled += len(batch.tokens)
-            self.logits += list(self._runner.logits(batch))
-        return self._runner.run(batch, requests, on_launched)
+    def run(self, chunks, on_launched):
+        for chunk in chunks:
+            self.table = chunk.block_table
+            self.prefilled += len(chunk.tokens)
+            self.logits += list(self._runner.logits(chunk.batch()))
+        return self._runner.run(chunks, on_launched)
 
     def kv(self, tokens):
         """The bits of K and V of the sequence's first `tokens` positions."""

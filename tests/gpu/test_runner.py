@@ -22,6 +22,7 @@ from tests.models import GREEDY, cpu_runner, decode, engine_of, ids, prefill, ru
 from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
 from worker.errors import VramOom
+from worker.model import Chunk, SlotStart
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased")
@@ -152,7 +153,7 @@ def test_launches_with_pdl_give_the_bits_of_ordinary_launches(name, tiny, load, 
 @pytest.mark.parametrize("name", NAMES)
 def test_chunks_blocks_and_other_sequences_change_no_token(name, sampling, load):
     def engine(**settings):
-        return engine_of(load(name, kv_blocks=40, sequences=3), **settings)
+        return engine_of(load(name, kv_blocks=40, slots=3), **settings)
 
     def sequence(key="a", prompt=PROMPT):
         return Sequence(key, prompt, 24, sampling)
@@ -182,22 +183,8 @@ def test_a_resumed_answer_continues_with_the_same_tokens(name, published, load):
     assert ids(rest) == whole
 
 
-def test_a_repeated_step_draws_the_same_token(load):
-    runner, table = load("llama3-rope"), np.arange(12, dtype=np.int32)
-    generated = []
-    first = DrawRequest(WARM, 0, PROMPT, generated)
-    batch = prefill(PROMPT, table=table, rows=[len(PROMPT) - 1])
-    draws = runner.run(batch, [first])
-    assert runner.run(batch, [first]) == draws
-    generated.append(draws[0].id)
-    step, second = decode(draws[0].id, len(PROMPT), table), DrawRequest(WARM, 1, PROMPT, generated)
-    again = runner.run(step, [second])
-    assert runner.run(step, [second]) == again
-    assert runner.run(step, [second]) == again
-
-
 def test_on_launched_is_called_after_the_launches_and_before_the_first_wait(load, monkeypatch):
-    from worker.gpu.runner import PendingDraw
+    from worker.gpu.slots import Launch
 
     class Recorded:
         def __init__(self, name, graph):
@@ -207,52 +194,50 @@ def test_on_launched_is_called_after_the_launches_and_before_the_first_wait(load
             order.append(self._name)
             self._graph.launch(stream)
 
-    def recorded_wait(pending, request):
+    def recorded_wait(launch):
         order.append("wait")
-        return wait(pending, request)
+        return wait(launch)
 
-    def step(batch, request):
+    def step(*chunks):
         order.clear()
-        (drawn,) = runner.run(batch, [request], lambda: order.append("launched"))
-        return drawn.id, order[: order.index("wait") + 1]
+        (drawn,) = runner.run(chunks, lambda: order.append("launched"))
+        return drawn.draw.id, order[: order.index("wait") + 1]
 
     runner, table = load("llama3-rope", prefill_tokens=128), np.arange(12, dtype=np.int32)
-    order, wait = [], PendingDraw.wait
-    monkeypatch.setattr(PendingDraw, "wait", recorded_wait)
-    runner._decode_graph = Recorded("step", runner._decode_graph)
+    order, wait = [], Launch.wait
+    monkeypatch.setattr(Launch, "wait", recorded_wait)
+    for of_rows in (runner._decode_steps, {0: runner._first_draw_step}):
+        for size, decode_step in of_rows.items():
+            of_rows[size] = replace(decode_step, graph=Recorded("step" if size else "draw", decode_step.graph))
+    runner._first_draw_step = of_rows[0]
     runner._chunk_graphs = {size: Recorded("chunk", graph) for size, graph in runner._chunk_graphs.items()}
-    last = [len(PROMPT) - 1]
-    first, order_of_two = step(prefill(PROMPT, table=table, rows=last), DrawRequest(GREEDY, 0, PROMPT, []))
-    assert order_of_two == ["chunk", "launched", "chunk", "step", "launched", "wait"]
-    rest = prefill(PROMPT, 128, table=table, rows=[last[0] - 128])
-    again, order_of_one = step(rest, DrawRequest(GREEDY, 0, PROMPT, generated := []))
-    assert (again, order_of_one) == (first, ["chunk", "step", "launched", "wait"])
-    generated.append(first)
-    _, order_ahead = step(decode(first, len(PROMPT), table), DrawRequest(GREEDY, 1, PROMPT, generated))
+    tokens, begin = np.array(PROMPT, np.int32), SlotStart(0, PROMPT, GREEDY, frozenset(), 20)
+    first, order_of_two = step(Chunk(tokens, 0, table, begin))
+    assert order_of_two == ["chunk", "chunk", "draw", "step", "launched", "wait"]
+    again, order_of_one = step(Chunk(tokens[128:], 128, table, begin))
+    assert (again, order_of_one) == (first, ["chunk", "draw", "step", "launched", "wait"])
+    _, order_ahead = step()
     assert order_ahead == ["step", "launched", "wait"]
 
 
-def test_a_failed_allocation_in_a_job_is_vram_oom_and_the_next_job_is_right(tiny, kernels):
+def test_a_failed_allocation_in_a_step_is_vram_oom_and_the_next_jobs_are_right(tiny, kernels, monkeypatch):
     from worker.gpu.memory import DeviceMemory
-
-    broken: set[int] = set()
-    counted = []
-
-    def fails(number):
-        counted.append(number)
-        return number in broken
 
     def jobs():
         return Sequence("a", PROMPT, 4, WARM), Sequence("b", PROMPT[9:], 4, WARM)
 
-    memory = DeviceMemory(fails)  # only steps of several sequences allocate
-    engine = engine_of(gpu_runner(tiny("gpt-oss"), kernels, memory, kv_blocks=40, sequences=2), running=2)
+    broken: set[int] = set()
+    counted = []
+    memory = DeviceMemory(lambda number: counted.append(number) or number in broken)
+    monkeypatch.setattr("worker.gpu.runner._ROWS_AT_LOAD", 1)  # only a capture at first use allocates
+    runner = gpu_runner(tiny("gpt-oss"), kernels, memory, kv_blocks=40, slots=2)
+    engine = engine_of(runner, running=2)
+    before, baseline = len(counted), memory.used
     expected = run(engine, *jobs())
-    baseline, before = memory.used, len(counted)
-    run(engine, *jobs())
     allocations = len(counted) - before
-    assert allocations > 50
+    assert allocations > 20
     for nth in range(0, allocations, 19):
+        del runner._decode_steps[2]
         broken.add(len(counted) + 1 + nth)
         for job in jobs():
             engine.add(job)

@@ -11,16 +11,18 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim
+from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim, decode_partial_bytes
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
 from worker.gpu.runner import GpuRunner, GpuSettings
-from worker.gpu.state import KV_ELEMENT_BYTES
+from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES
+from worker.gpu.state import KV_ELEMENT_BYTES, rows_of
 from worker.gpu.upload import Upload, repack_kernels
 from worker.model import Hparams, Model
+from worker.ops import KV_BLOCK
 
 _MARGIN = 256 << 20
 """Bytes left to the driver for kernels and graphs."""
@@ -68,11 +70,14 @@ class GpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
-    def overhead_bytes(self, hp: Hparams) -> int:
-        """Activations of a chunk in f32 and f16, partial results of attention, the margin."""
+    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
+        """Activations of a chunk and of a decode step, state of slots, attention, the margin."""
         experts = max(1, hp.expert_used_count)
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
-        return 6 * self.prefill_chunk * a_token + 16 * hp.vocab_size + MAX_PARTIAL_BYTES + _MARGIN
+        a_row = 6 * a_token + 5 * hp.vocab_size + decode_partial_bytes(hp.head_dim) + ROW_BYTES
+        a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
+        step = rows_of(max_running) * a_row + max_running * a_slot + 24 * hp.vocab_size
+        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + _MARGIN
 
     def available_bytes(self) -> int:
         return self._memory.free
@@ -91,9 +96,11 @@ class GpuBackend:
         finally:
             upload.abandon()
 
-    def runner(self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int]) -> GpuRunner:
+    def runner(
+        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int = 1
+    ) -> GpuRunner:
         """See `Backend.runner`: graphs are captured, which reads no weights."""
-        settings = GpuSettings(plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk)
+        settings = GpuSettings(plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk, slots=max_running)
         return GpuRunner(
             model, plan.hparams, self._memory, self._kernels, settings, padding_ids=padding_ids, end_ids=end_ids
         )

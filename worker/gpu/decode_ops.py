@@ -1,15 +1,17 @@
 """`worker.ops.Ops` of generated tokens on the GPU: compositions of launchers.
 
-Products read Q8 activations on CUDA cores. Tokens and positions are read from device state; of the
-batch only shapes are read, so that a captured step can be replayed. Twin: `worker/cpu/ops.py`.
-Prompts: `prefill_ops.py`.
+Products read Q8 activations on CUDA cores. The slots of the rows, their tokens and positions are
+read from device state; of the batch only shapes are read, so that a captured step can be replayed.
+Twin: `worker/cpu/ops.py`. Prompts: `prefill_ops.py`.
 """
 
 from dataclasses import dataclass
 
-from worker.gpu import matvec
+from worker.gpu import decode_experts, matvec
 from worker.gpu.activations import Q8Activations
 from worker.gpu.attention import AttentionLauncher
+from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
+from worker.gpu.decode_products import DecodeProducts
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
@@ -30,19 +32,23 @@ class LazyNorm:
 class DecodeOps:
     """Ops of generated tokens, one a sequence, over the step state."""
 
-    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, state: StepState) -> None:
+    def __init__(
+        self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, state: StepState, max_shared: int
+    ) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention
         self._state = state
+        self._products = DecodeProducts(kernels, pool, max_shared)
 
     def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
-        return embed(self._kernels, self._pool, table, self._state.tokens[: len(batch.tokens)])
+        slots = self._state.slots_of_rows(len(batch.tokens))
+        return embed(self._kernels, self._pool, table, self._state.tokens, slots)
 
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
         rows = Q8Activations(x)
-        return tuple(y for group in groups for y in matvec.matvec(self._kernels, self._pool, rows, norm, group))
+        return tuple(y for group in groups for y in self._products.multiply(rows, norm, group))
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Q8Activations:
         """See `Ops.attention`; y is f32 and Q8 rows, the input of `linear_add`."""
@@ -50,26 +56,36 @@ class DecodeOps:
 
     def linear_add(self, y: Q8Activations, linear: Linear, residual: DeviceArray) -> DeviceArray:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
-        (x,) = matvec.matvec(self._kernels, self._pool, y, None, (linear,), residual)
+        (x,) = self._products.multiply(y, None, (linear,), residual)
         return x
 
     def norm_glu(
         self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
     ) -> Q8Activations:
         """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
-        return matvec.glu(self._kernels, self._pool, Q8Activations(x), norm, gate, up, activation)
+        return self._products.gated(Q8Activations(x), norm, gate, up, activation)
 
-    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm, Routes]:
-        """See `Ops.norm_route`; `experts_glu` computes the norm."""
-        return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
+    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
+        """See `Ops.norm_route`; for one row `experts_glu` computes the norm."""
+        if len(x) == 1:
+            return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
+        slots = self._state.slots_of_rows(len(x))
+        active = None if slots is None else ActiveRows(slots, self._state.positions)
+        return decode_experts.norm_route(self._kernels, self._pool, x, norm, router, k, active)
 
     def experts_glu(
-        self, n: LazyNorm, routes: Routes, gate: Linear, up: Linear, activation: Activation
-    ) -> Q8Activations:
+        self, n: LazyNorm | RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation
+    ) -> Q8Activations | PairRows:
         """See `Ops.experts_glu`; h [T·k, f] is f32 and Q8 rows, the input of `experts_add`."""
+        if isinstance(n, RoutedRows):
+            return decode_experts.experts_glu(self._kernels, self._pool, n, routes, gate, up, activation)
         return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
-    def experts_add(self, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray) -> DeviceArray:
+    def experts_add(
+        self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: DeviceArray
+    ) -> DeviceArray:
+        if isinstance(h, PairRows):
+            return decode_experts.experts_add(self._kernels, self._pool, h, routes, down, residual)
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
 
     def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:

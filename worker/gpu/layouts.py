@@ -104,10 +104,15 @@ def address(array: Any) -> int:
     return 0 if array is None else int(getattr(array.data, "ptr", 0))
 
 
-def embed(kernels: Launcher, pool: Allocator, table: QTensor, tokens: DeviceArray) -> DeviceArray:
-    """Rows of `table` [V, d] for `tokens` [T] i32: x [T, d] f32."""
-    out = pool.empty((len(tokens), table.shape[-1]), np.float32)
-    _dequantize(kernels, table, tokens, out)
+def embed(
+    kernels: Launcher, pool: Allocator, table: QTensor, tokens: DeviceArray, row_slots: DeviceArray | None = None
+) -> DeviceArray:
+    """Rows of `table` [V, d] for `tokens` [T] i32: x [T, d] f32.
+
+    With `row_slots` [R] i32, row r is that of tokens[row_slots[r]], or zeros if that is negative.
+    """
+    out = pool.empty((len(tokens if row_slots is None else row_slots), table.shape[-1]), np.float32)
+    _dequantize(kernels, table, tokens, out, row_slots)
     return out
 
 
@@ -126,10 +131,14 @@ def dequantize(kernels: Launcher, pool: Allocator, matrix: QTensor) -> DeviceArr
     return out
 
 
-def _dequantize(kernels: Launcher, matrix: QTensor, tokens: DeviceArray | None, out: DeviceArray) -> None:
+def _dequantize(
+    kernels: Launcher, matrix: QTensor, rows: DeviceArray | None, out: DeviceArray, row_slots: DeviceArray | None = None
+) -> None:
     units = matrix.shape[-1] // unit_elements(matrix.kind)
-    rows = math.prod(out.shape[:-1])
     planes = np.array(matrix.data.addresses(), PLANES)
     kernels.get("dequantize.cu", f"dequantize<{matrix.kind.name}>")(
-        (rows, -(-units // _THREADS)), (_THREADS,), (planes, tokens, out, np.int32(units)), pdl=True
+        (math.prod(out.shape[:-1]), -(-units // _THREADS)),
+        (_THREADS,),
+        (planes, rows, row_slots, out, np.int32(units)),
+        pdl=True,
     )

@@ -1,15 +1,15 @@
-"""The GPU's model runner: prepare, capture CUDA graphs, run steps, launch one step ahead.
+"""The GPU's model runner: prepare, capture CUDA graphs, run chunks and decode steps.
 
 - Prepare (`_prepare`): dry runs determine the kernels to compile and the bytes of the activation
   pools.
-- Capture (`_capture_decode`, `_capture_chunk`): one graph for the decode step of a single sequence,
+- Capture (`_capture_decode`, `_capture_chunk`): one graph for decode steps of 1, 2, 4, 8, … rows,
   the sampler included, and one per chunk size for prompts.
-- Run (`run`): a prompt runs in chunks, one graph launch each; a decode step of one sequence is one
-  graph launch; several sequences are launched kernel by kernel.
-- Lookahead (`_read`): the next decode step is launched before the token of the last one is read,
-  since its inputs are already on the device. It is discarded if the next call is for another step.
+- Run (`run`): a chunk is one graph launch, the first draw of a prompt another. A decode step of all
+  slots that generate is one graph launch; its inputs are already on the device.
+- Lookahead: the newest decode step is read by the next call, after that call has launched another.
 
-Independent of the model's architecture. Next: `decode_ops.py`, `prefill_ops.py`, `state.py`.
+Independent of the model's architecture. Next: `slots.py`, `state.py`, `decode_ops.py`,
+`prefill_ops.py`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,16 +25,18 @@ from worker.gpu.kernel import capture_graph, device_errors
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
-from worker.gpu.sampler import SamplerLauncher, unpack
-from worker.gpu.state import ChunkState, KvCache, PinnedRing, StepState
-from worker.model import Hparams, Model, OnLaunched
+from worker.gpu.sampler import SamplerLauncher
+from worker.gpu.slots import Launch, Slots
+from worker.gpu.state import PINNED_SLOTS, ChunkState, KvCache, PinnedRing, StepState, rows_of
+from worker.model import Chunk, Hparams, Model, OnLaunched, SlotDraw, SlotStart
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
-from worker.sampling import Draw, DrawRequest
+from worker.sampling import DrawRequest
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _SHORT_CHUNKS = (32, 128, 512)
 """Graph sizes in tokens below the longest chunk: blocks of absent tokens cost some time."""
 _ALL_PDL_TOKENS = 128  # up to this many tokens of a chunk, all kernels launch with PDL
+_ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,48 +50,18 @@ class GpuSettings:
 
     It changes no bit, but the activation memory and the time a cancellation waits.
     """
-    sequences: int = 1
-    """Maximum number of sequences in a decode step."""
+    slots: int = 1
+    """Sequences that generate at once."""
     logit_rows: int = 1
     """Maximum number of rows of a chunk whose logits are requested."""
 
 
 @dataclass(frozen=True, slots=True)
-class PendingDraw:
-    """A draw that is being copied to the host: `raw` is valid once `event` has completed."""
+class _DecodeStep:
+    """The graph of a decode step, and the rows of `drawn` that it writes."""
 
-    raw: np.ndarray[Any, Any]
-    event: Any
-
-    def wait(self, request: DrawRequest) -> Draw:
-        """Wait for the copy and return the draw."""
-        self.event.synchronize()
-        return unpack(self.raw, request)
-
-
-@dataclass(frozen=True, slots=True)
-class Lookahead:
-    """A decode step launched before its call, and the batch and request that the call must have."""
-
-    batch: Batch
-    request: DrawRequest
-    draw: PendingDraw
-
-    def matches(self, batch: Batch, request: DrawRequest) -> bool:
-        """Whether a call is for this step: the next token of the same sequence, drawn the same way.
-
-        A sequence has one list of generated ids for its whole life, so its identity identifies the
-        sequence.
-        """
-        return (
-            request.generated is self.request.generated
-            and request.sampling == self.request.sampling
-            and request.index == self.request.index
-            and request.forced is None
-            and np.array_equal(batch.tokens, self.batch.tokens)
-            and np.array_equal(batch.positions, self.batch.positions)
-            and np.array_equal(batch.block_tables[0], self.batch.block_tables[0])
-        )
+    graph: Any
+    drawn: DeviceArray
 
 
 class GpuRunner:
@@ -114,39 +86,65 @@ class GpuRunner:
         self._model = model
         self._settings = settings
         self._kernels = kernels
-        self._lookahead: Lookahead | None = None
-        processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
-        blocks = min(settings.kv_blocks, -(-settings.context // KV_BLOCK))
+        self.slots = settings.slots
+        self._slots = Slots(settings.slots)
+        self._lookahead: Launch | None = None
+        device = cupy.cuda.Device().attributes
+        processors, self._max_shared = device["MultiProcessorCount"], device["MaxSharedMemoryPerBlockOptin"]
+        blocks, rows = min(settings.kv_blocks, -(-settings.context // KV_BLOCK)), rows_of(settings.slots)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         with device_errors(), self._stream:
             self.cache = KvCache(memory, hp, settings.kv_blocks)
-            self._attention = AttentionLauncher(memory, self.cache, settings.sequences, processors)
-            self._state = StepState(memory, settings.sequences, blocks)
+            self._attention = AttentionLauncher(memory, self.cache, rows, processors)
+            self._state = StepState(memory, settings.slots, blocks)
             self._chunk = ChunkState(memory, settings.prefill_tokens, settings.logit_rows, blocks)
             slab = memory.reserve(4 * settings.logit_rows * hp.vocab_size, Purpose.WORKSPACE)
             self._logits = slab.array((settings.logit_rows, hp.vocab_size), np.float32)
             self._sampler = SamplerLauncher(
-                memory, hp.vocab_size, padding_ids, end_ids, sequences=settings.sequences, processors=processors
+                *(memory, hp.vocab_size, padding_ids, end_ids),
+                sequences=settings.slots,
+                processors=processors,
+                rows=rows,
             )
             self._draws = PinnedRing(self._sampler.drawn.nbytes)
+            self._first_draws = PinnedRing(self._sampler.drawn[:1].nbytes, settings.slots)
             self._pools = self._prepare(memory)
-            self._decode_graph = self._capture_decode()
-            self._draw_graph = capture_graph(lambda: self._draw(self._logits[:1]), self._stream)
+            at_load = [rows for rows in self._step_sizes() if rows <= _ROWS_AT_LOAD]
+            self._decode_steps = {rows: self._capture_decode(rows) for rows in at_load}
+            self._first_draw_step = self._capture_first_draw()
             self._chunk_graphs = {tokens: self._capture_chunk(tokens) for tokens in self._chunk_sizes()}
             self._stream.synchronize()
 
-    def run(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched = lambda: None) -> list[Draw]:
-        lookahead, self._lookahead = self._lookahead, None
+    def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
         with device_errors(), self._stream:
-            if batch.phase is Phase.PREFILL:
-                return self._prefill(batch, requests, on_launched)
-            if len(requests) > 1:
-                return self._decode_batch(batch, requests, on_launched)
-            return [self._decode_one(batch, requests[0], lookahead, on_launched)]
+            if chunks:
+                self._chunk.wait()  # the host is at most one call ahead: a cancellation waits for no more
+            launches = [] if self._lookahead is None else [self._lookahead]
+            self._lookahead = None
+            for number, chunk in enumerate(chunks):
+                if number == PINNED_SLOTS:
+                    on_launched()  # from here on, uploads may wait
+                launches += self._prefill(chunk)
+            if self._slots.step_is_due:
+                self._lookahead = self._decode()
+            on_launched()
+            return [draw for launch in launches for draw in self._slots.read(launch)]
+
+    def extend(self, slot: int, block_table: Ints) -> None:
+        if self._slots.extend(slot, block_table):
+            with device_errors(), self._stream:
+                self._state.extend(slot, block_table, self._stream)
+
+    def stop(self, slot: int) -> None:
+        self._slots.stop(slot)
+
+    def reset(self) -> None:
+        self._slots.clear()
+        self._lookahead = None
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The model's logits [R, V] f32, for comparisons."""
-        self._lookahead = None
+        """The model's logits [R, V] f32, for comparisons; stops all slots."""
+        self.reset()
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
                 rows = np.concatenate([self._cupy.asnumpy(logits) for logits in self._run_chunks(batch)])
@@ -166,8 +164,9 @@ class GpuRunner:
                 self._prefill_forward(kernels, pool, tokens)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
-            logits = self._model.forward(self._decode_ops(kernels, pool), _empty_step(self._settings.sequences))
-            self._sampler.launch(kernels, logits, self._state)
+            for rows in self._step_sizes():
+                logits = self._model.forward(self._decode_ops(kernels, pool), _empty_step(rows))
+                self._draw(kernels, logits)
 
         begin = self._kernels.begin  # kernels compile while the dry runs continue
         needs = {Phase.PREFILL: dry_run(prefill, begin), Phase.DECODE: dry_run(decode, begin)}
@@ -176,9 +175,26 @@ class GpuRunner:
         sizes = {phase: need.pool_bytes + need.pool_bytes // 8 for phase, need in needs.items()}
         return {phase: Pool(memory, size, Purpose.ACTIVATIONS) for phase, size in sizes.items()}
 
-    def _capture_decode(self) -> Any:
-        """Capture the decode graph: one sequence's step over the step state, with sampler."""
-        return capture_graph(lambda: self._draw(self._decode_forward(_empty_step(1))), self._stream)
+    def _step_sizes(self) -> list[int]:
+        """Rows of the decode graphs, ascending: powers of two; fewer rows use the next one."""
+        return [1 << n for n in range(rows_of(self.slots).bit_length())]
+
+    def _capture_decode(self, rows: int) -> _DecodeStep:
+        """Capture a decode step of at most `rows` rows over the step state, with sampler."""
+
+        def step() -> None:
+            self._draw(self._kernels, self._decode_forward(_empty_step(rows)))
+
+        return _DecodeStep(capture_graph(step, self._stream), self._sampler.drawn[:rows])
+
+    def _capture_first_draw(self) -> _DecodeStep:
+        """Capture the draw from a chunk's row of logits."""
+        slot = self._state.first_row if self.slots > 1 else None
+
+        def draw() -> None:
+            self._sampler.launch(self._kernels, self._logits[:1], self._state, slot)
+
+        return _DecodeStep(capture_graph(draw, self._stream), self._sampler.drawn[:1])
 
     def _chunk_sizes(self) -> list[int]:
         """The captured chunk sizes, ascending; a shorter chunk uses the next one."""
@@ -206,18 +222,18 @@ class GpuRunner:
         return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
 
     def _decode_ops(self, kernels: Launcher, pool: Allocator) -> DecodeOps:
-        return DecodeOps(kernels, pool, self._attention, self._state)
+        return DecodeOps(kernels, pool, self._attention, self._state, self._max_shared)
 
     # Prefill
 
-    def _prefill(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched) -> list[Draw]:
-        """Run the batch in chunks; draw from a chunk's rows before the next chunk runs."""
-        rows = (row[None] for logits in self._run_chunks(batch, on_launched) for row in logits)
-        wanted = zip(rows, batch.logit_rows, requests, strict=True)
-        return [self._first_draw(batch, int(at), row, request, on_launched) for row, at, request in wanted]
+    def _prefill(self, chunk: Chunk) -> list[Launch]:
+        """Launch a chunk, and the first draw if it is a prompt's last one."""
+        for _ in self._run_chunks(chunk.batch()):
+            pass
+        return [] if chunk.begin is None else [self._begin(chunk.begin, chunk.block_table)]
 
-    def _run_chunks(self, batch: Batch, on_launched: OnLaunched = lambda: None) -> Iterator[DeviceArray]:
-        """The logits [R, V] of each chunk in turn, valid until the next one."""
+    def _run_chunks(self, batch: Batch) -> Iterator[DeviceArray]:
+        """Launch chunks of at most `prefill_tokens`: the logits of each, valid until the next."""
         size = self._settings.prefill_tokens
         for start in range(0, len(batch.tokens), size):
             tokens = batch.tokens[start : start + size]
@@ -226,77 +242,33 @@ class GpuRunner:
             self._chunk.load(chunk, self._stream)
             self._chunk_graphs[next(size for size in self._chunk_graphs if len(tokens) <= size)].launch(self._stream)
             yield self._logits[: len(rows)]
-            on_launched()  # the upload of the next chunk waits for this one
 
-    def _first_draw(
-        self, batch: Batch, at: int, logits: DeviceArray, request: DrawRequest, on_launched: OnLaunched
-    ) -> Draw:
-        """Draw after a prompt; the step state starts at row `at` of the batch."""
-        if request.forced is not None:
-            return Draw(request.forced)
-        row = slice(at, at + 1)
-        last = _step(batch.tokens[row], batch.positions[row], batch.block_tables[0])
-        self._load(last, [request])
-        if len(self._logits) == 1:
-            self._draw_graph.launch(self._stream)
-        else:
-            self._draw(logits)
-        return self._read(last, request, self._download(), on_launched)
+    def _begin(self, start: SlotStart, table: Ints) -> Launch:
+        """Upload a slot and launch its first draw, from the row of logits of the last chunk."""
+        self._state.start(start, table, self._stream)
+        self._sampler.load(start.slot, DrawRequest(start.sampling, 0, start.prompt, ()), self._stream)
+        generation = self._slots.begin(start, table)
+        self._first_draw_step.graph.launch(self._stream)
+        copy = self._first_draws.download(self._first_draw_step.drawn, self._stream)
+        return Launch((generation,), self._slots.steps, *copy)
 
     # Decode
 
-    def _decode_one(
-        self, batch: Batch, request: DrawRequest, lookahead: Lookahead | None, on_launched: OnLaunched
-    ) -> Draw:
-        if lookahead is not None and lookahead.matches(batch, request):
-            return self._read(batch, request, lookahead.draw, on_launched)
-        self._load(batch, [request])
-        self._decode_graph.launch(self._stream)
-        if request.forced is not None:
-            return Draw(request.forced)
-        return self._read(batch, request, self._download(), on_launched)
+    def _decode(self) -> Launch:
+        """Launch a decode step of all slots that generate."""
+        rows, size = self._slots.rows, rows_of(len(self._slots.rows))
+        if size not in self._decode_steps:
+            self._decode_steps[size] = self._capture_decode(size)
+        self._state.map_rows(self._slots.numbers, self._stream)
+        forced = self._slots.forced()
+        if forced is not None:
+            self._state.force(forced, self._stream)
+        number, step = self._slots.next_step(), self._decode_steps[size]
+        step.graph.launch(self._stream)
+        return Launch(rows, number, *self._draws.download(step.drawn, self._stream))
 
-    def _read(self, batch: Batch, request: DrawRequest, pending: PendingDraw, on_launched: OnLaunched) -> Draw:
-        """Launch the step after `batch` as the lookahead, then wait for the draw of `batch`."""
-        position = int(batch.positions[0]) + 1
-        capacity = min(len(batch.block_tables[0]) * KV_BLOCK, self._settings.context)
-        lookahead = None
-        if position < capacity:
-            self._decode_graph.launch(self._stream)
-            following = _step(np.zeros(1, np.int32), np.array([position], np.int32), batch.block_tables[0])
-            lookahead = Lookahead(following, replace(request, index=request.index + 1), self._download())
-        on_launched()
-        draw = pending.wait(request)
-        if lookahead is not None:
-            lookahead.batch.tokens[0] = draw.id  # the rest was prepared before the wait
-            self._lookahead = lookahead
-        return draw
-
-    def _decode_batch(self, batch: Batch, requests: Sequence[DrawRequest], on_launched: OnLaunched) -> list[Draw]:
-        """A step of several sequences: launched kernel by kernel, read with one copy."""
-        self._load(batch, requests)
-        self._draw(self._decode_forward(batch))
-        pending = self._download()
-        on_launched()
-        pending.event.synchronize()
-        rows = zip(pending.raw.reshape(self._settings.sequences, -1), requests, strict=False)
-        return [unpack(row, request) if request.forced is None else Draw(request.forced) for row, request in rows]
-
-    def _load(self, batch: Batch, requests: Sequence[DrawRequest]) -> None:
-        self._state.load(batch, requests, self._stream)
-        for row, request in enumerate(requests):
-            self._sampler.load(row, request, self._stream)
-
-    def _draw(self, logits: DeviceArray) -> None:
-        self._sampler.launch(self._kernels, logits, self._state)
-
-    def _download(self) -> PendingDraw:
-        return PendingDraw(*self._draws.download(self._sampler.drawn, self._stream))
-
-
-def _step(token: Ints, position: Ints, table: Ints) -> Batch:
-    """A decode step of one sequence."""
-    return Batch(Phase.DECODE, token, position, (table,), np.zeros(1, np.int32))
+    def _draw(self, kernels: Launcher, logits: DeviceArray) -> None:
+        self._sampler.launch(kernels, logits, self._state, self._state.slots_of_rows(len(logits)))
 
 
 def _empty_step(sequences: int) -> Batch:

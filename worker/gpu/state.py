@@ -1,9 +1,9 @@
 """The state of sequences in device memory: KV cache, inputs of a decode step, inputs of a chunk.
 
-Captured graphs read all their inputs from here; the host uploads them in one asynchronous copy. The
-sampler's kernel writes a sequence's next token, position and index into `StepState`, so the host
-loads it only when a sequence starts or another one continues. Kernel side: `kernels/kv_cache.cuh`,
-`kernels/sampling.cuh`. Next: `runner.py`.
+Captured graphs read all their inputs from here; the host uploads them asynchronously. The sampler's
+kernel writes a sequence's next token, position and index into `StepState`, so the host uploads a
+slot once, when its sequence begins to generate. Kernel side: `kernels/kv_cache.cuh`,
+`kernels/sampling.cuh`. Next: `slots.py`, `runner.py`.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.model import Hparams
-from worker.ops import KV_BLOCK, Batch
+from worker.model import Hparams, SlotStart
+from worker.ops import KV_BLOCK, Batch, Ints
 from worker.sampling import DrawRequest, Sampling
 
 REQUEST = np.dtype(
@@ -26,10 +26,17 @@ REQUEST = np.dtype(
 )
 """`Request` of kernels/sampling.cuh."""
 
+ENDS = 16
+"""End ids of a slot that the device knows."""
+
 KV_ELEMENT_BYTES = 2
 """Bytes of an f16."""
 
-_PINNED_SLOTS = 4
+PINNED_SLOTS = 4
+"""Uploads that may be in flight before the next one waits."""
+
+_NO_LIMIT = np.iinfo(np.int32).max
+_TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 
 
 class KvCache:
@@ -52,28 +59,49 @@ class KvCache:
 class PinnedRing:
     """Page-locked buffers in turn; each is rewritten only after the device has finished with it."""
 
-    def __init__(self, nbytes: int, slots: int = _PINNED_SLOTS) -> None:
+    def __init__(self, nbytes: int, slots: int = PINNED_SLOTS) -> None:
         import cupy  # noqa: PLC0415
 
         self._runtime = cupy.cuda.runtime
-        self._memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in range(slots)]
-        self._views = [np.frombuffer(memory, np.uint8, nbytes) for memory in self._memory]
+        self._size = aligned(nbytes)
+        self._memory = cupy.cuda.alloc_pinned_memory(self._size * slots)
+        whole = np.frombuffer(self._memory, np.uint8, self._size * slots)
+        whole.fill(0)  # gaps between the uploaded arrays are copied too, and must hold valid ids
+        self._views = [whole[at : at + nbytes] for at in range(0, self._size * slots, self._size)]
         self._writable = [view.data for view in self._views]
-        for view in self._views:
-            view.fill(0)  # gaps between the uploaded arrays are copied too, and must hold valid ids
         self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(slots)]
         self._next = 0
 
+    def wait(self) -> None:
+        """Wait until the newest copy is complete."""
+        self._events[self._next - 1].synchronize()
+
     def upload(self, arrays: Sequence[tuple[int, np.ndarray[Any, Any]]], target: DeviceArray, stream: Any) -> None:
         """Copy `arrays`, each to its byte offset, into `target`, in stream order."""
-        slot, self._next = self._next, (self._next + 1) % len(self._views)
+        slot = self._turn()
         self._events[slot].synchronize()
-        end = 0
-        for offset, array in arrays:
-            stop = offset + array.nbytes
-            self._writable[slot][offset:stop] = array.tobytes()
-            end = max(end, stop)
-        self._runtime.memcpyAsync(target.data.ptr, self._memory[slot].ptr, end, 1, stream.ptr)
+        end = max(self._write(slot, offset, array) for offset, array in arrays)
+        self._runtime.memcpyAsync(target.data.ptr, self._address(slot), end, _TO_DEVICE, stream.ptr)
+        self._events[slot].record(stream)
+
+    def scatter(self, arrays: Sequence[tuple[int, np.ndarray[Any, Any]]], stream: Any) -> None:
+        """Copy `arrays`, each to its device address, in stream order."""
+        slot = self._turn()
+        self._events[slot].synchronize()
+        at = 0
+        for address, array in arrays:
+            end = self._write(slot, at, array)
+            self._runtime.memcpyAsync(address, self._address(slot) + at, end - at, _TO_DEVICE, stream.ptr)
+            at = aligned(end)
+        self._events[slot].record(stream)
+
+    def upload_column(self, values: np.ndarray[Any, Any], address: int, pitch: int, stream: Any) -> None:
+        """Copy the elements of `values` to `address`, each `pitch` bytes after the last."""
+        slot = self._turn()
+        self._events[slot].synchronize()
+        self._write(slot, 0, values)
+        width, rows = values.itemsize, len(values)
+        self._runtime.memcpy2DAsync(address, pitch, self._address(slot), width, width, rows, _TO_DEVICE, stream.ptr)
         self._events[slot].record(stream)
 
     def download(self, source: DeviceArray, stream: Any) -> tuple[np.ndarray[Any, Any], Any]:
@@ -81,52 +109,166 @@ class PinnedRing:
 
         The view is overwritten after as many downloads as there are slots.
         """
-        slot, self._next = self._next, (self._next + 1) % len(self._views)
-        self._runtime.memcpyAsync(self._memory[slot].ptr, source.data.ptr, source.nbytes, 2, stream.ptr)
+        slot = self._turn()
+        self._runtime.memcpyAsync(self._address(slot), source.data.ptr, source.nbytes, _TO_HOST, stream.ptr)
         self._events[slot].record(stream)
         return self._views[slot][: source.nbytes], self._events[slot]
 
+    def _turn(self) -> int:
+        slot, self._next = self._next, (self._next + 1) % len(self._views)
+        return slot
+
+    def _address(self, slot: int) -> int:
+        return int(self._memory.ptr) + slot * self._size
+
+    def _write(self, slot: int, offset: int, array: np.ndarray[Any, Any]) -> int:
+        """Write `array` to a buffer and return where it ends."""
+        end = offset + array.nbytes
+        self._writable[slot][offset:end] = array.tobytes()
+        return end
+
 
 class _Inputs:
-    """Arrays at fixed offsets of one zeroed slab, uploaded together through a `PinnedRing`."""
+    """Arrays at fixed offsets of one zeroed slab."""
 
-    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]], slots: int) -> None:
+    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> None:
         sizes = [aligned(int(np.prod(shape)) * np.dtype(dtype).itemsize) for shape, dtype in shapes]
         ends = np.cumsum(sizes).tolist()
-        self._offsets = [0, *ends[:-1]]
+        self.offsets = [0, *ends[:-1]]
         slab = memory.reserve(ends[-1], Purpose.WORKSPACE)
-        self._bytes = slab.array((ends[-1],), np.uint8)
-        self._bytes.fill(0)  # a captured chunk covers more tokens than are valid: their ids must be valid too
-        self.arrays = [slab.array(*shape, at) for shape, at in zip(shapes, self._offsets, strict=True)]
-        self._ring = PinnedRing(ends[-1], slots)
+        self.bytes = slab.array((ends[-1],), np.uint8)
+        self.bytes.fill(0)  # a captured chunk covers more tokens than are valid: their ids must be valid too
+        self.arrays = [slab.array(*shape, at) for shape, at in zip(shapes, self.offsets, strict=True)]
+        self.address = slab.address
+
+
+class _WholeInputs(_Inputs):
+    """Arrays that are uploaded together in one copy."""
+
+    def __init__(
+        self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]], uploads: int = PINNED_SLOTS
+    ) -> None:
+        super().__init__(memory, shapes)
+        self._ring = PinnedRing(self.bytes.nbytes, uploads)
 
     def upload(self, values: Sequence[np.ndarray[Any, Any]], stream: Any) -> None:
         """Upload a value, or the beginning of one, for each array."""
-        self._ring.upload(list(zip(self._offsets, values, strict=True)), self._bytes, stream)
+        self._ring.upload(list(zip(self.offsets, values, strict=True)), self.bytes, stream)
+
+    def wait(self) -> None:
+        """Wait until the newest upload is complete."""
+        self._ring.wait()
+
+
+class _SlotInputs(_Inputs):
+    """Arrays [S, …] of which one slot's elements are uploaded at a time."""
+
+    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> None:
+        super().__init__(memory, shapes)
+        self._pitches = [array.nbytes // len(array) for array in self.arrays]
+        self._ring = PinnedRing(sum(map(aligned, self._pitches)))
+
+    def upload(self, slot: int, values: Sequence[np.ndarray[Any, Any]], stream: Any) -> None:
+        """Upload a value, or the beginning of one, for the slot's element of each array.
+
+        That is one copy if there is one slot, else one for each array.
+        """
+        if len(self.arrays[0]) == 1:
+            self._ring.upload(list(zip(self.offsets, values, strict=True)), self.bytes, stream)
+            return
+        places = zip(self.offsets, self._pitches, values, strict=True)
+        self._ring.scatter([(self.address + at + slot * pitch, value) for at, pitch, value in places], stream)
+
+
+def rows_of(slots: int) -> int:
+    """Rows of the largest decode step: the power of two from `slots` on."""
+    return 1 << (slots - 1).bit_length()
 
 
 class StepState:
-    """Inputs of a decode step of S sequences.
+    """Inputs of decode steps of at most R rows, whose sequences have S slots.
 
-    `tokens` [S] and `positions` [S] i32, `requests` [S] (bytes of REQUEST), `tables` [S, blocks]
-    i32.
+    Of each slot: `tokens` [S] i32, the newest token, and its position in `positions` [S] i32,
+    negative if the slot is inactive; `limits` [S] i32 and `ends` [S, ENDS] i32, -1 padded: a
+    sequence ends with the token at this position, or with one of these ids; `requests` [S] (bytes
+    of REQUEST); `tables` [S, blocks] i32. `row_slots` [R] i32: the slot of each row, -1 for none;
+    `first_row` [1] i32: the slot whose first token is drawn. With one slot, row 0 always is slot 0.
     """
 
-    def __init__(self, memory: DeviceMemory, sequences: int, blocks: int) -> None:
-        rows = ((sequences,), np.int32)
-        requests = ((sequences, REQUEST.itemsize), np.uint8)
-        self._inputs = _Inputs(memory, (rows, rows, requests, ((sequences, blocks), np.int32)), _PINNED_SLOTS)
-        self.tokens, self.positions, self.requests, self.tables = self._inputs.arrays
+    def __init__(self, memory: DeviceMemory, slots: int, blocks: int) -> None:
+        each = ((slots,), np.int32)
+        ends, requests = ((slots, ENDS), np.int32), ((slots, REQUEST.itemsize), np.uint8)
+        shapes = (each, each, each, ends, requests, ((slots, blocks), np.int32))
+        self._inputs = _SlotInputs(memory, shapes)
+        self.tokens, self.positions, self.limits, self.ends, self.requests, self.tables = self._inputs.arrays
+        self.positions.fill(-1)
+        self._rows = _WholeInputs(memory, [((rows_of(slots),), np.int32)])
+        self._first = _WholeInputs(memory, [((1,), np.int32)], slots)
+        (self.row_slots,), (self.first_row,) = self._rows.arrays, self._first.arrays
+        self._forced = PinnedRing(4 * slots)
+        self._tables = PinnedRing(4 * blocks)
+        self._mapped: list[int] = [0] if slots == 1 else []
+        """The slots of the rows on the device."""
+
+    def start(self, start: SlotStart, table: Ints, stream: Any) -> None:
+        """Upload what generation in a slot needs; the first draw follows the last prompt token."""
+        first = start.replay[0] if start.replay else None
+        request = DrawRequest(start.sampling, 0, start.prompt, (), first)
+        last = len(start.prompt) - 1
+        ends = sorted(start.end_ids)[:ENDS]  # the engine stops the slot after an end id beyond these
+        fields = start.prompt[-1], last, last + start.max_tokens
+        self._upload(start.slot, *fields, ends, request, table, stream)
+        if len(self.tokens) > 1:
+            self._first.upload([np.array([start.slot], np.int32)], stream)
+
+    def extend(self, slot: int, table: Ints, stream: Any) -> None:
+        """Upload a slot's block table."""
+        self._tables.upload([(0, table)], self.tables[slot], stream)
+
+    def force(self, ids: Ints, stream: Any) -> None:
+        """Upload the id of each slot's next draw, -1 where it is to be drawn."""
+        at, pitch = REQUEST.fields["forced"][1], REQUEST.itemsize  # type: ignore[index]
+        self._forced.upload_column(ids, self.requests.data.ptr + at, pitch, stream)
+
+    def map_rows(self, slots: Sequence[int], stream: Any) -> None:
+        """Let row r of the next steps belong to slot `slots[r]`, and further rows to none."""
+        if slots == self._mapped:
+            return
+        rows = np.full(self.row_slots.shape, -1, np.int32)
+        rows[: len(slots)] = slots
+        self._rows.upload([rows], stream)
+        self._mapped = list(slots)
+
+    def slots_of_rows(self, rows: int) -> DeviceArray | None:
+        """[rows] i32: the slot of each row; None if row 0 is slot 0."""
+        return self.row_slots[:rows] if len(self.tokens) > 1 else None
 
     def load(self, batch: Batch, requests: Sequence[DrawRequest], stream: Any) -> None:
-        """Upload all rows: tokens, their positions and block tables, and the draws that follow."""
-        tables = np.zeros(self.tables.shape, np.int32)
-        if len(batch.block_tables) > len(tables):
-            raise ValueError(f"a step of {len(batch.block_tables)} sequences exceeds the step state's {len(tables)}")
+        """Upload a whole step: row r is slot r, and no sequence ends."""
+        rows = len(batch.tokens)
+        if rows > len(self.tokens):
+            raise ValueError(f"a step of {rows} sequences exceeds the step state's {len(self.tokens)}")
         for row, table in enumerate(batch.block_tables):
-            tables[row, : len(table)] = table
-        packed = np.array([pack(request) for request in requests], REQUEST)
-        self._inputs.upload((batch.tokens, batch.positions, packed, tables), stream)
+            request = requests[row] if requests else DrawRequest(Sampling(), 0, (), ())
+            token, position = int(batch.tokens[row]), int(batch.positions[row])
+            self._upload(row, token, position, _NO_LIMIT, [], request, table, stream)
+        self.map_rows(list(range(rows)), stream)
+
+    def _upload(
+        self,
+        slot: int,
+        token: int,
+        position: int,
+        limit: int,
+        ends: Sequence[int],
+        request: DrawRequest,
+        table: Ints,
+        stream: Any,
+    ) -> None:
+        padded = np.full(ENDS, -1, np.int32)
+        padded[: len(ends)] = ends
+        fields = (np.array([value], np.int32) for value in (token, position, limit))
+        self._inputs.upload(slot, (*fields, padded, np.array(pack(request), REQUEST), table), stream)
 
 
 class ChunkState:
@@ -139,7 +281,7 @@ class ChunkState:
 
     def __init__(self, memory: DeviceMemory, tokens: int, rows: int, blocks: int) -> None:
         shapes = [((size,), np.int32) for size in (tokens, 2, 1 + rows, blocks)]
-        self._inputs = _Inputs(memory, shapes, slots=1)  # the host prepares one chunk ahead: a cancel waits for no more
+        self._inputs = _WholeInputs(memory, shapes)
         self.tokens, self.span, wanted, self.table = self._inputs.arrays
         self.count = self.span[1:]
         self.wanted_count, self.wanted = wanted[:1], wanted[1:]
@@ -154,6 +296,10 @@ class ChunkState:
         wanted[0], wanted[1 : 1 + len(rows)] = len(rows), rows
         span = np.array((chunk.positions[0], len(chunk.tokens)), np.int32)
         self._inputs.upload((chunk.tokens, span, wanted, chunk.block_tables[0]), stream)
+
+    def wait(self) -> None:
+        """Wait until the newest chunk is uploaded, that is until those before it are computed."""
+        self._inputs.wait()
 
 
 def penalized(sampling: Sampling) -> bool:

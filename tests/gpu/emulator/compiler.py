@@ -34,6 +34,8 @@ PTX = {
     "fma.rn.f16x2": "fma_f16x2",
     "prmt.b32": "prmt",
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": "mma_m16n8k16",
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": "mma_m16n8k32_s8",
+    "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32": "mma_m16n8k16_s8",
     "ldmatrix.sync.aligned.m8n8.x4.shared": "ldmatrix<false>",
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared": "ldmatrix<true>",
     "cp.async.cg.shared.global": "cp_async_16",

@@ -14,6 +14,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
+#define __builtin_assume(condition)
 #define __restrict__
 #define __grid_constant__
 #define __shared__ static
@@ -46,6 +48,7 @@ struct alignas(16) float4 {
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -53,6 +56,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline void __syncthreads() { emu::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { emu::warp_barrier(); }
+inline void __threadfence() {}
 
 template <class T>
 T __shfl_sync(unsigned, T v, int lane) {
@@ -122,6 +126,7 @@ inline int __float_as_int(float v) { return __builtin_bit_cast(int, v); }
 inline float __uint_as_float(unsigned v) { return __builtin_bit_cast(float, v); }
 inline float __int_as_float(int v) { return __builtin_bit_cast(float, v); }
 inline long long __double_as_longlong(double v) { return __builtin_bit_cast(long long, v); }
+inline double __longlong_as_double(long long v) { return __builtin_bit_cast(double, v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -136,6 +141,7 @@ inline int __float2int_rn(float v) { return (int)std::lrintf(v); }
 inline long long __double2ll_rn(double v) { return std::llrint(v); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
@@ -155,5 +161,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 }
 template <class T>
 T __ldg(const T* at) {
+    return *at;
+}
+template <class T>
+T __ldcg(const T* at) {
     return *at;
 }

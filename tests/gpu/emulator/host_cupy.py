@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 
 from tests.gpu.emulator.compiler import GxxNvrtc, fibers
-from tests.gpu.emulator.launches import Device, HostModule, LaunchError
+from tests.gpu.emulator.launches import MOST_SHARED, Device, HostModule, LaunchError
 
 ALIGNMENT, POISON = 256, 0xFF
 FREE, TOTAL = 64 << 30, 80 << 30
@@ -169,7 +169,7 @@ def installed(cache, *, backwards=False):
 
 
 def _cuda(device):
-    properties = {"MultiProcessorCount": 1}
+    properties = {"MultiProcessorCount": 1, "MaxSharedMemoryPerBlockOptin": MOST_SHARED}
     card = SimpleNamespace(id=0, attributes=properties, compute_capability="80", use=lambda: None)
     return {
         "Memory": HostMemory,
@@ -193,8 +193,13 @@ def _runtime(device):
     def copy(to, source, nbytes, kind, stream):
         device.do(lambda: ctypes.memmove(to, source, nbytes))
 
+    def copy_rows(to, pitch, source, source_pitch, width, rows, kind, stream):
+        for row in range(rows):
+            copy(to + row * pitch, source + row * source_pitch, width, kind, stream)
+
     return SimpleNamespace(
         memcpyAsync=copy,
+        memcpy2DAsync=copy_rows,
         CUDARuntimeError=RuntimeFailure,
         memGetInfo=lambda: (FREE, TOTAL),
         getDeviceCount=lambda: 1,

@@ -100,3 +100,27 @@ inline void ptx_mma_m16n8k16(float& c0, float& c1, float& c2, float& c3, unsigne
         *out[e] = (float)sum;
     }
 }
+
+// "Matrix fragments for mma.m16n8k32" and "mma.m16n8k16" with .s8: WORDS words of B, twice as many of A. All elements of
+// the sum start at `c`.
+template <int WORDS>
+void ptx_mma_s8(int* const (&out)[4], const Fragments& own, int c) {
+    const emu::Post* posts = emu::exchange(own);
+    const int group = emu::lane() / 4, pair = emu::lane() % 4 * 2;
+    for (int e = 0; e < 4; ++e) {
+        int sum = c;
+        for (int k = 0; k < 4 * WORDS; ++k) {
+            const unsigned a = emu::from<Fragments>(posts, 4 * group + k % 4).a[e / 2 + 2 * (k / 4)];
+            const unsigned b = emu::from<Fragments>(posts, 4 * (pair + e % 2) + k % 4).b[k / 4];
+            sum = __dp4a((int)a, (int)b, sum);
+        }
+        *out[e] = sum;
+    }
+}
+inline void ptx_mma_m16n8k32_s8(int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                unsigned b0, unsigned b1, int c) {
+    ptx_mma_s8<2>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, a2, a3}, {b0, b1}}, c);
+}
+inline void ptx_mma_m16n8k16_s8(int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned b, int c) {
+    ptx_mma_s8<1>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, 0, 0}, {b, 0}}, c);
+}

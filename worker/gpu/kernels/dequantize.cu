@@ -2,7 +2,7 @@
 // bit gguf.quants.
 //
 // Shapes: W [rows, cols] in planes, cols a multiple of 32; ids [R] i32, or null for row r itself; y
-// [R, cols] f32.
+// [R, cols] f32. With row_slots [R] i32, y[r] = W[ids[row_slots[r]]], or zeros if that is negative.
 // Grid: x over R, y over the units of a row (32 elements, or 16 bytes of F32, F16, BF16); 128
 // threads, one unit each.
 // Alignment: 16 bytes. Bytes: the weights of the rows read once, 4 an element written (as float4).
@@ -12,19 +12,25 @@
 #include "formats.cuh"
 
 template <class Block>
-__global__ void dequantize(const Planes planes, const int* __restrict__ ids, float* __restrict__ out,
-                           const int row_units) {
+__global__ void dequantize(const Planes planes, const int* __restrict__ ids, const int* __restrict__ row_slots,
+                           float* __restrict__ out, const int row_units) {
     const int unit = blockIdx.y * blockDim.x + threadIdx.x;
     launch_dependents();
     grid_dependency_wait();
     if (unit >= row_units) return;
-    const u32 row = ids ? ids[blockIdx.x] : blockIdx.x;
+    const int at = row_slots ? row_slots[blockIdx.x] : blockIdx.x;
     constexpr int n = Unit<Block>::kElements;
+    float4* to = reinterpret_cast<float4*>(out + (size_t)blockIdx.x * row_units * n) + unit * (n / 4);
+    if (at < 0) {
+#pragma unroll 1
+        for (int e = 0; e < n; e += 4) to[e / 4] = make_float4(0.f, 0.f, 0.f, 0.f);
+        return;
+    }
+    const u32 row = ids ? ids[at] : at;
     Unit<Block> w;
     float v[n];
     w.load(planes, row * row_units + unit);
     w.to_float(row * row_units + unit, v);
-    float4* to = reinterpret_cast<float4*>(out + (size_t)blockIdx.x * row_units * n) + unit * (n / 4);
 #pragma unroll
     for (int e = 0; e < n; e += 4) to[e / 4] = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
 }

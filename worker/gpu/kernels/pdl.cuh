@@ -11,17 +11,21 @@
 // | data                            | kernels                        | why                        |
 // | ------------------------------- | ------------------------------ | -------------------------- |
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
-// |                                 | matmul, scale_to_f16           |                            |
-// | RoPE tables                     | attention_decode               | written at load only       |
-// | positions, block tables         | attention_decode               | before this graph (1)      |
-// | the sampler's request           | sample                         | before this graph (1)      |
+// |                                 | matmul, scale_to_f16,          |                            |
+// |                                 | route_rows, grouped_experts    |                            |
+// | RoPE tables                     | attention_decode, _rows        | written at load only       |
+// | row slots, positions, tables    | attention_decode, _rows        | before this graph (1)      |
+// | requests, positions, end ids    | sample, sample_rows            | before this graph (1)      |
+// | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
 // |                                 | group_routes                   |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
-// | KV of earlier tokens or chunks  | attention_decode,              | this graph writes only its |
+// | list of attention_items         | attention_rows                 | fence before launch (5)    |
+// | KV of earlier tokens or chunks  | attention_decode, _rows,       | this graph writes only its |
 // |                                 | attention_prefill              | own tokens' slots          |
 // | routes and residual             | experts_add                    | two launches earlier (3)   |
+// | tiles of pairs                  | grouped_experts for down       | two launches earlier (3)   |
 //
 // Everything else is read after the wait: activations, logits, partial results, counters. All
 // writes come after the wait, because earlier kernels may still read the memory. A plain load of
@@ -29,24 +33,36 @@
 // move it above the wait.
 //
 // Rules:
-// 1. The first kernel of a graph waits for the complete preceding graph or copy. Positions and
-//    requests are written by a copy or by the preceding step's sampler; reading them before the
-//    wait is valid because a graph holds one step. Several steps in one graph would need the reads
-//    after the wait.
+// 1. The first kernel of a graph waits for the complete preceding graph or copy. Row slots,
+//    positions, tables and requests are written by a copy or by the preceding step's sampler;
+//    reading them before the wait is valid because a graph holds one step. Several steps in one
+//    graph, or steps without a graph and without a copy between them, would need the reads after
+//    the wait.
 // 2. A kernel may call launch_dependents before its wait if its secondary reads, before its own
 //    wait, only data that no incomplete kernel writes. grid_dependency_wait calls it afterwards.
 // 3. If a primary calls launch_dependents only after its wait, all launches before the primary are
 //    complete when the secondary starts, and the secondary may read their results before its wait.
-//    glu does so for experts, and experts_add relies on it.
+//    glu does so for experts, and experts_add relies on it, as do the two launches of
+//    grouped_experts.
 // 4. A block without work may exit without a wait if another block of its grid waits: the grid then
 //    ends after its primary. If all blocks exit, the grid may end before its primary. That happens
 //    after the last layer's attention of a chunk without requested logits; it is valid because the
 //    results are not read and a graph ends after all of its kernels.
+// 5. attention_items calls launch_dependents only after a fence that follows its writes, and does not
+//    call it before. Every later launch of the graph starts after that, so it may read the list
+//    before its wait; it reads it through L2, since L1 is not coherent.
 #pragma once
 
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Wait, and let no dependent start before launch_dependents is called or the block exits.
+__device__ __forceinline__ void grid_dependency_wait_only() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

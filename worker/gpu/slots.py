@@ -1,0 +1,167 @@
+"""Host side of the slots: the sequences that generate, and their draws on the way to the host.
+
+Decode steps are numbered. A sequence that begins after step n has its first draw before step n + 1
+and is in every later step until it is stopped, so a step's number gives the index of each of its
+draws. The end of a sequence is decided on the device (`kernels/sampling.cuh`) and, from the draws,
+by the caller. Next: `runner.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worker.gpu.sampler import DRAWN, INACTIVE
+from worker.model import SlotDraw, SlotStart
+from worker.ops import KV_BLOCK, Ints
+from worker.sampling import Draw
+
+_NEVER = 1 << 62
+_Top = tuple[tuple[int, float], ...]
+
+
+class Generation:
+    """A sequence that generates in a slot, from `first_step` on, until it is no longer `live`."""
+
+    __slots__ = ("first_step", "last_step", "live", "replay", "reports_from", "slot", "table_step", "tokens")
+
+    def __init__(self, start: SlotStart, table: Ints, first_step: int) -> None:
+        self.live = True
+        self.slot = start.slot
+        self.tokens = len(start.prompt)
+        self.replay = start.replay
+        self.first_step = first_step
+        self.last_step = first_step + start.max_tokens - 1
+        """The step that draws the last of `max_tokens` tokens."""
+        self.reports_from = _NEVER if start.sampling.logprobs is None else first_step + len(start.replay)
+        """The first step whose draw has log-probabilities: forced ids have none."""
+        self.table_step = _NEVER
+        """The last step whose token has a KV block."""
+        self.hold(table)
+
+    def hold(self, table: Ints) -> None:
+        """Take over a block table."""
+        last = self.first_step + len(table) * KV_BLOCK - self.tokens
+        self.table_step = last if last < self.last_step else _NEVER
+
+    def forced(self, step: int) -> int | None:
+        """The id that `step` must return, -1 for a draw; None if the device's is valid."""
+        index = step - self.first_step
+        if index > len(self.replay):
+            return None
+        return self.replay[index] if index < len(self.replay) else -1
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Draws that are being copied to the host: `raw` is valid once `event` has completed."""
+
+    rows: tuple[Generation, ...]
+    step: int
+    raw: np.ndarray[Any, Any]
+    event: Any
+
+    def wait(self) -> np.ndarray[Any, Any]:
+        """Wait for the copy and return the draws: at least one DRAWN for each of `rows`."""
+        self.event.synchronize()
+        return self.raw.view(DRAWN)
+
+
+class Slots:
+    """The sequences that generate in `count` slots."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.steps = 0
+        """The number of the newest decode step."""
+        self._generations: dict[int, Generation] = {}
+        self._changed()
+
+    @property
+    def step_is_due(self) -> bool:
+        """Whether a sequence has a token left that no launched step draws."""
+        return self.steps < self._last_step
+
+    def begin(self, start: SlotStart, table: Ints) -> Generation:
+        """Let a sequence generate in its slot; the draw of its first token is launched next."""
+        self.stop(start.slot)
+        generation = self._generations[start.slot] = Generation(start, table, self.steps)
+        self._changed()
+        return generation
+
+    def extend(self, slot: int, table: Ints) -> bool:
+        """Note a slot's longer block table; whether the slot generates."""
+        generation = self._generations.get(slot)
+        if generation is None:
+            return False
+        generation.hold(table)
+        self._changed()
+        return True
+
+    def stop(self, slot: int) -> None:
+        """End generation in a slot; its draws that are not read yet are dropped. Idempotent."""
+        generation = self._generations.pop(slot, None)
+        if generation is not None:
+            generation.live = False
+            self._changed()
+
+    def clear(self) -> None:
+        """Stop all slots."""
+        for slot in list(self._generations):
+            self.stop(slot)
+
+    def next_step(self) -> int:
+        """Count a decode step. Raises: ValueError if a token of it has no KV block."""
+        if self.steps >= self._table_step:
+            raise ValueError("a sequence has reached the end of its block table")
+        self.steps += 1
+        return self.steps
+
+    def forced(self) -> Ints | None:
+        """The ids that the next step must return, by slot, -1 for a draw; None if none changes."""
+        replaying = {slot: each.forced(self.steps + 1) for slot, each in self._replaying.items()}
+        if all(token is None for token in replaying.values()):
+            return None
+        ids = np.full(self.count, -1, np.int32)
+        for slot, token in replaying.items():
+            ids[slot] = -1 if token is None else token
+        return ids
+
+    def read(self, launch: Launch) -> list[SlotDraw]:
+        """Wait for a launch and return the draws of the slots that were not stopped meanwhile."""
+        drawn, step = launch.wait(), launch.step
+        draws: list[SlotDraw] = []
+        reports: list[tuple[float, _Top]] = []
+        for row, (generation, token) in enumerate(zip(launch.rows, drawn["id"].tolist(), strict=False)):
+            if not generation.live or token == INACTIVE:
+                continue
+            if token < 0:
+                self.stop(generation.slot)
+                draws.append(SlotDraw(generation.slot, None))
+            elif step < generation.reports_from:
+                draws.append(SlotDraw(generation.slot, Draw(token)))
+            else:
+                reports = reports or _reports(drawn)
+                draws.append(SlotDraw(generation.slot, Draw(token, *reports[row])))
+        return draws
+
+    def _changed(self) -> None:
+        """Derive what a step needs: only when a sequence joins or leaves."""
+        self.numbers: Sequence[int] = sorted(self._generations)
+        """The slots that generate: those of a step's rows."""
+        self.rows = tuple(self._generations[slot] for slot in self.numbers)
+        self._last_step = max((each.last_step for each in self.rows), default=-1)
+        self._table_step = min((each.table_step for each in self.rows), default=_NEVER)
+        self._replaying = {slot: each for slot, each in self._generations.items() if each.replay}
+
+
+def _reports(drawn: np.ndarray[Any, Any]) -> list[tuple[float, _Top]]:
+    """The log-probability of each row's token, and those of its alternatives."""
+    counts = drawn["count"]
+    ids, values = (drawn[name][:, : counts.max()].tolist() for name in ("top_ids", "top_logprobs"))
+    tops = (tuple(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True))
+    return [
+        (logprob, top[:count])
+        for logprob, top, count in zip(drawn["logprob"].tolist(), tops, counts.tolist(), strict=True)
+    ]
