@@ -86,3 +86,20 @@ def test_phi3s_window_counts_only_if_the_settings_apply_it(tmp_path):
 def test_weight_sizes_are_those_of_the_backend(tmp_path):
     halved = replace(traffic(tmp_path, "qwen2"), weight_bytes=lambda info: info.nbytes // 2)
     assert 2 * halved.token_bytes(0) == traffic(tmp_path, "qwen2").token_bytes(0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt-oss"])
+def test_a_step_of_one_sequence_moves_what_its_token_does(tmp_path, name):
+    one = traffic(tmp_path, name)
+    assert one.step_bytes(1, 40) == one.token_bytes(40)
+
+
+def test_a_step_of_several_sequences_moves_the_weights_once_and_the_keys_of_each(tmp_path):
+    one = traffic(tmp_path, "qwen2")
+    assert one.step_bytes(5, 40) - one.token_bytes(40) == 4 * (one.token_bytes(40) - one.token_bytes(0))
+
+
+def test_a_step_of_several_sequences_moves_the_experts_that_uniform_routing_is_expected_to_choose(tmp_path):
+    mixture = traffic(tmp_path, "gpt-oss")
+    expected = 8 * (1 - 0.5**3)
+    assert mixture.step_bytes(3, 0) == pytest.approx(4 * (oss_weights(expected) + 3 * 192), abs=4)

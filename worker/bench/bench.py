@@ -32,6 +32,8 @@ from worker.errors import ConfigInvalid
 from worker.gguf_file import GgufFile
 
 RUNS = 5
+_AT_ONCE = (1, 8, 32, 64, 128, 256)
+_THROUGHPUT_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Sizes:
     answer: int
     """Length of the answers compared with and without a server."""
     first_tokens: int = 40
+    together: int = 8
+    """Tokens of each of several sequences that generate at once, after prompts of `first`."""
     budget_s: float = 0.3
     """More than RUNS runs if they fit into this time."""
 
@@ -60,8 +64,8 @@ class Sizes:
 
 
 SIZES = {
-    "gpu": Sizes(4 << 30, (128, 512, 1024, 2048, 3500, 8192), tokens=48, first=128, answer=256),
-    "cpu": Sizes(512 << 20, (32, 128, 512), tokens=8, first=32, answer=32),
+    "gpu": Sizes(4 << 30, (128, 512, 1024, 2048, 3500, 8192), tokens=48, first=128, answer=256, together=127),
+    "cpu": Sizes(512 << 20, (32, 128, 512), tokens=8, first=32, answer=32, together=8),
 }
 
 
@@ -74,12 +78,15 @@ def run(path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Resu
     with embedded_server() as url:
         with GgufFile.open(path) as file:
             file_bytes, backend = file.tensor_bytes, runtime.open_backend(settings.engine)
-            planned = runtime.plan(file, settings.model, backend, settings.engine.kv_memory)
+            planned = runtime.plan(
+                file, settings.model, backend, settings.engine.kv_memory, settings.engine.max_running
+            )
         sizes = SIZES[backend.name].within(planned.context)
         on_phase("read bandwidth")
         bandwidth = _read_bandwidth(backend, settings.engine, sizes.read_bytes)
         bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, file_bytes, on_phase)
         facts = bench.engine_alone()
+        bench.throughput()
         bench.loads()
         bench.behind_a_server(url)
     alone, served = (figure.median for figure in bench.figures["answer"])
@@ -138,6 +145,23 @@ class Bench:
             weight_bytes=planned.weight_bytes,
             kv_bytes_per_token=planned.kv_bytes_per_token,
         )
+
+    def throughput(self) -> None:
+        """Measure decode of 1, 8, … sequences at once, up to `engine.max_running` if above 1."""
+        limit, sizes = self.settings.engine.max_running, self.sizes
+        for count in sorted({*(n for n in _AT_ONCE if n < limit), limit} if limit > 1 else ()):
+            self.on_phase(f"decode of {count} sequences at once")
+            gc.collect()
+            engine = self.settings.engine.model_copy(update={"max_running": count})
+            loaded = runtime.load(self.path, self.settings.model, engine)
+            runs = []
+            for _ in range(1 + _THROUGHPUT_RUNS):  # the first run captures graphs
+                prompts = [self._prompts.next(sizes.first) for _ in range(count)]
+                runs.append(timing.together(loaded.engine, prompts, sizes.together))
+            moved = self.traffic.step_bytes(count, sizes.first + sizes.together // 2)
+            limit_s = moved / (1e9 * self.bandwidth.gb_s)
+            self._add("throughput", self.bandwidth.speed(count, runs[1:], moved, count, limit=count / limit_s))
+            del loaded
 
     def loads(self) -> None:
         """Measure loads with the file and the kernels in their caches."""

@@ -36,7 +36,7 @@ class Figure:
     p95: float | None = None
     """First tokens: 95th percentile."""
     limit: float | None = None
-    """Decode: tokens per second if reading the bytes at the measured bandwidth took all time."""
+    """Decode, throughput: tokens/s if reading the bytes at the measured bandwidth took all time."""
     tflops: float | None = None
     """Prefill: 1e12 operations per second in matrix products with weights."""
     extra_us: float | None = None
@@ -100,6 +100,7 @@ class Result:
 
     decode       through the engine, by tokens of context before the first timed token
     prefill      through the engine, from `add` to the first token, by tokens of the prompt
+    throughput   decode of `at` sequences at once, tokens/s in all, if requested
     first_token  at `engine`, and at `server`: from before the XADD to the token at the client
     load         from opening the file to a ready engine: `first` (may compile kernels) and `again`
     sampler      decode by sampling setting

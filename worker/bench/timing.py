@@ -66,6 +66,27 @@ def repeated(measure: Callable[[], Timed], min_runs: int, budget_s: float) -> li
     return runs
 
 
+def together(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+    """Seconds per token of one sequence while all `prompts` generate greedily at once.
+
+    Timed are `tokens` tokens of each sequence, from the step in which the last prompt gets its
+    first token on. No sequence ends meanwhile.
+    """
+    spare = len(prompts) + 16  # a sequence may generate while later prompts are computed
+    for index, prompt in enumerate(prompts):
+        engine.add(Request(f"bench-{index}", list(prompt), tokens + spare, GREEDY))
+    started: set[str] = set()
+    while len(started) < len(prompts):
+        started.update(drawn.sequence_id for drawn in engine.step())
+    began, left = time.perf_counter(), tokens * len(prompts)
+    while left > 0:
+        left -= len(engine.step())
+    seconds = time.perf_counter() - began
+    for sequence_id in engine.active:
+        engine.abort(sequence_id)
+    return seconds / (tokens * len(prompts) - left) * len(prompts)
+
+
 def samplers(engine: Engine, prompts: Prompts, prompt: int, tokens: int, runs: int) -> dict[str, list[float]]:
     """Measure seconds per token by sampling setting; alternates so that drift affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in SAMPLINGS}

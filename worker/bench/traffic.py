@@ -25,6 +25,14 @@ class Traffic:
         keys = sum(min(context, window or context) for window in self.planned.windows)
         return self._weights(1) + keys * self.planned.kv_bytes_per_token // self.planned.hparams.block_count
 
+    def step_bytes(self, sequences: int, context: int) -> int:
+        """Bytes of a decode step of several sequences, each of which attends to `context` keys.
+
+        Of a mixture all experts that uniform routing is expected to choose.
+        """
+        keys = self.token_bytes(context) - self._weights(1)
+        return self._step_weights(sequences) + sequences * keys
+
     def prompt_bytes(self, tokens: int) -> int:
         """Bytes of a prompt: the weights once, however it is chunked, and its keys and values."""
         return self._weights(tokens) + tokens * self.planned.kv_bytes_per_token
@@ -45,6 +53,15 @@ class Traffic:
     @property
     def _untied(self) -> bool:
         return any(info.name == "output.weight" for info in self.planned.weights)
+
+    def _step_weights(self, sequences: int) -> int:
+        hp, total = self.planned.hparams, self._weights(sequences)
+        if not hp.expert_count:
+            return total
+        at_most = min(sequences * hp.expert_used_count, hp.expert_count)
+        expected = hp.expert_count * (1 - (1 - hp.expert_used_count / hp.expert_count) ** sequences)
+        experts = sum(self.weight_bytes(info) for info in self.planned.weights if "_exps." in info.name)
+        return total - int(experts * (at_most - expected) / hp.expert_count)
 
     def _weights(self, tokens: int) -> int:
         """Bytes of the weights that `tokens` tokens use, with the most experts they can use."""

@@ -26,6 +26,7 @@ from worker.config import load_settings
 _WIDTH = 120  # columns if stdout is not a terminal
 _TITLES = {
     "decode": "decode at",
+    "throughput": "decode at once,",
     "prefill": "prefill of",
     "first_token": "first token,",
     "load": "load,",
@@ -34,10 +35,17 @@ _TITLES = {
 }
 
 
+_COUNTED = {"decode at once,": "sequences"}
+
+
 def bench(
     model: ModelArgument,
     context: ContextOption = None,
     backend: BackendOption = None,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, max=256, help="Also decode 1, 8, 32, … sequences at once, up to N.", metavar="N"),
+    ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record in the result; by default that of the git checkout.")
     ] = None,
@@ -50,7 +58,9 @@ def bench(
     minutes on a CPU.
     """
     path = model_path(model)
-    settings = load_settings(flags={"engine.backend": backend, "model.context": context})
+    settings = load_settings(
+        flags={"engine.backend": backend, "model.context": context, "engine.max_running": max_running}
+    )
     with Console(stderr=True).status("") as status:
         result = run(path, settings, lambda what: status.update(f"{path.name}: {what}"))
     if commit is not None:
@@ -74,7 +84,7 @@ def _print(result: Result, console: Console) -> None:
     for heading in ("median", "of runs", "from", "to", "moves", "GB/s", "%", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, title in _TITLES.items():
-        for figure in result.figures[name]:
+        for figure in result.figures.get(name, ()):
             table.add_row(*_cells(title, figure))
         table.add_section()
     console.print(table)
@@ -89,7 +99,9 @@ def _cells(title: str, figure: Figure) -> list[str]:
         "extra_us": f"{figure.extra_us or 0:+,.1f} µs",
     }
     return [
-        f"{title} {figure.at:,} tokens" if isinstance(figure.at, int) else f"{title} {figure.at}",
+        f"{title} {figure.at:,} {_COUNTED.get(title, 'tokens')}"
+        if isinstance(figure.at, int)
+        else f"{title} {figure.at}",
         f"{number(figure.median)} {figure.unit}",
         str(figure.runs),
         number(figure.low),
