@@ -14,7 +14,7 @@ help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
 	@echo "make test    run the whole test suite; no GPU needed"
 	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
-	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m]"
+	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make clean   remove .venv and caches; keep pulled models"
@@ -51,7 +51,7 @@ contracts: $(VENV)/.installed-dev
 
 # Without SEED a seed is drawn and printed.
 chaos: $(VENV)/.installed-dev
-	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RUNNING),--max-running $(RUNNING))
 
 # Write one file for each model to benchmarks/results, plot them and print their tables.
 # docs/performance.md describes how its tables are generated.

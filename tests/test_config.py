@@ -193,6 +193,8 @@ def test_an_empty_variable_counts_as_none(monkeypatch):
         ("redis.url", "http://user:secret@host", "redis.url: must begin with redis://, rediss:// or unix://"),
         ("redis.queue", "a b", "redis.queue: "),
         ("lease.lease_s", 1.0, "lease: renew_s must be at most half of lease_s, 0.5"),
+        ("engine.max_running", 0, "engine.max_running: must be at least 1, not 0"),
+        ("engine.max_running", 257, "engine.max_running: must be at most 256, not 257"),
         ("service.flush_ms", 30, "service.flush_ms: "),
         ("service.metrics_ms", 100, "service.metrics_ms: "),
         ("service.grace_s", "soon", "service.grace_s: "),
