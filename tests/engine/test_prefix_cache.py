@@ -102,7 +102,7 @@ def test_two_jobs_that_read_the_same_blocks_at_once_draw_the_tokens_that_each_dr
     runner = RecordingRunner(cpu_runner(tiny(name), kv_blocks=40))
     engine = engine_of(runner, running=2, chunk=16, order=SHUFFLED)
     engine.add(first)
-    while first.in_prefill:
+    while first.prefilled < len(first.prompt):
         engine.step()
     engine.add(second)
     while not engine.idle:

@@ -295,7 +295,7 @@ class Scheduler:
     def _hold_prefix(self, sequence: Sequence) -> None:
         reusable = sequence.full_blocks[: sequence.reusable]
         sequence.block_table, sequence.prefix_node = self._blocks.hold_prefix(reusable)
-        sequence.reusable = len(sequence.block_table)  # the caller was told this number
+        sequence.reusable = len(sequence.block_table)  # `add` returns it: a later hold is not longer
         sequence.prefilled = len(sequence.block_table) * KV_BLOCK
 
     def _release(self, sequences: Iterable[Sequence]) -> bool:

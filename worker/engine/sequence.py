@@ -71,11 +71,6 @@ class Sequence:
         self.ends = ends | self.sampling.stop_token_ids
 
     @property
-    def in_prefill(self) -> bool:
-        """Whether prompt tokens are left to compute."""
-        return self.prefilled < len(self.prompt)
-
-    @property
     def known(self) -> list[int]:
         """The ids after the prompt that need no draw: generated, or published by an attempt."""
         return self.generated if len(self.generated) > len(self.replay) else self.replay

@@ -218,12 +218,6 @@ class SamplerLauncher:
         return np.array(tuple(array.data.ptr for array in arrays), _SLOT_ARRAYS)
 
 
-def bytes_per_slot(vocab_size: int) -> int:
-    """Device bytes of a slot and of its row in a launch."""
-    listed = _LISTED * SPECIAL.itemsize + _SPECIALS.itemsize
-    return 4 * vocab_size + 4 * -(-vocab_size // 32) + listed + _ROW_BOARD.itemsize + DRAWN.itemsize
-
-
 def unpack(raw: np.ndarray[Any, Any], request: DrawRequest) -> Draw:
     """The draw in a row of `drawn` [bytes].
 
