@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.quantized_ops import BLOCK, in_f16, quantize
-from worker.gpu.activations import Q8Activations, ScaledF16, padded
+from worker.gpu.activations import Q8Activations, Q8Tiles, ScaledF16, padded
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32
 
@@ -28,6 +28,22 @@ def q8_activations(pool, x):
     meta["low"], meta["high"] = halves.sum(axis=3, dtype=np.int64).transpose(2, 0, 1)
     planes = halves.transpose(0, 2, 1, 3).reshape(tokens, cols)
     return Q8Activations(pool.put(x), pool.put(planes), pool.put(meta.view(np.int64)))
+
+
+def q8_tiles(pool, x, factor=None):
+    """x [T, cols] as f32 and as Q8 tiles, in the layout of kernels/q8_tiles.cuh."""
+    tokens, cols = x.shape
+    q, scale = quantize(x)
+    units, tiles = cols // BLOCK, -(-tokens // 16)
+    tiles = tiles if tiles <= 2 else -(-tiles // 4) * 4
+    words = np.zeros((tiles, 8, 2, units, 2, 4, 4), np.int8)  # tile, pair, token of it, unit, half, c, byte
+    words.reshape(tiles * 16, cols)[:tokens] = q.reshape(tokens, cols)
+    meta = np.zeros((3, units, tiles * 16), np.float32)
+    halves = q.reshape(tokens, units, 2, BLOCK // 2).sum(axis=3, dtype=np.int64)
+    meta[0, :, :tokens], meta[1, :, :tokens], meta[2, :, :tokens] = scale.T, halves.sum(axis=2).T, halves[:, :, 0].T
+    tiled_meta = np.ascontiguousarray(meta.reshape(3, units, tiles, 16).transpose(1, 2, 0, 3))
+    packed = np.ascontiguousarray(words.transpose(3, 0, 1, 5, 2, 4, 6)).reshape(tiles * 16, cols)
+    return Q8Tiles(pool.put(x), pool.put(packed), pool.put(tiled_meta), None if factor is None else pool.put(factor))
 
 
 def f32_activations(pool, x):

@@ -5,21 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.activations import q8_activations, q8_bytes, rows_of
+from tests.gpu.activations import norm_of, q8_activations, q8_tiles, rows_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.weights import Projection
-from worker.gpu.activations import Q8Activations
-from worker.gpu.matvec_mma import (
-    BLOCK_TYPES,
-    MAX_SHARED,
-    T16X16,
-    T64X16,
-    T64X32,
-    T64X64,
-    TILES,
-    is_supported,
-    shared_bytes,
-)
+from worker.gpu.matvec_mma import BLOCK_TYPES, GATED_TILES, MAX_SHARED, TILES, is_supported, shared_bytes
 from worker.ops import SWIGLU, Activation, Linear, QTensor
 from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
 
@@ -43,27 +32,25 @@ def test_products_have_the_bits_of_one_row(kernels, memory, kind, rows, cols, to
     from worker.gpu.matvec_mma import matvec_mma
 
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (rows, cols), bias=True)
-    x = q8_activations(pool, rows_of(tokens, cols))
+    x = rows_of(tokens, cols)
     residual = pool.put(rows_of(tokens, rows))
-    (expected,) = matvec(kernels, pool, x, None, [projection.linear], residual)
-    (found,) = matvec_mma(kernels, pool, x, [projection.linear], residual)
+    (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear], residual)
+    (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear], residual)
     pool.check()
     assert_same_bits(found, expected)
 
 
 @EACH_TILE
 @pytest.mark.parametrize("kind", [Q8_0, Q4_K, Q6_K], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("tokens", [16, 65])
+@pytest.mark.parametrize("tokens", [40, 65])
 def test_no_tile_changes_a_bit(kernels, memory, kind, tiles, tokens):
     from worker.gpu.matvec import matvec
     from worker.gpu.matvec_mma import matvec_mma
 
-    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (131, 1280), bias=True)
-    x = q8_activations(pool, rows_of(tokens, 1280))
-    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
-    if shared_bytes(kind, tiles) > MAX_SHARED:
-        tiles = T64X32
-    (found,) = matvec_mma(kernels, pool, x, [projection.linear], tiles=tiles)
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, (9, 4096), bias=True)
+    x = rows_of(tokens, 4096)
+    (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
+    (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear], tiles=tiles)
     pool.check()
     assert_same_bits(found, expected)
 
@@ -78,10 +65,10 @@ def test_every_split_of_k_has_the_bits_of_one_row(kernels, memory, kind, split_k
         cols = 768
     pool, projection = GuardedPool(), Projection(kernels, memory, kind, (9, cols))
     assert split_k_of([projection.linear]) == split_k
-    x = q8_activations(pool, rows_of(16, cols))
-    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
-    for tiles in (T16X16, T64X16):
-        (found,) = matvec_mma(kernels, pool, x, [projection.linear], tiles=tiles)
+    x = rows_of(16, cols)
+    (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
+    for tiles in (t for t in TILES if t.tokens == 16):
+        (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear], tiles=tiles)
         assert_same_bits(found, expected)
     pool.check()
 
@@ -92,9 +79,9 @@ def test_rows_of_any_number_of_units_have_the_bits_of_one_row(kernels, memory, c
     from worker.gpu.matvec_mma import matvec_mma
 
     pool, projection = GuardedPool(), Projection(kernels, memory, Q5_0, (70, cols), bias=True)
-    x = q8_activations(pool, rows_of(20, cols))
-    (expected,) = matvec(kernels, pool, x, None, [projection.linear])
-    (found,) = matvec_mma(kernels, pool, x, [projection.linear])
+    x = rows_of(20, cols)
+    (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
+    (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear])
     pool.check()
     assert_same_bits(found, expected)
 
@@ -111,7 +98,7 @@ def test_several_projections_share_the_splits_of_one_row(kernels, memory, kinds)
         for i, (k, s) in enumerate(zip(kinds, shapes, strict=True))
     ]
     expected = matvec(kernels, pool, q8_activations(pool, x), None, parts)
-    found = matvec_mma(kernels, pool, q8_activations(pool, x), parts)
+    found = matvec_mma(kernels, pool, q8_tiles(pool, x), parts)
     pool.check()
     for f, e in zip(found, expected, strict=True):
         assert_same_bits(f, e)
@@ -121,18 +108,15 @@ def test_the_factor_of_a_row_is_applied_to_its_sums(kernels, memory):
     from worker.gpu.matvec_mma import glu_mma, matvec_mma
 
     gate, up = (Projection(kernels, memory, Q4_K, (64, 512), name).linear for name in ("gate", "up"))
-    pool = GuardedPool()
-    x = q8_activations(pool, rows_of(19, 512))
+    pool, x = GuardedPool(), rows_of(19, 512)
     factor = np.random.default_rng(2).uniform(0.1, 2, 19).astype(np.float32)
-    scaled = Q8Activations(x.x, x.q, x.meta, pool.put(factor))
-    (plain,), (found,) = (matvec_mma(kernels, pool, each, [gate]) for each in (x, scaled))
+    (plain,), (found,) = (matvec_mma(kernels, pool, q8_tiles(pool, x, each), [gate]) for each in (None, factor))
     exact = plain.get().astype(np.float64) * factor[:, None]
     np.testing.assert_array_equal(found.get(), exact.astype(np.float32))
-    twos = Q8Activations(x.x, x.q, x.meta, pool.put(np.full(19, 2, np.float32)))
-    x2 = rows_of(19, 512) * np.float32(2)
+    twos = np.full(19, 2, np.float32)
     found, expected = (
-        glu_mma(kernels, pool, twos, gate, up, SWIGLU),
-        glu_mma(kernels, pool, q8_activations(pool, x2), gate, up, SWIGLU),
+        glu_mma(kernels, pool, q8_tiles(pool, x, twos), gate, up, SWIGLU),
+        glu_mma(kernels, pool, q8_tiles(pool, x * np.float32(2)), gate, up, SWIGLU),
     )
     assert_same_bits(found.x, expected.x)
     pool.check()
@@ -148,15 +132,38 @@ def test_the_gated_product_has_the_bits_of_one_row(kernels, memory, kind, rows, 
         Projection(kernels, memory, kind, (rows, cols), name, bias=rows == 160).linear for name in ("gate", "up")
     )
     pool, activation = GuardedPool(), SWIGLU if rows == 19 else Activation(limit=7.0, alpha=1.702)
-    x = q8_activations(pool, rows_of(tokens, cols))
-    expected = glu(kernels, pool, x, None, gate, up, activation)
-    found = glu_mma(kernels, pool, x, gate, up, activation)
+    x = rows_of(tokens, cols)
+    expected = glu(kernels, pool, q8_activations(pool, x), None, gate, up, activation)
+    for tiles in (t for t in GATED_TILES if t.tokens <= max(tokens, 16)):
+        found = glu_mma(kernels, pool, q8_tiles(pool, x), gate, up, activation, tiles=tiles)
+        pool.check()
+        assert_same_bits(found.x, expected.x)
+        if rows % 32 == 0:
+            assert_same_tiles(found, q8_tiles(pool, expected.x.get()))
+        else:
+            assert found.q is None
+
+
+def assert_same_tiles(found, expected):
+    np.testing.assert_array_equal(found.q.get(), expected.q.get())
+    assert_same_bits(found.meta, expected.meta)
+
+
+@pytest.mark.parametrize(("tokens", "cols"), [(16, 64), (21, 896), (33, 4096)])
+def test_tiles_hold_the_values_of_q8_blocks(kernels, tokens, cols):
+    from worker.gpu.activations import quantize_rows, quantize_tiles
+
+    pool, x = GuardedPool(), rows_of(tokens, cols)
+    found = quantize_tiles(kernels, pool, pool.put(x), None)
     pool.check()
-    assert_same_bits(found.x, expected.x)
-    if rows % 32 == 0:
-        assert q8_bytes(found) == q8_bytes(expected)
-    else:
-        assert found.q is None
+    assert_same_tiles(found, q8_tiles(pool, x))
+    assert found.factor is None
+    weight, norm = norm_of(pool, cols)
+    found = quantize_tiles(kernels, pool, pool.put(x), norm)
+    expected = quantize_rows(kernels, pool, pool.put(x), norm, q8=True, f32=False)
+    pool.check()
+    assert_same_bits(found.factor, expected.factor)
+    assert_same_tiles(found, q8_tiles(pool, x * weight))
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_any_place(kernels, memory):
@@ -165,19 +172,18 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_place(kernels, memory):
 
     pool, projection = GuardedPool(), Projection(kernels, memory, Q6_K, (300, 1280))
     x = rows_of(48, 1280)
-    (together,) = matvec_mma(kernels, pool, q8_activations(pool, x), [projection.linear])
+    (together,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear])
     for t in (0, 17, 47):
         (alone,) = matvec(kernels, pool, q8_activations(pool, x[t : t + 1]), None, [projection.linear])
         np.testing.assert_array_equal(bits(alone)[0], bits(together)[t])
 
 
 @EACH_BLOCK_TYPE
-@pytest.mark.parametrize("tiles", TILES, ids=str)
+@EACH_TILE
 def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(kind, tiles):
-    if shared_bytes(kind, tiles) <= MAX_SHARED:
-        assert tiles.resident * (shared_bytes(kind, tiles) + 1024) <= 228 << 10
-    else:
-        assert tiles is T64X64
+    size = shared_bytes(kind, tiles)
+    assert size <= MAX_SHARED
+    assert tiles.resident * (size + 1024) <= 228 << 10
 
 
 def test_weights_that_no_tile_serves_are_not_supported():
@@ -188,5 +194,3 @@ def test_weights_that_no_tile_serves_are_not_supported():
     assert is_supported([linear(Q4_K), linear(Q4_K)], gated=True)
     assert not is_supported([linear(Q4_K), linear(Q6_K)], gated=True)
     assert not is_supported([linear(Q4_K), linear(F32)])
-    assert is_supported([linear(Q4_K)], max_shared=99 << 10)
-    assert not is_supported([linear(Q4_K), linear(Q4_K)], gated=True, max_shared=99 << 10)

@@ -30,6 +30,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         ("quantize_rows.cu", f"quantize_rows<{forms}, {DECODE_WARPS}>")
         for forms in ("true, false", "false, true", "true, true")
     ),
+    ("quantize_rows.cu", f"quantize_tiles<{DECODE_WARPS}>"),
 )
 
 
@@ -99,6 +100,77 @@ def quantize_rows(
     shared = 4 * cols * (plain is not None) + cols * 5 // 4 * q8
     args = (input_rows(Q8Activations(x), norm), y.q, y.meta, plain, y.factor)
     kernel((rows,), (32 * warps,), args, shared_mem=shared, pdl=True)
+    return y
+
+
+@dataclass(frozen=True, slots=True)
+class Q8Tiles:
+    """Input rows of a decode product on the tensor cores: `x` [T, cols] f32, and the same as tiles.
+
+    `q` and `meta` hold whole tiles of 16 rows (`kernels/q8_tiles.cuh`); they are None where cols is
+    not a multiple of 32. `factor`: see `Q8Activations`. With a factor, `x` is not for products.
+    """
+
+    x: DeviceArray
+    q: DeviceArray | None = None
+    meta: DeviceArray | None = None
+    factor: DeviceArray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, cols)."""
+        return int(self.x.shape[0]), int(self.x.shape[1])
+
+
+Q8_TILES = np.dtype([("q", "u8"), ("meta", "u8"), ("tiles", "i4"), ("units", "i4")])
+"""`Q8Tiles` of q8_tiles.cuh."""
+TILE_ROWS = 16
+"""Rows of a tile of `Q8Tiles`."""
+
+
+def _tiled(pool: Allocator, x: DeviceArray, factor: DeviceArray | None = None) -> Q8Tiles:
+    """Allocate the tiles of x [T, cols] f32."""
+    rows, cols = x.shape
+    if cols % Q8_BLOCK:
+        return Q8Tiles(x, None, None, factor)
+    tiles = _tiles(rows)
+    meta = pool.empty((cols // Q8_BLOCK, tiles, 3, TILE_ROWS), np.float32)
+    return Q8Tiles(x, pool.empty((tiles * TILE_ROWS, cols), np.int8), meta, factor)
+
+
+def _tiles(rows: int) -> int:
+    """Tiles of `rows` rows: a power of two up to 4, then a multiple of 4, as products take them."""
+    tiles = -(-rows // TILE_ROWS)
+    return tiles if tiles <= 2 else -(-tiles // 4) * 4
+
+
+def fills_tiles(rows: int) -> bool:
+    """Whether `rows` rows are whole tiles: kernels that write rows leave no padding undefined."""
+    return rows > 0 and _tiles(rows) * TILE_ROWS == rows
+
+
+def empty_q8_tiles(pool: Allocator, rows: int, cols: int) -> Q8Tiles:
+    """Allocate `rows` rows, with tiles if `cols` is a multiple of 32."""
+    return _tiled(pool, pool.empty((rows, cols), np.float32))
+
+
+def q8_tiles(x: Q8Tiles) -> np.ndarray[Any, Any]:
+    """The kernel parameter `Q8Tiles`: a value of Q8_TILES."""
+    rows, cols = x.shape
+    return np.array((address(x.q), address(x.meta), _tiles(rows), cols // Q8_BLOCK), Q8_TILES)
+
+
+def quantize_tiles(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm | None) -> Q8Tiles:
+    """x·norm weight (or x) of x [T, cols] f32, cols a multiple of 32, as tiles, with the factors.
+
+    The values are those of `quantize_rows`.
+    """
+    rows, cols = x.shape
+    y = _tiled(pool, x, None if norm is None else pool.empty((rows,), np.float32))
+    args = (input_rows(Q8Activations(x), norm), q8_tiles(y), np.int32(rows), y.factor)
+    kernels.get("quantize_rows.cu", f"quantize_tiles<{DECODE_WARPS}>")(
+        (_tiles(rows) * TILE_ROWS,), (32 * DECODE_WARPS,), args, shared_mem=cols * 5 // 4, pdl=True
+    )
     return y
 
 

@@ -2,8 +2,9 @@
 
 Results have the bits of `matvec.matvec` and `matvec.glu`, row by row: the same integer sums, float
 expression and order of sums, with the split_k of the same matrices. Weights must be of block types
-(`is_supported`) and the input Q8 blocks. Kernel: `matvec_mma.cu`. Twins: the ops of
-`worker/cpu/ops.py`, `tests/quantized_ops.py`.
+(`is_supported`) and the input Q8 tiles. Kernels: `matvec_mma.cu` for few weight rows and short K,
+`matvec_mma_wide.cu` for the others. Twins: the ops of `worker/cpu/ops.py`,
+`tests/quantized_ops.py`.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.gpu.activations import Q8Activations, empty_q8
+from worker.gpu.activations import Q8_BLOCK, Q8_TILES, TILE_ROWS, Q8Tiles, empty_q8_tiles, q8_tiles, quantize_tiles
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, address
@@ -24,14 +25,11 @@ from worker.quants import QUANT_TYPES, QuantType
 
 MIN_ROWS = 16
 """Rows of activations from which these kernels are worth their tiles."""
-
 MAX_SHARED = 227 << 10
 """Bytes of shared memory of a block on sm_90 and sm_100; sm_80 has 163 KB."""
-_MMA_M, _MMA_N = 16, 8
+
 _MAX_MATRICES = 3  # of one launch
-_BLOCKS = 132  # an H100's multiprocessors; more row tiles wait for their turn inside of a block
-_WARPS = 16  # of all blocks of a multiprocessor, with 128 registers a thread
-_MMAS_OF_128_REGISTERS = 8
+_MULTIPROCESSORS = 132  # of an H100; more row tiles wait for their turn inside of a block
 _MATRIX = np.dtype(
     [
         *(("planes", PLANES), ("bias", "u8"), ("residual", "u8"), ("out", "u8")),
@@ -39,13 +37,10 @@ _MATRIX = np.dtype(
     ]
 )
 """`MmaMatrix` of matvec_mma.cu."""
-_ROWS = np.dtype([("q", "u8"), ("meta", "u8"), ("factor", "u8"), ("rows", "i4"), ("cols", "i4")])
-"""`Q8Rows` of matvec_mma_stages.cuh."""
 _PARAMS = np.dtype(
     [
-        *(("matrices", _MATRIX, (_MAX_MATRICES,)), ("x", _ROWS), ("gate", GATE)),
-        *(("q", "u8"), ("meta", "u8"), ("tiles", "i4"), ("split_k", "i4")),
-        *(("last_block", "i4"), ("padding", "i4")),
+        *(("matrices", _MATRIX, (_MAX_MATRICES,)), ("x", Q8_TILES), ("factor", "u8"), ("gate", GATE)),
+        *(("h", Q8_TILES), ("tokens", "i4"), ("tiles", "i4"), ("split_k", "i4"), ("last_block", "i4")),
     ]
 )
 """`MmaParams` of matvec_mma.cu."""
@@ -53,89 +48,73 @@ _PARAMS = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A block's warps along K, weight rows and tokens; MMAs of a warp along rows and tokens.
+    """A kernel's tile: weight rows, tokens, splits of K that groups of a block's warps take."""
 
-    `ahead`: stages between a weight's load and its use.
-    """
-
-    warps_k: int
-    warps_m: int
-    warps_n: int
-    frags_m: int
-    mmas_n: int
-    ahead: int
+    rows: int
+    tokens: int
+    splits: int = 1
 
     @property
-    def rows(self) -> int:
-        """Weight rows of a block."""
-        return _MMA_M * self.frags_m * self.warps_m
-
-    @property
-    def tokens(self) -> int:
-        """Rows of activations of a block."""
-        return _MMA_N * self.mmas_n * self.warps_n
+    def is_wide(self) -> bool:
+        """Whether the kernel is matvec_mma_wide.cu, which takes one split at a time."""
+        return self.rows == WIDE_ROWS
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 32 * self.warps_k * self.warps_m * self.warps_n
-
-    @property
-    def mmas(self) -> int:
-        """MMAs of a warp for a unit of K. More than 8 need 255 registers."""
-        return self.frags_m * self.mmas_n
+        return 512 if self.is_wide else 256 * self.splits
 
     @property
     def resident(self) -> int:
         """Blocks of a multiprocessor, by registers."""
-        return 32 * _WARPS // self.threads // (2 if self.mmas > _MMAS_OF_128_REGISTERS else 1)
+        return 512 // self.threads
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}"
+        return f"{self.rows}x{self.tokens}" + (f"/{self.splits}" if self.splits > 1 else "")
 
 
-# Tiles of 64 rows also serve the gated product, whose blocks of 32 elements they are.
-T64X64, T64X32, T64X16 = Tiles(4, 2, 1, 2, 8, 1), Tiles(8, 1, 1, 4, 4, 1), Tiles(8, 2, 1, 2, 2, 2)
-T32X32, T16X32, T16X16 = Tiles(8, 2, 1, 1, 4, 2), Tiles(8, 1, 1, 1, 4, 2), Tiles(8, 1, 1, 1, 2, 2)
-GATED_TILES = (T64X64, T64X32, T64X16)
-TILES = (*GATED_TILES, T32X32, T16X32, T16X16)
-_INSTRUCTIONS = {T64X64: 0.42, T64X32: 0.36, T64X16: 0.34, T32X32: 0.4, T16X32: 0.5, T16X16: 0.8}
-"""Of a warp for one of its sums and a unit of K; with the waits, by measurement on an H100."""
-_WEIGHT_BYTES, _X_BYTES = 18, 40  # of a unit
-_L2_BYTES = 24  # a multiprocessor and cycle; half of the reads are hidden
-GATED_TILES = (T64X64, T64X32, T64X16)
-TILES = (*GATED_TILES, T32X32, T16X32, T16X16)
+WIDE_ROWS = 64
+"""Weight rows of a tile of matvec_mma_wide.cu."""
+_MICROSECONDS = {
+    Tiles(16, 16): (0.0392, 0.72),
+    Tiles(16, 32): (0.0666, 0.91),
+    Tiles(64, 32): (0.1185, 2.68),
+    Tiles(64, 64): (0.182, 4.84),
+    Tiles(16, 16, 2): (0.014, 3.18),
+    Tiles(16, 32, 2): (0.0284, 4.24),
+}
+"""Of a tile for a unit of K and for the rest, as measured on an H100 with all its tiles busy."""
+_QUANTIZATION_US = 2.3  # of h, which only the wide kernel does in its own launch
+TILES = tuple(_MICROSECONDS)
+GATED_TILES = tuple(t for t in TILES if t.splits == 1)
+DEFINES = {"WEIGHTS_BYPASS_L1": 1}
 BLOCK_TYPES = tuple(kind for kind in QUANT_TYPES if kind.block_size > 1)
 
 
-def _name(kind: QuantType, t: Tiles, *, gated: bool, last: QuantType | None = None) -> str:
-    sizes = f"{t.warps_k}, {t.warps_m}, {t.warps_n}, {t.frags_m}, {t.mmas_n}, {t.ahead}"
-    last_type = "" if last is None else f", {last.name}"
-    return f"matvec_mma<{kind.name}, {sizes}, {str(gated).lower()}{last_type}>"
+def _name(kind: QuantType, t: Tiles, *, gated: bool, last: QuantType | None = None) -> KernelName:
+    end = f"{t.tokens // 8}, {str(gated).lower()}" + ("" if last is None else f", {last.name}")
+    if t.is_wide:
+        return "matvec_mma_wide.cu", f"matvec_mma_wide<{kind.name}, {end}>"
+    return "matvec_mma.cu", f"matvec_mma<{kind.name}, {t.splits}, {end}>"
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("matvec_mma.cu", _name(k, t, gated=False)) for k in BLOCK_TYPES for t in TILES),
-    *(("matvec_mma.cu", _name(kinds[0], t, gated=False, last=kinds[-1])) for kinds in MIXED for t in TILES),
-    *(("matvec_mma.cu", _name(k, t, gated=True)) for k in BLOCK_TYPES for t in GATED_TILES),
+    *(_name(k, t, gated=False) for k in BLOCK_TYPES for t in TILES),
+    *(_name(kinds[0], t, gated=False, last=kinds[-1]) for kinds in MIXED for t in TILES),
+    *(_name(k, t, gated=True) for k in BLOCK_TYPES for t in GATED_TILES),
 )
 
 
-def is_supported(linears: Sequence[Linear], *, gated: bool = False, max_shared: int = MAX_SHARED) -> bool:
-    """Whether the weights are of block types, with `gated` of one, and a block fits the device.
-
-    Others need `matvec.matvec` and `matvec.glu`.
-    """
+def is_supported(linears: Sequence[Linear], *, gated: bool = False) -> bool:
+    """Whether the weights are of block types, with `gated` of one. Others need `matvec.py`."""
     kinds = {linear.weight.kind for linear in linears}
-    if any(kind.block_size == 1 for kind in kinds) or (gated and len(kinds) > 1):
-        return False
-    return bool(_fitting(tuple(kinds), max_shared, GATED_TILES if gated else TILES))
+    return all(kind.block_size > 1 for kind in kinds) and not (gated and len(kinds) > 1)
 
 
 def matvec_mma(
     kernels: Launcher,
     pool: Allocator,
-    x: Q8Activations,
+    x: Q8Tiles,
     linears: Sequence[Linear],
     residual: DeviceArray | None = None,
     tiles: Tiles | None = None,
@@ -159,7 +138,7 @@ def matvec_mma(
 def _multiply(
     kernels: Launcher,
     pool: Allocator,
-    x: Q8Activations,
+    x: Q8Tiles,
     linears: Sequence[Linear],
     residual: DeviceArray | None,
     split_k: int,
@@ -168,9 +147,9 @@ def _multiply(
 ) -> list[DeviceArray]:
     """One launch: projections of one type, or of two where the last one is of the second."""
     first, last = linears[0].weight.kind, linears[-1].weight.kind
-    rows = [linear.weight.shape[0] for linear in linears]
-    chosen = tiles or _tiles((first, last), x.shape[0], sum(rows), max_shared)
-    outs = [pool.empty((x.shape[0], n), np.float32) for n in rows]
+    tokens, rows = x.shape[0], [linear.weight.shape[0] for linear in linears]
+    chosen = tiles or _chosen(TILES, linears, tokens, split_k, max_shared, gated=False)
+    outs = [pool.empty((tokens, n), np.float32) for n in rows]
     params = _params(x, split_k)
     for j in range(_MAX_MATRICES):
         if j >= len(linears):
@@ -186,50 +165,47 @@ def _multiply(
 def glu_mma(
     kernels: Launcher,
     pool: Allocator,
-    x: Q8Activations,
+    x: Q8Tiles,
     gate: Linear,
     up: Linear,
     activation: Activation,
     tiles: Tiles | None = None,
     max_shared: int = MAX_SHARED,
-) -> Q8Activations:
-    """activation(gate(x), up(x)) of a dense FFN: h [T, f], f32 and Q8; both of one type."""
-    rows = gate.weight.shape[0]
-    chosen = tiles or _tiles((gate.weight.kind,), x.shape[0], 2 * rows, max_shared, GATED_TILES)
-    h = empty_q8(pool, x.shape[0], rows)
+) -> Q8Tiles:
+    """activation(gate(x), up(x)) of a dense FFN: h [T, f], f32 and, if f allows, Q8 tiles."""
+    rows, tokens = gate.weight.shape[0], x.shape[0]
+    chosen = tiles or _chosen(GATED_TILES, (gate, up), tokens, 1, max_shared, gated=True)
     params = _params(x, 1)
     params["tiles"] = -(-2 * rows // chosen.rows)
+    h = empty_q8_tiles(pool, tokens, rows) if chosen.is_wide else Q8Tiles(pool.empty((tokens, rows), np.float32))
     for j, linear in enumerate((gate, up)):
         params["matrices"][j] = (linear.weight.data.addresses(), address(_bias(linear)), 0, address(h.x), rows, 0)
-    params["gate"], params["q"], params["meta"] = gate_of(activation), address(h.q), address(h.meta)
+    params["gate"], params["h"] = gate_of(activation), q8_tiles(h)
     _launch(kernels, gate.weight.kind, chosen, params, gated=True)
-    return h
+    return h if h.q is not None or rows % Q8_BLOCK else quantize_tiles(kernels, pool, h.x, None)
 
 
-def _tiles(
-    kinds: Sequence[QuantType], tokens: int, rows: int, max_shared: int, tiles: Sequence[Tiles] = TILES
+def _chosen(
+    tiles: Sequence[Tiles], linears: Sequence[Linear], tokens: int, split_k: int, max_shared: int, *, gated: bool
 ) -> Tiles:
-    """The tile with the least estimated time. It changes no bit."""
-    return min(_fitting(kinds, max_shared, tiles), key=lambda t: _cost(t, tokens, rows))
+    """The tiles with the least estimated time, of those that fit. They change no bit."""
+    rows, units = sum(linear.weight.shape[0] for linear in linears), linears[0].weight.shape[1] // Q8_BLOCK
+
+    def estimate(t: Tiles) -> float:
+        waves = -(-(-(-rows // t.rows) * -(-tokens // t.tokens)) // (_MULTIPROCESSORS * t.resident))
+        per_unit, rest = _MICROSECONDS[t]
+        return waves * (units * per_unit + rest) + _QUANTIZATION_US * (gated and not t.is_wide)
+
+    def fits(t: Tiles) -> bool:
+        shared = max(shared_bytes(linear.weight.kind, t) for linear in linears)
+        return shared <= max_shared and t.splits <= split_k and t.tokens < 2 * max(tokens, TILE_ROWS)
+
+    return min(filter(fits, tiles), key=estimate)
 
 
-def _fitting(kinds: Sequence[QuantType], max_shared: int, tiles: Sequence[Tiles]) -> list[Tiles]:
-    return [t for t in tiles if max(shared_bytes(kind, t) for kind in kinds) <= max_shared]
-
-
-def _cost(t: Tiles, tokens: int, rows: int) -> float:
-    """Estimated cycles of the busiest multiprocessor for a unit of K: instructions and L2 reads."""
-    blocks = -(-rows // t.rows) * -(-tokens // t.tokens)
-    share = -(-blocks // _BLOCKS)
-    warps = min(_WARPS, share * t.threads // 32 * (2 if t.mmas > _MMAS_OF_128_REGISTERS else 1))
-    issued = 3 * (_WARPS // 4 + warps) / (_WARPS // 4 + _WARPS)  # a cycle
-    instructions = t.rows * t.tokens * _INSTRUCTIONS[t]
-    return share * (instructions / issued + (_WEIGHT_BYTES * t.rows + _X_BYTES * t.tokens) / (2 * _L2_BYTES))
-
-
-def _params(x: Q8Activations, split_k: int) -> np.ndarray[Any, Any]:
+def _params(x: Q8Tiles, split_k: int) -> np.ndarray[Any, Any]:
     params = np.zeros((), _PARAMS)
-    params["x"] = (address(x.q), address(x.meta), address(x.factor), *x.shape)
+    params["x"], params["factor"], params["tokens"] = q8_tiles(x), address(x.factor), x.shape[0]
     params["split_k"] = split_k
     return params
 
@@ -243,12 +219,14 @@ def _launch(
     gated: bool,
     last: QuantType | None = None,
 ) -> None:
-    token_tiles, row_tiles = -(-int(params["x"]["rows"]) // tiles.tokens), int(params["tiles"])
-    row_blocks = min(row_tiles, max(2, _BLOCKS * tiles.resident // token_tiles))
+    covered = int(params["x"]["tiles"]) * TILE_ROWS if gated and tiles.is_wide else int(params["tokens"])
+    token_tiles, row_tiles = -(-covered // tiles.tokens), int(params["tiles"])
+    most = max(2, _MULTIPROCESSORS * tiles.resident // token_tiles)
+    row_blocks = -(-row_tiles // -(-row_tiles // most)) if last is None else min(row_tiles, most)
     if last is not None:  # its tiles, at least one, and the others share the blocks
         share = round(row_blocks * int(params["matrices"][2]["first_tile"]) / row_tiles)
         params["last_block"] = min(max(1, share), row_blocks - 1)
-    kernels.get("matvec_mma.cu", _name(kind, tiles, gated=gated, last=last))(
+    kernels.get(*_name(kind, tiles, gated=gated, last=last))(
         (token_tiles, row_blocks),
         (tiles.threads,),
         (params,),
@@ -257,17 +235,16 @@ def _launch(
     )
 
 
-_MINIMUM = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 _TWO_SCALES = ("Q2_K", "Q3_K", "Q6_K")
 
 
 def shared_bytes(kind: QuantType, tiles: Tiles) -> int:
-    """`StageShape::kBytes` of matvec_mma_stages.cuh."""
-    words = 4 if kind.name in _TWO_SCALES else 2
-    sums = (kind.name in _MINIMUM) * (2 if kind.name in _TWO_SCALES else 1)
-    unit = 32 * tiles.rows + 4 * words * tiles.rows + 4 * (1 + sums) * tiles.tokens + 3 * 16
-    q, levels = 32 * tiles.tokens + 16, max(1, 8 // tiles.warps_k)
-    return 2 * tiles.warps_k * (2 * unit + 3 * q) + levels * tiles.threads * 4 * tiles.mmas * 4
+    """Dynamic shared memory of a block in bytes: `MmaShape::kBytes`, `WideShape::kBytes`."""
+    unit = 512 + 64 * (4 if kind.name in _TWO_SCALES else 2) + 16
+    if tiles.is_wide:
+        x = 8 * tiles.tokens // 16 * (512 + 192)
+        return 2 * (4 * 8 * unit + x + 512 * tiles.tokens * 2)
+    return 2 * 32 * tiles.splits * unit + 4 * tiles.threads * tiles.tokens // 2
 
 
 def _bias(linear: Linear) -> DeviceArray | None:

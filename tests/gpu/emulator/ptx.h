@@ -101,14 +101,14 @@ inline void ptx_mma_m16n8k16(float& c0, float& c1, float& c2, float& c3, unsigne
     }
 }
 
-// "Matrix fragments for mma.m16n8k32" and "mma.m16n8k16" with .s8: WORDS words of B, twice as many of A. All elements of
-// the sum start at `c`.
+// "Matrix fragments for mma.m16n8k32" and "mma.m16n8k16" with .s8: WORDS words of B, twice as many of A. Sums start at
+// `c`.
 template <int WORDS>
-void ptx_mma_s8(int* const (&out)[4], const Fragments& own, int c) {
+void ptx_mma_s8(int* const (&out)[4], const Fragments& own, const int (&c)[4]) {
     const emu::Post* posts = emu::exchange(own);
     const int group = emu::lane() / 4, pair = emu::lane() % 4 * 2;
     for (int e = 0; e < 4; ++e) {
-        int sum = c;
+        int sum = c[e];
         for (int k = 0; k < 4 * WORDS; ++k) {
             const unsigned a = emu::from<Fragments>(posts, 4 * group + k % 4).a[e / 2 + 2 * (k / 4)];
             const unsigned b = emu::from<Fragments>(posts, 4 * (pair + e % 2) + k % 4).b[k / 4];
@@ -118,9 +118,10 @@ void ptx_mma_s8(int* const (&out)[4], const Fragments& own, int c) {
     }
 }
 inline void ptx_mma_m16n8k32_s8(int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                unsigned b0, unsigned b1, int c) {
-    ptx_mma_s8<2>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, a2, a3}, {b0, b1}}, c);
+                                unsigned b0, unsigned b1, int c0, int c1, int c2, int c3) {
+    ptx_mma_s8<2>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, a2, a3}, {b0, b1}}, {c0, c1, c2, c3});
 }
-inline void ptx_mma_m16n8k16_s8(int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned b, int c) {
-    ptx_mma_s8<1>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, 0, 0}, {b, 0}}, c);
+inline void ptx_mma_m16n8k16_s8(int& d0, int& d1, int& d2, int& d3, unsigned a0, unsigned a1, unsigned b, int c0, int c1,
+                                int c2, int c3) {
+    ptx_mma_s8<1>({&d0, &d1, &d2, &d3}, Fragments{{a0, a1, 0, 0}, {b, 0}}, {c0, c1, c2, c3});
 }

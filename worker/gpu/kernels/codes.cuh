@@ -17,10 +17,15 @@ struct Planes {
     const u8 *low, *high, *scales, *supers;
 };
 
-// Element `index` of a plane of T.
+// Element `index` of a plane of T. With WEIGHTS_BYPASS_L1, which a launcher defines for its file, L1
+// keeps the activations.
 template <class T>
 __device__ __forceinline__ T load_plane(const u8* plane, u32 index) {
+#ifdef WEIGHTS_BYPASS_L1
+    return __ldcg(reinterpret_cast<const T*>(plane) + index);
+#else
     return __ldg(reinterpret_cast<const T*>(plane) + index);
+#endif
 }
 
 // Codes of a unit, one byte each: word i holds elements 4i to 4i+3.

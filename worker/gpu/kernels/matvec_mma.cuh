@@ -6,16 +6,13 @@
 // - Zero points are subtracted from the codes.
 // - scale·sum is one fma of the MMA's result kIntBias + sum, where scale·kIntBias is exact: scales
 //   of at most 19 significant bits (an f16, or an f16 times an 8-bit integer).
-// - A lane without a unit adds nothing instead of +0: see `close_split` of matvec_mma.cu.
-// Shared memory, for each unit (rows of 16 bytes, `load_matrices` reads 8 without a conflict):
-// - codes, i8: [half of the unit][row/8 % 2][row % 8][16], for each 16 weight rows;
-// - q, i8: [token/16][token/2 % 2][half][n][16], n = token%16/4·2 + token%2, which gives a lane four
-//   adjacent tokens in two MMAs;
-// - row scales: see RowScales; meta, f32: [scale, sums][token].
+// Shared memory, for each unit of 16 weight rows (rows of 16 bytes, `load_matrices` reads 8 without
+// a conflict): codes, i8, [half of the unit][row / 8][row % 8][16]; then the row scales, see
+// RowScales. Activations are read from global memory (q8_tiles.cuh).
 #pragma once
 #include "formats.cuh"
 #include "mma_s8.cuh"
-#include "q8_activations.cuh"
+#include "q8_tiles.cuh"
 
 template <class Block>
 struct RowScales {  // floats of a weight row's unit, in the form that `multiply_unit` reads
@@ -48,20 +45,34 @@ __device__ __forceinline__ Codes signed_codes(const Unit<Block>& w) {
     return c;
 }
 
-// Byte of a row of codes (row, half) in the codes of a unit, and of (token, half) in its q.
-__device__ __forceinline__ int code_offset(int row, int half) {
-    return row / 16 * 512 + half * 256 + row / 8 % 2 * 128 + row % 8 * 16;
-}
-__device__ __forceinline__ int q_offset(int token, int half) {
-    return token / 16 * 512 + token / 2 % 2 * 256 + half * 128 + (token % 16 / 4 * 2 + token % 2) * 16;
-}
-// Float of a row's scales in the scales of a unit: rows g and g + 8, which one lane needs, are one
-// 16-byte load, or two.
+// Byte of a row of codes in a unit of 16 rows.
+__device__ __forceinline__ int code_offset(int row, int half) { return half * 256 + row * 16; }
+// Float of a row's scales: rows g and g + 8, which one lane needs, are one 16-byte load, or two.
 template <class Block>
 __device__ __forceinline__ int scale_offset(int row) {
-    constexpr int kWords = RowScales<Block>::kWords;
-    const int fragment = row / 16, g = row % 8, upper = row / 8 % 2;
-    return kWords == 2 ? fragment * 32 + g * 4 + upper * 2 : fragment * 64 + upper * 32 + g * 4;
+    const int g = row % 8, upper = row / 8;
+    return RowScales<Block>::kWords == 2 ? g * 4 + upper * 2 : upper * 32 + g * 4;
+}
+
+// Bytes of a unit of 16 rows in shared memory, with 16 that keep stores to adjacent units in
+// different banks.
+template <class Block>
+constexpr int kUnitBytes = 512 + 64 * RowScales<Block>::kWords + 16;
+
+// Convert and store the unit of one row; `index`: of the unit in its matrix. A unit that is not
+// `valid` gets zero scales.
+template <class Block>
+__device__ __forceinline__ void store_unit(const Unit<Block>& w, u32 index, bool valid, int row, u8* unit) {
+    const Codes c = signed_codes(w);
+    *reinterpret_cast<uint4*>(unit + code_offset(row, 0)) = make_uint4(c.w[0], c.w[1], c.w[2], c.w[3]);
+    *reinterpret_cast<uint4*>(unit + code_offset(row, 1)) = make_uint4(c.w[4], c.w[5], c.w[6], c.w[7]);
+    const RowScales<Block> s(w.scales.unpack(index));
+    float* const to = reinterpret_cast<float*>(unit + 512) + scale_offset<Block>(row);
+    if constexpr (RowScales<Block>::kWords == 2)
+        *reinterpret_cast<float2*>(to) = valid ? make_float2(s.v[0], s.v[1]) : make_float2(0.f, 0.f);
+    else
+        *reinterpret_cast<float4*>(to) =
+            valid ? make_float4(s.v[0], s.v[1], s.v[2], s.v[3]) : make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // The sum of a weight row and a token after one more unit. `c`: kIntBias + the integer sum of the
@@ -91,19 +102,19 @@ __device__ __forceinline__ void unpack4(const float4 from, float (&to)[N]) {
     to[0] = from.x, to[1] = from.y, to[2 % N] = from.z, to[3 % N] = from.w;
 }
 
-// Sums of a lane: acc[m][n][i] is that of weight row 16·m + lane/4 + 8·(i/2) and token 16·(n/2) +
-// lane%4·4 + n%2·2 + i%2.
-template <int FRAGS_M, int NT>
-using Sums = float[FRAGS_M][NT][4];
+// Sums of a lane: acc[n][i] is that of weight row lane/4 + 8·(i/2) and of token 16·(n/2) + lane%4·4 +
+// n%2 + i%2·2.
+template <int NT>
+using Sums = float[NT][4];
 
 // A unit of 16 weight rows in registers: the fragment of A, and the scales of the lane's two rows.
 template <class Block>
 struct RowFragment {
     u32 a[4];
     RowScales<Block> rows[2];
-    __device__ __forceinline__ void load(const u8* codes, const float* scales) {
-        load_matrices(a, codes + threadIdx.x % 32 * 16);
-        const float* const from = scales + threadIdx.x % 32 / 4 * 4;
+    __device__ __forceinline__ explicit RowFragment(const u8* unit) {
+        load_matrices(a, unit + threadIdx.x % 32 * 16);
+        const float* const from = reinterpret_cast<const float*>(unit + 512) + threadIdx.x % 32 / 4 * 4;
         if constexpr (RowScales<Block>::kWords == 2) {
             const float4 both = *reinterpret_cast<const float4*>(from);
             rows[0].v[0] = both.x, rows[0].v[1] = both.y, rows[1].v[0] = both.z, rows[1].v[1] = both.w;
@@ -118,66 +129,56 @@ struct RowFragment {
 template <class Block>
 struct TokenFragment {
     static constexpr int kSums = RowScales<Block>::kSums;
-    u32 b[4];
+    uint4 b;
     float x[1 + kSums][4];
-    __device__ __forceinline__ void load(const u8* q, const float* meta, int meta_stride) {
-        load_matrices(b, q + threadIdx.x % 32 * 16);
+    // `q`, `meta`: those of the unit and tile, from this lane's part on.
+    __device__ __forceinline__ void load(const u8* q, const float* meta) {
+        b = *reinterpret_cast<const uint4*>(q);
 #pragma unroll
-        for (int k = 0; k <= kSums; ++k)
-            unpack4(*reinterpret_cast<const float4*>(meta + k * meta_stride + threadIdx.x % 4 * 4), x[k]);
+        for (int k = 0; k <= kSums; ++k) unpack4(*reinterpret_cast<const float4*>(meta + k * kTileRows), x[k]);
     }
 };
 
-// acc += weights·x for 16 rows and 8 tokens, the first of a fragment or, with `half` 1, the others.
-template <class Block>
-__device__ __forceinline__ void multiply_fragments(const RowFragment<Block>& w, const TokenFragment<Block>& t, int half,
-                                                   float (&acc)[4]) {
+// acc += weights·x for 16 rows and the 8 even or (ODD) odd tokens of a fragment.
+template <class Block, bool ODD>
+__device__ __forceinline__ void multiply_fragments(const RowFragment<Block>& w, const TokenFragment<Block>& t,
+                                                   const int4& bias, float (&acc)[4]) {
     constexpr int kSums = RowScales<Block>::kSums;
     constexpr bool kTwo = Unit<Block>::kTwoScales;
+    const u32 b0 = ODD ? t.b.z : t.b.x, b1 = ODD ? t.b.w : t.b.y;
     float c[2][4];
     if constexpr (kTwo) {
-        mma_16x8x16_s8(c[0], w.a[0], w.a[1], t.b[2 * half]);
-        mma_16x8x16_s8(c[1], w.a[2], w.a[3], t.b[2 * half + 1]);
+        mma_16x8x16_s8(c[0], w.a[0], w.a[1], b0, bias);
+        mma_16x8x16_s8(c[1], w.a[2], w.a[3], b1, bias);
     } else {
-        mma_16x8x32_s8(c[0], w.a, t.b[2 * half], t.b[2 * half + 1]);
+        mma_16x8x32_s8(c[0], w.a, b0, b1, bias);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int token = 2 * half + i % 2;
+        const int token = ODD + i % 2 * 2;
         const float parts[2] = {c[0][i], kTwo ? c[1][i] : 0.f};
-        const float sums[2] = {kSums > 0 ? t.x[kSums > 0][token] : 0.f, kSums > 1 ? t.x[kSums > 1 ? 2 : 0][token] : 0.f};
+        const float sum = kSums > 0 ? t.x[kSums > 0][token] : 0.f, low = kSums > 1 ? t.x[kSums > 1 ? 2 : 0][token] : sum;
+        const float sums[2] = {low, __fsub_rn(sum, low)};
         acc[i] = add_unit(parts, w.rows[i / 2], t.x[0][token], sums, acc[i]);
     }
 }
 
-// acc += weights·x over one unit. All pointers are to shared memory, `meta` with `meta_stride` floats
-// between scales and sums. Of rows and tokens those with fewer fragments stay in registers.
-template <class Block, int FRAGS_M, int NT>
-__device__ __forceinline__ void multiply_unit(const u8* codes, const float* scales, const u8* q, const float* meta,
-                                              int meta_stride, Sums<FRAGS_M, NT>& acc) {
-    constexpr bool kRowsInner = FRAGS_M <= NT / 2;
-    constexpr int kInner = kRowsInner ? FRAGS_M : NT / 2, kOuter = kRowsInner ? NT / 2 : FRAGS_M;
-    RowFragment<Block> w[kRowsInner ? FRAGS_M : 1];
-    TokenFragment<Block> t[kRowsInner ? 1 : NT / 2];
-    const auto load_rows = [&](int m, RowFragment<Block>& to) {
-        to.load(codes + m * 512, scales + scale_offset<Block>(16 * m));
-    };
-    const auto load_tokens = [&](int n, TokenFragment<Block>& to) { to.load(q + n * 512, meta + n * 16, meta_stride); };
+// acc += weights·x over one unit, of NT/2 tiles of tokens.
+template <class Block, int NT>
+__device__ __forceinline__ void multiply_unit(const u8* weights, const u8* q, const float* meta, const int4& bias,
+                                              Sums<NT>& acc) {
+    const RowFragment<Block> w(weights);
 #pragma unroll
-    for (int i = 0; i < kInner; ++i) {
-        if constexpr (kRowsInner) load_rows(i, w[i]);
-        else load_tokens(i, t[i]);
+    for (int n = 0; n < NT / 2; ++n) {
+        TokenFragment<Block> t;
+        t.load(q + n * 512, meta + n * kTileMeta);
+        multiply_fragments<Block, false>(w, t, bias, acc[2 * n]);
+        multiply_fragments<Block, true>(w, t, bias, acc[2 * n + 1]);
     }
+}
+
+template <int NT>
+__device__ __forceinline__ void clear(Sums<NT>& acc) {
 #pragma unroll
-    for (int o = 0; o < kOuter; ++o) {
-        if constexpr (kRowsInner) load_tokens(o, t[0]);
-        else load_rows(o, w[0]);
-#pragma unroll
-        for (int i = 0; i < kInner; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int m = kRowsInner ? i : o, n = kRowsInner ? o : i;
-                multiply_fragments<Block>(w[kRowsInner ? i : 0], t[kRowsInner ? 0 : i], half, acc[m][2 * n + half]);
-            }
-    }
+    for (int n = 0; n < NT; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
 }
