@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.gpu.activations import q8_activations, values_of
+from tests.gpu.activations import q8_activations, q8_tiles, values_of
 from tests.gpu.guarded import GuardedPool
 from worker.cpu.attention import KvCache as TwinCache
 from worker.cpu.attention import attend
@@ -300,6 +300,19 @@ def test_decode_also_writes_its_rows_in_8_bits(kernels, memory, shape):
     twin = q8_activations(GuardedPool(), bench.decode([399, 3]))
     assert np.array_equal(bench.rows.q.get(), twin.q.get())
     assert np.array_equal(bench.rows.meta.get(), twin.meta.get())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_tiles_of_rows_are_written_as_tiles(kernels, memory, shape):
+    bench = Bench(Scene(shape, 400), kernels, memory, slots=16)
+    bench.fill(400)
+    y = bench.decode([-1, *range(20, 380, 24)])
+    twin = q8_tiles(GuardedPool(), y)
+    assert np.array_equal(bench.rows.q.get(), twin.q.get())
+    assert np.array_equal(bench.rows.meta.get(), twin.meta.get())
+    assert not y[0].any()
+    assert y[1:].any()
+    bench.pool.check()
 
 
 def test_values_beyond_f16_are_clamped_in_the_cache(kernels, memory):

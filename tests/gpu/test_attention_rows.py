@@ -118,6 +118,37 @@ def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, l
         assert [bits(bench, row) for row in range(4)] == [single.rows[position] for position in positions]
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8]], ids=str)
+def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memory, monkeypatch, shape):
+    monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", 16)
+    scene = Scene(shape, 1100)
+    positions = (1099, 3, 255, 640)
+    single = Alone(scene, kernels, memory, positions)
+    for warps in (1, 2, 4, 8):
+        monkeypatch.setattr("worker.gpu.attention.AttentionLauncher._team_warps", lambda *_, warps=warps: warps)
+        bench = Bench(scene, kernels, memory, 2, slots=4)
+        bench.cache.array.set(single.cache())
+        bench.decode(positions)
+        assert [bits(bench, row) for row in range(4)] == [single.rows[position] for position in positions]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "warps"),
+    [
+        (Shape(64, 14, 2), 64, 8),
+        (Shape(64, 14, 2), 1024, 4),
+        (Shape(64, 32, 8), 32, 8),
+        (Shape(64, 32, 8), 256, 4),
+        (Shape(96, 32, 32), 64, 1),
+        (Shape(128, 32, 8), 256, 4),
+    ],
+    ids=str,
+)
+def test_teams_have_fewer_warps_the_more_items_there_are(kernels, memory, shape, rows, warps):
+    bench = Bench(Scene(shape, 1), kernels, memory)
+    assert bench.launcher._team_warps(bench.spec, rows) == warps
+
+
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[8]], ids=str)
 def test_inactive_rows_leave_every_other_key_and_value_as_it_is(kernels, memory, shape):
     scene = Scene(shape, 300)
@@ -154,7 +185,7 @@ def test_rows_beyond_a_block_of_threads_are_listed(kernels, memory):
     row_slots = np.random.default_rng(1).permutation(700).astype(np.int32)
     tile, splits = decode_tile(bench.spec), decode_splits(bench.spec)
     work = bench.pool.empty((1 + 700 * 16, 2), np.int32)
-    sizes = map(np.int32, (700, 256, 1000, tile, splits))
+    sizes = map(np.int32, (700, 256, 1000, tile, splits, 53))
     kernels.get("attention_items.cu", "attention_items")(
         (1,), (256,), (work, bench.pool.put(row_slots), bench.pool.put(positions), *sizes)
     )
@@ -163,9 +194,11 @@ def test_rows_beyond_a_block_of_threads_are_listed(kernels, memory):
         at = int(positions[slot])
         count = min(splits, at // tile - max(0, at - 999) // tile + 1) if at >= 0 else 1
         expected += [(row, slot, at, mine) if at >= 0 else (row, slot, -1, 63) for mine in range(count)]
-    count, entries = int(work.get()[0, 0]), work.get()[1:]
+    (count, stride), entries = work.get()[0].tolist(), work.get()[1:]
     listed = [(of_row >> 16, of_row & 0xFFFF, of_split >> 6, of_split & 63) for of_row, of_split in entries.tolist()]
     assert listed[:count] == expected
+    assert stride <= 53
+    assert -(-count // stride) == -(-count // 53)
     bench.pool.check()
 
 

@@ -2,7 +2,8 @@
 
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
 `rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, `attention_items.cu` and
-`attention_rows.cu` for several. Twin: `worker/cpu/attention.py`.
+`attention_rows.cu` for several, after `kv_rows.cu` if a sequence has several. Twin:
+`worker/cpu/attention.py`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from worker.errors import ModelLoadFailed
-from worker.gpu.activations import Q8Activations, ScaledF16, empty_q8, padded
+from worker.gpu.activations import (
+    Q8_TILES,
+    Q8Activations,
+    Q8Tiles,
+    ScaledF16,
+    empty_q8,
+    empty_q8_tiles,
+    fills_tiles,
+    padded,
+    q8_tiles,
+)
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
@@ -38,8 +49,13 @@ _WIDE_DIM, _WIDE_GROUP = 64, 5  # wide blocks: heads of this size in groups of a
 _DECODE_BLOCKS = 264  # blocks of one sequence's decode grid: two per multiprocessor of an H100
 _MAX_DECODE_SPLITS = 64
 
-_ROWS_THREADS = 256  # of a block that computes splits of several rows
+# Blocks that compute splits of several rows: teams of warps.
 _RING_SLOTS = 2  # KV blocks that a warp copies ahead
+_BUSY_WARPS = 16  # of a multiprocessor: more warps a team than these need only cost time
+_TEAM_WARPS = 8  # the most warps of a team
+_LEAST_WARPS = {64: 4, 96: 1, 128: 4}  # of a team, by head size; small partial results leave room for many teams
+_MAX_SHARED = 227 << 10  # bytes of shared memory of a block of sm_90
+_SYSTEM_SHARED = 1 << 10  # what the system takes from each block's share of a multiprocessor
 _ITEMS_THREADS = 256
 
 DEFINES: Mapping[str, int] = {
@@ -55,7 +71,7 @@ DEFINES: Mapping[str, int] = {
     "DECODE_WIDE_DIM": _WIDE_DIM,
     "DECODE_WIDE_GROUP": _WIDE_GROUP,
     "MAX_DECODE_SPLITS": _MAX_DECODE_SPLITS,
-    "ROWS_THREADS": _ROWS_THREADS,
+    "TEAM_WARPS": _TEAM_WARPS,
     "RING_SLOTS": _RING_SLOTS,
     "ITEMS_THREADS": _ITEMS_THREADS,
 }
@@ -68,7 +84,12 @@ FIXED_ORDERS: Mapping[str, str] = {
 _FLAGS = ("false", "true")
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in HEAD_DIMS for split in _FLAGS),
-    *(("rope_kv.cu", f"rope_kv<{dim}, {adjacent}>") for dim in HEAD_DIMS for adjacent in _FLAGS),
+    *(
+        (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}>")
+        for kernel in ("rope_kv", "kv_rows")
+        for dim in HEAD_DIMS
+        for adjacent in _FLAGS
+    ),
     ("attention_items.cu", "attention_items"),
     *(
         (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")
@@ -96,7 +117,7 @@ def decode_splits(spec: Attention) -> int:
 
 def decode_partial_bytes(dim: int) -> int:
     """Upper bound of the partial results of a decode row."""
-    return 4 * _DECODE_BLOCKS * _MAX_GROUP * (dim + 4)
+    return 4 * _DECODE_BLOCKS * _part_floats(dim, _MAX_GROUP)
 
 
 def decode_tile(spec: Attention) -> int:
@@ -107,12 +128,16 @@ def decode_tile(spec: Attention) -> int:
 class AttentionLauncher:
     """Attention of all layers of a model, for at most `slots` rows in a decode step.
 
-    `processors` is the device's number of multiprocessors. It shapes the grid of split chunks and
-    changes no bit of a result.
+    `processors` is the device's number of multiprocessors, `max_shared` the bytes of shared memory
+    that a block may have. They shape the grids of split chunks and of several rows, and change no
+    bit of a result.
     """
 
-    def __init__(self, memory: DeviceMemory, cache: KvCache, slots: int, processors: int) -> None:
+    def __init__(
+        self, memory: DeviceMemory, cache: KvCache, slots: int, processors: int, max_shared: int = _MAX_SHARED
+    ) -> None:
         self._memory = memory
+        self._max_shared = max_shared
         self._cache = cache
         self._slots = slots
         self._processors = processors
@@ -168,8 +193,10 @@ class AttentionLauncher:
         v: DeviceArray,
         spec: Attention,
         state: StepState,
-    ) -> Q8Activations:
-        """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8 rows.
+    ) -> Q8Activations | Q8Tiles:
+        """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8.
+
+        Rows that are whole tiles are stored as tiles.
 
         Row r is the next token of slot `state.row_slots[r]`; inactive rows return zeros and write
         no keys or values. With one slot, row 0 is slot 0.
@@ -177,38 +204,78 @@ class AttentionLauncher:
         dim, group = check_head_dim(spec.head_dim), group_size(spec)
         rows, stored = len(q), self._stored_splits(spec, state)
         partials, arrivals = self._decode_split(spec, group, stored)
-        y = empty_q8(pool, *q.shape)
+        groups = spec.n_heads // group
+        y: Q8Activations | Q8Tiles = empty_q8_tiles(pool, *q.shape) if fills_tiles(rows) else empty_q8(pool, *q.shape)
         adjacent, heads = _FLAGS[spec.rope.adjacent], (np.int32(spec.n_heads), np.int32(spec.n_kv_heads))
-        inputs = (y.x, y.q, y.meta, q, k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope))
+        in_rows = (None, None) if isinstance(y, Q8Tiles) else (y.q, y.meta)
+        inputs = (y.x, *in_rows, q, k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope))
         tables = (state.tables, np.int32(state.tables.shape[1]), _sinks(spec))
         scratch = (partials, arrivals, *heads, np.int32(spec.window))
         if rows == 1:
             row_slots = None if self._slots == 1 else state.row_slots
             kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")(
-                (decode_splits(spec), spec.n_heads // group, 1),
-                (32 * (_WIDE_WARPS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_WARPS),),
+                (decode_splits(spec), groups // spec.n_kv_heads, spec.n_kv_heads),
+                (32 * _warps(dim, group),),
                 (*inputs, row_slots, state.positions, *tables, *scratch),
                 pdl=True,
             )
             return y
-        work = self._work_list(kernels, spec, state, rows, stored)
+        tiles = q8_tiles(y) if isinstance(y, Q8Tiles) else np.zeros((), Q8_TILES)
+        warps = self._team_warps(spec, rows)
+        blocks = self._resident_teams(dim, group, warps) * self._processors // groups
+        blocks = min(max(1, blocks), rows * stored)
+        work = self._work_list(kernels, spec, state, rows, stored, blocks)
         kernels.get("attention_rows.cu", f"attention_rows<{dim}, {group}, {adjacent}>")(
-            (min(_rows_blocks(dim, group) * self._processors, rows * stored * spec.n_heads // group),),
-            (_ROWS_THREADS,),
-            (*inputs, work, *tables, *scratch, np.int32(decode_splits(spec)), np.int32(stored)),
-            shared_mem=_ROWS_THREADS // 32 * _RING_SLOTS * 4 * KV_BLOCK * dim,
+            (groups // spec.n_kv_heads, spec.n_kv_heads, blocks),
+            (32 * warps,),
+            (*inputs, work, *tables, *scratch, np.int32(decode_splits(spec)), np.int32(stored), tiles),
+            shared_mem=_ring_bytes(dim, warps),
             pdl=True,
         )
         return y
 
-    def _work_list(self, kernels: Launcher, spec: Attention, state: StepState, rows: int, stored: int) -> DeviceArray:
+    def _team_warps(self, spec: Attention, rows: int) -> int:
+        """Warps of a team of `attention_rows`: more of them shorten an item, fewer cost less."""
+        dim, group = spec.head_dim, group_size(spec)
+        warps = _TEAM_WARPS
+        fits = self._resident_teams
+        while warps > _LEAST_WARPS[dim] and (
+            rows * (spec.n_heads // group) * warps > _BUSY_WARPS * self._processors or not fits(dim, group, warps)
+        ):
+            warps //= 2
+        return warps
+
+    def _resident_teams(self, dim: int, group: int, warps: int) -> int:
+        """Teams that fit on a multiprocessor at once, by shared memory and registers."""
+        queries, newest, weights = 4 * group * dim, 4 * dim, 4 * group * _MAX_DECODE_SPLITS
+        results = 4 * _warps(dim, group) * _part_floats(dim, group)
+        team = queries + newest + weights + results + _ring_bytes(dim, warps) + _SYSTEM_SHARED
+        warps_by_registers = 8 if dim == max(HEAD_DIMS) else 16
+        return min((self._max_shared + _SYSTEM_SHARED) // team, warps_by_registers // warps)
+
+    def write_rows(self, kernels: Launcher, k: DeviceArray, v: DeviceArray, spec: Attention, state: StepState) -> None:
+        """Write k, v [R, Hk·D] to the cache, before `decode` if a sequence has several rows."""
+        dim = check_head_dim(spec.head_dim)
+        kernels.get("kv_rows.cu", f"kv_rows<{dim}, {_FLAGS[spec.rope.adjacent]}>")(
+            (len(k), spec.n_kv_heads),
+            (dim,),
+            (
+                *(k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope)),
+                *(state.row_slots, state.positions, state.tables, np.int32(state.tables.shape[1])),
+            ),
+            pdl=True,
+        )
+
+    def _work_list(
+        self, kernels: Launcher, spec: Attention, state: StepState, rows: int, stored: int, blocks: int
+    ) -> DeviceArray:
         """The splits of a step: written by the first layer with its window, for all such layers."""
         if spec.window not in self._work_lists:
             slab = self._memory.reserve(8 * (1 + self._most_rows * stored), Purpose.WORKSPACE)
             self._work_lists[spec.window] = spec.layer, slab.array((1 + self._most_rows * stored, 2), np.int32)
         layer, work = self._work_lists[spec.window]
         if spec.layer == layer:
-            sizes = rows, state.tables.shape[1], spec.window, decode_tile(spec), decode_splits(spec)
+            sizes = rows, state.tables.shape[1], spec.window, decode_tile(spec), decode_splits(spec), blocks
             kernels.get("attention_items.cu", "attention_items")(
                 (1,), (_ITEMS_THREADS,), (work, state.row_slots, state.positions, *map(np.int32, sizes)), pdl=True
             )
@@ -251,16 +318,17 @@ class AttentionLauncher:
         return *self._prefill_scratch[key], min(segments, layers)
 
     def _decode_split(self, spec: Attention, group: int, stored: int) -> tuple[DeviceArray, DeviceArray]:
-        """Partial results (partial_floats of softmax_parts.cuh each) and arrival counters.
+        """Partial results of splits, and arrival counters.
 
         A single row has a partial result for each split, several rows for those a context can need.
         """
         key = (spec.n_heads, spec.head_dim, group)
         if key not in self._decode_scratch:
             groups = spec.n_heads // group
-            floats = -(-group * (spec.head_dim + 2) // 4) * 4
-            results = max(decode_splits(spec), self._most_rows * stored if self._most_rows > 1 else 0)
-            self._decode_scratch[key] = self._scratch(4 * groups * results * floats, groups * self._most_rows)
+            floats = decode_splits(spec) * _partial_floats(spec.head_dim, group)
+            if self._most_rows > 1:
+                floats = max(floats, self._most_rows * stored * _part_floats(spec.head_dim, group))
+            self._decode_scratch[key] = self._scratch(4 * groups * floats, groups * self._most_rows)
         return self._decode_scratch[key]
 
     def _scratch(self, nbytes: int, counters: int) -> tuple[DeviceArray, DeviceArray]:
@@ -278,9 +346,24 @@ def check_head_dim(dim: int) -> int:
     return dim
 
 
-def _rows_blocks(dim: int, group: int) -> int:
-    """Blocks of attention_rows that fit on a multiprocessor: rows_blocks_of in kv_ring.cuh."""
-    return 2 if dim == 64 or (dim, group) == (96, 1) else 1
+def _warps(dim: int, group: int) -> int:
+    """Warps among which a tile is divided: warps_of in decode_splits.cuh."""
+    return _WIDE_WARPS if dim == _WIDE_DIM and group >= _WIDE_GROUP else _DECODE_WARPS
+
+
+def _partial_floats(dim: int, group: int) -> int:
+    """Size of a partial result of attention_decode: partial_floats in softmax_parts.cuh."""
+    return -(-group * (dim + 2) // 4) * 4
+
+
+def _part_floats(dim: int, group: int) -> int:
+    """Size of a partial result of attention_rows: part_floats in team_parts.cuh."""
+    return _partial_floats(dim + 8, group)
+
+
+def _ring_bytes(dim: int, warps: int) -> int:
+    """Dynamic shared memory of a team: the rings of its warps (kv_ring.cuh)."""
+    return warps * _RING_SLOTS * 4 * KV_BLOCK * dim
 
 
 def _sinks(spec: Attention) -> DeviceArray | None:

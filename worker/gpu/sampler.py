@@ -123,7 +123,7 @@ class SamplerLauncher:
             return made
 
         self._memory = memory
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         mask = np.zeros(vocab_size, np.uint8)
         mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
         mask[[i for i in end_ids if i < vocab_size]] |= _END
@@ -149,6 +149,11 @@ class SamplerLauncher:
         self._ring = PinnedRing(max(4 * vocab_size, self._lists[0].nbytes))
         self._processors = processors
 
+    @property
+    def copied(self) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
+        """What a draft slot copies: marks, specials and counts of the slots."""
+        return self._marks, self._specials, self._counts
+
     def load(self, slot: int, request: DrawRequest, stream: Any) -> None:
         """Upload what the draws of a sequence depend on besides `StepState`: once, when it starts.
 
@@ -159,14 +164,14 @@ class SamplerLauncher:
         self._load_specials(slot, sampling, request.index, stream)
         if penalized(sampling):
             seen = [*request.prompt, *request.generated] if sampling.penalize_prompt else request.generated
-            counts = np.bincount(np.asarray(seen, np.int64), minlength=self._vocab_size).astype(np.int32)
+            counts = np.bincount(np.asarray(seen, np.int64), minlength=self.vocab_size).astype(np.int32)
             self._ring.upload([(0, counts)], self._counts[slot], stream)
 
     def _load_specials(self, slot: int, sampling: Sampling, index: int, stream: Any) -> None:
         """Upload the list of biased ids and stop tokens, if the slot has another list."""
         stops = sampling.stop_token_ids if index < sampling.min_tokens else frozenset[int]()
         bias = sampling.logit_bias
-        special = {i: (bias.get(i, 0.0), i, int(i in stops)) for i in sorted({*bias, *stops}) if i < self._vocab_size}
+        special = {i: (bias.get(i, 0.0), i, int(i in stops)) for i in sorted({*bias, *stops}) if i < self.vocab_size}
         if special == self._loaded[slot]:
             return
         entries = np.array(list(special.values()), SPECIAL)
@@ -183,7 +188,7 @@ class SamplerLauncher:
 
     def _packed_marks(self, special: Collection[int]) -> np.ndarray[Any, Any]:
         """Bit i [V / 32 u32]: id i is masked for all slots, or is one of `special`."""
-        bits = np.zeros(-(-self._vocab_size // 32) * 32, np.uint8)
+        bits = np.zeros(-(-self.vocab_size // 32) * 32, np.uint8)
         bits[self._masked] = 1
         bits[list(special)] = 1
         return np.packbits(bits, bitorder="little").view(np.uint32)
@@ -198,7 +203,7 @@ class SamplerLauncher:
         becomes inactive after one of its `ends`, at its limit, and with NOT_FINITE.
         """
         rows = len(logits)
-        row_args = (logits, np.int32(self._vocab_size), row_slots, self._slot_arrays(state), self.drawn)
+        row_args = (logits, np.int32(self.vocab_size), row_slots, self._slot_arrays(state), self.drawn)
         if rows == 1:
             args = (*row_args, self._scores, self._weights, self._scratch)
             kernels.get("sample.cu", "sample")((min(_SLICES, self._processors),), (_THREADS,), args, pdl=True)

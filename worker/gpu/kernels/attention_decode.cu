@@ -1,4 +1,4 @@
-// Decode attention of one new token per sequence: RoPE of q and k, KV write, split-KV attention.
+// Decode attention of one new token: RoPE of q and k, KV write, split-KV attention.
 //
 //   y_h = Σ_p softmax_p(q_h · k_p / √D) v_p   over positions max(0, t-window+1) … t
 // A sink logit, if any, joins the denominator.
@@ -9,15 +9,15 @@
 // (worker/gpu/attention.py: decode_splits), so the order of the sums depends on the position alone,
 // never on the device.
 //
-// Inputs: q [R, H·D], k, v [R, Hk·D] f32; caches as in kv_cache.cuh; row_slots [R] i32, or null: row
-// r is slot r; of the slots, positions [S] i32 and tables [S, table_stride] i32; cos, sin [context,
-// dims/2] f32; sinks [H] f32 or null.
-// Outputs: y [R, H·D] f32, and the same rows quantized as q8, meta (q8_activations.cuh); the new key and
-// value. A row is inactive if its slot or the slot's position is negative, or if the position lies
-// beyond the table: nothing is written for it.
-// Scratch: partials, R·(H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, R·(H/GROUP) u32,
-// zero before and after each launch.
-// Grid (G, H/GROUP, R), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
+// Inputs: q [H·D], k, v [Hk·D] f32; caches as in kv_cache.cuh; row_slot i32, or null: slot 0; of the
+// slots, positions [S] i32 and tables [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks
+// [H] f32 or null.
+// Outputs: y [H·D] f32, and the same row quantized as q8, meta (q8_activations.cuh); the new key and
+// value. The row is inactive if its slot or the slot's position is negative, or if the position lies
+// beyond the table: nothing is written then.
+// Scratch: partials, (H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, H/GROUP u32, zero
+// before and after each launch.
+// Grid (G, H/Hk/GROUP, Hk), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
 // computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at
 // once; those of a block's first tile are loaded before the wait (pdl.cuh).
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
@@ -34,7 +34,7 @@ template <int D, int GROUP, bool ADJACENT>
 __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     attention_decode(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                      unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
-                     const int* row_slots, const int* positions, const int* tables, int table_stride,
+                     const int* row_slot, const int* positions, const int* tables, int table_stride,
                      const float* sinks, float* partials, unsigned int* arrivals, int n_heads, int n_kv_heads,
                      int window) {
     constexpr int kPartial = partial_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
@@ -46,16 +46,20 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         float warps[GROUP][kWarps], blocks[GROUP][MAX_DECODE_SPLITS];
     } weights;
     __shared__ __align__(16) unsigned short new_key[D], new_value[D];
-    const int sequence = blockIdx.z, head = blockIdx.y * GROUP, kv_head = head / (n_heads / n_kv_heads);
+    const int kv_head = blockIdx.z, group = kv_head * gridDim.y + blockIdx.y, head = group * GROUP;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // row_slots, positions and tables may be read before the wait: a graph holds one step, and they
-    // are written before it, by a copy or the preceding step's sampler (pdl.cuh, rule 1).
-    const int slot = row_slots ? row_slots[sequence] : sequence, position = slot < 0 ? -1 : positions[slot];
-    if ((unsigned int)position >= (unsigned int)(table_stride * kKvBlock)) return;
+    // row_slot, positions and tables may be read before the wait: a graph holds one step, and they are
+    // written before it, by a copy or the preceding step's sampler (pdl.cuh, rule 1). The position of
+    // slot 0 is loaded in any case: without row_slot, no branch delays it.
+    int position = positions[0];
+    if (row_slot) {
+        const int slot = *row_slot;
+        position = slot < 0 ? -1 : positions[slot];
+        tables += (size_t)max(slot, 0) * table_stride;
+    }
     const SplitTiles tiles = SplitTiles::of_split(position, window, kTile, gridDim.x, blockIdx.x);
-    if (tiles.mine >= tiles.tiles) return;
+    if (tiles.mine >= tiles.tiles || position >= table_stride * kKvBlock) return;
     const int newest = tiles.newest;
-    const int* table = tables + (size_t)slot * table_stride;
     const auto start_of = [&](int tile, int i) {
         return (tiles.first + tile) * kTile + warp * kOfWarp + i * kKvBlock;
     };
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         for (int i = 0; i < kBlocks; ++i) {
             const int start = start_of(tile, i);
             if (!tiles.sees(start)) continue;
-            const size_t at = kv_offset<D>(table[start / kKvBlock], n_kv_heads, kv_head, start);
+            const size_t at = kv_offset<D>(tables[start / kKvBlock], n_kv_heads, kv_head, start);
             kv[i].load(k_cache + at, v_cache + at, start, tiles.oldest, newest);
         }
     };
@@ -83,13 +87,13 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, newest, rope);
     }
     if (element >= 0) key_rotation = rotation_of<ADJACENT>(element, newest, rope);
-    const size_t new_row = kv_offset<D>(table[newest / kKvBlock], n_kv_heads, kv_head, newest);
+    const size_t new_row = kv_offset<D>(tables[newest / kKvBlock], n_kv_heads, kv_head, newest);
     launch_dependents();
     grid_dependency_wait();
     if (rotates) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f), other = x;
         if (row < GROUP) {
-            const float* from = q + ((size_t)sequence * n_heads + head + row) * D;
+            const float* from = q + (head + row) * D;
             x = *reinterpret_cast<const float4*>(from + e);
             other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
                              : make_float4(from[rotations[0].partner], from[rotations[1].partner],
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
                                                           scaled(x.z, other.z, 2), scaled(x.w, other.w, 3)));
     }
     if (element >= 0) {
-        const size_t at = ((size_t)sequence * n_kv_heads + kv_head) * D;
+        const int at = kv_head * D;
         const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
         k_cache[new_row + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
         v_cache[new_row + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
@@ -130,10 +134,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     __syncthreads();
 
     const int active = tiles.active();
-    const size_t first = (size_t)sequence * n_heads * D;
-    const float* sink = sinks ? sinks + head : nullptr;
-    const FinalRows result = {y + first, q8 + first, meta + first / 32, sink, head * D, n_heads * D};
-    const size_t group = (size_t)sequence * gridDim.y + blockIdx.y;
+    const FinalRows result = {y, q8, meta, sinks ? sinks + head : nullptr, head * D, n_heads * D, {}, 0};
     if (active == 1) {
         combine<D, GROUP>(warp_partials[0], warps, weights.warps, result);
         return;

@@ -4,10 +4,12 @@
 // Inputs: row_slots [R] i32; positions [S] i32 of the slots; table_stride KV blocks of a block
 // table. A row is inactive if its slot or position is negative, or if the position lies beyond the
 // table.
-// Outputs: list, int2: {number of entries}, then entries (decode_splits.cuh), in order of rows, and
-// of the age of a split's oldest tile.
-// Grid 1, block ITEMS_THREADS, one row a thread. The entries are written after the wait; the launch
-// lets its dependents start after that (pdl.cuh, rule 5).
+// Outputs: list, int2: {entries, stride}, then entries (decode_splits.cuh), in order of rows, and of the
+// age of a split's oldest tile. stride ≤ `blocks` blocks, of which b has the entries b, b + stride, …,
+// all have the same number of entries, or one less.
+// Grid 1, block ITEMS_THREADS, one row a thread. The list is written before the wait: row slots and
+// positions are those of before this graph, and no launch before this one reads the list. The launch
+// lets its dependents start when the list is complete (pdl.cuh, rule 5).
 #include "decode_splits.cuh"
 #include "pdl.cuh"
 #include "warp.cuh"
@@ -33,8 +35,7 @@ __device__ __forceinline__ int sum_before(int v, int& total) {
 
 __global__ void __launch_bounds__(ITEMS_THREADS, 1)
     attention_items(int2* list, const int* row_slots, const int* positions, int rows, int table_stride, int window,
-                    int tile, int splits) {
-    grid_dependency_wait_only();
+                    int tile, int splits, int blocks) {
     int entries = 0;
     for (int first = 0; first < rows; first += ITEMS_THREADS) {
         const int row = first + threadIdx.x, slot = row < rows ? row_slots[row] : -1;
@@ -49,7 +50,11 @@ __global__ void __launch_bounds__(ITEMS_THREADS, 1)
         }
         entries += total;
     }
-    if (threadIdx.x == 0) list[0] = make_int2(entries, 0);
+    if (threadIdx.x == 0) {
+        const int each = (entries + blocks - 1) / blocks;
+        list[0] = make_int2(entries, (entries + each - 1) / each);
+    }
     __threadfence();
     launch_dependents();
+    grid_dependency_wait();  // so that a wait for this launch is one for those before it
 }

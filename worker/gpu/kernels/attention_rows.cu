@@ -3,18 +3,22 @@
 //
 // attention_decode.cu has a block for each split that the longest context could need; here a fixed
 // number of blocks processes a list of the splits that exist (attention_items.cu). The tiles, their
-// division among warps, the splits and the order of all sums are those of attention_decode.cu: they
-// depend on a row's position alone.
+// division into parts, the splits and the order of all sums are those of attention_decode.cu: they
+// depend on a row's position alone. A block is a team of 1 to TEAM_WARPS warps that divides the parts
+// of an item: few warps if there are many items, since what an item costs besides its positions is
+// then hidden by the other teams of the multiprocessor. The number of warps moves no bit.
 //
-// The block that arrives last at a row's group adds the results of its splits, while the others
-// already compute their next items; whether a block is last is evaluated in its next item.
+// The team that arrives last at a row's group adds the results of its splits, after its next item:
+// it does not wait for its own arrival.
 //
-// Inputs, outputs and scratch as in attention_decode.cu, and: list, the work list; splits = G;
-// partials, R·(H/GROUP)·stored times partial_floats(D, GROUP) f32, where stored is the number of
-// splits that the longest context can need. An inactive row writes zeros to y, q8 and meta, and no
-// key or value.
-// Grid: any number of blocks, one for each that fits on the device; block ROWS_THREADS. Dynamic
-// shared memory: a ring of KV blocks for each warp (kv_ring.cuh).
+// Inputs, outputs and scratch as in attention_decode.cu, of R rows: q, y [R, H·D] and so on; row r of
+// slot row_slots[r] is inactive if its slot or position is negative, or if the position lies beyond the
+// table; it has zeros in y, q8 and meta, and no key or value. list: the work list; splits = G;
+// partials, R·(H/GROUP)·stored times part_floats(D, GROUP) f32, where stored is the number of splits
+// that the longest context can need; arrivals, R·(H/GROUP) u32.
+// Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best as many as fit on the device; block 32·n
+// threads for 1 to TEAM_WARPS warps. Dynamic shared memory: a ring of KV blocks for each warp
+// (kv_ring.cuh).
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
 // Twin: as attention_decode.cu.
@@ -22,176 +26,175 @@
 #include "kv_ring.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
+#include "team_parts.cuh"
 
-// Four rotated elements of a query, times log2(e)/√D, as a fragment.
-template <int D>
-__device__ __forceinline__ uint4 rotated_query(const float4 x, const float4 partner, const Rotation (&rotations)[4]) {
-    const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
-    const auto scaled = [&](float from, float other, int i) {
-        return __fmul_rn(rotate(from, other, rotations[i]), scale);
-    };
-    return Heads<D>::query(make_float4(scaled(x.x, partner.x, 0), scaled(x.y, partner.y, 1),
-                                       scaled(x.z, partner.z, 2), scaled(x.w, partner.w, 3)));
+// Four halves of a key or value.
+__device__ __forceinline__ uint2 halves_of(const float4 x) {
+    return make_uint2(floats_to_half2(clamp_to_half_range(x.x), clamp_to_half_range(x.y)),
+                      floats_to_half2(clamp_to_half_range(x.z), clamp_to_half_range(x.w)));
 }
 
-// The warps of a tile that have a result: in the newest tile, those after the newest position have
-// computed nothing.
-template <class Shape>
-__device__ __forceinline__ int warps_with_results(const SplitTiles& tiles) {
-    return tiles.mine == tiles.tiles - 1 ? tiles.newest % Shape::kTile / Shape::kOfWarp + 1 : Shape::kTileWarps;
+// Elements e … e + 3 of a head, rotated to `position`.
+template <bool ADJACENT>
+__device__ __forceinline__ float4 rotated(const float* head, int e, int position, const RopeTables rope) {
+    Rotation rotations[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, position, rope);
+    const float4 x = *reinterpret_cast<const float4*>(head + e);
+    const float4 other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
+                                  : make_float4(head[rotations[0].partner], head[rotations[1].partner],
+                                                head[rotations[2].partner], head[rotations[3].partner]);
+    return make_float4(rotate(x.x, other.x, rotations[0]), rotate(x.y, other.y, rotations[1]),
+                       rotate(x.z, other.z, rotations[2]), rotate(x.w, other.w, rotations[3]));
 }
 
-// The partial results of one split, one for each warp of a tile.
+// Add one KV block of the ring. `fresh`: no sums before it.
 template <int D, int GROUP>
-__device__ __forceinline__ void attend_split(const SplitTiles tiles, KvRing<D, GROUP>& ring, const uint4 (*queries)[32],
-                                             const unsigned short* new_key, const unsigned short* new_value,
-                                             float (*partials)[partial_floats(D, GROUP)]) {
-    using Shape = RowShape<D, GROUP>;
-#pragma unroll 1
-    for (int part = 0; part < Shape::kParts; ++part) {
-        Heads<D> heads;
-        heads.reset();
-#pragma unroll 1
-        for (int tile = tiles.mine; tile < tiles.tiles; tile += tiles.splits) {
-#pragma unroll 1
-            for (int i = 0; i < Shape::kBlocks; ++i) {
-                const int start = KvCursor<D, GROUP>::start_of(tiles, part, tile, i);
-                if (!tiles.sees(start)) continue;
-                ring.find();
-                wait_for_copies<RING_SLOTS - 1>();
-                __syncwarp();
-                if (tiles.newest - start < kKvBlock) {
-                    StagedKv<D>::insert(ring.first(), new_key, new_value, tiles.newest - start);
-                    __syncwarp();
-                }
-                StagedFragments<D> kv(ring.first());
-                heads.attend(kv, queries, start, tiles.oldest, tiles.newest);
-                __syncwarp();
-                ring.push();
-            }
-        }
-        const int warp = threadIdx.x / 32 + part * Shape::kWarps;
-        if (warp < warps_with_results<Shape>(tiles)) heads.store_partial(partials[warp], GROUP);
+__device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned short* staged,
+                                              const uint4 (*queries)[4 * GROUP], int start, int oldest, int newest,
+                                              bool fresh) {
+    const StagedFragments<D> kv(staged);
+    const int lane = threadIdx.x % 32;
+    const auto query_at = [=](int s) { return lane < 4 * GROUP ? queries[s][lane] : make_uint4(0, 0, 0, 0); };
+    unsigned int a[4];
+    const float scale = heads.weigh(kv, query_at, start, oldest, newest, a);
+    if (!fresh) {
+#pragma unroll
+        for (int i = 0; i < 4 * Heads<D>::kTiles; ++i) heads.sums[i / 4][i % 4] = __fmul_rn(heads.sums[i / 4][i % 4], scale);
+    }
+#pragma unroll
+    for (int j = 0; j < Heads<D>::kTiles / 2; ++j) {
+        unsigned int b[4];
+        kv.load_values(b, j);
+        mma_16x8x16(heads.sums[2 * j], a, b[0], b[1]);
+        mma_16x8x16(heads.sums[2 * j + 1], a, b[2], b[3]);
     }
 }
 
 template <int D, int GROUP, bool ADJACENT>
-__global__ void __launch_bounds__(ROWS_THREADS, rows_blocks_of(D, GROUP))
+__global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
     attention_rows(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                    unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
                    const int2* list, const int* tables, int table_stride, const float* sinks, float* partials,
-                   unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits, int stored) {
+                   unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits, int stored,
+                   const Q8Tiles tiles) {
     using Shape = RowShape<D, GROUP>;
-    constexpr int kPartial = partial_floats(D, GROUP), kSteps = Heads<D>::kSteps;
-    constexpr int kArriving = D == 64 ? 160 : 224;  // a thread whose warp is mostly idle in the next item's start
-    constexpr int kFirst = 2;  // few, since a block keeps its ring's state in registers
-    static_assert(GROUP <= Shape::kWarps && GROUP * D / 4 <= ROWS_THREADS && D <= ROWS_THREADS, "see combine");
-    __shared__ uint4 queries[kSteps][32];
-    __shared__ __align__(16) float warp_partials[Shape::kTileWarps][kPartial];
+    using Part = Parts<D, GROUP>;
+    constexpr int kQuads = D / 4;  // of a head
+    __shared__ uint4 queries[Heads<D>::kSteps][4 * GROUP];
+    __shared__ __align__(16) float parts[Shape::kParts][Part::kFloats];
     __shared__ float weights[GROUP][MAX_DECODE_SPLITS];
     __shared__ __align__(16) unsigned short new_key[D], new_value[D];
-    __shared__ Entry current, previous;  // not in registers, where they would stay during attend_split
-    __shared__ int current_index;
-    __shared__ bool complete;            // the block has arrived last at the previous item's group
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, groups = n_heads / GROUP;
+    __shared__ int arrived_row, arrived_splits;  // of the previous item
+    __shared__ bool complete;                    // this block has arrived last at its group
+    const int kv_head = blockIdx.y, group = kv_head * gridDim.x + blockIdx.x, groups = gridDim.x * gridDim.y;
+    const int warp = threadIdx.x / 32, head = group * GROUP;
     // Read before the wait: the list, written by an earlier kernel of this graph that lets no other
     // start before (pdl.cuh, rule 5); block tables, written before this graph (rule 1); and KV of
     // earlier tokens.
-    const DecodeItems items(list, groups);
-    if ((int)blockIdx.x >= items.count) return;
-    KvRing<D, GROUP> ring = {k_cache,    v_cache,           tables, table_stride,
-                             n_kv_heads, groups / n_kv_heads, KvCursor<D, GROUP>(items, window, splits)};
+    const DecodeEntries entries(list);
+    if ((int)blockIdx.z >= entries.stride) return;
+    KvRing<D, GROUP> ring = {k_cache,    v_cache, tables, table_stride,
+                             n_kv_heads, kv_head, KvWalk<D, GROUP>(entries, window, splits)};
     ring.fill();
 
     const RopeTables rope = {cos, sin, dims};
-    const int query_row = lane / 4, e = Heads<D>::query_element(warp, lane);
-    const auto final_rows = [=](int row, int head) {
+    const auto final_rows = [=](int row) {
         const size_t first = (size_t)row * n_heads * D;
-        const float* sink = sinks ? sinks + head : nullptr;
-        return FinalRows{y + first, q8 + first, meta + first / 32, sink, head * D, n_heads * D};
+        return FinalRows{y + first, q8 + first,      meta + first / 32, sinks ? sinks + head : nullptr,
+                         head * D,  n_heads * D, tiles,             row};
     };
-    const auto tiles_of = [=](const Entry entry) {
-        return SplitTiles(entry.position(), window, Shape::kTile, splits, entry.mine());
+    const auto partials_of = [=](int row) {
+        return partials + ((size_t)row * groups + group) * stored * Part::kFloats;
     };
-    const auto partials_of = [=](int row, int group) {
-        return partials + ((size_t)row * groups + group) * stored * kPartial;
-    };
-    Entry upcoming = items.first;
-    int pending = -1;  // the group of an item that has arrived
+    launch_dependents();
+    grid_dependency_wait();
+    Entry upcoming = entries.first;
+    bool pending = false;  // the previous item has partial results of its row
+    const bool arriving = threadIdx.x == blockDim.x - 32;  // its warp mostly has no query to rotate
+    unsigned int arrived_before = 0;                       // of that thread
 #pragma unroll 1
-    for (int index = blockIdx.x;; index += gridDim.x) {
-        if (index < items.count) {
-            const int head = index % groups * GROUP;
-            const Entry entry = upcoming;
-            const int newest = entry.position(), kv_head = head / (n_heads / n_kv_heads);
-            // The first warps rotate the queries, the last ones write the newest key and value.
-            const bool rotates = entry.active() && warp < kSteps;
-            const bool writes = entry.active() && tiles_of(entry).has_newest();
-            const int element = writes ? (int)threadIdx.x - (ROWS_THREADS - D) : -1;
-            Rotation rotations[4], key_rotation;
-            size_t new_row;
-            if (rotates) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, newest, rope);
-            }
-            if (element >= 0) {
-                key_rotation = rotation_of<ADJACENT>(element, newest, rope);
-                const int block = tables[(size_t)entry.slot() * table_stride + newest / kKvBlock];
-                new_row = kv_offset<D>(block, n_kv_heads, kv_head, newest);
-            }
-            if (index == (int)blockIdx.x) {
-                launch_dependents();
-                grid_dependency_wait();
-            }
-            if (!entry.active()) {
-                final_rows(entry.row(), head).template store_zeros<D, GROUP>();
-                upcoming = items.entry(index + gridDim.x);
-                continue;
-            }
-            if (threadIdx.x == 0) previous = current, current = entry, current_index = index;
-            if (rotates) {
-                float4 x = make_float4(0.f, 0.f, 0.f, 0.f), other = x;
-                if (query_row < GROUP) {
-                    const float* from = q + ((size_t)entry.row() * n_heads + head + query_row) * D;
-                    x = *reinterpret_cast<const float4*>(from + e);
-                    other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
-                                     : make_float4(from[rotations[0].partner], from[rotations[1].partner],
-                                                   from[rotations[2].partner], from[rotations[3].partner]);
-                }
-                queries[warp][lane] = rotated_query<D>(x, other, rotations);
-            }
-            if (element >= 0) {
-                const size_t at = ((size_t)entry.row() * n_kv_heads + kv_head) * D;
-                const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
-                k_cache[new_row + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
-                v_cache[new_row + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
-            }
-        }
-        __syncthreads();
-        // The wait for an arrival overlaps with the start of the next item.
-        if (pending >= 0 && complete) {
-            const Entry entry = index < items.count ? previous : current;
-            combine<D, GROUP, kFirst>(partials_of(entry.row(), pending), tiles_of(entry).active(), weights,
-                                      final_rows(entry.row(), pending * GROUP));
-        }
-        pending = -1;
-        if (index >= items.count) return;
-        attend_split<D, GROUP>(tiles_of(current), ring, queries, new_key, new_value, warp_partials);
-        __syncthreads();
-
-        const SplitTiles tiles = tiles_of(current);
-        index = current_index;
-        upcoming = items.entry(index + gridDim.x);
-        const int group = index % groups, row = current.row(), count = warps_with_results<Shape>(tiles);
-        if (tiles.active() == 1) {
-            combine<D, GROUP, kFirst>(warp_partials[0], count, weights, final_rows(row, group * GROUP));
+    for (int index = blockIdx.z;; index += entries.stride) {
+        const Entry entry = upcoming;
+        const bool more = index < entries.count;
+        if (!more && !pending) return;
+        upcoming = entries[index + entries.stride];
+        if (more && !entry.active()) {
+            final_rows(entry.row()).template store_zeros<D, GROUP>();
             continue;
         }
-        const Partial partial = {partials_of(row, group) + tiles.mine * kPartial};
-        combine<D, GROUP, kFirst>(warp_partials[0], count, weights, partial);
+        const ItemSpan<D, GROUP> span(entry, window);
+        if (more) {
+            // Rotate the queries, and write the newest key and value: four elements a thread.
+            const int units = (GROUP + span.has_newest(splits)) * kQuads;
+#pragma unroll 1
+            for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
+                const int g = unit / kQuads, e = unit % kQuads * 4;
+                const size_t kv_row = ((size_t)entry.row() * n_kv_heads + kv_head) * D;
+                const float* from = g < GROUP ? q + ((size_t)entry.row() * n_heads + head + g) * D : k + kv_row;
+                const float4 x = rotated<ADJACENT>(from, e, span.newest, rope);
+                if (g < GROUP) {
+                    const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
+                    queries[e / 32 * 2 + e % 8 / 4][4 * g + e % 32 / 8] =
+                        Heads<D>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
+                                                    __fmul_rn(x.z, scale), __fmul_rn(x.w, scale)));
+                    continue;
+                }
+                const int block = tables[entry.slot() * table_stride + span.newest / kKvBlock];
+                const size_t to = kv_offset<D>(block, n_kv_heads, kv_head, span.newest) + e;
+                const uint2 key = halves_of(x), value = halves_of(*reinterpret_cast<const float4*>(v + kv_row + e));
+                *reinterpret_cast<uint2*>(k_cache + to) = *reinterpret_cast<uint2*>(new_key + e) = key;
+                *reinterpret_cast<uint2*>(v_cache + to) = *reinterpret_cast<uint2*>(new_value + e) = value;
+            }
+        }
         __syncthreads();
-        const unsigned int others = tiles.active() - 1;
-        if (threadIdx.x == kArriving) complete = arrive(arrivals + (size_t)row * groups + group, others) == others;
-        pending = group;
+        if (more) {
+#pragma unroll 1
+            for (int part = warp; part < span.parts; part += blockDim.x / 32) {
+                Heads<D> heads;
+                heads.reset();
+                bool fresh = true;
+#pragma unroll 1
+                for (int tile = span.first + part * Shape::kOfPart; tile <= span.newest; tile += splits * Shape::kTile) {
+#pragma unroll 1
+                    for (int start = tile; start < tile + Shape::kOfPart; start += kKvBlock) {
+                        if (!span.sees(start)) continue;
+                        ring.find();
+                        wait_for_copies<RING_SLOTS - 1>();
+                        if (span.newest - start < kKvBlock) {
+                            __syncwarp();
+                            StagedKv<D>::insert(ring.first(), new_key, new_value, span.newest - start);
+                        }
+                        __syncwarp();
+                        attend_staged<D, GROUP>(heads, ring.first(), queries, start, span.oldest, span.newest, fresh);
+                        fresh = false;
+                        __syncwarp();
+                        ring.push();
+                    }
+                }
+                Part::store(heads, parts[part]);
+            }
+        }
+        // The result of the atomic is needed only here: the thread does not wait for it before.
+        if (pending && arriving) complete = (int)arrived_before == arrived_splits - 1;
+        __syncthreads();
+        // First the splits of the previous item's row, if this block has arrived last, then this item.
+        const int active = span.active(splits);
+        bool arrives = false;
+#pragma unroll 1
+        for (int own = pending && complete ? 0 : 1; own < 1 + more; ++own) {
+            const float* const results = own ? parts[0] : partials_of(arrived_row);
+            arrives = own && active > 1;
+            Part::combine(results, own ? span.parts : arrived_splits, weights,
+                          final_rows(own ? entry.row() : arrived_row),
+                          arrives ? partials_of(entry.row()) + entry.mine() * Part::kFloats : nullptr);
+            if (!own || arrives) __syncthreads();
+        }
+        if (!more) return;
+        if (arrives && arriving) {
+            arrived_row = entry.row(), arrived_splits = active;
+            arrived_before = arrive(arrivals + (size_t)entry.row() * groups + group, active - 1);
+        }
+        pending = arrives;
     }
 }

@@ -3,12 +3,14 @@
 // Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 hold the rounding
 // errors of the f16 values in rows 0–7: queries and weights have 22 significant bits, and products
 // with the f16 cache are as precise as in f32. The order of a product's inner elements is free, so
-// each lane loads keys and values as 16 neighbouring bytes of the cache:
+// each lane loads keys as 16 neighbouring bytes of the cache; it is the same in all users:
 //   scores: lane (g, c) = (lane/4, lane%4) holds elements 32i + 8c … 32i + 8c + 7 of keys g, g + 8
-//   sums:   elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c, 2c + 1, 2c + 8, 2c + 9;
-//           of the last 32 elements of D = 96, 4 each
+//   sums:   the inner elements are the positions 0 … 15 in order
+// The columns of the sums are independent of each other. `attend` takes them from 16 neighbouring
+// bytes of a value: lane (g, c) holds elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c,
+// 2c + 1, 2c + 8, 2c + 9; of the last 32 elements of D = 96, 4 each.
 // The softmax is online and in base 2: each lane keeps the peak of its head g and the total of its
-// own positions. Users: attention_decode.cu.
+// own positions. Users: attention_decode.cu, attention_rows.cu.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
@@ -76,8 +78,6 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
             if (start + value_row(t) == newest) load_value(t, value);
     }
 
-    __device__ __forceinline__ void load_values() const {}  // `load` has loaded them
-
     // The 32-bit word that holds the lane's element of tile j in its value row t.
     __device__ __forceinline__ unsigned int word(int t, int j) const {
         if (j >= 8 * kWide) return j % 4 / 2 ? narrow[t].y : narrow[t].x;
@@ -114,20 +114,22 @@ struct Heads {
         for (int j = 0; j < kTiles; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.f;
     }
 
-    // Add the positions of one KV block; at least one of them is visible. Kv: KvFragments<D>, or a
-    // derived class that loads its values between the two products.
-    template <class Kv>
-    __device__ __forceinline__ void attend(Kv& kv, const uint4 (*queries)[32], int start, int oldest, int newest) {
+    // Replace peak and total by those that include the positions of one KV block, of which at least
+    // one is visible. Returns the factor of the sums before it, and the positions' weights as a
+    // fragment of A. Keys: `keys` as in KvFragments; query_at(s): the lane's fragment of step s.
+    template <class Keys, class QueryAt>
+    __device__ __forceinline__ float weigh(const Keys& kv, QueryAt query_at, int start, int oldest, int newest,
+                                           unsigned int (&a)[4]) {
         const int c = threadIdx.x % 4;
         float weights[2][2], scores[2][4] = {}, highest = peak;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
-            const uint4 v = queries[s][threadIdx.x % 32];
-            const unsigned int a[4] = {v.x, v.y, v.z, v.w};
+            const uint4 v = query_at(s);
+            const unsigned int query[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
                 const uint4 k = kv.keys[t][s / 2];
-                mma_16x8x16(scores[t], a, s % 2 ? k.z : k.x, s % 2 ? k.w : k.y);
+                mma_16x8x16(scores[t], query, s % 2 ? k.z : k.x, s % 2 ? k.w : k.y);
             }
         }
 #pragma unroll
@@ -151,10 +153,17 @@ struct Heads {
                 total = t + e == 0 ? fmaf(total, scale, weight) : __fadd_rn(total, weight);
             }
         }
-        kv.load_values();
-        unsigned int a[4];
         split_pair(weights[0][0], weights[0][1], a[0], a[1]);
         split_pair(weights[1][0], weights[1][1], a[2], a[3]);
+        return scale;
+    }
+
+    // Add the positions of one KV block, of which at least one is visible.
+    __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest,
+                                           int newest) {
+        unsigned int a[4];
+        const float scale =
+            weigh(kv, [=](int s) { return queries[s][threadIdx.x % 32]; }, start, oldest, newest, a);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll

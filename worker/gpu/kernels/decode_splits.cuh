@@ -26,15 +26,19 @@ __host__ __device__ constexpr int blocks_of(int head_dim, int group) {
     return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
 }
 
+// Blocks of attention_rows with TEAM_WARPS warps that registers allow on a multiprocessor.
+__host__ __device__ constexpr int team_blocks_of(int head_dim) { return head_dim == 128 ? 1 : 2; }
+
 // The tiles of one split: of `tiles` from the tile `first` on, those that lie `mine` after it,
 // `splits` apart (splits = G).
 struct SplitTiles {
     int newest, oldest, first, tiles, splits, mine;
 
-    // `mine` from 0 to active() - 1 enumerates the splits that have tiles.
+    // `mine` from 0 to active() - 1 enumerates the splits that have tiles. A negative position has no
+    // tiles.
     __device__ __forceinline__ SplitTiles(int position, int window, int tile, int splits, int mine)
         : newest(position), oldest(window && position >= window ? position - window + 1 : 0), first(oldest / tile),
-          tiles(newest / tile - first + 1), splits(splits), mine(mine) {}
+          tiles((newest + tile) / tile - first), splits(splits), mine(mine) {}
 
     // The same for split g.
     __device__ __forceinline__ static SplitTiles of_split(int position, int window, int tile, int splits, int g) {

@@ -12,9 +12,11 @@
 // | ------------------------------- | ------------------------------ | -------------------------- |
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
 // |                                 | matmul, scale_to_f16,          |                            |
-// |                                 | route_rows, grouped_experts    |                            |
+// |                                 | route_rows, grouped_experts,   |                            |
+// |                                 | experts_mma                    |                            |
 // | RoPE tables                     | attention_decode, _rows        | written at load only       |
-// | row slots, positions, tables    | attention_decode, _rows        | before this graph (1)      |
+// | row slots, positions, tables    | attention_decode, _rows,       | before this graph (1)      |
+// |                                 | _items, kv_rows                |                            |
 // | requests, positions, end ids    | sample, sample_rows            | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
@@ -24,17 +26,20 @@
 // | list of attention_items         | attention_rows                 | fence before launch (5)    |
 // | KV of earlier tokens or chunks  | attention_decode, _rows,       | this graph writes only its |
 // |                                 | attention_prefill              | own tokens' slots          |
+// | KV of this step's other rows    | attention_rows                 | fence before launch (5)    |
 // | routes and residual             | experts_add                    | two launches earlier (3)   |
-// | tiles of pairs                  | grouped_experts for down       | two launches earlier (3)   |
+// | tiles of pairs                  | grouped_experts and            | two launches earlier (3)   |
+// |                                 | experts_mma for down           |                            |
 //
 // Everything else is read after the wait: activations, logits, partial results, counters. All
-// writes come after the wait, because earlier kernels may still read the memory. A plain load of
-// data that the primary writes must not go through a `const __restrict__` pointer: the compiler could
-// move it above the wait.
+// writes but those of attention_items come after the wait, because earlier kernels may still read
+// the memory. A plain load of data that the primary writes must not go through a
+// `const __restrict__` pointer: the compiler could move it above the wait.
 //
 // Rules:
 // 1. The first kernel of a graph waits for the complete preceding graph or copy. Row slots,
-//    positions, tables and requests are written by a copy or by the preceding step's sampler;
+//    positions, tables and requests are written by a copy or by the preceding step's sampler, those
+//    of draft tokens by draft_rows, a graph of its own;
 //    reading them before the wait is valid because a graph holds one step. Several steps in one
 //    graph, or steps without a graph and without a copy between them, would need the reads after
 //    the wait.
@@ -43,14 +48,16 @@
 // 3. If a primary calls launch_dependents only after its wait, all launches before the primary are
 //    complete when the secondary starts, and the secondary may read their results before its wait.
 //    glu does so for experts, and experts_add relies on it, as do the two launches of
-//    grouped_experts.
+//    grouped_experts or experts_mma.
 // 4. A block without work may exit without a wait if another block of its grid waits: the grid then
 //    ends after its primary. If all blocks exit, the grid may end before its primary. That happens
 //    after the last layer's attention of a chunk without requested logits; it is valid because the
 //    results are not read and a graph ends after all of its kernels.
-// 5. attention_items calls launch_dependents only after a fence that follows its writes, and does not
-//    call it before. Every later launch of the graph starts after that, so it may read the list
-//    before its wait; it reads it through L2, since L1 is not coherent.
+// 5. attention_items writes its list before its wait, since no earlier launch of the graph reads it,
+//    and calls launch_dependents only after a fence that follows the writes. Every later launch of the
+//    graph starts after that, so it may read the list before its wait; it reads it through L2, since
+//    L1 is not coherent. kv_rows does the same for the keys and values
+//    that attention_rows copies from the cache, which bypasses L1.
 #pragma once
 
 __device__ __forceinline__ void launch_dependents() {

@@ -1,6 +1,5 @@
 // Sampling: one row of logits to one token. Bias, penalties, masks, temperature, top-k, top-p,
-// min-p, draw;
-// log-probabilities.
+// min-p, draw; log-probabilities.
 //
 //   w_i = exp((s_i - max s) / temperature); the first kept id with Σ_{j≤i} w_j > u · Σ w is drawn.
 //   logprob_i = l_i - max l - log Σ exp(l - max l), of the raw logits l.
@@ -10,10 +9,9 @@
 // slices of the vocabulary, each by one block of THREADS threads, then slice by slice, whatever the
 // grid.
 //
-// Inputs: logits [V] f32; mask [V] u8 (1: padding, 2: end token); counts [V] i32 of the tokens that
-// penalties count; bias [V] f64; the Request. Scratch: scores [V] f64, weights [V] u64, one
-// GridScratch.
-// Outputs: `drawn`, and the next step's `token`, `position`, `index` and counts.
+// Inputs: logits [V] f32; row_slots [1] i32, or null: slot 0; SlotArrays. Scratch: scores [V] f64,
+// weights [V] u64, one GridScratch.
+// Outputs: `drawn`; of an active slot the next token, position, index and counts.
 // Grid (C), block THREADS; C ≤ the number of multiprocessors (grid.cuh) and ≤ LOGPROB_SLICES; block
 // b computes ids [b·⌈V/C⌉, (b+1)·⌈V/C⌉). Grid barriers: 1 greedy, 2 plain, 2 + 1–8 for each of
 // top-k and top-p.
@@ -118,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int bins = r.temperature > 0 || r.logprobs >= 0 ? sizeof(grid->histograms) / sizeof(u64) : 0;
     for (int i = blockIdx.x * THREADS + t; i < bins; i += gridDim.x * THREADS) zeros[i] = 0;
     if (t == 0 && blockIdx.x == 0) grid->listed = 0;
-    const Best mine = best_in(row, r, scores, lo, hi);
+    const bool by_logit = !(r.temperature > 0) && !r.penalized && !row.specials.count;
+    const Best mine = by_logit ? best_logit_in(row, r, lo, hi) : best_in(row, r, scores, lo, hi);
     if (t == 0) grid->blocks[blockIdx.x].best = mine;
     grid_barrier(&grid->barrier);
 

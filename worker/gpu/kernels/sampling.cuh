@@ -87,10 +87,12 @@ struct Logits {  // one row, with the masks, counts and biases of its slot
           counts(slots.counts + (size_t)slot * size), specials(slots.specials[slot]), size(size) {}
 };
 
-// A copy of what ends the row's sequence, in shared memory: read before the wait, used by commit().
+// A copy in shared memory of what commit() needs of the slot: read before the wait.
 struct SequenceEnd {
-    int ends[ENDS], limit, position;
+    int4 ends[ENDS / 4];
+    int limit, position, index, penalized;
 };
+static_assert(ENDS % 4 == 0 && ENDS + 4 <= 32, "load_end is called by the lanes of a warp, among others");
 
 struct Sequence {  // the row's state in device memory, advanced by the drawn token
     int *token, *position, *counts;
@@ -106,9 +108,11 @@ struct Sequence {  // the row's state in device memory, advanced by the drawn to
 
 __device__ __forceinline__ void load_end(SequenceEnd& end, const SlotArrays& slots, int slot) {
     const int t = threadIdx.x;
-    if (t < ENDS) end.ends[t] = slots.ends[slot * ENDS + t];
+    if (t < ENDS) reinterpret_cast<int*>(end.ends)[t] = slots.ends[slot * ENDS + t];
     if (t == ENDS) end.limit = slots.limits[slot];
     if (t == ENDS + 1) end.position = slots.positions[slot];
+    if (t == ENDS + 2) end.index = slots.requests[slot].index;
+    if (t == ENDS + 3) end.penalized = slots.requests[slot].penalized;
 }
 
 __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index) {
@@ -132,23 +136,27 @@ __device__ __noinline__ const Special* find(const Specials& specials, int id) {
     return lo < specials.count && specials.list[lo].id == id ? specials.list + lo : nullptr;
 }
 
-// The score of a marked id before penalties: masks and bias.
-__device__ __forceinline__ double marked_score(const Logits& row, int id, float raw, const Request& r) {
-    const unsigned int mask = row.mask[id];
-    const Special* special = find(row.specials, id);
-    if (mask & 1 || ((mask & 2 || (special && special->stop)) && r.index < r.min_tokens)) return -(double)kInfinity;
-    return special ? __dadd_rn((double)raw, special->bias) : (double)raw;
+// The same, for an id that may be unmarked.
+__device__ __forceinline__ const Special* special_of(const Logits& row, int id) {
+    if (!row.specials.count || !(row.marks[id >> 5] >> (id & 31) & 1)) return nullptr;
+    return find(row.specials, id);
 }
 
-// The score of an id with this raw logit and mark; each operation rounds, as in the twin.
-__device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int marked,
-                                           const Request& r) {
-    const double s = marked ? marked_score(row, id, raw, r) : (double)raw;
-    if (!r.penalized || s == -(double)kInfinity) return s;
-    const int count = row.counts[id];
+// The score of an id with this raw logit, mask and entry; each operation rounds, as in the twin.
+__device__ __forceinline__ double score_with(const Logits& row, int id, float raw, unsigned int mask,
+                                             const Special* special, const Request& r) {
+    if (mask & 1 || ((mask & 2 || (special && special->stop)) && r.index < r.min_tokens)) return -(double)kInfinity;
+    const double s = special ? __dadd_rn((double)raw, special->bias) : (double)raw;
+    const int count = r.penalized ? row.counts[id] : 0;
     if (!count) return s;
     const double repeated = s > 0 ? __ddiv_rn(s, r.repetition) : __dmul_rn(s, r.repetition);
     return __dadd_rn(__dadd_rn(repeated, -__dmul_rn((double)count, r.frequency)), -r.presence);
+}
+
+// The score of an id with this raw logit and mark.
+__device__ __forceinline__ double adjusted(const Logits& row, int id, float raw, unsigned int marked,
+                                           const Request& r) {
+    return score_with(row, id, raw, marked ? row.mask[id] : 0, marked ? find(row.specials, id) : nullptr, r);
 }
 
 __device__ __forceinline__ Best better(const Best& a, const Best& b) {
@@ -173,29 +181,50 @@ __device__ __forceinline__ Best best_of(Best mine) {
     return all;
 }
 
-// The best of ids [lo, hi); with a temperature, also store their scores. Each thread loads kAtOnce
-// ids at a time.
-__device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
+// Call visit(id, raw logit, mask) for ids lo + thread, lo + thread + THREADS, … below hi. Each thread
+// loads kAtOnce ids at a time.
+template <typename Visit>
+__device__ __forceinline__ void for_each_logit(const Logits& row, int lo, int hi, Visit visit) {
     constexpr int kAtOnce = 8;
-    Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
     for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * THREADS) {
         float raw[kAtOnce];
-        const unsigned int* const marks = row.marks + (from >> 5);
-        unsigned int words[kAtOnce];  // shifted when used: no load waits for another
+        unsigned int mask[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int id = from + i * THREADS;
-            if (id < hi) raw[i] = row.raw[id], words[i] = marks[i * (THREADS / 32)];
+            if (id < hi) raw[i] = row.raw[id], mask[i] = row.mask[id];
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const int id = from + i * THREADS;
-            if (id >= hi) break;
-            const double s = adjusted(row, id, raw[i], words[i] >> (from & 31) & 1, r);
-            if (r.temperature > 0) scores[id] = s;
-            mine = better(mine, {s, (double)raw[i], id, s != s});
+            if (id < hi) visit(id, raw[i], mask[i]);
         }
     }
+}
+
+// The best of ids [lo, hi) in a greedy row whose scores are raw logits: in f32, with little code to
+// fetch.
+__device__ __forceinline__ Best best_logit_in(const Logits& row, const Request& r, int lo, int hi) {
+    const unsigned int masked = r.index < r.min_tokens ? 3 : 1;
+    float best = -kInfinity, highest = -kInfinity;
+    int best_id = row.size, broken = 0;
+    for_each_logit(row, lo, hi, [&](int id, float raw, unsigned int mask) {
+        highest = fmaxf(highest, raw);
+        if (mask & masked) return;
+        broken |= raw != raw;
+        if (raw > best) best = raw, best_id = id;
+    });
+    return best_of({best, highest, best_id, broken});
+}
+
+// The best of ids [lo, hi); with a temperature, also store their scores.
+__device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
+    Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
+    for_each_logit(row, lo, hi, [&](int id, float raw, unsigned int mask) {
+        const double s = score_with(row, id, raw, mask, special_of(row, id), r);
+        if (r.temperature > 0) scores[id] = s;
+        mine = better(mine, {s, (double)raw, id, s != s});
+    });
     return best_of(mine);
 }
 
@@ -238,10 +267,13 @@ __device__ __forceinline__ void commit(const Sequence& sequence, int id, int& dr
     const int position = end.position + 1;
     bool ended = id < 0 || position >= end.limit;
 #pragma unroll
-    for (int i = 0; i < ENDS; ++i) ended |= end.ends[i] == id;
+    for (int i = 0; i < ENDS / 4; ++i) {
+        const int4 e = end.ends[i];
+        ended |= e.x == id || e.y == id || e.z == id || e.w == id;
+    }
     *sequence.position = ended ? -1 : position;
     if (id < 0) return;
     *sequence.token = id;
-    if (sequence.request->penalized) sequence.counts[id] += 1;
-    sequence.request->index += 1;
+    sequence.request->index = end.index + 1;
+    if (end.penalized) sequence.counts[id] += 1;
 }

@@ -4,9 +4,9 @@
 // total) [GROUP][2]; it is 16-byte aligned. `combine` adds partial results by log-sum-exp in a
 // fixed order (flash-decoding, Dao et al. 2023) into a target: one further partial result, or the
 // final rows.
-// Users: attention_decode.cu.
+// Users: attention_decode.cu; FinalRows: attention_rows.cu.
 #pragma once
-#include "q8_activations.cuh"
+#include "q8_tiles.cuh"
 #include "warp.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
@@ -28,13 +28,16 @@ struct Partial {  // target: a partial result at `out`
     }
 };
 
-// Target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on.
+// Target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on, as f32 and as
+// Q8: row `row` of tiles, or, if they are null, the blocks at q8 and meta.
 struct FinalRows {
     float* y;
     u8* q8;
     Meta* meta;
     const float* sinks;  // [GROUP] or null
     int column, cols;
+    Q8Tiles tiles;
+    int row;
     template <int D, int GROUP>
     __device__ __forceinline__ float end(int g, float peak, float total) const {
         return 1.f / (sinks ? __fadd_rn(total, exp2f(fmaf(sinks[g], kLog2e, -peak))) : total);
@@ -42,9 +45,11 @@ struct FinalRows {
     template <int D, int GROUP>
     __device__ __forceinline__ void store(const float4 sum, int at) const {
         const bool real = at < GROUP * D;
-        if (real) *reinterpret_cast<float4*>(y + column + at) = sum;
         const float4 quads[] = {sum};
-        store_quantized(quads, real ? column + at : cols, cols, q8, meta);
+        const Q8Quads<1> v(quads, real);
+        if (!real) return;
+        *reinterpret_cast<float4*>(y + column + at) = sum;
+        store_q8(v.packed[0], column + at, v.scale, v.low, v.high);
     }
     // Zeros instead, for an inactive row. Called by all threads of a block.
     template <int D, int GROUP>
@@ -52,26 +57,35 @@ struct FinalRows {
 #pragma unroll 1
         for (int at = column + 4 * threadIdx.x; at < column + GROUP * D; at += 4 * blockDim.x) {
             *reinterpret_cast<float4*>(y + at) = make_float4(0.f, 0.f, 0.f, 0.f);
-            *reinterpret_cast<u32*>(q8 + at % 32 / 16 * (cols / 2) + at / 32 * 16 + at % 16) = 0;
-            if (at % 32 == 0) meta[at / 32] = {0.f, {0, 0}};
+            store_q8(0, at, 0.f, 0, 0);
+        }
+    }
+
+private:
+    __device__ __forceinline__ void store_q8(u32 packed, int at, float scale, int low, int high) const {
+        if (tiles.q) {
+            tiles.store_quad(packed, row, at);
+            if (at % 32 == 0) tiles.store_meta(row, at / 32, scale, low, high);
+        } else {
+            *reinterpret_cast<u32*>(q8 + at % 32 / 16 * (cols / 2) + at / 32 * 16 + at % 16) = packed;
+            if (at % 32 == 0) meta[at / 32] = {scale, {(short)low, (short)high}};
         }
     }
 };
 
 // Add `n` ≤ MAX partial results. Call from all threads of a synchronized block of at least
 // GROUP·D/4 threads and GROUP warps: four elements a thread; one warp computes the weights of one
-// head, preferably a warp without elements. FIRST partial results are loaded while the weights are
-// computed.
-template <int D, int GROUP, int FIRST = 16, int MAX, class Target>
+// head, preferably a warp without elements.
+template <int D, int GROUP, int MAX, class Target>
 __device__ __forceinline__ void combine(const float* partials, int n, float (*weights)[MAX], const Target target) {
-    constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < FIRST ? MAX : FIRST;
+    constexpr int kPartial = partial_floats(D, GROUP), kEach = (MAX + 31) / 32, kFirst = MAX < 16 ? MAX : 16;
     constexpr int kAdding = (GROUP * D / 4 + 31) / 32;  // warps
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = 4 * threadIdx.x;
     const int g = warp < kAdding ? warp - kAdding + blockDim.x / 32 : warp - kAdding;
     const bool real = at < GROUP * D;
     const auto quad = [=](int i) { return *reinterpret_cast<const float4*>(partials + i * kPartial + at); };
     float2 ends[kEach];
-    float4 first[kFirst];
+    float4 first[kFirst];  // loaded while the weights are computed
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
         const int i = lane + 32 * j;
