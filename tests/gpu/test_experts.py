@@ -4,7 +4,9 @@ odd sizes. Bounds: `products.py`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,8 +149,11 @@ class Layer:
         y = matvec.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual[None]))
         return routes, h, y
 
-    def together(self, x, residual, chosen=None, weights=None, active=None):
-        """The same of several rows, grouped by expert; `chosen` replaces the router's choice."""
+    def together(self, x, residual, chosen=None, weights=None, active=None, wide_pairs=0):
+        """The same of several rows, grouped by expert.
+
+        `chosen` replaces the router's choice, and then `wide_pairs` the width of the tiles.
+        """
         from worker.gpu import decode_experts
 
         pool = GuardedPool()
@@ -157,7 +162,8 @@ class Layer:
         n, routes = decode_experts.norm_route(self.kernels, pool, pool.put(x), self.norm, self.router, self.k, active)
         if chosen is not None:
             routes = Routes(pool.put(chosen), pool.put(weights))
-            tiles = decode_experts.group_pairs(self.kernels, pool, routes, self.router.weight.shape[0], active)
+            experts = self.router.weight.shape[0]
+            tiles = decode_experts.group_pairs(self.kernels, pool, routes, experts, active, wide_pairs)
             n = replace(n, tiles=tiles)
         h = decode_experts.experts_glu(self.kernels, pool, n, routes, self.gate, self.up, CLAMPED)
         y = decode_experts.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual))
@@ -198,6 +204,57 @@ def test_grouped_experts_have_the_bits_of_each_row_alone(kernels, memory, rows, 
     assert_rows_equal(layer, together, x, residual, range(rows), chosen, weights)
 
 
+@pytest.mark.parametrize("wide_pairs", [16, 32])
+@pytest.mark.parametrize(
+    ("rows", "f", "d", "only"),
+    [
+        (5, 512, 512, None),  # tiles of one MMA
+        (40, 576, 512, None),  # of two, or up to four
+        (24, 512, 576, SKEWED),  # of one and two, or three
+        (33, 512, 2880, (2, 5, 0, 7)),  # full tiles and one of a single pair
+        (9, 2880, 512, None),
+    ],
+)
+def test_experts_on_tensor_cores_have_the_bits_of_each_row_alone(kernels, memory, rows, f, d, only, wide_pairs):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 8, 4, f, d)
+    x, residual = inputs_of(rows, d)
+    chosen, weights, _ = routes_of(GuardedPool(), rows, 8, 4, only=only)
+    launched = []
+    with recorded(layer, launched):
+        together = layer.together(x, residual, chosen, weights, wide_pairs=wide_pairs)
+    mma = f"experts_mma<{wide_pairs // 8}, "
+    assert [name for name in launched if name.startswith("experts_mma")] == [f"{mma}true>", f"{mma}false>"]
+    assert_rows_equal(layer, together, x, residual, range(0, rows, 3), chosen, weights)
+
+
+@pytest.mark.parametrize("wide_pairs", [16, 32])
+def test_experts_on_tensor_cores_have_scales_beyond_the_range_of_one_fma(kernels, memory, wide_pairs):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 4, 2, 512, 512)
+    for linear in (layer.gate, layer.up):  # 2¹⁰³ and more, in every second chunk
+        linear.weight.data.planes[2][:, 32:64, 1::3] = 233
+        linear.weight.data.planes[2][:, 96::7, 15] = 254
+    x, residual = inputs_of(6, 512)
+    x *= np.float32(1e-30)
+    chosen, weights, _ = routes_of(GuardedPool(), 6, 4, 2)
+    together = layer.together(x, residual, chosen, weights, wide_pairs=wide_pairs)
+    assert np.isfinite(together[2].get()).all()
+    assert_rows_equal(layer, together, x, residual, range(6), chosen, weights)
+
+
+@contextmanager
+def recorded(layer, names):
+    """Append the names of the kernels that the layer gets."""
+    kernels = layer.kernels
+
+    def get(file, expression):
+        names.append(expression)
+        return kernels.get(file, expression)
+
+    layer.kernels = SimpleNamespace(get=get)
+    yield
+    layer.kernels = kernels
+
+
 BLOCK_KINDS = [kind for kind in QUANT_TYPES if kind.block_size > 1]
 
 
@@ -234,22 +291,32 @@ def test_inactive_rows_are_in_no_group_and_get_zeros(kernels, memory, positions)
     assert np.isnan(together[1].x.get().reshape(5, -1)[rest]).all()  # not written
 
 
+@pytest.mark.parametrize("wide_pairs", [0, 16, 32])
 @pytest.mark.parametrize(("rows", "experts", "k"), [(2, 32, 4), (9, 8, 4), (40, 3, 2), (64, 70, 1), (33, 200, 8)])
-def test_pairs_are_sorted_by_expert_and_cut_into_tiles(kernels, rows, experts, k):
+def test_pairs_are_sorted_by_expert_and_cut_into_tiles(kernels, rows, experts, k, wide_pairs):
     from worker.gpu.decode_experts import group_pairs
 
     pool = GuardedPool()
     chosen, _, routes = routes_of(pool, rows, experts, k)
-    tiles = group_pairs(kernels, pool, routes, experts)
+    tiles = group_pairs(kernels, pool, routes, experts, None, wide_pairs)
     pool.check()
     order, flat = tiles.order.get(), chosen.reshape(-1)
     assert order.tolist() == np.argsort(flat, kind="stable").tolist()
-    table, at, start = tiles.table.get(), 0, 0
+    tables = [(tiles.table, tiles.small_parameter(), 8)]
+    if wide_pairs:
+        tables.append((tiles.wide.table, tiles.wide_parameter(), wide_pairs))
+    for table, parameter, each in tables:
+        assert_tiles(table.get(), order, flat, each, int(parameter["chunk_cost"]))
+
+
+def assert_tiles(table, order, flat, each, chunk_cost):
+    """All pairs of `order` are in tiles of one expert and up to `each` pairs, with their costs."""
+    at, start = 0, 0
     for tile in table[table["count"] > 0]:
         assert (tile["first"], tile["start"]) == (at, start)
         assert set(flat[order[at : at + tile["count"]]]) == {tile["expert"]}
-        at, start = at + tile["count"], start + 8 + tile["count"]
-    assert at == rows * k
-    used = sum(-(-np.bincount(flat) // 8))
+        at, start = at + tile["count"], start + chunk_cost + tile["count"]
+    assert at == len(flat)
+    used = sum(-(-np.bincount(flat) // each))
     assert set(table["count"][used:]) == {0}
     assert set(table["start"][used:]) == {start}

@@ -1,9 +1,15 @@
 """Launchers of decode's experts for two rows and more: each distinct expert is loaded once.
 
-The pairs of a row and one of its experts are sorted by expert on the device and computed in tiles
-of up to 8 pairs. Every row has the bits of the launchers in `matvec.py` for that row alone. Types
-without a grouped kernel (`is_grouped`) use those. Kernels: `route_rows.cu`, `group_pairs.cu`,
-`grouped_experts.cu`, `add_experts.cu`. Twins: the ops of `worker/cpu/ops.py`,
+The pairs of a row and one of its experts are sorted by expert on the device and cut into tiles:
+
+| pairs an expert, on average | weights | kernel | pairs of a tile |
+| --- | --- | --- | --- |
+| fewer than 4 | block types | `grouped_experts.cu` (dp4a) | 8 |
+| 4 and more | MXFP4 | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
+| any | others | those of `matvec.py`, a row at a time | – |
+
+Every row has the bits of the launchers in `matvec.py` for that row alone. Other kernels:
+`route_rows.cu`, `group_pairs.cu`, `add_experts.cu`. Twins: the ops of `worker/cpu/ops.py`,
 `tests/quantized_ops.py`.
 """
 
@@ -19,13 +25,29 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import PLANES, address
 from worker.gpu.matvec import GATE, check_experts, gate_of, split_k_of
+from worker.gpu.matvec_mma import MAX_SHARED
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, RmsNorm, Routes
 from worker.quants import F32, MXFP4, Q8_0, QuantType
 
 _EXPERT_WARPS = 8  # those of glu for experts in matvec.py, since the sum of a norm's squares depends on it
 _TILE_PAIRS = _EXPERT_WARPS  # pairs of a tile, a warp finishes each
-DEFINES = {"DECODE_WARPS": DECODE_WARPS, "EXPERT_WARPS": _EXPERT_WARPS, "TILE_PAIRS": _TILE_PAIRS}
+_CHUNK_COST = 8  # of a chunk's weights in units of the arithmetic of a pair, by estimate
+_MMA_THREADS, _MMA_BLOCKS = 512, 132  # one block for each of an H100's multiprocessors
+_MMA_SLOTS = {2: 4, 4: 5}  # stages of a warp in shared memory, by the MMAs along a tile's pairs
+_MMA_STEPS = {2: 2, 4: 1}  # of a stage
+_MMA_CHUNK_COST = 24
+_MMA_N = 8  # pairs of an MMA
+_MMA_ROWS, _MMA_COLS, _MMA_MIN_COLS = 32, 64, 512  # weights have multiples of rows and columns, and a minimum
+_MMA_MEAN_PAIRS = 4  # pairs an expert from which experts_mma.cu is faster
+_MMA_TILES = ((4, 8), (2, 0))  # MMAs along a tile's pairs, 8 each, and the mean above which to use them
+DEFINES = {
+    "DECODE_WARPS": DECODE_WARPS,
+    "EXPERT_WARPS": _EXPERT_WARPS,
+    "TILE_PAIRS": _TILE_PAIRS,
+    "MMA_SLOTS": _MMA_SLOTS[2],
+    "MMA_WIDE_SLOTS": _MMA_SLOTS[4],
+}
 _PER_LANE = (1, 2, 4, 8)  # experts of a lane of route_rows.cu
 _THREADS = 256
 _GROUP_THREADS = 1024
@@ -40,7 +62,9 @@ _ACTIVE_ROWS = np.dtype([("row_slots", "u8"), ("positions", "u8")])
 """`ActiveRows` of active_rows.cuh."""
 _EXPERT_TILE = np.dtype([("expert", "i4"), ("first", "i4"), ("count", "i4"), ("start", "i4")])
 """`ExpertTile` of expert_tiles.cuh."""
-_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("tiles", "i4")], align=True)
+_TILES = np.dtype(
+    [("order", "u8"), ("table", "u8"), ("tiles", "i4"), ("tile_pairs", "i4"), ("chunk_cost", "i4")], align=True
+)
 """`ExpertTiles` of expert_tiles.cuh."""
 _PRODUCT = np.dtype(
     [
@@ -50,7 +74,7 @@ _PRODUCT = np.dtype(
     ],
     align=True,
 )
-"""`PairProduct` of grouped_experts.cu."""
+"""`PairProduct` of pair_product.cuh."""
 
 
 def _router_name(experts: int, kind: QuantType) -> KernelName:
@@ -62,9 +86,14 @@ def _product_name(kind: QuantType, *, gated: bool) -> KernelName:
     return "grouped_experts.cu", f"grouped_experts<{kind.name}, {str(gated).lower()}>"
 
 
+def _mma_name(mmas: int, *, gated: bool) -> KernelName:
+    return "experts_mma.cu", f"experts_mma<{mmas}, {str(gated).lower()}>"
+
+
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_router_name(32 * n, F32) for n in _PER_LANE),
     *(_product_name(kind, gated=gated) for kind in (MXFP4, Q8_0) for gated in (True, False)),
+    *(_mma_name(mmas, gated=gated) for mmas, _ in _MMA_TILES for gated in (True, False)),
     ("group_pairs.cu", "group_pairs"),
     ("add_experts.cu", "add_experts"),
 )
@@ -79,12 +108,42 @@ class ActiveRows:
 
 
 @dataclass(frozen=True, slots=True)
+class WideTiles:
+    """A table of tiles of up to `pairs` pairs for `experts_mma.cu`.
+
+    `max_shared`: bytes of shared memory of a block on the device.
+    """
+
+    table: DeviceArray
+    pairs: int
+    max_shared: int
+
+    @property
+    def mmas(self) -> int:
+        """MMAs along a tile's pairs."""
+        return self.pairs // _MMA_N
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertTiles:
     """The active pairs of routes sorted by expert (`order` [R·k]) and cut into tiles (`table`)."""
 
     order: DeviceArray
     table: DeviceArray
     active: ActiveRows | None
+    wide: WideTiles | None = None
+
+    def small_parameter(self) -> np.ndarray[Any, Any]:
+        """A value of _TILES for `table`."""
+        return np.array(
+            (address(self.order), address(self.table), len(self.table) - 1, _TILE_PAIRS, _CHUNK_COST), _TILES
+        )
+
+    def wide_parameter(self) -> np.ndarray[Any, Any]:
+        """A value of _TILES for `wide`; without it the address of the table is 0."""
+        if self.wide is None:
+            return np.zeros((), _TILES)
+        return _tiles_parameter(self.order, self.wide.table, self.wide.pairs, _MMA_CHUNK_COST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +171,12 @@ def norm_route(
     router: Linear,
     k: int,
     active: ActiveRows | None = None,
+    max_shared: int = MAX_SHARED,
 ) -> tuple[RoutedRows, Routes]:
     """norm(x) [R, d] as Q8 blocks, and the k experts of each row, grouped; None: all rows active.
 
-    Inactive rows have valid routes but are in no group. Raises: ModelLoadFailed.
+    Inactive rows have valid routes but are in no group. `max_shared`: bytes of shared memory of a
+    block on the device. Raises: ModelLoadFailed.
     """
     (rows, cols), experts = x.shape, router.weight.shape[0]
     check_experts(experts, k, 32)
@@ -131,23 +192,35 @@ def norm_route(
     shared = staged + 4 * experts * (split_k + 1)
     args = (source, weights, _bias(router), np.int32(experts), np.int32(split_k), out, choices)
     kernels.get(*_router_name(experts, kind))((rows,), (32 * DECODE_WARPS,), args, shared_mem=shared, pdl=True)
-    tiles = group_pairs(kernels, pool, routes, experts, active)
+    wide_pairs = _wide_pairs(rows * k / experts, cols, max_shared)
+    tiles = group_pairs(kernels, pool, routes, experts, active, wide_pairs, max_shared)
     return RoutedRows(n, norm, tiles), routes
 
 
 def group_pairs(
-    kernels: Launcher, pool: Allocator, routes: Routes, experts: int, active: ActiveRows | None = None
+    kernels: Launcher,
+    pool: Allocator,
+    routes: Routes,
+    experts: int,
+    active: ActiveRows | None = None,
+    wide_pairs: int = 0,
+    max_shared: int = MAX_SHARED,
 ) -> ExpertTiles:
-    """Sort the active pairs of the routes by expert."""
+    """Sort the active pairs of the routes by expert, with wide tiles if `wide_pairs` is not 0."""
     rows, k = routes.experts.shape
     pairs = rows * k
-    tiles = pairs // _TILE_PAIRS + min(experts, pairs)
-    order, table = pool.empty((pairs,), np.int32), pool.empty((tiles + 1,), _EXPERT_TILE)
-    sizes = (np.int32(pairs), np.int32(k), np.int32(experts), np.int32(tiles))
-    args = (routes.experts, *sizes, _active(active), order, table)
+
+    def table(tile_pairs: int) -> DeviceArray:
+        return pool.empty((pairs // tile_pairs + min(experts, pairs) + 1,), _EXPERT_TILE)
+
+    order = pool.empty((pairs,), np.int32)
+    wide = WideTiles(table(wide_pairs), wide_pairs, max_shared) if wide_pairs else None
+    tiles = ExpertTiles(order, table(_TILE_PAIRS), active, wide)
+    sizes = (np.int32(pairs), np.int32(k), np.int32(experts))
+    args = (routes.experts, *sizes, _active(active), tiles.small_parameter(), tiles.wide_parameter())
     shared = 4 * (pairs + 2 * experts)
     kernels.get("group_pairs.cu", "group_pairs")((1,), (_GROUP_THREADS,), args, shared_mem=shared, pdl=True)
-    return ExpertTiles(order, table, active)
+    return tiles
 
 
 def experts_glu(
@@ -218,9 +291,39 @@ def _launch(
         product[name] = address(array)
     product["rows"], product["cols"], product["pairs_per_row"] = *first.weight.shape[1:], pairs_per_row
     product["gate"] = gate_of(activation)
-    lists = np.array((address(tiles.order), address(tiles.table), len(tiles.table) - 1), _TILES)
-    kernel = kernels.get(*_product_name(first.weight.kind, gated=len(linears) > 1))
-    kernel((_GRID_BLOCKS,), (_THREADS,), (product, lists), shared_mem=_shared_bytes(linears), pdl=True)
+    gated = len(linears) > 1
+    if tiles.wide is not None and _has_mma(linears, tiles.wide):
+        shared = _mma_bytes(first.weight.shape[-1] // Q8_BLOCK, tiles.wide.mmas)
+        kernel, args = kernels.get(*_mma_name(tiles.wide.mmas, gated=gated)), (product, tiles.wide_parameter())
+        kernel((_MMA_BLOCKS,), (_MMA_THREADS,), args, shared_mem=shared, pdl=True)
+    else:
+        kernel, args = kernels.get(*_product_name(first.weight.kind, gated=gated)), (product, tiles.small_parameter())
+        kernel((_GRID_BLOCKS,), (_THREADS,), args, shared_mem=_shared_bytes(linears), pdl=True)
+
+
+def _wide_pairs(mean: float, cols: int, max_shared: int) -> int:
+    """Pairs of a wide tile for `mean` pairs an expert and rows of `cols`; 0: no wide tiles."""
+    if mean < _MMA_MEAN_PAIRS:
+        return 0
+    fitting = (n for n, least in _MMA_TILES if mean > least and _mma_bytes(cols // Q8_BLOCK, n) <= max_shared)
+    return _MMA_N * next(fitting, 0)
+
+
+def _has_mma(linears: Sequence[Linear], wide: WideTiles) -> bool:
+    """Whether `experts_mma.cu` computes these products with such tiles."""
+    *_, rows, cols = linears[0].weight.shape
+    fits = _mma_bytes(cols // Q8_BLOCK, wide.mmas) <= wide.max_shared
+    whole = rows % _MMA_ROWS == 0 and cols % _MMA_COLS == 0 and cols >= _MMA_MIN_COLS
+    return linears[0].weight.kind is MXFP4 and whole and fits
+
+
+def _mma_bytes(units: int, mmas: int) -> int:
+    """Bytes of `MmaShared` of experts_mma.cu with scales and activations of `units` units."""
+    warps = _MMA_THREADS // 32
+    sums = 4 * 4 * (4 * 2 * mmas * 4 * 33 + 1)
+    stages = warps * _MMA_STEPS[mmas] * (512 * _MMA_SLOTS[mmas] + 2 * 32 * 4)
+    pairs = 2 * 4 * _MMA_N * mmas
+    return sums + stages + pairs + 16 + 2 * (64 * units + 4 * 64) + units * mmas * (352 if mmas <= 2 else 288)
 
 
 def _shared_bytes(linears: Sequence[Linear]) -> int:
@@ -228,6 +331,11 @@ def _shared_bytes(linears: Sequence[Linear]) -> int:
     units = int(linears[0].weight.shape[-1]) // Q8_BLOCK
     sums = 4 * _TILE_PAIRS * (2 * len(linears) * Q8_BLOCK + 2 * _THREADS)
     return sums + units * (16 * (2 * _TILE_PAIRS + 1) + 8 * (_TILE_PAIRS + 1))
+
+
+def _tiles_parameter(order: DeviceArray, table: DeviceArray, tile_pairs: int, chunk_cost: int) -> np.ndarray[Any, Any]:
+    """A value of _TILES."""
+    return np.array((address(order), address(table), len(table) - 1, tile_pairs, chunk_cost), _TILES)
 
 
 def _active(active: ActiveRows | None) -> np.ndarray[Any, Any]:

@@ -13,9 +13,9 @@
 // scale·1.5·2^23, which is exact since a scale has at most 11 bits: rounded once, as vec_dot.cuh
 // does. Only a zero's sign may differ, which no sum keeps.
 #pragma once
-#include "expert_tiles.cuh"
 #include "vec_dot.cuh"
 
+constexpr int kTilePairs = TILE_PAIRS;
 constexpr int kMagic = 0x4b400000;  // 1.5·2^23 in f32
 
 template <class W>

@@ -18,8 +18,8 @@
 // worker/gpu/decode_experts.py.
 #include "expert_dots.cuh"
 #include "expert_tiles.cuh"
+#include "pair_product.cuh"
 #include "pdl.cuh"
-#include "gated.cuh"
 
 constexpr int kChunk = 32, kBlockWarps = EXPERT_WARPS, kBlockThreads = 32 * kBlockWarps;
 static_assert(kBlockWarps == kTilePairs, "a warp finishes the rows of a pair");
@@ -27,52 +27,6 @@ static_assert(kBlockWarps == kTilePairs, "a warp finishes the rows of a pair");
 // Units of a row in flight a lane.
 template <class W>
 constexpr int kUnroll = sizeof(Unit<W>) > 32 ? 2 : 3;
-
-struct PairProduct {
-    Planes planes[2];      // gate and up, or one matrix
-    const float* bias[2];  // [E, rows] or null
-    const u8* q;
-    const Meta* meta;
-    const float* factor;   // [R] or null
-    const float* weights;  // [R·k]; null with GATED
-    float* out;
-    u8* out_q;
-    Meta* out_meta;
-    int rows, cols, pairs_per_row;
-    Gate gate;
-};
-
-// A block's walk over its share of the chunks of all tiles.
-struct ChunkWalk {
-    const ExpertTile* table;
-    ExpertTile tile;
-    int at, chunk, chunks, end;
-
-    __device__ __forceinline__ ChunkWalk(const ExpertTiles& tiles, int n_chunks)
-        : table(tiles.table), chunks(n_chunks) {
-        const int total = table[tiles.tiles].start * chunks, block = blockIdx.x, blocks = gridDim.x;
-        const int share = total / blocks, rest = total % blocks;  // the first `rest` blocks take one more
-        const int begin = share * block + min(block, rest);
-        end = begin + share + (block < rest);
-        at = -1;
-        for (int from = 0; from <= tiles.tiles; from += 32) {
-            const int i = from + threadIdx.x % 32;
-            const bool before = i < tiles.tiles && table[i].count && table[i].start * chunks <= begin;
-            at += __popc(__ballot_sync(0xffffffffu, before));
-        }
-        at = max(at, 0), tile = table[at];
-        const int cost = tile.cost();
-        chunk = (begin - tile.start * chunks + cost - 1) / cost;
-        if (chunk >= chunks) next_tile();
-    }
-    __device__ __forceinline__ void next_tile() { ++at, chunk = 0, tile = table[at]; }
-    __device__ __forceinline__ void advance() {
-        if (++chunk == chunks) next_tile();
-    }
-    __device__ __forceinline__ bool valid() const {
-        return tile.count && tile.start * chunks + chunk * tile.cost() < end;
-    }
-};
 
 // The weights of this lane's next units, and where they come from.
 template <class W, bool GATED>
@@ -216,19 +170,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         else multiply_chunk<W, GATED, 8>(p, stream, x, find_next, sums, buffer);
         __syncthreads();
         if (!finishes) continue;
-        const size_t out_row = pair;
-        const bool stored = column < p.rows;
         const float sum = sums.rows[buffer][warp][lane];
-        if constexpr (GATED) {
-            const float up = sums.rows[buffer][warp][kChunk + lane];
-            const float h = stored ? gated(__fmaf_rn(sum, factor, bias[0]), __fmaf_rn(up, factor, bias[1]), p.gate)
-                                   : 0.f;
-            if (stored) p.out[out_row * p.rows + column] = h;
-            if (p.out_q)
-                store_quantized_lane(h, column, p.rows, p.out_q + out_row * p.rows,
-                                     p.out_meta + out_row * (p.rows / 32));
-        } else if (stored) {
-            p.out[out_row * p.rows + column] = __fmul_rn(factor, __fadd_rn(sum, bias[0]));
-        }
+        if (GATED)
+            store_gated(p, pair, column, sum, sums.rows[buffer][warp][kChunk * GATED + lane], factor, bias[0], bias[1]);
+        else
+            store_weighted(p, pair, column, sum, factor, bias[0]);
     }
 }
