@@ -69,10 +69,11 @@ def engine_of(
     order: Any = None,
     prefix_cache: bool = True,
     beside: int = 128,
+    speculation: Any = "off",
 ) -> Engine:
     """An engine over a runner; `order` is the order in which KV blocks are allocated."""
     blocks = None if order is None else KvBlocks(len(order), np.asarray(order, np.int32))
-    return Engine(runner, EngineSettings(context, chunk, running, prefix_cache, beside), blocks)
+    return Engine(runner, EngineSettings(context, chunk, running, prefix_cache, beside, speculation), blocks)
 
 
 def run(engine: Engine, *sequences: Sequence) -> dict[str, list[DrawnToken]]:

@@ -110,8 +110,11 @@ class Backend(Device, Protocol):
         """Bytes of one token's K and V over all layers."""
         ...
 
-    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
-        """Upper bound of activations and workspace, for `max_running` sequences at once."""
+    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
+        """Upper bound of activations and workspace, for `max_running` sequences at once.
+
+        `drafts`: steps may have draft tokens.
+        """
         ...
 
     def available_bytes(self) -> int:
@@ -131,9 +134,18 @@ class Backend(Device, Protocol):
         ...
 
     def runner(
-        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int
+        self,
+        model: Model,
+        plan: Plan,
+        *,
+        padding_ids: Iterable[int],
+        end_ids: Iterable[int],
+        max_running: int,
+        drafts: bool = False,
     ) -> Runner:
         """Build a runner of `max_running` slots; called during the uploads, so it reads no weights.
+
+        With `drafts` it supports `Runner.propose`.
 
         Raises:
             VramOom, CudaError: The device refuses memory or is lost.

@@ -88,6 +88,7 @@ class EngineSection(_Section):
     max_running: int = Field(default=1, ge=1, le=256)
     prefill_chunk: int = Field(default=0, ge=0, le=4096)
     prefix_cache: bool = True
+    speculation: Literal["off", "ngram"] = "off"
     kv_memory: KvMemory = "auto"
     kv_type: Literal["f32", "f16"] = "f32"
     kernel_cache: Annotated[Path, _folder(_default_kernel_cache)] = Field(default_factory=_default_kernel_cache)

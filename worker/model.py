@@ -87,6 +87,11 @@ class Model(Protocol):
         """Logits [R, V] f32 of the batch's `logit_rows`; the ops write the KV cache."""
 
 
+LEAST_DRAFT_ROWS = 4
+"""Rows of the smallest decode step with draft tokens."""
+MAX_DRAFT_ROWS = 8
+"""Rows of the largest one: more rows take too long for what they draw."""
+
 OnLaunched = Callable[[], None]
 """Called after the kernels are enqueued and before the first synchronization."""
 
@@ -133,6 +138,37 @@ class SlotDraw(NamedTuple):
     """None: no token can be drawn, since the logits are not finite. The slot has stopped."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftSupport:
+    """How a runner verifies draft tokens, and what that costs."""
+
+    lookahead: int
+    """Decode steps whose draws are not yet returned when `run` returns: 0 or 1."""
+    step_times: Mapping[int, float]
+    """Estimated time of a decode step by its number of rows, relative to a step of one row. Steps
+    have these sizes; fewer rows take as long as the next size."""
+    draft_time: float
+    """Time that verification adds to a step, in the same unit."""
+
+    def spare_rows(self, sequences: int, *, largest: bool = False) -> int:
+        """Draft tokens of a step of `sequences` sequences at most.
+
+        They fill the step's size, which is at least LEAST_DRAFT_ROWS rows, or the largest one.
+        """
+        if sequences > MAX_DRAFT_ROWS:
+            return 0
+        return (MAX_DRAFT_ROWS if largest else max(LEAST_DRAFT_ROWS, self._size(sequences))) - sequences
+
+    def cost(self, sequences: int, drafts: int) -> float:
+        """Tokens that a step would draw in the time that `drafts` draft tokens add to it."""
+        without = self.step_times[self._size(sequences)]
+        with_drafts = self.step_times[self._size(max(LEAST_DRAFT_ROWS, sequences + drafts))] + self.draft_time
+        return (with_drafts / without - 1) * sequences
+
+    def _size(self, rows: int) -> int:
+        return min(size for size in self.step_times if size >= rows)
+
+
 class Runner(Protocol):
     """One device with one model: its KV storage, its ops of both phases and its sampler.
 
@@ -146,13 +182,16 @@ class Runner(Protocol):
     vocab_size: int
     kv_blocks: int
     slots: int
+    drafts: DraftSupport | None
+    """None: `propose` is not supported."""
 
     def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
         """Compute the chunks, then one decode step of the running slots; return draws in order.
 
         A runner that computes ahead returns the draws of all launches but its newest decode step,
         which the next call returns; that step includes the slots that begin. Another runner
-        computes the slots that ran before the call. So both return at most one draw of a slot.
+        computes the slots that ran before the call. So both return at most one draw of a slot, and
+        one more for each draft token that was accepted.
 
         `on_launched` is called before the first wait for the device (on the CPU before the
         computation), possibly more than once, and not at all if the runner does not wait.
@@ -167,7 +206,19 @@ class Runner(Protocol):
 
         It applies from the next `run` on. A call of `run` after which n tokens of a slot have been
         returned writes K and V of at most n tokens after the prompt, and of `max_tokens`; the
-        caller extends the table before.
+        caller extends the table before. Draft tokens count as returned when they are proposed.
+        """
+
+    def propose(self, slot: int, draft: Sequence[int]) -> None:
+        """Let the decode step of the next `run` verify draft tokens of a slot.
+
+        They may follow the token that the preceding decode step draws, returned or not. The step
+        computes a row for that token and for each draft token, and draws from all of them. A draft
+        token that equals the draw before it is accepted, if all before it are; the draws up to the
+        one after the last accepted token are returned. So every draw is the one without drafts.
+
+        The slot has no ids of `replay` left, and all slots together have at most
+        `drafts.spare_rows` draft tokens. Does nothing if the slot has ended on the device.
         """
 
     def stop(self, slot: int) -> None:

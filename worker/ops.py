@@ -121,9 +121,10 @@ class Routes:
 class Batch:
     """The tokens of one forward pass.
 
-    PREFILL: consecutive tokens of one sequence, from a multiple of B on. DECODE: one token of each
-    sequence. `tokens`, `positions` [T] i32; `block_tables`: the KV blocks of each sequence's
-    positions 0, B, 2B, …; `logit_rows` [R]: rows of the batch whose logits are requested.
+    PREFILL: consecutive tokens of one sequence, from a multiple of B on. DECODE: the newest token
+    of each sequence, and draft tokens after it. `tokens`, `positions` [T] i32; `block_tables`: the
+    KV blocks of positions 0, B, 2B, … of the sequence, in DECODE of each token's; `logit_rows` [R]:
+    rows of the batch whose logits are requested.
     """
 
     phase: Phase

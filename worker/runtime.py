@@ -79,7 +79,13 @@ def open_backend(engine: EngineSection) -> Backend:
 
 
 def plan(
-    file: GgufFile, model: ModelSection, backend: Backend, kv_memory: KvMemory = "auto", max_running: int = 1
+    file: GgufFile,
+    model: ModelSection,
+    backend: Backend,
+    kv_memory: KvMemory = "auto",
+    max_running: int = 1,
+    *,
+    drafts: bool = False,
 ) -> Plan:
     """Check keys, names and shapes of the file and compute its memory. Raises ModelLoadFailed."""
     adapter_for(file)
@@ -89,7 +95,7 @@ def plan(
     backend.check(hp)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
-    overhead, available = backend.overhead_bytes(hp, max_running), backend.available_bytes()
+    overhead, available = backend.overhead_bytes(hp, max_running, drafts=drafts), backend.available_bytes()
     per_token = backend.kv_bytes_per_token(hp)
     share = backend.kv_share if kv_memory == "auto" else kv_memory
     return Plan(
@@ -141,7 +147,8 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
     """
     with GgufFile.open(path) as file:
         backend = open_backend(engine)
-        planned = plan(file, model, backend, engine.kv_memory, engine.max_running)
+        drafts = engine.speculation != "off"
+        planned = plan(file, model, backend, engine.kv_memory, engine.max_running, drafts=drafts)
         if planned.shortfall:
             raise planned.shortfall
         metadata = TokenizerMetadata(file.metadata)
@@ -152,10 +159,16 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
             tokenizer = build_tokenizer(metadata, vocab)
             masked = padding_ids | vocab.suppressed_ids
             runner = backend.runner(
-                bound, planned, padding_ids=masked, end_ids=vocab.end_ids, max_running=engine.max_running
+                *(bound, planned),
+                padding_ids=masked,
+                end_ids=vocab.end_ids,
+                max_running=engine.max_running,
+                drafts=drafts,
             )
         chunk = engine.prefill_chunk or backend.prefill_chunk
-        settings = EngineSettings(planned.context, chunk, engine.max_running, engine.prefix_cache)
+        settings = EngineSettings(
+            planned.context, chunk, engine.max_running, engine.prefix_cache, speculation=engine.speculation
+        )
         return LoadedModel(
             name=model.name or file.name,
             fingerprint=fingerprint(file, planned.choices),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from worker.engine import FailedSequence, Sequence
-from worker.sampling import Sampling
+from tests.models import engine_of
+from worker.engine import Engine, FailedSequence, Sequence
+from worker.sampling import Draw, Sampling
+
+FULL_SIZE_TYPES = ("Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "MXFP4")
+"""Types of the matrices of the full-size files."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,86 @@ def random_jobs(count, seed, vocab_size, prompt=48, tokens=10):
     return jobs
 
 
-def draws_alone(make_engine, job):
-    """The draws of a job that runs alone, up to its abort."""
-    return run_jobs(make_engine(), [job])[job.name]
+def long_answers():
+    """Jobs whose answers need more KV blocks than their prompts."""
+    return random_jobs(40, 9, 280, prompt=16, tokens=100)
 
 
-def run_jobs(engine, jobs, chance=None):
-    """The draws of each job: all are added at once, or a random number of them before each step."""
-    left, drawn = list(jobs), {job.name: [] for job in jobs}
-    aborts = {job.name: job.abort_after for job in jobs}
+@dataclass
+class Outcome:
+    """The draws of each job by its name, and what happened to the jobs."""
+
+    engine: Engine
+    draws: dict[str, list[Draw]]
+    aborted: set[str] = field(default_factory=set)
+    cached: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+    preempted: int = 0
+
+
+def draws_alone(runner, jobs, context=512):
+    """The draws of each job, up to its abort, when it runs alone and finds nothing in a cache."""
+    alone = {}
+    for job in jobs:
+        engine = engine_of(runner, context=context, prefix_cache=False)
+        alone |= run_jobs(engine, [job]).draws
+    return alone
+
+
+def run_beside(
+    runner, jobs, running, kv_blocks, *, context=512, chunks=(16, 64, 256), longest=512, preempt=0.02, **settings
+):
+    """The outcome of jobs of which `running` run at once, in random order, with a prefix cache.
+
+    KV blocks are allocated in random order. The prefill budget is `longest` for 64 sequences and
+    one of `chunks` for fewer. Each sequence is preempted before a step with chance `preempt`.
+    `settings` are further arguments of `engine_of`.
+    """
+    chance = random.Random(running)
+    chunk = longest if running == 64 else chance.choice(chunks)
+    order = chance.sample(range(kv_blocks), kv_blocks)
+    engine = engine_of(runner, context=context, running=running, chunk=chunk, beside=chunk, order=order, **settings)
+    outcome = run_jobs(engine, chance.sample(jobs, len(jobs)), chance, preempt)
+    assert engine.kv_blocks["used"] == 0
+    assert engine.sequences[:2] == (0, 0)
+    return outcome
+
+
+def assert_same_draws(outcome, alone, jobs):
+    """Compare ids and log-probabilities; jobs were aborted, found prefixes and were preempted."""
+    for job in jobs:
+        assert outcome.draws[job.name] == alone[job.name], job
+    assert outcome.aborted
+    assert outcome.cached
+    assert outcome.preempted
+
+
+def run_jobs(engine, jobs, chance=None, preempt=0.0):
+    """The outcome: all jobs are added at once, or a random number of them while few wait."""
+    left, outcome = list(jobs), Outcome(engine, {job.name: [] for job in jobs})
+    aborts, running = {job.name: job.abort_after for job in jobs}, engine.settings.max_running
     while left or not engine.idle:
-        for _ in range(chance.choice([0, 1, 1, 2, 5, 90]) if chance else len(left)):
-            if left:
-                engine.add(left.pop().sequence())
+        arrivals = len(left)
+        if chance:
+            arrivals = chance.choice([0, 1, running, 2 * running]) if engine.sequences[1] <= running else 0
+        for _ in range(min(arrivals, len(left))):
+            outcome.cached += engine.add(left.pop().sequence())
+        for sequence in [each for each in engine._scheduler.slots if each and preempt]:
+            if chance.random() < preempt:
+                engine._runner.stop(sequence.slot)
+                engine._scheduler._requeue(sequence)
+                outcome.preempted += 1
         for token in engine.step():
             assert not isinstance(token, FailedSequence)
-            drawn[token.sequence_id].append(token.draw)
-            if len(drawn[token.sequence_id]) == aborts[token.sequence_id]:
+            drawn = outcome.draws[token.sequence_id]
+            if token.sequence_id in outcome.aborted:
+                continue  # of the step after whose first tokens it was aborted
+            drawn.append(token.draw)
+            if len(drawn) == aborts[token.sequence_id]:
                 engine.abort(token.sequence_id)
-    return drawn
+                outcome.aborted.add(token.sequence_id)
+    outcome.preempted += engine.sequences[2]
+    return outcome
 
 
 def _sampling(chance, vocab_size):

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
-from tests.engine.random_jobs import draws_alone, random_jobs, run_jobs
+from tests.engine.random_jobs import (
+    FULL_SIZE_TYPES,
+    assert_same_draws,
+    draws_alone,
+    long_answers,
+    random_jobs,
+    run_beside,
+    run_jobs,
+)
 from tests.models import cpu_runner, engine_of
+from tests.tiny_models import make_tiny
+from worker.model import DraftSupport
 
-COUNTS = {"qwen2": 200, "phi3": 24, "gpt-oss": 24, "llama3-rope": 24}
-"""Jobs by model."""
-KV_BLOCKS = {1: 200, 3: 10, 8: 14, 64: 200}
-"""KV blocks by the number of sequences at once: where they are few, sequences are preempted."""
-VOCABULARY = 280
+NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope")
+JOBS, JOBS_OF_A_TYPE, VOCABULARY = 200, 30, 280
+KV_BLOCKS = {1: 200, 3: 24, 8: 40, 64: 200}
+"""KV blocks by the number of sequences at once: few, so that cached ones are evicted."""
+SCARCE_BLOCKS = {8: 27, 64: 40}
+"""Fewer than long answers need: the engine preempts."""
+FREE_DRAFTS = DraftSupport(0, dict.fromkeys((1, 2, 4, 8), 1.0), 0.0)
+"""Draft tokens that cost nothing are always verified."""
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +39,71 @@ def expected(tiny):
     @cache
     def of(name):
         runner = cpu_runner(tiny(name), kv_blocks=200, slots=64)
-        jobs = random_jobs(COUNTS[name], 5, VOCABULARY)
-        return runner, jobs, {job.name: draws_alone(lambda: engine_of(runner, prefix_cache=False), job) for job in jobs}
+        jobs = random_jobs(JOBS, 5, VOCABULARY)
+        return runner, jobs, draws_alone(runner, jobs)
 
     return of
 
 
 @pytest.mark.parametrize("running", KV_BLOCKS)
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_job_draws_the_same_bits_alone_and_beside_others(name, running, expected):
     runner, jobs, alone = expected(name)
-    chance, blocks = random.Random(running), KV_BLOCKS[running]
-    chunk = 1024 if running == 64 else chance.choice([16, 64, 256])
-    order = chance.sample(range(blocks), blocks)
-    engine = engine_of(runner, running=running, chunk=chunk, beside=chunk, order=order)
-    drawn = run_jobs(engine, chance.sample(jobs, len(jobs)), chance)
-    for job in jobs:
-        assert drawn[job.name] == alone[job.name], job
+    assert_same_draws(run_beside(runner, jobs, running, KV_BLOCKS[running]), alone, jobs)
+
+
+@pytest.mark.parametrize("running", [1, 3, 8])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_job_draws_the_same_bits_with_and_without_prompt_lookup(name, running, expected, monkeypatch):
+    runner, jobs, _ = expected(name)
+    repeating = [replace(job, prompt=job.prompt[:7] * 6, max_tokens=job.max_tokens + 10) for job in jobs[:40]]
+    alone = draws_alone(runner, repeating)
+    monkeypatch.setattr(runner, "drafts", FREE_DRAFTS)
+    outcome = run_beside(runner, repeating, running, KV_BLOCKS[running], speculation="ngram")
+    assert outcome.draws == alone
+    proposed, accepted = outcome.engine.draft_tokens
+    assert name != "qwen2" or 0 < accepted < proposed
+
+
+@pytest.mark.parametrize("kind", FULL_SIZE_TYPES)
+def test_a_job_draws_the_same_bits_with_every_type_of_the_full_size_files(kind, tmp_path):
+    path = make_tiny("llama3-rope", tmp_path / "one_type.gguf", quant=kind)
+    runner, jobs = cpu_runner(path, kv_blocks=200, slots=64), random_jobs(JOBS_OF_A_TYPE, 6, VOCABULARY)
+    alone = draws_alone(runner, jobs)
+    for running in (3, 64):
+        assert run_beside(runner, jobs, running, KV_BLOCKS[running], preempt=0.05).draws == alone
+
+
+@pytest.mark.parametrize(("running", "blocks"), SCARCE_BLOCKS.items())
+def test_a_job_draws_the_same_bits_if_sequences_are_preempted_for_want_of_kv_blocks(running, blocks, expected):
+    runner, jobs = expected("qwen2")[0], long_answers()
+    alone = draws_alone(runner, jobs)
+    outcome = run_beside(runner, jobs, running, blocks, preempt=0)
+    assert outcome.draws == alone
+    assert outcome.preempted
+
+
+def test_a_thousand_jobs_at_64_sequences_leave_no_kv_block_and_no_slot_in_use(tiny):
+    running, blocks = 64, 300
+    runner = cpu_runner(tiny("llama3-rope"), kv_blocks=blocks, slots=running)
+    engine = engine_of(runner, running=running, chunk=512, beside=512)
+    jobs = random_jobs(1000, 11, VOCABULARY, tokens=4)
+    outcome = run_jobs(engine, jobs, random.Random(0), preempt=0.01)
+    assert len(outcome.draws) == len(jobs)
+    assert min(len(outcome.aborted), outcome.cached, outcome.preempted) > 10
+    scheduler, pool = engine._scheduler, engine._blocks
+    assert scheduler.slots == [None] * running
+    assert sorted(scheduler._free_slots) == list(range(running))
+    assert not any((scheduler._running, scheduler._prefilling, scheduler._paused, scheduler.short, engine.active))
+    assert not runner._generating
+    assert not pool._readers.any()
     assert engine.kv_blocks["used"] == 0
-    assert (name, running) != ("qwen2", 3) or engine.sequences[2] > 0, "no sequence was preempted"
+    cached = [*pool._cached]
+    pool.clear_cache()
+    assert engine.kv_blocks == {"used": 0, "cached": 0, "free": blocks}
+    assert len(cached) == len(set(cached))
+    taken = pool.extend(np.empty(0, np.int32), blocks)
+    assert sorted(taken) == list(range(blocks)), "a block was lost or is free twice"
 
 
 @pytest.mark.parametrize("after", range(13))

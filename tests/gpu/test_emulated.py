@@ -21,11 +21,13 @@ CHOSEN = {
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4)) or vectors",
     "memory": "",
     "matvec": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16) or residual",
+    "matvec_mma": "(no_tile and Q4_K and 40) or (gated and 160 and Q6_K) or (hold and 21)",
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16)",
     "experts": "decode_experts and MXFP4 and 3-5-3",
     "routing": "",
     "runner": "prefill_logits and qwen2]",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
+    "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws_equal or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost",
 }
 """Files, and the expression for `pytest -k`; an empty one selects all tests."""

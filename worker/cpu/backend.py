@@ -14,7 +14,7 @@ from worker.cpu.attention import KvCache
 from worker.cpu.runner import CpuRunner
 from worker.cpu.sampler import Sampler
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import Hparams, Model
+from worker.model import MAX_DRAFT_ROWS, Hparams, Model
 from worker.ops import KV_BLOCK, QTensor
 from worker.quants import Floats, dequantize
 
@@ -61,10 +61,10 @@ class CpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(np.dtype(self._kv_dtype).itemsize)
 
-    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
+    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a batch."""
         widest = max(hp.vocab_size, hp.q_width, hp.feed_forward_length * max(1, hp.expert_used_count))
-        return 4 * max(self.prefill_chunk, max_running) * 4 * widest
+        return 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:
         return int(psutil.virtual_memory().available)
@@ -76,7 +76,14 @@ class CpuBackend:
         self._plan = plan
 
     def runner(
-        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int = 1
+        self,
+        model: Model,
+        plan: Plan,
+        *,
+        padding_ids: Iterable[int],
+        end_ids: Iterable[int],
+        max_running: int = 1,
+        drafts: bool = False,
     ) -> CpuRunner:
         sampler = Sampler(plan.hparams.vocab_size, padding_ids, end_ids)
         return CpuRunner(model, KvCache(plan.hparams, plan.kv_blocks, self._kv_dtype), sampler, max_running)

@@ -1,12 +1,13 @@
 """Slots in host memory: make batches and draw requests of chunks and slots. Next: `runner.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
 
-from worker.model import Chunk, OnLaunched, SlotDraw, SlotStart
+from worker.model import MAX_DRAFT_ROWS, Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
 from worker.ops import Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
 
@@ -25,12 +26,31 @@ class _Slot:
     start: SlotStart
     table: Ints
     generated: list[int] = field(default_factory=list)
+    draft: Sequence[int] = ()
+    """Tokens that the next step verifies."""
 
-    def next_draw(self) -> DrawRequest:
-        """The request for the token of index len(generated)."""
+    def next_draws(self) -> list[DrawRequest]:
+        """The request for the token of index len(generated), and those after each draft token."""
         index, replay = len(self.generated), self.start.replay
         forced = replay[index] if index < len(replay) else None
-        return DrawRequest(self.start.sampling, index, self.start.prompt, self.generated, forced)
+        before = [[*self.generated, *self.draft[:count]] for count in range(1, len(self.draft) + 1)]
+        return [
+            DrawRequest(self.start.sampling, index, self.start.prompt, self.generated, forced),
+            *(DrawRequest(self.start.sampling, len(ids), self.start.prompt, ids) for ids in before),
+        ]
+
+    def accept(self, draws: Iterator[Draw | None]) -> tuple[list[Draw | None], bool]:
+        """Append the draws that are valid; return them, and whether the sequence has a next one."""
+        valid: list[Draw | None] = []
+        draft, self.draft = self.draft, ()
+        drawn = list(islice(draws, 1 + len(draft)))
+        for draw, guess in zip(drawn, (*draft, None), strict=True):
+            valid.append(draw)
+            if not self.continues_after(draw):
+                return valid, False
+            if draw is not None and draw.id != guess:
+                break
+        return valid, True
 
     def continues_after(self, draw: Draw | None) -> bool:
         """Append the drawn token; return whether the sequence has a next one."""
@@ -49,6 +69,8 @@ class HostSlots:
 
     def __init__(self, slots: int, compute: Compute) -> None:
         self.slots = slots
+        # Rows are computed one after another, so a draft token costs a token.
+        self.drafts: DraftSupport | None = DraftSupport(0, {rows: rows for rows in range(1, MAX_DRAFT_ROWS + 1)}, 0.0)
         self._compute = compute
         self._generating: dict[int, _Slot] = {}
 
@@ -61,6 +83,10 @@ class HostSlots:
     def extend(self, slot: int, block_table: Ints) -> None:
         if slot in self._generating:
             self._generating[slot].table = block_table
+
+    def propose(self, slot: int, draft: Sequence[int]) -> None:
+        if slot in self._generating:
+            self._generating[slot].draft = draft
 
     def stop(self, slot: int) -> None:
         self._generating.pop(slot, None)
@@ -76,17 +102,27 @@ class HostSlots:
         return self._draw(chunk.batch(), {chunk.begin.slot: _Slot(chunk.begin, chunk.block_table)})
 
     def _decode(self, slots: dict[int, _Slot]) -> list[SlotDraw]:
-        tokens = np.array([each.generated[-1] for each in slots.values()], np.int32)
-        ahead = [len(each.start.prompt) + len(each.generated) - 1 for each in slots.values()]
-        tables = tuple(each.table for each in slots.values())
-        rows = np.arange(len(slots), dtype=np.int32)
-        return self._draw(Batch(Phase.DECODE, tokens, np.array(ahead, np.int32), tables, rows), slots)
+        tokens: list[int] = []
+        positions: list[int] = []
+        tables: list[Ints] = []
+        for each in slots.values():
+            ids = [each.generated[-1], *each.draft]
+            first = len(each.start.prompt) + len(each.generated) - 1
+            tokens += ids
+            positions += range(first, first + len(ids))
+            tables += [each.table] * len(ids)
+        rows = np.arange(len(tokens), dtype=np.int32)
+        batch = Batch(Phase.DECODE, np.array(tokens, np.int32), np.array(positions, np.int32), tuple(tables), rows)
+        return self._draw(batch, slots)
 
     def _draw(self, batch: Batch, slots: dict[int, _Slot]) -> list[SlotDraw]:
-        draws = self._compute(batch, [each.next_draw() for each in slots.values()])
-        for (number, slot), draw in zip(slots.items(), draws, strict=True):
-            if slot.continues_after(draw):
+        rows = iter(self._compute(batch, [request for each in slots.values() for request in each.next_draws()]))
+        draws: list[SlotDraw] = []
+        for number, slot in slots.items():
+            valid, continues = slot.accept(rows)
+            draws += [SlotDraw(number, draw) for draw in valid]
+            if continues:
                 self._generating[number] = slot
             else:
                 self._generating.pop(number, None)
-        return [SlotDraw(number, draw) for number, draw in zip(slots, draws, strict=True)]
+        return draws

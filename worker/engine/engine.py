@@ -15,6 +15,7 @@ import numpy.typing as npt
 from worker.engine.kv_blocks import KvBlocks, split_full_blocks
 from worker.engine.scheduler import EngineSettings, Scheduler, Step
 from worker.engine.sequence import NO_SLOT, Sequence
+from worker.engine.speculation import Speculation
 from worker.errors import Internal, InvalidRequest, VramOom
 from worker.model import OnLaunched, Runner, SlotDraw
 from worker.ops import KV_BLOCK
@@ -51,7 +52,10 @@ class Engine:
         self.settings = settings
         self._runner = runner
         self._blocks = blocks or KvBlocks(runner.kv_blocks)
-        self._scheduler = Scheduler(self._blocks, settings)
+        self._speculation: Speculation | None = None
+        if settings.speculation == "ngram" and runner.drafts is not None:
+            self._speculation = Speculation(runner.drafts)
+        self._scheduler = Scheduler(self._blocks, settings, self._speculation.margin if self._speculation else 0)
 
     @property
     def context(self) -> int:
@@ -67,6 +71,12 @@ class Engine:
     def sequences(self) -> tuple[int, int, int]:
         """How many sequences run and wait, and how often one was preempted."""
         return self._scheduler.running, self._scheduler.waiting, self._scheduler.preemptions
+
+    @property
+    def draft_tokens(self) -> tuple[int, int]:
+        """How many draft tokens were verified and accepted since the start."""
+        speculation = self._speculation
+        return (0, 0) if speculation is None else (speculation.proposed, speculation.accepted)
 
     @property
     def active(self) -> list[str]:
@@ -109,7 +119,8 @@ class Engine:
     def step(self, on_launched: OnLaunched = lambda: None) -> list[DrawnToken | FailedSequence]:
         """Compute chunks of prompts within the prefill budget, and a token of each other sequence.
 
-        At most one token of a sequence is returned. For `on_launched` see `Runner.run`.
+        One token of a sequence is returned, and one more for each accepted draft token. For
+        `on_launched` see `Runner.run`.
 
         Raises what the runner raises. The running sequences wait again then, to be computed anew:
         no token is lost or returned twice. Unless memory was short, the prefix cache is emptied.
@@ -117,12 +128,19 @@ class Engine:
         step = self._scheduler.schedule()
         if step is None:
             return []
-        draws = self._run(step, on_launched)
+        speculation = self._speculation
+        drafts = speculation.propose(self._scheduler.generating, self._scheduler.running) if speculation else ()
+        draws = self._run(step, drafts, on_launched)
         if step.chunks:
             self._scheduler.computed(step)
-        return self._commit(draws)
+        if speculation is None:
+            return self._commit(draws)
+        returned = speculation.returned()
+        tokens = self._commit(draws)
+        speculation.count(returned)
+        return tokens
 
-    def _run(self, step: Step, on_launched: OnLaunched) -> list[SlotDraw]:
+    def _run(self, step: Step, drafts: Iterable[tuple[int, list[int]]], on_launched: OnLaunched) -> list[SlotDraw]:
         runner = self._runner
         try:
             for slot in step.stopped:
@@ -130,9 +148,13 @@ class Engine:
             for sequence in step.extended:
                 assert sequence.block_table is not None
                 runner.extend(sequence.slot, sequence.block_table)
+            for slot, ids in drafts:
+                runner.propose(slot, ids)
             return runner.run(step.chunks, on_launched)
         except Exception as error:
             runner.reset()
+            if self._speculation is not None:
+                self._speculation.reset()
             # After a failed allocation, the launched part has written only blocks of this step.
             if not isinstance(error, (VramOom, MemoryError)):
                 self._scheduler.clear_cache()  # what the device's memory holds is uncertain

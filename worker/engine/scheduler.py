@@ -11,7 +11,7 @@ Kwon et al. 2023, arXiv:2309.06180). Read first: `sequence.py`, `waiting.py`.
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.engine.sequence import NO_SLOT, Sequence
@@ -47,6 +47,8 @@ class EngineSettings:
     prefill_beside: int = 128
     """Prompt tokens of a step in which up to 64 other sequences generate, a multiple of B: bounds
     the time between two tokens. At most `prefill_chunk` counts. Bits do not depend on it."""
+    speculation: Literal["off", "ngram"] = "off"
+    """Whether decode steps verify tokens of a repeated text. Bits do not depend on it."""
 
 
 class Step(NamedTuple):
@@ -65,9 +67,13 @@ _DECODE_ONLY = Step()
 
 
 class Scheduler:
-    """Admits waiting sequences, and advances those that run together."""
+    """Admits waiting sequences, and advances those that run together.
 
-    def __init__(self, blocks: KvBlocks, settings: EngineSettings) -> None:
+    K and V of draft tokens are at most `draft_margin` tokens ahead of those of the tokens that
+    a decode step without them computes.
+    """
+
+    def __init__(self, blocks: KvBlocks, settings: EngineSettings, draft_margin: int = 0) -> None:
         for size in (settings.prefill_chunk, settings.prefill_beside):
             if size % KV_BLOCK or size <= 0:
                 raise ValueError(f"a chunk of {size} tokens is not a positive multiple of {KV_BLOCK}")
@@ -80,6 +86,7 @@ class Scheduler:
         self._settings = settings
         self._blocks = blocks
         self._grows = settings.max_running > 1
+        self._draft_margin = draft_margin
         self._paused: dict[str, Sequence] = {}
         self._waiting = WaitingSequences()
         self._running: dict[Sequence, None] = {}
@@ -101,6 +108,11 @@ class Scheduler:
     def running(self) -> int:
         """Number of running sequences."""
         return len(self._running)
+
+    @property
+    def generating(self) -> list[Sequence]:
+        """The running sequences whose prompts are computed, by slot."""
+        return [each for each in self.slots if each and each.prefilled == len(each.prompt)]
 
     @property
     def waiting(self) -> int:
@@ -256,7 +268,8 @@ class Scheduler:
             return False
         sequence.block_table, sequence.preempted = table, False
         sequence.recomputed = len(sequence.generated)
-        sequence.room = count * KV_BLOCK - len(sequence.prompt) if count < full else _UNBOUNDED
+        room = count * KV_BLOCK - len(sequence.prompt) - self._draft_margin
+        sequence.room = room if count < full else _UNBOUNDED
         sequence.slot = heapq.heappop(self._free_slots)
         self.slots[sequence.slot] = sequence
         self._running[sequence] = None

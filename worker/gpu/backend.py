@@ -17,9 +17,9 @@ from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
-from worker.gpu.runner import GpuRunner, GpuSettings
+from worker.gpu.runner import GpuRunner, GpuSettings, rows_at_most
 from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES
-from worker.gpu.state import KV_ELEMENT_BYTES, rows_of
+from worker.gpu.state import KV_ELEMENT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
 from worker.model import Hparams, Model
 from worker.ops import KV_BLOCK
@@ -70,13 +70,14 @@ class GpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
-    def overhead_bytes(self, hp: Hparams, max_running: int) -> int:
+    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """Activations of a chunk and of a decode step, state of slots, attention, the margin."""
         experts = max(1, hp.expert_used_count)
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
         a_row = 6 * a_token + 5 * hp.vocab_size + decode_partial_bytes(hp.head_dim) + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
-        step = rows_of(max_running) * a_row + max_running * a_slot + 24 * hp.vocab_size
+        rows, draft_slots = rows_at_most(max_running, drafts=drafts)
+        step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
         return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + _MARGIN
 
     def available_bytes(self) -> int:
@@ -97,10 +98,19 @@ class GpuBackend:
             upload.abandon()
 
     def runner(
-        self, model: Model, plan: Plan, *, padding_ids: Iterable[int], end_ids: Iterable[int], max_running: int = 1
+        self,
+        model: Model,
+        plan: Plan,
+        *,
+        padding_ids: Iterable[int],
+        end_ids: Iterable[int],
+        max_running: int = 1,
+        drafts: bool = False,
     ) -> GpuRunner:
         """See `Backend.runner`: graphs are captured, which reads no weights."""
-        settings = GpuSettings(plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk, slots=max_running)
+        settings = GpuSettings(
+            plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk, slots=max_running, drafts=drafts
+        )
         return GpuRunner(
             model, plan.hparams, self._memory, self._kernels, settings, padding_ids=padding_ids, end_ids=end_ids
         )

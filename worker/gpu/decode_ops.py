@@ -8,7 +8,7 @@ Twin: `worker/cpu/ops.py`. Prompts: `prefill_ops.py`.
 from dataclasses import dataclass
 
 from worker.gpu import decode_experts, matvec
-from worker.gpu.activations import Q8Activations
+from worker.gpu.activations import Q8Activations, Q8Tiles
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
@@ -30,38 +30,51 @@ class LazyNorm:
 
 
 class DecodeOps:
-    """Ops of generated tokens, one a sequence, over the step state."""
+    """Ops of generated tokens over the step state: one a sequence, with `drafts` several."""
 
     def __init__(
-        self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, state: StepState, max_shared: int
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        attention: AttentionLauncher,
+        state: StepState,
+        max_shared: int,
+        *,
+        drafts: bool = False,
     ) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention
         self._state = state
+        self._drafts = drafts
         self._products = DecodeProducts(kernels, pool, max_shared)
 
     def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
         slots = self._state.slots_of_rows(len(batch.tokens))
-        return embed(self._kernels, self._pool, table, self._state.tokens, slots)
+        tokens = self._state.tokens[: self._state.slots] if slots is None else self._state.tokens
+        return embed(self._kernels, self._pool, table, tokens, slots)
 
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
         rows = Q8Activations(x)
         return tuple(y for group in groups for y in self._products.multiply(rows, norm, group))
 
-    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> Q8Activations:
-        """See `Ops.attention`; y is f32 and Q8 rows, the input of `linear_add`."""
+    def attention(
+        self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
+    ) -> Q8Activations | Q8Tiles:
+        """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
+        if self._drafts:
+            self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 
-    def linear_add(self, y: Q8Activations, linear: Linear, residual: DeviceArray) -> DeviceArray:
+    def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray) -> DeviceArray:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
         (x,) = self._products.multiply(y, None, (linear,), residual)
         return x
 
     def norm_glu(
         self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
-    ) -> Q8Activations:
+    ) -> Q8Activations | Q8Tiles:
         """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
         return self._products.gated(Q8Activations(x), norm, gate, up, activation)
 
@@ -71,7 +84,8 @@ class DecodeOps:
             return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
         slots = self._state.slots_of_rows(len(x))
         active = None if slots is None else ActiveRows(slots, self._state.positions)
-        return decode_experts.norm_route(self._kernels, self._pool, x, norm, router, k, active)
+        max_shared = self._products.max_shared
+        return decode_experts.norm_route(self._kernels, self._pool, x, norm, router, k, active, max_shared)
 
     def experts_glu(
         self, n: LazyNorm | RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation

@@ -5,7 +5,8 @@
 - Capture (`_capture_decode`, `_capture_chunk`): one graph for decode steps of 1, 2, 4, 8, … rows,
   the sampler included, and one per chunk size for prompts.
 - Run (`run`): a chunk is one graph launch, the first draw of a prompt another. A decode step of all
-  slots that generate is one graph launch; its inputs are already on the device.
+  slots that generate is one graph launch; its inputs are already on the device. With draft tokens
+  (`drafts.py`) it has graphs of its own, and its rows are uploaded.
 - Lookahead: the newest decode step is read by the next call, after that call has launched another.
 
 Independent of the model's architecture. Next: `slots.py`, `state.py`, `decode_ops.py`,
@@ -21,6 +22,7 @@ import numpy as np
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_ops import DecodeOps
+from worker.gpu.drafts import DRAFT_SLOTS, DraftLauncher
 from worker.gpu.kernel import capture_graph, device_errors
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
@@ -28,7 +30,17 @@ from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.sampler import SamplerLauncher
 from worker.gpu.slots import Launch, Slots
 from worker.gpu.state import PINNED_SLOTS, ChunkState, KvCache, PinnedRing, StepState, rows_of
-from worker.model import Chunk, Hparams, Model, OnLaunched, SlotDraw, SlotStart
+from worker.model import (
+    LEAST_DRAFT_ROWS,
+    MAX_DRAFT_ROWS,
+    Chunk,
+    DraftSupport,
+    Hparams,
+    Model,
+    OnLaunched,
+    SlotDraw,
+    SlotStart,
+)
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import DrawRequest
 
@@ -37,6 +49,13 @@ _SHORT_CHUNKS = (32, 128, 512)
 """Graph sizes in tokens below the longest chunk: blocks of absent tokens cost some time."""
 _ALL_PDL_TOKENS = 128  # up to this many tokens of a chunk, all kernels launch with PDL
 _ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
+_DRAFT_STEPS = (LEAST_DRAFT_ROWS, MAX_DRAFT_ROWS)
+"""Rows of the decode steps with draft tokens; both are captured at load."""
+_STEP_TIMES = {1: 1.0, 2: 1.2, 4: 1.5, 8: 1.9}
+_EXPERT_STEP_TIMES = {1: 1.0, 2: 1.4, 4: 2.0, 8: 3.1}
+"""Measured times of decode steps by rows, relative to one row (docs/notes/batching.md)."""
+_DRAFT_TIME = 0.13
+"""Copies of slots, keys and values before attention, and acceptance, in the same unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,8 @@ class GpuSettings:
     """Sequences that generate at once."""
     logit_rows: int = 1
     """Maximum number of rows of a chunk whose logits are requested."""
+    drafts: bool = False
+    """Whether decode steps may have draft tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +112,36 @@ class GpuRunner:
         self._lookahead: Launch | None = None
         device = cupy.cuda.Device().attributes
         processors, self._max_shared = device["MultiProcessorCount"], device["MaxSharedMemoryPerBlockOptin"]
-        blocks, rows = min(settings.kv_blocks, -(-settings.context // KV_BLOCK)), rows_of(settings.slots)
+        blocks = min(settings.kv_blocks, -(-settings.context // KV_BLOCK))
+        rows, draft_slots = rows_at_most(settings.slots, drafts=settings.drafts)
+        times = _EXPERT_STEP_TIMES if hp.expert_count else _STEP_TIMES
+        self.drafts = DraftSupport(1, times, _DRAFT_TIME) if settings.drafts else None
         self._stream = cupy.cuda.Stream(non_blocking=True)
         with device_errors(), self._stream:
             self.cache = KvCache(memory, hp, settings.kv_blocks)
-            self._attention = AttentionLauncher(memory, self.cache, rows, processors)
-            self._state = StepState(memory, settings.slots, blocks)
+            self._attention = AttentionLauncher(memory, self.cache, rows, processors, self._max_shared)
+            self._state = StepState(memory, settings.slots, blocks, draft_slots)
             self._chunk = ChunkState(memory, settings.prefill_tokens, settings.logit_rows, blocks)
             slab = memory.reserve(4 * settings.logit_rows * hp.vocab_size, Purpose.WORKSPACE)
             self._logits = slab.array((settings.logit_rows, hp.vocab_size), np.float32)
             self._sampler = SamplerLauncher(
                 *(memory, hp.vocab_size, padding_ids, end_ids),
-                sequences=settings.slots,
+                sequences=settings.slots + draft_slots,
                 processors=processors,
                 rows=rows,
+            )
+            self._draft_rows = (
+                DraftLauncher(memory, self._state, self._sampler, processors) if settings.drafts else None
             )
             self._draws = PinnedRing(self._sampler.drawn.nbytes)
             self._first_draws = PinnedRing(self._sampler.drawn[:1].nbytes, settings.slots)
             self._pools = self._prepare(memory)
             at_load = [rows for rows in self._step_sizes() if rows <= _ROWS_AT_LOAD]
             self._decode_steps = {rows: self._capture_decode(rows) for rows in at_load}
+            self._draft_steps: dict[int, _DecodeStep] = {}
+            if self._draft_rows is not None:
+                self._copy_slots = self._capture_copies(self._draft_rows)
+                self._draft_steps = {rows: self._capture_draft_step(self._draft_rows, rows) for rows in _DRAFT_STEPS}
             self._first_draw_step = self._capture_first_draw()
             self._chunk_graphs = {tokens: self._capture_chunk(tokens) for tokens in self._chunk_sizes()}
             self._stream.synchronize()
@@ -125,8 +156,9 @@ class GpuRunner:
                 if number == PINNED_SLOTS:
                     on_launched()  # from here on, uploads may wait
                 launches += self._prefill(chunk)
+            drafts = self._slots.take_drafts()
             if self._slots.step_is_due:
-                self._lookahead = self._decode()
+                self._lookahead = self._decode_drafts(drafts) if drafts else self._decode()
             on_launched()
             return [draw for launch in launches for draw in self._slots.read(launch)]
 
@@ -134,6 +166,9 @@ class GpuRunner:
         if self._slots.extend(slot, block_table):
             with device_errors(), self._stream:
                 self._state.extend(slot, block_table, self._stream)
+
+    def propose(self, slot: int, draft: Sequence[int]) -> None:
+        self._slots.propose(slot, draft)
 
     def stop(self, slot: int) -> None:
         self._slots.stop(slot)
@@ -167,6 +202,10 @@ class GpuRunner:
             for rows in self._step_sizes():
                 logits = self._model.forward(self._decode_ops(kernels, pool), _empty_step(rows))
                 self._draw(kernels, logits)
+            if self._draft_rows is not None:
+                self._draft_rows.copy_slots(kernels)
+                for rows in _DRAFT_STEPS:
+                    self._draft_step(kernels, pool, self._draft_rows, rows)
 
         begin = self._kernels.begin  # kernels compile while the dry runs continue
         needs = {Phase.PREFILL: dry_run(prefill, begin), Phase.DECODE: dry_run(decode, begin)}
@@ -186,6 +225,24 @@ class GpuRunner:
             self._draw(self._kernels, self._decode_forward(_empty_step(rows)))
 
         return _DecodeStep(capture_graph(step, self._stream), self._sampler.drawn[:rows])
+
+    def _capture_draft_step(self, drafts: DraftLauncher, rows: int) -> _DecodeStep:
+        """Capture a decode step with draft tokens of at most `rows` rows, with their acceptance."""
+
+        def step() -> None:
+            self._draft_step(self._kernels, self._pools[Phase.DECODE], drafts, rows)
+
+        return _DecodeStep(capture_graph(step, self._stream), self._sampler.drawn[:rows])
+
+    def _draft_step(self, kernels: Launcher, pool: Allocator, drafts: DraftLauncher, rows: int) -> None:
+        ops = DecodeOps(kernels, pool, self._attention, drafts.state, self._max_shared, drafts=True)
+        logits = self._model.forward(ops, _empty_step(rows))
+        self._sampler.launch(kernels, logits, drafts.state, drafts.state.row_slots[:rows])
+        drafts.accept(kernels, rows)
+
+    def _capture_copies(self, drafts: DraftLauncher) -> Any:
+        """Capture the copies of slots, which a step with draft tokens requires before its graph."""
+        return capture_graph(lambda: drafts.copy_slots(self._kernels), self._stream)
 
     def _capture_first_draw(self) -> _DecodeStep:
         """Capture the draw from a chunk's row of logits."""
@@ -260,15 +317,34 @@ class GpuRunner:
         if size not in self._decode_steps:
             self._decode_steps[size] = self._capture_decode(size)
         self._state.map_rows(self._slots.numbers, self._stream)
-        forced = self._slots.forced()
-        if forced is not None:
-            self._state.force(forced, self._stream)
+        self._upload_forced()
         number, step = self._slots.next_step(), self._decode_steps[size]
         step.graph.launch(self._stream)
         return Launch(rows, number, *self._draws.download(step.drawn, self._stream))
 
+    def _decode_drafts(self, drafts: tuple[Sequence[int], ...]) -> Launch:
+        """Launch a decode step of all slots that generate, with draft tokens of each."""
+        assert self._draft_rows is not None, "the runner was made without draft tokens"
+        rows = self._slots.rows
+        count = self._draft_rows.load(list(zip(self._slots.numbers, drafts, strict=True)), self._stream)
+        self._upload_forced()
+        number, step = self._slots.next_step(drafts), self._draft_steps[max(LEAST_DRAFT_ROWS, rows_of(count))]
+        self._copy_slots.launch(self._stream)
+        step.graph.launch(self._stream)
+        return Launch(rows, number, *self._draws.download(step.drawn, self._stream), drafts)
+
+    def _upload_forced(self) -> None:
+        forced = self._slots.forced()
+        if forced is not None:
+            self._state.force(forced, self._stream)
+
     def _draw(self, kernels: Launcher, logits: DeviceArray) -> None:
         self._sampler.launch(kernels, logits, self._state, self._state.slots_of_rows(len(logits)))
+
+
+def rows_at_most(slots: int, *, drafts: bool) -> tuple[int, int]:
+    """Rows of the largest decode step, and the slots of draft tokens."""
+    return (max(MAX_DRAFT_ROWS, rows_of(slots)), DRAFT_SLOTS) if drafts else (rows_of(slots), 0)
 
 
 def _empty_step(sequences: int) -> Batch:

@@ -2,8 +2,9 @@
 
 Decode steps are numbered. A sequence that begins after step n has its first draw before step n + 1
 and is in every later step until it is stopped, so a step's number gives the index of each of its
-draws. The end of a sequence is decided on the device (`kernels/sampling.cuh`) and, from the draws,
-by the caller. Next: `runner.py`.
+draws. Accepted draft tokens count as steps: once they are read, the sequence is as if it had begun
+so many steps earlier. The end of a sequence is decided on the device (`kernels/sampling.cuh`) and,
+from the draws, by the caller. Next: `runner.py`.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,19 @@ _Top = tuple[tuple[int, float], ...]
 class Generation:
     """A sequence that generates in a slot, from `first_step` on, until it is no longer `live`."""
 
-    __slots__ = ("first_step", "last_step", "live", "replay", "reports_from", "slot", "table_step", "tokens")
+    __slots__ = (
+        *("end_ids", "first_step", "last_step", "live", "replay", "reports_from", "slot", "table_step", "tokens"),
+        "unread_drafts",
+    )
 
     def __init__(self, start: SlotStart, table: Ints, first_step: int) -> None:
         self.live = True
         self.slot = start.slot
         self.tokens = len(start.prompt)
         self.replay = start.replay
+        self.end_ids = start.end_ids
+        self.unread_drafts = 0
+        """Draft tokens of launched steps whose draws are not read."""
         self.first_step = first_step
         self.last_step = first_step + start.max_tokens - 1
         """The step that draws the last of `max_tokens` tokens."""
@@ -44,6 +51,13 @@ class Generation:
         """Take over a block table."""
         last = self.first_step + len(table) * KV_BLOCK - self.tokens
         self.table_step = last if last < self.last_step else _NEVER
+
+    def advance(self, accepted: int) -> None:
+        """Count accepted draft tokens."""
+        self.first_step -= accepted
+        self.last_step -= accepted
+        self.reports_from -= accepted
+        self.table_step -= accepted
 
     def forced(self, step: int) -> int | None:
         """The id that `step` must return, -1 for a draw; None if the device's is valid."""
@@ -61,6 +75,8 @@ class Launch:
     step: int
     raw: np.ndarray[Any, Any]
     event: Any
+    drafts: tuple[Sequence[int], ...] = ()
+    """The draft tokens of each of `rows`, in rows after it; empty if there are none at all."""
 
     def wait(self) -> np.ndarray[Any, Any]:
         """Wait for the copy and return the draws: at least one DRAWN for each of `rows`."""
@@ -76,6 +92,7 @@ class Slots:
         self.steps = 0
         """The number of the newest decode step."""
         self._generations: dict[int, Generation] = {}
+        self._drafts: dict[int, Sequence[int]] = {}
         self._changed()
 
     @property
@@ -99,9 +116,30 @@ class Slots:
         self._changed()
         return True
 
+    def propose(self, slot: int, draft: Sequence[int]) -> None:
+        """Note draft tokens for the next step; does nothing if the slot does not generate.
+
+        Raises: ValueError if the step returns an id of `replay`.
+        """
+        generation = self._generations.get(slot)
+        if generation is None:
+            return
+        if generation.forced(self.steps + 1) is not None:
+            raise ValueError(f"draft tokens for slot {slot}, whose ids are not all replayed")
+        self._drafts[slot] = draft
+
+    def take_drafts(self) -> tuple[Sequence[int], ...]:
+        """Remove and return the draft tokens of each of `rows`; empty if there are none at all."""
+        if not self._drafts:
+            return ()
+        drafts = tuple(self._drafts.get(slot, ()) for slot in self.numbers)
+        self._drafts.clear()
+        return drafts if any(drafts) else ()
+
     def stop(self, slot: int) -> None:
         """End generation in a slot; its draws that are not read yet are dropped. Idempotent."""
         generation = self._generations.pop(slot, None)
+        self._drafts.pop(slot, None)
         if generation is not None:
             generation.live = False
             self._changed()
@@ -111,9 +149,13 @@ class Slots:
         for slot in list(self._generations):
             self.stop(slot)
 
-    def next_step(self) -> int:
+    def next_step(self, drafts: Sequence[Sequence[int]] = ()) -> int:
         """Count a decode step. Raises: ValueError if a token of it has no KV block."""
-        if self.steps >= self._table_step:
+        for generation, draft in zip(self.rows, drafts, strict=False):
+            generation.unread_drafts += len(draft)
+        # A step whose draft tokens are not read may have advanced a sequence by all of them.
+        ahead = (self.steps + each.unread_drafts >= each.table_step for each in self.rows if each.unread_drafts)
+        if self.steps >= self._table_step or any(ahead):
             raise ValueError("a sequence has reached the end of its block table")
         self.steps += 1
         return self.steps
@@ -131,6 +173,8 @@ class Slots:
     def read(self, launch: Launch) -> list[SlotDraw]:
         """Wait for a launch and return the draws of the slots that were not stopped meanwhile."""
         drawn, step = launch.wait(), launch.step
+        if launch.drafts:
+            return self._read_drafts(launch, drawn)
         draws: list[SlotDraw] = []
         reports: list[tuple[float, _Top]] = []
         for row, (generation, token) in enumerate(zip(launch.rows, drawn["id"].tolist(), strict=False)):
@@ -144,6 +188,38 @@ class Slots:
             else:
                 reports = reports or _reports(drawn)
                 draws.append(SlotDraw(generation.slot, Draw(token, *reports[row])))
+        return draws
+
+    def _read_drafts(self, launch: Launch, drawn: np.ndarray[Any, Any]) -> list[SlotDraw]:
+        """The same for a step with draft tokens, which are accepted as on the device."""
+        draws: list[SlotDraw] = []
+        tokens: list[int] = drawn["id"].tolist()
+        reports: list[tuple[float, _Top]] = []
+        row = 0
+        for generation, draft in zip(launch.rows, launch.drafts, strict=True):
+            rows, row = range(row, row + 1 + len(draft)), row + 1 + len(draft)
+            generation.unread_drafts -= len(draft)
+            if not generation.live:
+                continue
+            accepted = -1
+            for at, guess in zip(rows, (*draft, None), strict=True):
+                token = tokens[at]
+                if token == INACTIVE:
+                    break
+                accepted += 1
+                if token < 0:
+                    self.stop(generation.slot)
+                    draws.append(SlotDraw(generation.slot, None))
+                    break
+                if launch.step < generation.reports_from:
+                    draws.append(SlotDraw(generation.slot, Draw(token)))
+                else:
+                    reports = reports or _reports(drawn)
+                    draws.append(SlotDraw(generation.slot, Draw(token, *reports[at])))
+                if token != guess or token in generation.end_ids:
+                    break
+            generation.advance(max(0, accepted))
+        self._changed()
         return draws
 
     def _changed(self) -> None:

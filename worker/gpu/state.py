@@ -7,6 +7,7 @@ slot once, when its sequence begins to generate. Kernel side: `kernels/kv_cache.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class _Inputs:
         self.address = slab.address
 
 
-class _WholeInputs(_Inputs):
+class WholeInputs(_Inputs):
     """Arrays that are uploaded together in one copy."""
 
     def __init__(
@@ -193,17 +194,19 @@ class StepState:
     sequence ends with the token at this position, or with one of these ids; `requests` [S] (bytes
     of REQUEST); `tables` [S, blocks] i32. `row_slots` [R] i32: the slot of each row, -1 for none;
     `first_row` [1] i32: the slot whose first token is drawn. With one slot, row 0 always is slot 0.
+    `draft_slots` further slots are those of draft tokens (`drafts.py`).
     """
 
-    def __init__(self, memory: DeviceMemory, slots: int, blocks: int) -> None:
-        each = ((slots,), np.int32)
-        ends, requests = ((slots, ENDS), np.int32), ((slots, REQUEST.itemsize), np.uint8)
-        shapes = (each, each, each, ends, requests, ((slots, blocks), np.int32))
+    def __init__(self, memory: DeviceMemory, slots: int, blocks: int, draft_slots: int = 0) -> None:
+        self.slots, count = slots, slots + draft_slots
+        each = ((count,), np.int32)
+        ends, requests = ((count, ENDS), np.int32), ((count, REQUEST.itemsize), np.uint8)
+        shapes = (each, each, each, ends, requests, ((count, blocks), np.int32))
         self._inputs = _SlotInputs(memory, shapes)
         self.tokens, self.positions, self.limits, self.ends, self.requests, self.tables = self._inputs.arrays
         self.positions.fill(-1)
-        self._rows = _WholeInputs(memory, [((rows_of(slots),), np.int32)])
-        self._first = _WholeInputs(memory, [((1,), np.int32)], slots)
+        self._rows = WholeInputs(memory, [((rows_of(slots),), np.int32)])
+        self._first = WholeInputs(memory, [((1,), np.int32)], slots)
         (self.row_slots,), (self.first_row,) = self._rows.arrays, self._first.arrays
         self._forced = PinnedRing(4 * slots)
         self._tables = PinnedRing(4 * blocks)
@@ -218,7 +221,7 @@ class StepState:
         ends = sorted(start.end_ids)[:ENDS]  # the engine stops the slot after an end id beyond these
         fields = start.prompt[-1], last, last + start.max_tokens
         self._upload(start.slot, *fields, ends, request, table, stream)
-        if len(self.tokens) > 1:
+        if self.slots > 1:
             self._first.upload([np.array([start.slot], np.int32)], stream)
 
     def extend(self, slot: int, table: Ints, stream: Any) -> None:
@@ -241,13 +244,19 @@ class StepState:
 
     def slots_of_rows(self, rows: int) -> DeviceArray | None:
         """[rows] i32: the slot of each row; None if row 0 is slot 0."""
-        return self.row_slots[:rows] if len(self.tokens) > 1 else None
+        return self.row_slots[:rows] if self.slots > 1 or rows > 1 else None
+
+    def with_rows(self, row_slots: DeviceArray) -> "StepState":
+        """The same slots, for steps whose rows have the slots `row_slots` [R] i32."""
+        state = copy(self)
+        state.row_slots = row_slots
+        return state
 
     def load(self, batch: Batch, requests: Sequence[DrawRequest], stream: Any) -> None:
         """Upload a whole step: row r is slot r, and no sequence ends."""
         rows = len(batch.tokens)
-        if rows > len(self.tokens):
-            raise ValueError(f"a step of {rows} sequences exceeds the step state's {len(self.tokens)}")
+        if rows > self.slots:
+            raise ValueError(f"a step of {rows} sequences exceeds the step state's {self.slots}")
         for row, table in enumerate(batch.block_tables):
             request = requests[row] if requests else DrawRequest(Sampling(), 0, (), ())
             token, position = int(batch.tokens[row]), int(batch.positions[row])
@@ -281,7 +290,7 @@ class ChunkState:
 
     def __init__(self, memory: DeviceMemory, tokens: int, rows: int, blocks: int) -> None:
         shapes = [((size,), np.int32) for size in (tokens, 2, 1 + rows, blocks)]
-        self._inputs = _WholeInputs(memory, shapes)
+        self._inputs = WholeInputs(memory, shapes)
         self.tokens, self.span, wanted, self.table = self._inputs.arrays
         self.count = self.span[1:]
         self.wanted_count, self.wanted = wanted[:1], wanted[1:]
