@@ -14,7 +14,7 @@ from gguf import TokenType
 from worker.backend import MemoryUse
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.model import Chunk, OnLaunched, SlotDraw, SlotStart
+from worker.model import Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
 from worker.ops import Ints
 from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw
@@ -33,6 +33,8 @@ class EchoRunner:
 
     Each step takes at least `step_s` seconds.
     """
+
+    drafts: DraftSupport | None = None
 
     def __init__(self, vocab_size: int, kv_blocks: int, step_s: float = 0.0, slots: int = 1) -> None:
         self.vocab_size = vocab_size
@@ -67,6 +69,10 @@ class EchoRunner:
 
     def extend(self, slot: int, block_table: Ints) -> None:
         """See `Runner.extend`. The echo has no KV cache."""
+
+    def propose(self, slot: int, draft: Sequence[int]) -> None:
+        """See `Runner.propose`, which the echo does not support."""
+        raise NotImplementedError
 
     def stop(self, slot: int) -> None:
         self._generating.pop(slot, None)

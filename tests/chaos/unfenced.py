@@ -34,6 +34,13 @@ async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) ->
     return "held"
 
 
+async def renew_many(
+    self: RedisStreams, consumer: str, calls: Sequence[tuple[str, str, str | None]]
+) -> list[tuple[Ownership, bool] | None]:
+    """Replaces the pipeline of `renew.lua`: the caller makes single calls."""
+    return [None] * len(calls)
+
+
 async def append_many(self: RedisStreams, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
     """Replaces the pipeline of `append.lua`."""
     return [await append(self, job_id, call) for job_id, call in calls]
@@ -44,3 +51,4 @@ def remove_fencing() -> None:
     RedisStreams.append = append  # type: ignore[method-assign]
     RedisStreams.append_many = append_many  # type: ignore[method-assign]
     RedisStreams.renew = renew  # type: ignore[method-assign]
+    RedisStreams.renew_many = renew_many  # type: ignore[method-assign]

@@ -273,6 +273,15 @@ class MemoryStreams(Keyspace):
         stream.consumers[consumer] = self._now()
         return "held"
 
+    async def renew_many(
+        self, consumer: str, calls: Sequence[tuple[str, str, str | None]]
+    ) -> list[tuple[Ownership, bool] | None]:
+        results: list[tuple[Ownership, bool] | None] = []
+        for queue, entry_id, job_id in calls:
+            ownership = await self.renew(queue, consumer, entry_id)
+            results.append((ownership, job_id is not None and "cancel" in (await self.job_state(job_id)).fields))
+        return results
+
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         if await self.renew(queue, consumer, entry_id) != "held":
             return False

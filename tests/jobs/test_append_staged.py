@@ -102,3 +102,15 @@ async def test_a_key_of_another_type_affects_its_own_job_only(harness: Harness) 
     await harness.raw.set(events_key("b"), "text")
     stage(worker, leases, 1, 2)
     assert await worker.append_staged(leases) == [lease.job_id != "b" for lease in leases]
+
+
+async def test_a_lease_without_staged_events_is_not_written(harness: Harness) -> None:
+    """Its job may have ended: the state must not become `running` again."""
+    client, worker = harness.client(), await harness.transport("w1")
+    leases = await take_three(client, worker)
+    for lease in leases:
+        await worker.append(lease, tokens(0, 2))
+    await complete(worker, leases[0], 3)
+    stage(worker, leases[1:], 2, 3)
+    assert await worker.append_staged(leases) == [True] * 3
+    assert [(await client.state(lease.job_id))["state"] for lease in leases] == ["end", "running", "running"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import math
 import threading
 import time
 
@@ -17,10 +16,11 @@ from tests.service.inboxes import read_inbox
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from worker.answer import AttemptStats
 from worker.config import ServiceSection
-from worker.engine import Sequence
+from worker.engine import DrawnToken, Sequence
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import Token
-from worker.service.engine_thread import Inbox, TimedToken
+from worker.sampling import Draw
+from worker.service.engine_thread import Inbox
 from worker.service.generation import TokenBuffer
 from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason
 
@@ -31,8 +31,8 @@ async def test_drawn_tokens_arrive_in_order_and_with_their_times(thread):
     inbox, began = Inbox(woken.set), time.monotonic()
     await thread.add(Sequence("a", [7, 8, 9], 100), inbox)
     items = await read_inbox(inbox, woken, 100)
-    assert [item.token.draw.id for item in items] == ([7, 8, 9] * 34)[:100]
-    assert began <= items[0].at <= items[-1].at <= time.monotonic()
+    assert [token.draw.id for token, _ in items] == ([7, 8, 9] * 34)[:100]
+    assert began <= items[0][1] <= items[-1][1] <= time.monotonic()
     assert not thread.busy
     assert thread.steps == 100
 
@@ -73,36 +73,82 @@ async def test_a_failed_step_ends_every_sequence_and_releases_its_memory(thread)
     inbox = Inbox(woken.set)
     await thread.add(Sequence("a", [7], 100), inbox)
     items = await read_inbox(inbox, woken, 3)
-    assert [type(item) for item in items] == [TimedToken, TimedToken, ZeroDivisionError]
+    assert [token.draw.id for token, _ in items] == [7, 7]
+    assert isinstance(inbox.error, ZeroDivisionError)
     assert engine.idle
     assert free_kv_blocks(engine) == free_kv_blocks(model.loaded.engine)
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.05), st.booleans()), max_size=120))
-def test_every_token_leaves_the_buffer_once_in_order_and_in_time(steps):
-    buffer, now, out, waiting = TokenBuffer(ServiceSection()), 0.0, [], []
-    for index, (pause, look) in enumerate(steps):
-        now += pause
-        buffer.add(Token(index, 7, "x"), now)
-        waiting.append(now)
-        assert buffer.due <= waiting[0] + 0.015 + 1e-9
-        assert buffer.due <= now or (index and len(waiting) < 16)
-        if look and buffer.due <= now:
+class Wakes:
+    """An inbox whose calls of `wake` are counted, as the engine's thread would request them."""
+
+    def __init__(self, limit):
+        self.inbox, self.count, self._index = Inbox(lambda: None), 0, 0
+        self.inbox.limit = limit
+
+    def put(self, finish=None):
+        token = DrawnToken("a", self._index, Draw(7), False, finish)
+        self._index += 1
+        self.count += self.inbox.put(token, float(self._index))
+
+
+def test_an_inbox_wakes_for_its_first_item_and_when_it_becomes_urgent():
+    wakes = Wakes(limit=3)
+    for expected, urgent in ((1, False), (1, False), (2, True), (2, True)):
+        wakes.put()
+        assert (wakes.count, wakes.inbox.urgent) == (expected, urgent)
+    assert [token.index for token, _ in wakes.inbox.take()] == [0, 1, 2, 3]
+    assert not wakes.inbox.urgent
+    wakes.put()
+    wakes.put(finish="stop")
+    assert (wakes.count, wakes.inbox.urgent) == (4, True)
+    assert [at for _, at in wakes.inbox.take()] == [5.0, 6.0]
+    assert wakes.inbox.take() == []
+
+
+def test_an_inbox_loses_no_item_and_no_wake_between_two_threads(short_switch_interval):
+    """The reader takes items only after a wake, as the event loop does."""
+    count, taken = 20_000, []
+    inbox, wake = Inbox(lambda: None), threading.Semaphore(0)
+    inbox.limit = 4
+
+    def write():
+        for index in range(count):
+            if inbox.put(DrawnToken("a", index, Draw(7), False, None), 0.0):
+                wake.release()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while len(taken) < count:
+        assert wake.acquire(timeout=10), f"no wake after {len(taken)} items"
+        taken += [token.index for token, _ in inbox.take()]
+    writer.join()
+    assert taken == list(range(count))
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=30))
+def test_every_token_leaves_the_buffer_once_and_in_order(steps):
+    buffer, count, out = TokenBuffer(ServiceSection()), 0, []
+    for added, take in steps:
+        buffer.add([Token(index, 7, "x") for index in range(count, count + added)])
+        count += added
+        assert len(buffer) + sum(len(event.tokens) for event in out) == count
+        assert buffer.has_first == (not out and count > 0)
+        assert buffer.full == (len(buffer) >= 16)
+        if take:
             out += buffer.take()
-            waiting = []
-            assert buffer.due == math.inf
     out += buffer.take()
-    assert [token.i for event in out for token in event.tokens] == list(range(len(steps)))
+    assert [token.i for event in out for token in event.tokens] == list(range(count))
     assert all(1 <= len(event.tokens) <= 16 for event in out)
 
 
 def test_stats_count_from_the_claim():
     stats = AttemptStats(claimed=10.0)
     assert (stats.ttft_s, stats.decode_s, stats.tokens_per_second) == (0, 0, 0)
-    assert stats.count("a", 10.5) is None
-    assert stats.count("é", 11.5) == pytest.approx(1.0)
-    assert (stats.ttft_s, stats.decode_s, stats.tokens_per_second) == (0.5, 1.0, 1.0)
-    assert (stats.tokens, stats.chars) == (2, 2)
+    assert stats.count("a", [10.5]) == []
+    assert stats.count("é", [11.0, 11.5]) == pytest.approx([0.5, 0.5])
+    assert (stats.ttft_s, stats.decode_s, stats.tokens_per_second) == (0.5, 1.0, 2.0)
+    assert (stats.tokens, stats.chars) == (3, 2)
     assert stats.text_digest.hexdigest() == hashlib.sha256("aé".encode()).hexdigest()
 
 

@@ -82,6 +82,7 @@ class Source:
 
     def stage(self):
         self.calls.append("stage")
+        asyncio.get_running_loop().call_soon(self.calls.append, "later")
         return self.stages
 
     def request_append(self):
@@ -89,11 +90,17 @@ class Source:
 
 
 class Sink:
-    def __init__(self, written):
-        self.written, self.leases = written, []
+    """A transport that notes the calls made of the sources before each of its own."""
+
+    def __init__(self, written, *sources, wait=None):
+        self.written, self.leases, self.before = written, [], []
+        self._sources, self._wait = sources, wait
 
     async def append_staged(self, leases):
         self.leases.append(leases)
+        self.before.append([source.calls.copy() for source in self._sources])
+        if self._wait is not None:
+            await self._wait.wait()
         if self.written is None:
             raise OSError("a bug")
         return self.written
@@ -116,14 +123,42 @@ async def test_a_job_with_an_append_in_flight_is_not_in_the_batch():
     sink, busy, sources = Sink([True, True]), Source(idle=False), [Source(), Source()]
     await flush(sink, *sources, busy, at_once=True)
     assert busy.calls == ["append"]
-    assert [source.calls for source in sources] == [["stage"], ["stage"]]
+    assert [source.calls for source in sources] == [["stage", "later"], ["stage", "later"]]
     assert sink.leases == [[source.lease for source in sources]]
 
 
-async def test_jobs_whose_events_were_not_written_repeat_them():
+async def test_nothing_runs_between_staging_and_the_call():
+    """A job's own task could write the staged events and the last one before the call."""
+    sources = [Source(), Source()]
+    sink = Sink([True, True], *sources)
+    await flush(sink, *sources)
+    assert sink.before == [[["stage"], ["stage"]]]
+
+
+@pytest.mark.parametrize("written", [[True, False], None])
+async def test_jobs_whose_events_were_not_written_repeat_them(written):
     sources = [Source(), Source(), Source(stages=False)]
-    await flush(Sink([True, False]), *sources)
-    assert [source.calls for source in sources] == [["stage"], ["stage", "append"], ["stage"]]
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda *_: None)  # of the task that raised
+    await flush(Sink(written), *sources)
+    repeated = [source.calls.count("append") for source in sources]
+    assert repeated == ([0, 1, 0] if written else [1, 1, 0])
+
+
+async def test_one_call_is_in_flight_and_the_next_has_what_became_due_meanwhile():
+    answered, sources = asyncio.Event(), [Source(), Source(), Source(), Source()]
+    sink = Sink([True, True], wait=answered)
+    loop = FlushLoop(sink, 10)
+    for source in sources[:2]:
+        loop.add(source)
+    await asyncio.sleep(0.05)
+    for source in sources[2:]:
+        loop.add(source, at_once=True)
+    await asyncio.sleep(0.05)
+    assert sink.leases == [[source.lease for source in sources[:2]]]
+    answered.set()
+    await asyncio.sleep(0.005)
+    assert sink.leases[1:] == [[source.lease for source in sources[2:]]]
 
 
 async def test_a_job_that_was_discarded_is_not_flushed():

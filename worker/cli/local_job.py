@@ -52,7 +52,7 @@ def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines)
             if isinstance(generated, FailedSequence):
                 raise generated.error
             if token := answer.push(generated):
-                stats.count(token.t, time.monotonic())
+                stats.count(token.t, [time.monotonic()])
                 output.token(token)
     engine.abort(answer.sequence.id)
     assert answer.finish_reason is not None, "the engine became idle before the answer ended"

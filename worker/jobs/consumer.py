@@ -136,11 +136,15 @@ class Consumer:
     async def renew(self, entry_id: str) -> Ownership:
         """Reset the idle time of an entry, if it is still pending here."""
         ownership = await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id)
+        self.renewed(entry_id, ownership)
+        return ownership
+
+    def renewed(self, entry_id: str, ownership: Ownership) -> None:
+        """Note the result of a renewal."""
         if ownership == "held":
             self.last_contact_s = time.monotonic()
         elif ownership == "lost":
             self.held.discard(entry_id)
-        return ownership
 
     async def give_back(self, entry_id: str, deliveries: int, avoid_s: float = 0.0, model: str | None = None) -> None:
         """Make the entry claimable at once, with this delivery count.

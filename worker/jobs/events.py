@@ -97,8 +97,7 @@ class Started(Event):
     """The numerics id of the worker; empty in streams of older workers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One generated token: index from 0, id, and the text that it completes."""
 
     i: int
@@ -116,16 +115,19 @@ class Token:
 
     def to_fields(self) -> dict[str, Any]:
         """One item of a `tokens` entry. Written out, since it is called for every token."""
-        item: dict[str, Any] = {"i": self.i, "id": self.id, "t": self.t}
-        if self.logprob is not None:
-            item["logprob"] = self.logprob
-        if self.top is not None:
-            item["top"] = self.top
-        item["channel"] = self.channel
-        if self.recipient is not None:
-            item["recipient"] = self.recipient
-        if self.call is not None:
-            item["call"] = self.call
+        i, id, t, logprob, top, channel, recipient, call = self
+        if logprob is None and top is None and recipient is None and call is None:
+            return {"i": i, "id": id, "t": t, "channel": channel}
+        item: dict[str, Any] = {"i": i, "id": id, "t": t}
+        if logprob is not None:
+            item["logprob"] = logprob
+        if top is not None:
+            item["top"] = top
+        item["channel"] = channel
+        if recipient is not None:
+            item["recipient"] = recipient
+        if call is not None:
+            item["call"] = call
         return item
 
     @classmethod
@@ -245,13 +247,23 @@ class Ready(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vram(Event):
-    """Device memory by purpose, in bytes: when a job starts or ends, and while it changes."""
+    """Device memory by purpose, in bytes, and the engine's load.
+
+    Written when a job starts or ends, and while memory changes. Older workers wrote no load.
+    """
 
     kind = "vram"
     weights: int
     kv: int
     activations: int
     free: int
+    running: int = 0
+    waiting: int = 0
+    preempted: int = 0
+    """Preemptions since the worker's start; `running` and `waiting` are sequences."""
+    kv_blocks_used: int = 0
+    kv_blocks: int = 0
+    """KV blocks in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,8 +308,12 @@ def now_ms() -> int:
 
 def encode_event(event: Event, envelope: Envelope, encoding: Encoding = "msgpack") -> EncodedEvent:
     """Encode to the entry's `type` and `p`."""
-    values = envelope.to_fields() | event.to_fields()
-    return EncodedEvent(event.kind, msgpack.packb(values) if encoding == "msgpack" else _compact_json(values))
+    return encode_fields(event.kind, envelope.to_fields() | event.to_fields(), encoding)
+
+
+def encode_fields(kind: str, values: dict[str, Any], encoding: Encoding) -> EncodedEvent:
+    """Encode an event of that kind, given the fields of its envelope and its own."""
+    return EncodedEvent(kind, msgpack.packb(values) if encoding == "msgpack" else _compact_json(values))
 
 
 def _compact_json(values: dict[str, Any]) -> bytes:

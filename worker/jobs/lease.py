@@ -6,9 +6,9 @@
 import asyncio
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
-from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens
+from worker.jobs.events import EncodedEvent, ErrorEvent, Event, Tokens, encode_fields, now_ms
 from worker.jobs.keys import START, epoch_of, split_id
 from worker.jobs.protocol import Trace
 from worker.jobs.reader import History
@@ -85,6 +85,8 @@ class Lease:
     """Number of tokens of the answer so far, those of earlier epochs included."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held during an append: one batch is in flight at a time."""
+    _envelope: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """The envelope's fields, which are the same in all events but for the time."""
 
     @property
     def epoch(self) -> int:
@@ -97,7 +99,10 @@ class Lease:
             if token.i != self.tokens:
                 raise ValueError(f"token {token.i} where {self.tokens} is the next")
             self.tokens += 1
-        self.log.append(self.trace.encode(event, self.trace.envelope(self.job_id, self.epoch, worker_id)))
+        if not self._envelope:
+            self._envelope = self.trace.envelope(self.job_id, self.epoch, worker_id).to_fields()
+        values = self._envelope | {"ts_ms": now_ms()} | event.to_fields()
+        self.log.append(encode_fields(event.kind, values, self.trace.encoding))
 
     def unwritten(self) -> list[tuple[str, EncodedEvent]]:
         """Events of the log above `last_id`, with their ids."""

@@ -14,16 +14,19 @@ import time
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
+from redis import exceptions
 from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker.jobs.redis_resp import Replies
 from worker.redis_url import RedisUrl
 
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 4000}
 """A peer that acknowledges nothing is detected within 4 s. All in s, but TCP_USER_TIMEOUT in ms."""
 _MIN_BYTES_PER_S = 500_000
+_READ_BYTES = 65_536
 
 
 class _Steady(AbstractConnection):
@@ -54,6 +57,34 @@ class _Steady(AbstractConnection):
         size = len(command) if isinstance(command, str | bytes) else sum(map(len, command))
         self.socket_timeout = self._silence_s + size / _MIN_BYTES_PER_S
         await super().send_packed_command(command, check_health)
+
+    async def exchange(self, commands: bytes, count: int) -> list[Any]:
+        """Send `count` packed commands in one write; return their replies, errors included.
+
+        The connection is open. Raises redis-py's exceptions, and closes the connection then.
+        """
+        reader, writer = self._reader, self._writer
+        assert reader is not None, "connected"
+        assert writer is not None, "connected"
+        replies, limit_s = Replies(count), self._silence_s + len(commands) / _MIN_BYTES_PER_S
+        try:
+            async with asyncio.timeout(limit_s) as silence:
+                writer.write(commands)
+                await writer.drain()
+                while not replies.complete:
+                    data = await reader.read(_READ_BYTES)
+                    if not data:
+                        raise exceptions.ConnectionError("connection closed by server")
+                    replies.feed(data)
+                    silence.reschedule(asyncio.get_running_loop().time() + limit_s)
+        except BaseException as error:
+            await self.disconnect(nowait=True)
+            if isinstance(error, TimeoutError):
+                raise exceptions.TimeoutError("timeout reading from socket") from error
+            if isinstance(error, OSError):
+                raise exceptions.ConnectionError(f"error while reading from socket: {error.args}") from error
+            raise
+        return replies.values
 
 
 class _Tcp(_Steady, Connection):
@@ -108,6 +139,15 @@ class WaitingPool(ConnectionPool):
             await super().release(connection)
         finally:
             self._free.release()
+
+    async def exchange(self, commands: bytes, count: int) -> list[Any]:
+        """Send `count` packed commands in one write; return their replies, errors included."""
+        connection = await self.get_connection()
+        assert isinstance(connection, _Steady), "`open_client` has chosen the class"
+        try:
+            return await connection.exchange(commands, count)
+        finally:
+            await self.release(connection)
 
 
 def _is_readable(connection: AbstractConnection) -> bool:

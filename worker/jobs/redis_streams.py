@@ -14,12 +14,12 @@ from typing import Any, Self
 
 from redis import exceptions
 from redis.asyncio import Connection, Redis
-from redis.asyncio.client import Pipeline
 
 from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_pool import WaitingPool, open_client
+from worker.jobs.redis_resp import Value, pack_command, raise_if_all_failed
 from worker.jobs.streams import (
     STATUS_TTL_MS,
     AppendCall,
@@ -48,8 +48,6 @@ _BLOCKING_CONNECTIONS = 256
 _NO_GROUP = object()
 _OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
 """Replies of `renew.lua`."""
-
-Value = str | int | bytes
 
 
 class RedisStreams:
@@ -107,8 +105,8 @@ class RedisStreams:
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        script, args = self._scripts["enqueue"], [bound, *_flat(fields.items())]
-        reply = await self._call(script(keys=[queue_key(queue)], args=args), write="enqueue")
+        args = [bound, *_flat(fields.items())]
+        reply = await self._call(self._run_script("enqueue", [queue_key(queue)], args), write="enqueue")
         return None if reply is None else _text(reply)
 
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
@@ -152,6 +150,24 @@ class RedisStreams:
     async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
         return _OWNERSHIP[await self._on_queue("renew", queue, consumer, entry_id)]
 
+    async def renew_many(
+        self, consumer: str, calls: Sequence[tuple[str, str, str | None]]
+    ) -> list[tuple[Ownership, bool] | None]:
+        """EVALSHA of `renew.lua` for each and of `state.lua` for each job, in one pipeline."""
+        renew, state = self._scripts["renew"].sha, self._scripts["state"].sha
+        commands: list[Sequence[Value]] = [
+            ("EVALSHA", renew, 2, queue_key(queue), dead_key(queue), GROUP, consumer, entry_id)
+            for queue, entry_id, _ in calls
+        ]
+        jobs = [job_id for _, _, job_id in calls if job_id is not None]
+        commands += [("EVALSHA", state, 2, events_key(job_id), state_key(job_id)) for job_id in jobs]
+        replies = await self._call(self._pipeline(commands), write="renew")
+        states = dict(zip(jobs, replies[len(calls) :], strict=True))
+        return [
+            _renewal(ownership, states.get(job_id) if job_id is not None else [])
+            for ownership, (_, _, job_id) in zip(replies, calls, strict=False)
+        ]
+
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries) == 1)
 
@@ -163,7 +179,7 @@ class RedisStreams:
 
     async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
         keys = [queue_key(queue), dead_key(queue)]
-        return await self._call(self._scripts[script](keys=keys, args=[GROUP, *args]), no_group=0, write=script)
+        return await self._call(self._run_script(script, keys, (GROUP, *args)), no_group=0, write=script)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         """XPENDING and the server's clock, read at the same time."""
@@ -189,11 +205,39 @@ class RedisStreams:
     async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
         """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
         sha = self._scripts["append"].sha
-        async with self._commands.pipeline(transaction=False) as pipe:
-            for job_id, call in calls:
-                pipe.execute_command("EVALSHA", sha, 2, events_key(job_id), state_key(job_id), *_append_args(call))
-            replies = await self._call(_some_replies(pipe), write="append")
-        return [None if isinstance(reply, Exception) else _text(reply) for reply in replies]
+        commands: list[Sequence[Value]] = [
+            ("EVALSHA", sha, 2, events_key(job_id), state_key(job_id), *_append_args(call)) for job_id, call in calls
+        ]
+        replies = await self._call(self._pipeline(commands), write="append")
+        return [None if isinstance(reply, exceptions.RedisError) else _text(reply) for reply in replies]
+
+    async def _pipeline(self, commands: Sequence[Sequence[Value]]) -> list[Any]:
+        """Replies to commands sent in one write, errors included.
+
+        Raises the first error if all are errors.
+        """
+        pool = self._commands.connection_pool
+        if isinstance(pool, WaitingPool):
+            replies = await pool.exchange(b"".join(map(pack_command, commands)), len(commands))
+        else:  # a client that `open_client` has not made
+            async with self._commands.pipeline(transaction=False) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                replies = await pipe.execute(raise_on_error=False)
+        raise_if_all_failed(replies)
+        return replies
+
+    async def _run_script(self, name: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
+        """EVALSHA; redis-py loads a script that the server lacks, and EVALs for other clients."""
+        pool, script = self._commands.connection_pool, self._scripts[name]
+        if isinstance(pool, WaitingPool):
+            command = pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
+            (reply,) = await pool.exchange(command, 1)
+            if not isinstance(reply, exceptions.ResponseError):
+                return reply
+            if code_of(reply) != "NOSCRIPT":
+                raise reply
+        return await script(keys=keys, args=args)
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
@@ -201,7 +245,7 @@ class RedisStreams:
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
         keys = [events_key(job_id), state_key(job_id)]
-        return await self._call(self._scripts[script](keys=keys, args=args), write=script)
+        return await self._call(self._run_script(script, keys, args), write=script)
 
     async def expire_job(self, job_id: str, ttl_ms: int) -> None:
         async with self._commands.pipeline(transaction=False) as pipe:
@@ -227,8 +271,7 @@ class RedisStreams:
         return {_text(stream[0]): _stream_records([stream]) for stream in reply or ()}
 
     async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
-        script = self._scripts["find"](keys=[queue_key(queue)], args=[job_id, first, count])
-        last, found = await self._call(script)
+        last, found = await self._call(self._run_script("find", [queue_key(queue)], (job_id, first, count)))
         records: list[Record] = [
             (_text(i), _fields(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
         ]
@@ -311,18 +354,21 @@ class RedisStreams:
         return value
 
 
-async def _some_replies(pipe: Pipeline) -> list[Any]:
-    """Replies of a pipeline, errors included; raises the first error if all are errors."""
-    replies: list[Any] = await pipe.execute(raise_on_error=False)
-    if replies and all(isinstance(reply, exceptions.RedisError) for reply in replies):
-        raise replies[0]
-    return replies
-
-
 def _append_args(call: AppendCall) -> list[Value]:
     """ARGV of `append.lua`."""
-    owner = (call.expected, call.epoch, call.worker, call.state, call.tokens, call.code, call.now_ms, call.ttl_ms)
-    return [*owner, *_flat((entry_id, *event) for entry_id, event in call.events)]
+    expected, epoch, worker, state, tokens, code, events, now_ms, ttl_ms = call
+    args: list[Value] = [expected, epoch, worker, state, tokens, code, now_ms, ttl_ms]
+    for entry_id, (kind, packed) in events:
+        args += (entry_id, kind, packed)
+    return args
+
+
+def _renewal(reply: Any, state: Any) -> tuple[Ownership, bool] | None:
+    """The result of `renew_many` from the replies of `renew.lua` and, if called, `state.lua`."""
+    if isinstance(reply, exceptions.RedisError) or isinstance(state, exceptions.RedisError):
+        return None
+    fields = state[1][::2] if state else []
+    return _OWNERSHIP[reply], b"cancel" in fields
 
 
 def _lua(name: str) -> str:

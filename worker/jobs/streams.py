@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from worker.jobs.events import EncodedEvent
 from worker.jobs.keys import START, epoch_of
@@ -106,8 +106,7 @@ class TakeReply:
     entry_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class AppendCall:
+class AppendCall(NamedTuple):
     """Arguments of `append`: write all `events` if the stream's last id is `expected`."""
 
     expected: str
@@ -246,6 +245,15 @@ class Streams(Protocol):
         """Reset the entry's idle time if it is pending for `consumer`.
 
         An entry that an operator acknowledged, which no consumer has pending, is pending again.
+        """
+
+    async def renew_many(
+        self, consumer: str, calls: Sequence[tuple[str, str, str | None]]
+    ) -> list[tuple[Ownership, bool] | None]:
+        """Make several `renew` calls in one round trip: each with queue, entry and job, if known.
+
+        Returns for each the ownership, and whether a cancel of the job was requested; None for one
+        that failed, whose cause `renew` or `job_state` reports.
         """
 
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:

@@ -181,20 +181,26 @@ class Transport:
         for lease in leases:
             await lease.writing.acquire()  # free: returns without a wait
         try:
-            calls = [self._append_call(lease, "running", "") for lease in leases]
-            try:
-                replies = await self._streams.append_many(
-                    [(lease.job_id, call) for lease, call in zip(leases, calls, strict=True)]
-                )
-            except (Disconnected, ServerRefused):
-                return [False] * len(leases)
-            for lease, call, last_id in zip(leases, calls, replies, strict=True):
-                if last_id is not None and call.events and last_id == call.events[-1][0]:
-                    lease.last_id = last_id
-            return [not lease.unwritten() for lease in leases]
+            return await self._append_together(leases)
         finally:
             for lease in leases:
                 lease.writing.release()
+
+    async def _append_together(self, leases: Sequence[Lease]) -> list[bool]:
+        calls = [self._append_call(lease, "running", "") for lease in leases]
+        # A call without events would set the state of a job that has ended to `running`.
+        pending = [(lease, call) for lease, call in zip(leases, calls, strict=True) if call.events]
+        if pending:
+            try:
+                replies = await self._streams.append_many([(lease.job_id, call) for lease, call in pending])
+            except (Disconnected, ServerRefused):
+                replies = [None] * len(pending)
+            for (lease, call), last_id in zip(pending, replies, strict=True):
+                if last_id == call.events[-1][0]:
+                    lease.last_id = call.events[-1][0]
+        return [
+            not call.events or lease.last_id == call.events[-1][0] for lease, call in zip(leases, calls, strict=True)
+        ]
 
     async def finish(self, lease: Lease, *events: Event) -> None:
         """Publish events, the last of which is terminal; call `settle` next. Raises Fenced."""
@@ -240,6 +246,27 @@ class Transport:
             if "cancel" in state.fields:
                 return Renewal.CANCEL_REQUESTED
         return Renewal.HELD
+
+    async def renew_many(self, held: Sequence[Lease | Claim]) -> list[Renewal | None]:
+        """Renew several leases in one round trip; None for one for which `renew` must be called."""
+        calls: list[tuple[str, str, str | None]] = []
+        for each in held:
+            claim, job_id = (each.claim, each.job_id) if isinstance(each, Lease) else (each, None)
+            calls.append((claim.queue, claim.entry_id, job_id))
+        try:
+            replies = await self._streams.renew_many(self.worker_id, calls)
+        except (Disconnected, ServerRefused):
+            return [None] * len(calls)
+        renewals: list[Renewal | None] = []
+        for (queue, entry_id, _), reply in zip(calls, replies, strict=True):
+            if reply is None:
+                renewals.append(None)
+                continue
+            ownership, cancelled = reply
+            self._consumers[queue].renewed(entry_id, ownership)
+            cancelled = cancelled and ownership == "held"
+            renewals.append(Renewal.CANCEL_REQUESTED if cancelled else Renewal(ownership))
+        return renewals
 
     async def is_served_elsewhere(self, claim: Claim, model: str) -> bool:
         """Whether another living worker of the entry's queue serves the model."""

@@ -4,9 +4,9 @@
                                         └► take ───┘
     later, or again:   decode, tokenize ─► engine (paused) ─► take ─► engine (resumed) ─► append …
 
-One task runs the job and another renews the lease (`Attempt._renew`). Read next: `prepared_job.py`
-(tokenizing, and what ends an attempt early), `generation.py` (from the engine to `append`), and
-`worker/jobs/transport.py` (what keeps two workers apart).
+`renewal_loop.py` renews the lease meanwhile. Read next: `prepared_job.py` (tokenizing, what ends
+an attempt early), `generation.py` (from the engine to `append`), and `worker/jobs/transport.py`
+(what keeps two workers apart).
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from worker.jobs.reader import History
 from worker.service.continuation import CannotContinue, can_continue, end_of
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
 from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason, enqueued_at
-from worker.telemetry import frames_of
+from worker.telemetry import Log, frames_of
 
 T = TypeVar("T")
 
@@ -58,9 +58,8 @@ class Attempt:
         self._job: Job | None = None
         self._on_generated = on_generated
         self._held: Claim | Lease = claim
-        self._renewals: asyncio.Task[None] | None = None
+        self._sequence_id = f"{claim.queue} {claim.entry_id}"
         self._log = context.log
-        self._over = asyncio.Event()
         self._claimed = time.monotonic()
         self._server_lead_ms = 0.0
         self._other_model = ""
@@ -73,7 +72,7 @@ class Attempt:
         Raises CudaError if the device is lost; the job is left to another worker then. However it
         ends, the entry is settled, given back, or another worker's, or its lease expires.
         """
-        renewals = self._renewals = asyncio.create_task(self._renew())
+        self._context.renewal_loop.add(self)
         try:
             return await self._process()
         except Fenced:
@@ -85,30 +84,29 @@ class Attempt:
         except Exception as error:
             return await self._fail(error)
         finally:
-            self._over.set()
-            if self.job_id is not None:
-                self._context.engine.release(self.job_id)
-            await renewals
+            self._context.engine.release(self._sequence_id)
+            await self._context.renewal_loop.remove(self)
             self._context.transport.forget(self._claim)
 
-    async def _renew(self) -> None:
-        """Renew the lease until the attempt ends.
+    @property
+    def held(self) -> Claim | Lease:
+        """See `Renewed.held`."""
+        return self._held
 
-        A call in progress is not cancelled, since that would lose its connection.
-        """
-        while self.limits.stop_reason not in (StopReason.LOST, StopReason.STALLED):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._context.renew_s):
-                    await self._over.wait()
-            if self._over.is_set():
-                return
-            try:
-                renewal = await self._context.transport.renew(self._held)
-            except Exception as error:  # without renewals another worker takes over, and this one is fenced
-                self._log.error("renewal_fault", frames=frames_of(error))
-            else:
-                if reason := _STOP_REASONS.get(renewal):
-                    self.limits.interrupt(reason)
+    @property
+    def keeps(self) -> bool:
+        """See `Renewed.keeps`."""
+        return self.limits.stop_reason not in (StopReason.LOST, StopReason.STALLED)
+
+    @property
+    def log(self) -> Log:
+        """See `Renewed.log`."""
+        return self._log
+
+    def on_renewal(self, renewal: Renewal) -> None:
+        """See `Renewed.on_renewal`."""
+        if reason := _STOP_REASONS.get(renewal):
+            self.limits.interrupt(reason)
 
     async def _process(self) -> str:
         claim, context = self._claim, self._context
@@ -158,7 +156,8 @@ class Attempt:
                 lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms)
             )
             waited = self._server_ms() - claim.enqueued_ms > _WAITED_MS
-            return await SpeculativeStart.begin(context, self.limits, prepared, paused=claim.deliveries > 1 or waited)
+            paused = claim.deliveries > 1 or waited
+            return await SpeculativeStart.begin(context, self.limits, prepared, self._sequence_id, paused=paused)
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
                 self._identify(error.details["job_id"])
@@ -310,10 +309,8 @@ class Attempt:
                 await self._context.transport.abandon(held, error)
 
     async def _stop_renewing(self) -> None:
-        """End `_renew`: a renewal after the release would block the entry for a whole lease."""
-        self._over.set()
-        if self._renewals is not None:
-            await asyncio.wait([self._renewals])  # does not cancel a call in progress, even if cancelled itself
+        """A renewal after the release would block the entry for a whole lease."""
+        await self._context.renewal_loop.remove(self)
 
     def _released(self, outcome: str) -> str:
         self._log.info("job_released", outcome=outcome)

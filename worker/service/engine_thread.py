@@ -1,8 +1,9 @@
 """The thread that owns the engine and its device. Every access to either runs here.
 
 The event loop submits work by `call`, `add`, `resume` and `abort`, which runs between two steps.
-Drawn tokens return as one `Frame` a step, from which the loop fills one `Inbox` a sequence. No jobs
-and no text; `generation.py` reads the inboxes.
+Drawn tokens return through one `Inbox` a sequence. The event loop is not woken for each token: it
+reads an inbox some time after its first item, or at once when it becomes urgent. No jobs and no
+text; `generation.py` reads the inboxes.
 """
 
 import asyncio
@@ -10,46 +11,63 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple, TypeVar
+from typing import TypeAlias, TypeVar
 
 from worker.engine import DrawnToken, Engine, FailedSequence, Sequence
 
 T = TypeVar("T")
 
 
-class TimedToken(NamedTuple):
-    """A drawn token and the end of its step, by `time.monotonic`."""
-
-    token: DrawnToken
-    at: float
+TimedToken: TypeAlias = tuple[DrawnToken, float]
+"""A drawn token and the end of its step, by `time.monotonic`."""
 
 
 class Inbox:
-    """A sequence's tokens, or the exception that ended it. Used on the event loop.
+    """A sequence's tokens, and the exception that ended it.
 
-    `wake` is called once for all items that arrive together.
+    The engine's thread writes and the event loop reads. `wake` is called on the event loop: once
+    when items arrive after a `take`, and once more when the inbox becomes urgent. It is urgent with
+    `limit` items, with the last token, and after a fault.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self.wake = wake
-        self._items: list[TimedToken | Exception] = []
+        self.limit = 1
+        self.urgent = False
+        self.error: Exception | None = None
+        """Why the sequence ended without a last token. Read it before `take`."""
+        self._announced = False
+        self._items: list[TimedToken] = []
 
-    def put(self, item: TimedToken | Exception) -> None:
-        """Add an item; the caller calls `wake` after the last one."""
-        self._items.append(item)
+    def put(self, token: DrawnToken, at: float) -> bool:
+        """Add a token; returns whether `wake` must be called. Called on the engine's thread."""
+        items = self._items
+        items.append((token, at))
+        if not self.urgent and (len(items) >= self.limit or token.finish is not None):
+            self.urgent = self._announced = True
+            return True
+        if self._announced:
+            return False
+        self._announced = True
+        return True
 
-    def take(self) -> list[TimedToken | Exception]:
+    def fail(self, error: Exception) -> None:
+        """End the sequence; the caller has `wake` called. Called on the engine's thread."""
+        self.error = error
+        self.urgent = self._announced = True
+
+    def take(self) -> list[TimedToken]:
         """Remove and return all items."""
-        items, self._items = self._items, []
-        return items
-
-
-Frame = list[tuple[Inbox, TimedToken | Exception]]
-"""What one step has drawn, with the inboxes it is for."""
+        # Before reading the items: one that comes later must wake the event loop again.
+        self.urgent = self._announced = False
+        items = self._items
+        taken = items[:]
+        del items[: len(taken)]  # the engine's thread may have appended others
+        return taken
 
 
 class EngineThread:
@@ -64,8 +82,8 @@ class EngineThread:
         self._engine: Engine | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._frames: deque[Frame] = deque()
-        self._frames_announced = False
+        self._woken: deque[Inbox] = deque()
+        self._announced = False
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._launch_callbacks: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -173,39 +191,49 @@ class EngineThread:
             failed = [(each, self._inboxes.pop(each)) for each in engine.active if each in self._inboxes]
             for sequence_id, _ in failed:
                 engine.abort(sequence_id)
-            self._send([(inbox, error) for _, inbox in failed])
+            for _, inbox in failed:
+                inbox.fail(error)
+            self._wake([inbox for _, inbox in failed])
             return
         finally:
             self._run_launch_callbacks()  # the step launched nothing, or failed before it launched
-        at, frame = time.monotonic(), Frame()
         self.steps += 1
+        self._distribute(tokens, time.monotonic())
+
+    def _distribute(self, tokens: Iterable[DrawnToken | FailedSequence], at: float) -> None:
+        """Put what a step has drawn into the inboxes."""
+        inboxes = self._inboxes
+        woken: list[Inbox] = []
         for token in tokens:
-            if isinstance(token, FailedSequence) or token.finish:
-                inbox = self._inboxes.pop(token.sequence_id, None)
-            else:
-                inbox = self._inboxes.get(token.sequence_id)
-            if inbox is not None:
-                frame.append((inbox, token.error if isinstance(token, FailedSequence) else TimedToken(token, at)))
-        self._send(frame)
+            inbox = inboxes.get(token.sequence_id)
+            if inbox is None:
+                continue
+            if isinstance(token, FailedSequence):
+                inbox.fail(token.error)
+                woken.append(inbox)
+                del inboxes[token.sequence_id]
+                continue
+            if inbox.put(token, at):
+                woken.append(inbox)
+            if token.finish is not None:
+                del inboxes[token.sequence_id]
+        self._wake(woken)
 
-    def _send(self, frame: Frame) -> None:
-        """Pass a frame to the event loop, which is woken once for all frames that wait."""
-        if not frame or self._loop is None:
+    def _wake(self, inboxes: list[Inbox]) -> None:
+        """Have the event loop call `wake` of these inboxes, which it does for all that wait."""
+        if not inboxes or self._loop is None:
             return
-        self._frames.append(frame)
-        if not self._frames_announced:
-            self._frames_announced = True
+        self._woken.extend(inboxes)
+        if not self._announced:
+            self._announced = True
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(self.deliver)
+                self._loop.call_soon_threadsafe(self._deliver)
 
-    def deliver(self) -> None:
-        """Put all drawn tokens into their inboxes. Called on the event loop, by itself or early."""
-        self._frames_announced = False  # before reading: a frame that comes later must wake the loop again
+    def _deliver(self) -> None:
+        self._announced = False  # before reading: an inbox that comes later must wake the loop again
         woken: dict[Inbox, None] = {}
-        while self._frames:
-            for inbox, item in self._frames.popleft():
-                inbox.put(item)
-                woken[inbox] = None
+        while self._woken:
+            woken[self._woken.popleft()] = None
         for inbox in woken:
             inbox.wake()
 

@@ -1,13 +1,12 @@
 """Publishes the due tokens of all running jobs together, in one round trip every `flush_ms`.
 
-A job's own task would need one wake-up and one call for each batch of tokens. `FlushLoop` writes
-the batches of all jobs by one pipelined call instead. A job whose batch was not written as expected
-repeats it in its own task, which handles a fence, lost writes and a lost connection. With one due
-job that task makes the call.
+A job's own task would need one wake-up and one call for each batch of tokens. `FlushLoop` reads,
+encodes and writes those of all jobs by one pipelined call instead, of which one is in flight. A job
+whose batch was not written as expected repeats it in its own task, which handles a fence, lost
+writes and a lost connection. With one due job that task makes the call.
 """
 
 import asyncio
-from collections.abc import Iterable
 from typing import Protocol
 
 from worker.jobs.lease import Lease
@@ -26,7 +25,7 @@ class TokenSource(Protocol):
         """Whether no append of the job is in flight or about to begin."""
 
     def stage(self) -> bool:
-        """Encode what is due into the lease's log; returns whether that succeeded."""
+        """Encode what is due into the lease's log; returns whether to write it here."""
 
     def request_append(self) -> None:
         """Have the job's own task publish what is due or was not written."""
@@ -41,10 +40,15 @@ class FlushLoop:
         self._due: dict[TokenSource, None] = {}
         self._timer: asyncio.Handle | None = None
         self._at_once = False
-        self._writes: set[asyncio.Task[None]] = set()
+        self._write: asyncio.Task[None] | None = None
+        self._late = False
+        """Whether a flush has waited for the call in flight."""
 
     def add(self, source: TokenSource, *, at_once: bool = False) -> None:
-        """Publish the tokens of `source` within `flush_ms`, or in the loop's next iteration."""
+        """Publish the tokens of `source` within `flush_ms`, or in the loop's next iteration.
+
+        If a call is in flight then, they are published after it.
+        """
         self._due[source] = None
         if self._timer is not None and at_once > self._at_once:
             self._timer.cancel()
@@ -58,21 +62,32 @@ class FlushLoop:
         self._due.pop(source, None)
 
     def _flush(self) -> None:
-        due, self._due, self._timer = self._due, {}, None
-        together = [source for source in due if source.idle] if len(due) > 1 else []
-        if len(together) > 1:
-            for source in together:
-                del due[source]
-            self._write(source for source in together if source.stage())
+        self._timer = None
+        if self._write is not None:
+            self._late = True
+            return
+        due, self._due = self._due, {}
+        if len(due) > 1:
+            self._write = asyncio.create_task(self._append(list(due)))
+            self._write.add_done_callback(self._written)
+        else:
+            for source in due:
+                source.request_append()
+
+    def _written(self, _: asyncio.Task[None]) -> None:
+        late, self._write, self._late = self._late, None, False
+        if late:
+            self._flush()
+
+    async def _append(self, due: list[TokenSource]) -> None:
+        # From `idle` to the leases' locks, which `append_staged` takes first, nothing is awaited: a
+        # job's own task would write the staged events, and this call would follow its last event.
+        sources: list[TokenSource] = []
         for source in due:
-            source.request_append()
-
-    def _write(self, staged: Iterable[TokenSource]) -> None:
-        task = asyncio.create_task(self._append(list(staged)))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-
-    async def _append(self, sources: list[TokenSource]) -> None:
+            if not source.idle:
+                source.request_append()
+            elif source.stage():
+                sources.append(source)
         written: list[bool] = []
         try:
             written = await self._transport.append_staged([source.lease for source in sources])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,7 @@ from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread, Inbox, TimedToken
 from worker.service.flush_loop import FlushLoop
 from worker.service.prepared_job import AttemptLimits, PreparedJob, StopReason
+from worker.service.renewal_loop import RenewalLoop
 from worker.service.reporter import FirstTokenGate
 from worker.telemetry import Log, Metrics, trace_of
 
@@ -39,13 +40,13 @@ class WorkerContext:
     engine: EngineThread
     model: LoadedModel
     section: ServiceSection
-    renew_s: float
     metrics: Metrics
     log: Log
     memory: Callable[[], MemoryUse]
     """The last measured memory use; does not query the device."""
     first_token_gate: FirstTokenGate
     flush_loop: FlushLoop
+    renewal_loop: RenewalLoop
 
 
 class SpeculativeStart:
@@ -61,9 +62,12 @@ class SpeculativeStart:
     are not read before `take` has granted the lease.
     """
 
-    def __init__(self, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, *, paused: bool) -> None:
+    def __init__(
+        self, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, sequence_id: str, *, paused: bool
+    ) -> None:
         self.job = job
-        self.answer = job.answer(context.model, History())
+        self._sequence_id = sequence_id
+        self.answer = self._with_own_id(job.answer(context.model, History()))
         self.inbox = Inbox(limits.wake.set)
         self.cached_tokens = 0
         """Prompt tokens that the engine found in the prefix cache and does not compute."""
@@ -73,13 +77,16 @@ class SpeculativeStart:
 
     @classmethod
     async def begin(
-        cls, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, *, paused: bool
+        cls, context: WorkerContext, limits: AttemptLimits, job: PreparedJob, sequence_id: str, *, paused: bool
     ) -> SpeculativeStart:
         """Add the answer to the engine. Returns at its first launch or, if paused, at once.
 
+        `sequence_id` is unique among the attempts of the worker: two may be at the same job, if it
+        has two queue entries.
+
         Raises as `AttemptLimits.guard` does. The caller releases the job's sequence in the end.
         """
-        start = cls(context, limits, job, paused=paused)
+        start = cls(context, limits, job, sequence_id, paused=paused)
         added = context.engine.add(start.answer.sequence, start.inbox, paused=paused)
         start.cached_tokens = await limits.guard(added)
         return start
@@ -91,10 +98,8 @@ class SpeculativeStart:
         """
         self._state = "discarded"
         self._context.engine.release(self.answer.sequence.id)
-        self._context.engine.deliver()
-        for item in self.inbox.take():
-            if isinstance(item, CudaError):
-                raise item
+        if isinstance(self.inbox.error, CudaError):
+            raise self.inbox.error
 
     async def continue_from(self, history: History) -> Answer:
         """The answer that continues `history`; discards a running start with another history."""
@@ -104,10 +109,15 @@ class SpeculativeStart:
             self.discard()
         model = self._context.model
         if history.tokens:  # detokenizing all published tokens would block the event loop
-            self.answer = await self._limits.guard(asyncio.to_thread(self.job.answer, model, history))
+            answer = await self._limits.guard(asyncio.to_thread(self.job.answer, model, history))
         else:
-            self.answer = self.job.answer(model, history)
+            answer = self.job.answer(model, history)
+        self.answer = self._with_own_id(answer)
         return self.answer
+
+    def _with_own_id(self, answer: Answer) -> Answer:
+        answer.sequence.id = self._sequence_id
+        return answer
 
     async def confirm(self) -> None:
         """Have the engine compute the answer of `continue_from`, unless it does already."""
@@ -120,34 +130,34 @@ class SpeculativeStart:
 
 
 class TokenBuffer:
-    """One attempt's unpublished tokens: the first is due at once, the others a few at a time.
-
-    An entry has at most `flush_tokens` tokens. Times are of `time.monotonic`.
-    """
+    """One attempt's unpublished tokens. An event has at most `flush_tokens` of them."""
 
     def __init__(self, section: ServiceSection) -> None:
-        self.due = math.inf
-        """When to call `take` next; infinite while the buffer is empty."""
         self._size = section.flush_tokens
-        self._delay_s = section.flush_ms / 1000
         self._tokens: list[events.Token] = []
         self._first = True
-        self.has_first = False
-        """Whether the first token is in the buffer."""
 
-    def add(self, token: events.Token, now: float) -> None:
-        """Add a token that was received at `now`."""
-        self._tokens.append(token)
-        if self._first or len(self._tokens) >= self._size:
-            self.due = now
-        elif len(self._tokens) == 1:
-            self.due = now + self._delay_s
-        if self._first:
-            self._first, self.has_first = False, True
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def full(self) -> bool:
+        """Whether the tokens are to be published at once."""
+        return len(self._tokens) >= self._size
+
+    @property
+    def has_first(self) -> bool:
+        """Whether the attempt's first token is in the buffer."""
+        return self._first and bool(self._tokens)
+
+    def add(self, tokens: Iterable[events.Token]) -> None:
+        """Add tokens with consecutive indices."""
+        self._tokens += tokens
 
     def take(self) -> list[events.Event]:
         """Remove all tokens and return them as events."""
-        tokens, self._tokens, self.due, self.has_first = self._tokens, [], math.inf, False
+        tokens, self._tokens = self._tokens, []
+        self._first = self._first and not tokens
         starts = range(0, len(tokens), self._size)
         return [events.Tokens(tokens=tuple(tokens[start : start + self._size])) for start in starts]
 
@@ -209,26 +219,37 @@ class Generation:
         )
 
     async def _follow(self, answer: Answer) -> None:
-        """Wait for the end. Tokens are read in `_read_inbox`, and most published by `FlushLoop`."""
+        """Wait for the end. Most tokens are read and published by `FlushLoop`."""
         context, inbox = self._context, self._start.inbox
         self._metrics_at = time.monotonic() + context.section.metrics_ms / 1000
-        inbox.wake = self._read_inbox
-        self._read_inbox()
+        inbox.wake = self._on_items
         try:
             while True:
+                self._read_inbox()
                 if self._error is not None:
                     raise self._error
                 if answer.finish_reason is not None:
                     return
                 self._limits.check(self._replaying)
                 late = self._metrics_at + 2 * context.section.flush_ms / 1000  # usually published with tokens
-                if self._append_requested or late <= time.monotonic():
+                if self._append_requested or self.unpublished.has_first or late <= time.monotonic():
                     await self._append()
                 else:
                     await self._limits.wait(late, self._replaying)
         finally:
             inbox.wake = self._limits.wake.set
             context.flush_loop.discard(self)
+
+    def _on_items(self) -> None:
+        """Read the inbox at once if it is urgent, else within `flush_ms`."""
+        if not self._start.inbox.urgent:
+            self._context.flush_loop.add(self)
+            return
+        self._read_inbox()
+        if self._ended or self.unpublished.has_first:
+            self._limits.wake.set()
+        elif self.unpublished:
+            self._context.flush_loop.add(self, at_once=self.unpublished.full)
 
     async def _append(self) -> None:
         self._append_requested, self._appending = False, True
@@ -247,18 +268,25 @@ class Generation:
         return due
 
     @property
+    def _ended(self) -> bool:
+        return self._error is not None or self._answer.finish_reason is not None
+
+    @property
     def idle(self) -> bool:
         """See `TokenSource.idle`."""
         return not (self._appending or self._append_requested or self.lease.writing.locked())
 
     def stage(self) -> bool:
-        """See `TokenSource.stage`."""
+        """See `TokenSource.stage`. The last tokens are left to the task: they precede `end`."""
+        self._read_inbox()
         try:
-            self._context.transport.stage(self.lease, self._take_due())
+            if not self._ended:
+                self._context.transport.stage(self.lease, self._take_due())
+                return True
         except Exception as error:
             self._fail(error)
-            return False
-        return True
+        self._limits.wake.set()
+        return False
 
     def request_append(self) -> None:
         """See `TokenSource.request_append`."""
@@ -274,43 +302,44 @@ class Generation:
         return 0 < self._replayed < self._published
 
     def _read_inbox(self) -> None:
-        """Read the drawn tokens. Wakes the task for the first one and for the end."""
-        answer, now, before = self._answer, time.monotonic(), self.stats.tokens
+        """Decode the drawn tokens into `unpublished`, and note the end of the sequence."""
+        inbox, answer = self._start.inbox, self._answer
+        error = inbox.error
         try:
-            for item in self._start.inbox.take():
-                if isinstance(item, TimedToken):
-                    self._push(answer, item, now)
-                elif answer.finish_reason is None or isinstance(item, CudaError):
-                    self._left_engine = True
-                    self._fail(self._job_error(item))
-        except Exception as error:
-            self._fail(error)
-        self._context.metrics.tokens_generated.inc(self.stats.tokens - before)
-        if answer.finish_reason is not None:
-            self._limits.wake.set()
-        elif self.unpublished.due == math.inf:
-            return
-        elif self.unpublished.has_first:
-            self.request_append()
-        else:
-            self._context.flush_loop.add(self, at_once=self.unpublished.due <= now)
+            self._push(answer, inbox.take())
+        except Exception as fault:
+            self._fail(fault)
+        if error is not None and (answer.finish_reason is None or isinstance(error, CudaError)):
+            self._left_engine = True
+            self._fail(self._job_error(error))
 
-    def _push(self, answer: Answer, drawn: TimedToken, now: float) -> None:
-        self._left_engine = self._left_engine or drawn.token.finish is not None
-        if drawn.token.replayed:
-            self._replayed += 1
-            self._limits.exclude_replay(drawn.at, last=self._replayed == self._published)
-            return
-        token = answer.push(drawn.token)
-        if token is None:
-            return
-        since = self.stats.count(token.t, drawn.at)
-        metrics = self._context.metrics
-        if since is None:
-            metrics.first_token.observe(self.stats.ttft_s)
-        else:
-            metrics.inter_token.observe(since)
-        self.unpublished.add(token, now)
+    def _push(self, answer: Answer, items: Iterable[TimedToken]) -> None:
+        tokens: list[events.Token] = []
+        times: list[float] = []
+        try:
+            for drawn, at in items:
+                if drawn.finish is not None:
+                    self._left_engine = True
+                if drawn.replayed:
+                    self._replayed += 1
+                    self._limits.exclude_replay(at, last=self._replayed == self._published)
+                elif (token := answer.push(drawn)) is not None:
+                    tokens.append(token)
+                    times.append(at)
+        finally:
+            if tokens:
+                self._add(tokens, times)
+
+    def _add(self, tokens: Sequence[events.Token], times: Sequence[float]) -> None:
+        """Count the tokens and buffer them for their publication."""
+        metrics, first = self._context.metrics, not self.stats.tokens
+        metrics.inter_token.observe(self.stats.count("".join([token.t for token in tokens]), times))
+        metrics.tokens_generated.inc(len(tokens))
+        if first:
+            metrics.first_token.observe([self.stats.ttft_s])
+            if not self._answer.stops_at_text:
+                self._start.inbox.limit = self._context.section.flush_tokens
+        self.unpublished.add(tokens)
 
     def _job_error(self, error: Exception) -> WorkerError:
         """The job's error after a failed step."""

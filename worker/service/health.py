@@ -14,6 +14,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -30,6 +31,19 @@ _MAX_HEAD_BYTES = 8192
 _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The engine's sequences and KV blocks at one time."""
+
+    running: int = 0
+    waiting: int = 0
+    preempted: int = 0
+    """Preemptions since the start."""
+    kv_blocks_used: int = 0
+    kv_blocks: int = 0
+    """Blocks in all: used, cached and free."""
+
+
 class Health:
     """One worker's health.
 
@@ -42,6 +56,7 @@ class Health:
         self.degraded = False
         """An allocation failed during a job, and no job has succeeded since."""
         self.memory = MemoryUse()
+        self.load = EngineLoad()
         self.jobs = 0
         """Attempts that ended."""
         self.running = 0

@@ -21,7 +21,7 @@ from worker.jobs.consumer import Registration
 from worker.jobs.events import Event, LoadProgress, Ready, Residency, Starting, Vram
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
-from worker.service.health import Health
+from worker.service.health import EngineLoad, Health
 from worker.telemetry import Log, Metrics
 
 _LOAD_PERCENTS = (0, 25, 50, 75, 100)
@@ -137,7 +137,8 @@ class Reporter:
         while True:
             await self.first_token_gate.wait_open()
             self._health.changed.clear()
-            memory = self._health.memory
+            memory, load = self._health.memory, asdict(self._health.load)
+            del load["running"]  # the status has the number of jobs
             status = {
                 "state": self._health.state,
                 "degraded": str(int(self._health.degraded)),
@@ -147,6 +148,7 @@ class Reporter:
                 "vram_free": str(memory.free),
                 "seen_ms": str(int(time.time() * 1000)),
             }
+            status |= {name: str(count) for name, count in load.items()}
             await self._registration.heartbeat(self._registry_fields | status)
             await asyncio.sleep(_MIN_HEARTBEAT_S)
             with contextlib.suppress(TimeoutError):
@@ -163,17 +165,26 @@ class Reporter:
             await self.first_token_gate.wait_open()
             at_edge = self._job_edge.is_set()
             self._job_edge.clear()
-            use, kv_blocks, sequences = await engine.call(
-                lambda: (model.device.memory(), model.engine.kv_blocks, model.engine.sequences)
+            use, kv_blocks, sequences, drafts = await engine.call(
+                lambda: (
+                    *(model.device.memory(), model.engine.kv_blocks, model.engine.sequences),
+                    model.engine.draft_tokens,
+                )
             )
             self._health.memory = use
+            load = EngineLoad(*sequences, kv_blocks["used"], sum(kv_blocks.values()))
+            if load != self._health.load:
+                self._health.load = load
+                self._health.changed.set()
             purposes = asdict(use)
             del purposes["free"]  # not a purpose: the sum of all purposes is the memory in use
             self._metrics.set_memory(purposes, kv_blocks)
             self._metrics.set_sequences(*sequences)
+            self._metrics.set_draft_tokens(*drafts)
             if at_edge or use.used != reported.used or abs(use.free - reported.free) > _MIN_CHANGE_BYTES:
                 activations = use.activations + use.workspace
-                self.send(Vram(weights=use.weights, kv=use.kv, activations=activations, free=use.free))
+                memory = {"weights": use.weights, "kv": use.kv, "activations": activations, "free": use.free}
+                self.send(Vram(**memory, **asdict(load)))
                 reported = use
 
     async def check_residency(self, engine: EngineThread, model: LoadedModel) -> NoReturn:

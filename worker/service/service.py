@@ -28,6 +28,7 @@ from worker.service.generation import WorkerContext
 from worker.service.health import Health, StatusServer
 from worker.service.lane import Lane
 from worker.service.prepared_job import StopReason
+from worker.service.renewal_loop import RenewalLoop
 from worker.service.reporter import Reporter
 from worker.telemetry import Log, Metrics, frames_of
 
@@ -163,12 +164,12 @@ class Service:
             self._engine,
             model,
             self._section,
-            self._lease.renew_s,
             self._metrics,
             self._log,
             lambda: self._health.memory,
             self._reporter.first_token_gate,
             FlushLoop(self._transport, self._section.flush_ms),
+            RenewalLoop(self._transport, self._lease.renew_s),
         )
         return await first_completed(
             self._run_jobs(context),

@@ -62,6 +62,12 @@ class IncrementalDetokenizer:
             self._parsed = _ParsedText(parser, [text for text in stop if not _has_mark(text, parser)])
             stop = [text for text in stop if _has_mark(text, parser)]
         self._matcher = StopMatcher(stop) if stop else None
+        self.is_plain = self._parsed is None and self._matcher is None
+        """Whether the text is only decoded: `decode` may be called instead of `push`."""
+
+    def decode(self, token_id: int, *, last: bool = False) -> str:
+        """The text of the next token of an answer without stop strings and markup."""
+        return self._decode(self._token_bytes(token_id), last)
 
     def push(self, token_id: int, *, last: bool = False) -> DetokenizedToken:
         """Add the answer's next token; `last` also releases withheld text.

@@ -1,0 +1,94 @@
+"""Packing of commands and parsing of replies, and pipelines over one connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis.exceptions import ConnectionError as ConnectionLost
+from redis.exceptions import InvalidResponse, ResponseError
+from redis.exceptions import TimeoutError as NoReply
+
+from worker.jobs.redis_pool import WaitingPool, open_client
+from worker.jobs.redis_resp import Replies, pack_command, raise_if_all_failed
+from worker.redis_url import RedisUrl
+
+WIRE = b"$3\r\n1-5\r\n:7\r\n-NOSCRIPT none\r\n*2\r\n$-1\r\n*1\r\n+OK\r\n$4\r\na\r\nb\r\n*0\r\n*-1\r\n"
+
+
+def plain(values):
+    return [str(value) if isinstance(value, ResponseError) else value for value in values]
+
+
+PARSED = [b"1-5", 7, "NOSCRIPT none", [None, [b"OK"]], b"a\r\nb", [], None]
+
+
+@given(st.sets(st.integers(0, len(WIRE))))
+def test_replies_are_parsed_however_they_arrive(cuts):
+    replies, at = Replies(len(PARSED)), 0
+    for cut in sorted(cuts | {len(WIRE)}):
+        assert not replies.complete or at == len(WIRE)
+        replies.feed(WIRE[at:cut])
+        at = cut
+    assert replies.complete
+    assert plain(replies.values) == PARSED
+
+
+@pytest.mark.parametrize("wire", [b"?1\r\n", b":1\r\n:2\r\n"])
+def test_what_is_no_reply_or_one_too_many_is_refused(wire):
+    with pytest.raises(InvalidResponse):
+        Replies(1).feed(wire)
+
+
+def test_a_command_is_packed_with_lengths_in_bytes():
+    packed = pack_command(("SET", "ключ", 12, b"\r\n"))
+    assert packed == b"*4\r\n$3\r\nSET\r\n$8\r\n" + "ключ".encode() + b"\r\n$2\r\n12\r\n$2\r\n\r\n\r\n"
+
+
+def test_only_a_failure_of_all_is_raised():
+    raise_if_all_failed([])
+    raise_if_all_failed([ResponseError("a"), 1])
+    with pytest.raises(ResponseError, match="a"):
+        raise_if_all_failed([ResponseError("a"), ResponseError("b")])
+
+
+async def serve(reply):
+    """A server that answers the first bytes by `reply` and is silent then; without one, it closes."""
+
+    async def answer(reader, writer):
+        await reader.read(1000)
+        writer.write(reply)
+        if reply:
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"), [(b"$3\r\n1-", NoReply), (b"", ConnectionLost), (b"?\r\n", InvalidResponse)]
+)
+async def test_a_connection_without_all_replies_is_closed(reply, error):
+    server, port = await serve(reply)
+    async with server:
+        client = open_client(RedisUrl.parse(f"redis://127.0.0.1:{port}"), 1, 0.2)
+        pool = client.connection_pool
+        assert isinstance(pool, WaitingPool)
+        with pytest.raises(error):
+            await pool.exchange(pack_command(("PING",)), 1)
+        assert not any(connection.is_connected for connection in pool._available_connections)
+        await client.aclose()
+
+
+async def test_many_commands_share_a_connection(server):
+    client = open_client(RedisUrl.parse(server.url), 1, 2.0)
+    commands = [("SET", f"resp-{n}", "x" * n * 100) for n in range(200)]
+    commands += [("GET", f"resp-{n}") for n in range(200)]
+    replies = await client.connection_pool.exchange(b"".join(map(pack_command, commands)), len(commands))
+    assert replies[:200] == [b"OK"] * 200
+    assert replies[200:] == [b"x" * n * 100 for n in range(200)]
+    assert await client.get("resp-3") == b"x" * 300
+    await client.aclose()
