@@ -15,7 +15,8 @@ from benchmarks.recorded import at, read, stem
 from benchmarks.reference import REFERENCES, Reference
 from worker.bench.result import Figure, Result, number
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
+"""Marks of a generated part of a page, by the part's name."""
 SHORT, MIDDLE, LONG = 128, 2048, 3500
 NONE = "–"
 
@@ -23,13 +24,14 @@ NONE = "–"
 def report(results: Sequence[Result]) -> str:
     """Return all tables, grouped by machine and commit."""
     parts = []
-    for where in dict.fromkeys(map(_where, results)):
-        here = [result for result in results if _where(result) == where]
+    for where in dict.fromkeys(map(machine_and_commit, results)):
+        here = [result for result in results if machine_and_commit(result) == where]
         parts += [where, _against(here), _decode(here), _prefill(here), _rest(here)]
     return "\n\n".join(parts)
 
 
-def _where(result: Result) -> str:
+def machine_and_commit(result: Result) -> str:
+    """Return a sentence with the machine, its software and the measured commit."""
     machine = result.machine
     return f"{machine.device}, {machine.versions}; worker {result.version}, commit {result.commit or 'unknown'}."
 
@@ -42,7 +44,7 @@ def _against(results: Sequence[Result]) -> str:
             first, *others = _goals(result, REFERENCES[stem(result)])
             rows += [(stem(result), *first), *(("", *other) for other in others)]
     heads = ("model", "what", "measured", "at least", "aim", "llama.cpp")
-    return _table(heads, rows) if rows else "No goals are set for these models."
+    return table(heads, rows) if rows else "No goals are set for these models."
 
 
 def _goals(result: Result, goal: Reference) -> list[tuple[str, str, str, str, str]]:
@@ -60,7 +62,7 @@ def _goals(result: Result, goal: Reference) -> list[tuple[str, str, str, str, st
         ("first token of 128, XADD to reader, p95, ms", _p95(first), f"≤ {goal.max_first_token_ms:g}", "", ""),
         ("load, s; the goals are a whole start's", _median(start), f"≤ {goal.max_start_s:g}",
          f"{goal.target_start_s:g}", f"{goal.llama_start_s:g}"),
-        ("a job's tokens/s through the server", f"{100 * result.server_share:.1f} %", "95 % of the engine's", "", ""),
+        ("a job's tokens/s through the server", _percent(result.server_share), "95 % of the engine's", "", ""),
     ]  # fmt: skip
     if short and long:
         rows.insert(2, ("a token after 3,500 beyond one after 128, µs", *_long_context(result, short, long), "", ""))
@@ -80,13 +82,13 @@ def _long_context(result: Result, short: Figure, long: Figure) -> tuple[str, str
 def _decode(results: Sequence[Result]) -> str:
     rows = [
         (
-            stem(result) if first else "", f"{figure.at:,}", _spread(figure), f"{figure.bytes / 1e6:,.1f}",
+            stem(result) if first else "", f"{figure.at:,}", spread(figure), f"{figure.bytes / 1e6:,.1f}",
             f"{figure.gb_s:,.0f}", f"{figure.percent:.1f} %", f"{figure.limit or 0:,.0f}",
         )
         for result in results for first, figure in _each(result, "decode")
     ]  # fmt: skip
     heads = ("decode", "after tokens", "tokens/s (min to max)", "MB per token", "GB/s", "of bandwidth", "limit")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _prefill(results: Sequence[Result]) -> str:
@@ -97,13 +99,13 @@ def _prefill(results: Sequence[Result]) -> str:
             theirs = goal.llama_prefill.get(int(figure.at)) if goal else None
             rows.append(
                 (
-                    stem(result) if first else "", f"{figure.at:,}", _spread(figure), f"{figure.tflops or 0:,.3g}",
+                    stem(result) if first else "", f"{figure.at:,}", spread(figure), f"{figure.tflops or 0:,.3g}",
                     f"{figure.bytes / 1e6:,.0f}", f"{figure.gb_s:,.0f}", f"{figure.percent:.1f} %",
                     f"{theirs:,.0f}" if theirs else NONE,
                 )
             )  # fmt: skip
     heads = ("prefill", "tokens", "tokens/s (min to max)", "TFLOP/s", "MB", "GB/s", "of bandwidth", "llama.cpp")
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _rest(results: Sequence[Result]) -> str:
@@ -118,9 +120,9 @@ def _rest(results: Sequence[Result]) -> str:
                 beside = f"p95 {_p95(figure)} ms" if figure.p95 is not None else ""
                 beside = f"{figure.extra_us:+.1f} µs" if figure.extra_us is not None else beside
                 share = f"{figure.gb_s:,.1f} GB/s, {figure.percent:.1f} %"
-                figured = f"{_spread(figure)} {figure.unit}"
+                figured = f"{spread(figure)} {figure.unit}"
                 rows.append(("", title.format(figure.at), figured, beside, f"{figure.bytes / 1e6:,.0f}", share))
-    return _table(("model", "what", "median (min to max)", "", "MB", "moved at"), rows)
+    return table(("model", "what", "median (min to max)", "", "MB", "moved at"), rows)
 
 
 def _each(result: Result, name: str) -> Iterable[tuple[bool, Figure]]:
@@ -136,23 +138,29 @@ def _p95(figure: Figure | None) -> str:
     return NONE if figure is None or figure.p95 is None else f"{figure.p95:.2f}"
 
 
-def _spread(figure: Figure) -> str:
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.1f} %"
+
+
+def spread(figure: Figure) -> str:
+    """Format the median with the extremes."""
     return f"{number(figure.median)} ({number(figure.low)} to {number(figure.high)})"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Format a Markdown table: two columns aligned left, the others right."""
     rule = ["---"] * 2 + ["---:"] * (len(heads) - 2)
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
 
 
-def put_into(page: Path, text: str) -> None:
+def put_into(page: Path, text: str, name: str = "measured") -> None:
     """Replace the text between the page's marks. Exits with one sentence if they are missing."""
-    before, begin, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{page}: no marks; expected the lines {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", "utf-8")
+    begin, end = BEGIN.format(name), END.format(name)
+    before, begin_found, rest = page.read_text("utf-8").partition(begin)
+    _, end_found, after = rest.partition(end)
+    if not (begin_found and end_found):
+        raise SystemExit(f"{page}: no marks; expected the lines {begin} and {end}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", "utf-8")
 
 
 def main() -> None:

@@ -1,50 +1,58 @@
-"""Decode of many sequences at once, beside the bandwidth limit: a part of `worker bench`, alone.
+"""Decode of many sequences at once, beside the floor: a part of `worker bench`, alone.
 
-    python -m benchmarks.throughput MODEL.gguf… [--max-running 256] [--context 1024]
+    python -m benchmarks.throughput MODEL.gguf… [--max-running 256] [--context 1024] [--out FOLDER]
 
-Prints one line a model and number of sequences: tokens/s in all, microseconds a step, GB/s.
+Prints one line a model and number of sequences. With --out, also writes a result for each model to
+FOLDER, from which `benchmarks.throughput_report` makes the tables and the plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
+import json
+import sys
 from pathlib import Path
 
-from worker import runtime
-from worker.bench.bench import SIZES, Bench
-from worker.bench.result import Bandwidth, number
-from worker.bench.traffic import Traffic
+from worker.bench.bench import run_throughput
+from worker.bench.result import Result, number
 from worker.config import load_settings
-from worker.gguf_file import GgufFile
 
 
-def measure(path: Path, max_running: int, context: int) -> Bench:
-    """The figures `throughput` of one model."""
+def measure(path: Path, max_running: int, context: int) -> Result:
+    """The result of one model, with the figures `throughput` only."""
     settings = load_settings(flags={"engine.max_running": max_running, "model.context": context})
-    with GgufFile.open(path) as file:
-        backend = runtime.open_backend(settings.engine)
-        planned = runtime.plan(file, settings.model, backend, settings.engine.kv_memory)
-    bandwidth = Bandwidth(3_030_000_000_000, [1.0])  # an H100's; `worker bench` measures the device's own
-    bench = Bench(path, settings, SIZES[backend.name], Traffic(planned, backend.weight_bytes), bandwidth, 0, print)
-    bench.throughput()
-    return bench
+    return run_throughput(path, settings, lambda what: print(f"{path.stem}: {what}", file=sys.stderr))
+
+
+def lines(result: Result) -> list[str]:
+    """One line for each number of sequences."""
+    return [
+        f"{result.model.file.removesuffix('.gguf'):16} N {figure.at:>3}  {number(figure.median):>8} tokens/s"
+        f"  {figure.step_us:9,.0f} µs a step  floor {number(figure.floor or 0):>8}  {figure.floor_percent:5.1f} %"
+        f"  {figure.gb_s:6,.0f} GB/s"
+        for figure in result.figures["throughput"]
+    ]
 
 
 def main() -> None:
-    """Parse the arguments and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Parse the arguments, print the lines and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--max-running", type=int, default=256)
     parser.add_argument("--context", type=int, default=1024)
-    arguments = parser.parse_args()
-    for path in arguments.models:
-        for figure in measure(path, arguments.max_running, arguments.context).figures["throughput"]:
-            step_us = 1e6 * int(figure.at) / figure.median
-            print(
-                f"{path.stem:16} N {figure.at:>3}  {number(figure.median):>8} tokens/s  {step_us:9,.0f} µs a step  "
-                f"{figure.gb_s:7,.0f} GB/s  limit {number(figure.limit or 0)}"
-            )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write MODEL.json for each model")
+    parser.add_argument("--commit", help="commit to record in the results; by default that of the git checkout")
+    chosen = parser.parse_args()
+    for path in chosen.models:
+        result = measure(path, chosen.max_running, chosen.context)
+        if chosen.commit is not None:
+            result = dataclasses.replace(result, commit=chosen.commit)
+        print("\n".join(lines(result)), flush=True)
+        if chosen.out is not None:
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            (chosen.out / f"{path.stem}.json").write_text(json.dumps(result.to_json()) + "\n", "utf-8")
         gc.collect()
 
 

@@ -77,10 +77,11 @@ def test_goals_are_set_for_four_models():
 
 def test_put_into_keeps_the_text_outside_the_marks(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = BEGIN.format("measured"), END.format("measured")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     put_into(page, "new")
     put_into(page, "newer")
-    assert page.read_text() == f"before\n{BEGIN}\n\nnewer\n\n{END}\nafter\n"
+    assert page.read_text() == f"before\n{begin}\n\nnewer\n\n{end}\nafter\n"
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="no marks; expected"):
         put_into(page, "new")
@@ -92,6 +93,14 @@ def test_a_file_without_a_result_exits_with_one_sentence(text, tmp_path):
     path.write_text(text)
     with pytest.raises(SystemExit, match=r"wrong.json: .*expected"):
         read([path])
+
+
+def test_put_into_replaces_the_named_part_only(tmp_path):
+    page = tmp_path / "page.md"
+    marks = [mark.format(name) for name in ("measured", "throughput") for mark in (BEGIN, END)]
+    page.write_text("\n".join(marks))
+    put_into(page, "new", "throughput")
+    assert page.read_text() == "\n".join([*marks[:2], f"{marks[2]}\n\nnew\n\n{marks[3]}"])
 
 
 def test_the_plot_is_a_png_with_one_panel_per_model(sample, tmp_path):

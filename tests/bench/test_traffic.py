@@ -103,3 +103,21 @@ def test_a_step_of_several_sequences_moves_the_experts_that_uniform_routing_is_e
     mixture = traffic(tmp_path, "gpt-oss")
     expected = 8 * (1 - 0.5**3)
     assert mixture.step_bytes(3, 0) == pytest.approx(4 * (oss_weights(expected) + 3 * 192), abs=4)
+
+
+def test_the_floor_of_a_step_is_that_of_weights_or_products_plus_keys_and_values(tmp_path):
+    one, rate = traffic(tmp_path, "qwen2"), 1e9
+    weights = one.token_bytes(0)
+    keys = 5 * (one.token_bytes(40) - weights)
+    products = 5 * 2 * (2 * (QWEN_ATTENTION + QWEN_FFN) + TINY["qwen2"].vocab * 384)
+    assert one.step_floor_s(5, 40, rate) == pytest.approx((weights + keys) / rate)
+    assert one.step_floor_s(5, 40, rate, 1e15) == pytest.approx((weights + keys) / rate)
+    assert one.step_floor_s(5, 40, rate, 1e6) == pytest.approx(products / 1e6 + keys / rate)
+
+
+def test_the_floor_of_a_mixture_counts_the_products_of_the_selected_experts(tmp_path):
+    mixture = traffic(tmp_path, "gpt-oss")
+    layer = OSS_ATTENTION + 8 * 192 + 4 * OSS_EXPERT
+    products = 3 * 2 * (3 * layer + TINY["gpt-oss"].vocab * 192)
+    assert mixture.step_floor_s(3, 0, 1e15, 1e6) == pytest.approx(products / 1e6)
+    assert mixture.step_floor_s(3, 0, 1e9) == pytest.approx(mixture.step_bytes(3, 0) / 1e9)

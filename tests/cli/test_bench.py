@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from benchmarks.recorded import read
 from worker import runtime
-from worker.bench.bench import SIZES, Sizes
+from worker.bench.bench import SIZES, Sizes, run_throughput
 from worker.bench.timing import Jobs, timed_jobs
 from worker.bench.traffic import Traffic
 from worker.cli import command_line
-from worker.config import ModelSection
+from worker.config import ModelSection, load_settings
 from worker.cpu.backend import CpuBackend
-from worker.errors import Internal
+from worker.errors import ConfigInvalid, Internal
 from worker.gguf_file import GgufFile
 
 MIDDLE = SIZES["cpu"].tokens // 2
@@ -102,15 +102,49 @@ def test_recorded_read_returns_the_printed_result(stdout, result, tmp_path):
     assert again.to_json() == result
 
 
-def test_without_json_it_prints_a_table(tiny, monkeypatch):
-    monkeypatch.setitem(SIZES, "cpu", Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3))
-    done = CliRunner().invoke(command_line("bench"), ["bench", str(tiny("qwen2")), "--backend", "cpu"])
+@pytest.fixture
+def short(monkeypatch):
+    """Measure short prompts and answers."""
+    sizes = Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3, together=3)
+    monkeypatch.setitem(SIZES, "cpu", sizes)
+
+
+def test_several_sequences_are_measured_beside_their_floor(tiny, short):
+    settings = load_settings(flags={"engine.max_running": 9, "engine.backend": "cpu"})
+    result = run_throughput(tiny("gpt-oss"), settings, lambda _: None)
+    figures = result.figures["throughput"]
+    assert [figure.at for figure in figures] == [1, 8, 9]
+    assert (result.model.file, result.server_share) == ("gpt-oss.gguf", None)
+    backend = CpuBackend()
+    with GgufFile.open(tiny("gpt-oss")) as file:
+        traffic = Traffic(runtime.plan(file, ModelSection(), backend), backend.weight_bytes)
+    for figure in figures:
+        assert 16 + 1 + 1 <= figure.context <= 16 + 3 + figure.at
+        assert figure.bytes == traffic.step_bytes(figure.at, figure.context)
+        floor_s = traffic.step_floor_s(figure.at, figure.context, 1e9 * result.bandwidth_gb_s)
+        assert figure.floor == pytest.approx(figure.at / floor_s)
+        assert figure.floor_percent == pytest.approx(100 * figure.step_us**-1 * 1e6 * floor_s)
+
+
+def test_too_few_kv_blocks_for_the_sequences_are_one_sentence(tiny, short):
+    flags = {"engine.max_running": 200, "engine.backend": "cpu", "engine.kv_memory": 1 << 20}
+    with pytest.raises(ConfigInvalid, match=r"200 sequences .* need 3,000 KV blocks and there are \d+; pass a lower"):
+        run_throughput(tiny("qwen2"), load_settings(flags=flags), lambda _: None)
+
+
+def test_without_json_it_prints_tables(tiny, short):
+    arguments = ["bench", str(tiny("qwen2")), "--backend", "cpu", "--max-running", "2"]
+    done = CliRunner().invoke(command_line("bench"), arguments)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     for title in ("decode at 16 tokens", "prefill of 16 tokens", "first token, server", "load, again", "long answer"):
         (found, *_) = [line for line in lines if line.startswith(title)]
         assert "B " in found  # the bytes moved
     assert "1,048,576" not in done.stdout
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("sequences ")]
+    assert [line.split()[0] for line in lines[head + 1 : head + 3]] == ["1", "2"]
+    for title in ("tokens/s in all", "floor", "% of floor", "µs a step"):
+        assert title in lines[head]
     assert lines[-1].startswith("Through the server a job runs at ")
 
 
@@ -126,6 +160,12 @@ def test_a_too_short_context_is_an_error_with_the_required_length(tiny):
     assert done.returncode == 4
     assert "at least 64" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_context_too_short_for_several_sequences_is_an_error_with_the_required_length(tiny):
+    done = worker_bench(tiny("qwen2"), "--context", 64, "--backend", "cpu", "--max-running", 9)
+    assert done.returncode == 4
+    assert "at least 65" in done.stderr
 
 
 def test_wrong_usage_is_exit_code_2():

@@ -111,6 +111,7 @@ def test_cancel_jobs_and_workers(worker):
     _until(lambda: worker("jobs")[1], lambda out: out == "the queue is empty\n")
     (row,) = lines(worker("workers", "--json")[1])
     assert (row["name"], row["model"]) == ("echoer", "echo")
+    assert {"running", "waiting", "preempted", "kv_blocks_used", "kv_blocks"} < set(row)
     assert "echoer-" in worker("workers")[1]
 
 

@@ -28,9 +28,15 @@ REPOSITORY = Path(__file__).parents[2]
 CHILD_S = 180
 
 
-def load(path, *, context=512, prefix_cache=False):
+def load(path, *, context=512, prefix_cache=False, max_running=1, kv_memory=ONE_CONTEXT):
     """The model as a worker serves it, but that a prompt which comes again is computed again."""
-    engine = EngineSection(backend="gpu", kernel_cache=KERNEL_CACHE, prefix_cache=prefix_cache, kv_memory=ONE_CONTEXT)
+    engine = EngineSection(
+        backend="gpu",
+        kernel_cache=KERNEL_CACHE,
+        prefix_cache=prefix_cache,
+        max_running=max_running,
+        kv_memory=kv_memory,
+    )
     return runtime.load(path, ModelSection(context=context), engine)
 
 

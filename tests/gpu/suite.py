@@ -40,22 +40,28 @@ OPS = (
     "experts",
     "layouts",
     "memory",
+    "small_rows",
 )
 PARTS = {
     "ops": OPS,
-    "models": ("runner", "slots", "random_jobs", "smollm2", "determinism", "prefix_cache"),
+    "models": ("runner", "slots", "drafts", "random_jobs", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size", "full_logits", "full_worker"),
     "faults": ("faults", "memory_baseline", "worker_faults", "context"),
     "sanitize": OPS,
 }
 # The smallest shapes of every branch and all 14 types: a sanitizer makes kernels 100 times slower.
 SMALLEST = (
-    *("37-256-3", "37-256-16", "37-256-17", "19-256-2", "several_types", "residual", "not_a_multiple_of_a_step and 96"),
+    *("decode_products and 37-256-3", "products and 37-256-16", "products and 37-256-17", "19-256-2"),
+    *("several_types", "residual", "not_a_multiple_of_a_step and 96"),
     *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
     *("prefill_equals and 77", "several_sequences", "beyond_f16", "also_writes_its_rows", "scaled_f16"),
     *("q8_blocks and 256", "glu_of_two_types", "quantizes_its_input and 32", "the_norm_to_its_input and 256"),
     *("draws_equal and 5-60", "advances_its_state", "forced", "not_finite", "listed"),
+    # Eight rows of each kernel of several rows, then 33 of the tensor cores' products.
+    *("True-37-256-8", "glu_rows and 64-256-8", "of_one_launch and 8-5-2", "grouped and random-8"),
+    *("True-37-256-17", "inactive_rows_leave", "inactive_rows_are"),
+    *("67-512-33 and Q4_K", "67-512-33 and Q5_0", "67-512-33 and Q6_K", "160-1280-33 and Q8_0", "small_rows"),
 )
 """Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""
 

@@ -7,6 +7,7 @@ comes last and has the device to itself. `traffic.py` defines the bytes, `timing
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import statistics
@@ -28,12 +29,16 @@ from worker.bench.traffic import Traffic
 from worker.config import EngineSection, Settings
 from worker.embedded import embedded_server
 from worker.engine import Engine
+from worker.engine.kv_blocks import blocks_for
 from worker.errors import ConfigInvalid
 from worker.gguf_file import GgufFile
+from worker.ops import KV_BLOCK
 
 RUNS = 5
 _AT_ONCE = (1, 8, 32, 64, 128, 256)
 _THROUGHPUT_RUNS = 3
+_INT8_OPERATIONS_PER_S = {"H100": 1.5e15, "H200": 1.5e15}
+"""Rate of int8 products that a card sustains, by a part of its name: three quarters of the peak."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,15 @@ class Sizes:
     budget_s: float = 0.3
     """More than RUNS runs if they fit into this time."""
 
-    def within(self, context: int) -> Sizes:
+    def longest(self, sequences: int) -> int:
+        """Tokens of each of several sequences that generate at once."""
+        return self.first + self.together + timing.spare(sequences)
+
+    def within(self, context: int, sequences: int) -> Sizes:
         """Return the sizes that fit the context. Raises ConfigInvalid if too few fit."""
         required = max(self.first + self.answer, min(self.lengths) + self.tokens)
+        if sequences > 1:
+            required = max(required, self.longest(sequences))
         if required > context:
             raise ConfigInvalid(f"a context of {context} tokens is too short; pass at least {required}")
         return replace(self, lengths=tuple(n for n in self.lengths if n + self.tokens <= context))
@@ -76,33 +87,23 @@ def run(path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Resu
     short; Internal if the worker process fails.
     """
     with embedded_server() as url:
-        with GgufFile.open(path) as file:
-            file_bytes, backend = file.tensor_bytes, runtime.open_backend(settings.engine)
-            planned = runtime.plan(
-                file, settings.model, backend, settings.engine.kv_memory, settings.engine.max_running
-            )
-        sizes = SIZES[backend.name].within(planned.context)
-        on_phase("read bandwidth")
-        bandwidth = _read_bandwidth(backend, settings.engine, sizes.read_bytes)
-        bench = Bench(path, settings, sizes, Traffic(planned, backend.weight_bytes), bandwidth, file_bytes, on_phase)
-        facts = bench.engine_alone()
-        bench.throughput()
+        bench = Bench.prepare(path, settings, on_phase)
+        bench.engine_alone()
+        if settings.engine.max_running > 1:
+            bench.throughput()
         bench.loads()
         bench.behind_a_server(url)
-    alone, served = (figure.median for figure in bench.figures["answer"])
-    return Result(
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-        commit=_commit(),
-        machine=_machine(backend),
-        model=facts,
-        bandwidth_gb_s=bandwidth.gb_s,
-        bandwidth_low=bandwidth.nbytes / max(bandwidth.seconds) / 1e9,
-        bandwidth_high=bandwidth.nbytes / min(bandwidth.seconds) / 1e9,
-        bandwidth_bytes=bandwidth.nbytes,
-        server_share=served / alone,
-        figures=bench.figures,
-    )
+    return bench.result()
+
+
+def run_throughput(path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Result:
+    """Measure only decode of several sequences at once, up to `engine.max_running`.
+
+    Raises what loading raises; ConfigInvalid if the context is too short.
+    """
+    bench = Bench.prepare(path, settings, on_phase)
+    bench.throughput()
+    return bench.result()
 
 
 @dataclass
@@ -114,14 +115,64 @@ class Bench:
     sizes: Sizes
     traffic: Traffic
     bandwidth: Bandwidth
+    backend: Backend
     file_bytes: int
     on_phase: Callable[[str], None]
     figures: dict[str, list[Figure]] = field(default_factory=dict)
+    model: ModelFacts | None = None
+    """Set by the first load."""
+
+    @classmethod
+    def prepare(cls, path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Bench:
+        """Read the file's header and measure the read bandwidth. Raises as `run` does.
+
+        A KV pool that holds one context by default is made to hold `engine.max_running` sequences.
+        """
+        engine = settings.engine
+        with GgufFile.open(path) as file:
+            file_bytes, backend = file.tensor_bytes, runtime.open_backend(engine)
+            planned = runtime.plan(file, settings.model, backend, engine.kv_memory, engine.max_running)
+            sizes = SIZES[backend.name].within(planned.context, engine.max_running)
+            required = engine.max_running * blocks_for(sizes.longest(engine.max_running))
+            if planned.kv_blocks < required and engine.kv_memory == "auto" and not backend.kv_share:
+                nbytes = max(required * KV_BLOCK * planned.kv_bytes_per_token, 1 << 20)
+                settings = settings.model_copy(update={"engine": engine.model_copy(update={"kv_memory": nbytes})})
+                planned = runtime.plan(file, settings.model, backend, nbytes, engine.max_running)
+        if planned.kv_blocks < required:
+            raise ConfigInvalid(
+                f"{engine.max_running} sequences of the benchmark need {required:,} KV blocks and there are "
+                f"{planned.kv_blocks:,}; pass a lower --max-running or raise engine.kv_memory"
+            )
+        on_phase("read bandwidth")
+        bandwidth = _read_bandwidth(backend, engine, sizes.read_bytes)
+        traffic = Traffic(planned, backend.weight_bytes)
+        return cls(path, settings, sizes, traffic, bandwidth, backend, file_bytes, on_phase)
 
     def __post_init__(self) -> None:
         self._prompts = timing.Prompts(self.traffic.planned.hparams.vocab_size)
+        known = (rate for card, rate in _INT8_OPERATIONS_PER_S.items() if card in self.backend.device)
+        self._operations_per_s = next(known, math.inf)
 
-    def engine_alone(self) -> ModelFacts:
+    def result(self) -> Result:
+        """The result with what was measured so far; at least one model was loaded."""
+        bandwidth, model = self.bandwidth, self.model
+        assert model is not None, "no model was loaded"
+        answers = [figure.median for figure in self.figures.get("answer", ())]  # of engine and server
+        return Result(
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=__version__,
+            commit=_commit(),
+            machine=_machine(self.backend),
+            model=model,
+            bandwidth_gb_s=bandwidth.gb_s,
+            bandwidth_low=bandwidth.nbytes / max(bandwidth.seconds) / 1e9,
+            bandwidth_high=bandwidth.nbytes / min(bandwidth.seconds) / 1e9,
+            bandwidth_bytes=bandwidth.nbytes,
+            figures=self.figures,
+            server_share=answers[1] / answers[0] if len(answers) > 1 else None,
+        )
+
+    def engine_alone(self) -> None:
         """Measure the first load and everything that requires no server, then free the model."""
         self.on_phase("first load; kernels that are not cached are compiled")
         seconds, loaded = self._load()
@@ -134,34 +185,14 @@ class Bench:
         first = [self._timed(loaded.engine, self.sizes.first, 1)[0] for _ in range(self.sizes.first_tokens)]
         answer = partial(self._timed, loaded.engine, self.sizes.first, self.sizes.answer)
         self._add_first_tokens_and_answers("engine", first, timing.repeated(answer, RUNS, 0))
-        planned = self.traffic.planned
-        return ModelFacts(
-            name=loaded.name,
-            file=self.path.name,
-            fingerprint=loaded.fingerprint,
-            architecture=planned.hparams.architecture,
-            context=loaded.engine.context,
-            file_bytes=self.file_bytes,
-            weight_bytes=planned.weight_bytes,
-            kv_bytes_per_token=planned.kv_bytes_per_token,
-        )
 
     def throughput(self) -> None:
-        """Measure decode of 1, 8, … sequences at once, up to `engine.max_running` if above 1."""
-        limit, sizes = self.settings.engine.max_running, self.sizes
-        for count in sorted({*(n for n in _AT_ONCE if n < limit), limit} if limit > 1 else ()):
+        """Measure decode of 1, 8, … sequences at once, up to `engine.max_running`."""
+        limit = self.settings.engine.max_running
+        for count in (*(n for n in _AT_ONCE if n < limit), limit):
             self.on_phase(f"decode of {count} sequences at once")
             gc.collect()
-            engine = self.settings.engine.model_copy(update={"max_running": count})
-            loaded = runtime.load(self.path, self.settings.model, engine)
-            runs = []
-            for _ in range(1 + _THROUGHPUT_RUNS):  # the first run captures graphs
-                prompts = [self._prompts.next(sizes.first) for _ in range(count)]
-                runs.append(timing.together(loaded.engine, prompts, sizes.together))
-            moved = self.traffic.step_bytes(count, sizes.first + sizes.together // 2)
-            limit_s = moved / (1e9 * self.bandwidth.gb_s)
-            self._add("throughput", self.bandwidth.speed(count, runs[1:], moved, count, limit=count / limit_s))
-            del loaded
+            self._add("throughput", self._at_once(count))
 
     def loads(self) -> None:
         """Measure loads with the file and the kernels in their caches."""
@@ -188,6 +219,20 @@ class Bench:
             gc.unfreeze()
         self._add_first_tokens_and_answers("server", first, answers)
 
+    def _at_once(self, count: int) -> Figure:
+        """Load the model with `count` slots and measure decode of as many sequences."""
+        sizes, engine = self.sizes, self._load(max_running=count)[1].engine
+
+        def run() -> timing.Together:
+            return timing.together(engine, [self._prompts.next(sizes.first) for _ in range(count)], sizes.together)
+
+        run()  # captures graphs
+        runs = timing.repeated(run, _THROUGHPUT_RUNS, sizes.budget_s)
+        context = round(statistics.median(run.context for run in runs))
+        moved, rate = self.traffic.step_bytes(count, context), 1e9 * self.bandwidth.gb_s
+        floor = count / self.traffic.step_floor_s(count, context, rate, self._operations_per_s)
+        return self.bandwidth.speed(count, [run.step_s for run in runs], moved, count, floor=floor, context=context)
+
     def _decode_and_prefill(self, engine: Engine) -> None:
         traffic, bandwidth, tokens = self.traffic, self.bandwidth, self.sizes.tokens
         for length in self.sizes.lengths:
@@ -211,10 +256,23 @@ class Bench:
     def _timed(self, engine: Engine, prompt: int, tokens: int) -> timing.Timed:
         return timing.timed(engine, self._prompts.next(prompt), tokens)
 
-    def _load(self) -> tuple[float, runtime.LoadedModel]:
+    def _load(self, max_running: int = 1) -> tuple[float, runtime.LoadedModel]:
+        """Load the model, by default for one sequence at a time; returns also the seconds."""
+        engine = self.settings.engine.model_copy(update={"max_running": max_running})
         began = time.perf_counter()
-        loaded = runtime.load(self.path, self.settings.model, self.settings.engine)
-        return time.perf_counter() - began, loaded
+        loaded = runtime.load(self.path, self.settings.model, engine)
+        seconds, planned = time.perf_counter() - began, self.traffic.planned
+        self.model = self.model or ModelFacts(
+            name=loaded.name,
+            file=self.path.name,
+            fingerprint=loaded.fingerprint,
+            architecture=planned.hparams.architecture,
+            context=loaded.engine.context,
+            file_bytes=self.file_bytes,
+            weight_bytes=planned.weight_bytes,
+            kv_bytes_per_token=planned.kv_bytes_per_token,
+        )
+        return seconds, loaded
 
     def _add_first_tokens_and_answers(self, at: str, first: list[float], answers: list[timing.Timed]) -> None:
         sizes, traffic = self.sizes, self.traffic

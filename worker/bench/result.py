@@ -36,11 +36,26 @@ class Figure:
     p95: float | None = None
     """First tokens: 95th percentile."""
     limit: float | None = None
-    """Decode, throughput: tokens/s if reading the bytes at the measured bandwidth took all time."""
+    """Decode: tokens/s if reading the bytes at the measured bandwidth took all time."""
+    floor: float | None = None
+    """Throughput: tokens/s in all at the floor of a step's time; see `Traffic.step_floor_s`."""
+    context: int | None = None
+    """Throughput: tokens to which each sequence attends in the middle of a run, on average."""
     tflops: float | None = None
     """Prefill: 1e12 operations per second in matrix products with weights."""
     extra_us: float | None = None
     """Sampler: µs per token beyond greedy, the median of pairs of runs."""
+
+    @property
+    def step_us(self) -> float:
+        """Throughput: µs of a decode step of `at` sequences."""
+        return 1e6 * int(self.at) / self.median
+
+    @property
+    def floor_percent(self) -> float:
+        """Throughput: the speed as a share of that at the floor."""
+        assert self.floor is not None, "only throughput has a floor"
+        return 100 * self.median / self.floor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +121,8 @@ class Result:
     sampler      decode by sampling setting
     answer       one long answer at `engine`, and at `server` as the client receives it
     """
-    server_share: float
-    """Median speed of answers at the server divided by that at the engine."""
+    server_share: float | None = None
+    """Median speed of answers at the server divided by that at the engine; None if not measured."""
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts and lists; fields of a figure that are None are left out."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,16 @@ SAMPLINGS = {
 }
 Timed = tuple[float, float]
 """Seconds to the first token, and seconds per token after it."""
+_T = TypeVar("_T")
+
+
+class Together(NamedTuple):
+    """Decode of several sequences at once."""
+
+    step_s: float
+    """Seconds of a step, in which each sequence generates one token."""
+    context: int
+    """Tokens to which a sequence attends in the middle of the run, on average."""
 
 
 class Prompts:
@@ -58,7 +69,7 @@ def timed(engine: Engine, prompt: Sequence[int], tokens: int, sampling: Sampling
     return first - began, (time.perf_counter() - first) / max(1, tokens - 1)
 
 
-def repeated(measure: Callable[[], Timed], min_runs: int, budget_s: float) -> list[Timed]:
+def repeated(measure: Callable[[], _T], min_runs: int, budget_s: float) -> list[_T]:
     """Measure at least `min_runs` times, and more while the budget lasts."""
     until, runs = time.perf_counter() + budget_s, [measure() for _ in range(min_runs)]
     while time.perf_counter() < until:
@@ -66,25 +77,34 @@ def repeated(measure: Callable[[], Timed], min_runs: int, budget_s: float) -> li
     return runs
 
 
-def together(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> float:
-    """Seconds per token of one sequence while all `prompts` generate greedily at once.
+def spare(sequences: int) -> int:
+    """Tokens that a sequence may generate while the prompts of later ones are computed."""
+    return sequences + 16
+
+
+def together(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> Together:
+    """Time steps in which all `prompts` are continued greedily at once.
 
     Timed are `tokens` tokens of each sequence, from the step in which the last prompt gets its
     first token on. No sequence ends meanwhile.
     """
-    spare = len(prompts) + 16  # a sequence may generate while later prompts are computed
     for index, prompt in enumerate(prompts):
-        engine.add(Request(f"bench-{index}", list(prompt), tokens + spare, GREEDY))
+        engine.add(Request(f"bench-{index}", list(prompt), tokens + spare(len(prompts)), GREEDY))
     started: set[str] = set()
+    known = sum(map(len, prompts))
     while len(started) < len(prompts):
-        started.update(drawn.sequence_id for drawn in engine.step())
+        drawn = engine.step()
+        known += len(drawn)
+        started.update(each.sequence_id for each in drawn)
     began, left = time.perf_counter(), tokens * len(prompts)
     while left > 0:
         left -= len(engine.step())
+        assert not engine.idle, "the sequences ended before all tokens were timed"
     seconds = time.perf_counter() - began
     for sequence_id in engine.active:
         engine.abort(sequence_id)
-    return seconds / (tokens * len(prompts) - left) * len(prompts)
+    steps = tokens - left / len(prompts)
+    return Together(seconds / steps, round(known / len(prompts) + steps / 2))
 
 
 def samplers(engine: Engine, prompts: Prompts, prompt: int, tokens: int, runs: int) -> dict[str, list[float]]:

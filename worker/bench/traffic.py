@@ -22,16 +22,25 @@ class Traffic:
 
     def token_bytes(self, context: int) -> int:
         """Bytes of a decode step that attends to `context` keys, fewer in a layer with a window."""
-        keys = sum(min(context, window or context) for window in self.planned.windows)
-        return self._weights(1) + keys * self.planned.kv_bytes_per_token // self.planned.hparams.block_count
+        return self._weights(1) + self._key_bytes(context)
 
     def step_bytes(self, sequences: int, context: int) -> int:
         """Bytes of a decode step of several sequences, each of which attends to `context` keys.
 
         Of a mixture all experts that uniform routing is expected to choose.
         """
-        keys = self.token_bytes(context) - self._weights(1)
-        return self._step_weights(sequences) + sequences * keys
+        return self._step_weights(sequences) + sequences * self._key_bytes(context)
+
+    def step_floor_s(
+        self, sequences: int, context: int, bytes_per_s: float, operations_per_s: float = math.inf
+    ) -> float:
+        """Seconds of a decode step at the device's rates; arguments as for `step_bytes`.
+
+        The weights are read while the products are computed, the keys and values are read after.
+        """
+        weights = self._step_weights(sequences) / bytes_per_s
+        products = self._flops(sequences, sequences) / operations_per_s
+        return max(weights, products) + sequences * self._key_bytes(context) / bytes_per_s
 
     def prompt_bytes(self, tokens: int) -> int:
         """Bytes of a prompt: the weights once, however it is chunked, and its keys and values."""
@@ -39,6 +48,14 @@ class Traffic:
 
     def prompt_flops(self, tokens: int) -> int:
         """Multiplications and additions of a prompt's products; the head runs for one token."""
+        return self._flops(tokens, 1)
+
+    @property
+    def _untied(self) -> bool:
+        return any(info.name == "output.weight" for info in self.planned.weights)
+
+    def _flops(self, tokens: int, heads: int) -> int:
+        """Multiplications and additions of the products; the head runs for `heads` tokens."""
         hp, head = self.planned.hparams, "output.weight" if self._untied else "token_embd.weight"
         total = 0
         for info in self.planned.weights:
@@ -47,12 +64,13 @@ class Traffic:
             elements = math.prod(info.shape)
             if "_exps." in info.name:
                 elements = elements * hp.expert_used_count // hp.expert_count
-            total += 2 * elements * (1 if info.name == head else tokens)
+            total += 2 * elements * (heads if info.name == head else tokens)
         return total
 
-    @property
-    def _untied(self) -> bool:
-        return any(info.name == "output.weight" for info in self.planned.weights)
+    def _key_bytes(self, context: int) -> int:
+        """Bytes of the keys and values that a token attends to, fewer in a layer with a window."""
+        keys = sum(min(context, window or context) for window in self.planned.windows)
+        return keys * self.planned.kv_bytes_per_token // self.planned.hparams.block_count
 
     def _step_weights(self, sequences: int) -> int:
         hp, total = self.planned.hparams, self._weights(sequences)

@@ -35,8 +35,9 @@ can't be served, or the job failed or is not known, 2 wrong usage, 3 invalid req
 Redis server is unreachable or refuses, 130 interrupted.
 """
 
-_SWITCH_S = 0.001
-"""GIL switch interval: the event loop and uploads must run while another thread computes."""
+_SWITCH_S = 0.0002
+"""GIL switch interval. The engine's thread waits as long for the event loop each time a device call
+returns, several times in a step of 1 ms, and the event loop for the engine's thread."""
 
 _MODULES = {
     "generate": "generate",

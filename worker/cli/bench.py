@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -26,7 +27,6 @@ from worker.config import load_settings
 _WIDTH = 120  # columns if stdout is not a terminal
 _TITLES = {
     "decode": "decode at",
-    "throughput": "decode at once,",
     "prefill": "prefill of",
     "first_token": "first token,",
     "load": "load,",
@@ -35,16 +35,15 @@ _TITLES = {
 }
 
 
-_COUNTED = {"decode at once,": "sequences"}
-
-
 def bench(
     model: ModelArgument,
     context: ContextOption = None,
     backend: BackendOption = None,
     max_running: Annotated[
         int | None,
-        typer.Option(min=1, max=256, help="Also decode 1, 8, 32, … sequences at once, up to N.", metavar="N"),
+        typer.Option(
+            min=1, max=256, help="Also decode 1, 8, 32, … sequences at once, up to N, beside the floor.", metavar="N"
+        ),
     ] = None,
     commit: Annotated[
         str | None, typer.Option(help="Commit to record in the result; by default that of the git checkout.")
@@ -55,7 +54,8 @@ def bench(
 
     Each figure is the median of at least five runs, with minimum and maximum, the bytes moved, and
     their share of the read bandwidth, which is measured first. Takes half a minute on a GPU, two
-    minutes on a CPU.
+    minutes on a CPU, and longer with --max-running. Figures of several sequences are medians of at
+    least three runs.
     """
     path = model_path(model)
     settings = load_settings(
@@ -88,7 +88,41 @@ def _print(result: Result, console: Console) -> None:
             table.add_row(*_cells(title, figure))
         table.add_section()
     console.print(table)
-    console.print(f"\nThrough the server a job runs at {result.server_share:.1%} of the engine's speed.")
+    if throughput := result.figures.get("throughput"):
+        console.print(
+            "\nseveral sequences at once; the floor is the time of weights or products, plus keys and values\n"
+        )
+        console.print(_at_once(throughput))
+    if result.server_share is not None:
+        console.print(f"\nThrough the server a job runs at {result.server_share:.1%} of the engine's speed.")
+
+
+def _at_once(figures: Sequence[Figure]) -> Table:
+    """Decode of several sequences at once: one row for each number of them."""
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "sequences",
+        "tokens/s in all",
+        "from",
+        "to",
+        "floor",
+        "% of floor",
+        "µs a step",
+        "GB/s",
+        "context",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for figure in figures:
+        speeds = (number(speed) for speed in (figure.median, figure.low, figure.high, figure.floor or 0))
+        table.add_row(
+            f"{figure.at}",
+            *speeds,
+            f"{figure.floor_percent:.1f}",
+            f"{figure.step_us:,.0f}",
+            f"{figure.gb_s:,.0f}",
+            f"{figure.context:,}",
+        )
+    return table
 
 
 def _cells(title: str, figure: Figure) -> list[str]:
@@ -99,9 +133,7 @@ def _cells(title: str, figure: Figure) -> list[str]:
         "extra_us": f"{figure.extra_us or 0:+,.1f} µs",
     }
     return [
-        f"{title} {figure.at:,} {_COUNTED.get(title, 'tokens')}"
-        if isinstance(figure.at, int)
-        else f"{title} {figure.at}",
+        f"{title} {figure.at:,} tokens" if isinstance(figure.at, int) else f"{title} {figure.at}",
         f"{number(figure.median)} {figure.unit}",
         str(figure.runs),
         number(figure.low),

@@ -66,8 +66,10 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     }
     settings = load_settings()
     try:
-        backend = open_backend(settings.engine)
-        planned = plan(file, settings.model, backend, settings.engine.kv_memory, settings.engine.max_running)
+        backend, drafts = open_backend(settings.engine), settings.engine.speculation != "off"
+        planned = plan(
+            file, settings.model, backend, settings.engine.kv_memory, settings.engine.max_running, drafts=drafts
+        )
         if "error" not in report["tokenizer"]:
             padding_rows(report["tokenizer"]["size"], planned.hparams.vocab_size, file.path)
     except WorkerError as error:

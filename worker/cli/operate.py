@@ -83,7 +83,10 @@ def workers(
     """List the live workers and their status."""
     with client(config, redis_url, queue) as connected:
         statuses = connected.workers()
-    columns = ("state", "model", "device", "queue", "running", "jobs", "degraded", "host", "pid", "http_port")
+    columns = (
+        *("state", "model", "device", "queue", "running", "waiting", "preempted", "kv_blocks_used"),
+        *("jobs", "degraded", "host", "pid", "http_port"),
+    )
     rows: list[dict[str, Any]] = [
         {"worker": name, **(status if json else {key: status.get(key) for key in columns})}
         for name, status in sorted(statuses.items())
