@@ -126,9 +126,11 @@ class Bench:
     def prepare(cls, path: Path, settings: Settings, on_phase: Callable[[str], None]) -> Bench:
         """Read the file's header and measure the read bandwidth. Raises as `run` does.
 
-        A KV pool that holds one context by default is made to hold `engine.max_running` sequences.
+        Speculation is off: a step is one token of each sequence. A KV pool that holds one context
+        by default is made to hold `engine.max_running` sequences.
         """
-        engine = settings.engine
+        engine = settings.engine.model_copy(update={"speculation": "off"})
+        settings = settings.model_copy(update={"engine": engine})
         with GgufFile.open(path) as file:
             file_bytes, backend = file.tensor_bytes, runtime.open_backend(engine)
             planned = runtime.plan(file, settings.model, backend, engine.kv_memory, engine.max_running)

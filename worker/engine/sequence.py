@@ -14,7 +14,7 @@ from worker.sampling import EngineFinishReason, Sampling
 NO_SLOT = -1
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """A prompt to be continued by at most `max_tokens` tokens, ended by any of `end_ids`.
 

@@ -4,14 +4,15 @@ Verification (`Runner.propose`) changes no draw, only how many a step returns. S
 is about time alone: a sequence speculates on credit. Each of its tokens earns EARNED, each accepted
 draft token earns 1, and a step with draft tokens costs what `DraftSupport.cost` estimates. Without
 credit nothing is proposed, so an answer loses at most EARNED of its time, and that of START_CREDIT
-tokens. Exact matching of sampled tokens: Leviathan et al. 2023, arXiv:2211.17192, with a draft
-model that is certain. Read first: `ngram_proposer.py`.
+tokens, however often it is preempted. Exact matching of sampled tokens: Leviathan et al. 2023,
+arXiv:2211.17192, with a draft model that is certain. Read first: `ngram_proposer.py`.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
+from weakref import WeakKeyDictionary
 
 from worker.engine.ngram_proposer import NgramProposer
 from worker.engine.sequence import Sequence
@@ -25,12 +26,12 @@ EARNED = 0.01
 """Credit of a generated token, in tokens: the largest share of its speed that a sequence loses."""
 START_CREDIT = 1.0
 MAX_CREDIT = 2.0
-"""Text that stops to repeat itself loses at most this many tokens of what it had gained."""
+"""Text that stops repeating itself loses at most this many tokens of what it had gained."""
 
 
 @dataclass(slots=True)
 class _Drafting:
-    """A sequence that may speculate."""
+    """What is known of a sequence since it was first able to speculate."""
 
     proposer: NgramProposer
     credit: float = START_CREDIT
@@ -55,7 +56,8 @@ class Speculation:
     def __init__(self, support: DraftSupport) -> None:
         self.proposed = self.accepted = 0
         self._support = support
-        self._drafting: dict[Sequence, _Drafting] = {}
+        self._drafting: WeakKeyDictionary[Sequence, _Drafting] = WeakKeyDictionary()
+        """Of all sequences that are not ended, also while they wait or ids are replayed."""
         self._launched: deque[list[_Proposal]] = deque()
         """Of the steps whose draws are not returned, oldest first."""
 
@@ -70,16 +72,13 @@ class Speculation:
         proposals: list[_Proposal] = []
         most = self._support.spare_rows(count, largest=True)
         if most:
-            known = self._drafting
-            self._drafting = {each: known.get(each) or _start(each) for each in generating if _may_speculate(each)}
-            for sequence, state in self._drafting.items():
-                _add_new_tokens(sequence, state)
+            drafting = {each: self._updated(each) for each in generating if _may_speculate(each)}
             cost = self._support.cost(count, most)
-            affordable = (each for each in self._drafting.values() if each.credit >= cost)
+            affordable = (each for each in drafting.values() if each.credit >= cost)
             lasting = any(each.proposer.followed >= LASTING for each in affordable)
             spare = self._support.spare_rows(count, largest=lasting)
-            least = self._support.cost(count, 1) / max(1, min(spare, len(self._drafting)))
-            for sequence, state in self._drafting.items():
+            least = self._support.cost(count, 1) / max(1, min(spare, len(drafting)))
+            for sequence, state in drafting.items():
                 if spare and state.credit >= least:
                     ids = self._next_ids(sequence, state.proposer, in_flight.get(sequence, []), spare)
                     spare -= len(ids)
@@ -107,7 +106,20 @@ class Speculation:
     def reset(self) -> None:
         """Drop all proposals, after a step that failed."""
         self._launched.clear()
-        self._drafting.clear()
+
+    def _updated(self, sequence: Sequence) -> _Drafting:
+        """The state of a sequence, with its new tokens. Tokens before it began earn nothing."""
+        state = self._drafting.get(sequence)
+        if state is None:
+            state = _Drafting(NgramProposer(sequence.ids, len(sequence.prompt) + sequence.max_tokens))
+            state.proposer.append(sequence.generated)
+            state.used = len(sequence.generated)
+            self._drafting[sequence] = state
+        new = sequence.generated[state.used :]
+        state.used += len(new)
+        state.proposer.append(new)
+        state.credit = min(MAX_CREDIT, state.credit + EARNED * len(new))
+        return state
 
     def _next_ids(self, sequence: Sequence, proposer: NgramProposer, in_flight: list[int], spare: int) -> list[int]:
         """Draft tokens after those that the step in flight is expected to draw."""
@@ -135,14 +147,3 @@ class Speculation:
 def _may_speculate(sequence: Sequence) -> bool:
     """Whether a generating sequence draws new tokens, since all of its known ids are replayed."""
     return not sequence.recomputed and len(sequence.generated) >= max(1, len(sequence.replay))
-
-
-def _start(sequence: Sequence) -> _Drafting:
-    return _Drafting(NgramProposer(sequence.ids, len(sequence.prompt) + sequence.max_tokens))
-
-
-def _add_new_tokens(sequence: Sequence, state: _Drafting) -> None:
-    new = sequence.generated[state.used :]
-    state.used += len(new)
-    state.proposer.append(new)
-    state.credit = min(MAX_CREDIT, state.credit + EARNED * len(new))
