@@ -127,7 +127,7 @@ def _rest(results: Sequence[Result]) -> str:
 
 def _each(result: Result, name: str) -> Iterable[tuple[bool, Figure]]:
     """Yield the figures of a measurement, each with whether it is the first."""
-    return ((number == 0, figure) for number, figure in enumerate(result.figures[name]))
+    return ((number == 0, figure) for number, figure in enumerate(result.figures.get(name, ())))
 
 
 def _median(figure: Figure | None) -> str:
@@ -147,9 +147,9 @@ def spread(figure: Figure) -> str:
     return f"{number(figure.median)} ({number(figure.low)} to {number(figure.high)})"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a Markdown table: two columns aligned left, the others right."""
-    rule = ["---"] * 2 + ["---:"] * (len(heads) - 2)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> str:
+    """Format a Markdown table: the first `left` columns aligned left, the others right."""
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
 
 

@@ -38,6 +38,8 @@ def ordered(results: Sequence[Result]) -> list[Result]:
     for result in results:
         if not result.figures.get(PART):
             raise SystemExit(f"{result.model.file}: no figures of several sequences; measure with --max-running N")
+        if any(figure.floor is None for figure in result.figures[PART]):
+            raise SystemExit(f"{result.model.file}: figures without a floor, of an earlier version; measure again")
     names = list(NAMES)
     return sorted(results, key=lambda result: names.index(stem(result)) if stem(result) in NAMES else len(names))
 
@@ -80,7 +82,7 @@ def overview(results: Sequence[Result]) -> str:
     rows = [(f"{count}", *(_beside(result, count) for result in results)) for count in counts]
     names = (NAMES.get(stem(result), stem(result)) for result in results)
     where = " ".join(dict.fromkeys(map(machine_and_commit, results)))
-    return f"{table(('sequences', *names), rows)}\n\n{fill(where, COLUMNS)}"
+    return f"{table(('sequences', *names), rows, left=1)}\n\n{fill(where, COLUMNS)}"
 
 
 def _beside(result: Result, count: int) -> str:

@@ -53,7 +53,8 @@ _DRAFT_STEPS = (LEAST_DRAFT_ROWS, MAX_DRAFT_ROWS)
 """Rows of the decode steps with draft tokens; both are captured at load."""
 _STEP_TIMES = {1: 1.0, 2: 1.2, 4: 1.5, 8: 1.9}
 _EXPERT_STEP_TIMES = {1: 1.0, 2: 1.4, 4: 2.0, 8: 3.1}
-"""Measured times of decode steps by rows, relative to one row (docs/notes/batching.md)."""
+"""Times of decode steps by rows, relative to one row: of dense models with 4 rows measured
+(docs/notes/batching.md), the others estimated."""
 _DRAFT_TIME = 0.13
 """Copies of slots, keys and values before attention, and acceptance, in the same unit."""
 
