@@ -26,7 +26,15 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SPILL_ALLOWANCE = {"sm_80": 256, "sm_90": 96, "sm_100": 256}
 # With 64 sums a thread, addresses that only the end of a row tile needs are spilled. Two blocks of
 # glu_rows a multiprocessor were faster than one without spills, with 8 rows on an H100.
-SPILL_ALLOWANCE_OF = {"matvec_mma.cu": 704, "matvec_mma_wide.cu": 448, "experts_mma.cu": 640, "glu_rows.cu": 128}
+# The products of one row quantize their input beside 32 weights a lane.
+SPILL_ALLOWANCE_OF = {
+    "matvec_mma.cu": 704,
+    "matvec_mma_wide.cu": 448,
+    "experts_mma.cu": 640,
+    "glu_rows.cu": 128,
+    "glu.cu": 128,
+    "matvec.cu": 128,
+}
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
 
