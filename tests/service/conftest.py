@@ -12,7 +12,6 @@ import pytest
 from tests.jobs.conftest import harness, server, session_server  # noqa: F401  # fixtures are found by name
 from tests.jobs.harness import FakeRedisHarness
 from tests.service.models import SharedModel
-from worker.cli import _SWITCH_S
 from worker.service.engine_thread import EngineThread
 
 
@@ -50,6 +49,6 @@ async def thread():
 def short_switch_interval():
     """The GIL switch interval that `worker run` sets."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(0.001)
     yield
     sys.setswitchinterval(before)
