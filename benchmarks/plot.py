@@ -52,6 +52,11 @@ def _panel(panel: Any, result: Result) -> None:
     panel.set_title(stem(result), fontsize=10)
     panel.set_xlabel(f"tokens of context\n{result.machine.device}, {result.bandwidth_gb_s:,.0f} GB/s", fontsize=8)
     panel.set_ylim(0, 1.08 * max(limits))
+    set_style(panel)
+
+
+def set_style(panel: Any) -> None:
+    """Set the frame, number format, label size and grid of a panel."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.yaxis.set_major_formatter("{x:,.0f}")
     panel.xaxis.set_major_formatter("{x:,.0f}")

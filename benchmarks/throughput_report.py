@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.plot import DPI, HEIGHT_INCHES, LIMIT, MEASURED, PANEL_INCHES, THEIRS
+from benchmarks.plot import DPI, HEIGHT_INCHES, LIMIT, MEASURED, PANEL_INCHES, THEIRS, set_style
 from benchmarks.recorded import at, read, stem
 from benchmarks.reference import AT_ONCE, NAMES, AtOnce
 from benchmarks.report import NONE, machine_and_commit, put_into, spread, table
@@ -124,11 +124,7 @@ def _panel(panel: Any, result: Result) -> None:
     panel.set_xlabel(f"sequences at once\n{result.machine.device}, {result.bandwidth_gb_s:,.0f} GB/s", fontsize=8)
     panel.set_xticks(counts)
     panel.minorticks_off()
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.yaxis.set_major_formatter("{x:,.0f}")
-    panel.xaxis.set_major_formatter("{x:,.0f}")
-    panel.tick_params(labelsize=8)
-    panel.grid(axis="y", alpha=0.25)
+    set_style(panel)
 
 
 def main() -> None:

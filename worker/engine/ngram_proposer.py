@@ -10,7 +10,7 @@ from worker.ops import Ints
 
 _MIN_NGRAM = 3
 _MAX_NGRAM = 8
-"""Of several occurrences the one with the longest common end is taken, up to so many tokens."""
+"""Tokens that are compared at most: among occurrences, the longest match is chosen."""
 
 
 class NgramProposer:
