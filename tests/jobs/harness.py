@@ -89,7 +89,7 @@ class Harness(ABC):
 
     @abstractmethod
     async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
-        """Save these keys; the returned function restores them, like a server losing writes."""
+        """Save these keys; the returned function restores them at once, like a server losing writes."""
 
     async def close(self) -> None:
         for streams in self._opened:
@@ -120,8 +120,11 @@ class MemoryHarness(Harness):
 
         async def restore() -> None:
             for key, value in saved.items():
+                self.streams.drop(key)
                 table = self.streams._hashes if isinstance(value, dict) else self.streams._streams
-                table[key] = copy.deepcopy(value)
+                if value is not None:
+                    table[key] = copy.deepcopy(value)
+                    self.streams._expiry_ms[key] = self.streams._now() + 60_000
 
         return restore
 
@@ -154,8 +157,13 @@ class RedisHarness(Harness):
         saved = {key: await self.raw.dump(key) for key in keys}
 
         async def restore() -> None:
-            for key, value in saved.items():
-                await self.raw.restore(key, 60_000, value, replace=True)
+            async with self.raw.pipeline(transaction=True) as pipe:
+                for key, value in saved.items():
+                    if value is None:
+                        pipe.delete(key)
+                    else:
+                        pipe.restore(key, 60_000, value, replace=True)
+                await pipe.execute()
 
         return restore
 

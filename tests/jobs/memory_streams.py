@@ -288,15 +288,20 @@ class MemoryStreams(Keyspace):
         self._streams[queue_key(queue)].pending[entry_id] = Delivery(consumer, self._now() - idle_ms, deliveries)
         return True
 
-    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
+    async def settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None = None) -> bool:
+        """`state.lua` and `settle.lua`."""
+        state = self._hash(state_key(job_id)) if job_id is not None else {"state": "end"}
+        if state.get("state") not in TERMINAL_KINDS and state.get("entry", entry_id) == entry_id:
+            return False
         stream = self._stream(queue_key(queue))
         if stream is None:
-            return False
+            return True
         pending = stream.pending.pop(entry_id, None) is not None
         if dead and pending:
             self._add(dead_key(queue), None, dead)
-        stream.entries.pop(entry_id, None)
-        return pending
+        if pending or split_id(entry_id) <= split_id(stream.delivered):
+            stream.entries.pop(entry_id, None)
+        return True
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
         stream = self._stream(queue_key(queue)) or Stream()
@@ -328,8 +333,8 @@ class MemoryStreams(Keyspace):
             return TakeReply("OVER", state.get("error", ""), state.get("entry", ""))
         if state.get("entry", call.entry_id) != call.entry_id:
             return TakeReply("DUPLICATE", "", state["entry"])
-        mine = (state.get("worker"), state.get("base")) == (call.worker, call.expected)
-        if mine and now.last_id == f"{call.epoch}-0":
+        call_of = (state.get("worker"), state.get("taken_ms"), state.get("base"))
+        if call_of == (call.worker, str(call.now_ms), call.expected) and now.last_id == f"{call.epoch}-0":
             return TakeReply("TAKEN")
         if now.last_id != call.expected or now.next_epoch != call.epoch:
             return TakeReply("RETRY")
@@ -361,7 +366,8 @@ class MemoryStreams(Keyspace):
         """`append.lua`, line by line."""
         stream = self._stream(events_key(job_id))
         state = self._hash(state_key(job_id))
-        if stream is None or (state.get("epoch") == str(call.epoch) and state.get("worker") != call.worker):
+        owner, caller = (state.get("worker"), state.get("taken_ms")), (call.worker, str(call.taken_ms))
+        if stream is None or (state.get("epoch") == str(call.epoch) and owner != caller):
             return START
         written = bool(call.events) and stream.last_id == call.events[-1][0]
         if not written and stream.last_id != call.expected:
@@ -372,6 +378,7 @@ class MemoryStreams(Keyspace):
         fields: dict[str, str | int] = {
             "epoch": call.epoch,
             "worker": call.worker,
+            "taken_ms": call.taken_ms,
             "state": call.state,
             "tokens": call.tokens,
         }

@@ -117,6 +117,7 @@ async def test_a_waiting_job_is_waited_for(harness: Harness) -> None:
     claim = await claim_next(worker)
     await asyncio.sleep(0.15)
     await worker.release(claim)
+    worker.forget(claim)
     await complete(worker, await take_next(worker), 2)
     assert (await early)[0] == text(2)
 

@@ -193,7 +193,8 @@ async def test_keys_that_have_expired_are_not_created_again(harness: Harness) ->
     with pytest.raises(Fenced):
         await worker.finish(lease, end(0))
     await worker.renew(lease)
-    await worker.settle(lease)
+    with pytest.raises(Fenced):
+        await worker.settle(lease)
     assert not [key for key in await harness.keys() if "{job:" in key]
 
 

@@ -422,7 +422,7 @@ async def test_a_worker_alone_tries_again_a_lease_after_a_fault(harness, call):
         assert (await read_job(client, "a")).text == "abc" * 10
 
         async def nothing_held():  # the acknowledgement follows the last event
-            return worker.transport._consumers["default"].held == set()
+            return worker.transport._consumers["default"]._held == {}
 
         await wait_until(nothing_held)
     assert_none(await find_violations(harness.connect(), "default", {"a": "abc" * 10}))

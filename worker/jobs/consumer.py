@@ -77,8 +77,8 @@ class Consumer:
     """The consumer `worker_id` of one queue."""
 
     def __init__(self, streams: Streams, queue: str, worker_id: str, lease: LeaseSection) -> None:
-        self.held: set[str] = set()
-        """Ids of the entries that this worker is processing."""
+        self._held: dict[str, int] = {}
+        """Ids of the entries that this worker is processing, and how many tasks have each."""
         self._avoided_until_s: dict[str, float] = {}
         """Ids of entries that this worker leaves to others, and how long."""
         self._model_of: dict[str, str] = {}
@@ -112,7 +112,7 @@ class Consumer:
         """Claim an entry; None if there is none within `block_ms`, or without a connection.
 
         In this order: pending entries whose delivery was lost with a reply, entries of dead
-        consumers, new entries.
+        consumers, new entries. Hold what it returns.
         """
         if self._streams.reconnects != self._reconnects:
             self._reconnects = self._streams.reconnects
@@ -129,22 +129,39 @@ class Consumer:
             self._own_after = START
             raise
         self.last_contact_s = time.monotonic()
-        if entry is not None:
-            self.held.add(entry.id)
-        return entry
+        return entry if entry is not None and self.hold(entry.id) else None
+
+    def hold(self, entry_id: str) -> bool:
+        """Regard the entry as one that this worker is processing, until `forget`.
+
+        Returns False if it is already. Then the server has lost the delivery and repeated it: the
+        attempt in progress keeps the entry, and no second one may begin beside it.
+        """
+        if entry_id in self._held:
+            return False
+        self._held[entry_id] = 1
+        return True
+
+    def share(self, entry_id: str) -> None:
+        """Let another task have a held entry, which then is held until each has called `forget`."""
+        self._held[entry_id] = self._held.get(entry_id, 0) + 1
+
+    def forget(self, entry_id: str) -> None:
+        """End the hold of one task. Call it once for each `hold` and `share`."""
+        self._held[entry_id] = self._held.get(entry_id, 0) - 1
+        if self._held[entry_id] <= 0:
+            del self._held[entry_id]
 
     async def renew(self, entry_id: str) -> Ownership:
         """Reset the idle time of an entry, if it is still pending here."""
         ownership = await retry_until_connected(self._streams.renew, self._queue, self._worker_id, entry_id)
-        self.renewed(entry_id, ownership)
+        self.renewed(ownership)
         return ownership
 
-    def renewed(self, entry_id: str, ownership: Ownership) -> None:
+    def renewed(self, ownership: Ownership) -> None:
         """Note the result of a renewal."""
         if ownership == "held":
             self.last_contact_s = time.monotonic()
-        elif ownership == "lost":
-            self.held.discard(entry_id)
 
     async def give_back(self, entry_id: str, deliveries: int, avoid_s: float = 0.0, model: str | None = None) -> None:
         """Make the entry claimable at once, with this delivery count.
@@ -156,16 +173,17 @@ class Consumer:
             self._model_of[entry_id] = model
         args = (entry_id, int(self._lease.lease_s * 1000) + 1, max(0, deliveries))
         await retry_until_connected(self._streams.give_back, self._queue, self._worker_id, *args)
-        self.held.discard(entry_id)
 
-    async def settle(self, entry_id: str, dead: dict[str, bytes] | None) -> None:
-        """Acknowledge and delete the entry, moving it to the dead letters if `dead` is given."""
-        await retry_until_connected(self._streams.settle, self._queue, entry_id, dead)
-        self.held.discard(entry_id)
+    async def settle(self, entry_id: str, dead: dict[str, bytes] | None, job_id: str | None = None) -> bool:
+        """Acknowledge and delete the entry, moving it to the dead letters if `dead` is given.
+
+        Returns False, and does nothing, if a job `job_id` is given and has no terminal event.
+        """
+        return await retry_until_connected(self._streams.settle, self._queue, entry_id, dead, job_id)
 
     def _is_free(self, entry_id: str) -> bool:
         """Whether this worker may claim the entry: not processing it, nor leaving it to others."""
-        if entry_id in self.held or time.monotonic() < self._avoided_until_s.get(entry_id, 0.0):
+        if entry_id in self._held or time.monotonic() < self._avoided_until_s.get(entry_id, 0.0):
             return False
         return entry_id not in self._model_of or self._model_of[entry_id] not in self.other_models
 

@@ -65,11 +65,10 @@ class Consumers:
             if isinstance(error, Disconnected):
                 return None
             raise
-        claimed = [(name, found[name]) for name in order if name in found]
-        for name, entry in claimed:
-            self._of[name].held.add(entry.id)
+        claimed = [(name, found[name]) for name in order if name in found and self._of[name].hold(found[name].id)]
         for name, entry in claimed[1:]:
             await self._of[name].give_back(entry.id, entry.deliveries - 1)
+            self._of[name].forget(entry.id)
         if claimed:
             self._order.claimed(claimed[0][0], [])
         return claimed[0] if claimed else None

@@ -77,12 +77,16 @@ class Lease:
     history: History
     base: str
     """The stream's last id before this epoch."""
+    taken_ms: int
+    """When `take` was called. With the worker's name it identifies the attempt."""
     log: list[EncodedEvent]
     """Event n has the id `<epoch>-n`."""
     last_id: str
     """The stream's last id, as last reported by the server."""
     tokens: int
     """Number of tokens of the answer so far, those of earlier epochs included."""
+    ending: tuple[str, str] = ("running", "")
+    """The job's state and error code after the last event, once `finish` was called."""
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held during an append: one batch is in flight at a time."""
     _envelope: dict[str, Any] = field(default_factory=dict, init=False, repr=False)

@@ -6,12 +6,13 @@ socket time-out of a reply, TCP keep-alive on idle connections, and, after a rep
 """
 
 import asyncio
+import contextlib
 import math
 import select
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, SupportsIndex
 
 from redis import exceptions
@@ -140,14 +141,20 @@ class WaitingPool(ConnectionPool):
         finally:
             self._free.release()
 
-    async def exchange(self, commands: bytes, count: int) -> list[Any]:
-        """Send `count` packed commands in one write; return their replies, errors included."""
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[_Steady]:
+        """An open connection, which is not opened again in the block."""
         connection = await self.get_connection()
         assert isinstance(connection, _Steady), "`open_client` has chosen the class"
         try:
-            return await connection.exchange(commands, count)
+            yield connection
         finally:
             await self.release(connection)
+
+    async def exchange(self, commands: bytes, count: int) -> list[Any]:
+        """Send `count` packed commands in one write; return their replies, errors included."""
+        async with self.connection() as connection:
+            return await connection.exchange(commands, count)
 
 
 def _is_readable(connection: AbstractConnection) -> bool:

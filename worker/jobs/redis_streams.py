@@ -5,9 +5,10 @@ client retries: the caller must know when a reply was lost. `redis_errors.py` ha
 """
 
 import asyncio
+import contextlib
 import time
 import weakref
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from typing import Any, Self
@@ -16,6 +17,7 @@ from redis import exceptions
 from redis.asyncio import Connection, Redis
 
 from worker.errors import ConfigInvalid, ServerRefused
+from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_pool import WaitingPool, open_client
@@ -64,9 +66,11 @@ class RedisStreams:
         self._address = address
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job = ("take", "append", "cancel", "state")
-        of_queue = ("renew", "reclaim", "pending", "settle", "enqueue", "find", "remove_consumers")
+        of_queue = ("renew", "settle")
+        others = ("reclaim", "pending", "enqueue", "find", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
-        self._scripts |= {name: commands.register_script(_lua(name)) for name in of_queue}
+        self._scripts |= {name: commands.register_script(_lua("queue") + _lua(name)) for name in of_queue}
+        self._scripts |= {name: commands.register_script(_lua(name)) for name in others}
 
     @classmethod
     def from_url(cls, url: str, contact: Contact | None = None) -> Self:
@@ -171,8 +175,20 @@ class RedisStreams:
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries) == 1)
 
-    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
-        return bool(await self._on_queue("settle", queue, entry_id, *_flat((dead or {}).items())))
+    async def settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None = None) -> bool:
+        return bool(await self._call(self._settle(queue, entry_id, dead, job_id), no_group=True, write="settle"))
+
+    async def _settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None) -> bool:
+        """`state.lua` and `settle.lua` on one connection, so without a restart in between."""
+        async with self._one_connection() as run_script:
+            if job_id is not None:
+                _, flat = await run_script("state", [events_key(job_id), state_key(job_id)], ())
+                state = _texts(dict(zip(flat[::2], flat[1::2], strict=True)))
+                if state.get("state") not in TERMINAL_KINDS and state.get("entry", entry_id) == entry_id:
+                    return False
+            args = (GROUP, entry_id, *_flat((dead or {}).items()))
+            await run_script("settle", [queue_key(queue), dead_key(queue)], args)
+        return True
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
         return int(await self._on_queue("remove_consumers", queue, min_idle_ms, *([name] if name else [])))
@@ -238,6 +254,27 @@ class RedisStreams:
             if code_of(reply) != "NOSCRIPT":
                 raise reply
         return await script(keys=keys, args=args)
+
+    @contextlib.asynccontextmanager
+    async def _one_connection(self) -> AsyncIterator[Callable[[str, Sequence[str], Sequence[Value]], Awaitable[Any]]]:
+        """As `_run_script`, for several calls on a connection that is not replaced between them."""
+        pool = self._commands.connection_pool
+        if not isinstance(pool, WaitingPool):
+            yield self._run_script
+            return
+        async with pool.connection() as connection:
+
+            async def run_script(name: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
+                script = self._scripts[name]
+                run, load = ("EVALSHA", script.sha, len(keys), *keys, *args), ("SCRIPT", "LOAD", str(script.script))
+                (reply,) = await connection.exchange(pack_command(run), 1)
+                if isinstance(reply, exceptions.ResponseError) and code_of(reply) == "NOSCRIPT":
+                    loaded, reply = await connection.exchange(pack_command(load) + pack_command(run), 2)
+                    raise_if_all_failed([loaded])
+                raise_if_all_failed([reply])
+                return reply
+
+            yield run_script
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
@@ -356,8 +393,8 @@ class RedisStreams:
 
 def _append_args(call: AppendCall) -> list[Value]:
     """ARGV of `append.lua`."""
-    expected, epoch, worker, state, tokens, code, events, now_ms, ttl_ms = call
-    args: list[Value] = [expected, epoch, worker, state, tokens, code, now_ms, ttl_ms]
+    expected, epoch, worker, taken_ms, state, tokens, code, events, now_ms, ttl_ms = call
+    args: list[Value] = [expected, epoch, worker, taken_ms, state, tokens, code, now_ms, ttl_ms]
     for entry_id, (kind, packed) in events:
         args += (entry_id, kind, packed)
     return args

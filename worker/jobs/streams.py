@@ -86,6 +86,7 @@ class TakeCall:
     max_deliveries: int
     max_attempts: int
     now_ms: int
+    """With `worker` it identifies the attempt: no two calls of a worker have the same."""
     ttl_ms: int
 
 
@@ -112,6 +113,8 @@ class AppendCall(NamedTuple):
     expected: str
     epoch: int
     worker: str
+    taken_ms: int
+    """`now_ms` of the attempt's `TakeCall`: tells it from other attempts of the worker."""
     state: str
     """`running`, `handed_back`, or the type of the terminal event."""
     tokens: int
@@ -259,10 +262,12 @@ class Streams(Protocol):
     async def give_back(self, queue: str, consumer: str, entry_id: str, idle_ms: int, deliveries: int) -> bool:
         """Set idle time and delivery count of the entry, under the same condition as `renew`."""
 
-    async def settle(self, queue: str, entry_id: str, dead: Fields | None) -> bool:
+    async def settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None = None) -> bool:
         """Acknowledge and delete the entry, and add `dead`, if given, to the dead letters.
 
-        Only the first call adds them and returns True.
+        Only the first call adds them. The entry is left if the server has lost its delivery, and
+        repeats it. With a `job_id` the call returns False and does nothing unless this job is over
+        or bound to another entry: the server has lost the last event of a job that had ended.
         """
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:

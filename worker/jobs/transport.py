@@ -67,8 +67,9 @@ class Transport:
         self._consumers = Consumers(streams, queues, worker_id, self._settings)
         self._server_clock = ServerClock(streams)
         self.registration = Registration(streams, worker_id, self._settings)
-        self._settling: dict[str, asyncio.Task[None]] = {}
-        """By entry id."""
+        self._taken_ms = 0
+        """Time of the last call of `take`. Each call has another, which identifies the attempt."""
+        self._settling: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Create the queues, delete dead consumers, and accept commands from now on."""
@@ -79,7 +80,7 @@ class Transport:
     async def close(self) -> None:
         """Unregister, delete the consumers without pending entries, and disconnect."""
         if self._settling:
-            await asyncio.wait(self._settling.values())
+            await asyncio.wait(self._settling)
         with contextlib.suppress(Disconnected, ServerRefused):
             await self._consumers.close()
             await self.registration.close()
@@ -148,10 +149,12 @@ class Transport:
             call = self._take_call(claim, job_id, trace, state, event, errors)
             reply = await retry_until_connected(self._streams.take, job_id, call)
             if reply.outcome == "TAKEN":
-                base, opening_id = call.expected, f"{history.epoch}-0"
-                return Lease(claim, job_id, trace, history, base, [call.opening], opening_id, len(history.tokens))
+                taken = (call.expected, call.now_ms, [call.opening], f"{history.epoch}-0")
+                return Lease(claim, job_id, trace, history, *taken, len(history.tokens))
             if reply.outcome != "RETRY":
-                return await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
+                closed = await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
+                if closed is not None:
+                    return closed
             state, history = await read_history(self._streams, job_id)
             ownership = await self._consumer_of(claim).renew(claim.entry_id)
             if ownership == "lost":
@@ -207,33 +210,50 @@ class Transport:
         last = events[-1]
         if not last.terminal:
             raise ValueError(f"{last.kind} is not a terminal event")
-        await self._publish(lease, events, last.kind, last.code if isinstance(last, ErrorEvent) else "")
+        lease.ending = (last.kind, last.code if isinstance(last, ErrorEvent) else "")
+        await self._publish(lease, events, *lease.ending)
         if isinstance(last, ErrorEvent):
             await self.registration.publish(last, lease.trace.envelope(lease.job_id, lease.epoch, self.worker_id))
 
     async def settle(self, lease: Lease) -> None:
-        """Acknowledge a finished job and let its keys expire after `retention_s`."""
-        await self._consumer_of(lease.claim).settle(lease.claim.entry_id, None)
+        """Acknowledge a finished job and let its keys expire after `retention_s`.
+
+        Writes its last events again if the server has lost them meanwhile: without its entry no
+        worker would end the job.
+
+        Raises:
+            Fenced: the server has lost the attempt. The entry is left, and the job begins again.
+        """
+        consumer = self._consumer_of(lease.claim)
+        while not await consumer.settle(lease.claim.entry_id, None, lease.job_id):
+            try:
+                async with lease.writing:
+                    await self._write(lease, *lease.ending)
+            except Fenced:
+                await self.release(lease.claim)
+                raise
         await self._expire_keys(lease.job_id)
 
     def begin_settling(self, lease: Lease) -> None:
         """Start `settle` in the background: the next job need not wait. `close` awaits it."""
-        task = self._settling[lease.claim.entry_id] = asyncio.create_task(self.settle(lease))
+        self._consumer_of(lease.claim).share(lease.claim.entry_id)  # the attempt may end earlier or later
+        task = asyncio.create_task(self.settle(lease))
+        self._settling.add(task)
         task.add_done_callback(lambda done: self._settled(lease.claim, done))
 
     def _settled(self, claim: Claim, task: asyncio.Task[None]) -> None:
-        del self._settling[claim.entry_id]
+        self._settling.discard(task)
         self.forget(claim)
         if not task.cancelled() and (error := task.exception()):  # the next worker that claims it settles it
             logging.getLogger(__name__).warning("job not settled: %s", error)
 
     def forget(self, claim: Claim) -> None:
-        """Stop regarding the entry as this worker's: call it on every way out of an attempt.
+        """Stop regarding the entry as this worker's: call it once on every way out of an attempt.
 
-        An entry that is still pending then is claimed again after its lease, here or elsewhere.
+        Until then this worker does not claim the entry again, even if the server delivers it again.
+        One that is still pending is claimed after its lease, here or elsewhere.
         """
-        if claim.entry_id not in self._settling:
-            self._consumer_of(claim).held.discard(claim.entry_id)
+        self._consumer_of(claim).forget(claim.entry_id)
 
     async def renew(self, held: Lease | Claim) -> Renewal:
         """Renew the lease, once per `renew_s`. Also reports whether a cancel was requested."""
@@ -258,12 +278,12 @@ class Transport:
         except (Disconnected, ServerRefused):
             return [None] * len(calls)
         renewals: list[Renewal | None] = []
-        for (queue, entry_id, _), reply in zip(calls, replies, strict=True):
+        for (queue, _, _), reply in zip(calls, replies, strict=True):
             if reply is None:
                 renewals.append(None)
                 continue
             ownership, cancelled = reply
-            self._consumers[queue].renewed(entry_id, ownership)
+            self._consumers[queue].renewed(ownership)
             cancelled = cancelled and ownership == "held"
             renewals.append(Renewal.CANCEL_REQUESTED if cancelled else Renewal(ownership))
         return renewals
@@ -287,11 +307,11 @@ class Transport:
         This worker does not claim it for `avoid_s` seconds, so that another one may.
         """
         claim = held.claim if isinstance(held, Lease) else held
-        with contextlib.suppress(Fenced):
-            if isinstance(held, Lease):
+        if isinstance(held, Lease):
+            with contextlib.suppress(Fenced):
                 async with held.writing:
                     await self._write(held, "handed_back", "")
-            await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries - 1, avoid_s)
+        await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries - 1, avoid_s)
 
     async def abandon(self, held: Lease | Claim, error: WorkerError) -> None:
         """Make the job claimable at once after a failure of this worker: a failed attempt.
@@ -299,12 +319,11 @@ class Transport:
         This worker does not claim it for a lease, so that another one may.
         """
         claim = held.claim if isinstance(held, Lease) else held
-        with contextlib.suppress(Fenced):
-            if isinstance(held, Lease):
-                with contextlib.suppress(ServerRefused):  # give it back nevertheless
-                    async with held.writing:
-                        await self._write(held, "running", error.code)
-            await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries, self._settings.lease_s)
+        if isinstance(held, Lease):
+            with contextlib.suppress(Fenced, ServerRefused):  # give it back nevertheless
+                async with held.writing:
+                    await self._write(held, "running", error.code)
+        await self._consumer_of(claim).give_back(claim.entry_id, claim.deliveries, self._settings.lease_s)
 
     async def dead_letter(self, claim: Claim, error: WorkerError, job_id: str = "") -> None:
         """Move an entry to the dead letters: its job id or its job's keys are unusable."""
@@ -328,6 +347,7 @@ class Transport:
         self, claim: Claim, job_id: str, trace: Trace, state: JobState, opening: Event, errors: Mapping[str, ErrorEvent]
     ) -> TakeCall:
         envelope = trace.envelope(job_id, state.next_epoch, self.worker_id)
+        self._taken_ms = max(envelope.ts_ms, self._taken_ms + 1)
         return TakeCall(
             entry_id=claim.entry_id,
             worker=self.worker_id,
@@ -340,14 +360,14 @@ class Transport:
             deliveries=claim.deliveries,
             max_deliveries=self._settings.max_deliveries,
             max_attempts=self._settings.max_attempts,
-            now_ms=envelope.ts_ms,
+            now_ms=self._taken_ms,
             ttl_ms=self._unsettled_ms,
         )
 
     async def _close_job(
         self, claim: Claim, job_id: str, trace: Trace, epoch: int, reply: TakeReply, errors: Mapping[str, ErrorEvent]
-    ) -> Closed:
-        """Settle an entry that has nothing to run."""
+    ) -> Closed | None:
+        """Settle an entry that has nothing to run; None if the server has lost the job's end."""
         dead: dict[str, bytes] | None = None
         own = reply.outcome != "DUPLICATE" and reply.entry_id in ("", claim.entry_id)  # else another entry of the job
         if own and reply.code == DeadLettered.code:
@@ -355,7 +375,8 @@ class Transport:
             attempts, last_error = state.next_epoch - 2, state.fields.get("last_error", "")
             reason = "attempts without one new token, or too many deliveries"
             dead = claim.dead_letter(job_id, reason, attempts, last_error)
-        await self._consumer_of(claim).settle(claim.entry_id, dead)
+        if not await self._consumer_of(claim).settle(claim.entry_id, dead, job_id):
+            return None
         if reply.outcome == "DUPLICATE":
             return Closed("duplicate")
         if own:
@@ -372,7 +393,7 @@ class Transport:
             await self._write(lease, state, code)
 
     def _append_call(self, lease: Lease, state: str, code: str) -> AppendCall:
-        owner, events = (lease.last_id, lease.epoch, self.worker_id), lease.unwritten()
+        owner, events = (lease.last_id, lease.epoch, self.worker_id, lease.taken_ms), lease.unwritten()
         return AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
@@ -381,7 +402,6 @@ class Transport:
             call = self._append_call(lease, state, code)
             last_id = await retry_until_connected(self._streams.append, lease.job_id, call)
             if not lease.owns(last_id):
-                self._consumer_of(lease.claim).held.discard(lease.claim.entry_id)
                 raise Fenced(f"job {lease.job_id}: epoch {lease.epoch} ended at {last_id}")
             lease.last_id = last_id
             if not lease.unwritten():

@@ -76,7 +76,7 @@ class Attempt:
         try:
             return await self._process()
         except Fenced:
-            return self._released("fenced")
+            return await self._leave_to_owner("fenced")
         except AttemptInterrupted as interrupted:
             return await self._hand_over(interrupted.reason)
         except CudaError:
@@ -274,12 +274,20 @@ class Attempt:
             await self._stop_renewing()
             await self._context.transport.release(self._held)
             return self._released("handed_back")
+        if reason is StopReason.LOST:
+            return await self._leave_to_owner("lost")
         if reason is StopReason.OTHER_MODEL:
             await self._stop_renewing()
             await self._context.transport.pass_on(self._claim, self._other_model)
         if reason is StopReason.STALLED:
             await self._abandon(self._held, Internal("the engine made no step"))
         return self._released(reason.name.lower())
+
+    async def _leave_to_owner(self, outcome: str) -> str:
+        """Release the entry if it is still pending here: the server may have lost the attempt."""
+        await self._stop_renewing()
+        await self._context.transport.release(self._claim)
+        return self._released(outcome)
 
     async def _fail(self, error: Exception) -> str:
         """End an attempt that raised: after a bug another one begins, at most `max_attempts`.

@@ -9,17 +9,8 @@ local options = ARGV[4] and {'IDLE', ARGV[4], 'RETRYCOUNT', ARGV[5], 'JUSTID'} o
 if pending and redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], unpack(options))[1] then return 1 end
 if not redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])[1] then return -1 end
 
--- It is pending for nobody. The server lost the delivery and repeats it, if the id is above the group's last one.
--- Otherwise XACK or XGROUP DELCONSUMER was called, and nobody would receive the entry again: FORCE restores it.
-for _, flat in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-  local of = {}
-  for i = 1, #flat, 2 do of[flat[i]] = flat[i + 1] end
-  if of.name == ARGV[1] then
-    local ms, seq = string.match(ARGV[3], '(%d+)-(%d+)')
-    local last_ms, last_seq = string.match(of['last-delivered-id'], '(%d+)-(%d+)')
-    ms, seq, last_ms, last_seq = tonumber(ms), tonumber(seq), tonumber(last_ms), tonumber(last_seq)
-    if ms > last_ms or ms == last_ms and seq > last_seq then return 0 end
-  end
-end
+-- It is pending for nobody. The server lost the delivery and repeats it; or XACK or XGROUP DELCONSUMER was called,
+-- and nobody would receive the entry again: FORCE restores it.
+if not was_delivered(ARGV[1], ARGV[3]) then return 0 end
 options[#options + 1] = 'FORCE'
 return #redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], unpack(options))

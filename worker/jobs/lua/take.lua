@@ -7,7 +7,8 @@ local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
 if is_over(state) then return {'OVER', state.error or '', state.entry or ''} end
 if state.entry and state.entry ~= entry then return {'DUPLICATE', '', state.entry} end
-if state.worker == worker and state.base == expected and top == epoch .. '-0' then return {'TAKEN'} end
+local repeated = state.worker == worker and state.taken_ms == now and state.base == expected
+if repeated and top == epoch .. '-0' then return {'TAKEN'} end
 if top ~= expected or next_epoch(top, state) ~= tonumber(epoch) then return {'RETRY'} end
 
 -- An attempt was barren if it published no new token and did not give the job back (which changes its state).
