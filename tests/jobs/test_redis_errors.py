@@ -17,10 +17,10 @@ from redis.asyncio.connection import Connection
 
 from tests.jobs.servers import Server, free_port, running_server
 from worker.errors import ServerRefused
-from worker.jobs.keys import events_key, state_key
+from worker.jobs.keys import GROUP, events_key, queue_key, state_key
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import CancelCall, Contact, Disconnected, retry_until_connected
+from worker.jobs.streams import AppendCall, CancelCall, Contact, Disconnected, retry_until_connected
 
 PARSER = Connection()._parser
 
@@ -97,6 +97,13 @@ def test_a_permanent_refusal_names_its_cause(text: str, code: str, words: str) -
     assert error.details["reply"] == code
     assert words in error.message
     assert "s3cret" not in error.message
+
+
+@pytest.mark.parametrize("text", ["NOPERM User x", "ERR ACL failure in script: User x"])
+def test_a_refused_right_is_named_with_its_code_once(text: str) -> None:
+    for error in (reply(text), exceptions.ResponseError(text)):  # redis-py's parser, and `redis_resp.py`
+        message = str(translate(error, "redis://h:1"))
+        assert message.endswith(f": {text.removeprefix('NOPERM ').removeprefix('ERR ')} (NOPERM)")
 
 
 @pytest.mark.parametrize("text", ["NOPERM x", "NOAUTH x", "WRONGPASS x"])
@@ -302,6 +309,53 @@ async def test_reads_that_succeed_do_not_end_a_refusal_of_writes(admin: Redis, o
     assert await streams.enqueue("default", {"p": b"x"}, 10)
     assert lines[1:] == ["back"]
     await streams.close()
+
+
+async def held_entry(streams: RedisStreams) -> str:
+    """An entry that is pending for `w`. Loads the scripts of `renew_many`."""
+    await streams.open_queue("default")
+    entry_id = await streams.enqueue("default", {"p": b"x"}, 10)
+    assert entry_id
+    await streams.read_new(["default"], "w", 0)
+    assert await streams.renew("default", "w", entry_id) == "held"
+    await streams.job_state("j")
+    return entry_id
+
+
+async def test_states_that_are_read_do_not_end_a_refusal_of_renewals(admin: Redis, own_server: Server) -> None:
+    lines: list[str] = []
+    contact = Contact(lines.append, lambda _: lines.append("back"))
+    streams = RedisStreams.from_url(own_server.url, contact)
+    calls = [("default", await held_entry(streams), "j")] * 2
+    await admin.config_set("min-replicas-to-write", 1)
+    for _ in range(2):
+        with pytest.raises(Disconnected, match="NOREPLICAS"):
+            await streams.renew_many("w", calls)
+        assert len(lines) == 1
+    await admin.config_set("min-replicas-to-write", 0)
+    assert await streams.renew_many("w", calls) == [("held", False)] * 2
+    assert lines[1:] == ["back"]
+    await streams.close()
+
+
+async def test_flushed_scripts_are_left_to_single_calls(admin: Redis, own_server: Server) -> None:
+    lines: list[str] = []
+    streams = RedisStreams.from_url(own_server.url, Contact(lines.append))
+    entry_id = await held_entry(streams)
+    await admin.script_flush()
+    append = AppendCall("0-0", 1, "w", 1, "running", 0, "", [], 0, 1000)
+    assert await streams.append_many([("j", append)] * 2) == [None, None]
+    for job_id in ("j", None):
+        assert await streams.renew_many("w", [("default", entry_id, job_id)] * 2) == [None, None]
+    assert await streams.renew("default", "w", entry_id) == "held"
+    assert lines == []
+    await streams.close()
+
+
+async def test_claims_of_a_lost_group_are_left_to_single_renewals(admin: Redis, streams: RedisStreams) -> None:
+    entry_id = await held_entry(streams)
+    await admin.xgroup_destroy(queue_key("default"), GROUP)
+    assert await streams.renew_many("w", [("default", entry_id, None)] * 2) == [None, None]
 
 
 async def test_a_node_of_a_cluster() -> None:

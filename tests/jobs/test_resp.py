@@ -36,7 +36,11 @@ def test_replies_are_parsed_however_they_arrive(cuts):
     assert plain(replies.values) == PARSED
 
 
-@pytest.mark.parametrize("wire", [b"?1\r\n", b":1\r\n:2\r\n"])
+@pytest.mark.parametrize(
+    "wire",
+    [b"?1\r\n", b":1\r\n:2\r\n", b"$abc\r\n", b":x\r\n", b"*x\r\n", b"$3\r\nabcXY", b"*1\r\n" * 3000 + b":1\r\n"],
+    ids=["kind", "more", "length", "integer", "count", "end", "depth"],
+)
 def test_what_is_no_reply_or_one_too_many_is_refused(wire):
     with pytest.raises(InvalidResponse):
         Replies(1).feed(wire)

@@ -108,9 +108,10 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
     """Why the server refused: a fixed sentence, or its own text without the command's arguments."""
     inner = re.fullmatch(r"Command # .* caused error: \(['\"](.*)['\"],\)", str(error), re.S)
     own = (inner[1] if inner else str(error)).partition(", with args")[0].rstrip(".")
+    own = own.removeprefix("ERR ").removeprefix(f"{code} ")
     if code == "NOPERM":
         return f"{_ACCESS[code]}: {own}"
-    return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own.removeprefix(f"{code} ")
+    return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own
 
 
 def _lost_reason(error: exceptions.RedisError) -> str:

@@ -46,6 +46,8 @@ class Replies:
                 self.values.append(value)
         except _Incomplete:
             pass
+        except (ValueError, RecursionError) as error:  # no integer, or arrays nested too deeply
+            raise InvalidResponse("the server sent a malformed reply") from error
         self._data = data[end:]
         if self.complete and self._data:
             raise InvalidResponse("the server sent more replies than it received commands")
@@ -80,6 +82,8 @@ def _parse_bulk(data: bytes, length: int, start: int) -> tuple[bytes | None, int
     end = start + length
     if len(data) < end + 2:
         raise _Incomplete
+    if data[end : end + 2] != b"\r\n":
+        raise InvalidResponse("a string is longer than its length")
     return data[start:end], end + 2
 
 

@@ -165,7 +165,10 @@ class RedisStreams:
         ]
         jobs = [job_id for _, _, job_id in calls if job_id is not None]
         commands += [("EVALSHA", state, 2, events_key(job_id), state_key(job_id)) for job_id in jobs]
-        replies = await self._call(self._pipeline(commands), write="renew")
+        pipeline = self._pipeline(commands, len(calls))
+        replies = await self._call(pipeline, no_group=[], no_script=[], write="renew")
+        if not replies:
+            return [None] * len(calls)
         states = dict(zip(jobs, replies[len(calls) :], strict=True))
         return [
             _renewal(ownership, states.get(job_id) if job_id is not None else [])
@@ -224,13 +227,15 @@ class RedisStreams:
         commands: list[Sequence[Value]] = [
             ("EVALSHA", sha, 2, events_key(job_id), state_key(job_id), *_append_args(call)) for job_id, call in calls
         ]
-        replies = await self._call(self._pipeline(commands), write="append")
-        return [None if isinstance(reply, exceptions.RedisError) else _text(reply) for reply in replies]
+        pipeline = self._pipeline(commands, len(calls))
+        replies = await self._call(pipeline, no_script=[None] * len(calls), write="append")
+        return [_text(reply) if isinstance(reply, bytes) else None for reply in replies]
 
-    async def _pipeline(self, commands: Sequence[Sequence[Value]]) -> list[Any]:
+    async def _pipeline(self, commands: Sequence[Sequence[Value]], writes: int) -> list[Any]:
         """Replies to commands sent in one write, errors included.
 
-        Raises the first error if all are errors.
+        Raises the first error if the replies to the first `writes` commands are errors. The others
+        only read: a server that refuses writes executes them.
         """
         pool = self._commands.connection_pool
         if isinstance(pool, WaitingPool):
@@ -240,7 +245,7 @@ class RedisStreams:
                 for command in commands:
                     pipe.execute_command(*command)
                 replies = await pipe.execute(raise_on_error=False)
-        raise_if_all_failed(replies)
+        raise_if_all_failed(replies[:writes])
         return replies
 
     async def _run_script(self, name: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
@@ -366,20 +371,25 @@ class RedisStreams:
         await self._commands.aclose()
         await self._blocking.aclose()
 
-    async def _call(self, reply: Awaitable[Any], no_group: Any = None, write: str = "") -> Any:
+    async def _call(self, reply: Awaitable[Any], no_group: Any = None, no_script: Any = None, write: str = "") -> Any:
         """Await the reply; return `no_group` if the queue has no consumer group.
 
-        `write` names a call that writes, for `Contact`. Raises Disconnected and ServerRefused. A
-        cancellation that arrives with the reply is raised: `wait_for` of Python 3.11, used by
-        redis-py, would drop it.
+        `no_script`, if not None, is returned if the server lacks a script; `Contact` then records
+        neither a failure nor a success. `write` names a call that writes, for `Contact`.
+
+        Raises Disconnected and ServerRefused. A cancellation that arrives with the reply is raised:
+        `wait_for` of Python 3.11, used by redis-py, would drop it.
         """
         task, began_s = asyncio.current_task(), time.monotonic()
         cancellations = task.cancelling() if task else 0
         try:
             value = await reply
         except exceptions.RedisError as error:
-            if code_of(error) == "NOGROUP":
+            code = code_of(error)
+            if code == "NOGROUP":
                 return no_group
+            if code == "NOSCRIPT" and no_script is not None:
+                return no_script
             translated = translate(error, self._address, waiting=self.waits_for_access)
             if isinstance(translated, Disconnected):
                 self._lost(write, translated)
