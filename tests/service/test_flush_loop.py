@@ -161,6 +161,40 @@ async def test_one_call_is_in_flight_and_the_next_has_what_became_due_meanwhile(
     assert sink.leases[1:] == [[source.lease for source in sources[2:]]]
 
 
+async def test_a_flush_after_a_call_cancels_the_timer():
+    """Otherwise every late flush would add a timer, and the flushes would become more frequent."""
+    answered, sources = asyncio.Event(), [Source(), Source()]
+    sink = Sink([True, True], wait=answered)
+    loop = FlushLoop(sink, 100)
+
+    async def add(*, at_once, wait_s):
+        for source in sources:
+            loop.add(source, at_once=at_once)
+        await asyncio.sleep(wait_s)
+
+    await add(at_once=True, wait_s=0.005)  # in flight
+    await add(at_once=True, wait_s=0.005)  # late
+    await add(at_once=False, wait_s=0.06)  # a timer of 100 ms
+    answered.set()
+    await asyncio.sleep(0.005)
+    assert len(sink.leases) == 2
+    await add(at_once=False, wait_s=0.06)  # the first timer would have fired by now
+    assert len(sink.leases) == 2
+    await asyncio.sleep(0.1)
+    assert len(sink.leases) == 3
+
+
+async def test_a_source_that_fails_leaves_the_others_to_their_own_tasks():
+    class Faulty(Source):
+        def stage(self):
+            raise ZeroDivisionError
+
+    sources = [Source(), Faulty(), Source()]
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # of the task that raised
+    await flush(Sink([]), *sources)
+    assert [source.calls.count("append") for source in sources] == [1, 1, 1]
+
+
 async def test_a_job_that_was_discarded_is_not_flushed():
     sink, sources = Sink([True]), [Source(), Source()]
     loop = FlushLoop(sink, 10)

@@ -62,7 +62,9 @@ class FlushLoop:
         self._due.pop(source, None)
 
     def _flush(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()  # if `_written` calls: this flush has the timer's sources
+            self._timer = None
         if self._write is not None:
             self._late = True
             return
@@ -82,16 +84,20 @@ class FlushLoop:
     async def _append(self, due: list[TokenSource]) -> None:
         # From `idle` to the leases' locks, which `append_staged` takes first, nothing is awaited: a
         # job's own task would write the staged events, and this call would follow its last event.
+        unwritten = dict.fromkeys(due)
         sources: list[TokenSource] = []
-        for source in due:
-            if not source.idle:
-                source.request_append()
-            elif source.stage():
-                sources.append(source)
-        written: list[bool] = []
         try:
-            written = await self._transport.append_staged([source.lease for source in sources])
-        finally:
-            for n, source in enumerate(sources):
-                if n >= len(written) or not written[n]:
+            for source in due:
+                if not source.idle:
                     source.request_append()
+                elif source.stage():
+                    sources.append(source)
+                    continue
+                del unwritten[source]
+            written = await self._transport.append_staged([source.lease for source in sources])
+            for source, done in zip(sources, written, strict=True):
+                if done:
+                    del unwritten[source]
+        finally:
+            for source in unwritten:  # after a fault, those not staged as well
+                source.request_append()
