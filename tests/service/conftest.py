@@ -12,6 +12,7 @@ import pytest
 from tests.jobs.conftest import harness, server, session_server  # noqa: F401  # fixtures are found by name
 from tests.jobs.harness import FakeRedisHarness
 from tests.service.models import SharedModel
+from worker.cli import _SWITCH_S
 from worker.service.engine_thread import EngineThread
 
 
@@ -49,6 +50,6 @@ async def thread():
 def short_switch_interval():
     """The GIL switch interval that `worker run` sets."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(_SWITCH_S)
     yield
     sys.setswitchinterval(before)

@@ -317,7 +317,10 @@ class Attempt:
                 await self._context.transport.abandon(held, error)
 
     async def _stop_renewing(self) -> None:
-        """A renewal after the release would block the entry for a whole lease."""
+        """Stop renewing the lease, and wait for a call in flight.
+
+        A renewal after the release would block the entry for a whole lease.
+        """
         await self._context.renewal_loop.remove(self)
 
     def _released(self, outcome: str) -> str:

@@ -40,9 +40,10 @@ class Renewed(Protocol):
 class RenewalLoop:
     """Renewals of a worker's leases. Used on the event loop."""
 
-    def __init__(self, transport: Transport, renew_s: float) -> None:
+    def __init__(self, transport: Transport, renew_s: float, log: Log) -> None:
         self._transport = transport
         self._renew_s = renew_s
+        self._log = log
         self._due: dict[Renewed, float] = {}
         """When each attempt is renewed next, by the event loop's clock; without those in flight."""
         self._calls: dict[Renewed, asyncio.Task[None]] = {}
@@ -107,7 +108,7 @@ class RenewalLoop:
         try:
             renewals = await self._transport.renew_many([attempt.held for attempt in attempts])
         except Exception as error:
-            attempts[0].log.error("renewal_fault", frames=frames_of(error))
+            self._log.error("renewal_fault", frames=frames_of(error))
         for attempt, renewal in zip(attempts, renewals, strict=True):
             if renewal is None:
                 self._start(self._renew_alone, [attempt])

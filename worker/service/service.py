@@ -169,7 +169,7 @@ class Service:
             lambda: self._health.memory,
             self._reporter.first_token_gate,
             FlushLoop(self._transport, self._section.flush_ms),
-            RenewalLoop(self._transport, self._lease.renew_s),
+            RenewalLoop(self._transport, self._lease.renew_s, self._log),
         )
         return await first_completed(
             self._run_jobs(context),
