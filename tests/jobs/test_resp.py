@@ -46,6 +46,24 @@ def test_what_is_no_reply_or_one_too_many_is_refused(wire):
         Replies(1).feed(wire)
 
 
+def test_a_reply_of_many_parts_is_parsed_once(monkeypatch):
+    """To parse it from its beginning with each part would take time in the square of its size."""
+    items, parse, calls = 2000, Replies._parse, 0
+
+    def counted(self, start):
+        nonlocal calls
+        calls += 1
+        return parse(self, start)
+
+    monkeypatch.setattr(Replies, "_parse", counted)
+    wire, replies = b"*%d\r\n" % items + b"$4\r\nabcd\r\n" * items, Replies(1)
+    parts = [wire[at : at + 50] for at in range(0, len(wire), 50)]
+    for part in parts:
+        replies.feed(part)
+    assert replies.values == [[b"abcd"] * items]
+    assert calls <= 1 + items + len(parts)
+
+
 def test_a_command_is_packed_with_lengths_in_bytes():
     packed = pack_command(("SET", "ключ", 12, b"\r\n"))
     assert packed == b"*4\r\n$3\r\nSET\r\n$8\r\n" + "ключ".encode() + b"\r\n$2\r\n12\r\n$2\r\n\r\n\r\n"

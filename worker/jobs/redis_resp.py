@@ -10,6 +10,7 @@ from typing import Any
 from redis.exceptions import InvalidResponse, ResponseError
 
 Value = str | int | bytes
+_MAX_DEPTH = 32
 
 
 def pack_command(args: Sequence[Value]) -> bytes:
@@ -23,13 +24,15 @@ def pack_command(args: Sequence[Value]) -> bytes:
 
 
 class Replies:
-    """Parses the replies to a number of commands from the bytes that arrive."""
+    """Parses the replies to a number of commands from the bytes that arrive, each byte once."""
 
     def __init__(self, count: int) -> None:
         self.values: list[Any] = []
         """The complete replies: int, bytes, None, a list of these, or a ResponseError."""
         self._count = count
-        self._data = b""
+        self._buffer = bytearray()
+        self._open: list[tuple[list[Any], int]] = []
+        """The arrays that are not complete, from the outermost on, and their lengths."""
 
     @property
     def complete(self) -> bool:
@@ -38,63 +41,67 @@ class Replies:
 
     def feed(self, data: bytes) -> None:
         """Add bytes. Raises InvalidResponse if they are not RESP2, or more than the replies."""
-        data = self._data + data
-        end = 0
+        self._buffer += data
+        start = 0
         try:
-            while not self.complete:
-                value, end = _parse(data, end)
-                self.values.append(value)
-        except _Incomplete:
-            pass
-        except (ValueError, RecursionError) as error:  # no integer, or arrays nested too deeply
-            raise InvalidResponse("the server sent a malformed reply") from error
-        self._data = data[end:]
-        if self.complete and self._data:
+            while not self.complete and (end := self._parse(start)):
+                start = end
+        except ValueError as error:
+            raise InvalidResponse("a length or an integer of a reply is malformed") from error
+        del self._buffer[:start]
+        if self.complete and self._buffer:
             raise InvalidResponse("the server sent more replies than it received commands")
 
+    def _parse(self, start: int) -> int:
+        """Parse a value or the length of an array; return its end, 0 if it has not arrived."""
+        buffer = self._buffer
+        line_end = buffer.find(b"\r\n", start)
+        if line_end < 0:
+            return 0
+        kind, line, end = buffer[start : start + 1], buffer[start + 1 : line_end], line_end + 2
+        if kind == b"$":
+            return self._parse_string(int(line), end)
+        if kind == b"*":
+            self._open_array(int(line))
+        elif kind == b":":
+            self._add(int(line))
+        elif kind == b"+":
+            self._add(bytes(line))
+        elif kind == b"-":
+            self._add(ResponseError(line.decode(errors="replace")))
+        else:
+            raise InvalidResponse(f"a reply begins with {bytes(kind)!r}")
+        return end
 
-class _Incomplete(Exception):
-    """The rest of a reply has not arrived."""
+    def _parse_string(self, length: int, start: int) -> int:
+        if length < 0:
+            self._add(None)
+            return start
+        end = start + length
+        if len(self._buffer) < end + 2:
+            return 0
+        if self._buffer[end : end + 2] != b"\r\n":
+            raise InvalidResponse("a string is longer than its length")
+        self._add(bytes(self._buffer[start:end]))
+        return end + 2
 
+    def _open_array(self, length: int) -> None:
+        if length <= 0:
+            self._add([] if length == 0 else None)
+        elif len(self._open) == _MAX_DEPTH:
+            raise InvalidResponse(f"arrays are nested more than {_MAX_DEPTH} deep")
+        else:
+            self._open.append(([], length))
 
-def _parse(data: bytes, start: int) -> tuple[Any, int]:
-    """One reply from `start` on, and where it ends."""
-    line_end = data.find(b"\r\n", start)
-    if line_end < 0:
-        raise _Incomplete
-    kind, line, end = data[start : start + 1], data[start + 1 : line_end], line_end + 2
-    if kind == b"$":
-        return _parse_bulk(data, int(line), end)
-    if kind == b":":
-        return int(line), end
-    if kind == b"+":
-        return line, end
-    if kind == b"-":
-        return ResponseError(line.decode(errors="replace")), end
-    if kind != b"*":
-        raise InvalidResponse(f"a reply begins with {kind!r}")
-    return _parse_array(data, int(line), end)
-
-
-def _parse_bulk(data: bytes, length: int, start: int) -> tuple[bytes | None, int]:
-    if length < 0:
-        return None, start
-    end = start + length
-    if len(data) < end + 2:
-        raise _Incomplete
-    if data[end : end + 2] != b"\r\n":
-        raise InvalidResponse("a string is longer than its length")
-    return data[start:end], end + 2
-
-
-def _parse_array(data: bytes, count: int, start: int) -> tuple[list[Any] | None, int]:
-    if count < 0:
-        return None, start
-    items, end = [], start
-    for _ in range(count):
-        item, end = _parse(data, end)
-        items.append(item)
-    return items, end
+    def _add(self, value: Any) -> None:
+        """Add a complete value to the innermost open array, or to the replies."""
+        while self._open:
+            items, length = self._open[-1]
+            items.append(value)
+            if len(items) < length:
+                return
+            value = self._open.pop()[0]
+        self.values.append(value)
 
 
 def raise_if_all_failed(replies: Iterable[Any]) -> None:
