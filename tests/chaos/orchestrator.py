@@ -142,10 +142,9 @@ class Orchestrator:
         with contextlib.suppress(EventsLost):
             async for item in self._client.events(job.job_id, after, IDLE_S):
                 if not reading.receive(item):
-                    self._run_log.reread += 1
-                    return START
-                if self._is_terminal(job, item):
-                    return None
+                    return self._restart()
+                if _is_terminal(item):
+                    return None if reading.end(item) else self._restart()
                 if item.resume not in resumes[-1:]:
                     resumes.append(item.resume)
                 if self._random.random() < 0.01:
@@ -164,8 +163,10 @@ class Orchestrator:
                     for item in client.events(job.job_id, idle_s=IDLE_S):
                         if not reading.receive(item):
                             break
-                        if self._is_terminal(job, item):
-                            return
+                        if _is_terminal(item):
+                            if reading.end(item):
+                                return
+                            break
                     else:
                         reading.ended_early()
                 except EventsLost:
@@ -179,13 +180,10 @@ class Orchestrator:
                 except Disconnected:
                     continue
 
-    def _is_terminal(self, job: Job, item: StreamEvent) -> bool:
-        if not isinstance(item.event, Event) or not item.event.terminal:
-            return False
-        job.last = item
-        if sorted(job.received) != list(range(len(job.received))):
-            job.problems.append(f"its reader received tokens {sorted(job.received)}")
-        return True
+    def _restart(self) -> str:
+        """Where a reader goes on that must restart because of lost writes."""
+        self._run_log.reread += 1
+        return START
 
     async def _submit_if_lost(self, job: Job) -> None:
         """Resubmit a job without events if the server has lost it."""
@@ -194,3 +192,7 @@ class Orchestrator:
             if job.job_id not in [entry.job_id for entry in queued]:
                 self._run_log.submitted_again += 1
                 await self._submit(job)
+
+
+def _is_terminal(item: StreamEvent) -> bool:
+    return isinstance(item.event, Event) and item.event.terminal

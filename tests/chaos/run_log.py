@@ -102,6 +102,20 @@ class ReadPass:
         self._next = token.i + 1
         return True
 
+    def end(self, item: StreamEvent) -> bool:
+        """Record the terminal event. Returns False if the reader must restart because of lost writes.
+
+        After a loss, entry ids may denote other tokens: a reader that resumed at one may lack some.
+        """
+        received = sorted(self._job.received)
+        complete = received == list(range(len(received)))
+        if not complete and self.writes_lost:
+            return False
+        self._job.last = item
+        if not complete:
+            self._job.problems.append(f"its reader received tokens {received}")
+        return True
+
     def ended_early(self) -> None:
         """Record that the events ended without a terminal one."""
         if not self.writes_lost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 FAULT_WEIGHTS: Mapping[str, float] = {
@@ -19,6 +19,10 @@ FAULT_WEIGHTS: Mapping[str, float] = {
     "busy": 2,  # a script runs: BUSY, for every command
 }
 """Kinds of faults and their relative frequency."""
+_COMPLETE_S = 90.0
+"""A schedule of this length or more has every kind."""
+_AT_LEAST = {"lost second": 3}
+"""How often such a schedule has a kind, by default once. Much depends on what is lost."""
 REFUSALS = frozenset({"too few replicas", "out of memory", "read only", "busy"})
 
 
@@ -46,4 +50,19 @@ def schedule(seed: int, seconds: float, gap_s: float, weights: Mapping[str, floa
         kind = random.choices(kinds, list(weights.values()))[0]
         planned.append(Fault(at, kind, random.randrange(2), random.random() < 0.85, random.uniform(1.3, 2.5)))
         at += random.uniform(0.3, 1.7) * gap_s
+    if seconds >= _COMPLETE_S:
+        _complete(planned, weights, random)
     return planned
+
+
+def _complete(planned: list[Fault], weights: Mapping[str, float], random: Random) -> None:
+    """Change faults of the most frequent kind into those that are too few.
+
+    Only the first two thirds count: a run may end before the last faults.
+    """
+    early, frequent = 2 * len(planned) // 3, max(weights, key=lambda kind: weights[kind])
+    for kind in weights:
+        missing = _AT_LEAST.get(kind, 1) - sum(fault.kind == kind for fault in planned[:early])
+        replaceable = [n for n in range(early) if planned[n].kind == frequent]
+        for n in random.sample(replaceable, min(max(0, missing), len(replaceable))):
+            planned[n] = replace(planned[n], kind=kind)

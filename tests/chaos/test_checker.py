@@ -159,3 +159,18 @@ def test_after_lost_writes_tokens_may_repeat_but_not_differ():
     other = Tokens(tokens=(Token(1, 99, "b"),))
     reading.receive(decode_entry(stream([other])[0], "0-0")[0])
     assert "as 11, then 99" in one.problems[0]
+
+
+def test_a_reader_that_lacks_tokens_at_the_end_restarts_after_lost_writes_and_is_a_problem_otherwise():
+    one, run_log, ended = job(), RunLog(), decode_entry(GOOD[-1], "0-0")[0]
+    _, reading = read(one, run_log, 0, 1)
+    run_log.lose_last_second()
+    _, resumed_by_id = read(one, run_log, 3)
+    assert not reading.end(ended)
+    assert (one.last, one.problems) == (None, [])
+    assert resumed_by_id.end(ended), "no loss since it began"
+    assert one.problems == ["its reader received tokens [0, 1, 3]"]
+    read(one, run_log, 2)
+    one.problems.clear()
+    assert reading.end(ended)
+    assert (one.last, one.problems) == (ended, [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tests.chaos.schedule import FAULT_WEIGHTS, schedule
 from tests.chaos.workload import POISON, echo_cases, tiny_cases
 
@@ -14,10 +16,17 @@ def test_a_seed_determines_the_schedule():
 def test_three_minutes_have_every_kind_of_fault():
     for seed in range(20):
         planned = schedule(seed, 155, 2.2)
-        assert {fault.kind for fault in planned} >= {"kill", "pause", "term"}
+        assert {fault.kind for fault in planned} == set(FAULT_WEIGHTS)
         assert [fault.at for fault in planned] == sorted(fault.at for fault in planned)
         assert planned[-1].at < 155
-    assert {fault.kind for seed in range(20) for fault in schedule(seed, 155, 2.2)} == set(FAULT_WEIGHTS)
+
+
+def test_two_minutes_have_every_kind_of_fault_and_lose_the_last_second_three_times():
+    for seed in range(50):
+        kinds = Counter(fault.kind for fault in schedule(seed, 95, 2.2))
+        assert set(kinds) == set(FAULT_WEIGHTS)
+        assert kinds["lost second"] >= 3
+        assert kinds["kill"] >= 5
 
 
 def test_pauses_exceed_the_lease_and_end_before_the_stall_timeout():

@@ -185,7 +185,7 @@ class WorkerPool:
             self.counts.poisoned += 1
         elif status == -signal.SIGTERM and (slot.terms > 1 or (slot.terms and not self._has_logged(slot))):
             pass  # signal handlers were not installed yet, or already removed
-        elif status != (0 if slot.fault == "term" else -signal.SIGKILL):
+        elif not _is_expected(status, slot):
             tail = self.log_tail(slot.name)
             self.counts.problems.append(f"{slot.name} ended with {status} after {slot.fault or 'nothing'}: {tail}")
         slot.child = None
@@ -211,3 +211,8 @@ class WorkerPool:
         """Process ids of workers with a pending entry; a worker's id is name-pid-random."""
         rows = await retry_until_connected(streams.pending, queue, 1000)
         return {int(row.consumer.split("-")[-2]) for row in rows}
+
+
+def _is_expected(status: int, slot: Slot) -> bool:
+    """Whether a worker ends with this status; SIGKILL may meet one that SIGTERM has just ended."""
+    return (status == 0 and slot.terms > 0) or (status == -signal.SIGKILL and slot.fault != "term")
