@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,8 +42,8 @@ format = "json"
 """
 ECHO_STEP_MS = 1.5
 STOP_S = 20.0
-MAX_POLLS = 100
-"""Number of polls for a worker that has a job."""
+POLL_S = 5.0
+"""Time for which to look for a worker that has a job."""
 
 
 @dataclass
@@ -117,7 +118,8 @@ class WorkerPool:
 
     async def _choose(self, streams: Streams, slots: list[Slot], busy: bool) -> list[Slot]:
         """Choose one slot; if `busy`, prefer a worker that has a job or gets one soon."""
-        for _ in range(MAX_POLLS if busy else 0):
+        until = time.monotonic() + POLL_S
+        while busy and slots and time.monotonic() < until:
             held = {pid for queue in QUEUES for pid in await self._busy_pids(streams, queue)}
             working = [slot for slot in slots if slot.child and slot.child.process.pid in held]
             if working:
