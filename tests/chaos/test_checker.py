@@ -13,6 +13,7 @@ from tests.chaos.workload import Case
 from worker.errors import Cancelled, DeadLettered
 from worker.jobs.events import End, Envelope, ErrorEvent, Resumed, Started, Token, Tokens, encode_event
 from worker.jobs.reader import decode_entry
+from worker.jobs.transport import ENTRY_DELETED
 
 CASE = Case({"prompt": "x"}, (10, 11, 12, 13), ("a", "b", "c", "d"), "length", None)
 STARTED = Started(
@@ -141,6 +142,13 @@ def test_a_lost_job_must_have_ended_for_its_reader():
     assert check_job(job(maybe_lost=True, last=ended), []) == []
     assert "no terminal event" in check_job(job(maybe_lost=True), [])[0]
     assert "no terminal event" in check_job(job(last=ended), [])[0]
+
+
+def test_a_job_whose_entry_may_be_lost_may_end_for_that_reason():
+    deleted = stream([STARTED, tokens(0, 2), ErrorEvent.of(Cancelled(ENTRY_DELETED))])
+    assert check_job(job(maybe_lost=True), deleted) == []
+    assert "ended with CANCELLED" in check_job(job(), deleted)[0]
+    assert "ended with CANCELLED" in check_job(job(maybe_lost=True), stream([STARTED, CANCELLED]))[0]
 
 
 def test_only_recently_submitted_jobs_may_be_lost():

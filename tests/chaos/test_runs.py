@@ -15,6 +15,7 @@ import pytest
 from tests.chaos.run import Plan, run
 from tests.chaos.schedule import REFUSALS, Fault
 
+LOSSES = [Fault(5.0 + 2.0 * n, "lost second", 0, busy=True, pause=1.5) for n in range(8)]
 PAUSES = [Fault(5.0 + 1.5 * n, "pause", n % 2, busy=True, pause=1.5) for n in range(5)]
 
 
@@ -45,6 +46,15 @@ async def test_a_server_that_refuses_for_longer_than_a_lease_stops_no_job(tmp_pa
     assert outcome.failed == []
     assert {kind: outcome.worker_pool.counts.faults[kind] for kind in REFUSALS} == dict.fromkeys(REFUSALS, 1)
     assert [event for event in outcome.logged if "fault" in event] == []
+    assert len(outcome.run_log.jobs) > 10
+
+
+async def test_workers_with_several_jobs_keep_the_attempts_at_one_job_apart_after_lost_writes(tmp_path):
+    outcome = await run(plan(seconds=21.0, faults=LOSSES, max_running=16), tmp_path, lambda _: None)
+    assert outcome.failed == []
+    assert outcome.worker_pool.counts.faults["lost second"] >= 4
+    assert [event for event in outcome.logged if "fault" in event] == []
+    assert outcome.logged["job_released fenced"] + outcome.logged["job_released lost"] > 0
     assert len(outcome.run_log.jobs) > 10
 
 
