@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 from pathlib import Path
 
@@ -12,6 +13,21 @@ from redis.asyncio import Redis
 from worker.embedded import Child, free_port, server_binary
 
 _START_S = 20.0
+_PORTS = range(20_000, 32_000)
+"""Below the ports that Linux gives to connections, from 32768 on."""
+
+
+def _server_port() -> int:
+    """An unused port that no connection gets while the server is down.
+
+    A client that connects to such a port of its own host may be given that port itself: it is then
+    connected to itself, and the server cannot listen when it starts again.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.choice(_PORTS)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class PersistentServer:
@@ -19,7 +35,7 @@ class PersistentServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = _server_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._child: Child | None = None
 
