@@ -176,6 +176,20 @@ class HttpSection(_Section):
     port: int = Field(default=9108, ge=0, le=65535)
 
 
+class GatewaySection(_Section):
+    """Where the HTTP gateway listens, whom it serves, and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    api_keys: str = ""
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    keep_alive_s: float = Field(default=15.0, gt=0)
+    registry_s: float = Field(default=1.0, gt=0)
+    no_worker_s: float = Field(default=30.0, gt=0)
+    deadline_s: float = Field(default=0.0, ge=0)
+    grace_s: float = Field(default=300.0, ge=0)
+
+
 class LogSection(_Section):
     """How much is logged, and in which form."""
 
@@ -197,6 +211,7 @@ class Settings(BaseSettings):
     lease: LeaseSection = LeaseSection()
     service: ServiceSection = ServiceSection()
     http: HttpSection = HttpSection()
+    gateway: GatewaySection = GatewaySection()
     log: LogSection = LogSection()
 
     @classmethod

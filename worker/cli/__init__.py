@@ -45,6 +45,7 @@ _MODULES = {
     "demo": "demo",
     "bench": "bench",
     "serve": "run",
+    "gateway": "gateway",
     "jobs": "submit tail cancel",
     "operate": "jobs workers drain health dead",
 }

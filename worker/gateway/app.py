@@ -1,0 +1,148 @@
+"""The ASGI application: routes, and what happens to every request before and after its endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from worker.gateway import health
+from worker.gateway.context import Call, GatewayContext
+from worker.gateway.errors import ApiError, api_error, invalid, unavailable
+from worker.telemetry import frames_of
+
+REQUEST_ID = "x-request-id"
+_PRINTABLE = re.compile(r"[!-~]{1,128}")
+_OPEN_PATHS = frozenset({"/health", "/metrics"})
+"""Paths that need no API key and are served while the gateway drains."""
+
+ROUTES = [
+    Route("/health", health.health),
+    Route("/metrics", health.metrics),
+    Route("/v1/models", health.models),
+    Route("/v1/models/{name:path}", health.model),
+    Route("/tokenize", health.tokenize, methods=["POST"]),
+    Route("/detokenize", health.tokenize, methods=["POST"]),
+]
+
+
+def create_app(context: GatewayContext) -> Starlette:
+    """The application over a context, which it closes at its end."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        registry = asyncio.create_task(context.models.run())
+        try:
+            yield
+        finally:
+            registry.cancel()
+            await context.close()
+
+    async def answer_error(request: Request, error: Exception) -> Response:
+        return error_response(context, request.scope, error)
+
+    handlers = dict.fromkeys((ApiError, HTTPException, Exception), answer_error)
+    app = Starlette(
+        routes=ROUTES, middleware=[Middleware(Gate, context=context)], exception_handlers=handlers, lifespan=lifespan
+    )
+    app.state.context = context
+    return app
+
+
+def error_response(context: GatewayContext, scope: Scope, error: Exception) -> Response:
+    """The error in the shape of the API that the path belongs to."""
+    if isinstance(error, HTTPException):
+        message = f"{scope['method']} {scope['path']}: {error.detail}"
+        known = ApiError(error.status_code, message, code="unknown_url", headers=error.headers)
+    else:
+        known = api_error(error)
+    if known.code == "internal_error":
+        context.log.error("request_failed", path=scope["path"], frames=frames_of(error))
+    anthropic = scope["path"].startswith("/v1/messages")
+    body = known.anthropic_body() if anthropic else known.openai_body()
+    return JSONResponse(body, known.status, known.headers)
+
+
+class Gate:
+    """Middleware: request id, API key, drain; counts and logs each request."""
+
+    def __init__(self, app: ASGIApp, context: GatewayContext) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request, or answer it with an error."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context, began = self._context, time.monotonic()
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
+        request_id = given if _PRINTABLE.fullmatch(given) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                scope.setdefault("gateway.status", message["status"])
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        context.open_requests += 1
+        context.metrics.open_requests.inc()
+        try:
+            refused = self._refuse(scope, headers, request_id, began)
+            await (refused or self._app)(scope, receive, send_with_id)
+        finally:
+            context.open_requests -= 1
+            context.metrics.open_requests.dec()
+            self._log(scope, request_id, time.monotonic() - began)
+
+    def _refuse(self, scope: Scope, headers: Headers, request_id: str, began: float) -> Response | None:
+        """The error response, or None after the call is added to the scope."""
+        context = self._context
+        if scope["path"] in _OPEN_PATHS:
+            return None
+        try:
+            if context.draining:
+                raise unavailable("the gateway is stopping", code="draining")
+            key = _header(headers, "idempotency-key")
+            last_id = _header(headers, "last-event-id")
+            caller = context.keys.caller(headers)
+            traceparent = _header(headers, "traceparent")
+            scope["gateway.call"] = Call(request_id, caller, began, traceparent, key, last_id)
+        except ApiError as error:
+            response = error_response(context, scope, error)
+            if context.draining:
+                response.headers["connection"] = "close"
+            return response
+        return None
+
+    def _log(self, scope: Scope, request_id: str, duration_s: float) -> None:
+        context, status = self._context, scope.get("gateway.status", HTTPStatus.INTERNAL_SERVER_ERROR)
+        route = scope.get("route")
+        path = route.path if isinstance(route, Route) else "other"
+        context.metrics.requests.labels(path, str(int(status))).inc()
+        context.metrics.duration.labels(path).observe(duration_s)
+        call = scope.get("gateway.call")
+        fields = {"correlation_id": request_id, "job_id": call.job_id if call else None, "status": int(status)}
+        context.log.info("request", route=path, duration_ms=round(duration_s * 1000, 3), **fields)
+
+
+def _header(headers: Headers, name: str) -> str | None:
+    """An optional header of 1 to 255 printable characters. Raises status 400."""
+    value = headers.get(name, "").strip()
+    if value and not re.fullmatch(r"[ -~]{1,255}", value):
+        raise invalid(f"the header {name} must have 1 to 255 printable characters", name)
+    return value or None

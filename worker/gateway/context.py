@@ -1,0 +1,79 @@
+"""What all requests of a gateway process share, and what one request carries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from starlette.requests import Request
+
+from worker.config import GatewaySection
+from worker.gateway.keys import ApiKeys, Caller
+from worker.gateway.metrics import GatewayMetrics
+from worker.gateway.models import ModelRegistry
+from worker.jobs.client import Client
+from worker.telemetry import Log
+
+_CLOSE_S = 5.0
+
+
+@dataclass(eq=False)
+class GatewayContext:
+    """The shared objects of one process, within one event loop."""
+
+    section: GatewaySection
+    client: Client
+    keys: ApiKeys
+    log: Log
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+    draining: bool = False
+    """New requests are refused with status 503."""
+    open_requests: int = 0
+    models: ModelRegistry = field(init=False)
+    _background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        section = self.section
+        self.models = ModelRegistry(self.client, section.registry_s, section.no_worker_s)
+
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that outlives its request, such as a cancellation."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Wait briefly for background work, then close the client's connections."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await asyncio.gather(*self._background, return_exceptions=True)
+        await self.client.close()
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request: who sent it, and the headers that concern its jobs."""
+
+    request_id: str
+    """`X-Request-Id`, generated without one; the jobs' correlation id."""
+    caller: Caller
+    received_s: float
+    """`time.monotonic` of its arrival."""
+    traceparent: str | None = None
+    idempotency_key: str | None = None
+    last_event_id: str | None = None
+    job_id: str | None = None
+    """The id of the request's jobs, for the log."""
+
+
+def context_of(request: Request) -> GatewayContext:
+    """The context of the process that received the request."""
+    return cast("GatewayContext", request.app.state.context)
+
+
+def call_of(request: Request) -> Call:
+    """The call that `app.py` made from the request's headers."""
+    return cast("Call", request.scope["gateway.call"])

@@ -1,0 +1,54 @@
+"""Pages about the gateway itself: /health, /metrics, and what it does not serve."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from worker.errors import WorkerError
+from worker.gateway.context import call_of, context_of
+from worker.gateway.errors import NO_RETRY, ApiError
+from worker.jobs.streams import Disconnected
+
+_PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def health(request: Request) -> Response:
+    """Status 200 while the gateway takes requests and reaches the Redis server, else 503."""
+    context = context_of(request)
+    try:
+        await context.models.refresh()
+        reached = True
+    except (Disconnected, WorkerError):
+        reached = False
+    ok = reached and not context.draining
+    status = "ok" if ok else "draining" if context.draining else "redis_unreachable"
+    report = {"status": status, "workers": len(context.models.workers), "open_requests": context.open_requests}
+    return JSONResponse(report, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+async def metrics(request: Request) -> Response:
+    """All metrics in the Prometheus text format."""
+    return Response(context_of(request).metrics.exposition(), media_type=_PROMETHEUS_TEXT)
+
+
+async def models(request: Request) -> Response:
+    """`GET /v1/models`: the models with a worker that the caller may use."""
+    context = context_of(request)
+    served = context.models.served(call_of(request).caller)
+    return JSONResponse({"object": "list", "data": [model.to_api() for model in served]})
+
+
+async def model(request: Request) -> Response:
+    """`GET /v1/models/{name}`."""
+    context = context_of(request)
+    found = await context.models.require(request.path_params["name"], call_of(request).caller)
+    return JSONResponse(found.to_api())
+
+
+async def tokenize(request: Request) -> Response:
+    """Refuse: the gateway has no vocabulary, and workers take jobs only."""
+    message = "the gateway has no vocabulary; run `worker tokenize MODEL` where the model file is"
+    raise ApiError(HTTPStatus.NOT_IMPLEMENTED, message, code="not_supported", headers=NO_RETRY)
