@@ -48,6 +48,18 @@ def test_joined_text_is_the_decoding_of_all_released_bytes(loaded):
     assert [token.i for token in tokens] == list(range(24))
 
 
+def test_tokens_have_their_bytes_and_those_of_their_alternatives_if_the_job_asks_for_both(loaded):
+    options = {"ignore_eos": True, "logprobs": 3, "token_bytes": True}
+    with_bytes = tokens_of(loaded, answer(loaded, **options))
+    assert b"".join(token.data for token in with_bytes).decode("utf-8", "replace") == "".join(t.t for t in with_bytes)
+    for token in with_bytes:
+        assert token.data == loaded.tokenizer.token_bytes(token.id)
+        assert token.top_data == tuple(loaded.tokenizer.token_bytes(id) for id, _ in token.top)
+    without = tokens_of(loaded, answer(loaded, **options | {"token_bytes": False}))
+    assert without == [token._replace(data=None, top_data=None) for token in with_bytes]
+    assert tokens_of(loaded, answer(loaded, ignore_eos=True, token_bytes=True))[0].data is None
+
+
 def test_a_second_worker_publishes_what_the_first_would_have(loaded):
     whole = tokens_of(loaded, answer(loaded, temperature=0.8, ignore_eos=True))
     for cut in (1, 5, 23):

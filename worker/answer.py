@@ -68,6 +68,7 @@ class Answer:
         )
         # Control tokens have no text in which the detokenizer would find these stop strings.
         self._stop_tokens = {vocab.control_id(stop): stop for stop in job.stop or ()}
+        self._token_bytes = tokenizer.token_bytes if job.token_bytes and job.logprobs is not None else None
         self.stops_at_text = bool(job.stop)
         """Whether a stop string may end the answer: the engine does not know these ends."""
         parser = answer_parser(tokenizer, prompt, None if job.tool_choice == "none" else job.tools)
@@ -93,8 +94,11 @@ class Answer:
             text = self._text.decode(token_id, last=self.finish_reason is not None)
         else:
             text, place, _ = self._release(index, token_id)
+        data = top_data = None
+        if self._token_bytes is not None:
+            data, top_data = self._token_bytes(token_id), tuple(self._token_bytes(each) for each, _ in top or ())
         # A third of the time of a call of the class.
-        return tuple.__new__(Token, (index, token_id, text, logprob, top, *place))
+        return tuple.__new__(Token, (index, token_id, text, logprob, top, *place, data, top_data))
 
     def _release(self, index: int, token_id: int) -> DetokenizedToken:
         """The text of a token. Sets the finish reason; a stop string takes priority."""

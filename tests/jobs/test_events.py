@@ -20,7 +20,8 @@ from worker.jobs.events import Envelope, ErrorEvent, Started, Token, Tokens, dec
 def sample(cls: type[events.Event]) -> events.Event:
     if cls is Tokens:
         plain, rich = Token(0, 5, "a"), Token(1, 6, "", -0.5, ((6, -0.5), (7, -1.5)), "reasoning")
-        return Tokens(tokens=(plain, rich))
+        bare = Token(2, 7, "", -0.5, ((7, -0.5),), data=b"\xf0\x9f", top_data=(b"\xf0\x9f",))
+        return Tokens(tokens=(plain, rich, bare))
     types = {"str": "x", "int": 7, "float": 1.5, "bool": True, "dict[str, Any]": {"n": 5}, "list[str]": ["w"]}
     return cls(**{f.name: types.get(str(f.type), "x") for f in dataclasses.fields(cls)})
 
@@ -64,7 +65,9 @@ def test_json_has_the_text_itself_and_only_numbers_that_json_has() -> None:
 
 def test_a_token_is_encoded_without_its_empty_fields() -> None:
     _, packed = encode_event(sample(Tokens), ENVELOPE)
-    plain, rich = msgpack.unpackb(packed)["tokens"]
+    plain, rich, bare = msgpack.unpackb(packed)["tokens"]
+    assert bare["bytes"] == [0xF0, 0x9F]
+    assert bare["top_bytes"] == [[0xF0, 0x9F]]
     assert plain == {"i": 0, "id": 5, "t": "a", "channel": "final"}
     assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "reasoning"}
 

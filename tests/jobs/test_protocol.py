@@ -38,6 +38,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         **{"priority": 0, "tenant": None},
         **{"deadline_ms": None, "correlation_id": None, "traceparent": None, "v": 1, "encoding": "msgpack"},
         **{"chat_template_kwargs": None, "tools": None, "tool_choice": None, "stop_token_ids": None},
+        **{"token_bytes": False},
     }
 
 
@@ -68,7 +69,8 @@ def test_the_defaults_are_those_of_the_table() -> None:
         ("deadline_ms", [1, 10**9, None], [0, -1, 1.5, "1"]),
         ("correlation_id", ["x", None], ["", "x" * 257, 5]),
         ("traceparent", ["00-aa-bb-01", None], ["", 5]),
-        ("v", [1], [0, -1, 2, 99, "1", 1.0, None, True]),
+        ("token_bytes", [True, False], [0, "yes", None]),
+        ("v", [1, 2], [0, -1, 3, 99, "1", 1.0, None, True]),
     ],
 )
 def test_a_field_accepts_its_range_only(field: str, good: list[Any], bad: list[Any]) -> None:
@@ -117,16 +119,21 @@ def test_exactly_one_form_of_prompt_is_needed() -> None:
 
 def test_every_error_is_reported_with_its_value() -> None:
     found = wrong(
-        temperature=3, top_k=-1, stop=["ok", ""], logit_bias={"7": 500}, tempo=4, v=2, min_tokens=9, max_tokens=8
+        temperature=3, top_k=-1, stop=["ok", ""], logit_bias={"7": 500}, tempo=4, v=3, min_tokens=9, max_tokens=8
     )
     assert found == {
-        **{"temperature": 3, "top_k": -1, "stop.1": "", "logit_bias.7": 500, "tempo": 4, "v": 2, "min_tokens": 9},
+        **{"temperature": 3, "top_k": -1, "stop.1": "", "logit_bias.7": 500, "tempo": 4, "v": 3, "min_tokens": 9},
     }
 
 
 def test_a_newer_schema_version_is_named_in_the_error() -> None:
-    with pytest.raises(InvalidRequest, match="v: at most 1: this worker is older than the job's schema version"):
-        job(v=2)
+    with pytest.raises(InvalidRequest, match="v: at most 2: this worker is older than the job's schema version"):
+        job(v=3)
+
+
+def test_a_job_has_the_version_of_its_newest_field() -> None:
+    assert Job.required_version({"prompt": "x", "logprobs": 1}) == 1
+    assert Job.required_version({"prompt": "x", "token_bytes": True}) == 2
 
 
 def test_an_error_never_echoes_a_prompt_and_stays_small() -> None:

@@ -20,6 +20,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.gateway import health
+from worker.gateway.chat import chat_completions
+from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import ApiError, api_error, invalid, unavailable
 from worker.telemetry import frames_of
@@ -34,6 +36,8 @@ ROUTES = [
     Route("/metrics", health.metrics),
     Route("/v1/models", health.models),
     Route("/v1/models/{name:path}", health.model),
+    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+    Route("/v1/completions", completions, methods=["POST"]),
     Route("/tokenize", health.tokenize, methods=["POST"]),
     Route("/detokenize", health.tokenize, methods=["POST"]),
 ]

@@ -158,3 +158,28 @@ def choice_jobs(job: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     if job.get("seed") is None:
         return [dict(job) for _ in range(n)]
     return [dict(job) | {"seed": (job["seed"] + index) % 2**64} for index in range(n)]
+
+
+class StreamOptions(ApiModel):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """Without an effect: chunks have no padding."""
+
+
+VLLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1.0,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+"""vLLM's fields that are accepted with the values that change nothing."""

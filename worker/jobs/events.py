@@ -112,10 +112,14 @@ class Token(NamedTuple):
     """The called tool, such as `functions.get_weather`; only on the channel `tool`."""
     call: int | None = None
     """Index of the tool call in the answer, from 0; only on the channel `tool`."""
+    data: bytes | None = None
+    """The token's own bytes, perhaps a part of a character; only if the job has `token_bytes`."""
+    top_data: tuple[bytes, ...] | None = None
+    """The bytes of each token of `top`."""
 
     def to_fields(self) -> dict[str, Any]:
         """One item of a `tokens` entry. Written out, since it is called for every token."""
-        i, id, t, logprob, top, channel, recipient, call = self
+        i, id, t, logprob, top, channel, recipient, call, data, top_data = self
         if logprob is None and top is None and recipient is None and call is None:
             return {"i": i, "id": id, "t": t, "channel": channel}
         item: dict[str, Any] = {"i": i, "id": id, "t": t}
@@ -128,6 +132,10 @@ class Token(NamedTuple):
             item["recipient"] = recipient
         if call is not None:
             item["call"] = call
+        if data is not None:
+            item["bytes"] = list(data)
+        if top_data is not None:
+            item["top_bytes"] = [list(each) for each in top_data]
         return item
 
     @classmethod
@@ -136,7 +144,12 @@ class Token(NamedTuple):
         top = item.get("top")
         pairs = None if top is None else tuple((int(id), float(logprob)) for id, logprob in top)
         names = ("logprob", "channel", "recipient", "call")
-        return cls(item["i"], item["id"], item["t"], top=pairs, **{name: item[name] for name in names if name in item})
+        optional: dict[str, Any] = {name: item[name] for name in names if name in item}
+        if "bytes" in item:
+            optional["data"] = bytes(item["bytes"])
+        if "top_bytes" in item:
+            optional["top_data"] = tuple(map(bytes, item["top_bytes"]))
+        return cls(item["i"], item["id"], item["t"], top=pairs, **optional)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

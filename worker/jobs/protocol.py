@@ -30,6 +30,10 @@ from worker.jobs.payload import (
     read_map,
 )
 
+JOB_SCHEMA_VERSION = 2
+"""The highest version of a job that this worker accepts."""
+SINCE_VERSION: Mapping[str, int] = {"token_bytes": 2}
+"""The version of the jobs that have a field, if it is not 1."""
 DEFAULT_MAX_TOKENS = 2048
 MAX_FIELD_ERRORS = 8
 """Errors listed for one top-level field; further ones are counted."""
@@ -76,6 +80,8 @@ class SamplingParams(Strict):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    token_bytes: bool = False
+    """With `logprobs`, events have each token's bytes and those of its alternatives."""
 
 
 class Job(SamplingParams):
@@ -115,6 +121,11 @@ class Job(SamplingParams):
     correlation_id: ShortText | None = None
     traceparent: ShortText | None = None
     v: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+
+    @staticmethod
+    def required_version(fields: Mapping[str, Any]) -> int:
+        """The schema version of a job with these fields: older workers refuse it by its number."""
+        return max((SINCE_VERSION.get(name, SCHEMA_VERSION) for name in fields), default=SCHEMA_VERSION)
 
     @classmethod
     def parse(cls, fields: Mapping[Any, Any], errors: list[FieldError] | None = None) -> Self:
@@ -252,8 +263,8 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
     """A newer schema, not exactly one prompt, chat fields without a chat, min_tokens too high."""
     errors: list[FieldError] = []
     v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
-    if type(v) is int and v > SCHEMA_VERSION:
-        rule = f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version"
+    if type(v) is int and v > JOB_SCHEMA_VERSION:
+        rule = f"at most {JOB_SCHEMA_VERSION}: this worker is older than the job's schema version"
         errors.append(("v", rule, describe(v)))
     prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(prompts) != 1:

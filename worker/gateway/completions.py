@@ -1,0 +1,196 @@
+"""`POST /v1/completions`: text without a chat template, for one prompt or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+from pydantic import model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from worker.gateway.answer import ChoiceReader, Part, usage_of
+from worker.gateway.chunks import Chunks, head, stream
+from worker.gateway.context import call_of, context_of
+from worker.gateway.errors import invalid
+from worker.gateway.jobs import JobGroup, Page
+from worker.gateway.logprobs import Entry, alternatives, token_text
+from worker.gateway.request import VLLM_NEUTRAL, Choices, SamplingFields, StreamOptions, choice_jobs, read_body
+from worker.gateway.response_format import job_format
+from worker.gateway.sse import EventStream, to_json, unless_disconnected
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+MAX_JOBS = 128
+_KIND = "text_completion"
+
+
+class CompletionRequest(SamplingFields):
+    """The body of a completion."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **VLLM_NEUTRAL,
+        "add_special_tokens": (True,),
+        "suffix": (),
+    }
+
+    prompt: str | list[Any]
+    model: str | None = None
+    n: Choices | None = None
+    best_of: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of: must equal n; answers are not ranked")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: only without logprobs; prompts have no log-probabilities")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise ValueError("structured_outputs: only without response_format")
+        return self
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        """The job fields of each prompt: text or token ids. Raises status 400."""
+        given = self.prompt
+        if isinstance(given, str):
+            return [{"prompt": given}]
+        if given and all(type(each) is int for each in given):
+            return [{"prompt_tokens": given}]
+        forms = [_prompt(each, index) for index, each in enumerate(given)]
+        if not 1 <= len(forms) * (self.n or 1) <= MAX_JOBS:
+            raise invalid(f"prompt: 1 to {MAX_JOBS} prompts, times n", "prompt")
+        return forms
+
+    def jobs(self, model: str) -> list[dict[str, Any]]:
+        """The jobs of each prompt's choices, prompt by prompt. Raises status 400."""
+        common = {
+            **self.sampling(),
+            "model": model,
+            "max_tokens": DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            "response_format": job_format(self.response_format, self.structured_outputs),
+            "tenant": self.user or None,
+        }
+        if self.logprobs is not None:
+            common |= {"logprobs": self.logprobs, "token_bytes": True}
+        common = {name: value for name, value in common.items() if value is not None}
+        return [job for prompt in self.prompts for job in choice_jobs(common | prompt, self.n or 1)]
+
+    def echoes(self) -> list[str]:
+        """The text that precedes each choice. Raises status 400 for a prompt of token ids."""
+        if not self.echo:
+            return [""] * (len(self.prompts) * (self.n or 1))
+        if any("prompt" not in prompt for prompt in self.prompts):
+            raise invalid("echo: only with prompts of text", "echo", "unsupported_value")
+        return [prompt["prompt"] for prompt in self.prompts for _ in range(self.n or 1)]
+
+
+def _prompt(given: Any, index: int) -> dict[str, Any]:
+    if isinstance(given, str):
+        return {"prompt": given}
+    if isinstance(given, list) and given and all(type(each) is int for each in given):
+        return {"prompt_tokens": given}
+    raise invalid(f"prompt[{index}]: text or a list of token ids", f"prompt[{index}]", "invalid_value")
+
+
+class TextChoice:
+    """One choice as text with log-probabilities in the form of completions."""
+
+    def __init__(self, reader: ChoiceReader, echo: str, *, logprobs: bool) -> None:
+        self.reader = reader
+        self._echo = echo
+        self._logprobs = logprobs
+
+    def text(self, part: Part) -> str:
+        """The text of a part: completions have no channels."""
+        return (self._echo if part.begins else "") + part.reasoning + part.text
+
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
+        """The `logprobs` object of some entries."""
+        if not self._logprobs:
+            return None
+        return {
+            "tokens": [token_text(entry.data) for entry in entries],
+            "token_logprobs": [entry.token.logprob for entry in entries],
+            "top_logprobs": [{text: logprob for text, _, logprob in alternatives(entry.token)} for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """The last fields of an ended choice."""
+        end = self.reader.end
+        assert end is not None, "called at the end"
+        return {"finish_reason": self.reader.finish_reason(), "stop_reason": end.stop_sequence}
+
+
+class TextChunks(Chunks):
+    """The events of one streamed completion."""
+
+    kind = _KIND
+
+    def __init__(
+        self, group: JobGroup, choices: Sequence[TextChoice], model: str, *, include_usage: bool, prompts: int
+    ) -> None:
+        readers = [choice.reader for choice in choices]
+        super().__init__(group, readers, model, include_usage=include_usage, prompts=prompts)
+        self._choices = choices
+
+    def choice(self, index: int, part: Part) -> str:
+        """See `Chunks.choice`."""
+        choice = self._choices[index]
+        fields = {"index": index, "text": choice.text(part)}
+        fields["logprobs"] = choice.logprobs(part.logprobs) if part.logprobs else None
+        return to_json(fields | (choice.finish() if part.end else {"finish_reason": None, "stop_reason": None}))
+
+
+async def completions(request: Request) -> Response:
+    """Complete one or more prompts, streamed or as one object."""
+    context, call = context_of(request), call_of(request)
+    body = CompletionRequest.parse(await read_body(request))
+    model = await context.models.require(body.model, call.caller)
+    echoes, logprobs = body.echoes(), body.logprobs is not None
+    group = JobGroup(context, call, "cmpl-", body.jobs(model.name))
+    choices = [
+        TextChoice(ChoiceReader(run.id, logprobs=logprobs), echo, logprobs=logprobs)
+        for run, echo in zip(group.runs, echoes, strict=True)
+    ]
+    prompts = len(body.prompts)
+    if not body.stream:
+        return await unless_disconnected(request, _collect(group, choices, model.name, prompts))
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    chunks = TextChunks(group, choices, model.name, include_usage=include_usage, prompts=prompts)
+    return EventStream(context, stream(group, chunks))
+
+
+async def _collect(group: JobGroup, choices: Sequence[TextChoice], model: str, prompts: int) -> Response:
+    parts: list[list[Part]] = [[] for _ in choices]
+
+    def add(index: int, page: Page) -> None:
+        parts[index] += choices[index].reader.read(page)
+
+    try:
+        await group.start()
+        async for index, page in group.pages():
+            add(index, page)
+    finally:
+        group.close()
+    readers = [choice.reader for choice in choices]
+    answer = head(group.id, _KIND, model, readers)
+    answer["choices"] = [_whole(index, choice, parts[index]) for index, choice in enumerate(choices)]
+    return JSONResponse(answer | {"usage": usage_of(readers, prompts).to_api()})
+
+
+def _whole(index: int, choice: TextChoice, parts: Sequence[Part]) -> dict[str, Any]:
+    entries = [entry for part in parts for entry in part.logprobs]
+    text = "".join(choice.text(part) for part in parts)
+    return {"index": index, "text": text, "logprobs": choice.logprobs(entries), **choice.finish()}
