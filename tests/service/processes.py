@@ -22,10 +22,12 @@ class Process:
     """One `worker run`; its log goes to a file."""
 
     module = "worker"
+    command = "run"
+    port_option = "--http-port"
 
     def __init__(self, url: str, log: Path, *arguments: object, **environment: str) -> None:
         libc = ctypes.CDLL(None)
-        command = [sys.executable, "-m", self.module, "run", "--redis-url", url, "--http-port", "0"]
+        command = [sys.executable, "-m", self.module, self.command, "--redis-url", url, self.port_option, "0"]
         self.log = log
         with log.open("wb") as output:
             self.popen = subprocess.Popen(

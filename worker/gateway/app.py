@@ -19,11 +19,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from worker.errors import WorkerError
 from worker.gateway import health
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import ApiError, api_error, invalid, unavailable
+from worker.jobs.streams import Disconnected
 from worker.telemetry import frames_of
 
 REQUEST_ID = "x-request-id"
@@ -58,7 +60,7 @@ def create_app(context: GatewayContext) -> Starlette:
     async def answer_error(request: Request, error: Exception) -> Response:
         return error_response(context, request.scope, error)
 
-    handlers = dict.fromkeys((ApiError, HTTPException, Exception), answer_error)
+    handlers = dict.fromkeys((ApiError, HTTPException, WorkerError, Disconnected), answer_error)
     app = Starlette(
         routes=ROUTES, middleware=[Middleware(Gate, context=context)], exception_handlers=handlers, lifespan=lifespan
     )
@@ -108,6 +110,11 @@ class Gate:
         try:
             refused = self._refuse(scope, headers, request_id, began)
             await (refused or self._app)(scope, receive, send_with_id)
+        except Exception as error:
+            response = error_response(context, scope, error)
+            if "gateway.status" in scope:  # sent: only the connection's end can report the error
+                raise
+            await response(scope, receive, send_with_id)
         finally:
             context.open_requests -= 1
             context.metrics.open_requests.dec()

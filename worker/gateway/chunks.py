@@ -42,9 +42,16 @@ class Chunks(ABC):
         """The encoded chunks of a page of choice `index`; may be empty."""
         chunks = []
         for part in self.readers[index].read(page, self._received[index]):
-            self._steps[index], self._entry_id = part.step, part.entry_id
-            chunks.append(encode(self._chunk(self.choice(index, part)), self._event_id()))
+            for earlier in range(index):
+                if not self._steps[earlier]:  # OpenAI's client needs the choices to begin in order
+                    self._received[earlier] = 1
+                    chunks.append(self._encode(earlier, Part(1, part.entry_id, begins=True)))
+            chunks.append(self._encode(index, part))
         return b"".join(chunks)
+
+    def _encode(self, index: int, part: Part) -> bytes:
+        self._steps[index], self._entry_id = part.step, part.entry_id
+        return encode(self._chunk(self.choice(index, part)), self._event_id())
 
     def usage(self) -> bytes:
         """The chunk with the usage, if it is requested; called after the last choice has ended."""
