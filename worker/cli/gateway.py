@@ -1,6 +1,7 @@
 """`worker gateway`: serve the HTTP APIs over the queue."""
 
 import asyncio
+import contextlib
 import socket
 from functools import partial
 from importlib.util import find_spec
@@ -72,6 +73,7 @@ async def _serve(settings: Settings) -> None:
     )
     redis, section = settings.redis, settings.gateway
     client = Client(connect(redis.url, contact), redis.queue, redis.queue_bound)
-    keys, listener = ApiKeys.load(section.api_keys), listen(section)
-    await client.workers()  # an unreachable server ends the command with exit code 5
-    await serve(GatewayContext(section, client, keys, log), listener)
+    context = GatewayContext(section, client, ApiKeys.load(section.api_keys), log)
+    with contextlib.closing(listen(section)) as listener:
+        await client.workers()  # an unreachable server ends the command with exit code 5
+        await serve(context, listener)

@@ -1,0 +1,122 @@
+"""Models and queues: what the registry has, and requests for what it lacks."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.gateway.gateways import fake_worker, gateway, wait_for_jobs
+from tests.jobs.harness import ServerHarness, wait_until
+from tests.jobs.servers import running_server
+from worker.jobs.client import Client
+from worker.jobs.keys import queue_key, worker_key
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+async def test_models_are_those_of_the_living_workers(gate):
+    models = [model async for model in gate.openai().models.list()]
+    assert [model.id for model in models] == ["echo"]
+    assert models[0].object == "model"
+    assert models[0].created > 1_600_000_000
+    assert (await gate.openai().models.retrieve("echo")).id == "echo"
+    assert (await gate.http().get("/v1/models")).json()["data"][0]["max_model_len"] == 4096
+
+
+async def test_without_any_worker_a_request_has_status_503_and_with_others_404(harness):
+    async with gateway(harness) as running:
+        http = running.http()
+        body = {"model": "echo", "messages": HELLO}
+        response = await http.post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+        assert int(response.headers["retry-after"]) >= 1
+        assert (await http.post("/v1/chat/completions", json={"messages": HELLO})).status_code == 503
+        await fake_worker(harness, running, "other")
+        response = await http.post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_while_a_worker_loads_its_model_an_unknown_one_has_status_503(harness):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running, "other")
+        loading = await harness.transport("loading")
+        await loading.registration.heartbeat({"model": "path.gguf", "state": "starting", "queue": "default"})
+        await running.context.models.refresh()
+        response = await running.http().post("/v1/chat/completions", json={"model": "echo", "messages": HELLO})
+        assert response.status_code == 503
+
+
+async def test_a_model_whose_worker_is_gone_takes_requests_for_a_time_and_then_has_status_503(harness):
+    async with gateway(harness, no_worker_s=0.4) as running:
+        transport = await fake_worker(harness, running)
+        body = {"model": "echo", "messages": HELLO}
+        await harness.drop(worker_key(transport.worker_id))
+        waiting = asyncio.create_task(running.http().post("/v1/chat/completions", json=body))
+        await wait_for_jobs(running, 1)
+
+        async def refused():
+            return (await running.http().get("/v1/models/echo")).status_code == 503
+
+        await wait_until(refused)
+        assert (await running.http().get("/v1/models")).json()["data"] == []
+        response = await waiting  # the job that waits is cancelled rather than left behind
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_worker")
+
+        async def cancelled():
+            (entry,) = await running.client.queue()
+            return (await running.client.state(entry.job_id)).get("error") == "CANCELLED"
+
+        await wait_until(cancelled)
+        await fake_worker(harness, running)
+        assert (await running.http().get("/v1/models/echo")).status_code == 200
+
+
+async def test_a_request_without_a_model_must_name_one_of_several(harness):
+    async with gateway(harness) as running:
+        for name in ("one", "two"):
+            await fake_worker(harness, running, name)
+        response = await running.http().post("/v1/chat/completions", json={"messages": HELLO})
+        assert response.status_code == 400
+        assert "one, two" in response.json()["error"]["message"]
+
+
+async def test_a_job_goes_to_the_queue_whose_workers_serve_its_model(harness):
+    async with gateway(harness) as running:
+        for name in ("one", "two"):
+            await fake_worker(harness, running, name, queue=f"queue-{name}")
+        body = {"model": "two", "messages": HELLO, "priority": 3}
+        asking = asyncio.create_task(running.http().post("/v1/chat/completions", json=body))
+        of_two = Client(harness.connect(), "queue-two")
+
+        async def queued():
+            return await of_two.queue_length() == 1
+
+        await wait_until(queued)
+        assert await running.client.queue_length() == 0
+        assert await harness.connect().length(queue_key("queue-one")) == 0
+        asking.cancel()
+
+
+async def test_health_reports_the_workers_and_a_lost_server():
+    with running_server() as server:
+        harness = ServerHarness(server.url)
+        async with gateway(harness, client=Client(harness.connect(), reconnect_timeout_s=0.5)) as running:
+            await fake_worker(harness, running)
+            response = await running.http().get("/health")
+            assert (response.status_code, response.json()["status"], response.json()["workers"]) == (200, "ok", 1)
+            server.stop()
+            response = await running.http().get("/health")
+            assert (response.status_code, response.json()["status"]) == (503, "redis_unreachable")
+            body = {"model": "echo", "messages": HELLO}
+            response = await running.http().post("/v1/chat/completions", json=body)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "redis_unreachable")
+            server.start()
+        await harness.close()
+
+
+async def test_metrics_count_requests_jobs_and_tokens(gate):
+    await gate.openai().chat.completions.create(model="echo", messages=HELLO, max_tokens=5)
+    text = (await gate.http().get("/metrics")).text
+    assert 'gateway_requests_total{route="/v1/chat/completions",status="200"} 1.0' in text
+    assert gate.metric("gateway_tokens_total") == 5
+    assert gate.metric("gateway_first_token_seconds_count") == 1
+    assert gate.metric("gateway_open_requests") == 0
