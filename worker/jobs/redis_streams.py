@@ -308,9 +308,19 @@ class RedisStreams:
         return _stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
 
     async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
-        positions: dict[Any, Any] = dict(after)
-        reply = await self._call(self._blocking.xread(positions, count=count, block=min(block_ms, MAX_BLOCK_MS)))
+        reply = await self._call(self._xread(after, min(block_ms, MAX_BLOCK_MS), count))
         return {_text(stream[0]): _stream_records([stream]) for stream in reply or ()}
+
+    async def _xread(self, after: Mapping[str, str], block_ms: int, count: int) -> Any:
+        pool = self._blocking.connection_pool
+        if not isinstance(pool, WaitingPool):  # a client that `open_client` has not made
+            positions: dict[Any, Any] = dict(after)
+            return await self._blocking.xread(positions, count=count, block=block_ms)
+        command = pack_command(("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *after, *after.values()))
+        (reply,) = await pool.exchange(command, 1)
+        if isinstance(reply, exceptions.ResponseError):
+            raise reply
+        return reply
 
     async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
         last, found = await self._call(self._run_script("find", [queue_key(queue)], (job_id, first, count)))
@@ -430,8 +440,10 @@ def _texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
     return {_text(name): _text(value) for name, value in fields.items()}
 
 
-def _fields(fields: Mapping[bytes, bytes] | None) -> dict[str, bytes]:
+def _fields(fields: Mapping[bytes, bytes] | list[bytes] | None) -> dict[str, bytes]:
     """An entry's fields with decoded names; empty for a deleted entry."""
+    if isinstance(fields, list):  # as the server sends them
+        return {_text(name): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
     return {_text(name): value for name, value in (fields or {}).items()}
 
 
