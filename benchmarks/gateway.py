@@ -93,7 +93,7 @@ class Writer:
         self.jobs = []
 
 
-async def _write(url: str, count: int, seconds: float, rate: float) -> None:
+async def _write(url: str, count: int, seconds: float, rate: float, requests: int) -> None:
     streams = RedisStreams.from_url(url)
     transport = Transport(streams, "writer")
     await transport.open()
@@ -106,7 +106,7 @@ async def _write(url: str, count: int, seconds: float, rate: float) -> None:
 
     beating = asyncio.create_task(heartbeat())
     writer = Writer(streams, Redis.from_url(url, protocol=2))
-    for _ in range(2 * SINGLE_REQUESTS):
+    for _ in range(2 * requests):
         while not writer.jobs:
             await writer.take()
         await asyncio.sleep(0.01)
@@ -122,9 +122,9 @@ async def _write(url: str, count: int, seconds: float, rate: float) -> None:
     beating.cancel()
 
 
-def write(url: str, streams: int, seconds: float, rate: float) -> None:
+def write(url: str, streams: int, seconds: float, rate: float, requests: int) -> None:
     """The writer's process."""
-    asyncio.run(_write(url, streams, seconds, rate))
+    asyncio.run(_write(url, streams, seconds, rate, requests))
 
 
 @dataclass
@@ -184,11 +184,11 @@ async def _open(port: int, *, slow: bool = False) -> Stream:
     return stream
 
 
-async def _first_tokens(url: str, port: int) -> tuple[list[float], list[float]]:
+async def _first_tokens(url: str, port: int, requests: int) -> tuple[list[float], list[float]]:
     """Delays of first tokens, ms: through the gateway, and of a direct reader."""
     through, direct = [], []
     async with Client.from_url(url) as client:
-        for _ in range(SINGLE_REQUESTS):
+        for _ in range(requests):
             stream = await _open(port)
             await stream.done
             through += stream.delays_ms[:1]
@@ -203,17 +203,21 @@ async def _await_model(url: str, port: int) -> None:
             await asyncio.sleep(0.05)
         while True:
             try:
-                await asyncio.open_connection("127.0.0.1", port)
+                _, probe = await asyncio.open_connection("127.0.0.1", port)
+                probe.close()
+                await probe.wait_closed()
                 break
             except OSError:
                 await asyncio.sleep(0.05)
         await asyncio.sleep(1.5)  # the gateway reads the registry every second
 
 
-async def measure(url: str, port: int, gateway: psutil.Process, streams: int, slow: int) -> dict[str, float]:
+async def measure(
+    url: str, port: int, gateway: psutil.Process, streams: int, slow: int, requests: int
+) -> dict[str, float]:
     """Print and return the figures."""
     await _await_model(url, port)
-    through, direct = await _first_tokens(url, port)
+    through, direct = await _first_tokens(url, port, requests)
     print(f"first token, gateway   {_spread(through)}")
     print(f"first token, direct    {_spread(direct)}")
     cpu, began = gateway.cpu_times(), time.perf_counter()
@@ -234,7 +238,12 @@ async def measure(url: str, port: int, gateway: psutil.Process, streams: int, sl
         stream.done.exception() if stream.done.done() else stream.done.cancel()
         stream.transport.abort()
     added = quantiles(through, n=20)[-1] - quantiles(direct, n=20)[-1]
-    return {"tokens_per_s": tokens / window, "added_p95_ms": added, "missing": streams - len(read)}
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / window,
+        "added_p95_ms": added,
+        "connections": len(clients),
+    }
 
 
 def _spread(delays_ms: list[float]) -> str:
@@ -242,18 +251,18 @@ def _spread(delays_ms: list[float]) -> str:
     return f"median {median(delays_ms):.2f} ms, 95 % within {p95:.2f} ms, maximum {max(delays_ms):.1f} ms"
 
 
-def run(streams: int, seconds: float, rate: float, slow: int) -> dict[str, float]:
+def run(streams: int, seconds: float, rate: float, slow: int, requests: int = SINGLE_REQUESTS) -> dict[str, float]:
     """Start server, gateway and writer; measure."""
     with embedded_server() as url, tempfile.TemporaryFile() as log:
         port = free_port()
         options = ["--redis-url", url, "--port", str(port), "--log-level", "error"]
         gateway = Child([sys.executable, "-m", "worker", "gateway", *options], log)
         context = multiprocessing.get_context("spawn")
-        writer = context.Process(target=write, args=(url, streams + slow, seconds, rate), daemon=True)
+        writer = context.Process(target=write, args=(url, streams + slow, seconds, rate, requests), daemon=True)
         writer.start()
         try:
             process = psutil.Process(gateway.process.pid)
-            return asyncio.run(measure(url, port, process, streams, slow))
+            return asyncio.run(measure(url, port, process, streams, slow, requests))
         finally:
             writer.kill()
             writer.join()

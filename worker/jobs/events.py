@@ -361,7 +361,7 @@ def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
     try:
         # `{` begins no msgpack map
         values = json.loads(packed) if packed.startswith(b"{") else msgpack.unpackb(packed, strict_map_key=False)
-        envelope = Envelope(**{f.name: values[f.name] for f in fields(Envelope) if f.name in values})
+        envelope = Envelope(**{name: values[name] for name in _ENVELOPE_FIELDS if name in values})
         return cls.from_fields(values), envelope
     except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
         raise Internal(f"an event of type {kind} can't be read: {type(error).__name__}") from error
