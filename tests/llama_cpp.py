@@ -118,11 +118,16 @@ class LlamaCpp:
         return reply
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply: dict[str, Any] = json.loads(self.post_text(path, body))
+        return reply
+
+    def post_text(self, path: str, body: dict[str, Any]) -> str:
+        """The body of its answer to a request: JSON, or server-sent events."""
         connection = _SocketFileConnection(self._socket)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
-            reply: dict[str, Any] = json.loads(response.read())
+            reply = response.read().decode()
         finally:
             connection.close()
         if response.status != http.client.OK:
