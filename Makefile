@@ -78,9 +78,9 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.made
-	$(PIP) install --quiet --editable '.[embedded]'
+	$(PIP) install --quiet --editable '.[embedded,gateway]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.made
-	$(PIP) install --quiet --editable '.[embedded]' --group dev
+	$(PIP) install --quiet --editable '.[embedded,gateway]' --group dev
 	@touch $@ $(VENV)/.installed

@@ -5,6 +5,7 @@ Server and worker are child processes (`worker/embedded.py`) that end with the d
 
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -25,6 +26,7 @@ _PROMPTS = {
     "demo-sea": "Write a short poem about the sea.",
 }
 _NEXT = ("run --model smollm2", 'submit --chat --wait "Why is the sea salty?"', "tail --all", "workers")
+_GATEWAY_EXTRA = "pip install 'worker-orcd[gateway]'"
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
 _READY_S = 120.0
 
@@ -62,6 +64,10 @@ def demo(
     console.print("\n[bold]Next[/bold], with your own Redis server at redis://127.0.0.1:6379:")
     for line in _NEXT:
         console.print(f"  {escape(command)} {line}")
+    console.print("\nOpenAI's API at http://127.0.0.1:8000/v1, over that queue:")
+    if find_spec("starlette") is None:
+        console.print(f"  {escape(_GATEWAY_EXTRA)}")
+    console.print(f"  {escape(command)} gateway")
 
 
 def _model_file(model: str, section: HubSection) -> Path:
