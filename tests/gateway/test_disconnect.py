@@ -66,7 +66,11 @@ async def test_a_waiting_job_is_cancelled_within_100_ms(harness, stream):
         job_id = await job_of(running.client)
         began = await disconnect(asking)
         assert await cancelled_at(running.client, job_id) - began < CANCEL_S
-        assert running.metric("gateway_cancelled_total") == 1
+
+        async def counted_and_logged():
+            return running.metric("gateway_cancelled_total") == 1 and bool(running.logged("request"))
+
+        await wait_until(counted_and_logged)
         assert [line["status"] for line in running.logged("request")] == [499]
         assert running.logged("request")[0]["job_id"] == job_id
 

@@ -125,6 +125,21 @@ async def test_a_passed_deadline_has_status_504_and_is_not_retried(harness):
         assert running.metric("gateway_jobs_total") == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_job_that_waits_beyond_its_deadline_has_status_504_and_is_cancelled(harness, stream):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running)
+        body = {"model": "echo", "messages": HELLO, "deadline_ms": 50, "stream": stream}
+        response = await running.http().post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "inference_timeout")
+
+        async def cancelled():
+            (entry,) = await running.client.queue()
+            return (await running.client.state(entry.job_id)).get("error") == "CANCELLED"
+
+        await wait_until(cancelled)
+
+
 async def test_the_gateway_s_deadline_is_that_of_jobs_without_one(harness):
     async with serving(harness, SharedModel.echo().fresh(), lease=LONG_LEASE), gateway(harness, deadline_s=0.001) as it:
         await it.wait_for_model("echo")

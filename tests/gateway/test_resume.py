@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 
+import httpx
 import pytest
 
 from tests.gateway.gateways import events_of, gateway
@@ -124,3 +126,23 @@ async def test_a_last_event_id_of_another_request_than_the_key_s_is_refused(two)
     headers = {"Last-Event-ID": whole[0]["id"], "Idempotency-Key": "other"}
     response = await one.http().post("/v1/chat/completions", json=body_of("emoji"), headers=headers)
     assert response.status_code == 400
+
+
+async def test_a_stream_that_a_stopping_gateway_breaks_off_goes_on_at_another_one(harness):
+    model = scripted_model(lambda prompt: "x" * 200, step_s=0.01)
+    async with serving(harness, model, lease=LONG_LEASE), gateway(harness) as other:
+        await other.wait_for_model("scripted")
+        body, received = body_of("x", logprobs=False), ""
+        async with gateway(harness, grace_s=0.1) as stopping:
+            await stopping.wait_for_model("scripted")
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                async with stopping.http().stream("POST", "/v1/chat/completions", json=body) as response:
+                    async for text in response.aiter_text():
+                        received += text
+                        if not stopping.context.draining:
+                            stopping.server.drain()
+        begun = events_of(received.rpartition("\n\n")[0])
+        assert 2 < len(begun) < 150
+        rest = await stream(other, body, begun[-1]["id"])
+        messages, _, ends, _ = messages_of([*begun, *rest])
+        assert (messages[0]["content"], ends) == ("x" * 200, {0: "stop"})

@@ -79,7 +79,10 @@ def command_line(only: str | None = None) -> "typer.Typer":
 
 def main() -> None:
     """Run the command line; report an expected failure as one sentence and an exit code."""
-    if sys.argv[1:2] == ["run"]:  # as a container's first process it would ignore SIGTERM without a handler
+    if sys.argv[1:2] in (
+        ["run"],
+        ["gateway"],
+    ):  # as a container's first process it would ignore SIGTERM without a handler
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(0))  # nothing is connected; `serve` drains from its start on
     from worker.errors import WorkerError  # noqa: PLC0415  # after the handlers

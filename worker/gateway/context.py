@@ -31,6 +31,8 @@ class GatewayContext:
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     draining: bool = False
     """New requests are refused with status 503."""
+    stopping: bool = False
+    """Open requests are broken off, since the time for the drain is over."""
     open_requests: int = 0
     models: ModelRegistry = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set)

@@ -81,6 +81,11 @@ def unavailable(message: str, retry_after_s: float = 1.0, code: str = "service_u
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code=code, headers=retry_headers(retry_after_s))
 
 
+def deadline_passed(message: str) -> ApiError:
+    """Status 504: the job's deadline or its worker's time limit has passed."""
+    return ApiError(HTTPStatus.GATEWAY_TIMEOUT, message, code="inference_timeout", headers=NO_RETRY)
+
+
 def retry_headers(retry_after_s: float) -> dict[str, str]:
     """`Retry-After` in whole seconds, at least 1, and `retry-after-ms`."""
     ms = max(1, round(retry_after_s * 1000))
@@ -120,7 +125,7 @@ def error_of_event(event: ErrorEvent) -> ApiError:
         case "INVALID_REQUEST":
             return _invalid_job(event.message, event.details)
         case "INFERENCE_TIMEOUT":
-            return ApiError(HTTPStatus.GATEWAY_TIMEOUT, event.message, code=code, headers=NO_RETRY)
+            return deadline_passed(event.message)
         case "CANCELLED":
             return ApiError(HTTPStatus.CONFLICT, f"the job was {event.message}", code=code, headers=NO_RETRY)
     return _failed(event.message, code, None if event.retriable else NO_RETRY)

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 import re
 import time
 import uuid
@@ -28,7 +29,7 @@ from typing import Any
 
 from worker.errors import WorkerError
 from worker.gateway.context import Call, GatewayContext
-from worker.gateway.errors import ApiError, error_of_event, invalid
+from worker.gateway.errors import ApiError, deadline_passed, error_of_event, invalid
 from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.keys import START, is_entry_id
 from worker.jobs.reader import StreamEvent
@@ -37,6 +38,8 @@ from worker.jobs.streams import Disconnected
 Page = list[StreamEvent]
 _CANCEL_S = 30.0
 _CANCEL_PAUSE_S = 0.2
+_DEADLINE_MARGIN_S = 0.25
+"""For which a job that runs may take to end itself at its deadline."""
 _POSITION = re.compile(r"([A-Za-z]+[-_][0-9a-f]{32}):([0-9]+-[0-9]+):([0-9]+(?:\.[0-9]+)*)")
 
 
@@ -74,6 +77,8 @@ class JobRun:
         self._attached = False
         self._ended = False
         self._model = ""
+        self._deadline_s = math.inf
+        """`time.monotonic` at which a job that waits has missed its deadline."""
 
     async def submit(self, fields: Mapping[str, Any]) -> None:
         """Enqueue the job, unless the request has a key and the job is known.
@@ -81,6 +86,8 @@ class JobRun:
         Raises what `Client.submit` does.
         """
         self._model = fields.get("model") or ""
+        if fields.get("deadline_ms"):
+            self._deadline_s = time.monotonic() + fields["deadline_ms"] / 1000 + _DEADLINE_MARGIN_S
         if self._call.idempotency_key is not None and await self._context.client.is_known(self.id):
             self._attach()
             return
@@ -105,12 +112,13 @@ class JobRun:
         """Yield all events of the job in lists, up to its `end`.
 
         Raises:
-            ApiError: the job failed, or nothing happens and no worker serves its model.
+            ApiError: the job failed, or nothing happens and no worker serves its model or its
+                deadline has passed.
         """
         client, after, next_i = self._context.client, START, 0
         while True:
             try:
-                async for page in client.event_pages(self.id, after, self._context.section.no_worker_s, next_i):
+                async for page in client.event_pages(self.id, after, self._idle_s(), next_i):
                     after = page[-1].resume
                     next_i = self._observe(page, next_i)
                     error = self._error_of(page[-1])
@@ -120,8 +128,14 @@ class JobRun:
                         raise error
                 return
             except TimeoutError:
+                if time.monotonic() >= self._deadline_s:
+                    raise deadline_passed("the job's deadline has passed before its start") from None
                 if self._model:
                     self._context.models.check(self._model)
+
+    def _idle_s(self) -> float:
+        """Time without an event after which the job is looked at."""
+        return max(0.0, min(self._context.section.no_worker_s, self._deadline_s - time.monotonic()))
 
     def _error_of(self, last: StreamEvent) -> ApiError | None:
         if not isinstance(last.event, ErrorEvent):
@@ -146,8 +160,11 @@ class JobRun:
         return next_i
 
     def release(self) -> None:
-        """Stop reading: cancel the job in the background unless it has ended or has a key."""
-        if self._ended or self._call.idempotency_key is not None:
+        """Stop reading: cancel the job in the background unless it has ended or has a key.
+
+        A gateway that stops before its streams have ended leaves their jobs to other gateways.
+        """
+        if self._ended or self._call.idempotency_key is not None or self._context.stopping:
             return
         if self._attached or self._submission is not None:
             self._context.run_in_background(self._cancel())

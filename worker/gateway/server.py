@@ -52,6 +52,7 @@ class GatewayServer(uvicorn.Server):
             access_log=False,
             log_config=None,
             server_header=False,
+            proxy_headers=False,
             backlog=_BACKLOG,
             timeout_graceful_shutdown=1,
         )
@@ -62,7 +63,7 @@ class GatewayServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM or SIGINT: drain on the first signal, stop immediately on the second."""
         if self._context.draining:
-            self.should_exit = self.force_exit = True
+            self.should_exit = self.force_exit = self._context.stopping = True
         else:
             self.drain()
 
@@ -77,6 +78,7 @@ class GatewayServer(uvicorn.Server):
         deadline = time.monotonic() + context.section.grace_s
         while context.open_requests and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
+        context.stopping = context.open_requests > 0
         self.should_exit = True
 
 
