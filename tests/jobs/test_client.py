@@ -13,7 +13,7 @@ from worker.errors import InvalidRequest, QueueFull
 from worker.jobs import consumer
 from worker.jobs.client import Client
 from worker.jobs.events import ErrorEvent, Ready, Token, Tokens
-from worker.jobs.keys import events_key
+from worker.jobs.keys import events_key, queue_key
 from worker.jobs.lease import Closed
 from worker.jobs.reader import JobFailed
 from worker.jobs.streams import Disconnected
@@ -205,3 +205,11 @@ async def test_commands_sent_before_a_worker_opened_are_ignored(harness: Harness
     next_command = asyncio.ensure_future(anext(worker.registration.commands()))
     await harness.client().drain("w2")
     assert (await next_command).target == "w2"
+
+
+async def test_a_submitted_job_carries_the_version_that_its_fields_need(harness: Harness) -> None:
+    client = harness.client()
+    await client.submit(prompt="x", logprobs=1)
+    await client.submit(prompt="x", logprobs=1, token_bytes=True)
+    entries = await harness.connect().range(queue_key("default"), "-", "+", 10)
+    assert [msgpack.unpackb(fields["p"]).get("v") for _, fields in entries] == [None, 2]

@@ -132,8 +132,8 @@ def test_a_newer_schema_version_is_named_in_the_error() -> None:
 
 
 def test_a_job_has_the_version_of_its_newest_field() -> None:
-    assert Job.required_version({"prompt": "x", "logprobs": 1}) == 1
-    assert Job.required_version({"prompt": "x", "token_bytes": True}) == 2
+    assert job(logprobs=1).v == 1
+    assert job(token_bytes=True).v == 2
 
 
 def test_an_error_never_echoes_a_prompt_and_stays_small() -> None:

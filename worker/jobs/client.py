@@ -23,7 +23,7 @@ import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
 from worker.jobs.event_reader import EventReader, check_position
-from worker.jobs.events import SCHEMA_VERSION, End, ErrorEvent, Token
+from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.keys import CONTROL, START, dead_key, is_entry_id, queue_key, worker_events_key
 from worker.jobs.loop_thread import LoopThread
 from worker.jobs.payload import MAX_PAYLOAD_BYTES, encoding_of, job_id_of, read_map
@@ -95,6 +95,7 @@ class Client:
 
         A job that names a `model` goes to a queue whose living workers serve it: this client's
         queue if it has one or if no living worker serves the model, else the one with most workers.
+        The job carries its schema version in `v`, so that an older worker refuses it by that.
 
         Raises:
             InvalidRequest: with every wrong field, before anything is sent.
@@ -103,9 +104,9 @@ class Client:
                 again under that id runs it once.
         """
         fields = {"job_id": self.new_id()} | {name: value for name, value in fields.items() if value is not None}
-        if (version := Job.required_version(fields)) > SCHEMA_VERSION:
-            fields = {"v": version} | fields
         job = Job.parse(fields)
+        if job.v > 1:
+            fields["v"] = job.v
         payload = msgpack.packb(fields)
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise InvalidRequest.of(("payload", f"at most {MAX_PAYLOAD_BYTES} bytes", len(payload)))

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from worker.errors import InvalidRequest
 from worker.jobs.chat import CHAT_FIELDS, Messages, ToolChoiceField, Tools, chat_conflicts
-from worker.jobs.events import SCHEMA_VERSION, EncodedEvent, Encoding, Envelope, Event, encode_event, now_ms
+from worker.jobs.events import EncodedEvent, Encoding, Envelope, Event, encode_event, now_ms
 from worker.jobs.fields import LIST, MAP, TEXT, JsonMap, ShortText, Strict, Text
 from worker.jobs.payload import (
     JOB_ID,
@@ -30,10 +30,8 @@ from worker.jobs.payload import (
     read_map,
 )
 
-JOB_SCHEMA_VERSION = 2
-"""The highest version of a job that this worker accepts."""
-SINCE_VERSION: Mapping[str, int] = {"token_bytes": 2}
-"""The version of the jobs that have a field, if it is not 1."""
+SCHEMA_VERSION = 2
+"""Of jobs. Version 2 adds `token_bytes`; a job without it is of version 1."""
 DEFAULT_MAX_TOKENS = 2048
 MAX_FIELD_ERRORS = 8
 """Errors listed for one top-level field; further ones are counted."""
@@ -120,12 +118,8 @@ class Job(SamplingParams):
     deadline_ms: Annotated[int, Field(ge=1, le=2**53)] | None = None
     correlation_id: ShortText | None = None
     traceparent: ShortText | None = None
-    v: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
-
-    @staticmethod
-    def required_version(fields: Mapping[str, Any]) -> int:
-        """The schema version of a job with these fields: older workers refuse it by its number."""
-        return max((SINCE_VERSION.get(name, SCHEMA_VERSION) for name in fields), default=SCHEMA_VERSION)
+    v: Annotated[int, Field(ge=1)] = 1
+    """The schema version; if not given, the lowest one that has all of the job's fields."""
 
     @classmethod
     def parse(cls, fields: Mapping[Any, Any], errors: list[FieldError] | None = None) -> Self:
@@ -137,7 +131,7 @@ class Job(SamplingParams):
         bias, bias_errors = _parse_bias(fields.get("logit_bias"))
         found = [*(errors or []), *_conflicts(fields), *bias_errors]
         try:
-            job = cls.model_validate({**fields, "logit_bias": bias})
+            job = cls.model_validate({"v": _implied_version(fields), **fields, "logit_bias": bias})
         except ValidationError as error:
             found += _field_errors(error)
         if found:
@@ -238,6 +232,11 @@ def derived_seed(job_id: str, entry_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{job_id}\0{entry_id}".encode()).digest()[:8], "big")
 
 
+def _implied_version(fields: Mapping[Any, Any]) -> int:
+    """The lowest schema version that has all of the fields."""
+    return 1 if fields.get("token_bytes") is None else 2
+
+
 def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
     """`logit_bias` with integer keys, ready for pydantic; wrong items are removed and reported."""
     if not isinstance(value, Mapping):
@@ -263,8 +262,8 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
     """A newer schema, not exactly one prompt, chat fields without a chat, min_tokens too high."""
     errors: list[FieldError] = []
     v, min_tokens, max_tokens = fields.get("v"), fields.get("min_tokens"), fields.get("max_tokens")
-    if type(v) is int and v > JOB_SCHEMA_VERSION:
-        rule = f"at most {JOB_SCHEMA_VERSION}: this worker is older than the job's schema version"
+    if type(v) is int and v > SCHEMA_VERSION:
+        rule = f"at most {SCHEMA_VERSION}: this worker is older than the job's schema version"
         errors.append(("v", rule, describe(v)))
     prompts = [name for name in PROMPT_FIELDS if fields.get(name) is not None]
     if len(prompts) != 1:
