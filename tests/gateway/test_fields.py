@@ -19,6 +19,11 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "
 OTHER = {"type": "function", "function": {"name": "later"}}
 
 
+def allowed(function: Any) -> dict[str, Any]:
+    tools = [{"type": "function", "function": function}]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": tools}}
+
+
 def chat(**fields: Any) -> dict[str, Any]:
     """The job of a chat with these fields, which a worker would accept but for response_format."""
     (job,) = ChatRequest.parse(json.dumps({"messages": HELLO, **fields}).encode()).jobs("m")
@@ -164,6 +169,9 @@ def test_tool_choices_of_every_form_become_the_job_s(choice, tools, expected):
         ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL], "tool_choice": allowed({"name": []})}, "tool_choice.allowed_tools.tools"),
+        ({"tools": [TOOL], "tool_choice": allowed({"name": "f"})}, "tool_choice.allowed_tools.tools"),
+        ({"tools": [TOOL], "tool_choice": allowed("now")}, "tool_choice.allowed_tools.tools"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ],
 )

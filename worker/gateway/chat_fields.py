@@ -102,7 +102,7 @@ def _allowed(tools: Sequence[Any], choice: Mapping[str, Any]) -> tuple[list[Any]
     functions = [each.get("function") if isinstance(each, Mapping) else None for each in listed]
     names = [each.get("name") if isinstance(each, Mapping) else None for each in functions]
     known = {tool["function"]["name"]: tool for tool in tools}
-    if missing := [name for name in names if name not in known]:
-        message = f"tool_choice.allowed_tools: there is no tool {missing[0]}"
+    if missing := [name for name in names if not isinstance(name, str) or name not in known]:
+        message = f"tool_choice.allowed_tools: there is no tool {str(missing[0])[:100]}"
         raise invalid(message, "tool_choice.allowed_tools.tools")
     return [known[name] for name in names], allowed.get("mode", "auto")
