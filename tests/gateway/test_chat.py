@@ -36,6 +36,7 @@ ANSWERS = {
     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     "emoji": "a😀b",
     "stop": "one, two, three",
+    "lines": "a\u2028b\u2029c\x85d\r\ne\x0b\x1cf",
 }
 
 
@@ -206,3 +207,12 @@ async def test_a_keep_alive_comment_is_sent_while_nothing_happens(harness):
             assert response.status_code == 200
             lines = response.aiter_lines()
             assert [await anext(lines) for _ in range(3)] == [": keep-alive", "", ": keep-alive"]
+
+
+async def test_line_separators_of_unicode_do_not_break_an_event(scripted):
+    request = {"model": "scripted", "messages": [{"role": "user", "content": "lines"}], "stream": True}
+    stream = await scripted.openai().chat.completions.create(**request)
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == ANSWERS["lines"]
+    response = await scripted.http().post("/v1/chat/completions", json=request)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks_of(response.text)]  # splits at every kind of line end
+    assert "".join(delta.get("content", "") for delta in deltas) == ANSWERS["lines"]

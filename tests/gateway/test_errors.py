@@ -25,6 +25,8 @@ HELLO = [{"role": "user", "content": "hello there"}]
         ({"model": "gpt-9"}, 404, "model_not_found", "model"),
         ({"temperature": 3}, 400, "invalid_value", "temperature"),
         ({"tempo": 1}, 400, "unknown_parameter", "tempo"),
+        ({"user": "x" * 300}, 400, "invalid_value", "user"),
+        ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "context_length_exceeded", "messages"),
         ({"max_tokens": 10**6}, 400, "context_length_exceeded", "max_tokens"),
@@ -67,6 +69,25 @@ async def test_a_path_that_is_not_served_has_an_error_body_too(gate, method, pat
     assert response.status_code == status
     assert response.json()["error"]["message"]
     assert response.headers["x-request-id"]
+
+
+async def test_a_client_that_leaves_before_its_request_is_complete_is_logged_as_such(gate):
+    _, writer = await asyncio.open_connection("127.0.0.1", gate.port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+
+    async def reached():
+        return gate.metric("gateway_open_requests") == 1
+
+    await wait_until(reached)
+    writer.close()
+    await writer.wait_closed()
+
+    async def logged():
+        return [line["status"] for line in gate.logged("request")] == [499]
+
+    await wait_until(logged)
+    assert gate.logged("request_failed") == []
 
 
 @pytest.mark.parametrize("chunked", [False, True])

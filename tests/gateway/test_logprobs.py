@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 from hypothesis import given
@@ -93,3 +94,10 @@ def test_an_item_has_the_keys_of_openai_s():
             {"token": "\\xf0", "logprob": -1.5, "bytes": [0xF0]},
         ],
     }
+
+
+def test_a_token_that_cannot_occur_has_openai_s_lowest_value():
+    impossible = Token(0, 1, "x", -math.inf, ((2, -math.inf),), data=b"x", top_data=(b"y",))
+    (entry,), _ = aligned([impossible])
+    item = chat_logprob(entry)
+    assert (item["logprob"], item["top_logprobs"][0]["logprob"]) == (-9999.0, -9999.0)

@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +24,7 @@ from worker.gateway import health
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
-from worker.gateway.errors import ApiError, api_error, invalid, unavailable
+from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, invalid, unavailable
 from worker.jobs.streams import Disconnected
 from worker.telemetry import frames_of
 
@@ -110,6 +110,8 @@ class Gate:
         try:
             refused = self._refuse(scope, headers, request_id, began)
             await (refused or self._app)(scope, receive, send_with_id)
+        except ClientDisconnect:  # before its request was complete
+            scope["gateway.status"] = CLIENT_CLOSED_REQUEST
         except Exception as error:
             response = error_response(context, scope, error)
             if "gateway.status" in scope:  # sent: only the connection's end can report the error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from starlette.requests import Request
@@ -53,7 +54,7 @@ class ChatRequest(SamplingFields):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     """vLLM's form of `response_format`."""
@@ -120,8 +121,9 @@ async def _collect(group: JobGroup, readers: list[ChoiceReader], model: str, *, 
     choices = [CollectedChoice(index, reader) for index, reader in enumerate(readers)]
     try:
         await group.start()
-        async for index, page in group.pages():
-            choices[index].add(page)
+        async with aclosing(group.pages()) as pages:
+            async for index, page in pages:
+                choices[index].add(page)
     finally:
         group.close()
     answer = head(group.id, "chat.completion", model, readers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar
 
 from worker.gateway.answer import ChoiceReader, Part, usage_of
@@ -76,9 +77,10 @@ async def stream(group: JobGroup, chunks: Chunks) -> AsyncGenerator[bytes, None]
     """Run the jobs of a group; yield their chunks, the usage and the end mark."""
     try:
         await group.start()
-        async for index, page in group.pages():
-            if encoded := chunks.of_page(index, page):
-                yield encoded
+        async with aclosing(group.pages()) as pages:
+            async for index, page in pages:
+                if encoded := chunks.of_page(index, page):
+                    yield encoded
         yield chunks.usage() + DONE
     finally:
         group.close()

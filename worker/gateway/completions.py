@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, ClassVar, Self
 
 from pydantic import model_validator
@@ -13,7 +14,7 @@ from worker.gateway.answer import ChoiceReader, Part, usage_of
 from worker.gateway.chunks import Chunks, head, stream
 from worker.gateway.context import call_of, context_of
 from worker.gateway.errors import invalid
-from worker.gateway.jobs import JobGroup, Page
+from worker.gateway.jobs import JobGroup
 from worker.gateway.logprobs import Entry, alternatives, token_text
 from worker.gateway.request import VLLM_NEUTRAL, Choices, SamplingFields, StreamOptions, choice_jobs, read_body
 from worker.gateway.response_format import job_format
@@ -121,7 +122,7 @@ class TextChoice:
             return None
         return {
             "tokens": [token_text(entry.data) for entry in entries],
-            "token_logprobs": [entry.token.logprob for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [{text: logprob for text, _, logprob in alternatives(entry.token)} for entry in entries],
             "text_offset": [entry.offset for entry in entries],
         }
@@ -175,13 +176,11 @@ async def completions(request: Request) -> Response:
 async def _collect(group: JobGroup, choices: Sequence[TextChoice], model: str, prompts: int) -> Response:
     parts: list[list[Part]] = [[] for _ in choices]
 
-    def add(index: int, page: Page) -> None:
-        parts[index] += choices[index].reader.read(page)
-
     try:
         await group.start()
-        async for index, page in group.pages():
-            add(index, page)
+        async with aclosing(group.pages()) as pages:
+            async for index, page in pages:
+                parts[index] += choices[index].reader.read(page)
     finally:
         group.close()
     readers = [choice.reader for choice in choices]

@@ -36,6 +36,10 @@ _TYPES: Mapping[int, tuple[str, str]] = {
 """Type of an error by status: OpenAI's and Anthropic's."""
 
 
+_REQUEST_NAMES: Mapping[str, str] = {"tenant": "user", "prompt_tokens": "prompt"}
+"""Names of the request's fields by those of the job's, where they differ."""
+
+
 class ApiError(Exception):
     """A response with an error status, in the shape of the API that was called."""
 
@@ -137,10 +141,16 @@ def field_path(field: str) -> str:
 
 
 def _invalid_job(message: str, details: Mapping[str, Any]) -> ApiError:
-    """Status 400 for the fields of a job, which have the names of the request's fields."""
+    """Status 400 for the fields of a job, under the names of the request's fields."""
     errors = [each for each in details.get("errors", ()) if isinstance(each, Mapping)]
-    first = errors[0] if errors else {}
-    exceeds = any("the context" in str(each.get("constraint")) for each in errors)
+    if not errors:
+        return invalid(message)
+    named = [(field_path(_requested(str(each.get("field")))), str(each.get("constraint"))) for each in errors]
+    exceeds = any("the context" in constraint for _, constraint in named)
     code = "context_length_exceeded" if exceeds else "invalid_value"
-    field = first.get("field")
-    return invalid(message, field_path(str(field)) if field else None, code)
+    return invalid("; ".join(f"{field}: {constraint}" for field, constraint in named), named[0][0], code)
+
+
+def _requested(field: str) -> str:
+    name, dot, rest = field.partition(".")
+    return _REQUEST_NAMES.get(name, name) + dot + rest

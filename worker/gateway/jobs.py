@@ -93,6 +93,7 @@ class JobRun:
             return
         # A task, since a cancelled submission may have reached the server: `release` waits for it.
         self._submission = asyncio.create_task(self._context.client.submit(job_id=self.id, **fields))
+        self._submission.add_done_callback(_retrieve_error)
         await asyncio.shield(self._submission)
         self._context.metrics.jobs.inc()
 
@@ -118,18 +119,18 @@ class JobRun:
         client, after, next_i = self._context.client, START, 0
         while True:
             try:
-                async for page in client.event_pages(self.id, after, self._idle_s(), next_i):
-                    after = page[-1].resume
-                    next_i = self._observe(page, next_i)
-                    error = self._error_of(page[-1])
-                    if page:
+                async with contextlib.aclosing(client.event_pages(self.id, after, self._idle_s(), next_i)) as pages:
+                    async for page in pages:
+                        after = page[-1].resume
+                        next_i = self._observe(page, next_i)
+                        error = self._error_of(page[-1])
                         yield page if error is None else page[:-1]
-                    if error is not None:
-                        raise error
-                return
+                        if error is not None:
+                            raise error
+                    return
             except TimeoutError:
                 if time.monotonic() >= self._deadline_s:
-                    raise deadline_passed("the job's deadline has passed before its start") from None
+                    raise deadline_passed("the job's deadline has passed") from None
                 if self._model:
                     self._context.models.check(self._model)
 
@@ -186,9 +187,16 @@ class JobRun:
                     return
                 await asyncio.sleep(_CANCEL_PAUSE_S)
                 continue
-            self._context.metrics.cancelled.inc()
+            if outcome in ("cancelled", "requested"):
+                self._context.metrics.cancelled.inc()
             self._context.log.info("cancelled", job_id=self.id, outcome=outcome)
             return
+
+
+def _retrieve_error(submission: asyncio.Task[str]) -> None:
+    """Retrieve the error of a submission that nobody awaits any more."""
+    if not submission.cancelled():
+        submission.exception()
 
 
 class JobGroup:
@@ -279,8 +287,9 @@ class JobGroup:
 
 async def _read(index: int, run: JobRun, merged: asyncio.Queue[tuple[int, Page | Exception | None]]) -> None:
     try:
-        async for page in run.pages():
-            await merged.put((index, page))
+        async with contextlib.aclosing(run.pages()) as pages:
+            async for page in pages:
+                await merged.put((index, page))
         await merged.put((index, None))
     except Exception as error:
         await merged.put((index, error))

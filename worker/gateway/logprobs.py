@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from worker.jobs.events import Token
 
+LOWEST = -9999.0
+"""OpenAI's value for the log-probability of a token that cannot occur; JSON has no infinity."""
+
 
 class Entry(NamedTuple):
     """One token of the text."""
@@ -23,6 +26,11 @@ class Entry(NamedTuple):
     """Its bytes in the text."""
     offset: int
     """Characters of the text before it; before the character that it continues."""
+
+    @property
+    def logprob(self) -> float:
+        """Its log-probability."""
+        return max(LOWEST, self.token.logprob or 0.0)
 
 
 class AlignedTokens:
@@ -94,7 +102,7 @@ def alternatives(token: Token) -> list[tuple[str, bytes | None, float]]:
     """Text, bytes and log-probability of the likeliest tokens; without bytes, the id as text."""
     data: Iterable[bytes | None] = token.top_data or [None] * len(token.top or ())
     return [
-        (f"token_id:{id}" if each is None else token_text(each), each, logprob)
+        (f"token_id:{id}" if each is None else token_text(each), each, max(LOWEST, logprob))
         for (id, logprob), each in zip(token.top or (), data, strict=True)
     ]
 
@@ -105,5 +113,5 @@ def chat_logprob(entry: Entry) -> dict[str, Any]:
         {"token": text, "logprob": logprob, "bytes": None if data is None else list(data)}
         for text, data, logprob in alternatives(entry.token)
     ]
-    own = {"token": token_text(entry.data), "logprob": entry.token.logprob, "bytes": list(entry.data)}
+    own = {"token": token_text(entry.data), "logprob": entry.logprob, "bytes": list(entry.data)}
     return own | {"top_logprobs": top}

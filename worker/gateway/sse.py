@@ -22,15 +22,20 @@ DONE = b"data: [DONE]\n\n"
 ErrorEncoder = Callable[[ApiError], bytes]
 
 
+_BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"})
+"""Characters that JSON leaves as they are and at which `str.splitlines` of a client breaks."""
+
+
 def encode(data: str, event_id: str = "", event: str = "") -> bytes:
-    """Encode one event; `data` has no line breaks."""
+    """Encode one event, whose `data` is JSON on one line."""
+    if not data.isascii():
+        data = data.translate(_BREAKS)
     lines = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
     return f"{lines}data: {data}\n\n".encode()
 
 
-def to_json(value: Any) -> str:
-    """Compact JSON on one line."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Encode as compact JSON on one line. `json.dumps` would create an encoder for each call."""
 
 
 def openai_error(error: ApiError) -> bytes:
