@@ -230,3 +230,16 @@ def test_the_unit_allows_the_devices_of_cuda(unit):
         assert any(fnmatch.fnmatch(group, pattern) for pattern in allowed)
     for forbidden in ("PrivateDevices", "ProcSubset", "MemoryDenyWriteExecute"):
         assert forbidden not in unit
+
+
+def test_compose_starts_a_gateway_that_other_hosts_reach_and_that_may_finish_its_streams(services, monkeypatch):
+    service = services["gateway"]
+    section = accepted(service["command"], service["environment"], monkeypatch).gateway
+    assert section.host == "0.0.0.0"
+    assert service["ports"] == [f"127.0.0.1:{section.port}:{section.port}"]
+    assert f":{section.port}/health" in service["healthcheck"]["test"][-1]
+    assert int(service["stop_grace_period"].removesuffix("s")) > section.grace_s
+
+
+def test_the_image_installs_the_gateway(instructions):
+    assert any(",gateway]" in rest for name, rest in instructions if name == "RUN")

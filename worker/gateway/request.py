@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -166,6 +166,8 @@ class StreamOptions(ApiModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
     """Without an effect: chunks have no padding."""
+    continuous_usage_stats: Literal[False] | None = None
+    """vLLM's; only the last chunk has the usage."""
 
 
 VLLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
