@@ -15,6 +15,7 @@ from worker.gateway.chat_chunks import ChatChunks, CollectedChoice
 from worker.gateway.chat_fields import job_messages, tool_fields
 from worker.gateway.chunks import head, stream
 from worker.gateway.context import call_of, context_of
+from worker.gateway.errors import invalid
 from worker.gateway.jobs import JobGroup
 from worker.gateway.request import VLLM_NEUTRAL, Choices, SamplingFields, StreamOptions, choice_jobs, read_body
 from worker.gateway.response_format import job_format
@@ -68,11 +69,11 @@ class ChatRequest(SamplingFields):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream")
+            raise invalid("stream_options: only with stream", "stream_options")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs")
+            raise invalid("top_logprobs: only with logprobs", "top_logprobs")
         if self.response_format is not None and self.structured_outputs is not None:
-            raise ValueError("structured_outputs: only without response_format")
+            raise invalid("structured_outputs: only without response_format", "structured_outputs")
         return self
 
     def jobs(self, model: str) -> list[dict[str, Any]]:

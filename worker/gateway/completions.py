@@ -51,13 +51,13 @@ class CompletionRequest(SamplingFields):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream")
+            raise invalid("stream_options: only with stream", "stream_options")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of: must equal n; answers are not ranked")
+            raise invalid("best_of: must equal n; answers are not ranked", "best_of")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: only without logprobs; prompts have no log-probabilities")
+            raise invalid("echo: only without logprobs; prompts have no log-probabilities", "echo")
         if self.response_format is not None and self.structured_outputs is not None:
-            raise ValueError("structured_outputs: only without response_format")
+            raise invalid("structured_outputs: only without response_format", "structured_outputs")
         return self
 
     @property
