@@ -7,6 +7,7 @@ import contextlib
 import time
 
 import httpx
+import openai
 import pytest
 
 from tests.gateway.gateways import fake_worker, gateway, wait_for_jobs
@@ -174,3 +175,15 @@ async def test_a_submission_whose_reply_is_lost_leaves_no_job_that_runs(harness)
         losing = False
         job_id = (await running.client.queue())[0].job_id
         await cancelled_at(running.client, job_id)
+
+
+async def test_a_client_that_times_out_and_retries_leaves_no_job_behind(harness):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running)
+        client = running.openai(timeout=0.4, max_retries=1)
+        with pytest.raises(openai.APITimeoutError):
+            await client.chat.completions.create(model="echo", messages=BODY["messages"])
+        jobs = [entry.job_id for entry in await running.client.queue()]
+        assert len(jobs) == 2
+        for job_id in jobs:
+            await cancelled_at(running.client, job_id)
