@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tests.text.small import byte_level
 from worker.echo import EchoRunner, NoDevice
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
-from worker.model import SlotStart
+from worker.model import Chunk, OnLaunched, SlotDraw, SlotStart
 from worker.runtime import LoadedModel
 from worker.sampling import Draw
 from worker.text.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +31,7 @@ def tokenizer_of(template: str) -> Tokenizer:
 
 
 class ScriptedRunner(EchoRunner):
-    """Draws the bytes of `script(prompt)`, and then the end token for ever.
+    """Draws the bytes of `script(prompt)`, and then the end token for ever, whatever the sampling.
 
     Of `logprobs`, the drawn token is the likeliest and the next ids follow.
     """
@@ -41,7 +42,17 @@ class ScriptedRunner(EchoRunner):
         self._script = script
         self._end = next(iter(tokenizer.vocab.end_ids))
 
-    def _echo(self, start: SlotStart) -> Iterator[Draw]:
+    def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        on_launched()
+        if self._step_s:
+            time.sleep(self._step_s)
+        draws = [SlotDraw(slot, next(following)) for slot, following in self._generating.items()]
+        for start in [chunk.begin for chunk in chunks if chunk.begin]:
+            self._generating[start.slot] = following = self._draws(start)
+            draws.append(SlotDraw(start.slot, next(following)))
+        return draws
+
+    def _draws(self, start: SlotStart) -> Iterator[Draw]:
         prompt = "".join(map(self._tokenizer.piece, start.prompt))
         text = self._script(prompt).encode()
         ids = chain(map(self._id_of, text), repeat(self._end))
