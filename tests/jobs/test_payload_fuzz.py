@@ -55,7 +55,8 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "deadline_ms": st.none() | st.integers(1, 2**53),
     "correlation_id": st.none() | SHORT,
     "traceparent": st.none() | SHORT,
-    "v": st.just(1),
+    "token_bytes": st.booleans(),
+    "v": st.sampled_from([1, 2]),
 }
 NO_TEXT = st.integers(0, 9) | st.booleans() | st.lists(st.integers(), max_size=2)
 BAD: dict[str, st.SearchStrategy[Any]] = {
@@ -81,7 +82,8 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "deadline_ms": not_an_integer(1, 2**53),
     "correlation_id": NO_TEXT | st.sampled_from(["", "x" * 257]),
     "traceparent": NO_TEXT | st.sampled_from(["", "x" * 257]),
-    "v": not_an_integer(1, 1) | st.none(),
+    "token_bytes": st.sampled_from([0, 1, "yes", None, []]),
+    "v": not_an_integer(1, 2) | st.none(),
 }
 PROMPTS = st.one_of(
     st.fixed_dictionaries({"prompt": TEXTS}),
