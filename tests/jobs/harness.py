@@ -211,7 +211,7 @@ class LossyStreams:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._streams, name)
-        if name in ("reconnects", "close"):
+        if name in ("reconnects", "documents", "close"):
             return attribute
 
         async def call(*args: Any, **kwargs: Any) -> Any:

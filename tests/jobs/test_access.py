@@ -84,3 +84,31 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
     with contextlib.suppress(asyncio.CancelledError):
         await showing
     await operator.close()
+
+
+async def test_a_gateway(server: Server) -> None:
+    gateway, running = Client(streams(server, "gateway")), await worker(server, "w1", LONG_LEASE)
+    await gateway.submit(job_id="a", prompt="hello")
+    await complete(running, await take_next(running), 3)
+    assert (await gateway.result("a"))[0] == text(3)
+    assert len(await gateway.published("a")) > 3
+    await gateway.forget("a", 60)
+    assert await gateway.is_known("a")
+    documents = gateway.documents
+    await documents.put("inf:d", {"a": "1"}, 60_000)
+    assert await documents.get("inf:d") == {"a": b"1"}
+    assert await documents.put_once("inf:d", "b", "2")
+    assert await documents.values("inf:d", ["b"]) == [b"2"]
+    assert sorted(await documents.names("inf:d")) == ["a", "b"]
+    await documents.increment("inf:d", "n")
+    await documents.expire("inf:d", 60_000)
+    await documents.shorten("inf:d", 50_000)
+    assert await documents.delete("inf:d")
+    await documents.enlist("inf:i", "a", 1, 60_000)
+    assert await documents.listed("inf:i") == ["a"]
+    await documents.unlist("inf:i", "a")
+    assert await documents.hold("inf:l", "one", 60_000)
+    assert await documents.hold("inf:l", "one", 60_000)
+    await documents.release("inf:l", "one")
+    await running.close()
+    await gateway.close()

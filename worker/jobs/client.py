@@ -22,9 +22,10 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import msgpack
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
+from worker.jobs.documents import Documents
 from worker.jobs.event_reader import EventReader, check_position
 from worker.jobs.events import End, ErrorEvent, Token
-from worker.jobs.keys import CONTROL, START, dead_key, is_entry_id, queue_key, worker_events_key
+from worker.jobs.keys import CONTROL, START, dead_key, events_key, is_entry_id, next_id, queue_key, worker_events_key
 from worker.jobs.loop_thread import LoopThread
 from worker.jobs.payload import MAX_PAYLOAD_BYTES, encoding_of, job_id_of, read_map
 from worker.jobs.protocol import Job, Trace
@@ -38,6 +39,7 @@ T = TypeVar("T")
 
 CANCELLED_TTL_MS = 7 * 24 * 3600 * 1000
 """Time to live of a job that was cancelled before it ran; settling its entry shortens it."""
+PUBLISHED_PAGE = 1000
 MAX_COMMANDS = 10_000
 """Approximate number of entries kept on the control stream."""
 _UNREAD = JobState("0-1")
@@ -78,6 +80,11 @@ class Client:
     def new_id() -> str:
         """Return an unused job id, to pass to `submit` as `job_id` and to know before the call."""
         return uuid.uuid4().hex
+
+    @property
+    def documents(self) -> Documents:
+        """What the gateway stores on the same server."""
+        return self._streams.documents
 
     async def __aenter__(self) -> Self:
         return self
@@ -160,6 +167,22 @@ class Client:
     ) -> AsyncGenerator[list[StreamEvent], None]:
         """Yield the items of `events` in lists, as the server replied."""
         return self._reader.pages(job_id, after, idle_s, next_i)
+
+    async def published(self, job_id: str) -> list[StreamEvent]:
+        """The job's events so far; empty for a job that waits, has expired or is unknown."""
+        check_position(job_id)
+        items: list[StreamEvent] = []
+        first = "-"
+        while records := await self._range(events_key(job_id), first, "+", PUBLISHED_PAGE):
+            for record in records:
+                items += decode_entry(record, START)
+            first = next_id(records[-1][0])
+        return items
+
+    async def forget(self, job_id: str, after_s: float) -> None:
+        """Have an ended job's events expire after `after_s` seconds, unless they do before."""
+        check_position(job_id)
+        await repeat_briefly(self._streams.expire_job, job_id, int(after_s * 1000))
 
     async def tokens(
         self, job_id: str, after: str = START, idle_s: float | None = None, next_i: int | None = None

@@ -18,7 +18,9 @@ from redis.asyncio import Connection, Redis
 
 from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.events import TERMINAL_KINDS
+from worker.jobs.documents import Documents
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
+from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_pool import WaitingPool, open_client
 from worker.jobs.redis_resp import Value, pack_command, raise_if_all_failed
@@ -61,6 +63,7 @@ class RedisStreams:
         self.reconnects = 0
         self.waits_for_access = False
         self.contact = contact or Contact()
+        self.documents: Documents = RedisDocuments(commands, address)
         self._commands = commands
         self._blocking = blocking
         self._address = address

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar
 
+from worker.jobs.documents import Documents
 from worker.jobs.events import EncodedEvent
 from worker.jobs.keys import START, epoch_of
 
@@ -222,6 +223,8 @@ class Streams(Protocol):
 
     False at first. A running worker sets it, since an operator may be changing a password.
     """
+    documents: Documents
+    """What the gateway stores on the same server."""
 
     async def open_queue(self, queue: str) -> None:
         """Create the stream and its consumer group, from id 0, unless they exist."""
