@@ -17,10 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
 from worker.gateway.context import context_of
@@ -95,7 +96,11 @@ _MESSAGES = {"extra_forbidden": "unknown or unsupported field", "missing": "requ
 
 def _wrong_fields(error: ValidationError) -> ApiError:
     lines = [
-        (_path(each["loc"]), _MESSAGES.get(each["type"], each["msg"].removeprefix("Value error, ")), each["type"])
+        (
+            _path((*each["loc"], *each.get("ctx", {}).get("path", ()))),
+            _MESSAGES.get(each["type"], each["msg"].removeprefix("Value error, ")),
+            each["type"],
+        )
         for each in error.errors(include_url=False, include_input=False)
     ]
     named = "; ".join(f"{path}: {message}" for path, message, _ in lines[:MAX_NAMED])
@@ -107,6 +112,12 @@ def _path(location: tuple[int | str, ...]) -> str:
     """The field's path without the parts that name an alternative of a union."""
     parts = [str(part) for part in location if isinstance(part, int) or re.fullmatch(r"[A-Za-z_][\w\-]*", part)]
     return field_path(".".join(parts)) or "body"
+
+
+def contradiction(field: str, rule: LiteralString) -> PydanticCustomError:
+    """The error of a field that contradicts others, to raise in a validator of the whole map."""
+    path = [int(part) if part.isdigit() else part for part in field.split(".")]
+    return PydanticCustomError("contradiction", rule, {"path": path})
 
 
 def _top_k(value: object) -> object:
