@@ -188,6 +188,7 @@ class GatewaySection(_Section):
     no_worker_s: float = Field(default=30.0, gt=0)
     deadline_s: float = Field(default=0.0, ge=0)
     grace_s: float = Field(default=300.0, ge=0)
+    response_retention_s: float = Field(default=24 * 3600.0, gt=0)
 
 
 class LogSection(_Section):

@@ -58,6 +58,8 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.event: ErrorEvent | None = None
+        """The event of the job that failed."""
 
     def openai_body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -124,6 +126,12 @@ def _failed(message: str, code: str, headers: Mapping[str, str] | None = None) -
 
 def error_of_event(event: ErrorEvent) -> ApiError:
     """The API's error for a job's `error` event."""
+    error = _error_of(event)
+    error.event = event
+    return error
+
+
+def _error_of(event: ErrorEvent) -> ApiError:
     code = event.code.lower()
     match event.code:
         case "INVALID_REQUEST":

@@ -92,6 +92,8 @@ class EventStream(Response):
                 if not self._started:
                     raise error from failure
                 await self._send(send, self._encode_error(error))
+        if not self._started:
+            await self._send(send, b"")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _listen(self, receive: Receive, send: Send, pump: asyncio.Task[None]) -> None:
