@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 
@@ -46,6 +47,11 @@ class Gateway:
     def openai(self, **options: Any) -> openai.AsyncOpenAI:
         """OpenAI's client, without retries by default."""
         return self._close_later(openai_client(self.url, **options))
+
+    def anthropic(self, **options: Any) -> anthropic.AsyncAnthropic:
+        """Anthropic's client, without retries by default."""
+        defaults = {"api_key": "none", "max_retries": 0, "timeout": 60}
+        return self._close_later(anthropic.AsyncAnthropic(base_url=self.url, **{**defaults, **options}))
 
     def http(self, **options: Any) -> httpx.AsyncClient:
         return self._close_later(httpx.AsyncClient(base_url=self.url, timeout=30, **options))

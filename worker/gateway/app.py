@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import WorkerError
-from worker.gateway import health, responses
+from worker.gateway import health, messages, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
@@ -41,6 +41,7 @@ ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     *responses.ROUTES,
+    *messages.ROUTES,
     Route("/tokenize", health.tokenize, methods=["POST"]),
     Route("/detokenize", health.tokenize, methods=["POST"]),
 ]
