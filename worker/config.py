@@ -189,6 +189,9 @@ class GatewaySection(_Section):
     deadline_s: float = Field(default=0.0, ge=0)
     grace_s: float = Field(default=300.0, ge=0)
     response_retention_s: float = Field(default=24 * 3600.0, gt=0)
+    file_retention_s: float = Field(default=7 * 24 * 3600.0, ge=2 * 24 * 3600)
+    max_file_bytes: int = Field(default=100 * 2**20, ge=1024)
+    batch_concurrency: int = Field(default=8, ge=1, le=1024)
 
 
 class LogSection(_Section):

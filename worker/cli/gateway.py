@@ -18,7 +18,7 @@ from worker.jobs.streams import Contact
 from worker.telemetry import open_log
 
 _http = partial(typer.Option, rich_help_panel="HTTP")
-_PACKAGES = ("starlette", "uvicorn", "httptools", "uvloop")
+_PACKAGES = ("starlette", "uvicorn", "httptools", "uvloop", "python_multipart")
 
 
 def gateway(

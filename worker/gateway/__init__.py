@@ -10,6 +10,11 @@
 | server-sent events, disconnects | `sse.py` |
 | validation of request bodies | `request.py`; status and body of errors: `errors.py` |
 | Chat Completions and Completions | `chat.py`, `chat_chunks.py`, `completions.py` |
+| Responses | `responses.py`, `responses_request.py`, `responses_events.py`, `response_store.py` |
+| Anthropic's Messages, token counts | `messages.py`, `messages_request.py`, `messages_events.py` |
+| the parts of an answer of these two | `answer_parts.py` |
+| files | `files.py`, `file_store.py` |
+| batches | `batches.py`, `batch_store.py`, `batch_runner.py`, `batch_lines.py` |
 
 It imports the job client, never a model, the engine or a device. Read `jobs.py` first, then
 `chat.py`.

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import WorkerError
-from worker.gateway import health, messages, responses
+from worker.gateway import batches, files, health, messages, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
@@ -42,6 +42,8 @@ ROUTES = [
     Route("/v1/completions", completions, methods=["POST"]),
     *responses.ROUTES,
     *messages.ROUTES,
+    *files.ROUTES,
+    *batches.ROUTES,
     Route("/tokenize", health.tokenize, methods=["POST"]),
     Route("/detokenize", health.tokenize, methods=["POST"]),
 ]
@@ -52,11 +54,14 @@ def create_app(context: GatewayContext) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        registry = asyncio.create_task(context.models.run())
+        runner = app.state.batch_runner = batches.batch_runner(app, context)
+        tasks = [asyncio.create_task(context.models.run()), asyncio.create_task(runner.run())]
         try:
             yield
         finally:
-            registry.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await context.close()
 
     async def answer_error(request: Request, error: Exception) -> Response:

@@ -140,6 +140,12 @@ class ApiKeys:
             raise ConfigInvalid(f"gateway.api_keys: {path} has the same key twice")
         return cls(entries)
 
+    def of_tenant(self, tenant: str | None) -> Caller | None:
+        """The caller of a tenant's first key, for what runs without a request of the tenant."""
+        if self._anybody is not None:
+            return self._anybody
+        return next((caller for caller in self._callers.values() if caller.tenant == tenant), None)
+
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller by `Authorization: Bearer KEY` or `x-api-key`. Raises status 401."""
         if self._anybody is not None:
