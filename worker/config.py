@@ -191,7 +191,7 @@ class GatewaySection(_Section):
     response_retention_s: float = Field(default=24 * 3600.0, gt=0)
     file_retention_s: float = Field(default=7 * 24 * 3600.0, ge=2 * 24 * 3600)
     max_file_bytes: int = Field(default=100 * 2**20, ge=1024)
-    batch_concurrency: int = Field(default=8, ge=1, le=1024)
+    batch_concurrency: int = Field(default=64, ge=1, le=1024)
 
 
 class LogSection(_Section):

@@ -16,7 +16,9 @@ Script = Callable[[str], str]
 
 
 @contextlib.asynccontextmanager
-async def scripted_worker(harness: Harness, script: Script, *, step_s: float = 0.0) -> AsyncIterator[list[str]]:
+async def scripted_worker(
+    harness: Harness, script: Script, *, step_s: float = 0.0, slots: int = 8
+) -> AsyncIterator[list[str]]:
     """A worker of the model `scripted`; yields the prompts that it has begun to answer."""
     prompts: list[str] = []
 
@@ -24,17 +26,23 @@ async def scripted_worker(harness: Harness, script: Script, *, step_s: float = 0
         prompts.append(prompt)
         return script(prompt)
 
-    async with serving(harness, scripted_model(recorded, step_s=step_s, slots=8), lease=LONG_LEASE):
+    async with serving(harness, scripted_model(recorded, step_s=step_s, slots=slots), lease=LONG_LEASE):
         yield prompts
 
 
 @contextlib.asynccontextmanager
 async def stack(
-    harness: Harness, script: Script, *, step_s: float = 0.0, tenants: tuple[str, ...] = (), **section: Any
+    harness: Harness,
+    script: Script,
+    *,
+    step_s: float = 0.0,
+    slots: int = 8,
+    tenants: tuple[str, ...] = (),
+    **section: Any,
 ) -> AsyncIterator[tuple[Gateway, list[str]]]:
     """Such a worker and a gateway, which has keys for `tenants`, if any."""
     async with (
-        scripted_worker(harness, script, step_s=step_s) as prompts,
+        scripted_worker(harness, script, step_s=step_s, slots=slots) as prompts,
         gateway(harness, keys=keys_of(*tenants), **section) as running,
     ):
         await running.wait_for_model("scripted")

@@ -121,6 +121,23 @@ async def test_jobs_of_a_batch_are_the_least_urgent_ones_of_its_tenant(harness, 
     assert len(output[0]["response"]["body"]["choices"]) == 2
 
 
+async def test_another_request_does_not_wait_behind_a_batch(harness):
+    async with stack(harness, script, step_s=0.02, slots=1) as (gate, prompts), gate.openai() as client:
+        lines = [line(f"c{n}", CHAT, body_of(CHAT, f"word{n}")) for n in range(12)]
+        created = await submit(client, lines)
+
+        async def begun() -> bool:
+            return len(prompts) >= 3
+
+        await wait_until(begun)
+        await client.chat.completions.create(**body_of(CHAT, "urgent"))
+        before = len(prompts)
+        batch = await ended(client, created.id)
+
+    assert before <= 7, "one request of the batch ran and one waited"
+    assert batch.request_counts.completed == 12
+
+
 @pytest.mark.parametrize(
     ("lines", "code", "number"),
     [

@@ -14,7 +14,7 @@
 | Anthropic's Messages, token counts | `messages.py`, `messages_request.py`, `messages_events.py` |
 | the parts of an answer of these two | `answer_parts.py` |
 | files | `files.py`, `file_store.py` |
-| batches | `batches.py`, `batch_store.py`, `batch_runner.py`, `batch_lines.py` |
+| batches | `batches.py`, `batch_store.py`, `batch_runner.py`, `batch_jobs.py`, `batch_lines.py` |
 
 It imports the job client, never a model, the engine or a device. Read `jobs.py` first, then
 `chat.py`.

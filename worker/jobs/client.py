@@ -267,6 +267,13 @@ class Client:
         """Number of jobs in the queue, waiting and running."""
         return await repeat_briefly(self._streams.length, queue_key(self._queue))
 
+    async def unclaimed(self, model: str | None = None) -> int:
+        """Number of jobs that no worker has claimed, in the queue for jobs of the model."""
+        queue = await self._queues.of_model(model)
+        length = await repeat_briefly(self._streams.length, queue_key(queue))
+        claimed = len(await repeat_briefly(self._streams.pending, queue, length)) if length else 0
+        return max(0, length - claimed)
+
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """The status of each live worker, by its id."""
         return await repeat_briefly(self._streams.workers)
