@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
@@ -91,6 +92,14 @@ def test_a_call_without_arguments_streams_an_empty_object():
     assert [event["delta"] for event in events if event["type"] == "content_block_delta"] == [
         {"type": "input_json_delta", "partial_json": "{}"}
     ]
+
+
+@pytest.mark.parametrize("cut", range(15))
+def test_a_call_that_is_cut_anywhere_has_the_same_input(cut):
+    arguments = '{"a": "\u00fc"}'
+    events, message = translate(STARTED, call("f", arguments[:cut], arguments[cut:]), end(2))
+
+    assert accumulated(events).content[0].input == message["content"][0]["input"] == {"a": "\u00fc"}
 
 
 def test_two_calls_have_distinct_ids():

@@ -113,6 +113,15 @@ def test_calls_have_distinct_ids_and_one_without_arguments_gets_an_empty_object(
     assert (second["name"], second["arguments"]) == ("g", "{}")
 
 
+@pytest.mark.parametrize("cut", range(15))
+def test_a_call_that_is_cut_anywhere_has_the_same_arguments(cut):
+    arguments = '{"a": "\u00fc"}'
+    events, response = translate(STARTED, call("f", arguments[:cut], arguments[cut:]), end(2))
+
+    deltas = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == response["output"][0]["arguments"] == arguments
+
+
 def test_usage_counts_the_tokens_of_the_end_event():
     _, response = translate(*FULL)
 

@@ -126,12 +126,16 @@ def test_a_schema_is_a_response_format():
     assert "response_format" not in fields_of(text={"format": {"type": "text"}})
 
 
+def test_the_forms_of_vllm_are_response_formats():
+    assert fields_of(structured_outputs={"regex": "[0-9]+"})["response_format"] == {"type": "regex", "regex": "[0-9]+"}
+
+
 def test_fields_of_the_schema_without_effect_are_ignored():
     fields = fields_of(
         service_tier="auto", prompt_cache_key="k", safety_identifier="u", stream_options={}, max_tool_calls=3
     )
 
-    assert set(fields) == {"model", "messages"}
+    assert set(fields) == {"messages"}
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,7 @@ def test_fields_of_the_schema_without_effect_are_ignored():
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": "hot"}, "temperature"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "text"}}, "structured_outputs": {"regex": "x"}}, "structured_outputs"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input[0].content[0].type",

@@ -167,7 +167,8 @@ class PromptRequest(ApiModel):
         )
     )
 
-    model: ShortText
+    model: ShortText | None = None
+    """The only served model without it."""
     messages: Annotated[list[InputMessage], Field(min_length=1, max_length=8192)]
     system: TextOrBlocks | None = None
     tools: list[Tool] = Field(default_factory=list, max_length=1024)
@@ -210,7 +211,7 @@ class PromptRequest(ApiModel):
         """The fields of a job that determine its prompt."""
         system = [] if not self.system else [{"role": "system", "content": _content(self.system)}]
         messages = [part for message in self.messages for part in _job_messages(message)]
-        fields: dict[str, Any] = {"model": self.model, "messages": [*system, *messages]}
+        fields: dict[str, Any] = {"messages": [*system, *messages]}
         if self.tools:
             fields |= {"tools": [_job_tool(tool) for tool in self.tools], "tool_choice": self._job_tool_choice()}
         if self.output_config and self.output_config.format:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
 from worker.gateway.request import ApiModel, SamplingFields, contradiction
+from worker.gateway.response_format import job_format
 from worker.jobs.fields import LIST_TAG, MAP_TAG, TEXT_TAG, JsonMap, ShortText, Text, one_of
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -179,7 +180,8 @@ class ResponsesRequest(SamplingFields):
         )
     )
 
-    model: ShortText
+    model: ShortText | None = None
+    """The only served model without it."""
     input: (
         Annotated[Annotated[Text, TEXT_TAG] | Annotated[InputItems, LIST_TAG], one_of("text or a list of items")] | None
     ) = None
@@ -221,6 +223,8 @@ class ResponsesRequest(SamplingFields):
 
     chat_template_kwargs: JsonMap | None = None
     """Variables of the chat template, as vLLM names them."""
+    structured_outputs: JsonMap | None = None
+    """vLLM's form of `text.format`, which also has regular expressions, choices and grammars."""
 
     # Fields of OpenAI's schema that would change the answer and are refused.
     context_management: Ignored = None
@@ -241,8 +245,11 @@ class ResponsesRequest(SamplingFields):
             raise contradiction("tool_choice.name", "the name of one of the tools")
         if self.tool_choice == "required" and not self.tools:
             raise contradiction("tool_choice", "auto or none: the request has no tools")
-        if self.text and self.text.format and self.text.format.type == "json_schema" and not self.text.format.schema_:
+        form = self.text.format if self.text else None
+        if form and form.type == "json_schema" and not form.schema_:
             raise contradiction("text.format.schema", "required")
+        if form and self.structured_outputs:
+            raise contradiction("structured_outputs", "only without text.format")
         return self
 
     @property
@@ -289,15 +296,15 @@ class ResponsesRequest(SamplingFields):
     def job_fields(self, conversation: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The fields of a job whose messages are the instructions and `conversation`."""
         instructions = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        fields = self.sampling() | {"model": self.model}
+        fields = self.sampling()
         if self.wants_logprobs:
             fields |= {"logprobs": self.top_logprobs or 0, "token_bytes": True}
         if self.tools:
             fields |= {"tools": [_job_tool(tool) for tool in self.tools], "tool_choice": self._job_tool_choice()}
         effort = self.reasoning.effort if self.reasoning else None
         fields["chat_template_kwargs"] = with_effort(effort, self.chat_template_kwargs)
-        if self.text and self.text.format and self.text.format.type != "text":
-            fields["response_format"] = _job_format(self.text.format)
+        form = _job_format(self.text.format) if self.text and self.text.format else None
+        fields["response_format"] = job_format(form, self.structured_outputs)
         fields |= {"messages": [*instructions, *conversation], "max_tokens": self.max_output_tokens}
         fields["tenant"] = self.user or None
         return {name: value for name, value in fields.items() if value is not None}
