@@ -7,7 +7,7 @@ import json
 import openai
 import pytest
 
-from tests.gateway.gateways import gateway
+from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import last_turn, scripted_worker, stack
 from tests.jobs.harness import wait_until
 
@@ -121,6 +121,25 @@ async def test_jobs_of_a_batch_are_the_least_urgent_ones_of_its_tenant(harness, 
     assert len(output[0]["response"]["body"]["choices"]) == 2
 
 
+async def test_a_batch_whose_workers_take_no_jobs_holds_up_no_other(harness):
+    async with stack(harness, script) as (gate, _), gate.openai() as client:
+        stalled = await fake_worker(harness, gate, "stalled", queue="other")
+        bodies = [body_of(CHAT, f"x{n}") | {"model": "stalled"} for n in range(3)]
+        waiting = await submit(client, [line(f"c{n}", CHAT, body) for n, body in enumerate(bodies)])
+
+        async def queued() -> bool:
+            return await harness.client(queue="other").queue_length() == 1
+
+        await wait_until(queued)
+        created = await submit(client, [line("c", CHAT, body_of(CHAT, "x"))])
+        batch = await ended(client, created.id, timeout_s=8)  # less than the registration of the stalled worker
+        waits = await client.batches.retrieve(waiting.id)
+        await stalled.close()
+
+    assert batch.request_counts.completed == 1
+    assert (waits.status, waits.request_counts.total) == ("in_progress", 3)
+
+
 async def test_another_request_does_not_wait_behind_a_batch(harness):
     async with stack(harness, script, step_s=0.02, slots=1) as (gate, prompts), gate.openai() as client:
         lines = [line(f"c{n}", CHAT, body_of(CHAT, f"word{n}")) for n in range(12)]
@@ -162,7 +181,7 @@ async def test_a_file_with_a_mistake_fails_the_batch_and_runs_nothing(harness, l
 
 
 async def test_a_batch_goes_on_at_another_gateway_and_runs_each_request_once(harness):
-    async with scripted_worker(harness, script, step_s=0.002) as prompts:
+    async with scripted_worker(harness, script, step_s=0.01) as prompts:
         async with gateway(harness, batch_concurrency=4) as gate, gate.openai() as client:
             await gate.wait_for_model("scripted")
             lines = [line(f"c{n}", CHAT, body_of(CHAT, f"word{n}")) for n in range(30)]

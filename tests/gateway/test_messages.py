@@ -44,6 +44,7 @@ async def test_a_message_has_the_answer_and_its_usage(harness):
         prompt = prompts[-1]
 
     assert [block.text for block in message.content] == ["you said hello"]
+    assert message._request_id
     assert (message.role, message.stop_reason, message.model) == ("assistant", "end_turn", "scripted")
     assert message.usage.output_tokens == len("you said hello") + 1
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>")

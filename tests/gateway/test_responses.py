@@ -198,6 +198,18 @@ async def test_a_background_stream_is_continued_after_any_number_at_another_gate
     assert rest[-1].response.output_text == "you said hello"
 
 
+async def test_the_stream_of_a_stored_response_accumulates_from_any_number(harness):
+    async with stack(harness, script, step_s=0.01) as (gate, _), gate.openai() as client:
+        created = await client.responses.create(model="scripted", input="think", background=True)
+        stream = client.responses.stream(response_id=created.id, starting_after=6)
+        async with stream as opened:
+            events = [event async for event in opened]
+            response = await opened.get_final_response()
+
+    assert events[0].sequence_number == 7
+    assert response.output_text == "done"
+
+
 async def test_a_cancelled_background_response_stops_its_job(harness):
     async with stack(harness, script, step_s=0.05) as (gate, _), gate.openai() as client:
         stream = await client.responses.create(model="scripted", input="x" * 500, background=True, stream=True)
@@ -247,7 +259,10 @@ async def test_a_stored_request_expires_with_its_events(harness):
 
 
 async def test_a_disconnect_cancels_a_foreground_response(harness):
-    async with stack(harness, script, step_s=0.05) as (gate, _), gate.openai() as client:
+    async with (
+        stack(harness, script, step_s=0.05, response_retention_s=100.0) as (gate, _),
+        gate.openai() as client,
+    ):
         stream = await client.responses.create(model="scripted", input="x" * 500, stream=True)
         async for event in stream:
             if event.type == "response.output_text.delta":
@@ -258,6 +273,9 @@ async def test_a_disconnect_cancels_a_foreground_response(harness):
             return bool(gate.logged("cancelled"))
 
         await wait_until(cancelled)
+        ttls = [ttl for key, ttl in (await harness.keys()).items() if key.endswith(":response")]
+        assert len(ttls) == 1
+        assert ttls[0] <= 100_000
 
 
 async def test_a_disconnect_does_not_cancel_a_background_response(harness):

@@ -109,7 +109,10 @@ class Gate:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope.setdefault("gateway.status", message["status"])
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                headers_out = MutableHeaders(scope=message)
+                headers_out[REQUEST_ID] = request_id
+                if scope["path"].startswith("/v1/messages"):
+                    headers_out["request-id"] = request_id  # Anthropic's name
             await send(message)
 
         context.open_requests += 1

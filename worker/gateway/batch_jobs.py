@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -43,7 +44,8 @@ class LineJobs:
         self._context = context
         self._calls: dict[tuple[str, int], Call] = {}
         """The requests that are being answered, by batch and line."""
-        self._starting = asyncio.Lock()
+        self._starting: defaultdict[Any, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """Held, by model, while a request waits for room and is submitted."""
 
     async def execute(self, batch: Batch, line: LineRequest) -> Outcome:
         """Answer a request. Raises Disconnected if the server is away."""
@@ -54,18 +56,19 @@ class LineJobs:
         key = f"{batch.id}:{line.line}"
         call = Call(f"{batch.id}-{line.line}", caller, time.monotonic(), idempotency_key=key)
         self._calls[batch.id, line.line] = call
-        answer = asyncio.create_task(self._start(batch.endpoint, line.body, call))
         try:
-            return await answer
+            return await self._start(batch, line.body, call)
         finally:
-            answer.cancel()
             del self._calls[batch.id, line.line]
 
-    async def _start(self, endpoint: str, body: Mapping[str, Any], call: Call) -> Outcome:
+    async def _start(self, batch: Batch, body: Mapping[str, Any], call: Call) -> Outcome:
         """Wait for room, then answer. No other request starts before this one is submitted."""
-        async with self._starting:
-            await self._wait_for_room(body.get("model"))
-            answer = asyncio.create_task(self._respond(endpoint, body, call))
+        model = body.get("model")
+        named = model if isinstance(model, str) else None
+        async with self._starting[named]:
+            if not await self._wait_for_room(batch, named):
+                return Outcome(HTTPStatus.SERVICE_UNAVAILABLE, {}, retry_after_s=0.0)
+            answer = asyncio.create_task(self._respond(batch.endpoint, body, call))
             try:
                 while not answer.done() and not (call.job_id and await self._context.client.is_known(call.job_id)):
                     await asyncio.sleep(_SUBMIT_POLL_S)
@@ -77,15 +80,15 @@ class LineJobs:
         finally:
             answer.cancel()
 
-    async def _wait_for_room(self, model: Any) -> None:
-        """Wait until fewer jobs are unclaimed than workers serve the model."""
-        named = model if isinstance(model, str) else None
-        while True:
+    async def _wait_for_room(self, batch: Batch, model: str | None) -> bool:
+        """Wait until fewer jobs are unclaimed than workers serve the model; False if it is late."""
+        while not batch.is_late:
             statuses = self._context.models.workers.values()
-            workers = sum(named in (None, status.get("model")) for status in statuses)
-            if await self._context.client.unclaimed(named) < max(1, workers):
-                return
+            workers = sum(model in (None, status.get("model")) for status in statuses)
+            if await self._context.client.unclaimed(model) < max(1, workers):
+                return True
             await asyncio.sleep(_POLL_S)
+        return False
 
     async def _respond(self, endpoint: str, body: Mapping[str, Any], call: Call) -> Outcome:
         job_fields = {"priority": PRIORITY, "deadline_ms": WINDOW_S * 1000}

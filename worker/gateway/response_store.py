@@ -6,16 +6,19 @@ A response is found by any gateway as long as both exist. The document expires w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
 
+from worker.errors import WorkerError
 from worker.gateway.context import GatewayContext
 from worker.gateway.errors import ApiError
 from worker.gateway.responses_events import PREFIX, ResponseEvents
 from worker.jobs.documents import response_key
+from worker.jobs.streams import Disconnected
 
 UNREAD_S = 7 * 24 * 3600
 """As long as a job's state is kept while its queue entry is not settled."""
@@ -85,9 +88,10 @@ class ResponseStore:
         return events
 
     async def ended(self, response_id: str) -> None:
-        """Have the document expire with the events of an ended job."""
+        """Have the document expire with the events of an ended job, if the server is there."""
         retention_ms = int(self._context.section.response_retention_s * 1000)
-        await self._documents.shorten(response_key(response_id), retention_ms)
+        with contextlib.suppress(Disconnected, WorkerError):
+            await self._documents.shorten(response_key(response_id), retention_ms)
 
     async def discard(self, stored: StoredResponse) -> None:
         """Delete the document of a response whose job was refused."""

@@ -126,7 +126,7 @@ async def _collect(context: GatewayContext, creation: _Creation) -> Response:
                 list(events.add(item))
     finally:
         creation.group.close()
-    context.run_in_background(creation.store.ended(creation.stored.id))
+        context.run_in_background(creation.store.ended(creation.stored.id))
     return JSONResponse(events.response)
 
 
@@ -160,7 +160,7 @@ async def _stream(context: GatewayContext, creation: _Creation) -> AsyncGenerato
     finally:
         if not (background and started):
             group.close()
-        if events.is_over:
+        if events.is_over or not background:
             context.run_in_background(creation.store.ended(creation.stored.id))
 
 
