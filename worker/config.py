@@ -192,6 +192,7 @@ class GatewaySection(_Section):
     file_retention_s: float = Field(default=7 * 24 * 3600.0, ge=2 * 24 * 3600)
     max_file_bytes: int = Field(default=100 * 2**20, ge=1024)
     batch_concurrency: int = Field(default=64, ge=1, le=1024)
+    batch_lease_s: float = Field(default=15.0, gt=0)
 
 
 class LogSection(_Section):

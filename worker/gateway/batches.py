@@ -91,10 +91,10 @@ async def list_batches(request: Request) -> Response:
     return JSONResponse(listing([batch.to_api() for batch in page], has_more=more))
 
 
-def batch_runner(app: Starlette, context: GatewayContext, settings: RunnerSettings | None = None) -> BatchRunner:
+def batch_runner(app: Starlette, context: GatewayContext) -> BatchRunner:
     """The runner of a process, whose `run` the application's lifespan runs."""
-    lines = LineJobs(app, context)
-    settings = settings or RunnerSettings(context.section.batch_concurrency)
+    lines, lease_s = LineJobs(app, context), context.section.batch_lease_s
+    settings = RunnerSettings(context.section.batch_concurrency, lease_s=lease_s, renew_s=lease_s / 5)
     stores = batch_store(context), file_store(context)
     return BatchRunner(*stores, lines.execute, lines.cancel, context.log, settings)
 
