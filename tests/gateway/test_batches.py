@@ -11,13 +11,16 @@ from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import last_turn, scripted_worker, stack
 from tests.jobs.harness import wait_until
 
+BREAKS = "a\u2028b\x85c"
+"""Line ends for `str.splitlines`, but not in JSON Lines."""
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 def script(prompt: str) -> str:
     if "<|im_start|>" not in prompt:
         return f"completed {prompt}"
-    return f"you said {last_turn(prompt)[1]}"
+    text = last_turn(prompt)[1]
+    return BREAKS if text == "breaks" else f"you said {text}"
 
 
 def body_of(endpoint: str, text: str, **fields):
@@ -81,6 +84,14 @@ async def test_a_batch_answers_every_request_of_its_file(harness, endpoint):
         assert each["response"]["status_code"] == 200
         assert text_of(endpoint, each["response"]["body"]) == f"{said} word{number}"
     assert len({each["id"] for each in output}) == 20
+
+
+async def test_output_lines_are_lines_also_for_clients_that_split_at_other_breaks(harness):
+    async with stack(harness, script) as (gate, _), gate.openai() as client:
+        batch = await ended(client, (await submit(client, [line("c", CHAT, body_of(CHAT, "breaks"))])).id)
+        output = await lines_of(client, batch.output_file_id)
+
+    assert text_of(CHAT, output[0]["response"]["body"]) == BREAKS
 
 
 async def test_requests_that_fail_are_in_the_error_file(harness):

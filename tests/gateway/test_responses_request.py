@@ -84,6 +84,19 @@ def test_tools_have_the_form_of_chat_completions():
     assert fields["tool_choice"] == {"type": "function", "function": {"name": "f"}}
 
 
+def test_only_the_allowed_tools_reach_the_job():
+    tools = [TOOL, TOOL | {"name": "g"}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]}
+
+    fields = fields_of(tools=tools, tool_choice=choice)
+
+    assert [tool["function"]["name"] for tool in fields["tools"]] == ["g"]
+    assert fields["tool_choice"] == "required"
+    assert (
+        ResponsesRequest.parse({"input": "x", "tools": tools, "tool_choice": choice}).echo("m")["tool_choice"] == choice
+    )
+
+
 def test_sampling_fields_are_those_of_the_job():
     fields = fields_of(temperature=0, top_p=0.5, max_output_tokens=7, seed=3, stop="x", top_k=2, top_logprobs=2)
 
@@ -147,6 +160,14 @@ def test_fields_of_the_schema_without_effect_are_ignored():
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "custom", "name": "f"}}, "tool_choice"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]},
+            },
+            "tool_choice.tools",
+        ),
         ({"background": True, "store": False}, "store"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": None}, "input"),

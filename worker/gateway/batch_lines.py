@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from worker.gateway.sse import escape_breaks, to_json
+
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_REQUESTS = 50_000
 MAX_MISTAKES = 100
@@ -96,4 +98,4 @@ def expired_line(batch_id: str, request: LineRequest) -> bytes:
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return escape_breaks(to_json(fields)).encode(errors="replace")

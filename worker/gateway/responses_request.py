@@ -143,6 +143,22 @@ class NamedTool(Item):
     name: ShortText
 
 
+class AllowedTools(Item):
+    """A `tool_choice` among some of the tools; the others are not in the prompt."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=1024)]
+
+
+ToolChoice = Annotated[
+    Annotated[NamedTool, Tag("<function>")] | Annotated[AllowedTools, Tag("<allowed_tools>")],
+    Discriminator(
+        _item_type, custom_error_type="kind", custom_error_message="a map of the type function or allowed_tools"
+    ),
+]
+
+
 class TextFormat(Item):
     """The form of the answer's text."""
 
@@ -189,8 +205,8 @@ class ResponsesRequest(SamplingFields):
     previous_response_id: ShortText | None = None
     tools: list[FunctionTool] = Field(default_factory=list, max_length=1024)
     tool_choice: Annotated[
-        Annotated[Literal["auto", "none", "required"], TEXT_TAG] | Annotated[NamedTool, MAP_TAG],
-        one_of("auto, none, required or a map that names a function"),
+        Annotated[Literal["auto", "none", "required"], TEXT_TAG] | Annotated[ToolChoice, MAP_TAG],
+        one_of("auto, none, required or a map that names functions"),
     ] = "auto"
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -241,8 +257,11 @@ class ResponsesRequest(SamplingFields):
             raise contradiction("input", "required")
         if self.background and self.store is False:
             raise contradiction("store", "true or absent with background: the response is read later")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in [tool.name for tool in self.tools]:
+        names = [tool.name for tool in self.tools]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in names:
             raise contradiction("tool_choice.name", "the name of one of the tools")
+        if isinstance(self.tool_choice, AllowedTools) and {each.name for each in self.tool_choice.tools} - set(names):
+            raise contradiction("tool_choice.tools", "names of tools of the request")
         if self.tool_choice == "required" and not self.tools:
             raise contradiction("tool_choice", "auto or none: the request has no tools")
         form = self.text.format if self.text else None
@@ -285,7 +304,7 @@ class ResponsesRequest(SamplingFields):
             "store": self.is_stored,
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "text": {"format": _dumped(form) if form else {"type": "text"}},
-            "tool_choice": _dumped(self.tool_choice) if isinstance(self.tool_choice, NamedTool) else self.tool_choice,
+            "tool_choice": self.tool_choice if isinstance(self.tool_choice, str) else _dumped(self.tool_choice),
             "tools": [_dumped(tool) | {"strict": tool.strict} for tool in self.tools],
             "top_logprobs": self.top_logprobs or 0,
             "top_p": 1.0 if self.top_p is None else self.top_p,
@@ -300,7 +319,7 @@ class ResponsesRequest(SamplingFields):
         if self.wants_logprobs:
             fields |= {"logprobs": self.top_logprobs or 0, "token_bytes": True}
         if self.tools:
-            fields |= {"tools": [_job_tool(tool) for tool in self.tools], "tool_choice": self._job_tool_choice()}
+            fields |= self._tool_fields()
         effort = self.reasoning.effort if self.reasoning else None
         fields["chat_template_kwargs"] = with_effort(effort, self.chat_template_kwargs)
         form = _job_format(self.text.format) if self.text and self.text.format else None
@@ -309,10 +328,13 @@ class ResponsesRequest(SamplingFields):
         fields["tenant"] = self.user or None
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _job_tool_choice(self) -> Any:
-        if isinstance(self.tool_choice, NamedTool):
-            return {"type": "function", "function": {"name": self.tool_choice.name}}
-        return self.tool_choice
+    def _tool_fields(self) -> dict[str, Any]:
+        tools, choice = self.tools, self.tool_choice
+        if isinstance(choice, AllowedTools):
+            allowed = {each.name for each in choice.tools}
+            tools, choice = [tool for tool in tools if tool.name in allowed], choice.mode
+        named = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedTool) else choice
+        return {"tools": [_job_tool(tool) for tool in tools], "tool_choice": named}
 
 
 def _dumped(model: ApiModel) -> dict[str, Any]:

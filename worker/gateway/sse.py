@@ -28,10 +28,13 @@ _BREAKS = str.maketrans({char: f"\\u{ord(char):04x}" for char in "\x85\u2028\u20
 
 def encode(data: str, event_id: str = "", event: str = "") -> bytes:
     """Encode one event, whose `data` is JSON on one line."""
-    if not data.isascii():
-        data = data.translate(_BREAKS)
     lines = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
-    return f"{lines}data: {data}\n\n".encode()
+    return f"{lines}data: {escape_breaks(data)}\n\n".encode()
+
+
+def escape_breaks(data: str) -> str:
+    """JSON on one line also for clients that split lines as Python does."""
+    return data if data.isascii() else data.translate(_BREAKS)
 
 
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
