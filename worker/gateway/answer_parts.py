@@ -7,7 +7,7 @@ gives the same parts. Read `responses_events.py` and `messages_events.py` next.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from worker.jobs.events import Channel, Token
@@ -24,7 +24,12 @@ class Part:
     """The called tool, without the prefix `functions.`."""
     call: int | None = None
     """Index of the tool call in the answer."""
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Its text so far."""
+        return "".join(self.pieces)
 
 
 class Opened(NamedTuple):
@@ -94,15 +99,15 @@ class AnswerParts:
         if part is None:
             return
         self._pending = [token for token in self._pending if (token.channel, token.call) != (part.channel, part.call)]
-        if part.channel == "tool" and not part.text:
-            part.text = "{}"
+        if part.channel == "tool" and not part.pieces:
+            part.pieces.append("{}")
             yield Delta(part, "{}", ())
         yield Closed(part)
 
     def _append(self, text: str) -> Delta:
         part = self._open
         assert part is not None
-        part.text += text
+        part.pieces.append(text)
         tokens, self._pending = tuple(self._pending), []
         return Delta(part, text, tokens)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from itertools import count
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -48,17 +49,19 @@ async def _collect(group: JobGroup, events: MessageEvents) -> Response:
 
 async def _stream(group: JobGroup, events: MessageEvents) -> AsyncGenerator[bytes, None]:
     """Yield the events above those that the client has received."""
-    received, step = group.resumed.steps[0] if group.resumed else 0, 0
+    received, steps = group.resumed.steps[0] if group.resumed else 0, count(1)
     try:
         await group.start()
         async with contextlib.aclosing(group.pages()) as pages:
             async for _, page in pages:
-                for item in page:
-                    for event in events.add(item):
-                        step += 1
-                        if step > received:
-                            position = str(Position(group.id, item.entry_id, (step,)))
-                            yield encode(to_json(event), position, event["type"])
+                numbered = ((next(steps), item.entry_id, event) for item in page for event in events.add(item))
+                encoded = [
+                    encode(to_json(event), str(Position(group.id, entry_id, (step,))), event["type"])
+                    for step, entry_id, event in numbered
+                    if step > received
+                ]
+                if encoded:
+                    yield b"".join(encoded)
     finally:
         group.close()
 

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from worker.gateway.context import GatewayContext, call_of, context_of
 from worker.gateway.errors import ApiError, invalid
-from worker.gateway.jobs import JobGroup, Position
+from worker.gateway.jobs import JobGroup, Page, Position
 from worker.gateway.request import read_body
 from worker.gateway.response_store import ResponseStore, StoredResponse, not_found
 from worker.gateway.responses_events import PREFIX, ApiEvent, ResponseEvents
@@ -150,9 +150,8 @@ async def _stream(context: GatewayContext, creation: _Creation) -> AsyncGenerato
                 if page and not begun:
                     begun = True
                     yield _encoded(group.id, events.begin(), START, received)
-                for item in page:
-                    if encoded := _encoded(group.id, events.add(item), item.entry_id, received):
-                        yield encoded
+                if encoded := _encoded_page(group.id, events, page, received):
+                    yield encoded
     except ApiError as error:
         if error.event is None or not begun:
             raise
@@ -171,6 +170,11 @@ def _encoded(group: str, events: Iterable[ApiEvent], entry_id: str, received: in
         for event in events
         if event["sequence_number"] >= received
     )
+
+
+def _encoded_page(group: str, events: ResponseEvents, page: Page, received: int) -> bytes:
+    """The events of a page of the job's events, encoded."""
+    return b"".join(_encoded(group, events.add(item), item.entry_id, received) for item in page)
 
 
 def _encode_error(events: ResponseEvents, error: ApiError) -> bytes:
@@ -214,9 +218,8 @@ async def _replay(
         yield encoded
     async with contextlib.aclosing(context.client.event_pages(stored.id)) as pages:
         async for page in pages:
-            for item in page:
-                if encoded := _encoded(stored.id, events.add(item), item.entry_id, received):
-                    yield encoded
+            if encoded := _encoded_page(stored.id, events, page, received):
+                yield encoded
     await store.ended(stored.id)
 
 
