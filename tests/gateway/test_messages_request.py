@@ -87,6 +87,14 @@ def test_a_schema_is_a_response_format():
     assert fields["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
+def test_fields_of_the_schema_without_effect_are_ignored():
+    edits = {"edits": [{"type": "clear_thinking_20251015"}]}
+
+    fields = fields_of(context_management=edits, service_tier="auto", metadata={"user_id": "u" * 300}, speed="fast")
+
+    assert set(fields) == {"messages", "max_tokens"}
+
+
 @pytest.mark.parametrize(
     ("body", "named"),
     [

@@ -10,7 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.gateway.gateways import gateway
+from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import last_turn, scripted_worker, stack
 from tests.jobs.harness import wait_until
 from worker.jobs.documents import response_key
@@ -229,6 +229,19 @@ async def test_a_cancelled_background_response_stops_its_job(harness):
     assert cancelled.status == "cancelled"
     assert rest[-1].type == "response.failed"
     assert rest[-1].response.status == "cancelled"
+
+
+async def test_a_background_response_that_waits_is_cancelled_at_once(harness):
+    async with gateway(harness) as gate, gate.openai() as client:
+        busy = await fake_worker(harness, gate, "scripted")
+        created = await client.responses.create(model="scripted", input="x", background=True)
+        waiting = await client.responses.retrieve(created.id)
+        cancelled = await client.responses.cancel(created.id)
+        again = await client.responses.cancel(created.id)
+        await busy.close()
+
+    assert (created.status, waiting.status) == ("queued", "queued")
+    assert (cancelled.status, again.status) == ("cancelled", "cancelled")
 
 
 async def test_only_background_responses_can_be_cancelled(harness):

@@ -162,7 +162,7 @@ class PromptRequest(ApiModel):
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         (
-            *("betas", "cache_control", "diagnostics", "inference_geo", "service_tier", "speed"),
+            *("betas", "cache_control", "context_management", "diagnostics", "inference_geo", "service_tier", "speed"),
             *("user_profile_id", "workspace_id"),
         )
     )
@@ -179,14 +179,12 @@ class PromptRequest(ApiModel):
     """Variables of the chat template, as vLLM names them."""
 
     # Fields of Anthropic's schema that would change the answer and are refused.
-    context_management: Ignored = None
     mcp_servers: Ignored = None
 
     @model_validator(mode="after")
     def _check_prompt(self) -> Self:
-        for name in ("context_management", "mcp_servers"):
-            if getattr(self, name):
-                raise contradiction(name, "not supported by this server")
+        if self.mcp_servers:
+            raise contradiction("mcp_servers", "not supported by this server")
         if self.messages[-1].role == "assistant":
             last = f"messages.{len(self.messages) - 1}"
             raise contradiction(last, "of the role user: a prefilled answer is not supported")

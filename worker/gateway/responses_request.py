@@ -191,8 +191,8 @@ class ResponsesRequest(SamplingFields):
 
     ignored: ClassVar[frozenset[str]] = frozenset(
         (
-            *("access_programs", "background_options", "image", "max_tool_calls", "prompt_cache_options"),
-            *("prompt_cache_retention", "service_tier", "stream_options"),
+            *("access_programs", "background_options", "context_management", "image", "max_tool_calls"),
+            *("prompt_cache_options", "prompt_cache_retention", "service_tier", "stream_options"),
         )
     )
 
@@ -243,14 +243,13 @@ class ResponsesRequest(SamplingFields):
     """vLLM's form of `text.format`, which also has regular expressions, choices and grammars."""
 
     # Fields of OpenAI's schema that would change the answer and are refused.
-    context_management: Ignored = None
     conversation: Ignored = None
     moderation: Ignored = None
     prompt: Ignored = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("context_management", "conversation", "moderation", "prompt"):
+        for name in ("conversation", "moderation", "prompt"):
             if getattr(self, name) is not None:
                 raise contradiction(name, "not supported by this server")
         if self.input is None and self.previous_response_id is None:
