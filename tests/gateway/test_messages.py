@@ -141,6 +141,7 @@ async def test_tokens_are_counted_as_a_message_counts_them(harness):
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"extra_body": {"temperature": 9}}, "temperature"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages[1]"),
+        ({"stop_sequences": ["x" * 200]}, "stop_sequences[0]"),
     ],
 )
 async def test_what_is_not_supported_is_refused_by_name(harness, fields, named):

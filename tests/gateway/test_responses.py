@@ -334,6 +334,14 @@ async def test_an_empty_answer_is_an_empty_message(harness):
     assert [item.type for item in response.output] == ["message"]
 
 
+async def test_an_input_that_is_too_long_is_named(harness):
+    async with stack(harness, script) as (gate, _), gate.openai() as client:
+        with pytest.raises(openai.BadRequestError) as raised:
+            await client.responses.create(model="scripted", input="x" * 9000)
+
+    assert (raised.value.param, raised.value.code) == ("input", "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -365,7 +373,8 @@ async def test_a_streamed_request_that_a_worker_refuses_has_the_status_of_its_er
         await wait_until(failed)
         response = await client.responses.retrieve(background.id)
 
-    assert "max_tokens" in raised.value.message
+    assert raised.value.param == "max_output_tokens"
+    assert "400 - max_output_tokens: at most " in raised.value.message
     assert response.error.code == "invalid_prompt"
 
 

@@ -6,8 +6,9 @@ cannot succeed, or would run a finished job again, says so.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -60,6 +61,13 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
         self.event: ErrorEvent | None = None
         """The event of the job that failed."""
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Replace names of a job's fields, given as patterns, by those of the request."""
+        for pattern, own in names.items():
+            field = rf"{pattern}(?=[:.\[]|$)"
+            self.message = re.sub(rf"(^|; ){field}", rf"\g<1>{own}", self.message)
+            self.param = self.param and re.sub(f"^{field}", own, self.param)
 
     def openai_body(self) -> dict[str, Any]:
         """OpenAI's error object."""
@@ -141,6 +149,17 @@ def _error_of(event: ErrorEvent) -> ApiError:
         case "CANCELLED":
             return ApiError(HTTPStatus.CONFLICT, f"the job was {event.message}", code=code, headers=NO_RETRY)
     return _failed(event.message, code, None if event.retriable else NO_RETRY)
+
+
+@contextlib.contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Raise errors about a job's fields under the names of the request's fields."""
+    try:
+        yield
+    except (ApiError, InvalidRequest) as error:
+        known = api_error(error)
+        known.rename(names)
+        raise known from error
 
 
 def field_path(field: str) -> str:

@@ -13,10 +13,10 @@ from starlette.routing import Route
 
 from worker.errors import EventsLost
 from worker.gateway.context import call_of, context_of
-from worker.gateway.errors import ApiError
+from worker.gateway.errors import ApiError, fields_named
 from worker.gateway.jobs import JobGroup, Position
 from worker.gateway.messages_events import PREFIX, MessageEvents
-from worker.gateway.messages_request import MessagesRequest, PromptRequest
+from worker.gateway.messages_request import FIELD_NAMES, MessagesRequest, PromptRequest
 from worker.gateway.request import read_body
 from worker.gateway.sse import EventStream, encode, to_json, unless_disconnected
 from worker.jobs.events import End, Started
@@ -38,10 +38,11 @@ async def create(request: Request) -> Response:
 
 async def _collect(group: JobGroup, events: MessageEvents) -> Response:
     try:
-        await group.start()
-        async for _, page in group.pages():
-            for item in page:
-                list(events.add(item))
+        with fields_named(FIELD_NAMES):
+            await group.start()
+            async for _, page in group.pages():
+                for item in page:
+                    list(events.add(item))
     finally:
         group.close()
     return JSONResponse(events.message)
@@ -51,17 +52,18 @@ async def _stream(group: JobGroup, events: MessageEvents) -> AsyncGenerator[byte
     """Yield the events above those that the client has received."""
     received, steps = group.resumed.steps[0] if group.resumed else 0, count(1)
     try:
-        await group.start()
-        async with contextlib.aclosing(group.pages()) as pages:
-            async for _, page in pages:
-                numbered = ((next(steps), item.entry_id, event) for item in page for event in events.add(item))
-                encoded = [
-                    encode(to_json(event), str(Position(group.id, entry_id, (step,))), event["type"])
-                    for step, entry_id, event in numbered
-                    if step > received
-                ]
-                if encoded:
-                    yield b"".join(encoded)
+        with fields_named(FIELD_NAMES):
+            await group.start()
+            async with contextlib.aclosing(group.pages()) as pages:
+                async for _, page in pages:
+                    numbered = ((next(steps), item.entry_id, event) for item in page for event in events.add(item))
+                    encoded = [
+                        encode(to_json(event), str(Position(group.id, entry_id, (step,))), event["type"])
+                        for step, entry_id, event in numbered
+                        if step > received
+                    ]
+                    if encoded:
+                        yield b"".join(encoded)
     finally:
         group.close()
 

@@ -15,6 +15,9 @@ from worker.gateway.request import ApiModel, SamplingFields, contradiction
 from worker.gateway.responses_request import Ignored, with_effort
 from worker.jobs.fields import LIST_TAG, TEXT_TAG, JsonMap, ShortText, Text, one_of
 
+FIELD_NAMES = {"stop": "stop_sequences", r"response_format\.json_schema": "output_config.format"}
+"""Names of fields by patterns of those of the job, where they differ."""
+
 
 class TextBlock(ApiModel):
     """Text."""

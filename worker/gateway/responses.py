@@ -24,13 +24,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from worker.errors import InvalidRequest
 from worker.gateway.context import GatewayContext, call_of, context_of
-from worker.gateway.errors import ApiError, invalid
+from worker.gateway.errors import ApiError, api_error, fields_named, invalid
 from worker.gateway.jobs import JobGroup, Page, Position
 from worker.gateway.request import read_body
 from worker.gateway.response_store import ResponseStore, StoredResponse, not_found
 from worker.gateway.responses_events import PREFIX, ApiEvent, ResponseEvents
-from worker.gateway.responses_request import InputItems, ResponsesRequest, messages_of
+from worker.gateway.responses_request import FIELD_NAMES, InputItems, ResponsesRequest, messages_of
 from worker.gateway.sse import EventStream, encode, to_json, unless_disconnected
 from worker.jobs.keys import START
 
@@ -105,7 +106,8 @@ async def _earlier(store: ResponseStore, response_id: str | None, tenant: str) -
 async def _begin(creation: _Creation) -> Response:
     """Start a background response."""
     try:
-        await creation.start()
+        with fields_named(FIELD_NAMES):
+            await creation.start()
     except BaseException:
         creation.group.close()
         raise
@@ -120,10 +122,11 @@ async def _collect(context: GatewayContext, creation: _Creation) -> Response:
     events = creation.events
     list(events.begin())
     try:
-        await creation.start()
-        async for _, page in creation.group.pages():
-            for item in page:
-                list(events.add(item))
+        with fields_named(FIELD_NAMES):
+            await creation.start()
+            async for _, page in creation.group.pages():
+                for item in page:
+                    list(events.add(item))
     finally:
         creation.group.close()
         context.run_in_background(creation.store.ended(creation.stored.id))
@@ -152,9 +155,11 @@ async def _stream(context: GatewayContext, creation: _Creation) -> AsyncGenerato
                     yield _encoded(group.id, events.begin(), START, received)
                 if encoded := _encoded_page(group.id, events, page, received):
                     yield encoded
-    except ApiError as error:
+    except (ApiError, InvalidRequest) as failure:
+        error = api_error(failure)
         if error.event is None or not begun:
-            raise
+            error.rename(FIELD_NAMES)
+            raise error from failure
         yield _encoded(group.id, events.fail(error.event), START, received)
     finally:
         if not (background and started):

@@ -16,6 +16,12 @@ from worker.gateway.request import ApiModel, SamplingFields, contradiction
 from worker.gateway.response_format import job_format
 from worker.jobs.fields import LIST_TAG, MAP_TAG, TEXT_TAG, JsonMap, ShortText, Text, one_of
 
+FIELD_NAMES = {
+    "max_tokens": "max_output_tokens",
+    r"messages(?!\[)": "input",
+    r"response_format\.json_schema": "text.format",
+}
+"""Names of fields by patterns of those of the job, where they differ."""
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 Ignored = Any
 """A field of OpenAI's schema without effect."""
