@@ -8,7 +8,6 @@ import json
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel
 
 from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import last_turn, scripted_worker, stack
@@ -34,8 +33,6 @@ def script(prompt: str) -> str:
         return f"<think>I need the weather.</think>{CALL}"
     if text == "think":
         return "<think>hm</think>done"
-    if text == "json":
-        return '{"city": "Ulm", "degrees": 21}'
     if text == "emoji":
         return "\U0001f600!"
     if text == "silent":
@@ -71,16 +68,6 @@ async def test_a_stream_gives_the_events_of_the_package_and_its_accumulated_resp
     assert texts(events, "response.output_text.delta") == response.output_text == "done"
     assert [item.type for item in response.output] == ["reasoning", "message"]
     assert events[-1].type == "response.completed"
-
-
-async def test_parse_returns_an_instance_of_the_model(harness):
-    class Weather(BaseModel):
-        city: str
-        degrees: int
-
-    async with stack(harness, script) as (gate, _), gate.openai() as client:
-        response = await client.responses.create(model="scripted", input="json")
-        assert Weather.model_validate_json(response.output_text) == Weather(city="Ulm", degrees=21)
 
 
 async def test_a_tool_loop_passes_the_items_back(harness):
@@ -259,6 +246,19 @@ async def test_a_deleted_response_is_gone(harness):
             await client.responses.retrieve(response.id)
     ttl = (await harness.keys())[f"inf:{{job:{response.id}}}:events"]
     assert ttl <= 60_000
+
+
+async def test_a_response_that_is_deleted_while_it_runs_is_cancelled(harness):
+    async with stack(harness, script, step_s=0.05) as (gate, _), gate.openai() as client:
+        stream = await client.responses.create(model="scripted", input="x" * 500, background=True, stream=True)
+        events = aiter(stream)
+        created = await anext(events)
+        while (await anext(events)).type != "response.output_text.delta":
+            pass
+        await client.responses.delete(created.response.id)
+        rest = [event async for event in events]
+
+    assert rest[-1].response.status == "cancelled"
 
 
 async def test_a_stored_request_expires_with_its_events(harness):
