@@ -18,7 +18,7 @@ import numpy as np
 from worker.echo import EchoRunner
 from worker.engine import Engine, EngineSettings, Sequence
 from worker.model import Chunk, SlotStart
-from worker.sampling import Sampling
+from worker.sampling import Draw, Sampling
 
 PROMPT, STEPS, TURNS, VOCABULARY, CONTEXT = 64, 100, 15, 1000, 1 << 14
 LIMITS_US = {1: 50.0, 64: 128.0}
@@ -47,7 +47,7 @@ def minimal_step(sequences: int) -> Step:
 
     def step() -> None:
         for slot, draw in runner.run(()):
-            assert draw is not None
+            assert isinstance(draw, Draw)
             generated[slot].append(draw.id)
 
     return step

@@ -14,12 +14,14 @@ from gguf import TokenType
 from worker.backend import MemoryUse
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
+from worker.errors import InvalidRequest
 from worker.model import Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
 from worker.ops import Ints
 from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw
 from worker.text.tokenizer import load_tokenizer
 
+_NO_GRAMMAR = ("response_format", "the echo model can't follow it", None)
 _CONTROL = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 _SPACE = "▁"
 _TEMPLATE = (
@@ -31,6 +33,7 @@ _TEMPLATE = (
 class EchoRunner:
     """The token of index i is the prompt's token i modulo its length, whatever the parameters.
 
+    A sequence with a grammar fails, since the echo of its prompt would not follow the grammar.
     Each step takes at least `step_s` seconds.
     """
 
@@ -52,6 +55,9 @@ class EchoRunner:
         drawn, new = SlotDraw, tuple.__new__  # a third of the time of a call of the class
         draws = [new(drawn, (slot, next(following))) for slot, following in self._generating.items()]
         for start in [chunk.begin for chunk in chunks if chunk.begin]:
+            if start.sampling.grammar is not None:
+                draws.append(SlotDraw(start.slot, InvalidRequest.of(_NO_GRAMMAR)))
+                continue
             self._generating[start.slot] = following = self._echo(start)
             draws.append(SlotDraw(start.slot, next(following)))
         return draws

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from worker.errors import InvalidRequest
 from worker.ops import Array, Attention, Batch, Ints, Ops, Phase
 from worker.rope import RopeScaling
 from worker.sampling import Draw, Sampling
@@ -134,8 +135,9 @@ class SlotDraw(NamedTuple):
     """The next token of the sequence in a slot."""
 
     slot: int
-    draw: Draw | None
-    """None: no token can be drawn, since the logits are not finite. The slot has stopped."""
+    draw: Draw | InvalidRequest | None
+    """None: no token can be drawn, since the logits are not finite. An error: the grammar's mask
+    allows no token, or its matcher has failed. In both cases the slot has stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +175,12 @@ class Runner(Protocol):
     """One device with one model: its KV storage, its ops of both phases and its sampler.
 
     Sequences generate in slots 0 … `slots` - 1. A slot runs from a chunk's `begin` until the device
-    draws one of its `end_ids` or its `max_tokens`-th token, or until `stop`. A runner may compute
-    one decode step ahead. K and V before a chunk's first position are not written: other sequences
-    may share the blocks. After `stop` the caller uses the slot and its blocks again in the next
-    `run`, whose launches therefore follow all earlier ones.
+    draws one of its `end_ids` or its `max_tokens`-th token, or until `stop`. If `sampling` has a
+    grammar, each draw that is not one of `replay` is from the ids that its mask allows; an error of
+    the mask stops the slot. A runner may compute one decode step ahead. K and V before a chunk's
+    first position are not written: other sequences may share the blocks. After `stop` the caller
+    uses the slot and its blocks again in the next `run`, whose launches therefore follow all
+    earlier ones.
     """
 
     vocab_size: int
@@ -217,7 +221,7 @@ class Runner(Protocol):
         token that equals the draw before it is accepted, if all before it are; the draws up to the
         one after the last accepted token are returned. So every draw is the one without drafts.
 
-        The slot has no ids of `replay` left, and all slots together have at most
+        The slot has no ids of `replay` left and no grammar, and all slots together have at most
         `drafts.spare_rows` draft tokens. Does nothing if the slot has ended on the device.
         """
 

@@ -103,6 +103,8 @@ class DrawRequest:
     prompt: Sequence[int]
     generated: Sequence[int]
     forced: int | None = None
+    allowed: NDArray[np.uint32] | None = None
+    """The mask of the draw, as `TokenMask.fill` writes it; None allows all ids."""
 
 
 class Draw(NamedTuple):

@@ -10,6 +10,7 @@ from worker.cpu.slots import HostSlots
 from worker.model import DraftSupport
 from worker.ops import KV_BLOCK, Phase
 from worker.sampling import Draw
+from worker.token_masks import SlotMasks
 
 
 class LedgerRunner(HostSlots):
@@ -22,7 +23,7 @@ class LedgerRunner(HostSlots):
     """
 
     def __init__(self, kv_blocks, vocab_size=100, slots=8):
-        super().__init__(slots, self.compute)
+        super().__init__(slots, self.compute, SlotMasks(vocab_size, (), ()))
         self.vocab_size, self.kv_blocks = vocab_size, kv_blocks
         self.batches = []
         self.fault = self.unfit = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from tests.grammars import DigestGrammar
 from tests.models import engine_of
 from worker.engine import Engine, FailedSequence, Sequence
+from worker.errors import InvalidRequest
 from worker.sampling import Draw, Sampling
 
 FULL_SIZE_TYPES = ("Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "MXFP4")
@@ -31,7 +33,8 @@ class RandomJob:
 def random_jobs(count, seed, vocab_size, prompt=48, tokens=10):
     """Jobs with prompts and answers of up to that many tokens.
 
-    A third begin with a common prefix, and a tenth have answers of up to four times the tokens.
+    A third begin with a common prefix, a tenth have answers of up to four times the tokens, and a
+    quarter have a grammar.
     """
     chance = random.Random(seed)
     prefixes = [[chance.randrange(vocab_size) for _ in range(prompt)] for _ in range(3)]
@@ -57,7 +60,8 @@ class Outcome:
     """The draws of each job by its name, and what happened to the jobs."""
 
     engine: Engine
-    draws: dict[str, list[Draw]]
+    draws: dict[str, list[Draw | str]]
+    """Of a job whose grammar allows no token, the error's message is the last one."""
     aborted: set[str] = field(default_factory=set)
     cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
@@ -117,8 +121,11 @@ def run_jobs(engine, jobs, chance=None, preempt=0.0):
                 engine._scheduler._requeue(sequence)
                 outcome.preempted += 1
         for token in engine.step():
-            assert not isinstance(token, FailedSequence)
             drawn = outcome.draws[token.sequence_id]
+            if isinstance(token, FailedSequence):
+                assert isinstance(token.error, InvalidRequest)
+                drawn.append(token.error.message)
+                continue
             if token.sequence_id in outcome.aborted:
                 continue  # of the step after whose first tokens it was aborted
             drawn.append(token.draw)
@@ -148,4 +155,5 @@ def _sampling(chance, vocab_size):
         ignore_eos=chance.random() < 0.2,
         stop_token_ids=maybe(frozenset(chance.sample(range(vocab_size), 2)), frozenset()),
         logprobs=maybe(chance.randint(0, 5), None),
+        grammar=DigestGrammar(vocab_size, chance.getrandbits(32)) if chance.random() < 0.25 else None,
     )

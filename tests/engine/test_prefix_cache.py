@@ -30,7 +30,7 @@ class RecordingRunner(HostSlots):
     """A CPU runner that records its batches and logits."""
 
     def __init__(self, runner):
-        super().__init__(runner.slots, self.compute)
+        super().__init__(runner.slots, self.compute, runner._masks)
         self.vocab_size, self.kv_blocks = runner.vocab_size, runner.kv_blocks
         self.cache, self.batches, self.logits = runner.cache, [], []
         self._runner = runner

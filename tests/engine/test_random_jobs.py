@@ -56,7 +56,7 @@ def test_a_job_draws_the_same_bits_alone_and_beside_others(name, running, expect
 @pytest.mark.parametrize("name", NAMES)
 def test_a_job_draws_the_same_bits_with_and_without_prompt_lookup(name, running, expected, monkeypatch):
     runner, jobs, _ = expected(name)
-    repeating = [replace(job, prompt=job.prompt[:7] * 6, max_tokens=job.max_tokens + 10) for job in jobs[:40]]
+    repeating = [replace(job, prompt=job.prompt[:7] * 6, max_tokens=job.max_tokens + 10) for job in jobs[:60]]
     alone = draws_alone(runner, repeating)
     monkeypatch.setattr(runner, "drafts", FREE_DRAFTS)
     outcome = run_beside(runner, repeating, running, KV_BLOCKS[running], speculation="ngram")
@@ -129,3 +129,4 @@ def test_the_jobs_differ_in_what_they_request():
     assert sum(job.sampling.logprobs is not None for job in jobs) > 30
     assert sum(job.sampling.repetition_penalty != 1 for job in jobs) > 30
     assert sum(bool(job.sampling.stop_token_ids) for job in jobs) > 30
+    assert sum(job.sampling.grammar is not None for job in jobs) > 30

@@ -20,7 +20,7 @@ class CpuRunner(HostSlots):
     """`worker.model.Runner` on NumPy."""
 
     def __init__(self, model: Model, cache: KvCache, sampler: Sampler, slots: int = 1) -> None:
-        super().__init__(slots, self.compute)
+        super().__init__(slots, self.compute, sampler.masks)
         self.vocab_size = sampler.vocab_size
         self.kv_blocks = cache.blocks
         self.cache = cache

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from worker.errors import Internal
 from worker.sampling import Draw, DrawRequest, Sampling
+from worker.token_masks import SlotMasks
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -27,13 +28,16 @@ Block = tuple[int, int, int, int]
 class Sampler:
     """Draws for one vocabulary.
 
-    Masks the padding rows, and end and stop tokens before `min_tokens`.
+    Masks the padding rows, ids that the request does not allow, and end and stop tokens before
+    `min_tokens`.
     """
 
     def __init__(self, vocab_size: int, padding_ids: Iterable[int], end_ids: Iterable[int]) -> None:
         self.vocab_size = vocab_size
         self._padding = np.fromiter((i for i in padding_ids if i < vocab_size), np.int64)
         self._ends = np.fromiter((i for i in end_ids if i < vocab_size), np.int64)
+        self.masks = SlotMasks(vocab_size, self._padding.tolist(), self._ends.tolist())
+        """Starts the masks of sequences that have a grammar."""
 
     def draw(self, logits: F32, request: DrawRequest) -> Draw:
         """Draw a token from `logits` [V], not modified. Raises Internal if none is finite."""
@@ -52,6 +56,9 @@ class Sampler:
 
     def _masked(self, scores: F64, request: DrawRequest) -> F64:
         scores[self._padding] = -np.inf
+        if request.allowed is not None:
+            bits = np.unpackbits(request.allowed.view(np.uint8), count=len(scores), bitorder="little")
+            scores[bits == 0] = -np.inf
         if request.index < request.sampling.min_tokens:
             scores[self._ends] = -np.inf
             scores[list(request.sampling.stop_token_ids)] = -np.inf

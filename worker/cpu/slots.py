@@ -1,15 +1,18 @@
 """Slots in host memory: make batches and draw requests of chunks and slots. Next: `runner.py`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from worker.errors import InvalidRequest
 from worker.model import MAX_DRAFT_ROWS, Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
 from worker.ops import Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
+from worker.token_masks import SlotMask, SlotMasks
 
 
 class Compute(Protocol):
@@ -26,8 +29,21 @@ class _Slot:
     start: SlotStart
     table: Ints
     generated: list[int] = field(default_factory=list)
+    mask: SlotMask | None = None
     draft: Sequence[int] = ()
     """Tokens that the next step verifies."""
+    allowed: npt.NDArray[np.uint32] | None = None
+    """The mask of the next draw."""
+
+    def prepare(self, masks: SlotMasks) -> InvalidRequest | None:
+        """Compute the mask of the next draw, if it needs one; returns the mask's error."""
+        if self.mask is None:
+            return None
+        self.allowed = None
+        if self.mask.due:
+            self.allowed = np.empty(masks.words, np.uint32)
+            masks.fill([self.mask], self.allowed[None])
+        return self.mask.error
 
     def next_draws(self) -> list[DrawRequest]:
         """The request for the token of index len(generated), and those after each draft token."""
@@ -35,7 +51,7 @@ class _Slot:
         forced = replay[index] if index < len(replay) else None
         before = [[*self.generated, *self.draft[:count]] for count in range(1, len(self.draft) + 1)]
         return [
-            DrawRequest(self.start.sampling, index, self.start.prompt, self.generated, forced),
+            DrawRequest(self.start.sampling, index, self.start.prompt, self.generated, forced, self.allowed),
             *(DrawRequest(self.start.sampling, len(ids), self.start.prompt, ids) for ids in before),
         ]
 
@@ -57,6 +73,8 @@ class _Slot:
         if draw is None:
             return False
         self.generated.append(draw.id)
+        if self.mask is not None:
+            self.mask.accept(draw.id)
         return draw.id not in self.start.end_ids and len(self.generated) < self.start.max_tokens
 
 
@@ -67,8 +85,9 @@ class HostSlots:
     the slots that generated before it.
     """
 
-    def __init__(self, slots: int, compute: Compute) -> None:
+    def __init__(self, slots: int, compute: Compute, masks: SlotMasks) -> None:
         self.slots = slots
+        self._masks = masks
         # Rows are computed one after another, so a draft token costs a token.
         self.drafts: DraftSupport | None = DraftSupport(0, {rows: rows for rows in range(1, MAX_DRAFT_ROWS + 1)}, 0.0)
         self._compute = compute
@@ -86,6 +105,7 @@ class HostSlots:
 
     def propose(self, slot: int, draft: Sequence[int]) -> None:
         if slot in self._generating:
+            assert self._generating[slot].mask is None, "draft tokens of a sequence with a grammar"
             self._generating[slot].draft = draft
 
     def stop(self, slot: int) -> None:
@@ -99,9 +119,28 @@ class HostSlots:
             self._compute(chunk.batch(), [])
             return []
         assert 0 <= chunk.begin.slot < self.slots
-        return self._draw(chunk.batch(), {chunk.begin.slot: _Slot(chunk.begin, chunk.block_table)})
+        slot = _Slot(chunk.begin, chunk.block_table, mask=self._masks.start(chunk.begin))
+        if failed := self._prepare({chunk.begin.slot: slot}):
+            self._compute(replace(chunk, begin=None).batch(), [])  # other sequences may read its blocks
+            return failed
+        return self._draw(chunk.batch(), {chunk.begin.slot: slot})
+
+    def _prepare(self, slots: dict[int, _Slot]) -> list[SlotDraw]:
+        """Compute the masks of the next draws; stops the slots whose masks have errors."""
+        failed: list[SlotDraw] = []
+        for number, slot in list(slots.items()):
+            error = slot.prepare(self._masks)
+            if error is not None:
+                failed.append(SlotDraw(number, error))
+                del slots[number]
+                self._generating.pop(number, None)
+        return failed
 
     def _decode(self, slots: dict[int, _Slot]) -> list[SlotDraw]:
+        failed = self._prepare(slots)
+        return failed + self._step(slots) if slots else failed
+
+    def _step(self, slots: dict[int, _Slot]) -> list[SlotDraw]:
         tokens: list[int] = []
         positions: list[int] = []
         tables: list[Ints] = []

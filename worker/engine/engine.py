@@ -40,7 +40,7 @@ class FailedSequence:
     """A sequence that the engine has ended without a token. The others are not affected."""
 
     sequence_id: str
-    error: Internal
+    error: Internal | InvalidRequest
 
 
 class Engine:
@@ -168,8 +168,8 @@ class Engine:
         for slot, draw in draws:
             sequence = slots[slot]
             assert sequence is not None, "the runner drew for a slot that is stopped"
-            if draw is None:
-                tokens.append(self._fail(sequence))
+            if not isinstance(draw, Draw):
+                tokens.append(self._fail(sequence, draw))
                 continue
             sequence.room -= 1
             if not sequence.room:
@@ -186,9 +186,10 @@ class Engine:
             tokens.append(new(drawn, (sequence.id, index, draw, index < len(sequence.replay), finish)))
         return tokens
 
-    def _fail(self, sequence: Sequence) -> FailedSequence:
+    def _fail(self, sequence: Sequence, error: InvalidRequest | None) -> FailedSequence:
         self._runner.stop(self._scheduler.finish(sequence))
-        return FailedSequence(sequence.id, Internal("the model's logits are not finite, so no token can be drawn"))
+        not_finite = Internal("the model's logits are not finite, so no token can be drawn")
+        return FailedSequence(sequence.id, error or not_finite)
 
     def _check(self, sequence: Sequence) -> None:
         left = self.context - len(sequence.prompt)

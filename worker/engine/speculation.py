@@ -145,5 +145,10 @@ class Speculation:
 
 
 def _may_speculate(sequence: Sequence) -> bool:
-    """Whether a generating sequence draws new tokens, since all of its known ids are replayed."""
-    return not sequence.recomputed and len(sequence.generated) >= max(1, len(sequence.replay))
+    """Whether a generating sequence draws new tokens, since all of its known ids are replayed.
+
+    With a grammar it does not speculate: the mask after a draft token would delay the step.
+    """
+    if sequence.recomputed or sequence.sampling.grammar is not None:
+        return False
+    return len(sequence.generated) >= max(1, len(sequence.replay))
