@@ -7,6 +7,7 @@ of the boundary between two tokens. No case below is.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from types import SimpleNamespace
@@ -14,11 +15,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.grammars import packed
 from worker.cpu.sampler import Sampler
 from worker.errors import Internal
 from worker.sampling import DrawRequest, Sampling
 
 NO_LIMIT = 2**31 - 1
+GRAMMAR = SimpleNamespace()
+"""Stands for the grammar of a request that has a mask."""
+
+
+class GivenMask:
+    """`worker.token_masks.SlotMask` of one draw."""
+
+    error = None
+
+    def __init__(self, words):
+        self.words = words
+
+    def fill(self, words):
+        words[:] = self.words
 
 
 class Bench:
@@ -58,16 +74,23 @@ class Bench:
             array[slot : slot + 1].set(np.asarray(value, array.dtype).reshape(array[slot : slot + 1].shape))
         self.sampler.load(slot, request, self.cupy.cuda.get_current_stream())
 
-    def launch(self, logits, row_slots):
-        """Draw for rows of slots: the raw results, and their ids."""
+    def launch(self, logits, row_slots, masks=None):
+        """Draw for rows of slots: the raw results, and their ids. `masks` [V] bool by row."""
         from worker.gpu.sampler import DRAWN
 
         self.row_slots[: len(row_slots)].set(np.array(row_slots, np.int32))
         self.sampler.drawn.fill(0x55)
         device_logits = self.cupy.asarray(np.asarray(logits, np.float32))
         self.sampler.launch(self.kernels, device_logits, self.state, self.row_slots[: len(row_slots)])
+        if masks:
+            self.load_masks(masks)
+            self.sampler.launch(self.kernels, device_logits, self.state, self.row_slots[: len(row_slots)], masked=True)
         raw = self.sampler.drawn.get()[: len(row_slots)]
         return raw, raw.view(DRAWN)["id"][:, 0].tolist()
+
+    def load_masks(self, masks):
+        given = {row: GivenMask(words) for row, words in masks.items()}
+        self.sampler.masks.load(given, self.cupy.cuda.get_current_stream())
 
     def draw(self, logits, request, position=10):
         self.start(0, request, position)
@@ -77,7 +100,10 @@ class Bench:
         """Draw from the state after the last draw."""
         from worker.gpu.sampler import unpack
 
-        self.sampler.launch(self.kernels, self.cupy.asarray(logits)[None], self.state)
+        masked = request.allowed is not None and request.forced is None
+        if masked:
+            self.load_masks({0: request.allowed})
+        self.sampler.launch(self.kernels, self.cupy.asarray(logits)[None], self.state, masked=masked)
         return unpack(self.sampler.drawn.get()[0], request)
 
     def positions(self):
@@ -104,6 +130,20 @@ def random_case(rng, size):
     return DrawRequest(sampling, len(generated), prompt, generated)
 
 
+def with_mask(rng, size, request, masked):
+    """The request, or in three of four cases with a mask of few, of half or of nearly all ids.
+
+    One of them is neither in `masked`, the padding rows and end tokens, nor a stop token.
+    """
+    kind = rng.integers(4)
+    if not kind:
+        return request
+    allowed = rng.random(size) < (0, 2 / size, 0.5, 1 - 2 / size)[kind]
+    allowed[rng.choice(np.setdiff1d(np.arange(size), [*masked, *request.sampling.stop_token_ids]))] = True
+    sampling = replace(request.sampling, grammar=GRAMMAR)
+    return replace(request, sampling=sampling, allowed=packed(allowed, -(-size // 32)))
+
+
 def random_logits(rng, size):
     logits = (rng.normal(size=size) * rng.choice([0.1, 1, 4])).astype(np.float32)
     return np.round(logits * 2) / np.float32(2) if rng.integers(3) == 0 else logits
@@ -124,6 +164,17 @@ def test_draws_equal_those_of_the_twin(kernels, memory, size, cases):
     bench = Bench(kernels, memory, size, padding, rng.integers(0, size, 3).tolist() if size > 10 else [1])
     for _ in range(cases):
         logits, request = random_logits(rng, size), random_case(rng, size)
+        same(bench.draw(logits, request), bench.twin.draw(logits, request))
+
+
+@pytest.mark.parametrize(("size", "cases"), [(5, 60), (320, 100), (3001, 100), (151936, 30), (201088, 30)])
+def test_draws_with_masks_equal_those_of_the_twin(kernels, memory, size, cases):
+    rng = np.random.default_rng(size + 1)
+    padding = set(rng.integers(0, size, 2).tolist()) if size > 10 else set()
+    ends = rng.integers(0, size, 3).tolist() if size > 10 else [1]
+    bench = Bench(kernels, memory, size, padding, ends)
+    for _ in range(cases):
+        logits, request = random_logits(rng, size), with_mask(rng, size, random_case(rng, size), [*padding, *ends])
         same(bench.draw(logits, request), bench.twin.draw(logits, request))
 
 
@@ -209,11 +260,55 @@ def test_a_padding_row_of_nan_is_ignored(kernels, memory):
     assert bench.draw(logits, request).id == 0
 
 
+def test_ids_that_a_mask_denies_are_not_drawn_whatever_their_logits(kernels, memory):
+    logits = np.zeros(70, np.float32)
+    logits[[3, 64]] = np.nan, np.inf
+    for temperature in (0.0, 1.0):
+        bench = Bench(kernels, memory, 70)
+        sampling = Sampling(temperature=temperature, grammar=GRAMMAR, logit_bias={5: 99.0})
+        request = DrawRequest(sampling, 0, [], [], allowed=packed(np.isin(np.arange(70), [7]), 3))
+        assert bench.draw(logits, request).id == 7
+
+
+def test_a_mask_without_ids_draws_no_token_and_stops_the_slot(kernels, memory):
+    for temperature in (0.0, 1.0):
+        bench = Bench(kernels, memory, 320)
+        sampling = Sampling(temperature=temperature, grammar=GRAMMAR)
+        with pytest.raises(Internal):
+            bench.draw(np.zeros(320, np.float32), DrawRequest(sampling, 0, [], [], allowed=np.zeros(10, np.uint32)))
+        assert bench.positions() == [-1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_with_a_grammar_is_drawn_by_the_launch_with_its_mask_only(kernels, memory, rows):
+    from worker.gpu.sampler import INACTIVE
+
+    bench = Bench(kernels, memory, 320, slots=rows)
+    masked = DrawRequest(Sampling(temperature=0, grammar=GRAMMAR), 0, [], [])
+    for slot in range(rows):
+        bench.start(slot, masked if slot == 0 else DrawRequest(Sampling(temperature=0), 0, [], []), ends=[9])
+    logits = np.zeros((rows, 320))
+    logits[:, 9] = 5
+    words = packed(np.isin(np.arange(320), [77, 78]), 10)
+    assert bench.launch(logits, range(rows))[1] == [INACTIVE, *[9] * (rows - 1)]
+    assert bench.positions() == [10, *[-1] * (rows - 1)]
+    for slot in range(1, rows):
+        bench.start(slot, DrawRequest(Sampling(temperature=0), 0, [], []), ends=[9])
+    assert bench.launch(logits, range(rows), {0: words})[1] == [77, *[9] * (rows - 1)]
+    assert bench.positions() == [11, *[-1] * (rows - 1)]
+
+
+def test_a_forced_id_of_a_sequence_with_a_grammar_needs_no_mask(kernels, memory):
+    bench = Bench(kernels, memory, 320)
+    bench.start(0, DrawRequest(Sampling(grammar=GRAMMAR), 0, [1], [], forced=77))
+    assert bench.launch(np.full((1, 320), np.nan), [0])[1] == [77]
+
+
 ROWS = (2, 3, 8, 64)
 
 
-def random_rows(rng, size, rows):
-    requests = [random_case(rng, size) for _ in range(rows)]
+def random_rows(rng, size, rows, masked):
+    requests = [with_mask(rng, size, random_case(rng, size), masked) for _ in range(rows)]
     return requests, np.stack([random_logits(rng, size) for _ in range(rows)])
 
 
@@ -227,11 +322,12 @@ def test_rows_of_one_launch_equal_the_twin_and_launches_of_their_own(kernels, me
     bench = Bench(kernels, memory, size, padding, ends, slots=rows + 1, rows=rows)
     alone = Bench(kernels, memory, size, padding, ends)
     for _ in range(launches):
-        requests, logits = random_rows(rng, size, rows)
+        requests, logits = random_rows(rng, size, rows, [*padding, *ends])
+        masks = {row: each.allowed for row, each in enumerate(requests) if each.allowed is not None}
         slots = rng.permutation(rows + 1)[:rows].tolist()
         for slot, request in zip(slots, requests, strict=True):
             bench.start(slot, request)
-        for row, raw in enumerate(bench.launch(logits, slots)[0]):
+        for row, raw in enumerate(bench.launch(logits, slots, masks)[0]):
             draw = unpack(raw, requests[row])
             same(draw, bench.twin.draw(logits[row], requests[row]))
             assert draw == alone.draw(logits[row], requests[row])
@@ -250,16 +346,20 @@ def hard_logits():
 
 
 @pytest.mark.parametrize("changes", [{"top_k": 3000}, {"top_p": 0.4}, {"top_k": 9000, "top_p": 0.7, "min_p": 0.1}, {}])
-def test_selections_among_equal_almost_equal_and_distant_logits(kernels, memory, changes):
+@pytest.mark.parametrize("masked", [False, True])
+def test_selections_among_equal_almost_equal_and_distant_logits(kernels, memory, changes, masked):
     from worker.gpu.sampler import unpack
 
     logits = np.stack(hard_logits())
     rows, size = logits.shape
     bench, alone = (Bench(kernels, memory, size, slots=slots) for slots in (rows, 1))
-    requests = [DrawRequest(Sampling(seed=row, logprobs=20, **changes), 5, [], []) for row in range(rows)]
+    words = packed(np.random.default_rng(9).integers(0, 2, size), size // 32) if masked else None
+    sampling = Sampling(logprobs=20, grammar=GRAMMAR if masked else None, **changes)
+    requests = [DrawRequest(replace(sampling, seed=row), 5, [], [], allowed=words) for row in range(rows)]
     for row, request in enumerate(requests):
         bench.start(row, request)
-    for row, raw in enumerate(bench.launch(logits, range(rows))[0]):
+    masks = dict.fromkeys(range(rows), words) if masked else None
+    for row, raw in enumerate(bench.launch(logits, range(rows), masks)[0]):
         assert unpack(raw, requests[row]) == alone.draw(logits[row], requests[row]), row
 
 

@@ -8,13 +8,16 @@
   slots that generate is one graph launch; its inputs are already on the device. With draft tokens
   (`drafts.py`) it has graphs of its own, and its rows are uploaded.
 - Lookahead: the newest decode step is read by the next call, after that call has launched another.
+- Grammars (`masks.py`): a decode step leaves rows that need a mask undrawn. While the device runs
+  it, the host reads the step before, computes the masks and launches a second graph that draws.
 
 Independent of the model's architecture. Next: `slots.py`, `state.py`, `decode_ops.py`,
 `prefill_ops.py`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,7 @@ from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.sampler import SamplerLauncher
-from worker.gpu.slots import Launch, Slots
+from worker.gpu.slots import Generation, Launch, Slots
 from worker.gpu.state import PINNED_SLOTS, ChunkState, KvCache, PinnedRing, StepState, rows_of
 from worker.model import (
     LEAST_DRAFT_ROWS,
@@ -43,6 +46,7 @@ from worker.model import (
 )
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import DrawRequest
+from worker.token_masks import SlotMask
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _SHORT_CHUNKS = (32, 128, 512)
@@ -80,10 +84,33 @@ class GpuSettings:
 
 @dataclass(frozen=True, slots=True)
 class _DecodeStep:
-    """The graph of a decode step, and the rows of `drawn` that it writes."""
+    """The graphs of a decode step, and the rows of `drawn` that they write."""
 
     graph: Any
+    """The step with all draws that need no mask."""
+    masked_draws: Any
+    """The other draws, from the logits that `graph` has left."""
     drawn: DeviceArray
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    """A decode step whose graph is launched: its sequences, and the draft tokens of each."""
+
+    step: _DecodeStep
+    rows: tuple[Generation, ...]
+    number: int
+    drafts: tuple[Sequence[int], ...] = ()
+
+    def masks(self) -> dict[int, SlotMask]:
+        """The masks of the step's draws, by row, once all draws before it are read."""
+        masks: dict[int, SlotMask] = {}
+        row = 0
+        for generation, draft in zip(self.rows, self.drafts or ((),) * len(self.rows), strict=True):
+            if generation.live and generation.mask is not None and generation.mask.due:
+                masks[row] = generation.mask
+            row += 1 + len(draft)
+        return masks
 
 
 class GpuRunner:
@@ -130,6 +157,7 @@ class GpuRunner:
                 sequences=settings.slots + draft_slots,
                 processors=processors,
                 rows=rows,
+                masked=settings.slots,
             )
             self._draft_rows = (
                 DraftLauncher(memory, self._state, self._sampler, processors) if settings.drafts else None
@@ -158,10 +186,19 @@ class GpuRunner:
                     on_launched()  # from here on, uploads may wait
                 launches += self._prefill(chunk)
             drafts = self._slots.take_drafts()
+            step, masked = None, False
             if self._slots.step_is_due:
-                self._lookahead = self._decode_drafts(drafts) if drafts else self._decode()
+                step = self._decode_drafts(drafts) if drafts else self._decode()
+                masked = self._slots.masked_in_step()
+                if not masked:
+                    self._lookahead = self._download(step)
             on_launched()
-            return [draw for launch in launches for draw in self._slots.read(launch)]
+            draws = [draw for launch in launches for draw in self._slots.read(launch)]
+            self._slots.accept(draws)
+            if step is not None and masked:
+                self._draw_masked(step)
+                self._lookahead = self._download(step)
+            return draws + self._slots.take_failed()
 
     def extend(self, slot: int, block_table: Ints) -> None:
         if self._slots.extend(slot, block_table):
@@ -202,7 +239,8 @@ class GpuRunner:
         def decode(kernels: Launcher, pool: Allocator) -> None:
             for rows in self._step_sizes():
                 logits = self._model.forward(self._decode_ops(kernels, pool), _empty_step(rows))
-                self._draw(kernels, logits)
+                for masked in (False, True):
+                    self._draw(kernels, logits, masked=masked)
             if self._draft_rows is not None:
                 self._draft_rows.copy_slots(kernels)
                 for rows in _DRAFT_STEPS:
@@ -222,24 +260,37 @@ class GpuRunner:
     def _capture_decode(self, rows: int) -> _DecodeStep:
         """Capture a decode step of at most `rows` rows over the step state, with sampler."""
 
-        def step() -> None:
-            self._draw(self._kernels, self._decode_forward(_empty_step(rows)))
+        def step() -> DeviceArray:
+            logits = self._decode_forward(_empty_step(rows))
+            self._draw(self._kernels, logits)
+            return logits
 
-        return _DecodeStep(capture_graph(step, self._stream), self._sampler.drawn[:rows])
+        return self._captured(step, self._state, rows)
 
     def _capture_draft_step(self, drafts: DraftLauncher, rows: int) -> _DecodeStep:
         """Capture a decode step with draft tokens of at most `rows` rows, with their acceptance."""
 
-        def step() -> None:
-            self._draft_step(self._kernels, self._pools[Phase.DECODE], drafts, rows)
+        def step() -> DeviceArray:
+            return self._draft_step(self._kernels, self._pools[Phase.DECODE], drafts, rows)
 
-        return _DecodeStep(capture_graph(step, self._stream), self._sampler.drawn[:rows])
+        return self._captured(step, drafts.state, rows)
 
-    def _draft_step(self, kernels: Launcher, pool: Allocator, drafts: DraftLauncher, rows: int) -> None:
+    def _draft_step(self, kernels: Launcher, pool: Allocator, drafts: DraftLauncher, rows: int) -> DeviceArray:
         ops = DecodeOps(kernels, pool, self._attention, drafts.state, self._max_shared, drafts=True)
         logits = self._model.forward(ops, _empty_step(rows))
         self._sampler.launch(kernels, logits, drafts.state, drafts.state.row_slots[:rows])
         drafts.accept(kernels, rows)
+        return logits
+
+    def _captured(self, step: Callable[[], DeviceArray], state: StepState, rows: int) -> _DecodeStep:
+        """Capture a step, which returns its logits, and the draws from them that need masks."""
+        logits: list[DeviceArray] = []
+        graph = capture_graph(lambda: logits.append(step()), self._stream)
+        draws = capture_graph(
+            lambda: self._sampler.launch(self._kernels, logits[0], state, state.slots_of_rows(rows), masked=True),
+            self._stream,
+        )
+        return _DecodeStep(graph, draws, self._sampler.drawn[:rows])
 
     def _capture_copies(self, drafts: DraftLauncher) -> Any:
         """Capture the copies of slots, which a step with draft tokens requires before its graph."""
@@ -248,11 +299,9 @@ class GpuRunner:
     def _capture_first_draw(self) -> _DecodeStep:
         """Capture the draw from a chunk's row of logits."""
         slot = self._state.first_row if self.slots > 1 else None
-
-        def draw() -> None:
-            self._sampler.launch(self._kernels, self._logits[:1], self._state, slot)
-
-        return _DecodeStep(capture_graph(draw, self._stream), self._sampler.drawn[:1])
+        draw = partial(self._sampler.launch, self._kernels, self._logits[:1], self._state, slot)
+        graph, masked_draws = (capture_graph(partial(draw, masked=masked), self._stream) for masked in (False, True))
+        return _DecodeStep(graph, masked_draws, self._sampler.drawn[:1])
 
     def _chunk_sizes(self) -> list[int]:
         """The captured chunk sizes, ascending; a shorter chunk uses the next one."""
@@ -288,7 +337,7 @@ class GpuRunner:
         """Launch a chunk, and the first draw if it is a prompt's last one."""
         for _ in self._run_chunks(chunk.batch()):
             pass
-        return [] if chunk.begin is None else [self._begin(chunk.begin, chunk.block_table)]
+        return [] if chunk.begin is None else self._begin(chunk.begin, chunk.block_table)
 
     def _run_chunks(self, batch: Batch) -> Iterator[DeviceArray]:
         """Launch chunks of at most `prefill_tokens`: the logits of each, valid until the next."""
@@ -301,18 +350,28 @@ class GpuRunner:
             self._chunk_graphs[next(size for size in self._chunk_graphs if len(tokens) <= size)].launch(self._stream)
             yield self._logits[: len(rows)]
 
-    def _begin(self, start: SlotStart, table: Ints) -> Launch:
-        """Upload a slot and launch its first draw, from the row of logits of the last chunk."""
+    def _begin(self, start: SlotStart, table: Ints) -> list[Launch]:
+        """Upload a slot and launch its first draw, from the row of logits of the last chunk.
+
+        Launches nothing if its mask has an error.
+        """
+        step, mask = self._first_draw_step, self._sampler.slot_masks.start(start)
+        graph = step.graph
+        if mask is not None and mask.due:
+            self._sampler.masks.load({0: mask}, self._stream)
+            graph = step.masked_draws
+        if mask is not None and mask.error is not None:
+            self._slots.fail(start.slot, mask.error)
+            return []
         self._state.start(start, table, self._stream)
         self._sampler.load(start.slot, DrawRequest(start.sampling, 0, start.prompt, ()), self._stream)
-        generation = self._slots.begin(start, table)
-        self._first_draw_step.graph.launch(self._stream)
-        copy = self._first_draws.download(self._first_draw_step.drawn, self._stream)
-        return Launch((generation,), self._slots.steps, *copy)
+        generation = self._slots.begin(start, table, mask)
+        graph.launch(self._stream)
+        return [Launch((generation,), self._slots.steps, *self._first_draws.download(step.drawn, self._stream))]
 
     # Decode
 
-    def _decode(self) -> Launch:
+    def _decode(self) -> _LaunchedStep:
         """Launch a decode step of all slots that generate."""
         rows, size = self._slots.rows, rows_of(len(self._slots.rows))
         if size not in self._decode_steps:
@@ -321,9 +380,9 @@ class GpuRunner:
         self._upload_forced()
         number, step = self._slots.next_step(), self._decode_steps[size]
         step.graph.launch(self._stream)
-        return Launch(rows, number, *self._draws.download(step.drawn, self._stream))
+        return _LaunchedStep(step, rows, number)
 
-    def _decode_drafts(self, drafts: tuple[Sequence[int], ...]) -> Launch:
+    def _decode_drafts(self, drafts: tuple[Sequence[int], ...]) -> _LaunchedStep:
         """Launch a decode step of all slots that generate, with draft tokens of each."""
         assert self._draft_rows is not None, "the runner was made without draft tokens"
         rows = self._slots.rows
@@ -332,15 +391,28 @@ class GpuRunner:
         number, step = self._slots.next_step(drafts), self._draft_steps[max(LEAST_DRAFT_ROWS, rows_of(count))]
         self._copy_slots.launch(self._stream)
         step.graph.launch(self._stream)
-        return Launch(rows, number, *self._draws.download(step.drawn, self._stream), drafts)
+        return _LaunchedStep(step, rows, number, drafts)
+
+    def _download(self, launched: _LaunchedStep) -> Launch:
+        copy = self._draws.download(launched.step.drawn, self._stream)
+        return Launch(launched.rows, launched.number, *copy, launched.drafts)
+
+    def _draw_masked(self, launched: _LaunchedStep) -> None:
+        """Compute the masks of a step and launch its draws that need them."""
+        masks = launched.masks()
+        if masks:
+            self._sampler.masks.load(masks, self._stream)
+            launched.step.masked_draws.launch(self._stream)
+            self._slots.stop_failed()
 
     def _upload_forced(self) -> None:
         forced = self._slots.forced()
         if forced is not None:
             self._state.force(forced, self._stream)
 
-    def _draw(self, kernels: Launcher, logits: DeviceArray) -> None:
-        self._sampler.launch(kernels, logits, self._state, self._state.slots_of_rows(len(logits)))
+    def _draw(self, kernels: Launcher, logits: DeviceArray, *, masked: bool = False) -> None:
+        row_slots = self._state.slots_of_rows(len(logits))
+        self._sampler.launch(kernels, logits, self._state, row_slots, masked=masked)
 
 
 def rows_at_most(slots: int, *, drafts: bool) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The launcher of the sampler: draw one token per row of logits in device memory, without the host.
 
 It keeps what a draw depends on besides its request: padding and end masks, token counts, biases.
-Twin: `worker/cpu/sampler.py`. Kernel: `sample.cu`.
+Rows of sequences with a grammar are drawn by a launch of their own, with the masks of `masks.py`.
+Twin: `worker/cpu/sampler.py`. Kernels: `sample.cu`, `sample_rows.cu`, `sample_masked.cu` and
+`sample_rows_masked.cu`.
 """
 
 import math
@@ -13,9 +15,11 @@ import numpy as np
 from worker.errors import Internal
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
+from worker.gpu.masks import MaskInputs
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
 from worker.gpu.state import ENDS, REQUEST, PinnedRing, StepState, penalized
 from worker.sampling import Draw, DrawRequest, Sampling
+from worker.token_masks import SlotMasks
 
 _TOP = 20
 _THREADS = 256
@@ -62,7 +66,7 @@ _SPECIALS = np.dtype([("list", "u8"), ("count", "i4"), ("unused", "i4")])
 _SLOT_ARRAYS = np.dtype(
     [
         *((name, "u8") for name in ("mask", "marks", "specials", "counts", "tokens", "positions", "requests")),
-        *((name, "u8") for name in ("ends", "limits")),
+        *((name, "u8") for name in ("ends", "limits", "allowed_rows", "allowed")),
     ]
 )
 
@@ -90,11 +94,16 @@ FIXED_ORDERS: Mapping[str, str] = {
 }
 """The orders of sums that `worker.gpu.numerics` reports."""
 
-INSTANTIATIONS: tuple[KernelName, ...] = (("sample.cu", "sample"), ("sample_rows.cu", "sample_rows"))
+INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(("sample.cu", "sample"), ("sample_rows.cu", "sample_rows")),
+    *(("sample_masked.cu", "sample"), ("sample_rows_masked.cu", "sample_rows")),
+)
 
 
 class SamplerLauncher:
     """Draws for one vocabulary, `sequences` slots and launches of at most `rows` rows.
+
+    At most `masked` rows of a launch have masks.
 
     `processors` is the device's number of multiprocessors: it determines the blocks of a launch and
     changes no bit of a result.
@@ -116,6 +125,7 @@ class SamplerLauncher:
         sequences: int,
         processors: int,
         rows: int | None = None,
+        masked: int | None = None,
     ) -> None:
         def array(shape: tuple[int, ...], dtype: Any, fill: int = 0) -> DeviceArray:
             made = memory.reserve(math.prod(shape) * np.dtype(dtype).itemsize, Purpose.WORKSPACE).array(shape, dtype)
@@ -124,6 +134,7 @@ class SamplerLauncher:
 
         self._memory = memory
         self.vocab_size = vocab_size
+        padding_ids, end_ids = tuple(padding_ids), tuple(end_ids)
         mask = np.zeros(vocab_size, np.uint8)
         mask[[i for i in padding_ids if i < vocab_size]] |= _PADDING
         mask[[i for i in end_ids if i < vocab_size]] |= _END
@@ -146,6 +157,9 @@ class SamplerLauncher:
         self._boards = array((rows, _ROW_BOARD.itemsize), np.uint8)
         self._ticket = array((1,), np.uint32)
         self.drawn = array((rows, DRAWN.itemsize), np.uint8)
+        self.slot_masks = SlotMasks(vocab_size, padding_ids, end_ids)
+        """Starts the masks of sequences that have a grammar."""
+        self.masks = MaskInputs(memory, self.slot_masks, masked or sequences, rows)
         self._ring = PinnedRing(max(4 * vocab_size, self._lists[0].nbytes))
         self._processors = processors
 
@@ -194,21 +208,31 @@ class SamplerLauncher:
         return np.packbits(bits, bitorder="little").view(np.uint32)
 
     def launch(
-        self, kernels: Launcher, logits: DeviceArray, state: StepState, row_slots: DeviceArray | None = None
+        self,
+        kernels: Launcher,
+        logits: DeviceArray,
+        state: StepState,
+        row_slots: DeviceArray | None = None,
+        *,
+        masked: bool = False,
     ) -> None:
         """Draw from each row of logits [R, V] f32, into `drawn` [R] and the state's next step.
 
         Row r belongs to slot `row_slots[r]` ([R] i32 on the device, -1: none), or to slot r without
         `row_slots`. A row without an active slot is not read; its drawn id is INACTIVE. A slot
         becomes inactive after one of its `ends`, at its limit, and with NOT_FINITE.
+
+        A row of a sequence with a grammar counts as inactive, unless its id is forced. It is drawn
+        by another launch, `masked`, with the masks in `masks`; the results of other rows remain.
         """
         rows = len(logits)
         row_args = (logits, np.int32(self.vocab_size), row_slots, self._slot_arrays(state), self.drawn)
         if rows == 1:
             args = (*row_args, self._scores, self._weights, self._scratch)
-            kernels.get("sample.cu", "sample")((min(_SLICES, self._processors),), (_THREADS,), args, pdl=True)
+            file = "sample_masked.cu" if masked else "sample.cu"
+            kernels.get(file, "sample")((min(_SLICES, self._processors),), (_THREADS,), args, pdl=True)
         else:
-            kernel = kernels.get("sample_rows.cu", "sample_rows")
+            kernel = kernels.get("sample_rows_masked.cu" if masked else "sample_rows.cu", "sample_rows")
             kernel((self._blocks(rows), rows), (_THREADS,), (*row_args, self._boards, self._ticket), pdl=True)
 
     def _blocks(self, rows: int) -> int:
@@ -219,6 +243,7 @@ class SamplerLauncher:
         arrays = (
             *(self._mask, self._marks, self._specials, self._counts),
             *(state.tokens, state.positions, state.requests, state.ends, state.limits),
+            *(self.masks.rows, self.masks.words),
         )
         return np.array(tuple(array.data.ptr for array in arrays), _SLOT_ARRAYS)
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from worker.errors import InvalidRequest
 from worker.gpu.sampler import DRAWN, INACTIVE
 from worker.model import SlotDraw, SlotStart
 from worker.ops import KV_BLOCK, Ints
 from worker.sampling import Draw
+from worker.token_masks import SlotMask
 
 _NEVER = 1 << 62
 _Top = tuple[tuple[int, float], ...]
@@ -26,12 +28,13 @@ class Generation:
     """A sequence that generates in a slot, from `first_step` on, until it is no longer `live`."""
 
     __slots__ = (
-        *("end_ids", "first_step", "last_step", "live", "replay", "reports_from", "slot", "table_step", "tokens"),
-        "unread_drafts",
+        *("end_ids", "first_step", "last_step", "live", "mask", "replay", "reports_from", "slot", "table_step"),
+        *("tokens", "unread_drafts"),
     )
 
-    def __init__(self, start: SlotStart, table: Ints, first_step: int) -> None:
+    def __init__(self, start: SlotStart, table: Ints, first_step: int, mask: SlotMask | None) -> None:
         self.live = True
+        self.mask = mask
         self.slot = start.slot
         self.tokens = len(start.prompt)
         self.replay = start.replay
@@ -58,6 +61,10 @@ class Generation:
         self.last_step -= accepted
         self.reports_from -= accepted
         self.table_step -= accepted
+
+    def is_masked(self, step: int) -> bool:
+        """Whether the draw of `step` requires a mask, unless the sequence ends before."""
+        return self.mask is not None and self.first_step + len(self.replay) <= step <= self.last_step
 
     def forced(self, step: int) -> int | None:
         """The id that `step` must return, -1 for a draw; None if the device's is valid."""
@@ -93,6 +100,7 @@ class Slots:
         """The number of the newest decode step."""
         self._generations: dict[int, Generation] = {}
         self._drafts: dict[int, Sequence[int]] = {}
+        self._failed: list[SlotDraw] = []
         self._changed()
 
     @property
@@ -100,10 +108,10 @@ class Slots:
         """Whether a sequence has a token left that no launched step draws."""
         return self.steps < self._last_step
 
-    def begin(self, start: SlotStart, table: Ints) -> Generation:
+    def begin(self, start: SlotStart, table: Ints, mask: SlotMask | None = None) -> Generation:
         """Let a sequence generate in its slot; the draw of its first token is launched next."""
         self.stop(start.slot)
-        generation = self._generations[start.slot] = Generation(start, table, self.steps)
+        generation = self._generations[start.slot] = Generation(start, table, self.steps, mask)
         self._changed()
         return generation
 
@@ -148,6 +156,35 @@ class Slots:
         """Stop all slots."""
         for slot in list(self._generations):
             self.stop(slot)
+        self._failed.clear()
+
+    def fail(self, slot: int, error: InvalidRequest) -> None:
+        """Stop a slot whose mask has an error, which `take_failed` returns."""
+        self.stop(slot)
+        self._failed.append(SlotDraw(slot, error))
+
+    def take_failed(self) -> list[SlotDraw]:
+        """Remove and return the errors of masks."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def masked_in_step(self) -> bool:
+        """Whether a row of the newest step requires a mask, unless its sequence ends before."""
+        return any(each.is_masked(self.steps) for each in self._masked)
+
+    def accept(self, draws: Sequence[SlotDraw]) -> None:
+        """Let the masks of their sequences follow the ids that were read."""
+        for slot, draw in draws if self._masked else ():
+            generation = self._generations.get(slot)
+            if generation is not None and generation.mask is not None and isinstance(draw, Draw):
+                generation.mask.accept(draw.id)
+        self.stop_failed()
+
+    def stop_failed(self) -> None:
+        """Stop the slots whose masks have errors."""
+        for generation in self._masked:
+            if generation.mask is not None and generation.mask.error is not None:
+                self.fail(generation.slot, generation.mask.error)
 
     def next_step(self, drafts: Sequence[Sequence[int]] = ()) -> int:
         """Count a decode step. Raises: ValueError if a token of it has no KV block."""
@@ -229,6 +266,7 @@ class Slots:
         self.rows = tuple(self._generations[slot] for slot in self.numbers)
         self._last_step = max((each.last_step for each in self.rows), default=-1)
         self._table_step = min((each.table_step for each in self.rows), default=_NEVER)
+        self._masked = tuple(each for each in self.rows if each.mask is not None)
         self._replaying = {slot: each for slot, each in self._generations.items() if each.replay}
 
 

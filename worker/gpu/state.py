@@ -22,7 +22,7 @@ REQUEST = np.dtype(
         *((name, "f8") for name in ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")),
         ("seed", "u8"),
         *((name, "i4") for name in ("index", "min_tokens", "top_k", "logprobs", "forced", "penalized", "biased")),
-        ("unused", "i4"),
+        ("masked", "i4"),
     ]
 )
 """`Request` of kernels/sampling.cuh."""
@@ -94,6 +94,17 @@ class PinnedRing:
             end = self._write(slot, at, array)
             self._runtime.memcpyAsync(address, self._address(slot) + at, end - at, _TO_DEVICE, stream.ptr)
             at = aligned(end)
+        self._events[slot].record(stream)
+
+    def writable(self) -> np.ndarray[Any, Any]:
+        """Wait for the next buffer and return its bytes, for `upload_written`."""
+        self._events[self._next].synchronize()
+        return self._views[self._next]
+
+    def upload_written(self, nbytes: int, target: DeviceArray, stream: Any) -> None:
+        """Copy the first bytes of the buffer of `writable` to `target`, in stream order."""
+        slot = self._turn()
+        self._runtime.memcpyAsync(target.data.ptr, self._address(slot), nbytes, _TO_DEVICE, stream.ptr)
         self._events[slot].record(stream)
 
     def upload_column(self, values: np.ndarray[Any, Any], address: int, pitch: int, stream: Any) -> None:
@@ -325,5 +336,5 @@ def pack(request: DrawRequest) -> tuple[float | int, ...]:
         *(request.index, s.min_tokens, s.top_k),
         -1 if s.logprobs is None else s.logprobs,
         -1 if request.forced is None else request.forced,
-        *(penalized(s), bool(s.logit_bias), 0),
+        *(penalized(s), bool(s.logit_bias), s.grammar is not None),
     )

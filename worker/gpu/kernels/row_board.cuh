@@ -123,6 +123,7 @@ __device__ __noinline__ double slow_score(const RowTask* task, int id, float raw
 }
 
 __device__ __forceinline__ double score_of(const RowTask& task, int id, float raw, unsigned int mark) {
+    if (denied(task.row, id)) return -(double)kInfinity;
     return mark || task.penalized ? slow_score(&task, id, raw, mark) : (double)raw;
 }
 
@@ -147,6 +148,7 @@ __device__ __forceinline__ Best best_of_share(const RowTask& task) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     highest = fmaxf(highest, q.raw[e]);
+                    if (denied(row, id + e)) continue;
                     broken |= q.raw[e] != q.raw[e];
                     if (q.raw[e] > best) best = q.raw[e], best_id = id + e;
                 }

@@ -15,11 +15,43 @@
 // Grid (C), block THREADS; C ≤ the number of multiprocessors (grid.cuh) and ≤ LOGPROB_SLICES; block
 // b computes ids [b·⌈V/C⌉, (b+1)·⌈V/C⌉). Grid barriers: 1 greedy, 2 plain, 2 + 1–8 for each of
 // top-k and top-p.
-// Alignment: of the elements. Bytes: the logits once, then 16 per id and pass, from L2.
+// Alignment: of the elements. Bytes: the logits once, then 16 per id and pass, from L2; with MASKED 1
+// also V/8 of the mask.
 // Twin: worker/cpu/sampler.py.
 #include "pdl.cuh"
 #include "sampling.cuh"
 #include "slice_sums.cuh"
+
+// Ids [begin, end) of this thread: contiguous, so thread order is id order.
+struct ThreadRange {
+    int begin, end;
+    __device__ ThreadRange(int lo, int hi) {
+        const int each = (hi - lo + THREADS - 1) / THREADS;
+        begin = min(hi, lo + (int)threadIdx.x * each), end = min(hi, begin + each);
+    }
+};
+
+// Call visit(i) for each kept id of this thread's range. If the cutoff lies among equal keys, the
+// blocks first exchange their numbers of such keys: one grid barrier.
+template <typename KeyOf, typename Visit>
+__device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf key_of, GridScratch* grid, u64* warps,
+                              Visit visit) {
+    u64 rank = 0;
+    if (cut.ties) {
+        u64 ties = 0, all;
+        for (int i = range.begin; i < range.end; ++i) ties += key_of(i) == cut.key;
+        rank = block_scan(ties, warps, all);
+        if (threadIdx.x == 0) grid->blocks[blockIdx.x].ties = all;
+        grid_barrier(&grid->barrier);
+        u64 of_lower;
+        block_scan(threadIdx.x < blockIdx.x ? grid->blocks[threadIdx.x].ties : 0, warps, of_lower);
+        rank += of_lower;
+    }
+    for (int i = range.begin; i < range.end; ++i) {
+        const u64 key = key_of(i);
+        if (key > cut.key || (key == cut.key && rank++ < cut.ties)) visit(i);
+    }
+}
 
 // Draw an id by inverse CDF in id order; the one thread that finds it commits it.
 __device__ void draw(const Request& r, const double* scores, u64* weights, double peak, int size, int lo, int hi,
@@ -96,15 +128,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ SequenceEnd end;
     const int wanted = row_slots ? row_slots[0] : 0, slot = max(wanted, 0);
     const Request r = slots.requests[slot];  // a copy: commit() advances the request
-    const Logits row(logits, slots, slot, size);
+    Logits row(logits, slots, slot, size);
     const Sequence sequence(slots, slot, size, drawn, &end);
     load_end(end, slots, slot);
     const int position = slots.positions[slot];
     grid_dependency_wait();
-    if (wanted < 0 || position < 0) {  // the same in all blocks: commit() comes after all have started
+    const bool draws = draws_in_launch(r, slots, 0);
+    if (kMasked && !draws) return;  // `drawn` is the other launch's
+    if (wanted < 0 || position < 0 || !draws) {  // the same in all blocks: commit() comes after all have started
         if (threadIdx.x == 0 && blockIdx.x == 0) drawn->id = kInactive;
         return;
     }
+    if (kMasked) row.allowed = mask_of(slots, 0, size);
     const int t = threadIdx.x, each = (row.size + gridDim.x - 1) / gridDim.x;
     const int lo = min(row.size, (int)blockIdx.x * each), hi = min(row.size, lo + each);
     if (r.forced >= 0) {  // blocks that start later exit as well, whatever commit() has written

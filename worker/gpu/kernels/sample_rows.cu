@@ -224,6 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
         const int each = ((size + (int)gridDim.x - 1) / (int)gridDim.x + 3) / 4 * 4;
         task.request = slots.requests[slot];
         task.row = Logits(logits + (size_t)row * size, slots, slot, size);
+        if (kMasked) task.row.allowed = mask_of(slots, row, size);
         task.sequence = Sequence(slots, slot, size, drawn, &task.end);
         task.board = boards + row;
         task.share = share, task.shares = gridDim.x;
@@ -234,7 +235,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
     const int position = slots.positions[slot];
     __syncthreads();
     grid_dependency_wait();
-    if (wanted < 0 || position < 0) {  // the same in all blocks of the row, or another one was forced
+    const bool draws = draws_in_launch(task.request, slots, row);
+    if (kMasked && !draws) return;  // `drawn` is the other launch's
+    if (wanted < 0 || position < 0 || !draws) {  // the same in all blocks of the row, or another one was forced
         if (threadIdx.x == 0 && share == 0) drawn->id = kInactive;
         return;
     }

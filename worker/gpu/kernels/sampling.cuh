@@ -2,18 +2,23 @@
 // shared by the grid, adjusted scores.
 //
 // The structs mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define their sizes
-// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES.
+// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES. Each kernel exists twice: with MASKED 0
+// it draws for sequences without a grammar, with MASKED 1 for those with one.
 // Twin: worker/cpu/sampler.py.
 #pragma once
 #include "select.cuh"
 #include "warp.cuh"
 
+#ifndef MASKED
+#define MASKED 0
+#endif
+constexpr bool kMasked = MASKED;
 constexpr double kOne = 17592186044416.0;  // 2^44: a sum of a million of them fits in 64 bits
 
 struct Request {
     double temperature, top_p, min_p, repetition, frequency, presence;
     u64 seed;
-    int index, min_tokens, top_k, logprobs, forced, penalized, biased, unused;
+    int index, min_tokens, top_k, logprobs, forced, penalized, biased, masked;
 };
 static_assert(sizeof(Request) == REQUEST_BYTES, "REQUEST of worker/gpu/state.py");
 
@@ -70,6 +75,9 @@ struct SlotArrays {
     int *tokens, *positions;     // [S]; position < 0: the slot is inactive
     Request* requests;           // [S]
     const int *ends, *limits;    // [S, ENDS], -1 padded; [S]: the last token's position
+    // Only with MASKED 1: the grammars' masks of this launch.
+    const int* allowed_rows;      // [R]: the number of the row's mask; -1: the row draws nothing
+    const unsigned int* allowed;  // [masks, ceil(V / 32)]: bit i: id i is allowed
 };
 static_assert(sizeof(SlotArrays) == SLOT_ARRAYS_BYTES, "SLOT_ARRAYS of worker/gpu/sampler.py");
 
@@ -80,6 +88,7 @@ struct Logits {  // one row, with the masks, counts and biases of its slot
     const int* counts;
     Specials specials;
     int size;
+    const unsigned int* allowed;  // only with MASKED 1: the row's mask
 
     Logits() = default;
     __device__ Logits(const float* raw, const SlotArrays& slots, int slot, int size)
@@ -125,6 +134,23 @@ __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index
     return c0;
 }
 
+// Whether the launch draws for this row. A sequence with a grammar has a launch of its own, with its
+// mask, unless its next id is forced.
+__device__ __forceinline__ bool draws_in_launch(const Request& r, const SlotArrays& slots, int row) {
+    return kMasked ? slots.allowed_rows[row] >= 0 : r.forced >= 0 || !r.masked;
+}
+
+__device__ __forceinline__ const unsigned int* mask_of(const SlotArrays& slots, int row, int size) {
+    return slots.allowed + (size_t)max(0, slots.allowed_rows[row]) * ((size + 31) / 32);
+}
+
+// Whether the grammar does not allow an id.
+__device__ __forceinline__ bool denied(const Logits& row, int id) {
+    if (!kMasked) return false;
+    __builtin_assume(__isGlobal(row.allowed));
+    return !(row.allowed[id >> 5] >> (id & 31) & 1);
+}
+
 // The slot's entry of an id, or null.
 __device__ __noinline__ const Special* find(const Specials& specials, int id) {
     int lo = 0, hi = specials.count;
@@ -145,7 +171,8 @@ __device__ __forceinline__ const Special* special_of(const Logits& row, int id) 
 // The score of an id with this raw logit, mask and entry; each operation rounds, as in the twin.
 __device__ __forceinline__ double score_with(const Logits& row, int id, float raw, unsigned int mask,
                                              const Special* special, const Request& r) {
-    if (mask & 1 || ((mask & 2 || (special && special->stop)) && r.index < r.min_tokens)) return -(double)kInfinity;
+    if (mask & 1 || denied(row, id) || ((mask & 2 || (special && special->stop)) && r.index < r.min_tokens))
+        return -(double)kInfinity;
     const double s = special ? __dadd_rn((double)raw, special->bias) : (double)raw;
     const int count = r.penalized ? row.counts[id] : 0;
     if (!count) return s;
@@ -210,7 +237,7 @@ __device__ __forceinline__ Best best_logit_in(const Logits& row, const Request& 
     int best_id = row.size, broken = 0;
     for_each_logit(row, lo, hi, [&](int id, float raw, unsigned int mask) {
         highest = fmaxf(highest, raw);
-        if (mask & masked) return;
+        if (mask & masked || denied(row, id)) return;
         broken |= raw != raw;
         if (raw > best) best = raw, best_id = id;
     });
@@ -226,37 +253,6 @@ __device__ __forceinline__ Best best_in(const Logits& row, const Request& r, dou
         mine = better(mine, {s, (double)raw, id, s != s});
     });
     return best_of(mine);
-}
-
-// Ids [begin, end) of this thread: contiguous, so thread order is id order.
-struct ThreadRange {
-    int begin, end;
-    __device__ ThreadRange(int lo, int hi) {
-        const int each = (hi - lo + THREADS - 1) / THREADS;
-        begin = min(hi, lo + (int)threadIdx.x * each), end = min(hi, begin + each);
-    }
-};
-
-// Call visit(i) for each kept id of this thread's range. If the cutoff lies among equal keys, the
-// blocks first exchange their numbers of such keys: one grid barrier.
-template <typename KeyOf, typename Visit>
-__device__ void for_each_kept(const Cutoff& cut, const ThreadRange range, KeyOf key_of, GridScratch* grid, u64* warps,
-                              Visit visit) {
-    u64 rank = 0;
-    if (cut.ties) {
-        u64 ties = 0, all;
-        for (int i = range.begin; i < range.end; ++i) ties += key_of(i) == cut.key;
-        rank = block_scan(ties, warps, all);
-        if (threadIdx.x == 0) grid->blocks[blockIdx.x].ties = all;
-        grid_barrier(&grid->barrier);
-        u64 of_lower;
-        block_scan(threadIdx.x < blockIdx.x ? grid->blocks[threadIdx.x].ties : 0, warps, of_lower);
-        rank += of_lower;
-    }
-    for (int i = range.begin; i < range.end; ++i) {
-        const u64 key = key_of(i);
-        if (key > cut.key || (key == cut.key && rank++ < cut.ties)) visit(i);
-    }
 }
 
 // Make the drawn token the next step's input; id -1: no token could be drawn. The slot becomes
