@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.grammars import FaultyGrammar, ListGrammar, NativePanic, packed
+from tests.grammars import DigestGrammar, FaultyGrammar, ListGrammar, NativePanic, packed
 from worker.errors import InvalidRequest
 from worker.model import SlotStart
 from worker.sampling import Sampling
@@ -144,6 +144,18 @@ def test_an_interrupt_is_no_error_of_the_matcher():
 def test_a_long_message_of_a_matcher_is_cut():
     mask = masks().start(start_of(FaultyGrammar(SIZE, fault="start", error=ValueError("x" * 10_000))))
     assert len(mask.error.message) < 600
+
+
+def test_masks_of_several_sequences_have_a_row_each():
+    of, grammar = masks(), FaultyGrammar(SIZE, fault="empty", at=0)
+    started = [of.start(start_of(DigestGrammar(SIZE, seed) if seed % 3 else grammar)) for seed in range(7)]
+    words = np.zeros((9, of.words), np.uint32)
+    of.fill(started, words)
+    for seed, (mask, row) in enumerate(zip(started, words, strict=False)):
+        assert (mask.error is None) == bool(seed % 3)
+        expected = DigestGrammar(SIZE, seed).allowed([]) if seed % 3 else np.zeros(SIZE)
+        np.testing.assert_array_equal(row, packed(expected, of.words))
+    assert not words[7:].any()
 
 
 def test_a_mask_packs_ids_as_the_interface_says():

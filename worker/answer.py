@@ -154,7 +154,7 @@ class AttemptStats:
 
 
 def _sampling(job: Job, resolved: Resolved) -> Sampling:
-    """The sampling parameters of the job, which has every field of `Sampling` by name."""
-    values = {field.name: getattr(job, field.name) for field in fields(Sampling)}
+    """The sampling parameters of the job, which has every field of `Sampling` but one by name."""
+    values = {field.name: getattr(job, field.name) for field in fields(Sampling) if field.name != "grammar"}
     values |= {"logit_bias": dict(job.logit_bias or {}), "stop_token_ids": frozenset(job.stop_token_ids or ())}
     return Sampling(**values | {"seed": resolved.seed})

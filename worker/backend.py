@@ -157,7 +157,7 @@ class Backend(Device, Protocol):
         ...
 
 
-_COMPUTING = ("adapters", "ops.py", "quants.py", "rope.py", "sampling.py")
+_COMPUTING = ("adapters", "ops.py", "quants.py", "rope.py", "sampling.py", "token_masks.py")
 """Sources of this package that decide bits on every backend."""
 
 

@@ -8,7 +8,6 @@ that sequence alone. Protocols: `worker/sampling.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,7 +100,6 @@ class SlotMasks:
         self._vocab_size = vocab_size
         self._always = self._all_but(padding_ids)
         self._end_ids = tuple(end_ids)
-        self._pool: ThreadPoolExecutor | None = None
 
     def start(self, start: SlotStart) -> SlotMask | None:
         """The mask of a sequence that begins; None if it has no grammar. Check its `error`."""

@@ -21,7 +21,7 @@ BROKEN = 95
 class Chain:
     """`worker.model.Model` with random weights."""
 
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, vocabulary=VOCABULARY):
         from cupy import asarray
 
         from worker.gpu.layouts import BlockMatrix
@@ -31,11 +31,11 @@ class Chain:
             return QTensor("x", (rows, cols), F32, BlockMatrix(F32, (asarray(values), None, None, None)))
 
         rng = np.random.default_rng(seed)
-        self.hp = Hparams("x", 1, DIM, 8, 1, 1, DIM, VOCABULARY, CONTEXT, 1e-5, 1e4, DIM, RopeScaling())
-        self.table = matrix(VOCABULARY, VOCABULARY, 1.5)
+        self.hp = Hparams("x", 1, DIM, 8, 1, 1, DIM, vocabulary, CONTEXT, 1e-5, 1e4, DIM, RopeScaling())
+        self.table = matrix(vocabulary, vocabulary, 1.5)
         self.table.data.planes[0][BROKEN] = np.nan
-        self.projections = [matrix(VOCABULARY, DIM, 1) for _ in range(3)]
-        self.out = Linear(matrix(VOCABULARY, DIM, 1))
+        self.projections = [matrix(vocabulary, DIM, 1) for _ in range(3)]
+        self.out = Linear(matrix(vocabulary, DIM, 1))
         self.spec = Attention(0, 1, 1, DIM, Rope(0.7 ** np.arange(DIM // 2), CONTEXT))
 
     def forward(self, ops, batch):
@@ -45,10 +45,10 @@ class Chain:
         return getattr(logits, "x", logits)
 
 
-def chain_runner(kernels, memory, slots, **settings):
+def chain_runner(kernels, memory, slots, *, vocabulary=VOCABULARY, **settings):
     """A runner of the chain; id 95 is never drawn unless it is forced."""
     from worker.gpu.runner import GpuRunner, GpuSettings
 
-    chain = Chain()
+    chain = Chain(vocabulary=vocabulary)
     chosen = GpuSettings(**{"kv_blocks": BLOCKS, "context": CONTEXT, "prefill_tokens": 64, "slots": slots, **settings})
     return GpuRunner(chain, chain.hp, memory, kernels, chosen, padding_ids=[BROKEN])

@@ -28,7 +28,8 @@ CHOSEN = {
     "runner": "prefill_logits and qwen2]",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
-    "sampler": "(draws_equal or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost",
+    "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",
+    "grammars": "(fault_of and 1) or multiple or second_draw or end_token or log_prob or not_finite",
 }
 """Files, and the expression for `pytest -k`; an empty one selects all tests."""
 

@@ -73,7 +73,7 @@ _SLOT_ARRAYS = np.dtype(
 ROW_BYTES = _ROW_BOARD.itemsize + DRAWN.itemsize
 """Device memory of a row."""
 SLOT_BYTES = _LISTED * SPECIAL.itemsize + _SPECIALS.itemsize
-"""Device memory of a slot, besides counts and marks of the vocabulary."""
+"""Device memory of a slot, besides counts, marks and mask of the vocabulary."""
 
 DEFINES: Mapping[str, int] = {
     "THREADS": _THREADS,
@@ -108,7 +108,7 @@ class SamplerLauncher:
     `processors` is the device's number of multiprocessors: it determines the blocks of a launch and
     changes no bit of a result.
 
-    Device memory of a slot: counts [V] i32, one bit an id, a list of _LISTED ids. The counts are
+    Device memory of a slot: counts [V] i32, two bits an id, a list of _LISTED ids. The counts are
     dense because any number of ids can repeat up to the longest context, and a slot must never wait
     for memory: 608 KB of Qwen2.5's vocabulary are the KV of 50 tokens. Biases and stop tokens are a
     sorted list; a longer list than _LISTED ids has an allocation of its own until the slot's next
