@@ -44,7 +44,7 @@ OPS = (
 )
 PARTS = {
     "ops": OPS,
-    "models": ("runner", "slots", "drafts", "random_jobs", "smollm2", "determinism", "prefix_cache"),
+    "models": ("runner", "slots", "drafts", "grammars", "random_jobs", "smollm2", "determinism", "prefix_cache"),
     "full": ("full_size", "full_logits", "full_worker"),
     "faults": ("faults", "memory_baseline", "worker_faults", "context"),
     "sanitize": OPS,
@@ -57,7 +57,7 @@ SMALLEST = (
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
     *("prefill_equals and 77", "several_sequences", "beyond_f16", "also_writes_its_rows", "scaled_f16"),
     *("q8_blocks and 256", "glu_of_two_types", "quantizes_its_input and 32", "the_norm_to_its_input and 256"),
-    *("draws_equal and 5-60", "advances_its_state", "forced", "not_finite", "listed"),
+    *("draws_equal and 5-60", "draws_with_masks and 5-60", "advances_its_state", "forced", "not_finite", "listed"),
     # Eight rows of each kernel of several rows, then 33 of the tensor cores' products.
     *("True-37-256-8", "glu_rows and 64-256-8", "of_one_launch and 8-5-2", "grouped and random-8"),
     *("True-37-256-17", "inactive_rows_leave", "inactive_rows_are"),

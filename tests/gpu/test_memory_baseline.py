@@ -11,6 +11,7 @@ import pytest
 from tests.engine.random_jobs import random_jobs, run_jobs
 from tests.gpu.full import path_of
 from tests.gpu.served import answer, device_bytes, load, settle
+from tests.grammars import ListGrammar
 from tests.models import free_kv_blocks, run
 from worker.engine import Sequence
 from worker.sampling import Sampling
@@ -23,6 +24,7 @@ KINDS = (
     Sampling(temperature=1.0, seed=4, min_p=0.05, logprobs=20),
     Sampling(temperature=0.7, seed=5, repetition_penalty=1.2, presence_penalty=0.5, penalize_prompt=True),
     Sampling(temperature=0.9, seed=6, logit_bias={5: 2.0, 7: -100.0}),
+    Sampling(temperature=0.9, seed=7, grammar=ListGrammar(((290, 300, 301),), 302)),
 )
 
 
