@@ -135,9 +135,7 @@ class ExpertTiles:
 
     def small_parameter(self) -> np.ndarray[Any, Any]:
         """A value of _TILES for `table`."""
-        return np.array(
-            (address(self.order), address(self.table), len(self.table) - 1, _TILE_PAIRS, _CHUNK_COST), _TILES
-        )
+        return _tiles_parameter(self.order, self.table, _TILE_PAIRS, _CHUNK_COST)
 
     def wide_parameter(self) -> np.ndarray[Any, Any]:
         """A value of _TILES for `wide`; without it the address of the table is 0."""
