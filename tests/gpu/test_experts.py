@@ -227,6 +227,20 @@ def test_experts_on_tensor_cores_have_the_bits_of_each_row_alone(kernels, memory
     assert_rows_equal(layer, together, x, residual, range(0, rows, 3), chosen, weights)
 
 
+@pytest.mark.parametrize(
+    ("rows", "kernel"),
+    [(1, "grouped_experts<MXFP4, "), (2, "experts_mma<2, "), (16, "experts_mma<2, "), (17, "experts_mma<4, ")],
+)
+def test_the_mean_of_pairs_an_expert_determines_the_kernel(kernels, memory, rows, kernel):
+    layer = Layer(kernels, memory, (MXFP4,) * 3, 8, 4, 512, 512)
+    x, residual = inputs_of(rows, 512)
+    launched = []
+    with recorded(layer, launched):
+        together = layer.together(x, residual)
+    assert [name for name in launched if "experts<" in name or "mma" in name] == [f"{kernel}true>", f"{kernel}false>"]
+    assert_rows_equal(layer, together, x, residual, range(0, rows, 5))
+
+
 @pytest.mark.parametrize("wide_pairs", [16, 32])
 def test_experts_on_tensor_cores_have_scales_beyond_the_range_of_one_fma(kernels, memory, wide_pairs):
     layer = Layer(kernels, memory, (MXFP4,) * 3, 4, 2, 512, 512)

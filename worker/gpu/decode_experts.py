@@ -4,8 +4,8 @@ The pairs of a row and one of its experts are sorted by expert on the device and
 
 | pairs an expert, on average | weights | kernel | pairs of a tile |
 | --- | --- | --- | --- |
-| fewer than 4 | block types | `grouped_experts.cu` (dp4a) | 8 |
-| 4 and more | MXFP4 | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
+| fewer than 1 | block types | `grouped_experts.cu` (dp4a) | 8 |
+| 1 and more | MXFP4 | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
 | any | others | those of `matvec.py`, a row at a time | – |
 
 Every row has the bits of the launchers in `matvec.py` for that row alone. Other kernels:
@@ -33,13 +33,13 @@ from worker.quants import F32, MXFP4, Q8_0, QuantType
 _EXPERT_WARPS = 8  # those of glu for experts in matvec.py, since the sum of a norm's squares depends on it
 _TILE_PAIRS = _EXPERT_WARPS  # pairs of a tile, a warp finishes each
 _CHUNK_COST = 8  # of a chunk's weights in units of the arithmetic of a pair, by estimate
-_MMA_THREADS, _MMA_BLOCKS = 512, 132  # one block for each of an H100's multiprocessors
-_MMA_SLOTS = {2: 4, 4: 5}  # stages of a warp in shared memory, by the MMAs along a tile's pairs
-_MMA_STEPS = {2: 2, 4: 1}  # of a stage
+_MMA_THREADS, _MMA_BLOCKS = 640, 132  # one block for each of an H100's multiprocessors
+_MMA_SLICES, _MMA_STAGE_ROWS = 16, 16
+_MMA_SLOTS = {2: 5, 4: 3}  # stages in shared memory, by the MMAs along a tile's pairs
 _MMA_CHUNK_COST = 24
 _MMA_N = 8  # pairs of an MMA
 _MMA_ROWS, _MMA_COLS, _MMA_MIN_COLS = 32, 64, 512  # weights have multiples of rows and columns, and a minimum
-_MMA_MEAN_PAIRS = 4  # pairs an expert from which experts_mma.cu is faster
+_MMA_MEAN_PAIRS = 1  # pairs an expert from which experts_mma.cu is faster
 _MMA_TILES = ((4, 8), (2, 0))  # MMAs along a tile's pairs, 8 each, and the mean above which to use them
 DEFINES = {
     "DECODE_WARPS": DECODE_WARPS,
@@ -317,11 +317,12 @@ def _has_mma(linears: Sequence[Linear], wide: WideTiles) -> bool:
 
 def _mma_bytes(units: int, mmas: int) -> int:
     """Bytes of `MmaShared` of experts_mma.cu with scales and activations of `units` units."""
-    warps = _MMA_THREADS // 32
-    sums = 4 * 4 * (4 * 2 * mmas * 4 * 33 + 1)
-    stages = warps * _MMA_STEPS[mmas] * (512 * _MMA_SLOTS[mmas] + 2 * 32 * 4)
+    partials = 16 * _MMA_SLICES * 32 * mmas
     pairs = 2 * 4 * _MMA_N * mmas
-    return sums + stages + pairs + 16 + 2 * (64 * units + 4 * 64) + units * mmas * (352 if mmas <= 2 else 288)
+    bias, barriers = 32, 112
+    stage = 16 * (_MMA_STAGE_ROWS * units + _MMA_STAGE_ROWS // 4) + _MMA_STAGE_ROWS * units
+    x = units * mmas * (352 if mmas <= 2 else 288)
+    return partials + pairs + bias + barriers + _MMA_SLOTS[mmas] * stage + x
 
 
 def _shared_bytes(linears: Sequence[Linear]) -> int:

@@ -5,7 +5,8 @@
 // Unpacks E2M1 codes with the tables of `Fp4Codes::lookup` (codes.cuh). `zero` is 0, which the
 // compiler does not know, and may differ between threads for what it knows: so the tables stay in
 // registers, while constants and uniform registers would be moved for each lookup, and the shift
-// remains a multiplication. Lookups fill the pipe of shifts and logic, multiplications another one.
+// remains a multiplication. Lookups fill the pipe of shifts and logic, multiplications another one,
+// which they share with the MMA and its sums: shifts are better where several MMAs use a fragment.
 struct Fp4Unpacker {
     u32 positive, negative, two_16;
     __device__ __forceinline__ explicit Fp4Unpacker(u32 zero)
@@ -19,11 +20,15 @@ struct Fp4Unpacker {
         asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(negative), "r"(0x00040608u), "r"(flipped));
         return SIGNED ? (a + b + 0x01010101 * (128 - Unit<MXFP4>::kZero)) ^ 0x80808080 : a | b;
     }
+    template <bool SHIFTS>
+    __device__ __forceinline__ u32 upper(u32 word) const {
+        return SHIFTS ? word >> 16 : __umulhi(word, two_16);
+    }
     // The lower four codes of a word and the upper four.
-    template <bool SIGNED>
+    template <bool SIGNED, bool SHIFTS>
     __device__ __forceinline__ void unpack(u32 word, u32& low, u32& high) const {
         const u32 flipped = word ^ 0x88888888;
         low = lookup<SIGNED>(word, flipped);
-        high = lookup<SIGNED>(__umulhi(word, two_16), __umulhi(flipped, two_16));
+        high = lookup<SIGNED>(upper<SHIFTS>(word), upper<SHIFTS>(flipped));
     }
 };
