@@ -56,9 +56,10 @@ _ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
 _DRAFT_STEPS = (LEAST_DRAFT_ROWS, MAX_DRAFT_ROWS)
 """Rows of the decode steps with draft tokens; both are captured at load."""
 _STEP_TIMES = {1: 1.0, 2: 1.2, 4: 1.5, 8: 1.9}
-_EXPERT_STEP_TIMES = {1: 1.0, 2: 1.4, 4: 2.0, 8: 3.1}
-"""Times of decode steps by rows, relative to one row: of dense models with 4 rows measured
-(docs/notes/batching.md), the others estimated."""
+_EXPERT_STEP_TIMES = {1: 1.0, 2: 1.4, 4: 2.0, 8: 3.0}
+"""Times of decode steps by rows, relative to one row (docs/notes/batching.md): of dense models with
+4 rows measured; of experts with 4 and 8 rows derived from measured steps of 1 and 8 rows and
+measured products of 4 and 8 rows; the others estimated."""
 _DRAFT_TIME = 0.13
 """Copies of slots, keys and values before attention, and acceptance, in the same unit."""
 
