@@ -123,6 +123,18 @@ def test_without_generating_sequences_a_step_has_chunks_of_several_prompts():
     assert runner.chunks[0] == [(0, 200)] * 4 + [(0, 192)]
 
 
+def test_the_end_of_a_prompt_is_not_followed_by_a_small_chunk_of_another_prompt():
+    runner = ChunkRecorder()
+    engine = engine_of(runner, context=4096, chunk=1024, running=4, beside=128, prefix_cache=False)
+    engine.add(sequence("a", tokens=100))
+    engine.step()
+    for number in range(3):
+        engine.add(sequence(f"long {number}", 208))
+    for _ in range(6):
+        engine.step()
+    assert runner.chunks[1:] == [[(0, 128)]] * 3 + [[(128, 80)]] * 3
+
+
 def test_a_tiny_prompt_costs_as_much_of_the_budget_as_one_of_64_tokens():
     runner = ChunkRecorder()
     first_tokens(engine_of(runner, chunk=256, running=8), *(sequence(str(n), 1) for n in range(8)))

@@ -23,7 +23,8 @@ _LONG_CONTEXT = 32_768
 """Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
 _MIN_CHUNK = 128
 _CHUNK_COST = 64
-"""Tokens of the prefill budget that a chunk costs at least: it reads all weights."""
+"""Tokens of the prefill budget that a chunk costs at least: it reads all weights. A further chunk
+is not begun with less: it would make the step of all others longer for few tokens."""
 _BESIDE_ROW = 2
 """Prompt tokens a step for each sequence that generates, if that is more than `prefill_beside`:
 their step takes longer, and their successors' prompts must be computed while they generate."""
@@ -294,7 +295,7 @@ class Scheduler:
             prompts.append(sequence)
             chunks.append(chunk)
             budget = (budget - max(len(chunk.tokens), _CHUNK_COST)) // KV_BLOCK * KV_BLOCK
-            if budget <= 0:
+            if budget < _CHUNK_COST:
                 break
         return tuple(prompts), tuple(chunks)
 
