@@ -149,7 +149,7 @@ def assert_same_tiles(found, expected):
     assert_same_bits(found.meta, expected.meta)
 
 
-@pytest.mark.parametrize(("tokens", "cols"), [(16, 64), (21, 896), (33, 4096)])
+@pytest.mark.parametrize(("tokens", "cols"), [(16, 64), (21, 896), (33, 4096), (2, 9248)])
 def test_tiles_hold_the_values_of_q8_blocks(kernels, tokens, cols):
     from worker.gpu.activations import quantize_rows, quantize_tiles
 

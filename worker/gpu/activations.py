@@ -22,6 +22,8 @@ _THREADS = 256
 _QUADS_KEPT = (1, 2, 4, 8)  # float4s that a thread keeps in registers: few, since code is fetched too
 DECODE_WARPS = 16
 """Warps of a block of a decode product; they determine the order of a norm's sum of squares."""
+_WARP_COLUMNS = 256  # kOfWarp of quantize_rows.cu
+_WARPS_WITHOUT_NORM = 4  # of a block: more blocks a row, which no sum connects
 DEFINES = {"SCALE_THREADS": _THREADS, "DECODE_WARPS": DECODE_WARPS}
 _FLAGS = ("false", "true")
 INSTANTIATIONS: tuple[KernelName, ...] = (
@@ -74,19 +76,12 @@ def input_rows(x: Q8Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
 
 
 def quantize_rows(
-    kernels: Launcher,
-    pool: Allocator,
-    x: DeviceArray,
-    norm: RmsNorm | None,
-    *,
-    q8: bool,
-    f32: bool,
-    warps: int = DECODE_WARPS,
+    kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm | None, *, q8: bool, f32: bool
 ) -> Q8Activations:
     """x·norm weight (or x) of x [R, cols] f32, as Q8 blocks, as f32 or both, with the factors.
 
-    The bits are those that a product of one row with `warps` warps computes for itself. Without
-    `f32`, the result's `x` is not for products.
+    The bits are those that a product of one row computes for itself. Without `f32`, the result's
+    `x` is not for products.
     """
     rows, cols = x.shape
     plain = pool.empty((rows, cols), np.float32) if f32 and norm is not None else None
@@ -96,11 +91,20 @@ def quantize_rows(
         pool.empty((rows, cols // Q8_BLOCK), np.int64) if q8 else None,
         None if norm is None else pool.empty((rows,), np.float32),
     )
-    kernel = kernels.get("quantize_rows.cu", f"quantize_rows<{_FLAGS[q8]}, {_FLAGS[plain is not None]}, {warps}>")
-    shared = 4 * cols * (plain is not None) + cols * 5 // 4 * q8
+    kernel = kernels.get(
+        "quantize_rows.cu", f"quantize_rows<{_FLAGS[q8]}, {_FLAGS[plain is not None]}, {DECODE_WARPS}>"
+    )
     args = (input_rows(Q8Activations(x), norm), y.q, y.meta, plain, y.factor)
-    kernel((rows,), (32 * warps,), args, shared_mem=shared, pdl=True)
+    blocks, threads = _quantization_blocks(cols, norm)
+    kernel((rows, blocks), (threads,), args, pdl=True)
     return y
+
+
+def _quantization_blocks(cols: int, norm: RmsNorm | None) -> tuple[int, int]:
+    """Blocks of a row, one with a norm, and threads of a block of `quantize_rows.cu`."""
+    warps = -(-cols // _WARP_COLUMNS)
+    most = _WARPS_WITHOUT_NORM if norm is None else DECODE_WARPS
+    return (1 if norm else -(-warps // most)), 32 * min(warps, most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +172,9 @@ def quantize_tiles(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: Rms
     rows, cols = x.shape
     y = _tiled(pool, x, None if norm is None else pool.empty((rows,), np.float32))
     args = (input_rows(Q8Activations(x), norm), q8_tiles(y), np.int32(rows), y.factor)
-    kernels.get("quantize_rows.cu", f"quantize_tiles<{DECODE_WARPS}>")(
-        (_tiles(rows) * TILE_ROWS,), (32 * DECODE_WARPS,), args, shared_mem=cols * 5 // 4, pdl=True
-    )
+    blocks, threads = _quantization_blocks(cols, norm)
+    kernel = kernels.get("quantize_rows.cu", f"quantize_tiles<{DECODE_WARPS}>")
+    kernel((_tiles(rows) * TILE_ROWS, blocks), (threads,), args, pdl=True)
     return y
 
 

@@ -13,7 +13,7 @@
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
 // |                                 | matmul, scale_to_f16,          |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
-// |                                 | experts_mma                    |                            |
+// |                                 | experts_mma, quantize_rows     |                            |
 // | RoPE tables                     | attention_decode, _rows        | written at load only       |
 // | row slots, positions, tables    | attention_decode, _rows,       | before this graph (1)      |
 // |                                 | _items, kv_rows                |                            |
