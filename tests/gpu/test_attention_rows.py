@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.gpu.activations import q8_tiles
 from tests.gpu.test_attention import Bench, Scene, Shape
 from worker.gpu.attention import group_size
 from worker.ops import KV_BLOCK
@@ -28,6 +29,19 @@ SHAPES = [
     Shape(128, 8, 1, adjacent=True),
     Shape(128, 4, 2, window=100, sinks=True),
 ]
+
+
+ALL, NONE = float("inf"), 0.0
+WIDE = [shape for shape in SHAPES if shape.dim == 64 and shape.heads >= 5 * shape.kv_heads]
+BOTH_KERNELS = [*((shape, NONE) for shape in SHAPES), *((shape, ALL) for shape in WIDE)]
+"""Shapes, and up to how many items attention_few_rows computes them instead of attention_rows."""
+
+
+@pytest.fixture
+def few(monkeypatch, request):
+    """The limit on the items of attention_few_rows."""
+    monkeypatch.setattr("worker.gpu.attention._FEW_ITEMS", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -70,8 +84,8 @@ def poison(cache, scene, positions):
     return words.view(np.float16)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rows_of_any_lengths_in_any_order_have_the_bits_of_single_rows(kernels, memory, long, shape):
+@pytest.mark.parametrize(("shape", "few"), BOTH_KERNELS, ids=str, indirect=["few"])
+def test_rows_of_any_lengths_in_any_order_have_the_bits_of_single_rows(kernels, memory, long, shape, few):
     scene = Scene(shape, 3001)
     single = Alone(scene, kernels, memory, LENGTHS)
     rng = np.random.default_rng(1)
@@ -93,8 +107,8 @@ def test_rows_of_any_lengths_in_any_order_have_the_bits_of_single_rows(kernels, 
         assert np.array_equal(bench.cache.array.get().view(np.uint16), single.cache().view(np.uint16))
 
 
-@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
-def test_every_row_writes_its_key_and_value(kernels, memory, long, shape):
+@pytest.mark.parametrize(("shape", "few"), BOTH_KERNELS[::4], ids=str, indirect=["few"])
+def test_every_row_writes_its_key_and_value(kernels, memory, long, shape, few):
     scene = Scene(shape, 3001)
     single = Alone(scene, kernels, memory, [3000])
     bench = Bench(scene, kernels, memory, slots=3)
@@ -105,8 +119,13 @@ def test_every_row_writes_its_key_and_value(kernels, memory, long, shape):
 
 
 @pytest.mark.parametrize("blocks", [1, 16])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8]], ids=str)
-def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, long, monkeypatch, shape, blocks):
+@pytest.mark.parametrize(
+    ("shape", "few"),
+    [(SHAPES[0], ALL), (SHAPES[0], NONE), (SHAPES[2], NONE), (SHAPES[8], NONE)],
+    ids=str,
+    indirect=["few"],
+)
+def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, long, monkeypatch, shape, few, blocks):
     monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", blocks)
     scene = Scene(shape, 2000)
     positions = (1999, 3, 1027, 640)
@@ -121,6 +140,7 @@ def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, l
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8]], ids=str)
 def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memory, monkeypatch, shape):
     monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", 16)
+    monkeypatch.setattr("worker.gpu.attention._FEW_ITEMS", NONE)
     scene = Scene(shape, 1100)
     positions = (1099, 3, 255, 640)
     single = Alone(scene, kernels, memory, positions)
@@ -147,6 +167,35 @@ def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memo
 def test_teams_have_fewer_warps_the_more_items_there_are(kernels, memory, shape, rows, warps):
     bench = Bench(Scene(shape, 1), kernels, memory)
     assert bench.launcher._team_warps(bench.spec, rows) == warps
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "splits", "few"),
+    [
+        (Shape(64, 14, 2), 8, 16, True),
+        (Shape(64, 14, 2), 16, 16, False),
+        (Shape(64, 14, 2), 8, 32, False),
+        (Shape(64, 64, 8), 2, 16, True),
+        (Shape(64, 32, 8), 2, 1, False),
+        (Shape(64, 2, 2), 2, 1, False),
+        (Shape(128, 8, 1), 2, 1, False),
+    ],
+    ids=str,
+)
+def test_few_rows_of_large_groups_have_a_kernel_of_their_own(kernels, memory, shape, rows, splits, few):
+    bench = Bench(Scene(shape, 1), kernels, memory)
+    assert bench.launcher._are_few(bench.spec, rows, splits) is few
+
+
+@pytest.mark.parametrize("few", [ALL, NONE], indirect=True)
+def test_rows_that_fill_tiles_have_the_values_of_q8_rows(kernels, memory, few):
+    scene = Scene(Shape(64, 14, 2), 300)
+    bench = Bench(scene, kernels, memory, slots=16)
+    bench.fill(300)
+    bench.decode(range(284, 300))
+    expected = q8_tiles(bench.pool, bench.rows.x.get())
+    assert np.array_equal(bench.rows.q.get(), expected.q.get())
+    assert np.array_equal(bench.rows.meta.get(), expected.meta.get())
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[8]], ids=str)

@@ -1,9 +1,9 @@
 """Launchers of RoPE, KV writes and attention: FlashAttention in prefill, split KV in decode.
 
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
-`rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, `attention_items.cu` and
-`attention_rows.cu` for several, after `kv_rows.cu` if a sequence has several. Twin:
-`worker/cpu/attention.py`.
+`rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
+`attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
+sequence has several. Twin: `worker/cpu/attention.py`.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,10 @@ _WIDE_DIM, _WIDE_GROUP = 64, 5  # wide blocks: heads of this size in groups of a
 _DECODE_BLOCKS = 264  # blocks of one sequence's decode grid: two per multiprocessor of an H100
 _MAX_DECODE_SPLITS = 64
 
-# Blocks that compute splits of several rows: teams of warps.
+# Blocks that compute splits of a few rows, with keys and values in registers: one a multiprocessor.
+_FEW_ITEMS = 2  # of a multiprocessor, at the longest context: with more of them, teams read faster
+
+# Blocks that compute splits of more rows: teams of warps.
 _RING_SLOTS = 2  # KV blocks that a warp copies ahead
 _BUSY_WARPS = 16  # of a multiprocessor: more warps a team than these need only cost time
 _TEAM_WARPS = 8  # the most warps of a team
@@ -96,6 +99,11 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for kernel in ("attention_decode", "attention_rows")
         for dim in HEAD_DIMS
         for group in range(1, _MAX_GROUP + 1)
+        for adjacent in _FLAGS
+    ),
+    *(
+        ("attention_few_rows.cu", f"attention_few_rows<{_WIDE_DIM}, {group}, {adjacent}>")
+        for group in range(_WIDE_GROUP, _MAX_GROUP + 1)
         for adjacent in _FLAGS
     ),
 )
@@ -221,18 +229,26 @@ class AttentionLauncher:
             )
             return y
         tiles = q8_tiles(y) if isinstance(y, Q8Tiles) else np.zeros((), Q8_TILES)
-        warps = self._team_warps(spec, rows)
-        blocks = self._resident_teams(dim, group, warps) * self._processors // groups
-        blocks = min(max(1, blocks), rows * stored)
+        few = self._are_few(spec, rows, stored)
+        warps = _warps(dim, group) if few else self._team_warps(spec, rows)
+        resident = 1 if few else self._resident_teams(dim, group, warps)
+        blocks = min(max(1, resident * self._processors // groups), rows * stored)
         work = self._work_list(kernels, spec, state, rows, stored, blocks)
-        kernels.get("attention_rows.cu", f"attention_rows<{dim}, {group}, {adjacent}>")(
+        kernel = "attention_few_rows" if few else "attention_rows"
+        kernels.get(f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")(
             (groups // spec.n_kv_heads, spec.n_kv_heads, blocks),
             (32 * warps,),
             (*inputs, work, *tables, *scratch, np.int32(decode_splits(spec)), np.int32(stored), tiles),
-            shared_mem=_ring_bytes(dim, warps),
+            shared_mem=0 if few else _ring_bytes(dim, warps),
             pdl=True,
         )
         return y
+
+    def _are_few(self, spec: Attention, rows: int, stored: int) -> bool:
+        """Whether `attention_few_rows` computes a step of `rows` rows. It changes no bit."""
+        dim, group = spec.head_dim, group_size(spec)
+        items = rows * (spec.n_heads // group) * stored
+        return _warps(dim, group) == _WIDE_WARPS and items <= _FEW_ITEMS * self._processors
 
     def _team_warps(self, spec: Attention, rows: int) -> int:
         """Warps of a team of `attention_rows`: more of them shorten an item, fewer cost less."""
@@ -357,7 +373,7 @@ def _partial_floats(dim: int, group: int) -> int:
 
 
 def _part_floats(dim: int, group: int) -> int:
-    """Size of a partial result of attention_rows: part_floats in team_parts.cuh."""
+    """Size of a partial result of several rows: part_floats in team_parts.cuh."""
     return _partial_floats(dim + 8, group)
 
 

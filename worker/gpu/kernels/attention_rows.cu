@@ -1,5 +1,5 @@
 // Decode attention of several rows, one new token each: for every row the bits of
-// attention_decode.cu.
+// attention_decode.cu. For a few rows of large groups, attention_few_rows.cu takes less time.
 //
 // attention_decode.cu has a block for each split that the longest context could need; here a fixed
 // number of blocks processes a list of the splits that exist (attention_items.cu). The tiles, their

@@ -10,7 +10,7 @@
 // bytes of a value: lane (g, c) holds elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c,
 // 2c + 1, 2c + 8, 2c + 9; of the last 32 elements of D = 96, 4 each.
 // The softmax is online and in base 2: each lane keeps the peak of its head g and the total of its
-// own positions. Users: attention_decode.cu, attention_rows.cu.
+// own positions. Users: attention_decode.cu, attention_few_rows.cu, attention_rows.cu.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
@@ -34,20 +34,23 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
     __device__ __forceinline__ static int key_row(int t) { return 8 * t + threadIdx.x % 32 / 4; }
     __device__ __forceinline__ static int value_row(int t) { return t / 2 * 8 + 2 * (threadIdx.x % 4) + t % 2; }
 
+    template <bool PAST_L1 = false>
     __device__ __forceinline__ void load_key(int t, const unsigned short* row) {
         const int c = threadIdx.x % 4;
 #pragma unroll
-        for (int i = 0; i < kSections; ++i) keys[t][i] = *reinterpret_cast<const uint4*>(row + 32 * i + 8 * c);
+        for (int i = 0; i < kSections; ++i) keys[t][i] = words<PAST_L1, uint4>(row + 32 * i + 8 * c);
     }
+    template <bool PAST_L1 = false>
     __device__ __forceinline__ void load_value(int t, const unsigned short* row) {
         const int g = threadIdx.x % 32 / 4;
 #pragma unroll
-        for (int i = 0; i < kWide; ++i) values[t][i] = *reinterpret_cast<const uint4*>(row + 64 * i + 8 * g);
-        if (kNarrow) narrow[t] = *reinterpret_cast<const uint2*>(row + 64 * kWide + 4 * g);
+        for (int i = 0; i < kWide; ++i) values[t][i] = words<PAST_L1, uint4>(row + 64 * i + 8 * g);
+        if (kNarrow) narrow[t] = words<PAST_L1, uint2>(row + 64 * kWide + 4 * g);
     }
 
     // Load the rows at positions [oldest, newest); zero the others: an unwritten slot may hold NaN,
-    // and 0·NaN is NaN.
+    // and 0·NaN is NaN. PAST_L1: through L2, if an earlier kernel of this graph has written some.
+    template <bool PAST_L1 = false>
     __device__ __forceinline__ void load(const unsigned short* key_block, const unsigned short* value_block, int start,
                                          int oldest, int newest) {
 #pragma unroll
@@ -55,7 +58,7 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
             const int p = start + key_row(t);
 #pragma unroll
             for (int i = 0; i < kSections; ++i) keys[t][i] = make_uint4(0, 0, 0, 0);
-            if (p >= oldest && p < newest) load_key(t, key_block + key_row(t) * D);
+            if (p >= oldest && p < newest) load_key<PAST_L1>(t, key_block + key_row(t) * D);
         }
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
@@ -63,7 +66,7 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
 #pragma unroll
             for (int i = 0; i < kWide; ++i) values[t][i] = make_uint4(0, 0, 0, 0);
             narrow[t] = make_uint2(0, 0);
-            if (p >= oldest && p < newest) load_value(t, value_block + value_row(t) * D);
+            if (p >= oldest && p < newest) load_value<PAST_L1>(t, value_block + value_row(t) * D);
         }
     }
 
@@ -84,6 +87,13 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
         const uint4 v = values[t][j / 8];
         const int w = j % 8 / 2;
         return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w;
+    }
+
+private:
+    template <bool PAST_L1, class Words>
+    __device__ __forceinline__ static Words words(const unsigned short* from) {
+        const Words* const at = reinterpret_cast<const Words*>(from);
+        return PAST_L1 ? __ldcg(at) : *at;
     }
 };
 
@@ -176,7 +186,8 @@ struct Heads {
         }
     }
 
-    // Store the partial result (softmax_parts.cuh) of `count` heads.
+    // Store the partial result of `count` heads, ROW floats from head to head (softmax_parts.cuh: D).
+    template <int ROW = D>
     __device__ __forceinline__ void store_partial(float* partial, int count) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 1));
@@ -187,7 +198,7 @@ struct Heads {
                 __fadd_rn(sums[j][e], sums[j][e + 2]), __fadd_rn(sums[j + 1][e], sums[j + 1][e + 2]),
                 __fadd_rn(sums[j + 2][e], sums[j + 2][e + 2]), __fadd_rn(sums[j + 3][e], sums[j + 3][e + 2]));
         };
-        float4* const quads = reinterpret_cast<float4*>(partial + g * D);
+        float4* const quads = reinterpret_cast<float4*>(partial + g * ROW);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             const int of = 2 * c + e;
@@ -198,6 +209,6 @@ struct Heads {
             }
             if (kNarrow) quads[16 * kWide + of] = four(e, 8 * kWide);
         }
-        if (c == 0) partial[count * D + 2 * g] = peak, partial[count * D + 2 * g + 1] = total;
+        if (c == 0) partial[count * ROW + 2 * g] = peak, partial[count * ROW + 2 * g + 1] = total;
     }
 };

@@ -5,7 +5,7 @@
 // computes the tiles s ≡ g (mod G) by online softmax. A tile is divided evenly among `warps_of`
 // warps, each of which has one or two KV blocks of every tile of its split. G and the tile are
 // constants of the model's shape, so the order of the sums depends on the position alone.
-// Users: attention_decode.cu, attention_rows.cu, attention_items.cu.
+// Users: attention_decode.cu, attention_few_rows.cu, attention_rows.cu, attention_items.cu.
 #pragma once
 #include "kv_cache.cuh"
 

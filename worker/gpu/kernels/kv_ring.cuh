@@ -7,7 +7,7 @@
 // Each warp copies ahead the KV blocks that it will read, RING_SLOTS of them, in the order in which
 // it reads them and past the end of an item: copies stay in flight while the team combines results.
 // A warp reads only its own copies, so the ring needs no barrier of the team.
-// Users: attention_rows.cu.
+// Users: attention_rows.cu; entries and spans: attention_few_rows.cu.
 #pragma once
 #include "decode_heads.cuh"
 #include "decode_splits.cuh"

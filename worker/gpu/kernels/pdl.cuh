@@ -14,19 +14,20 @@
 // |                                 | matmul, scale_to_f16,          |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
 // |                                 | experts_mma, quantize_rows     |                            |
-// | RoPE tables                     | attention_decode, _rows        | written at load only       |
-// | row slots, positions, tables    | attention_decode, _rows,       | before this graph (1)      |
-// |                                 | _items, kv_rows                |                            |
+// | RoPE tables                     | attention_decode, _few_rows,   | written at load only       |
+// |                                 | _rows                          |                            |
+// | row slots, positions, tables    | attention_decode, _few_rows,   | before this graph (1)      |
+// |                                 | _rows, _items, kv_rows         |                            |
 // | requests, positions, end ids    | sample, sample_rows            | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
 // |                                 | group_routes                   |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
-// | list of attention_items         | attention_rows                 | fence before launch (5)    |
-// | KV of earlier tokens or chunks  | attention_decode, _rows,       | this graph writes only its |
-// |                                 | attention_prefill              | own tokens' slots          |
-// | KV of this step's other rows    | attention_rows                 | fence before launch (5)    |
+// | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
+// | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
+// |                                 | _rows, attention_prefill       | own tokens' slots          |
+// | KV of this step's other rows    | attention_rows, _few_rows      | fence before launch (5)    |
 // | routes and residual             | experts_add                    | two launches earlier (3)   |
 // | tiles of pairs                  | grouped_experts and            | two launches earlier (3)   |
 // |                                 | experts_mma for down           |                            |
@@ -57,7 +58,7 @@
 //    and calls launch_dependents only after a fence that follows the writes. Every later launch of the
 //    graph starts after that, so it may read the list before its wait; it reads it through L2, since
 //    L1 is not coherent. kv_rows does the same for the keys and values
-//    that attention_rows copies from the cache, which bypasses L1.
+//    that attention_rows and attention_few_rows read from the cache, past L1.
 #pragma once
 
 __device__ __forceinline__ void launch_dependents() {

@@ -7,9 +7,8 @@
 //   rows (mma_s8.cuh);
 // - meta, f32: [unit][tile][3][16], the scales of the rows, the sums of q, and the sums of q over
 //   elements 0 to 15.
-// Writers: quantize_rows.cu, attention_rows.cu, matvec_mma_wide.cu. Readers: matvec_mma.cu,
-// matvec_mma_wide.cu. Python: `Q8Tiles` in
-// worker/gpu/activations.py.
+// Writers: quantize_rows.cu, attention_few_rows.cu, attention_rows.cu, matvec_mma_wide.cu. Readers:
+// matvec_mma.cu, matvec_mma_wide.cu. Python: `Q8Tiles` in worker/gpu/activations.py.
 #pragma once
 #include "q8_activations.cuh"
 

@@ -4,7 +4,7 @@
 // total) [GROUP][2]; it is 16-byte aligned. `combine` adds partial results by log-sum-exp in a
 // fixed order (flash-decoding, Dao et al. 2023) into a target: one further partial result, or the
 // final rows.
-// Users: attention_decode.cu; FinalRows: attention_rows.cu.
+// Users: attention_decode.cu; FinalRows: attention_rows.cu, attention_few_rows.cu.
 #pragma once
 #include "q8_tiles.cuh"
 #include "warp.cuh"

@@ -3,7 +3,7 @@
 // A part of GROUP heads holds sums of exp2(score - peak)·value, element e of head g at g·kRow + e,
 // then (peak, total) [GROUP][2]. The rows are padded, so that the lanes of a warp store to all banks.
 // The order of all sums is that of `combine` (softmax_parts.cuh): zeros of absent lanes add nothing.
-// Users: attention_rows.cu.
+// Users: attention_rows.cu, attention_few_rows.cu.
 #pragma once
 #include "decode_heads.cuh"
 #include "decode_splits.cuh"
