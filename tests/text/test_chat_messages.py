@@ -266,9 +266,6 @@ def test_a_tool_choice_is_a_variable_only_if_given():
 
 
 def test_what_the_template_has_no_place_for_is_refused():
-    force = "this worker cannot force a tool call with this model's chat template"
-    for choice in ("required", TOOL):
-        assert force in rejection(CHATML + "{{ tools }}", HI, tools=[TOOL], tool_choice=choice)
     assert rejection(CHATML, HI, tools=[TOOL]) == "tools: none: the model's chat template has no tools"
     assert rejection(CHATML, HI, called("{}")).startswith("messages.1.tool_calls: none")
     assert rendered(CHATML, HI, tools=[TOOL], tool_choice="none") == rendered(CHATML, HI)

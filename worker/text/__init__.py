@@ -8,4 +8,6 @@
   text, which `bpe.py` encodes, with the word patterns of `pre_tokenizers.py`.
 - A token's text is withheld for a stop string in `detokenizer.py`. `parsers/` assigns it to a
   channel: reasoning, tool call or final, by the model's format.
+- What an answer must be is a grammar: `answer_grammar.py` composes it of a job's format and tools,
+  `grammar.py` compiles it and makes the masks of its tokens.
 """

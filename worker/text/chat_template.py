@@ -165,11 +165,6 @@ class ChatTemplate:
                 errors.append(("tools", rule, f"list of {len(chat.tools)}"))
             indexes = (index for index, message in enumerate(chat.messages) if message.get("tool_calls"))
             errors += [(f"messages.{index}.tool_calls", rule, None) for index in indexes]
-        if chat.tool_choice not in (None, "auto", "none") and "tool_choice" not in self._source:
-            rule = "auto or none: this worker cannot force a tool call with this model's chat template"
-            errors.append(
-                ("tool_choice", rule, chat.tool_choice if isinstance(chat.tool_choice, str) else "a function")
-            )
         if errors:
             raise InvalidRequest.of(*errors[:16])
 

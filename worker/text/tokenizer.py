@@ -6,6 +6,7 @@ message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import InvalidRequest, ModelLoadFailed
@@ -15,6 +16,7 @@ from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, TokenizerMetadata
 
 if TYPE_CHECKING:  # the module imports Jinja2, and only a file with a template needs that
     from worker.text.chat_template import Chat, RenderedChat
+    from worker.text.grammar import GrammarCompiler
 
 Render = Callable[["Chat", datetime], "RenderedChat"]
 """`ChatTemplate.render`."""
@@ -48,10 +50,22 @@ class Tokenizer:
         self._special = SpecialTokens(vocab.special, vocab.user_defined)
         self._bytes: dict[int, bytes] = {}
 
+    @cached_property
+    def grammars(self) -> "GrammarCompiler":
+        """The compiler of grammars for this vocabulary."""
+        from worker.text.grammar import GrammarCompiler  # noqa: PLC0415  # it imports this module
+
+        return GrammarCompiler(self)
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a text without BOS; `special` encodes the CONTROL tokens in it."""
         _check_unicode(text, "prompt")
         return self._encode_parts(self._special.split(text, control=special))
+
+    @property
+    def word_encoder(self) -> Callable[[str], list[int]]:
+        """The encoder of ordinary text, without special tokens and without a space prefix."""
+        return self._bpe.encode
 
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Return the ids of a raw prompt, with exactly one BOS if the file adds BOS."""

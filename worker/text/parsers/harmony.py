@@ -16,7 +16,7 @@ recipient or type.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from worker.text.parsers.interface import Piece, Place
 from worker.text.vocabulary import Vocabulary
@@ -99,6 +99,14 @@ class HarmonyParser:
     def supported_by(vocab: Vocabulary) -> bool:
         """Whether the vocabulary has the tokens of a harmony header."""
         return all(name in vocab.special for name in _REQUIRED)
+
+    @property
+    def state(self) -> Literal["start", "content", "other"]:
+        """Where the text so far ends: after a message's role, in a content, or elsewhere."""
+        if self._kind is None and not self._in_header:
+            return "content"
+        at_start = self._kind == _ROLE_GIVEN and self._text == "assistant" and self._recipient is None
+        return "start" if at_start else "other"
 
     def push(self, token_id: int, text: str) -> list[Piece]:
         """Add the text of the answer's next token; return the text that can be published."""

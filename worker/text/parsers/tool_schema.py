@@ -20,7 +20,7 @@ def parameter_types(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, 
             schema = function.get("parameters")
             properties = schema.get("properties") if isinstance(schema, Mapping) else None
             if isinstance(properties, Mapping):
-                return {str(parameter): _types(value) or STRING for parameter, value in properties.items()}
+                return {str(name): _types(value, schema) or STRING for name, value in properties.items()}
     return {}
 
 
@@ -49,18 +49,32 @@ def json_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: Any) -> frozenset[str]:
+def _types(schema: Any, root: Any, references: int = 8) -> frozenset[str]:
+    """The JSON types of a schema; `root` has the schemas that it may refer to."""
     if not isinstance(schema, Mapping):
         return frozenset()
     named = schema.get("type")
     found = {_ALIASES.get(name, name) for name in ([named] if isinstance(named, str) else named or ())}
     for choices in (schema.get(key) for key in ("anyOf", "oneOf", "allOf")):
-        found.update(*map(_types, choices if isinstance(choices, Sequence) else ()))
+        for choice in choices if isinstance(choices, Sequence) else ():
+            found |= _types(choice, root, references)
+    if not found and references and isinstance(reference := schema.get("$ref"), str):
+        found |= _types(_referenced(root, reference), root, references - 1)
     if schema.get("nullable") is True and found:
         found.add("null")
-    if not found and isinstance(values := schema.get("enum"), Sequence):
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not found and isinstance(values, Sequence):
         found.update(*map(_type_of, values))
     return frozenset(found)
+
+
+def _referenced(root: Any, reference: str) -> Any:
+    """The schema at a JSON pointer such as `#/$defs/Item`, or None."""
+    found = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def _type_of(value: Any) -> frozenset[str]:
