@@ -142,7 +142,7 @@ def test_the_fingerprint_covers_choices_and_is_the_files_own_without_any(tiny):
 
 def test_the_numerics_id_changes_with_every_fact_and_with_nothing_else():
     facts = runtime.open_backend(EngineSection(backend="cpu")).numerics()
-    assert {"backend", "numpy", "blas", "machine", "kv_type", "simd", "sources"} == set(facts)
+    assert {"backend", "numpy", "blas", "machine", "kv_type", "simd", "sources", "llguidance"} == set(facts)
     again = runtime.open_backend(EngineSection(backend="cpu")).numerics()
     assert runtime.numerics_id(again) == runtime.numerics_id(dict(reversed(facts.items())))
     changed = [{**facts, name: "another"} for name in facts]

@@ -2,7 +2,8 @@
 
 No clock, server or device: everything about token i is a function of the job, its resolved
 parameters and the ids before i, so a second worker that gets the published ids continues exactly.
-Callers are `worker/service/generation.py` and `worker generate`. Stop strings are matched, and text
+Callers are `worker/service/generation.py` and `worker generate`. `job_grammar` compiles what the
+answer has to follow (`worker/text/answer_grammar.py`). Stop strings are matched, and text
 withheld for them, in `worker/text/detokenizer.py`; channels are assigned in `worker/text/parsers/`.
 """
 
@@ -11,13 +12,23 @@ from collections.abc import Sequence as Ids
 from dataclasses import fields
 from datetime import datetime
 from itertools import pairwise
+from typing import Any
 
 from worker import engine
 from worker.jobs.chat import ToolChoice
 from worker.jobs.events import Channel, Token
 from worker.jobs.protocol import Job, Limits, Resolved
+from worker.jobs.response_format import (
+    ChoiceFormat,
+    GrammarFormat,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    RegexFormat,
+    ResponseFormat,
+)
 from worker.runtime import LoadedModel
-from worker.sampling import FinishReason, Sampling
+from worker.sampling import FinishReason, Grammar, Sampling
+from worker.text.answer_grammar import ContentFormat, answer_grammar
 from worker.text.detokenizer import DetokenizedToken, IncrementalDetokenizer
 from worker.text.parsers import answer_parser
 from worker.text.tokenizer import Tokenizer
@@ -28,12 +39,11 @@ def prompt_ids(job: Job, tokenizer: Tokenizer, enqueued: datetime) -> list[int]:
     if job.prompt_tokens is not None:
         return list(job.prompt_tokens)
     if job.messages is not None:
-        choice = job.tool_choice
         return tokenizer.encode_chat(
             [message.model_dump(exclude_none=True) for message in job.messages],
             now=enqueued,
             tools=job.tools,
-            tool_choice=choice.model_dump() if isinstance(choice, ToolChoice) else choice,
+            tool_choice=_tool_choice(job),
             kwargs=job.chat_template_kwargs,
         )
     return tokenizer.encode_prompt(job.prompt or "", special=job.special)
@@ -46,16 +56,35 @@ def tokenize_job(job: Job, model: LoadedModel, enqueued: datetime, entry_id: str
     return prompt, job.resolve(limits, len(prompt), entry_id)
 
 
+def job_grammar(job: Job, tokenizer: Tokenizer, prompt: Ids[int]) -> Grammar | None:
+    """Compile what the job requires of its answer's text; None if that is free.
+
+    The first call for a model takes about a second, others some milliseconds or, for a grammar that
+    was compiled before, microseconds. Raises InvalidRequest for what can't be enforced.
+    """
+    content = _content_format(job.response_format)
+    if content is None and not job.tools:
+        return None
+    choice = _tool_choice(job)
+    return answer_grammar(tokenizer, prompt, content, job.tools, choice, ignore_eos=job.ignore_eos)
+
+
 class Answer:
     """One job's answer. Add `sequence` to the engine; pass each token that it draws to `push`."""
 
     def __init__(
-        self, job: Job, resolved: Resolved, tokenizer: Tokenizer, prompt: Ids[int], published: Ids[int] = ()
+        self,
+        job: Job,
+        resolved: Resolved,
+        tokenizer: Tokenizer,
+        prompt: Ids[int],
+        published: Ids[int] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
         """The stop string that ended the answer."""
-        sampling, vocab = _sampling(job, resolved), tokenizer.vocab
+        sampling, vocab = _sampling(job, resolved, grammar), tokenizer.vocab
         self.sequence = engine.Sequence(
             job.job_id,
             list(prompt),
@@ -71,7 +100,9 @@ class Answer:
         self._token_bytes = tokenizer.token_bytes if job.token_bytes and job.logprobs is not None else None
         self.stops_at_text = bool(job.stop)
         """Whether a stop string may end the answer: the engine does not know these ends."""
-        parser = answer_parser(tokenizer, prompt, None if job.tool_choice == "none" else job.tools)
+        tools = None if job.tool_choice == "none" else job.tools
+        structured = _content_format(job.response_format) is not None
+        parser = answer_parser(tokenizer, prompt, tools, structured=structured)
         self._text = IncrementalDetokenizer(
             tokenizer,
             stop=job.stop or (),
@@ -153,8 +184,29 @@ class AttemptStats:
         return between
 
 
-def _sampling(job: Job, resolved: Resolved) -> Sampling:
+def _tool_choice(job: Job) -> Any:
+    choice = job.tool_choice
+    return choice.model_dump() if isinstance(choice, ToolChoice) else choice
+
+
+def _content_format(given: ResponseFormat | None) -> ContentFormat | None:
+    match given:
+        case JsonObjectFormat():
+            return ContentFormat("json_schema", {"type": "object"})
+        case JsonSchemaFormat():
+            return ContentFormat("json_schema", given.json_schema.schema_)
+        case RegexFormat():
+            return ContentFormat("regex", given.regex)
+        case ChoiceFormat():
+            return ContentFormat("choice", given.choice)
+        case GrammarFormat():
+            return ContentFormat("grammar", given.grammar)
+        case _:
+            return None
+
+
+def _sampling(job: Job, resolved: Resolved, grammar: Grammar | None) -> Sampling:
     """The sampling parameters of the job, which has every field of `Sampling` but one by name."""
     values = {field.name: getattr(job, field.name) for field in fields(Sampling) if field.name != "grammar"}
     values |= {"logit_bias": dict(job.logit_bias or {}), "stop_token_ids": frozenset(job.stop_token_ids or ())}
-    return Sampling(**values | {"seed": resolved.seed})
+    return Sampling(**values | {"seed": resolved.seed, "grammar": grammar})

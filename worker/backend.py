@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -157,14 +158,34 @@ class Backend(Device, Protocol):
         ...
 
 
-_COMPUTING = ("adapters", "ops.py", "quants.py", "rope.py", "sampling.py", "token_masks.py")
-"""Sources of this package that decide bits on every backend."""
+_GRAMMARS = (
+    "answer_grammar",
+    "grammar",
+    "grammar_vocabulary",
+    "harmony_grammar",
+    "json_schema",
+    "lark",
+    "tool_grammar",
+)
+_COMPUTING = (
+    *("adapters", "ops.py", "quants.py", "rope.py", "sampling.py", "token_masks.py"),
+    *(f"text/{name}.py" for name in _GRAMMARS),
+)
+"""Sources of this package that decide bits, or which tokens a grammar allows, on every backend."""
 
 
 def host_facts() -> dict[str, str]:
-    """Facts of the host that decide bits: NumPy computes all RoPE tables and the CPU's ops."""
+    """Facts of the host that decide bits: NumPy computes all RoPE tables and the CPU's ops.
+
+    llguidance computes the masks of grammars.
+    """
     simd = np.show_config(mode="dicts")["SIMD Extensions"].get("found", ())
-    return {"machine": platform.machine(), "numpy": np.__version__, "simd": " ".join(simd)}
+    return {
+        "machine": platform.machine(),
+        "numpy": np.__version__,
+        "simd": " ".join(simd),
+        "llguidance": version("llguidance"),
+    }
 
 
 def source_digest(package: str, root: Path = Path(__file__).parent) -> str:

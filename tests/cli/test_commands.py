@@ -46,6 +46,16 @@ def test_generate_json_prints_one_event_per_line_and_ends_with_end(tiny):
     assert (last["event"], last["finish_reason"], last["tokens_out"]) == ("end", "length", 5)
 
 
+def test_generate_follows_a_response_format(tiny):
+    form = '{"type": "choice", "choice": ["hello", "world"]}'
+    done = worker("generate", tiny("qwen2"), "say", "--response-format", form)
+    assert (done.returncode, done.stdout.strip() in ("hello", "world")) == (0, True)
+    form = '{"type": "json_schema", "json_schema": {"schema": {"not": {}}}}'
+    refused = worker("generate", tiny("qwen2"), "say", "--response-format", form)
+    assert refused.returncode == 3
+    assert "response_format.json_schema.schema.not: not supported" in refused.stderr
+
+
 def test_generate_without_logprobs_omits_them(tiny):
     tokens = events(worker("generate", tiny("llama"), "x", "--max-tokens", 2, "--json", "--ignore-eos"))[1:-1]
     assert all(set(token) == {"event", "i", "id", "t", "channel"} for token in tokens)

@@ -71,6 +71,15 @@ def test_token_ids_and_raw_prompts_can_be_submitted(server: Server, command: Run
     assert (job["prompt_tokens"], job["special"]) == ([1, 2, 3], False)
 
 
+def test_a_response_format_is_json_or_a_file(server: Server, command: Run, tmp_path: Path) -> None:
+    given = {"type": "regex", "regex": "[0-9]+"}
+    (tmp_path / "format.json").write_text(json.dumps(given))
+    for value in (json.dumps(given), tmp_path / "format.json"):
+        assert command("submit", "x", "--response-format", value)[0] == 0
+    job = submitted(server)
+    assert (job["response_format"], job["v"]) == (given, 2)
+
+
 def test_submit_has_every_option_of_a_job_that_generate_has() -> None:
     of_generate = set(inspect.signature(generate).parameters) - {"model", "context", "backend"}
     assert of_generate <= set(inspect.signature(submit).parameters)
@@ -89,6 +98,9 @@ def test_submit_has_every_option_of_a_job_that_generate_has() -> None:
         (("x", "--chat", "--tools", "missing.json"), 2, "missing.json"),
         (("x", "--chat", "--template-kwargs", "[1]"), 2, "JSON object"),
         (("x", "--chat", "--template-kwargs", "{"), 2, "valid JSON"),
+        (("x", "--response-format", "missing.json"), 2, "missing.json"),
+        (("x", "--response-format", "{"), 2, "valid JSON"),
+        (("x", "--response-format", '{"type": "xml"}'), 3, "response_format"),
         (("x", "--temperature", "9"), 3, "temperature"),
         (("x", "--job-id", "no id!"), 3, "job_id"),
     ],

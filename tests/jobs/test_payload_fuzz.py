@@ -57,6 +57,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "traceparent": st.none() | SHORT,
     "token_bytes": st.booleans(),
     "v": st.sampled_from([1, 2]),
+    "response_format": st.none() | st.just({"type": "text"}),
 }
 NO_TEXT = st.integers(0, 9) | st.booleans() | st.lists(st.integers(), max_size=2)
 BAD: dict[str, st.SearchStrategy[Any]] = {
@@ -84,6 +85,7 @@ BAD: dict[str, st.SearchStrategy[Any]] = {
     "traceparent": NO_TEXT | st.sampled_from(["", "x" * 257]),
     "token_bytes": st.sampled_from([0, 1, "yes", None, []]),
     "v": not_an_integer(1, 2) | st.none(),
+    "response_format": NO_TEXT | st.sampled_from(["text", {}, {"type": "xml"}, {"type": None}]),
 }
 PROMPTS = st.one_of(
     st.fixed_dictionaries({"prompt": TEXTS}),

@@ -38,7 +38,7 @@ def test_the_defaults_are_those_of_the_table() -> None:
         **{"priority": 0, "tenant": None},
         **{"deadline_ms": None, "correlation_id": None, "traceparent": None, "v": 1, "encoding": "msgpack"},
         **{"chat_template_kwargs": None, "tools": None, "tool_choice": None, "stop_token_ids": None},
-        **{"token_bytes": False},
+        **{"token_bytes": False, "response_format": None},
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tests.jobs.echo import claim_next
 from tests.jobs.harness import Harness
 from tests.service.models import SharedModel
-from worker.answer import Answer, tokenize_job
+from worker.answer import Answer, job_grammar, tokenize_job
 from worker.config import LeaseSection
 from worker.jobs.events import Event, Started, Token, Tokens
 from worker.jobs.lease import Lease
@@ -36,7 +36,7 @@ def reference_tokens(model: SharedModel, **fields: Any) -> list[Token]:
     loaded = model.reference.fresh()
     job = Job.parse({"job_id": "j", **fields})
     prompt, resolved = tokenize_job(job, loaded, NOW, "1-1")
-    answer = Answer(job, resolved, loaded.tokenizer, prompt)
+    answer = Answer(job, resolved, loaded.tokenizer, prompt, grammar=job_grammar(job, loaded.tokenizer, prompt))
     loaded.engine.add(answer.sequence)
     tokens = []
     while answer.finish_reason is None:

@@ -71,7 +71,7 @@ async def test_a_prompt_at_which_a_native_library_panics_fails_that_job_only(fak
 
 async def test_every_wrong_field_of_a_payload_is_named(harness):
     client = harness.client()
-    payload = {"job_id": "a", "prompt": "x", "temperature": 3, "top_p": -1, "tempo": 1, "stop": [""], "v": 2}
+    payload = {"job_id": "a", "prompt": "x", "temperature": 3, "top_p": -1, "tempo": 1, "stop": [""], "v": 3}
     async with serving(harness, SharedModel.echo().fresh()):
         await harness.connect().enqueue("default", {"p": msgpack.packb(payload)}, 100)
         result = await read_job(client, "a")
@@ -352,6 +352,7 @@ async def test_a_fault_while_tokenizing_is_internal_and_does_not_reveal_the_prom
 
     class BrokenTokenizer:
         vocab = model.loaded.tokenizer.vocab
+        grammars = model.loaded.tokenizer.grammars
 
         def encode_prompt(self, text, *, special=True):
             raise RuntimeError(f"cannot encode {text}")

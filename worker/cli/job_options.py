@@ -26,6 +26,14 @@ StopOption = Annotated[list[str] | None, typer.Option(help="Stop string: the ans
 StopTokenOption = Annotated[
     list[int] | None, typer.Option("--stop-token-id", help="Token id that ends the answer; up to 64.")
 ]
+ResponseFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--response-format",
+        help="""Form of the answer, JSON or a file with it: '{"type": "choice", "choice": ["yes", "no"]}'.""",
+        metavar="JSON|FILE",
+    ),
+]
 
 ChatOption = Annotated[bool, _chat("Apply the model's chat template to the prompt.", "--chat")]
 SystemOption = Annotated[str | None, _chat("The system message.")]
@@ -70,6 +78,8 @@ def job_fields(options: Mapping[str, Any]) -> dict[str, Any]:
     fields |= {"stop": options["stop"] or None, "stop_token_ids": options["stop_token_id"] or None}
     fields |= {"ignore_eos": options["ignore_eos"] or None, "special": None if options["special"] else False}
     fields |= {"prompt": None if chat else prompt, "prompt_tokens": tokens and _token_ids(tokens)}
+    if (given := options["response_format"]) is not None:
+        fields["response_format"] = _json(_text_of(given, "--response-format"), dict, "--response-format")
     chat_options = {name: options[name] for name in ("system", "tools", "tool_choice", "template_kwargs")}
     if not chat:
         for name, value in chat_options.items():
@@ -98,17 +108,22 @@ def _chat_fields(
     known = tool_choice in (None, "auto", "none", "required")
     return {
         "messages": [*turns, {"role": "user", "content": prompt}],
-        "tools": None if tools is None else _json(_read(tools), list, "--tools"),
+        "tools": None if tools is None else _json(_read(tools, "--tools"), list, "--tools"),
         "tool_choice": tool_choice if known else {"type": "function", "function": {"name": tool_choice}},
         "chat_template_kwargs": None if template_kwargs is None else _json(template_kwargs, dict, "--template-kwargs"),
     }
 
 
-def _read(path: Path) -> str:
+def _text_of(text: str, option: str) -> str:
+    """The text itself if it is a JSON object, else the content of the file that it names."""
+    return text if text.lstrip().startswith("{") else _read(Path(text), option)
+
+
+def _read(path: Path, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"{path} can't be read ({error})", param_hint="--tools") from None
+        raise typer.BadParameter(f"{path} can't be read ({error})", param_hint=option) from None
 
 
 def _json(text: str, kind: type, option: str) -> Any:

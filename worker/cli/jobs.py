@@ -39,6 +39,7 @@ def submit(
     max_tokens: options.MaxTokensOption = None,
     stop: options.StopOption = None,
     stop_token_id: options.StopTokenOption = None,
+    response_format: options.ResponseFormatOption = None,
     chat: options.ChatOption = False,
     system: options.SystemOption = None,
     tools: options.ToolsOption = None,

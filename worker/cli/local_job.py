@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from worker import runtime
-from worker.answer import Answer, AttemptStats, tokenize_job
+from worker.answer import Answer, AttemptStats, job_grammar, tokenize_job
 from worker.cli.console import JsonLines, Terminal, model_path, progress_bar
 from worker.config import load_settings
 from worker.engine import FailedSequence
@@ -43,7 +43,7 @@ def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines)
     """Answer one job on this thread. Raises InvalidRequest, and what the engine raises."""
     prompt, resolved = tokenize_job(job, loaded, datetime.now(UTC), "0-0")
     engine = loaded.engine
-    answer = Answer(job, resolved, loaded.tokenizer, prompt)
+    answer = Answer(job, resolved, loaded.tokenizer, prompt, grammar=job_grammar(job, loaded.tokenizer, prompt))
     output.started(resolved)
     stats = AttemptStats(time.monotonic())
     engine.add(answer.sequence)

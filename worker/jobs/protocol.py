@@ -29,9 +29,10 @@ from worker.jobs.payload import (
     job_id_of,
     read_map,
 )
+from worker.jobs.response_format import FORMAT_TAGS, ResponseFormat, format_conflicts
 
 SCHEMA_VERSION = 2
-"""Of jobs. Version 2 adds `token_bytes`; a job without it is of version 1."""
+"""Of jobs. Version 2 adds `response_format` and `token_bytes`; others have version 1."""
 DEFAULT_MAX_TOKENS = 2048
 MAX_FIELD_ERRORS = 8
 """Errors listed for one top-level field; further ones are counted."""
@@ -59,6 +60,7 @@ _CONSTRAINTS: Mapping[str, str] = {
     "string_too_short": "at least {min_length} characters",
 }
 """Constraint by pydantic's error type; for other types pydantic's message is used."""
+_TAGS = FORMAT_TAGS.union((TEXT, LIST, MAP))
 
 
 class SamplingParams(Strict):
@@ -101,6 +103,8 @@ class Job(SamplingParams):
     tools: Tools | None = None
     """Tools that the model may call, in OpenAI's form; passed to the chat template unchanged."""
     tool_choice: ToolChoiceField | None = None
+    response_format: ResponseFormat | None = None
+    """The form of the answer's text; the reasoning before it is free."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: Annotated[list[Annotated[Text, Field(min_length=1, max_length=100)]], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=64)] | None = None
@@ -234,7 +238,8 @@ def derived_seed(job_id: str, entry_id: str) -> int:
 
 def _implied_version(fields: Mapping[Any, Any]) -> int:
     """The lowest schema version that has all of the fields."""
-    return 1 if fields.get("token_bytes") is None else 2
+    since_2 = ("response_format", "token_bytes")
+    return 1 if all(fields.get(name) is None for name in since_2) else 2
 
 
 def _parse_bias(value: Any) -> tuple[Any, list[FieldError]]:
@@ -270,6 +275,7 @@ def _conflicts(fields: Mapping[Any, Any]) -> list[FieldError]:
         rule = "exactly one of prompt, messages and prompt_tokens"
         errors += [(name, rule, _describe_field(name, fields.get(name))) for name in prompts or PROMPT_FIELDS[:1]]
     errors += chat_conflicts(fields)
+    errors += format_conflicts(fields, _implied_version(fields))
     if type(min_tokens) is int and type(max_tokens) is int and min_tokens > max_tokens > 0:
         errors.append(("min_tokens", "at most max_tokens", describe(min_tokens)))
     return errors
@@ -301,7 +307,8 @@ def _exceeded(job: Job, limits: Limits, prompt_len: int) -> list[FieldError]:
 
 def _describe_field(field: str, value: object, error_type: str = "") -> Any:
     """`value` as an error on `field` reports it: text that may belong to a prompt as its length."""
-    private = field.partition(".")[0] in (*PROMPT_FIELDS, *CHAT_FIELDS[:2]) and not field.endswith(".role")
+    named = (*PROMPT_FIELDS, *CHAT_FIELDS[:2], "response_format")
+    private = field.partition(".")[0] in named and not field.endswith((".role", ".type"))
     if isinstance(value, str) and (private or error_type == "extra_forbidden"):
         return f"string of {len(value)}"
     return describe(value)
@@ -312,7 +319,7 @@ def _field_errors(error: ValidationError) -> list[FieldError]:
     found: list[FieldError] = []
     for line in error.errors(include_url=False):
         context = line.get("ctx", {})
-        path = [part for part in line["loc"] if part not in (TEXT, LIST, MAP)] + context.get("path", [])
+        path = [part for part in line["loc"] if part not in _TAGS] + context.get("path", [])
         field = ".".join(field_name(part) for part in path)
         template = _CONSTRAINTS.get(line["type"])
         message = line["msg"].removeprefix("Input should be ")

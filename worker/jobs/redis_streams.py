@@ -17,8 +17,8 @@ from redis import exceptions
 from redis.asyncio import Connection, Redis
 
 from worker.errors import ConfigInvalid, ServerRefused
-from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.documents import Documents
+from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate

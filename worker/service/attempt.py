@@ -24,7 +24,14 @@ from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.reader import History
 from worker.service.continuation import CannotContinue, can_continue, end_of
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
-from worker.service.prepared_job import AttemptInterrupted, AttemptLimits, PreparedJob, StopReason, enqueued_at
+from worker.service.prepared_job import (
+    AttemptInterrupted,
+    AttemptLimits,
+    PreparedJob,
+    StopReason,
+    enqueued_at,
+    needs_grammar,
+)
 from worker.telemetry import Log, frames_of
 
 T = TypeVar("T")
@@ -153,7 +160,8 @@ class Attempt:
             if error := self.limits.deadline_error():
                 return error
             prepared = await self._off_loop(
-                lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms)
+                lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms),
+                slow=needs_grammar(job),
             )
             waited = self._server_ms() - claim.enqueued_ms > _WAITED_MS
             paused = claim.deliveries > 1 or waited
@@ -176,9 +184,11 @@ class Attempt:
             self._other_model = job.model
             raise AttemptInterrupted(StopReason.OTHER_MODEL)
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        """Run `work` on the payload: in place if the payload is small, else on another thread."""
-        if len(self._claim.payload) <= _SMALL_PAYLOAD_BYTES:
+    async def _off_loop(self, work: Callable[[], T], *, slow: bool = False) -> T:
+        """Run `work` on the payload: in place if it is not slow and the payload is small, else on
+        another thread.
+        """
+        if not slow and len(self._claim.payload) <= _SMALL_PAYLOAD_BYTES:
             return work()
         return await self.limits.guard(asyncio.to_thread(work))
 

@@ -1,8 +1,9 @@
 """A job ready for the engine, and the conditions that end its attempt early.
 
-`PreparedJob` is a payload decoded, checked against the model and tokenized. It decides which event
-opens the job's stream, from what earlier attempts published. `AttemptLimits` holds a stop request,
-the job's deadline and the inference timeout. Neither uses a server or a device; `attempt.py` does.
+`PreparedJob` is a payload decoded, checked against the model and tokenized, with the grammar of its
+answer. It decides which event opens the job's stream, from what earlier attempts published.
+`AttemptLimits` holds a stop request, the job's deadline and the inference timeout. Neither uses a
+server or a device; `attempt.py` does.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from worker.answer import Answer, tokenize_job
+from worker.answer import Answer, job_grammar, tokenize_job
 from worker.errors import Cancelled, InferenceTimeout, InvalidRequest
 from worker.jobs.events import Event, Resumed, Started
 from worker.jobs.protocol import Job, Resolved
 from worker.jobs.reader import History
 from worker.jobs.transport import ENTRY_DELETED
 from worker.runtime import LoadedModel
+from worker.sampling import Grammar
 from worker.service.continuation import CannotContinue
 
 T = TypeVar("T")
@@ -41,6 +43,11 @@ def enqueued_at(enqueued_ms: int) -> datetime:
     return datetime.fromtimestamp(min(enqueued_ms, _MAX_ENQUEUED_MS) / 1000, UTC)
 
 
+def needs_grammar(job: Job) -> bool:
+    """Whether preparing the job may compile a grammar, which must not happen on the event loop."""
+    return job.response_format is not None or bool(job.tools)
+
+
 @dataclass(frozen=True)
 class PreparedJob:
     """A job that this worker's model can answer."""
@@ -49,11 +56,16 @@ class PreparedJob:
     prompt: list[int]
     resolved: Resolved
     enqueued_ms: int
+    grammar: Grammar | None = None
 
     @classmethod
     def of(cls, job: Job, model: LoadedModel, entry_id: str, enqueued_ms: int) -> PreparedJob:
-        """Tokenize the job and resolve its parameters for the model. Raises InvalidRequest."""
-        return cls(job, *tokenize_job(job, model, enqueued_at(enqueued_ms), entry_id), enqueued_ms)
+        """Tokenize the job, resolve its parameters and compile its grammar. Raises InvalidRequest.
+
+        A job with a grammar takes milliseconds to seconds, see `needs_grammar`.
+        """
+        prompt, resolved = tokenize_job(job, model, enqueued_at(enqueued_ms), entry_id)
+        return cls(job, prompt, resolved, enqueued_ms, job_grammar(job, model.tokenizer, prompt))
 
     @cached_property
     def prompt_hash(self) -> str:
@@ -94,7 +106,7 @@ class PreparedJob:
         if first is not None:
             resolved = Resolved(first.model, len(self.prompt), first.max_tokens, first.seed)
         published = [token.id for token in history.tokens]
-        return Answer(self.job, resolved, model.tokenizer, self.prompt, published)
+        return Answer(self.job, resolved, model.tokenizer, self.prompt, published, self.grammar)
 
 
 class StopReason(IntEnum):
