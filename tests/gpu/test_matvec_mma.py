@@ -8,7 +8,15 @@ import pytest
 from tests.gpu.activations import norm_of, q8_activations, q8_tiles, rows_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.weights import Projection
-from worker.gpu.matvec_mma import BLOCK_TYPES, GATED_TILES, MAX_SHARED, TILES, is_supported, shared_bytes
+from worker.gpu.matvec_mma import (
+    BLOCK_TYPES,
+    GATED_TILES,
+    MAX_SHARED,
+    TILES,
+    chosen_tiles,
+    is_supported,
+    shared_bytes,
+)
 from worker.ops import SWIGLU, Activation, Linear, QTensor
 from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
 
@@ -68,6 +76,21 @@ def test_every_split_of_k_has_the_bits_of_one_row(kernels, memory, kind, split_k
     x = rows_of(16, cols)
     (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
     for tiles in (t for t in TILES if t.tokens == 16):
+        (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear], tiles=tiles)
+        assert_same_bits(found, expected)
+    pool.check()
+
+
+@pytest.mark.parametrize(("cols", "split_k"), [(4864, 8), (17408, 16)], ids=["empty splits", "a longer first split"])
+def test_splits_of_different_lengths_have_the_bits_of_one_row(kernels, memory, cols, split_k):
+    from worker.gpu.matvec import matvec, split_k_of
+    from worker.gpu.matvec_mma import matvec_mma
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, Q8_0, (9, cols))
+    assert split_k_of([projection.linear]) == split_k
+    x = rows_of(33, cols)
+    (expected,) = matvec(kernels, pool, q8_activations(pool, x), None, [projection.linear])
+    for tiles in (t for t in TILES if t.tokens <= 64):
         (found,) = matvec_mma(kernels, pool, q8_tiles(pool, x), [projection.linear], tiles=tiles)
         assert_same_bits(found, expected)
     pool.check()
@@ -184,6 +207,18 @@ def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(kind, tiles):
     size = shared_bytes(kind, tiles)
     assert size <= MAX_SHARED
     assert tiles.resident * (size + 1024) <= 228 << 10
+
+
+@EACH_BLOCK_TYPE
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_device_with_less_shared_memory_gets_tiles_that_fit(kind, gated):
+    linears = [Linear(QTensor("w", (8192, 2048), kind, None))] * 2
+    tiles = GATED_TILES if gated else TILES
+    for tokens in (16, 33, 64, 256):
+        for max_shared in (99 << 10, 163 << 10, MAX_SHARED):
+            chosen = chosen_tiles(tiles, linears, tokens, 1, max_shared, gated=gated)
+            assert shared_bytes(kind, chosen) <= max_shared
+    assert chosen_tiles(tiles, linears, 256, 1, MAX_SHARED, gated=gated).is_wide
 
 
 def test_weights_that_no_tile_serves_are_not_supported():

@@ -48,54 +48,74 @@ _PARAMS = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A kernel's tile: weight rows, tokens, splits of K that groups of a block's warps take."""
+    """A kernel's tile: weight rows, tokens, splits of K that groups of a block's warps take.
+
+    `warps`: those of a group; the wide kernel has blocks of 8, or of 4, two a multiprocessor.
+    """
 
     rows: int
     tokens: int
     splits: int = 1
+    warps: int = 8
 
     @property
     def is_wide(self) -> bool:
         """Whether the kernel is matvec_mma_wide.cu, which takes one split at a time."""
-        return self.rows == WIDE_ROWS
+        return self.rows >= _WARP_ROWS
+
+    @property
+    def chain_warps(self) -> int:
+        """Warps of the wide kernel that share the sums of 32 rows and 32 tokens."""
+        return self.warps * _WARP_ROWS * _WARP_ROWS // (self.rows * self.tokens)
+
+    @property
+    def writes_q8(self) -> bool:
+        """Whether the gated kernel quantizes h itself: a tile has whole Q8 blocks of h."""
+        return self.rows % (2 * Q8_BLOCK) == 0
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 512 if self.is_wide else 256 * self.splits
+        return 32 * self.warps * self.splits
 
     @property
     def resident(self) -> int:
         """Blocks of a multiprocessor, by registers."""
-        return 512 // self.threads
+        return (256 if self.is_wide else 512) // self.threads
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.tokens}" + (f"/{self.splits}" if self.splits > 1 else "")
+        extra = (f"/{self.splits}" if self.splits > 1 else "") + (f", {self.warps} warps" if self.warps != 8 else "")
+        return f"{self.rows}x{self.tokens}{extra}"
 
 
-WIDE_ROWS = 64
-"""Weight rows of a tile of matvec_mma_wide.cu."""
+_WARP_ROWS = 32  # weight rows, and tokens, of a warp of the wide kernel
 _MICROSECONDS = {
-    Tiles(16, 16): (0.0392, 0.72),
-    Tiles(16, 32): (0.0666, 0.91),
-    Tiles(64, 32): (0.1185, 2.68),
-    Tiles(64, 64): (0.182, 4.84),
-    Tiles(16, 16, 2): (0.014, 3.18),
-    Tiles(16, 32, 2): (0.0284, 4.24),
+    Tiles(16, 16): (0.0451, 0.78),
+    Tiles(16, 32): (0.0654, 1.09),
+    Tiles(32, 32): (0.0631, 1.45),
+    Tiles(64, 32): (0.1202, 2.49),
+    Tiles(32, 64): (0.1086, 1.86),
+    Tiles(64, 64): (0.2005, 3.63),
+    Tiles(32, 64, warps=4): (0.2002, 2.94),
+    Tiles(16, 16, 2): (0.0112, 4.05),
+    Tiles(16, 32, 2): (0.0246, 5.64),
 }
 """Of a tile for a unit of K and for the rest, as measured on an H100 with all its tiles busy."""
-_QUANTIZATION_US = 2.3  # of h, which only the wide kernel does in its own launch
+_QUANTIZATION_US = 2.3  # of h, in its own launch if a tile has no whole Q8 blocks of h
 TILES = tuple(_MICROSECONDS)
-GATED_TILES = tuple(t for t in TILES if t.splits == 1)
+GATED_TILES = tuple(t for t in TILES if t.splits == 1 and t != Tiles(32, 32))
 DEFINES = {"WEIGHTS_BYPASS_L1": 1}
 BLOCK_TYPES = tuple(kind for kind in QUANT_TYPES if kind.block_size > 1)
 
 
 def _name(kind: QuantType, t: Tiles, *, gated: bool, last: QuantType | None = None) -> KernelName:
-    end = f"{t.tokens // 8}, {str(gated).lower()}" + ("" if last is None else f", {last.name}")
+    end = str(gated).lower() + ("" if last is None else f", {last.name}")
     if t.is_wide:
-        return "matvec_mma_wide.cu", f"matvec_mma_wide<{kind.name}, {end}>"
-    return "matvec_mma.cu", f"matvec_mma<{kind.name}, {t.splits}, {end}>"
+        return (
+            "matvec_mma_wide.cu",
+            f"matvec_mma_wide<{kind.name}, {t.warps}, {t.chain_warps}, {t.tokens // 32}, {end}>",
+        )
+    return "matvec_mma.cu", f"matvec_mma<{kind.name}, {t.splits}, {t.tokens // 8}, {end}>"
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
@@ -148,7 +168,7 @@ def _multiply(
     """One launch: projections of one type, or of two where the last one is of the second."""
     first, last = linears[0].weight.kind, linears[-1].weight.kind
     tokens, rows = x.shape[0], [linear.weight.shape[0] for linear in linears]
-    chosen = tiles or _chosen(TILES, linears, tokens, split_k, max_shared, gated=False)
+    chosen = tiles or chosen_tiles(TILES, linears, tokens, split_k, max_shared, gated=False)
     outs = [pool.empty((tokens, n), np.float32) for n in rows]
     params = _params(x, split_k)
     for j in range(_MAX_MATRICES):
@@ -174,10 +194,10 @@ def glu_mma(
 ) -> Q8Tiles:
     """activation(gate(x), up(x)) of a dense FFN: h [T, f], f32 and, if f allows, Q8 tiles."""
     rows, tokens = gate.weight.shape[0], x.shape[0]
-    chosen = tiles or _chosen(GATED_TILES, (gate, up), tokens, 1, max_shared, gated=True)
+    chosen = tiles or chosen_tiles(GATED_TILES, (gate, up), tokens, 1, max_shared, gated=True)
     params = _params(x, 1)
     params["tiles"] = -(-2 * rows // chosen.rows)
-    h = empty_q8_tiles(pool, tokens, rows) if chosen.is_wide else Q8Tiles(pool.empty((tokens, rows), np.float32))
+    h = empty_q8_tiles(pool, tokens, rows) if chosen.writes_q8 else Q8Tiles(pool.empty((tokens, rows), np.float32))
     for j, linear in enumerate((gate, up)):
         params["matrices"][j] = (linear.weight.data.addresses(), address(_bias(linear)), 0, address(h.x), rows, 0)
     params["gate"], params["h"] = gate_of(activation), q8_tiles(h)
@@ -185,7 +205,7 @@ def glu_mma(
     return h if h.q is not None or rows % Q8_BLOCK else quantize_tiles(kernels, pool, h.x, None)
 
 
-def _chosen(
+def chosen_tiles(
     tiles: Sequence[Tiles], linears: Sequence[Linear], tokens: int, split_k: int, max_shared: int, *, gated: bool
 ) -> Tiles:
     """The tiles with the least estimated time, of those that fit. They change no bit."""
@@ -194,7 +214,7 @@ def _chosen(
     def estimate(t: Tiles) -> float:
         waves = -(-(-(-rows // t.rows) * -(-tokens // t.tokens)) // (_MULTIPROCESSORS * t.resident))
         per_unit, rest = _MICROSECONDS[t]
-        return waves * (units * per_unit + rest) + _QUANTIZATION_US * (gated and not t.is_wide)
+        return waves * (units * per_unit + rest) + _QUANTIZATION_US * (gated and not t.writes_q8)
 
     def fits(t: Tiles) -> bool:
         shared = max(shared_bytes(linear.weight.kind, t) for linear in linears)
@@ -219,7 +239,7 @@ def _launch(
     gated: bool,
     last: QuantType | None = None,
 ) -> None:
-    covered = int(params["x"]["tiles"]) * TILE_ROWS if gated and tiles.is_wide else int(params["tokens"])
+    covered = int(params["x"]["tiles"]) * TILE_ROWS if gated and tiles.writes_q8 else int(params["tokens"])
     token_tiles, row_tiles = -(-covered // tiles.tokens), int(params["tiles"])
     most = max(2, _MULTIPROCESSORS * tiles.resident // token_tiles)
     row_blocks = -(-row_tiles // -(-row_tiles // most)) if last is None else min(row_tiles, most)
@@ -236,15 +256,19 @@ def _launch(
 
 
 _TWO_SCALES = ("Q2_K", "Q3_K", "Q6_K")
+_SUMS_OF_X = {"Q4_1": 1, "Q5_1": 1, "Q4_K": 1, "Q5_K": 1, "Q2_K": 2}
+"""Sums of a unit of x that the products of a type need (`RowScales::kSums`)."""
 
 
 def shared_bytes(kind: QuantType, tiles: Tiles) -> int:
     """Dynamic shared memory of a block in bytes: `MmaShape::kBytes`, `WideShape::kBytes`."""
     unit = 512 + 64 * (4 if kind.name in _TWO_SCALES else 2) + 16
-    if tiles.is_wide:
-        x = 8 * tiles.tokens // 16 * (512 + 192)
-        return 2 * (4 * 8 * unit + x + 512 * tiles.tokens * 2)
-    return 2 * 32 * tiles.splits * unit + 4 * tiles.threads * tiles.tokens // 2
+    if not tiles.is_wide:
+        return 2 * 32 * tiles.splits * unit + 4 * tiles.threads * tiles.tokens // 2
+    units = 4 * tiles.chain_warps
+    x = units * tiles.tokens // 16 * (512 + 64 * (1 + _SUMS_OF_X.get(kind.name, 0)))
+    level, levels = 128 * tiles.threads, 2 if tiles.chain_warps == 2 else 1
+    return 2 * (tiles.rows // 16 * units * unit + x) + levels * level + level // tiles.chain_warps
 
 
 def _bias(linear: Linear) -> DeviceArray | None:

@@ -56,16 +56,16 @@ struct StoredSums {
     }
 };
 
-// The sums of 16 rows and 8·NT tokens that WARPS warps have stored. Of the 4·NT sums of a lane a thread
-// finishes SHARE, from `first` on.
-template <int WARPS, int NT, int SHARE>
+// The sums of NT MMAs that WARPS warps have stored, 16 rows and 8·TOKENS tokens after another. Of the
+// 4·NT sums of a lane a thread finishes SHARE, from `first` on.
+template <int WARPS, int NT, int SHARE, int TOKENS = NT>
 struct FinishedSums {
     int first, lane;
     __device__ __forceinline__ explicit FinishedSums(int warp) : first(warp * SHARE), lane(threadIdx.x % 32) {}
     __device__ __forceinline__ bool any() const { return first < 4 * NT; }
-    __device__ __forceinline__ int row(int k) const { return lane / 4 + (first + k) % 2 * 8; }
+    __device__ __forceinline__ int row(int k) const { return (first + k) / (4 * TOKENS) * 16 + lane / 4 + (first + k) % 2 * 8; }
     __device__ __forceinline__ int token(int k) const {
-        const int e = first + k, n = e / 4;
+        const int e = first + k, n = e / 4 % TOKENS;
         return n / 2 * 16 + lane % 4 * 4 + n % 2 + e / 2 % 2 * 2;
     }
     // The sum of the WARPS parts: the upper levels of the tree over chains.
@@ -99,21 +99,36 @@ private:
     static __device__ __forceinline__ void load_floats(const float* from, float (&to)[1]) { to[0] = *from; }
 };
 
-// Write finished sums: those of rows first_row + sums.row(k) of a tile of ROWS.
+// Write finished sums: those of rows first_row + sums.row(k) of a tile of ROWS. All loads come first, so
+// that they overlap.
 template <int ROWS, class Finished, int SHARE>
 __device__ __forceinline__ void write_rows(const MmaParams& p, int tile, int first_row, int first_token,
                                            const Finished& sums, const float (&y)[SHARE]) {
     if (!sums.any()) return;
+    const MmaMatrix& m = p.matrices[TileRow<ROWS, false>(p, tile, 0).matrix];
+    const int row = TileRow<ROWS, false>(p, tile, first_row).row;
+    const auto row_of = [&](int k) { return row + sums.row(k); };
+    const auto token_of = [&](int k) { return first_token + sums.token(k); };
+    const auto valid = [&](int k) { return row_of(k) < m.rows && token_of(k) < p.tokens; };
+    const auto offset = [&](int k) { return (size_t)token_of(k) * m.rows + row_of(k); };
+    float addend[SHARE], factor[SHARE];
 #pragma unroll
-    for (int k = 0; k < SHARE; ++k) {
-        const TileRow<ROWS, false> r(p, tile, first_row + sums.row(k));
-        const MmaMatrix& m = p.matrices[r.matrix];
-        const int t = first_token + sums.token(k);
-        if (r.row >= m.rows || t >= p.tokens) continue;
-        float addend = m.bias ? m.bias[r.row] : 0.f;
-        if (m.residual) addend = __fadd_rn(addend, m.residual[(size_t)t * m.rows + r.row]);
-        m.out[(size_t)t * m.rows + r.row] = __fmaf_rn(y[k], p.factor ? p.factor[t] : 1.f, addend);
-    }
+    for (int k = 0; k < SHARE; ++k) addend[k] = 0.f, factor[k] = 1.f;
+    if (m.bias)
+#pragma unroll
+        for (int k = 0; k < SHARE; ++k)
+            if (valid(k)) addend[k] = m.bias[row_of(k)];
+    if (m.residual)
+#pragma unroll
+        for (int k = 0; k < SHARE; ++k)
+            if (valid(k)) addend[k] = __fadd_rn(addend[k], m.residual[offset(k)]);
+    if (p.factor)
+#pragma unroll
+        for (int k = 0; k < SHARE; ++k)
+            if (valid(k)) factor[k] = p.factor[token_of(k)];
+#pragma unroll
+    for (int k = 0; k < SHARE; ++k)
+        if (valid(k)) m.out[offset(k)] = __fmaf_rn(y[k], factor[k], addend[k]);
 }
 
 // Call use(row, token, h) for the elements of h of a thread, which are zero where rows or tokens end.
@@ -122,14 +137,20 @@ __device__ __forceinline__ void each_gated(const MmaParams& p, int tile, int fir
                                            const Finished& sums, const float (&y)[SHARE], Use use) {
     if (!sums.any()) return;
     const float* const biases[2] = {p.matrices[0].bias, p.matrices[1].bias};
+    const auto row_of = [&](int k) { return TileRow<ROWS, true>(p, tile, first_row + sums.row(k)).row; };
+    const auto token_of = [&](int k) { return first_token + sums.token(k); };
+    const auto valid = [&](int k) { return row_of(k) < p.matrices[0].rows && token_of(k) < p.tokens; };
+    float factor[SHARE / 2], gate[SHARE / 2], up[SHARE / 2];
+#pragma unroll
+    for (int k = 0; k < SHARE; k += 2) {  // all loads first, so that they overlap
+        factor[k / 2] = valid(k) && p.factor ? p.factor[token_of(k)] : 1.f;
+        gate[k / 2] = valid(k) && biases[0] ? biases[0][row_of(k)] : 0.f;
+        up[k / 2] = valid(k) && biases[1] ? biases[1][row_of(k)] : 0.f;
+    }
 #pragma unroll
     for (int k = 0; k < SHARE; k += 2) {
-        const int row = TileRow<ROWS, true>(p, tile, first_row + sums.row(k)).row, t = first_token + sums.token(k);
-        const bool valid = row < p.matrices[0].rows && t < p.tokens;
-        const float factor = valid && p.factor ? p.factor[t] : 1.f;
-        const float gate = __fmaf_rn(y[k], factor, valid && biases[0] ? biases[0][row] : 0.f);
-        const float up = __fmaf_rn(y[k + 1], factor, valid && biases[1] ? biases[1][row] : 0.f);
-        use(row, t, valid ? gated(gate, up, p.gate) : 0.f);
+        const float a = __fmaf_rn(y[k], factor[k / 2], gate[k / 2]), b = __fmaf_rn(y[k + 1], factor[k / 2], up[k / 2]);
+        use(row_of(k), token_of(k), valid(k) ? gated(a, b, p.gate) : 0.f);
     }
 }
 
