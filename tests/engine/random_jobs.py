@@ -30,11 +30,11 @@ class RandomJob:
         return Sequence(self.name, self.prompt, self.max_tokens, self.sampling, self.end_ids, list(replay))
 
 
-def random_jobs(count, seed, vocab_size, prompt=48, tokens=10):
+def random_jobs(count, seed, vocab_size, prompt=48, tokens=10, *, grammars=True):
     """Jobs with prompts and answers of up to that many tokens.
 
     A third begin with a common prefix, a tenth have answers of up to four times the tokens, and a
-    quarter have a grammar.
+    quarter have a grammar. Jobs without `grammars` speculate, and few of them end early.
     """
     chance = random.Random(seed)
     prefixes = [[chance.randrange(vocab_size) for _ in range(prompt)] for _ in range(3)]
@@ -46,13 +46,13 @@ def random_jobs(count, seed, vocab_size, prompt=48, tokens=10):
         length = chance.randint(1, tokens if chance.random() < 0.9 else 4 * tokens)
         ends = frozenset(chance.sample(range(vocab_size), 3)) if chance.random() < 0.7 else frozenset()
         abort_after = chance.randint(1, length) if chance.random() < 0.1 else None
-        jobs.append(RandomJob(str(number), ids, length, _sampling(chance, vocab_size), ends, abort_after))
+        jobs.append(RandomJob(str(number), ids, length, _sampling(chance, vocab_size, grammars), ends, abort_after))
     return jobs
 
 
 def long_answers():
     """Jobs whose answers need more KV blocks than their prompts."""
-    return random_jobs(40, 9, 280, prompt=16, tokens=100)
+    return random_jobs(40, 9, 280, prompt=16, tokens=100, grammars=False)
 
 
 @dataclass
@@ -136,7 +136,7 @@ def run_jobs(engine, jobs, chance=None, preempt=0.0):
     return outcome
 
 
-def _sampling(chance, vocab_size):
+def _sampling(chance, vocab_size, grammars):
     def maybe(value, default):
         return value if chance.random() < 0.3 else default
 
@@ -155,5 +155,5 @@ def _sampling(chance, vocab_size):
         ignore_eos=chance.random() < 0.2,
         stop_token_ids=maybe(frozenset(chance.sample(range(vocab_size), 2)), frozenset()),
         logprobs=maybe(chance.randint(0, 5), None),
-        grammar=DigestGrammar(vocab_size, chance.getrandbits(32)) if chance.random() < 0.25 else None,
+        grammar=DigestGrammar(vocab_size, chance.getrandbits(32)) if grammars and chance.random() < 0.25 else None,
     )
