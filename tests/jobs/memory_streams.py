@@ -210,6 +210,17 @@ class MemoryStreams(Keyspace):
         found = [(entry_id, fields) for entry_id, fields in page if job_id.encode() in fields.get("p", b"")]
         return next_id(page[-1][0]) if len(page) == count else None, found
 
+    async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
+        """`position.lua`."""
+        stream = self._stream(queue_key(queue)) or Stream()
+        entries = await self.range(queue_key(queue), "-", "+", count)
+        waiting = [entry_id for entry_id, _ in entries if entry_id not in stream.pending]
+        for entry_id, fields in entries:
+            if text.encode() in fields.get("p", b""):
+                total = len(await self.range(queue_key(queue), "-", "+", 1_000_000)) - len(stream.pending)
+                return (waiting.index(entry_id) + 1, total) if entry_id in waiting else None
+        return None
+
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
         until = time.monotonic() + block_ms / 1000
         while True:

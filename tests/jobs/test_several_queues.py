@@ -100,3 +100,16 @@ async def test_a_client_finds_a_job_in_any_queue_of_a_worker(harness: Harness) -
     assert await client(harness, "other").submit(job_id="j", prompt="x", model="m") == "j"
     assert await client(harness, "third").is_known("j")
     assert (await claim_next(worker)).queue == "a"
+
+
+async def test_a_client_reports_the_place_of_a_waiting_job(harness: Harness) -> None:
+    submitter = client(harness, "a")
+    for n in range(4):
+        await submitter.submit(job_id=f"j{n}", prompt="x", correlation_id=f"request-{n}")
+    assert await submitter.position("request-2") == (3, 4)
+    worker = await serving(harness, "a")
+    await claim_next(worker)
+    assert await submitter.position("request-0") is None
+    assert await submitter.position("request-2") == (2, 3)
+    assert await submitter.position("request-9") is None
+    assert await client(harness, "empty").position("request-0") is None

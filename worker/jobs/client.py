@@ -42,6 +42,8 @@ CANCELLED_TTL_MS = 7 * 24 * 3600 * 1000
 PUBLISHED_PAGE = 1000
 MAX_COMMANDS = 10_000
 """Approximate number of entries kept on the control stream."""
+POSITIONS = 1000
+"""Entries of a queue that `position` searches."""
 _UNREAD = JobState("0-1")
 """A state that no job has: `cancel` with it changes no waiting job."""
 
@@ -253,6 +255,11 @@ class Client:
         """The job's state hash; empty for an unknown job."""
         return (await repeat_briefly(self._streams.job_state, job_id)).fields
 
+    @property
+    def queue_name(self) -> str:
+        """Name of this client's queue."""
+        return self._queue
+
     async def queue(self, count: int = 100) -> list[QueueEntry]:
         """The first `count` jobs of the queue, waiting and running."""
         pending = {row.entry_id: row for row in await repeat_briefly(self._streams.pending, self._queue, count)}
@@ -263,9 +270,18 @@ class Client:
             entries.append(QueueEntry(entry_id, job_id_of(fields.get("p", b"")), worker, deliveries))
         return entries
 
-    async def queue_length(self) -> int:
-        """Number of jobs in the queue, waiting and running."""
-        return await repeat_briefly(self._streams.length, queue_key(self._queue))
+    async def queue_length(self, queue: str | None = None) -> int:
+        """Number of jobs in a queue, by default this client's, waiting and running."""
+        return await repeat_briefly(self._streams.length, queue_key(queue or self._queue))
+
+    async def position(self, correlation_id: str, model: str | None = None) -> tuple[int, int] | None:
+        """Place of a waiting job among the waiting jobs of its queue, from 1, and their number.
+
+        The job is the first one with that correlation id in the queue that serves `model`. None if
+        it does not wait there, or not among the first POSITIONS jobs.
+        """
+        queue = await self._queues.of_model(model)
+        return await repeat_briefly(self._streams.position, queue, correlation_id, POSITIONS)
 
     async def unclaimed(self, model: str | None = None) -> int:
         """Number of jobs that no worker has claimed, in the queue for jobs of the model."""
@@ -290,9 +306,9 @@ class Client:
         """The oldest `count` dead letters."""
         return [DeadLetter.of(record) for record in await self._range(dead_key(self._queue), "-", "+", count)]
 
-    async def dead_letter_count(self) -> int:
-        """Number of dead letters."""
-        return await repeat_briefly(self._streams.length, dead_key(self._queue))
+    async def dead_letter_count(self, queue: str | None = None) -> int:
+        """Number of dead letters of a queue, by default this client's."""
+        return await repeat_briefly(self._streams.length, dead_key(queue or self._queue))
 
     async def dead_letter(self, entry_id: str) -> DeadLetter | None:
         """The dead letter with that id."""
@@ -365,6 +381,7 @@ class SyncClient:
     state = _sync(Client.state)
     queue = _sync(Client.queue)
     queue_length = _sync(Client.queue_length)
+    position = _sync(Client.position)
     workers = _sync(Client.workers)
     worker_events = _sync_iterator(Client.worker_events)
     dead_letters = _sync(Client.dead_letters)

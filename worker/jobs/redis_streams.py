@@ -70,7 +70,7 @@ class RedisStreams:
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job = ("take", "append", "cancel", "state")
         of_queue = ("renew", "settle")
-        others = ("reclaim", "pending", "enqueue", "find", "remove_consumers")
+        others = ("reclaim", "pending", "enqueue", "find", "position", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         self._scripts |= {name: commands.register_script(_lua("queue") + _lua(name)) for name in of_queue}
         self._scripts |= {name: commands.register_script(_lua(name)) for name in others}
@@ -331,6 +331,10 @@ class RedisStreams:
             (_text(i), _fields(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
         ]
         return next_id(_text(last)) if last else None, records
+
+    async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
+        found = await self._on_queue("position", queue, text, count)
+        return (int(found[0]), int(found[1])) if found else None
 
     async def length(self, key: str) -> int:
         return int(await self._call(self._commands.xlen(key)))

@@ -319,6 +319,13 @@ class Streams(Protocol):
         payload contains the id's text.
         """
 
+    async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
+        """Return the place of the first entry with `text` in its payload among the waiting ones.
+
+        Places count from 1; the second number is that of all waiting entries. None if none of the
+        queue's first `count` entries contains the text, or if that entry runs.
+        """
+
     async def length(self, key: str) -> int:
         """Return the number of entries of a stream."""
 
