@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import WorkerError
-from worker.gateway import batches, files, health, messages, responses
+from worker.gateway import batches, files, health, messages, page, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
@@ -30,7 +30,8 @@ from worker.telemetry import frames_of
 
 REQUEST_ID = "x-request-id"
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
-_OPEN_PATHS = frozenset({"/health", "/metrics"})
+_OPEN_PATHS = ("/", "/health", "/metrics")
+_OPEN_FOLDER = "/static/"
 """Paths that need no API key and are served while the gateway drains."""
 
 ROUTES = [
@@ -46,6 +47,7 @@ ROUTES = [
     *batches.ROUTES,
     Route("/tokenize", health.tokenize, methods=["POST"]),
     Route("/detokenize", health.tokenize, methods=["POST"]),
+    *page.ROUTES,
 ]
 
 
@@ -72,6 +74,7 @@ def create_app(context: GatewayContext) -> Starlette:
         routes=ROUTES, middleware=[Middleware(Gate, context=context)], exception_handlers=handlers, lifespan=lifespan
     )
     app.state.context = context
+    app.state.queue_lengths = page.QueueLengths(context)
     return app
 
 
@@ -135,7 +138,7 @@ class Gate:
     def _refuse(self, scope: Scope, headers: Headers, request_id: str, began: float) -> Response | None:
         """The error response, or None after the call is added to the scope."""
         context = self._context
-        if scope["path"] in _OPEN_PATHS:
+        if scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDER):
             return None
         try:
             if context.draining:
