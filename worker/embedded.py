@@ -34,7 +34,7 @@ class Child:
     Start it from the main thread: Linux kills the child when the thread that started it ends.
     """
 
-    def __init__(self, command: Sequence[str | Path], output: IO[bytes] | int = subprocess.DEVNULL) -> None:
+    def __init__(self, command: Sequence[str | Path], output: IO[bytes] | int | None = subprocess.DEVNULL) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "worker.embedded", str(os.getpid()), *map(str, command)],
             stdin=subprocess.PIPE,  # never written to: its end of file means that the parent ended

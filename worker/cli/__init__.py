@@ -44,6 +44,7 @@ _MODULES = {
     "models": "tokenize inspect pull",
     "demo": "demo",
     "bench": "bench",
+    "serve_model": "serve",
     "serve": "run",
     "gateway": "gateway",
     "jobs": "submit tail cancel",

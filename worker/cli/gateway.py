@@ -52,12 +52,17 @@ def gateway(
         "log.format": log_format,
     }
     settings = load_settings(config, flags)
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ConfigInvalid(f"the gateway needs {', '.join(missing)}; pip install 'worker-orcd[gateway]'")
+    require_packages()
     import uvloop  # noqa: PLC0415  # of the extra `gateway`
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings))
+
+
+def require_packages() -> None:
+    """Raise ConfigInvalid unless the packages of the extra `gateway` are installed."""
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise ConfigInvalid(f"the gateway needs {', '.join(missing)}; pip install 'worker-orcd[gateway]'")
 
 
 async def _serve(settings: Settings) -> None:
