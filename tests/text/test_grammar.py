@@ -116,6 +116,26 @@ def test_a_constant_may_contain_the_names_of_keywords(tokenizer):
     assert accepts(grammar, tokenizer, '{"not":1,"if":2}')
 
 
+@pytest.mark.parametrize("character", [*map(chr, range(32)), "\x7f", "\x80", "\u2028", '"', "\\", "\\u0000", "é"])
+def test_a_constant_is_written_whole_or_refused(tokenizer, character):
+    text = f"a{character}b"
+    for keyword, value, instance in (
+        ("const", text, text),
+        ("enum", [1, {"k": [text]}], {"k": [text]}),
+        ("const", {text: 1}, {text: 1}),
+    ):
+        schema = {"items": {keyword: value}}
+        try:
+            grammar = compiled(tokenizer, "json_schema", schema)
+        except InvalidRequest:
+            field, constraint = schema_error(tokenizer, schema)
+            assert (field, "control characters" in constraint) == (f"{SCHEMA}.items.{keyword}", True)
+            assert character not in "\b\t\n\f\r"
+            assert character < " " or character == "\x7f"
+        else:
+            assert accepts(grammar, tokenizer, json.dumps([instance], ensure_ascii=False, separators=(",", ":")))
+
+
 def test_a_key_cannot_be_written_twice_in_two_spellings(tokenizer):
     grammar = compiled(tokenizer, "json_schema", {"type": "object", "properties": {"a\n": {"const": 1}}})
     assert accepts(grammar, tokenizer, '{"a\\n":1,"b":2}')

@@ -7,6 +7,7 @@ and refuses what llguidance accepts and does not enforce exactly:
 | --- | --- |
 | `patternProperties` | overlapping patterns and properties are not told apart reliably |
 | `minProperties` | additional keys may repeat, and count once when the text is parsed |
+| `const`, `enum` | of strings with most control characters, since these would be dropped |
 | `x-guidance` | options of llguidance, one of which ignores unsupported keywords |
 
 Without `$schema` the dialect is Draft 2020-12. Properties are generated in the order of the schema.
@@ -14,6 +15,7 @@ Unknown keywords are annotations, as in JSON Schema. Read next: grammar.py.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,6 +40,9 @@ _NEUTRAL = {"uniqueItems": False, "unevaluatedProperties": True, "unevaluatedIte
 """Values of unsupported keywords that allow everything."""
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _NO_STRINGS = frozenset(("array", "boolean", "integer", "null", "number", "object"))
+
+_DROPPED = re.compile(r"(?<!\\)(?:\\\\)*\\u00|\x7f")
+"""In constants as JSON: characters that llguidance leaves out without escapes by code point."""
 
 _IN_MAP = ("properties", "$defs", "definitions")
 _IN_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -118,6 +123,8 @@ def _unsupported(schema: Mapping[str, Any], place: str) -> Iterator[Error]:
     for key, value in schema.items():
         if key in _UNSUPPORTED and not (key in _NEUTRAL and value is _NEUTRAL[key]):
             yield f"{place}.{key}", "not supported: a grammar can't enforce this keyword", None
+        if key in ("const", "enum") and _DROPPED.search(json.dumps(value, ensure_ascii=False)):
+            yield f"{place}.{key}", "strings without control characters, besides line ends and tabs", None
     form, kind = schema.get("format"), schema.get("type")
     kinds = frozenset([kind] if isinstance(kind, str) else kind if isinstance(kind, list | tuple) else ["string"])
     if form is not None and form not in _FORMATS and not kinds <= _NO_STRINGS:
