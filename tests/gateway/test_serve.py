@@ -58,8 +58,8 @@ def is_served(url):
 def test_one_command_serves_a_model_over_http(url, tmp_path: Path):
     process, base = url
     wait_until(lambda: is_served(base))
+    assert len(psutil.Process(process.pid).children()) == 3, "the server, the worker and the gateway"
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 3, "the server, the worker and the gateway"
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     answer = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=30).json()
     assert answer["usage"]["completion_tokens"] <= 4, answer
