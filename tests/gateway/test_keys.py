@@ -8,7 +8,8 @@ import hashlib
 import openai
 import pytest
 
-from tests.gateway.gateways import fake_worker, gateway, wait_for_jobs
+from tests.gateway.gateways import events_of, fake_worker, gateway, wait_for_jobs
+from tests.jobs.harness import wait_until
 from tests.service.models import SharedModel
 from tests.service.serving import LONG_LEASE, serving
 from worker.errors import ConfigInvalid
@@ -106,6 +107,7 @@ async def guarded(harness):
         entry(key="sk-secret-none", tenant="none", models=("other",)),
         entry(key="sk-secret-slow", tenant="slow", requests_per_minute=2),
         entry(key="sk-secret-few", tenant="few", tokens_per_minute=3),
+        entry(key="sk-secret-fifty", tenant="fifty", tokens_per_minute=35),
     ]
     async with (
         serving(harness, SharedModel.echo().fresh(), lease=LONG_LEASE),
@@ -149,6 +151,46 @@ async def test_a_key_may_use_its_models_only(guarded):
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
     assert (await http.get("/v1/models", headers=bearer("none"))).json()["data"] == []
     assert [each["id"] for each in (await http.get("/v1/models", headers=bearer("all"))).json()["data"]] == ["echo"]
+
+
+async def test_another_tenant_s_stream_cannot_be_resumed(guarded):
+    body = BODY | {"stream": True}
+    whole = events_of((await guarded.http().post("/v1/chat/completions", json=body, headers=bearer("all"))).text)
+    for name, status in (("slow", 400), ("all", 200)):
+        headers = bearer(name) | {"Last-Event-ID": whole[0]["id"]}
+        response = await guarded.http().post("/v1/chat/completions", json=body, headers=headers)
+        assert response.status_code == status
+
+
+async def test_another_tenant_cannot_take_a_response(guarded):
+    body = {"model": "echo", "input": "hello"}
+    created = (await guarded.http().post("/v1/responses", json=body, headers=bearer("all"))).json()
+    for given in (body, body | {"input": "x"}):
+        headers = bearer("slow") | {"Last-Event-ID": f"{created['id']}:0-1:0"}
+        taken = await guarded.http().post("/v1/responses", json=given, headers=headers)
+        assert taken.status_code == 400
+    path = f"/v1/responses/{created['id']}"
+    assert (await guarded.http().get(path, headers=bearer("slow"))).status_code == 404
+    assert (await guarded.http().get(path, headers=bearer("all"))).json()["output"] == created["output"]
+
+
+async def test_tokens_of_broken_streams_and_of_background_responses_count(guarded):
+    body = BODY | {"stream": True, "ignore_eos": True, "max_tokens": 3000}
+    async with guarded.http().stream("POST", "/v1/chat/completions", json=body, headers=bearer("few")) as response:
+        async for line in response.aiter_lines():
+            if '"finish_reason":null' in line and '"content":"' in line:
+                break
+
+    async def noticed() -> bool:
+        return guarded.context.open_requests == 0
+
+    await wait_until(noticed)
+    refused = await guarded.http().post("/v1/chat/completions", json=BODY, headers=bearer("few"))
+    assert refused.json()["error"]["code"] == "tokens_per_minute"
+    background = {"model": "echo", "input": "hello", "background": True, "max_output_tokens": 40}
+    for status in (200, 429):
+        response = await guarded.http().post("/v1/responses", json=background, headers=bearer("fifty"))
+        assert response.status_code == status
 
 
 async def test_the_rates_of_a_key_answer_429_with_the_time_to_wait(guarded):

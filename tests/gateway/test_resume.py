@@ -110,7 +110,7 @@ async def test_an_event_s_id_has_the_redis_entry_s(two):
         ("chatcmpl-x:1-1:1", 400),
         (f"cmpl-{'a' * 32}:1-1:1", 400),
         (f"chatcmpl-{'a' * 32}:1-1:1.1", 400),
-        (f"chatcmpl-{'a' * 32}:1-1:1", 404),
+        (f"chatcmpl-{'a' * 32}:1-1:1", 400),
     ],
 )
 async def test_a_last_event_id_of_no_stream_is_refused(two, last_id, status):
@@ -118,6 +118,23 @@ async def test_a_last_event_id_of_no_stream_is_refused(two, last_id, status):
     response = await one.http().post("/v1/chat/completions", json=body_of("emoji"), headers={"Last-Event-ID": last_id})
     assert response.status_code == status
     assert response.json()["error"]["param"] == "Last-Event-ID"
+
+
+async def test_a_stream_that_has_expired_is_not_found(two):
+    one, _ = two
+    last_id = (await stream(one, body_of("emoji")))[0]["id"]
+    await one.client.forget(last_id.partition(":")[0], 0)
+    response = await one.http().post("/v1/chat/completions", json=body_of("emoji"), headers={"Last-Event-ID": last_id})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "stream_not_found")
+
+
+@pytest.mark.parametrize("fields", [{"logprobs": False}, {"seed": 5}, {"user": "somebody"}, {"n": 2}])
+async def test_a_stream_is_resumed_by_the_same_request_only(two, fields):
+    one, other = two
+    last_id = (await stream(one, body_of("emoji")))[0]["id"]
+    body = body_of("emoji", **fields)
+    response = await other.http().post("/v1/chat/completions", json=body, headers={"Last-Event-ID": last_id})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "stream_mismatch")
 
 
 async def test_a_last_event_id_of_another_request_than_the_key_s_is_refused(two):

@@ -4,9 +4,12 @@ A job's id is the id of the API's object, so any gateway process finds the job o
 
 | request | id | when its client disconnects |
 | --- | --- | --- |
-| no header | random | the job is cancelled |
-| `Idempotency-Key` | digest of tenant, key, job fields | the job goes on: the client may return |
+| no header | 16 random digits, 16 of a digest | the job is cancelled |
+| `Idempotency-Key` | 16 digits of a digest of tenant and key, 16 of a digest | the job goes on |
 | `Last-Event-ID` | in the header | cancelled, unless the request has the key too |
+
+The second digest is of tenant, first digits and job fields, so a request that resumes a stream has
+the same tenant and the same fields as the one that began it.
 
 A request with a known id attaches to the job's stream and reads it from the start: the translation
 of events is a function of the stream, so the caller leaves out what the client has received.
@@ -20,8 +23,8 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -30,8 +33,9 @@ from typing import Any
 from worker.errors import WorkerError
 from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import ApiError, deadline_passed, error_of_event, invalid
-from worker.jobs.events import End, ErrorEvent, Token
+from worker.jobs.events import End, ErrorEvent, Started, Token
 from worker.jobs.keys import START, is_entry_id
+from worker.jobs.protocol import DEFAULT_MAX_TOKENS
 from worker.jobs.reader import StreamEvent
 from worker.jobs.streams import Disconnected
 
@@ -40,6 +44,7 @@ _CANCEL_S = 30.0
 _CANCEL_PAUSE_S = 0.2
 _DEADLINE_MARGIN_S = 0.25
 """For which a job that runs may take to end itself at its deadline."""
+_FIRST_DIGITS = 16
 _POSITION = re.compile(r"([A-Za-z]+[-_][0-9a-f]{32}):([0-9]+-[0-9]+):([0-9]+(?:\.[0-9]+)*)")
 
 
@@ -76,6 +81,8 @@ class JobRun:
         self._submission: asyncio.Task[str] | None = None
         self._attached = False
         self._ended = False
+        self._read_tokens = 0
+        """Tokens of prompt and answer that were read."""
         self._model = ""
         self._deadline_s = math.inf
         """`time.monotonic` at which a job that waits has missed its deadline."""
@@ -148,23 +155,27 @@ class JobRun:
         """Count the page's tokens; return the index of the next one."""
         tokens = [item for item in page if isinstance(item.event, Token)]
         metrics = self._context.metrics
+        self._read_tokens += len(tokens)
+        self._read_tokens += sum(item.event.prompt_tokens for item in page if isinstance(item.event, Started))
         if tokens:
             metrics.tokens.inc(len(tokens))
             if next_i == 0 and not self._attached:
                 metrics.first_token.observe(time.monotonic() - self._call.received_s)
                 metrics.relay.observe(max(0.0, time.time() - tokens[0].envelope.ts_ms / 1000))
             next_i += len(tokens)
-        if isinstance(end := page[-1].event, End):
+        if isinstance(page[-1].event, End):
             self._ended = True
-            if not self._attached:
-                self._call.caller.charge(end.prompt_tokens + end.tokens_out)
         return next_i
 
     def release(self) -> None:
         """Stop reading: cancel the job in the background unless it has ended or has a key.
 
-        A gateway that stops before its streams have ended leaves their jobs to other gateways.
+        A gateway that stops before its streams have ended leaves their jobs to other gateways. The
+        tokens that were read count towards the caller's rate, once.
         """
+        if not self._attached:
+            self._call.caller.charge(self._read_tokens)
+            self._read_tokens = 0
         if self._ended or self._call.idempotency_key is not None or self._context.stopping:
             return
         if self._attached or self._submission is not None:
@@ -194,7 +205,7 @@ class JobRun:
 
 
 def _retrieve_error(submission: asyncio.Task[str]) -> None:
-    """Retrieve the error of a submission that nobody awaits any more."""
+    """Retrieve the error of a submission whose request has ended."""
     if not submission.cancelled():
         submission.exception()
 
@@ -216,10 +227,12 @@ class JobGroup:
     def _resumed_id(self, prefix: str) -> str:
         position = self.resumed
         assert position is not None, "checked by the caller"
-        if not position.group.startswith(prefix) or len(position.steps) != len(self._jobs):
-            raise invalid("Last-Event-ID belongs to another kind of request", "Last-Event-ID")
-        if self._call.idempotency_key is not None and position.group != _group_id(self._call, prefix, self._jobs):
-            raise invalid("Last-Event-ID belongs to another request than Idempotency-Key", "Last-Event-ID")
+        first = position.group.removeprefix(prefix)[:_FIRST_DIGITS]
+        given = _first_digits(self._call)
+        same = position.group == _group_id(self._call, prefix, self._jobs, first)
+        if not same or first != (given or first) or len(position.steps) != len(self._jobs):
+            message = "Last-Event-ID belongs to another request: send the same body with the same keys"
+            raise invalid(message, "Last-Event-ID", "stream_mismatch")
         return position.group
 
     async def start(self) -> None:
@@ -279,6 +292,10 @@ class JobGroup:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
+    def reserve(self) -> None:
+        """Count the most tokens of answers in the background towards the caller's rate."""
+        self._call.caller.charge(sum(job.get("max_tokens") or DEFAULT_MAX_TOKENS for job in self._jobs))
+
     def close(self) -> None:
         """Cancel the jobs that have not ended, unless the request has a key. Does not wait."""
         for run in self.runs:
@@ -295,8 +312,17 @@ async def _read(index: int, run: JobRun, merged: asyncio.Queue[tuple[int, Page |
         await merged.put((index, error))
 
 
-def _group_id(call: Call, prefix: str, jobs: Sequence[Mapping[str, Any]]) -> str:
-    if call.idempotency_key is None:
-        return prefix + uuid.uuid4().hex
-    parts = [call.caller.tenant or "", call.idempotency_key, json.dumps(jobs, sort_keys=True)]
-    return prefix + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+def _group_id(call: Call, prefix: str, jobs: Sequence[Mapping[str, Any]], first: str | None = None) -> str:
+    """The id of a request's jobs; `first` are the first digits of one that is resumed."""
+    first = first or _first_digits(call) or secrets.token_hex(_FIRST_DIGITS // 2)
+    return prefix + first + _digest(call.caller.tenant or "", first, json.dumps(jobs, sort_keys=True))
+
+
+def _first_digits(call: Call) -> str | None:
+    """The first digits of a request with an `Idempotency-Key`, else None."""
+    key = call.idempotency_key
+    return None if key is None else _digest(call.caller.tenant or "", key)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:_FIRST_DIGITS]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class _Creation:
         except Exception:
             await self.store.discard(self.stored)
             raise
+        if self.stored.background:
+            self.group.reserve()
 
 
 async def create(request: Request) -> Response:
@@ -205,7 +208,7 @@ def _received(request: Request, last_event_id: str | None) -> int:
     """The number of events that the client has received."""
     after = request.query_params.get("starting_after")
     if after is not None:
-        if not after.isascii() or not after.isdigit():
+        if not re.fullmatch(r"[0-9]{1,15}", after):
             raise invalid("starting_after: a sequence number", "starting_after")
         return int(after) + 1
     if last_event_id is None:
