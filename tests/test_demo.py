@@ -64,7 +64,7 @@ def test_the_demo_streams_two_answers_with_statistics_and_prints_the_next_comman
         assert f"tail {what} --redis-url redis://127.0.0.1:{port}" in out
     assert re.search(r"tail --worker demo-\d+-\w+ --redis-url", out)
     assert "run --model smollm2" in out
-    assert re.search(r"http://127\.0\.0\.1:8000/v1, over that queue:\n .* gateway\n", out)
+    assert re.search(r"http://127\.0\.0\.1:8000/v1, over that queue, .*:\n .* gateway\n .* serve smollm2\n", out)
     assert processes_with(port) == []
     assert list(tmp_path.iterdir()) == []
 

@@ -96,13 +96,15 @@ def test_submit_wait_reports_failures_by_exit_code(worker):
     assert lines(out)[-1]["code"] == "INFERENCE_TIMEOUT"
 
 
-def test_cancel_jobs_and_workers(worker):
+def test_cancel_jobs_and_workers(worker, url):
     worker("submit", "abc", "--max-tokens", 4000, "--job-id", "long")
     worker("submit", "abc", "--max-tokens", 5, "--job-id", "short")
     rows = _until(lambda: lines(worker("jobs", "--json")[1]), lambda rows: rows[0]["state"] == "running")
     assert [(row["job_id"], row["state"]) for row in rows] == [("long", "running"), ("short", "waiting")]
     assert rows[0]["worker"].startswith("echoer-")
     assert "running" in worker("jobs")[1]
+    with SyncClient.from_url(url) as client:  # the entry is delivered before the job has begun
+        _until(lambda: client.state("long"), lambda state: state["state"] == "running")
     assert worker("cancel", "long")[:2] == (0, "requested\n")
     assert worker("tail", "short")[0] == 0
     assert worker("cancel", "short")[:2] == (0, "over\n")
