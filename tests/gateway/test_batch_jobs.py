@@ -43,7 +43,7 @@ def jobs_of(endpoint, *, keys=None):
 
 async def execute(jobs, **batch):
     later = int(time.time()) + 60
-    created = Batch("batch_1", batch.get("tenant", ""), CHAT, "file-1", "24h", times={"expires_at": later})
+    created = Batch("batch_1", "one", CHAT, "file-1", "24h", times={"expires_at": later}, **batch)
     return await jobs.execute(created, LineRequest(3, "c", {"model": "m"}))
 
 
@@ -93,13 +93,29 @@ async def test_a_server_that_is_away_is_no_outcome():
         await execute(jobs)
 
 
-async def test_a_tenant_without_a_key_gets_no_answer():
+@pytest.mark.parametrize("digest", [None, KeyEntry(key="key-that-left", tenant="one").digest])
+async def test_a_batch_whose_key_has_left_the_key_file_gets_no_answer(digest):
     async def endpoint(request):
         raise AssertionError("it was run")
 
     jobs, _ = jobs_of(endpoint, keys=ApiKeys([KeyEntry(key="key-of-one", tenant="one")]))
 
-    assert (await execute(jobs, tenant="two")).status == 403
+    assert (await execute(jobs, key_digest=digest)).status == 403
+
+
+async def test_a_request_is_made_by_the_key_that_created_the_batch():
+    callers = []
+
+    async def endpoint(request):
+        callers.append(call_of(request).caller)
+        return JSONResponse({})
+
+    entries = [KeyEntry(key=f"key-number-{n}", tenant="one") for n in range(3)]
+    keys = ApiKeys(entries)
+    jobs, _ = jobs_of(endpoint, keys=keys)
+    await execute(jobs, key_digest=entries[1].digest)
+
+    assert callers == [keys.caller({"x-api-key": "key-number-1"})]
 
 
 async def test_a_request_that_is_late_while_it_waits_for_room_is_not_run():

@@ -10,6 +10,7 @@ import pytest
 from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import last_turn, scripted_worker, stack
 from tests.jobs.harness import wait_until
+from worker.gateway.keys import ApiKeys, KeyEntry
 
 BREAKS = "a\u2028b\x85c"
 """Line ends for `str.splitlines`, but not in JSON Lines."""
@@ -253,6 +254,27 @@ async def test_a_cancelled_batch_cancels_its_jobs_and_keeps_what_is_done(harness
     assert batch.cancelled_at
     assert len(output) == batch.request_counts.completed < 21
     assert batch.request_counts.failed == 0
+
+
+async def test_the_models_of_the_key_that_created_a_batch_apply_to_its_lines(harness):
+    allowed, refused = KeyEntry(key="key-allowed", tenant="t"), KeyEntry(key="key-refused", tenant="t", models=("x",))
+    async with (
+        scripted_worker(harness, script) as prompts,
+        gateway(harness, keys=ApiKeys([allowed, refused])) as gate,
+        gate.openai(api_key=allowed.key) as one,
+        gate.openai(api_key=refused.key) as two,
+    ):
+        await gate.wait_for_model("scripted")
+        lines = [line("c", CHAT, body_of(CHAT, "x"))]
+        batch = await ended(two, (await submit(two, lines)).id)
+        (error,) = await lines_of(two, batch.error_file_id)
+        assert prompts == []
+        completed = await ended(one, (await submit(one, lines)).id)
+        assert "key_digest" not in batch.to_dict()
+
+    assert error["response"]["status_code"] == 403
+    assert error["response"]["body"]["error"]["code"] == "model_not_allowed"
+    assert completed.request_counts.completed == 1
 
 
 async def test_batches_are_listed_in_pages_the_newest_first(harness):

@@ -1,8 +1,8 @@
 """How a gateway answers the requests of batches: through its own endpoints, when workers have room.
 
-A request goes to the endpoint that it names, inside the process, as a request of the batch's tenant
-with an idempotency key of batch and line. So its jobs have ids that every gateway derives, and a
-request that is run again attaches to the jobs that it has.
+A request goes to the endpoint that it names, inside the process, as a request of the API key
+that created the batch, with an idempotency key of batch and line. So its jobs have ids that every
+gateway derives, and a request that is run again attaches to the jobs that it has.
 
 Queues are first in, first out. So that other jobs need not wait behind a batch, a request is
 started only while fewer jobs of its model are unclaimed than workers serve it.
@@ -50,9 +50,10 @@ class LineJobs:
 
     async def execute(self, batch: Batch, line: LineRequest) -> Outcome:
         """Answer a request. Raises Disconnected if the server is away."""
-        caller = self._context.keys.of_tenant(batch.tenant or None)
+        caller = self._context.keys.of_digest(batch.key_digest)
         if caller is None:
-            error = ApiError(HTTPStatus.FORBIDDEN, "the tenant of the batch has no API key", code="no_api_key")
+            message = "the API key that created the batch is no longer valid"
+            error = ApiError(HTTPStatus.FORBIDDEN, message, code="no_api_key")
             return Outcome(error.status, error.openai_body())
         key = f"{batch.id}:{line.line}"
         call = Call(f"{batch.id}-{line.line}", caller, time.monotonic(), idempotency_key=key)

@@ -49,6 +49,8 @@ class Batch:
     completion_window: str
     metadata: dict[str, str] | None = None
     output_expires_s: int | None = None
+    key_digest: str | None = None
+    """SHA-256 of the API key that created the batch, whose models and rates apply to its lines."""
     status: str = "validating"
     times: dict[str, int] = field(default_factory=dict)
     total: int = 0
@@ -100,8 +102,8 @@ class Batch:
 
 
 _STORED = (
-    *("id", "tenant", "endpoint", "input_file_id", "completion_window", "metadata", "output_expires_s", "status"),
-    *("total", "output_file_id", "error_file_id", "errors"),
+    *("id", "tenant", "endpoint", "input_file_id", "completion_window", "metadata", "output_expires_s"),
+    *("key_digest", "status", "total", "output_file_id", "error_file_id", "errors"),
 )
 
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from worker.gateway.batch_jobs import WINDOW_S, LineJobs
 from worker.gateway.batch_runner import BatchRunner, RunnerSettings
 from worker.gateway.batch_store import Batch, BatchStore
-from worker.gateway.context import GatewayContext, context_of
+from worker.gateway.context import GatewayContext, call_of, context_of
 from worker.gateway.errors import ApiError, invalid
 from worker.gateway.files import file_store, listing, paged, tenant_of
 from worker.gateway.request import ApiModel, read_body
@@ -58,6 +58,7 @@ async def create(request: Request) -> Response:
         raise invalid(error.message, "input_file_id", error.code) from None
     expires_s = body.output_expires_after.seconds if body.output_expires_after else None
     batch = Batch(*("", tenant, body.endpoint, body.input_file_id, body.completion_window, body.metadata, expires_s))
+    batch.key_digest = call_of(request).caller.digest
     await batch_store(context).create(batch, WINDOW_S)
     request.app.state.batch_runner.wake()
     return JSONResponse(batch.to_api())

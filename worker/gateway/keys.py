@@ -85,6 +85,8 @@ class Caller:
 
     def __init__(self, entry: KeyEntry | None = None, clock: Clock = time.monotonic) -> None:
         self.tenant = entry.tenant if entry else None
+        self.digest = entry.digest if entry else None
+        """SHA-256 of the key in hex."""
         self._models = entry.models if entry else None
         requests, tokens = (entry.requests_per_minute, entry.tokens_per_minute) if entry else (None, None)
         self._requests = Bucket(requests, clock) if requests else None
@@ -120,7 +122,8 @@ class ApiKeys:
 
     def __init__(self, entries: list[KeyEntry] | None = None, clock: Clock = time.monotonic) -> None:
         self._callers = {entry.digest: Caller(entry, clock) for entry in entries or ()}
-        self._anybody = None if entries else Caller()
+        self._unrestricted = None if entries else Caller()
+        """The caller of every request if there are no keys."""
 
     @classmethod
     def load(cls, path: str) -> ApiKeys:
@@ -140,16 +143,19 @@ class ApiKeys:
             raise ConfigInvalid(f"gateway.api_keys: {path} has the same key twice")
         return cls(entries)
 
-    def of_tenant(self, tenant: str | None) -> Caller | None:
-        """The caller of a tenant's first key, for what runs without a request of the tenant."""
-        if self._anybody is not None:
-            return self._anybody
-        return next((caller for caller in self._callers.values() if caller.tenant == tenant), None)
+    def of_digest(self, digest: str | None) -> Caller | None:
+        """Return the caller with this digest of its key, None if the file does not have the key.
+
+        Without keys, return the caller of every request.
+        """
+        if self._unrestricted is not None:
+            return self._unrestricted
+        return self._callers.get(digest or "")
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """The caller by `Authorization: Bearer KEY` or `x-api-key`. Raises status 401."""
-        if self._anybody is not None:
-            return self._anybody
+        if self._unrestricted is not None:
+            return self._unrestricted
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         caller = self._callers.get(_digest(given)) if given else None
