@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from tests.jobs.harness import wait_until
 from worker.config import LogSection
 from worker.gateway.batch_jobs import LineJobs
 from worker.gateway.batch_lines import LineRequest
@@ -116,6 +118,52 @@ async def test_a_request_is_made_by_the_key_that_created_the_batch():
     await execute(jobs, key_digest=entries[1].digest)
 
     assert callers == [keys.caller({"x-api-key": "key-number-1"})]
+
+
+async def test_a_job_is_cancelled_that_reaches_the_server_after_the_cancellation():
+    async def endpoint(request):
+        call_of(request).job_ids = ["job", "job-1"]
+        await asyncio.Event().wait()
+
+    jobs, _ = jobs_of(endpoint)
+    outcomes = {"job": ["cancelled"], "job-1": ["unknown", "unknown", "requested"]}
+
+    async def cancel(job_id):
+        return outcomes[job_id].pop(0)
+
+    jobs._context.client.cancel = cancel
+    batch = Batch("batch_1", "", CHAT, "file-1", "24h", times={"expires_at": int(time.time()) + 60})
+    line = LineRequest(1, "c", {"model": "m"})
+    task = asyncio.create_task(jobs.execute(batch, line))
+
+    async def begun():
+        return any(call.job_ids for call in jobs._calls.values())
+
+    await wait_until(begun)
+    await jobs.cancel(batch, line)
+    task.cancel()
+
+    assert outcomes == {"job": [], "job-1": []}
+
+
+async def test_a_request_that_waits_for_room_is_not_run_once_its_batch_is_cancelled():
+    async def endpoint(request):
+        raise AssertionError("it was run")
+
+    jobs, _ = jobs_of(endpoint)
+    batch = Batch("batch_1", "", CHAT, "file-1", "24h", times={"expires_at": int(time.time()) + 60})
+    lengths = [1, 1]
+
+    async def unclaimed(*_):
+        if not lengths:
+            batch.times["cancelling_at"] = int(time.time())
+            return 1
+        return lengths.pop()
+
+    jobs._context.client.unclaimed = unclaimed
+    outcome = await asyncio.wait_for(jobs.execute(batch, LineRequest(1, "c", {"model": "m"})), 5)
+
+    assert outcome.status == 503
 
 
 async def test_a_request_that_is_late_while_it_waits_for_room_is_not_run():

@@ -256,6 +256,33 @@ async def test_a_cancelled_batch_cancels_its_jobs_and_keeps_what_is_done(harness
     assert batch.request_counts.failed == 0
 
 
+async def test_a_cancelled_batch_cancels_the_jobs_of_every_prompt_and_choice(harness, monkeypatch):
+    submitted = []
+    async with stack(harness, script, step_s=0.05, slots=2) as (gate, prompts), gate.openai() as client:
+        submit_job = gate.client.submit
+
+        async def spy(**fields):
+            submitted.append(fields["job_id"])
+            return await submit_job(**fields)
+
+        monkeypatch.setattr(gate.client, "submit", spy)
+        body = body_of(COMPLETIONS, "", prompt=["y" * 90, "z" * 90], n=2)
+        created = await submit(client, [line("c", COMPLETIONS, body)], COMPLETIONS)
+
+        async def begun() -> bool:
+            return len(prompts) == 2
+
+        await wait_until(begun)
+        await client.batches.cancel(created.id)
+        await ended(client, created.id)
+
+        async def cancelled() -> bool:
+            states = [await gate.client.state(job_id) for job_id in submitted]
+            return [state.get("error") for state in states] == ["CANCELLED"] * 4
+
+        await wait_until(cancelled, 10)
+
+
 async def test_the_models_of_the_key_that_created_a_batch_apply_to_its_lines(harness):
     allowed, refused = KeyEntry(key="key-allowed", tenant="t"), KeyEntry(key="key-refused", tenant="t", models=("x",))
     async with (

@@ -35,6 +35,8 @@ PRIORITY = 9
 """Of the jobs of batches: the least urgent."""
 _POLL_S = 0.05
 _SUBMIT_POLL_S = 0.005
+_SUBMIT_S = 1.0
+"""Time allowed for a submission that has begun to reach the server."""
 
 
 class LineJobs:
@@ -83,8 +85,11 @@ class LineJobs:
             answer.cancel()
 
     async def _wait_for_room(self, batch: Batch, model: str | None) -> bool:
-        """Wait until fewer jobs are unclaimed than workers serve the model; False if it is late."""
-        while not batch.is_late:
+        """Wait until fewer jobs of the model are unclaimed than workers serve it.
+
+        Return False if the batch expires or is cancelled first.
+        """
+        while not (batch.is_late or batch.is_cancelling):
             statuses = self._context.models.workers.values()
             workers = sum(model in (None, status.get("model")) for status in statuses)
             if await self._context.client.unclaimed(model) < max(1, workers):
@@ -127,12 +132,14 @@ class LineJobs:
     async def cancel(self, batch: Batch, line: LineRequest) -> None:
         """Cancel the jobs of a request that is being answered."""
         call = self._calls.get((batch.id, line.line))
-        if call is None or call.job_id is None:
-            return
-        choices = line.body.get("n")
-        count = choices if isinstance(choices, int) else 1
-        names = [call.job_id, *(f"{call.job_id}-{index}" for index in range(1, count))]
-        await asyncio.gather(*(self._context.client.cancel(name) for name in names))
+        if call is not None:
+            await asyncio.gather(*(self._cancel_job(job_id) for job_id in call.job_ids))
+
+    async def _cancel_job(self, job_id: str) -> None:
+        """Cancel a job, which may not have reached the server yet."""
+        until_s = time.monotonic() + _SUBMIT_S
+        while await self._context.client.cancel(job_id) == "unknown" and time.monotonic() < until_s:
+            await asyncio.sleep(_POLL_S)
 
 
 async def _never() -> NoReturn:

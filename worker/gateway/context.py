@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -68,7 +68,8 @@ class Call:
     idempotency_key: str | None = None
     last_event_id: str | None = None
     job_id: str | None = None
-    """The id of the request's jobs, for the log."""
+    """The id of the request's first job, for the log."""
+    job_ids: Sequence[str] = ()
 
 
 def context_of(request: Request) -> GatewayContext:

@@ -221,7 +221,7 @@ class JobGroup:
         """What the client has received."""
         self.id = self._resumed_id(prefix) if self.resumed else _group_id(call, prefix, jobs)
         call.job_id = self.id
-        names = [self.id, *(f"{self.id}-{index}" for index in range(1, len(jobs)))]
+        call.job_ids = names = [self.id, *(f"{self.id}-{index}" for index in range(1, len(jobs)))]
         self.runs = [JobRun(context, call, name) for name in names]
 
     def _resumed_id(self, prefix: str) -> str:
