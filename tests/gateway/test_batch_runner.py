@@ -17,7 +17,7 @@ from worker.gateway.batch_lines import Outcome
 from worker.gateway.batch_runner import BatchRunner, RunnerSettings
 from worker.gateway.batch_store import Batch, BatchStore
 from worker.gateway.file_store import FileStore
-from worker.jobs.documents import batch_lease_key
+from worker.jobs.documents import batch_key, batch_lease_key
 from worker.jobs.streams import Disconnected
 from worker.telemetry import open_log
 
@@ -259,6 +259,51 @@ async def test_a_fault_of_the_store_interrupts_a_batch_which_is_then_run_again(s
 
     assert "batch_interrupted" in log.getvalue()
     assert batch.completed == 3
+
+
+async def test_an_unexpected_exception_fails_the_batch_and_is_logged_once_with_frames(stores):
+    attempts = []
+
+    async def execute(batch, line):
+        attempts.append(line.line)
+        raise ValueError("secret prompt")
+
+    created = await stores.create(1)
+    async with running(stores, execute) as log:
+        batch = await stores.ended(created)
+        assert await stores.batches.active() == []
+
+    assert batch.status == "failed"
+    assert batch.errors[0]["code"] == "internal_error"
+    assert attempts == [1]
+    (logged,) = [each for each in map(json.loads, log.getvalue().splitlines()) if each["event"] == "batch_failed"]
+    assert logged["frames"][-1] == "ValueError"
+    assert any(frame.endswith("in execute") for frame in logged["frames"])
+    assert "secret prompt" not in log.getvalue()
+
+
+async def test_a_description_that_cannot_be_read_is_logged_with_frames(stores):
+    created = await stores.create(1)
+    await stores.documents.put(batch_key(created.id), {"batch": "secret"}, 60_000)
+
+    async with running(stores, None) as log:
+
+        async def logged() -> bool:
+            return "batch_failed" in log.getvalue()
+
+        await wait_until(logged)
+
+    line = json.loads(log.getvalue().splitlines()[0])
+    assert line["frames"][-1] == "JSONDecodeError"
+    assert "exc_info" not in line
+
+
+async def test_a_description_with_a_lone_surrogate_is_stored(stores):
+    batch = await stores.create(1)
+    batch.errors = [{"param": "\ud800"}]
+    await stores.batches.save(batch)
+
+    assert (await stores.batches.read(batch.id)).errors == [{"param": "\ud800"}]
 
 
 async def test_a_batch_whose_input_file_is_gone_fails(stores):

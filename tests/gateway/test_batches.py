@@ -180,6 +180,7 @@ async def test_another_request_does_not_wait_behind_a_batch(harness):
         ([json.dumps({"custom_id": "a", "method": "POST", "url": CHAT})], "missing_required_parameter", 1),
         ([line("a", CHAT, {}).replace("POST", "GET")], "invalid_method", 1),
         ([line("a", CHAT, {})[:-1] + ', "frob": 1}'], "unknown_parameter", 1),
+        ([line("a", CHAT, {})[:-1] + ', "\\ud800": 1}'], "unknown_parameter", 1),
     ],
 )
 async def test_a_file_with_a_mistake_fails_the_batch_and_runs_nothing(harness, lines, code, number):

@@ -99,8 +99,8 @@ class LineJobs:
 
     async def _respond(self, endpoint: str, body: Mapping[str, Any], call: Call) -> Outcome:
         job_fields = {"priority": PRIORITY, "deadline_ms": WINDOW_S * 1000}
-        request = self._request(endpoint, json.dumps(dict(body) | job_fields).encode(), call)
         try:
+            request = self._request(endpoint, json.dumps(dict(body) | job_fields).encode(), call)
             response = await self._endpoint(endpoint)(request)
         except Disconnected:
             raise

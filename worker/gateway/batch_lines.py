@@ -67,6 +67,7 @@ def parse_line(line: int, raw: bytes, endpoint: str) -> LineRequest:
         if name not in fields:
             raise Mistake(line, "missing_required_parameter", f"{name}: required", name)
     if unknown := next((name for name in fields if name not in _FIELDS), None):
+        unknown = unknown.encode(errors="replace").decode()  # a lone surrogate cannot be in a response
         raise Mistake(line, "unknown_parameter", f"{unknown}: unknown field", unknown)
     custom_id, body = fields["custom_id"], fields["body"]
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512:

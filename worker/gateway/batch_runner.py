@@ -32,7 +32,7 @@ from worker.gateway.batch_store import Batch, BatchStore
 from worker.gateway.errors import ApiError
 from worker.gateway.file_store import FileStore, StoredFile
 from worker.jobs.streams import Disconnected
-from worker.telemetry import Log
+from worker.telemetry import Log, frames_of
 
 _PAGE = 100
 _RETRY_S = 1.0
@@ -161,8 +161,8 @@ class BatchRunner:
             self._log.warning("batch_lease_lost", batch=batch_id)
         except (Disconnected, WorkerError) as error:
             self._log.warning("batch_interrupted", batch=batch_id, error=str(error))
-        except Exception:
-            self._log.exception("batch_failed", batch=batch_id)
+        except Exception as error:
+            self._log.error("batch_failed", batch=batch_id, frames=frames_of(error))
         finally:
             for task in (work, renewal):
                 task.cancel()
@@ -199,6 +199,12 @@ class BatchRunner:
             await self._write_files(batch)
         except (ApiError, EventsLost) as error:  # the input file has expired or was deleted
             batch.errors = [Mistake(None, "input_file_lost", str(error)).to_api()]
+            return await self._finish(batch, "failed")
+        except (Disconnected, WorkerError):
+            raise  # a runner continues the batch when the server answers again
+        except Exception as error:  # every further attempt would raise it too
+            self._log.error("batch_failed", batch=batch_id, frames=frames_of(error))
+            batch.errors = [Mistake(None, "internal_error", "internal error of the gateway").to_api()]
             return await self._finish(batch, "failed")
         current = await self._batches.read(batch_id) or batch
         if current.is_cancelling:

@@ -91,7 +91,7 @@ class Batch:
     def to_fields(self) -> dict[str, str]:
         """The fields of its hash that change together. Others write the times and counts alone."""
         whole = {name: getattr(self, name) for name in _STORED}
-        return {"batch": json.dumps(whole, ensure_ascii=False)}
+        return {"batch": json.dumps(whole)}  # ASCII: JSON escapes also encode lone surrogates
 
     @classmethod
     def of(cls, fields: Mapping[str, bytes]) -> Self:
