@@ -12,7 +12,6 @@ from typing import Any
 
 from worker.gateway.sse import escape_breaks, to_json
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 MAX_REQUESTS = 50_000
 MAX_MISTAKES = 100
 """Mistakes that are reported; a file with one is not run."""
@@ -86,16 +85,20 @@ def parse_line(line: int, raw: bytes, endpoint: str) -> LineRequest:
 
 def result_line(batch_id: str, request: LineRequest, outcome: Outcome) -> bytes:
     """The line of an output or error file that answers a request."""
-    request_id = f"batch_req_{batch_id.removeprefix('batch_')}_{request.line}"
+    request_id = _request_id(batch_id, request)
     response = {"status_code": outcome.status, "request_id": request_id, "body": outcome.body}
     return _line({"id": request_id, "custom_id": request.custom_id, "response": response, "error": None})
 
 
 def expired_line(batch_id: str, request: LineRequest) -> bytes:
     """The line of an error file for a request that was not run in time."""
-    request_id = f"batch_req_{batch_id.removeprefix('batch_')}_{request.line}"
     error = {"code": "batch_expired", "message": "the request was not run before the batch expired"}
-    return _line({"id": request_id, "custom_id": request.custom_id, "response": None, "error": error})
+    fields = {"id": _request_id(batch_id, request), "custom_id": request.custom_id}
+    return _line(fields | {"response": None, "error": error})
+
+
+def _request_id(batch_id: str, request: LineRequest) -> str:
+    return f"batch_req_{batch_id.removeprefix('batch_')}_{request.line}"
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:

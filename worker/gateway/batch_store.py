@@ -5,9 +5,10 @@
 | `validating` | the gateway that received the batch |
 | `in_progress`, `finalizing` | the owner of the lease |
 | `completed`, `failed`, `expired`, `cancelled` | the owner of the lease |
-| `cancelling` | nobody: a batch that has not ended, and is to be cancelled |
+| `cancelling` | not stored: reported for a batch with `cancelling_at` that has not ended |
 
-A line's result is put once, whoever computes it. Read `batch_runner.py` next.
+The first result of a line is kept; later results of the same line are ignored. Read
+`batch_runner.py` next.
 """
 
 from __future__ import annotations

@@ -76,12 +76,12 @@ class Bucket:
         return max(0.0, (units - self._left) / self._rate)
 
     def take(self, units: float) -> None:
-        """Take units; the bucket may owe some afterwards."""
+        """Take units; the balance may become negative, and later refills offset it."""
         self._left -= units
 
 
 class Caller:
-    """Who sent a request: a tenant with its rates, or anybody if the gateway has no keys."""
+    """The sender of a request: an API key with its limits; no limits if the gateway has no keys."""
 
     def __init__(self, entry: KeyEntry | None = None, clock: Clock = time.monotonic) -> None:
         self.tenant = entry.tenant if entry else None
