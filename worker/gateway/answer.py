@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts of a response; `add` a job's."""
+    """Token counts of a response."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

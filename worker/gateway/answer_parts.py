@@ -14,7 +14,7 @@ from worker.jobs.events import Channel, Token
 
 
 @dataclass(slots=True)
-class Part:
+class AnswerPart:
     """One part of an answer, with what has been received of it."""
 
     channel: Channel
@@ -35,13 +35,13 @@ class Part:
 class Opened(NamedTuple):
     """A part begins."""
 
-    part: Part
+    part: AnswerPart
 
 
 class Delta(NamedTuple):
     """Text is appended to a part, by the tokens that complete it."""
 
-    part: Part
+    part: AnswerPart
     text: str
     tokens: tuple[Token, ...]
 
@@ -49,7 +49,7 @@ class Delta(NamedTuple):
 class Closed(NamedTuple):
     """A part is complete."""
 
-    part: Part
+    part: AnswerPart
 
 
 Change = Opened | Delta | Closed
@@ -63,10 +63,10 @@ class AnswerParts:
 
     def __init__(self, *, parallel_calls: bool = True) -> None:
         self._parallel_calls = parallel_calls
-        self.parts: list[Part] = []
+        self.parts: list[AnswerPart] = []
         self.tokens = 0
         self.reasoning_tokens = 0
-        self._open: Part | None = None
+        self._open: AnswerPart | None = None
         self._pending: list[Token] = []
         """Tokens that have not completed any text yet."""
 
@@ -87,7 +87,7 @@ class AnswerParts:
             return
         if not is_open:
             yield from self.close()
-            self._open = Part(token.channel, len(self.parts), _name(token), token.call)
+            self._open = AnswerPart(token.channel, len(self.parts), _name(token), token.call)
             self.parts.append(self._open)
             yield Opened(self._open)
         if token.t:

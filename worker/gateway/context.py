@@ -32,7 +32,7 @@ class GatewayContext:
     draining: bool = False
     """New requests are refused with status 503."""
     stopping: bool = False
-    """Open requests are broken off, since the time for the drain is over."""
+    """The grace period is over: open requests end with an error."""
     open_requests: int = 0
     models: ModelRegistry = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set)

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from worker.gateway.answer_parts import AnswerParts, Change, Closed, Delta, Opened, Part
+from worker.gateway.answer_parts import AnswerPart, AnswerParts, Change, Closed, Delta, Opened
 from worker.jobs.events import End, Started, Token
 from worker.jobs.reader import StreamEvent
 
@@ -97,13 +97,13 @@ class MessageEvents:
             elif isinstance(change, Closed):
                 yield from self._closed(part)
 
-    def _opened(self, part: Part) -> ApiEvent:
+    def _opened(self, part: AnswerPart) -> ApiEvent:
         index = self._index_of[part.index] = len(self._blocks)
         block = self._block(part, is_complete=False)
         self._blocks.append(block)
         return {"type": "content_block_start", "index": index, "content_block": block}
 
-    def _closed(self, part: Part) -> Iterator[ApiEvent]:
+    def _closed(self, part: AnswerPart) -> Iterator[ApiEvent]:
         index = self._index_of[part.index]
         self._blocks[index] = self._block(part, is_complete=True)
         if part.channel == "reasoning":
@@ -111,7 +111,7 @@ class MessageEvents:
             yield {"type": "content_block_delta", "index": index, "delta": signature}
         yield {"type": "content_block_stop", "index": index}
 
-    def _block(self, part: Part, *, is_complete: bool) -> dict[str, Any]:
+    def _block(self, part: AnswerPart, *, is_complete: bool) -> dict[str, Any]:
         if part.channel == "tool":
             arguments = _arguments(part.text) if is_complete else {}
             return {"type": "tool_use", "id": self._call_id(part), "name": part.name, "input": arguments}
@@ -120,11 +120,11 @@ class MessageEvents:
             return {"type": "thinking", "thinking": thinking, "signature": _signature(thinking)}
         return {"type": "text", "text": part.text if is_complete else ""}
 
-    def _call_id(self, part: Part) -> str:
+    def _call_id(self, part: AnswerPart) -> str:
         return f"toolu_{self._suffix}_{part.call or 0}"
 
 
-def _delta(part: Part, text: str) -> dict[str, str]:
+def _delta(part: AnswerPart, text: str) -> dict[str, str]:
     if part.channel == "tool":
         return {"type": "input_json_delta", "partial_json": text}
     if part.channel == "reasoning":

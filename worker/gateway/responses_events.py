@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from worker.gateway.answer import call_id
-from worker.gateway.answer_parts import AnswerParts, Change, Closed, Delta, Opened, Part
+from worker.gateway.answer_parts import AnswerPart, AnswerParts, Change, Closed, Delta, Opened
 from worker.gateway.logprobs import AlignedTokens, Entry, chat_logprob
 from worker.jobs.events import End, ErrorEvent, Started, Token
 from worker.jobs.reader import StreamEvent
@@ -139,7 +139,7 @@ class ResponseEvents:
             elif isinstance(change, Closed):
                 yield from self._closed(change.part, status)
 
-    def _opened(self, part: Part) -> Iterator[ApiEvent]:
+    def _opened(self, part: AnswerPart) -> Iterator[ApiEvent]:
         item = self._item(part, "in_progress", self._content(part, empty=True))
         self._items.append(item)
         yield self._event("response.output_item.added", output_index=part.index, item=self._without_content(item))
@@ -153,7 +153,7 @@ class ResponseEvents:
         extra = {"logprobs": self._add_logprobs(part, change.tokens)} if part.channel == "final" else {}
         return self._content_event(kind, part, delta=change.text, **extra)
 
-    def _closed(self, part: Part, status: str) -> Iterator[ApiEvent]:
+    def _closed(self, part: AnswerPart, status: str) -> Iterator[ApiEvent]:
         if part.channel == "final":
             self._add_logprobs(part, (), last=True)
         item = self._items[part.index] = self._item(part, status, self._content(part))
@@ -172,11 +172,11 @@ class ResponseEvents:
 
     def _empty_message(self) -> Iterator[ApiEvent]:
         """The message of an answer without any text: clients expect one."""
-        part = Part("final", len(self._items))
+        part = AnswerPart("final", len(self._items))
         yield from self._opened(part)
         yield from self._closed(part, "completed")
 
-    def _item(self, part: Part, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    def _item(self, part: AnswerPart, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
         shared = {"id": self._id(part), "status": status}
         if part.channel == "tool":
             arguments = part.text if status != "in_progress" else ""
@@ -186,7 +186,7 @@ class ResponseEvents:
             return {"type": "reasoning", **shared, "summary": [], "content": content}
         return {"type": "message", **shared, "role": "assistant", "content": content}
 
-    def _content(self, part: Part, *, empty: bool = False) -> list[dict[str, Any]]:
+    def _content(self, part: AnswerPart, *, empty: bool = False) -> list[dict[str, Any]]:
         text = "" if empty else part.text
         if part.channel == "reasoning":
             return [{"type": "reasoning_text", "text": text}]
@@ -198,10 +198,10 @@ class ResponseEvents:
         """The item as it is added: its content follows in events of its own."""
         return item | {"content": []} if "content" in item else item
 
-    def _id(self, part: Part) -> str:
+    def _id(self, part: AnswerPart) -> str:
         return f"{_PREFIXES[part.channel]}_{self._suffix}_{part.index}"
 
-    def _add_logprobs(self, part: Part, tokens: Sequence[Token], *, last: bool = False) -> list[dict[str, Any]]:
+    def _add_logprobs(self, part: AnswerPart, tokens: Sequence[Token], *, last: bool = False) -> list[dict[str, Any]]:
         """The log-probabilities that `tokens`, or the end of the part, make complete."""
         if self._aligned is None:
             return []
@@ -211,7 +211,7 @@ class ResponseEvents:
         self._logprobs.setdefault(part.index, []).extend(added)
         return added
 
-    def _content_event(self, kind: str, of: Part, **fields: Any) -> ApiEvent:
+    def _content_event(self, kind: str, of: AnswerPart, **fields: Any) -> ApiEvent:
         place = {"item_id": self._id(of), "output_index": of.index, "content_index": 0}
         return self._event(kind, **place, **fields)
 

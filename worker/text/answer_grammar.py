@@ -51,7 +51,7 @@ class _Content:
 
     rule: str
     field: str
-    side: str = ""
+    subgrammar: str = ""
     """A grammar of its own, which the rule refers to."""
     schemas: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
@@ -114,7 +114,7 @@ def _content(content: ContentFormat) -> _Content:
         found, errors = _Content(f"content: CHOICE\nCHOICE: {choices}", field), []
     else:
         grammar, errors = lark.checked(content.value, field)
-        found = _Content("content: @content", field, side=f"{grammar}\n{lark.OPTIONS}\n")
+        found = _Content("content: @content", field, subgrammar=f"{grammar}\n{lark.OPTIONS}\n")
     if errors:
         raise InvalidRequest.of(*errors)
     return found
@@ -140,9 +140,9 @@ def _source(
     text = "\n".join(lines) + "\n"
     schemas = content.schemas if content is not None else ()
     schemas += tuple((tool.field, tool.schema) for tool in tools if not loose)
-    if content is not None and content.side:
-        side = {"name": "content", "lark_grammar": content.side}
-        text = json.dumps({"grammars": [{"name": "answer", "lark_grammar": text}, side]}, ensure_ascii=False)
+    if content is not None and content.subgrammar:
+        subgrammar = {"name": "content", "lark_grammar": content.subgrammar}
+        text = json.dumps({"grammars": [{"name": "answer", "lark_grammar": text}, subgrammar]}, ensure_ascii=False)
     return GrammarSource(text, field, schemas)
 
 

@@ -5,7 +5,7 @@ and refuses what llguidance accepts and does not enforce exactly:
 
 | keyword | reason |
 | --- | --- |
-| `patternProperties` | overlapping patterns and properties are not told apart reliably |
+| `patternProperties` | overlapping patterns and properties are not distinguished reliably |
 | `minProperties` | additional keys may repeat, and count once when the text is parsed |
 | `const`, `enum` | of strings with most control characters, since these would be dropped |
 | `x-guidance` | options of llguidance, one of which ignores unsupported keywords |
