@@ -13,6 +13,7 @@ from tests.jobs.harness import wait_until
 from tests.service.models import SharedModel, failing_model
 from tests.service.serving import LONG_LEASE, serving, wait_until_queue_is_empty
 from worker.errors import VramOom
+from worker.gateway.errors import api_error
 from worker.jobs.events import ErrorEvent
 
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -32,6 +33,18 @@ HELLO = [{"role": "user", "content": "hello there"}]
         ({"max_tokens": 10**6}, 400, "context_length_exceeded", "max_tokens"),
         ({"logit_bias": {"99999": 1}}, 400, "invalid_value", "logit_bias[99999]"),
         ({"response_format": {"type": "poem"}}, 400, None, "response_format"),
+        ({"max_tokens": 10**30}, 400, "invalid_value", "max_tokens"),
+        ({"max_completion_tokens": 10**6}, 400, "context_length_exceeded", "max_completion_tokens"),
+        ({"max_completion_tokens": 10**30}, 400, "invalid_value", "max_completion_tokens"),
+        ({"top_k": 10**30}, 400, "invalid_value", "top_k"),
+        ({"deadline_ms": 10**400}, 400, "invalid_value", "deadline_ms"),
+        ({"seed": 2**64}, 400, "invalid_value", "seed"),
+        ({"seed": -(2**63) - 1}, 400, "invalid_value", "seed"),
+        ({"chat_template_kwargs": {"a": 10**30}}, 400, "invalid_value", "chat_template_kwargs.a"),
+        ({"structured_outputs": {"json": {"maximum": 10**30}}}, 400, "invalid_value", "structured_outputs.json"),
+        ({"structured_outputs": {"json": 7}}, 400, "invalid_value", "structured_outputs.json"),
+        ({"structured_outputs": {"regex": 7}}, 400, "invalid_value", "structured_outputs.regex"),
+        ({"structured_outputs": {"json_object": False}}, 400, None, "structured_outputs.json_object"),
     ],
 )
 async def test_a_wrong_request_has_status_and_field_streamed_or_not(gate, stream, fields, status, code, param):
@@ -41,8 +54,14 @@ async def test_a_wrong_request_has_status_and_field_streamed_or_not(gate, stream
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["param"] == param or error["param"].startswith(f"{param}.")
+    assert param in error["message"]
     assert code is None or error["code"] == code
     await wait_until_queue_is_empty(gate.client)
+
+
+def test_an_internal_error_is_not_retried():
+    error = api_error(RuntimeError("a defect"))
+    assert (error.status, error.code, error.headers) == (500, "internal_error", {"x-should-retry": "false"})
 
 
 async def test_openai_s_client_raises_its_own_exceptions(gate):

@@ -65,6 +65,8 @@ def test_every_field_of_openai_s_schema_is_known(request_model, params):
         ("presence_penalty", 1, "presence_penalty", 1.0),
         ("seed", 7, "seed", 7),
         ("seed", -1, "seed", 2**64 - 1),
+        ("seed", -(2**63), "seed", 2**63),
+        ("seed", 2**64 - 1, "seed", 2**64 - 1),
         ("logit_bias", {"5": -100}, "logit_bias", {"5": -100.0}),
         ("min_tokens", 3, "min_tokens", 3),
         ("ignore_eos", True, "ignore_eos", True),
@@ -173,6 +175,7 @@ def test_tool_choices_of_every_form_become_the_job_s(choice, tools, expected):
         ({"tools": [TOOL], "tool_choice": allowed({"name": "f"})}, "tool_choice.allowed_tools.tools"),
         ({"tools": [TOOL], "tool_choice": allowed("now")}, "tool_choice.allowed_tools.tools"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
     ],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_name(fields, param):

@@ -154,6 +154,16 @@ async def test_what_is_not_supported_is_refused_by_name(harness, fields, named):
     assert named in raised.value.body["error"]["message"]
 
 
+async def test_a_refused_schema_is_named_as_in_the_request_when_tokens_are_counted(harness):
+    async with stack(harness, script) as (gate, _):
+        config = {"format": {"type": "json_schema", "schema": {"maximum": 10**30}}}
+        body = {"model": "scripted", "messages": USER, "output_config": config}
+        refused = await gate.http().post("/v1/messages/count_tokens", json=body)
+
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("output_config.format.schema.maximum: ")
+
+
 async def test_errors_have_the_types_of_the_api(harness):
     keys = keys_of("one", requests_per_minute=1)
     async with scripted_worker(harness, script), gateway(harness, keys=keys) as gate:

@@ -44,6 +44,23 @@ async def test_a_job_is_validated_before_it_is_sent(harness: Harness) -> None:
     assert await client.queue() == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"top_k": 2**64}, "top_k"),
+        ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": [1, -(2**63) - 1]}}, None),
+    ],
+)
+async def test_integers_that_msgpack_cannot_represent_are_refused_by_name(harness: Harness, fields, field) -> None:
+    client = harness.client()
+    with pytest.raises(InvalidRequest) as caught:
+        await client.submit(**({"prompt": "hello"} if "messages" not in fields else {}), **fields)
+    names = [error["field"] for error in caught.value.details["errors"]]
+    assert names == [field or "chat_template_kwargs.a.1"]
+    assert await client.queue() == []
+
+
 async def test_the_queue_lists_the_worker_of_each_job(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     for job_id in ("a", "b"):

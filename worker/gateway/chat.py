@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 from starlette.requests import Request
@@ -15,16 +15,15 @@ from worker.gateway.chat_chunks import ChatChunks, CollectedChoice
 from worker.gateway.chat_fields import job_messages, tool_fields
 from worker.gateway.chunks import head, stream
 from worker.gateway.context import call_of, context_of
-from worker.gateway.errors import invalid
+from worker.gateway.errors import fields_named, invalid
 from worker.gateway.jobs import JobGroup
-from worker.gateway.request import VLLM_NEUTRAL, Choices, SamplingFields, StreamOptions, choice_jobs, read_body
-from worker.gateway.response_format import job_format
+from worker.gateway.request import VLLM_NEUTRAL, TextFields, choice_jobs, read_body
+from worker.gateway.response_format import format_names, job_format
+from worker.gateway.responses_request import Effort, with_effort
 from worker.gateway.sse import EventStream, unless_disconnected
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
-
-class ChatRequest(SamplingFields):
+class ChatRequest(TextFields):
     """The body of a chat completion."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(
@@ -48,33 +47,26 @@ class ChatRequest(SamplingFields):
     }
 
     messages: list[Any] = Field(min_length=1)
-    model: str | None = None
-    n: Choices | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    """vLLM's form of `response_format`."""
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    user: str | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options: only with stream", "stream_options")
+    def _logprobs_requested(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs: only with logprobs", "top_logprobs")
-        if self.response_format is not None and self.structured_outputs is not None:
-            raise invalid("structured_outputs: only without response_format", "structured_outputs")
         return self
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """The request's names of fields by patterns of those of the job, for `fields_named`."""
+        limit = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return limit | format_names(self.structured_outputs)
 
     def jobs(self, model: str) -> list[dict[str, Any]]:
         """The job of each choice. Raises status 400."""
@@ -85,22 +77,13 @@ class ChatRequest(SamplingFields):
             "model": model,
             "messages": job_messages(self.messages),
             "max_tokens": max_tokens,
-            "chat_template_kwargs": self._template_variables(),
+            "chat_template_kwargs": with_effort(self.reasoning_effort, self.chat_template_kwargs),
             "response_format": job_format(self.response_format, self.structured_outputs),
             "tenant": self.user or None,
         }
         if self.logprobs:
             job |= {"logprobs": self.top_logprobs or 0, "token_bytes": True}
         return choice_jobs({name: value for name, value in job.items() if value is not None}, self.n or 1)
-
-    def _template_variables(self) -> dict[str, Any] | None:
-        """Variables of the chat template: the effort, or a family's switch for none."""
-        variables: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            variables["reasoning_effort"] = self.reasoning_effort
-        if self.reasoning_effort == "none":
-            variables["enable_thinking"] = False
-        return variables | (self.chat_template_kwargs or {}) or None
 
 
 async def chat_completions(request: Request) -> Response:
@@ -112,21 +95,22 @@ async def chat_completions(request: Request) -> Response:
     parallel = body.parallel_tool_calls is not False
     readers = [ChoiceReader(run.id, logprobs=bool(body.logprobs), parallel_tool_calls=parallel) for run in group.runs]
     if not body.stream:
-        return await unless_disconnected(request, _collect(group, readers, model.name, logprobs=bool(body.logprobs)))
+        return await unless_disconnected(request, _collect(group, readers, body, model.name))
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     chunks = ChatChunks(group, readers, model.name, include_usage=include_usage)
-    return EventStream(context, stream(group, chunks))
+    return EventStream(context, stream(group, chunks, body.field_names))
 
 
-async def _collect(group: JobGroup, readers: list[ChoiceReader], model: str, *, logprobs: bool) -> Response:
+async def _collect(group: JobGroup, readers: list[ChoiceReader], body: ChatRequest, model: str) -> Response:
     choices = [CollectedChoice(index, reader) for index, reader in enumerate(readers)]
     try:
-        await group.start()
-        async with aclosing(group.pages()) as pages:
-            async for index, page in pages:
-                choices[index].add(page)
+        with fields_named(body.field_names):
+            await group.start()
+            async with aclosing(group.pages()) as pages:
+                async for index, page in pages:
+                    choices[index].add(page)
     finally:
         group.close()
     answer = head(group.id, "chat.completion", model, readers)
-    answer["choices"] = [choice.to_api(logprobs=logprobs) for choice in choices]
+    answer["choices"] = [choice.to_api(logprobs=bool(body.logprobs)) for choice in choices]
     return JSONResponse(answer | {"usage": usage_of(readers).to_api()})

@@ -13,7 +13,7 @@ from worker.gateway.errors import invalid
 _MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 _MESSAGE_IGNORED = frozenset({"annotations", "audio", "function_call", "refusal", "reasoning", "reasoning_details"})
 """Fields of the answers of OpenAI and vLLM, which clients send back."""
-_SPOKEN = ("audio", "function_call")
+_UNSUPPORTED = ("audio", "function_call")
 """Fields that must be null: the template would leave out what they hold."""
 
 
@@ -28,7 +28,7 @@ def _message(message: Any, path: str) -> dict[str, Any]:
     if unknown := [str(name) for name in message if name not in _MESSAGE_FIELDS and name not in _MESSAGE_IGNORED]:
         name = f"{path}.{unknown[0]}"
         raise invalid(f"{name}: unknown field", name, "unknown_parameter")
-    for name in _SPOKEN:
+    for name in _UNSUPPORTED:
         if message.get(name) is not None:
             raise invalid(f"{path}.{name}: not supported", f"{path}.{name}", "unsupported_value")
     result = {name: message[name] for name in _MESSAGE_FIELDS if message.get(name) is not None}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
 from worker.gateway.answer import ChoiceReader, Part, usage_of
+from worker.gateway.errors import fields_named
 from worker.gateway.jobs import JobGroup, Page, Position
 from worker.gateway.sse import DONE, encode, to_json
 from worker.jobs.keys import START
@@ -73,14 +74,18 @@ class Chunks(ABC):
         return str(Position(self._group.id, self._entry_id, tuple(self._steps)))
 
 
-async def stream(group: JobGroup, chunks: Chunks) -> AsyncGenerator[bytes, None]:
-    """Run the jobs of a group; yield their chunks, the usage and the end mark."""
+async def stream(group: JobGroup, chunks: Chunks, names: Mapping[str, str]) -> AsyncGenerator[bytes, None]:
+    """Run the jobs of a group; yield their chunks, the usage and the end mark.
+
+    Errors have the request's `names` of fields, see `fields_named`.
+    """
     try:
-        await group.start()
-        async with aclosing(group.pages()) as pages:
-            async for index, page in pages:
-                if encoded := chunks.of_page(index, page):
-                    yield encoded
+        with fields_named(names):
+            await group.start()
+            async with aclosing(group.pages()) as pages:
+                async for index, page in pages:
+                    if encoded := chunks.of_page(index, page):
+                        yield encoded
         yield chunks.usage() + DONE
     finally:
         group.close()

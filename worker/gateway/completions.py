@@ -13,11 +13,11 @@ from starlette.responses import JSONResponse, Response
 from worker.gateway.answer import ChoiceReader, Part, usage_of
 from worker.gateway.chunks import Chunks, head, stream
 from worker.gateway.context import call_of, context_of
-from worker.gateway.errors import invalid
+from worker.gateway.errors import fields_named, invalid
 from worker.gateway.jobs import JobGroup
 from worker.gateway.logprobs import Entry, alternatives, token_text
-from worker.gateway.request import VLLM_NEUTRAL, Choices, SamplingFields, StreamOptions, choice_jobs, read_body
-from worker.gateway.response_format import job_format
+from worker.gateway.request import VLLM_NEUTRAL, TextFields, choice_jobs, read_body
+from worker.gateway.response_format import format_names, job_format
 from worker.gateway.sse import EventStream, to_json, unless_disconnected
 
 DEFAULT_MAX_TOKENS = 16
@@ -26,7 +26,7 @@ MAX_JOBS = 128
 _KIND = "text_completion"
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(TextFields):
     """The body of a completion."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -36,29 +36,22 @@ class CompletionRequest(SamplingFields):
     }
 
     prompt: str | list[Any]
-    model: str | None = None
-    n: Choices | None = None
     best_of: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    user: str | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options: only with stream", "stream_options")
+    def _servable(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise invalid("best_of: must equal n; answers are not ranked", "best_of")
         if self.echo and self.logprobs is not None:
             raise invalid("echo: only without logprobs; prompts have no log-probabilities", "echo")
-        if self.response_format is not None and self.structured_outputs is not None:
-            raise invalid("structured_outputs: only without response_format", "structured_outputs")
         return self
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """The request's names of fields by patterns of those of the job, for `fields_named`."""
+        return format_names(self.structured_outputs)
 
     @property
     def prompts(self) -> list[dict[str, Any]]:
@@ -165,28 +158,27 @@ async def completions(request: Request) -> Response:
         TextChoice(ChoiceReader(run.id, logprobs=logprobs), echo, logprobs=logprobs)
         for run, echo in zip(group.runs, echoes, strict=True)
     ]
-    prompts = len(body.prompts)
     if not body.stream:
-        return await unless_disconnected(request, _collect(group, choices, model.name, prompts))
+        return await unless_disconnected(request, _collect(group, choices, body, model.name))
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    chunks = TextChunks(group, choices, model.name, include_usage=include_usage, prompts=prompts)
-    return EventStream(context, stream(group, chunks))
+    chunks = TextChunks(group, choices, model.name, include_usage=include_usage, prompts=len(body.prompts))
+    return EventStream(context, stream(group, chunks, body.field_names))
 
 
-async def _collect(group: JobGroup, choices: Sequence[TextChoice], model: str, prompts: int) -> Response:
+async def _collect(group: JobGroup, choices: Sequence[TextChoice], body: CompletionRequest, model: str) -> Response:
     parts: list[list[Part]] = [[] for _ in choices]
-
     try:
-        await group.start()
-        async with aclosing(group.pages()) as pages:
-            async for index, page in pages:
-                parts[index] += choices[index].reader.read(page)
+        with fields_named(body.field_names):
+            await group.start()
+            async with aclosing(group.pages()) as pages:
+                async for index, page in pages:
+                    parts[index] += choices[index].reader.read(page)
     finally:
         group.close()
     readers = [choice.reader for choice in choices]
     answer = head(group.id, _KIND, model, readers)
     answer["choices"] = [_whole(index, choice, parts[index]) for index, choice in enumerate(choices)]
-    return JSONResponse(answer | {"usage": usage_of(readers, prompts).to_api()})
+    return JSONResponse(answer | {"usage": usage_of(readers, len(body.prompts)).to_api()})
 
 
 def _whole(index: int, choice: TextChoice, parts: Sequence[Part]) -> dict[str, Any]:

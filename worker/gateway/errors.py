@@ -124,7 +124,7 @@ def api_error(error: Exception) -> ApiError:
         case WorkerError(code="EVENTS_LOST"):
             known = _failed(error.message, "events_lost", NO_RETRY)
         case _:
-            known = _failed("internal error of the gateway", "internal_error")
+            known = _failed("internal error of the gateway", "internal_error", NO_RETRY)
     return known
 
 

@@ -83,12 +83,13 @@ async def count_tokens(request: Request) -> Response:
 
 async def _count(group: JobGroup) -> Response:
     try:
-        await group.start()
-        async with contextlib.aclosing(group.pages()) as pages:
-            async for _, page in pages:
-                for item in page:
-                    if isinstance(item.event, Started | End):
-                        return JSONResponse({"input_tokens": item.event.prompt_tokens})
+        with fields_named(FIELD_NAMES):
+            await group.start()
+            async with contextlib.aclosing(group.pages()) as pages:
+                async for _, page in pages:
+                    for item in page:
+                        if isinstance(item.event, Started | End):
+                            return JSONResponse({"input_tokens": item.event.prompt_tokens})
     finally:
         group.close()
     raise EventsLost(f"the job {group.id} ended without a start")

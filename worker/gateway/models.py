@@ -121,21 +121,21 @@ class ModelRegistry:
             ApiError: 400 without a name, 403 if the key does not allow the model, 404 if it is
                 unknown, 503 if it has had no worker for longer than the setting.
         """
-        asked_s = time.monotonic()
+        requested_s = time.monotonic()
         if name is None:
-            await self._refresh_if(not self.served(caller), asked_s)
+            await self._refresh_if(not self.served(caller), requested_s)
             return self._only(caller)
         caller.require_model(name)
         known = self._registry.models.get(name)
-        await self._refresh_if(known is None or not self._is_available(known), asked_s)
+        await self._refresh_if(known is None or not self._is_available(known), requested_s)
         if name not in self._registry.models:
             raise self._unknown(name)
         self.check(name)
         return self._registry.models[name]
 
-    async def _refresh_if(self, needed: bool, asked_s: float) -> None:
+    async def _refresh_if(self, needed: bool, requested_s: float) -> None:
         if needed:
-            await self.refresh(asked_s)
+            await self.refresh(requested_s)
 
     def _only(self, caller: Caller) -> ServedModel:
         served = self.served(caller)

@@ -20,7 +20,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Literal, LiteralString, Self
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 
@@ -125,8 +125,8 @@ def _top_k(value: object) -> object:
 
 
 def _seed(value: object) -> object:
-    """OpenAI's seeds are signed."""
-    return value % 2**64 if isinstance(value, int) and not isinstance(value, bool) and value < 0 else value
+    """OpenAI's seeds are signed: those from -2**63 to -1 become 2**63 to 2**64 - 1."""
+    return value + 2**64 if type(value) is int and -(2**63) <= value < 0 else value
 
 
 def _stop(value: object) -> object:
@@ -144,14 +144,14 @@ class SamplingFields(ApiModel):
     repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    seed: Annotated[int | None, BeforeValidator(_seed)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), le=2**64 - 1), BeforeValidator(_seed)] = None
     logit_bias: dict[str, float] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop: Annotated[list[str] | None, BeforeValidator(_stop)] = None
     stop_token_ids: list[int] | None = None
     priority: int | None = None
-    deadline_ms: int | None = None
+    deadline_ms: Annotated[int | None, Field(le=2**53)] = None
     """Milliseconds from submission after which the job ends with status 504."""
 
     def sampling(self) -> dict[str, Any]:
@@ -179,6 +179,28 @@ class StreamOptions(ApiModel):
     """Without an effect: chunks have no padding."""
     continuous_usage_stats: Literal[False] | None = None
     """vLLM's; only the last chunk has the usage."""
+
+
+class TextFields(SamplingFields):
+    """What requests of chat completions and of text completions have in common."""
+
+    model: str | None = None
+    n: Choices | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """vLLM's form of `response_format`."""
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options: only with stream", "stream_options")
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise invalid("structured_outputs: only without response_format", "structured_outputs")
+        return self
 
 
 VLLM_NEUTRAL: Mapping[str, tuple[Any, ...]] = {

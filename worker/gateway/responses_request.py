@@ -23,6 +23,7 @@ FIELD_NAMES = {
 }
 """Names of fields by patterns of those of the job, where they differ."""
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Ignored = Any
 """A field of OpenAI's schema without effect."""
 
@@ -185,7 +186,7 @@ class TextConfig(Item):
 class Reasoning(Item):
     """Options of reasoning. Reasoning is returned in full; there are no summaries."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Ignored = None
     generate_summary: Ignored = None
     context: Ignored = None

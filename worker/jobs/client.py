@@ -19,15 +19,13 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-import msgpack
-
 from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
 from worker.jobs.documents import Documents
 from worker.jobs.event_reader import EventReader, check_position
 from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, is_entry_id, next_id, queue_key, worker_events_key
 from worker.jobs.loop_thread import LoopThread
-from worker.jobs.payload import MAX_PAYLOAD_BYTES, encoding_of, job_id_of, read_map
+from worker.jobs.payload import encoding_of, job_id_of, pack, read_map
 from worker.jobs.protocol import Job, Trace
 from worker.jobs.queue_entries import DeadLetter, QueueEntry, retry_id
 from worker.jobs.queues import Queues
@@ -116,9 +114,7 @@ class Client:
         job = Job.parse(fields)
         if job.v > 1:
             fields["v"] = job.v
-        payload = msgpack.packb(fields)
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise InvalidRequest.of(("payload", f"at most {MAX_PAYLOAD_BYTES} bytes", len(payload)))
+        payload = pack(fields)
         try:
             queue = await self._queues.of_model(job.model)
             added = await self._enqueue(queue, job.job_id, payload)

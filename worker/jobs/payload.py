@@ -1,4 +1,4 @@
-"""Reading a job's payload: bytes to a map of fields, msgpack or JSON.
+"""A job's payload: fields to bytes of msgpack, and bytes, msgpack or JSON, to a map of fields.
 
 A payload is JSON if its first character after white space, or after a byte order mark, is `{`;
 otherwise it is msgpack. What can be read of a broken payload names the job to which its error
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgpack
@@ -32,6 +32,35 @@ _JSON = re.compile(rb'\xef\xbb\xbf|\xff\xfe|\xfe\xff|\x00\x00\xfe\xff|[ \t\r\n]*
 begins a msgpack map."""
 _LOOSE_ID = re.compile(rb"[ \t\r\n]*\{\s*'?job_id'?\s*:\s*'?([A-Za-z0-9\-_.:]{1,128})'?\s*[,}]")
 """The id as the first field of a map in Python's syntax, or whose quotes a shell has removed."""
+
+
+def pack(fields: Mapping[str, Any]) -> bytes:
+    """Encode valid fields as msgpack.
+
+    Raises:
+        InvalidRequest: more than MAX_PAYLOAD_BYTES, or values that msgpack cannot encode.
+    """
+    try:
+        payload: bytes = msgpack.packb(fields)
+    except (OverflowError, ValueError) as error:
+        too_large = [(field, "integers of at most 64 bits", None) for field in _large_integers(fields)]
+        raise InvalidRequest.of(*(too_large or [("payload", f"encodable as msgpack: {error}", None)])) from None
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise InvalidRequest.of(("payload", f"at most {MAX_PAYLOAD_BYTES} bytes", len(payload)))
+    return payload
+
+
+def _large_integers(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The paths of the integers that msgpack cannot represent."""
+    stack: list[tuple[str, Any]] = list(fields.items())
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += [(f"{path}.{name}", item) for name, item in value.items()]
+        elif isinstance(value, list | tuple):
+            stack += [(f"{path}.{index}", item) for index, item in enumerate(value)]
+        elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+            yield path
 
 
 def read_map(payload: bytes, max_bytes: int = MAX_PAYLOAD_BYTES) -> tuple[dict[Any, Any], list[FieldError]]:
