@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 
 import httpx
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from tests.gateway.gateways import fake_worker, gateway, wait_for_jobs
-from tests.jobs.echo import take_next
+from tests.jobs.echo import complete, take_next
 from tests.jobs.harness import LossyStreams, wait_until
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import LONG_LEASE, serving, wait_until_queue_is_empty
@@ -74,6 +75,51 @@ async def test_a_waiting_job_is_cancelled_within_100_ms(harness, stream):
         await wait_until(counted_and_logged)
         assert [line["status"] for line in running.logged("request")] == [499]
         assert running.logged("request")[0]["job_id"] == job_id
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+LARGE = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b" " * 200_000
+
+
+async def pipelined(running, *waiting, stream=True):
+    """Send a request for an answer and others behind it on one connection."""
+    body = json.dumps(BODY | {"stream": stream}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    writer.write(head + body)
+    await wait_for_jobs(running, 1)
+    writer.write(b"".join(waiting))
+    await writer.drain()
+    return reader, writer
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_disconnect_is_seen_while_another_request_of_the_connection_waits(harness, stream):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running)
+        _, writer = await pipelined(running, HEALTH, stream=stream)
+        job_id = await job_of(running.client)
+        writer.close()
+        await cancelled_at(running.client, job_id)
+
+
+@pytest.mark.parametrize("waiting", [(HEALTH, HEALTH), (LARGE,)])
+async def test_a_connection_on_which_much_waits_is_closed(harness, waiting):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running)
+        _, writer = await pipelined(running, *waiting)
+        await cancelled_at(running.client, await job_of(running.client))
+        writer.close()
+
+
+async def test_a_request_that_waits_behind_another_is_answered_after_it(harness):
+    async with gateway(harness) as running:
+        transport = await fake_worker(harness, running)
+        reader, writer = await pipelined(running, HEALTH, stream=False)
+        await complete(transport, await take_next(transport), 2)
+        received = await asyncio.wait_for(reader.readuntil(b'"open_requests"'), 10)
+        assert received.index(b'"chat.completion"') < received.index(b'"status":"ok"')
+        writer.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

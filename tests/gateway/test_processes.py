@@ -145,6 +145,44 @@ async def test_after_sigterm_open_streams_finish_and_new_requests_have_status_50
         assert await asyncio.to_thread(gate.wait) == 0
 
 
+async def test_at_the_end_of_the_grace_period_streams_end_with_an_error_and_their_jobs_go_on(server, tmp_path):
+    gate = GatewayProcess(server.url, tmp_path / "gate", "--grace", 0.2)
+    body = BODY | {"max_tokens": 200}
+    with processes(gate, echo_worker(server.url, tmp_path, "one")):
+        await until_served(gate.url)
+        async with httpx.AsyncClient(timeout=30) as http, Client.from_url(server.url) as jobs:
+            url = f"{gate.url}/v1/chat/completions"
+            whole = asyncio.create_task(http.post(url, json=body))
+            async with http.stream("POST", url, json=body | {"stream": True}) as response:
+                received = blocks(response)
+                (first,) = events_of(await anext(received))
+                gate.send(signal.SIGTERM)
+                *_, last = [event async for block in received for event in events_of(block)]
+            assert json.loads(last["data"])["error"]["code"] == "draining"
+            refused = await whole
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert await asyncio.to_thread(gate.wait) == 0
+            job_id = json.loads(first["data"])["id"]
+            kinds = [item.kind async for item in jobs.events(job_id, idle_s=10)]
+            assert kinds[-1] == "end"
+    assert "Traceback" not in gate.log.read_text()
+
+
+async def test_every_line_of_the_log_is_json_also_after_requests_that_cannot_be_parsed(server, tmp_path):
+    gate = GatewayProcess(server.url, tmp_path / "gate")
+    with processes(gate):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(gate.url.rpartition(":")[2]))
+        writer.write(b"not HTTP\r\n\r\n")
+        assert b"400" in await reader.read()
+        writer.close()
+        async with httpx.AsyncClient() as http:
+            broken = {"content": b"--x\r\nbroken", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+            assert (await http.post(f"{gate.url}/v1/files", **broken)).status_code == 400
+        gate.send(signal.SIGTERM)
+        await asyncio.to_thread(gate.wait)
+    assert [json.loads(line)["event"] for line in gate.log.read_text().splitlines()][-1] == "draining"
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
 async def test_an_idle_gateway_ends_at_once_and_a_busy_one_at_the_second_signal(server, tmp_path, signals):
     gate = GatewayProcess(server.url, tmp_path / "gate")

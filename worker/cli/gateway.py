@@ -32,7 +32,9 @@ def gateway(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json, console or auto (default).")] = None,
 ) -> None:
-    """Serve OpenAI's API over the queue: chat and text completions, models.
+    """Serve HTTP APIs over the queue, and a page for chats.
+
+    OpenAI's: chat and text completions, responses, files, batches, models. Anthropic's: messages.
 
     Any number of gateways may run; they need no GPU and no model file.
 

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,7 +25,7 @@ from worker.gateway import batches, files, health, messages, page, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
-from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, invalid, unavailable
+from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, draining, invalid
 from worker.jobs.streams import Disconnected
 from worker.telemetry import frames_of
 
@@ -71,8 +72,12 @@ def create_app(context: GatewayContext) -> Starlette:
 
     handlers = dict.fromkeys((ApiError, HTTPException, WorkerError, Disconnected), answer_error)
     app = Starlette(
-        routes=ROUTES, middleware=[Middleware(Gate, context=context)], exception_handlers=handlers, lifespan=lifespan
+        routes=ROUTES,
+        middleware=[Middleware(RequestMiddleware, context=context)],
+        exception_handlers=handlers,
+        lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # it would redirect POSTs, to the host and scheme behind a proxy
     app.state.context = context
     app.state.queue_lengths = page.QueueLengths(context)
     return app
@@ -92,8 +97,8 @@ def error_response(context: GatewayContext, scope: Scope, error: Exception) -> R
     return JSONResponse(body, known.status, known.headers)
 
 
-class Gate:
-    """Middleware: request id, API key, drain; counts and logs each request."""
+class RequestMiddleware:
+    """Request id, API key, drain; counts and logs each request."""
 
     def __init__(self, app: ASGIApp, context: GatewayContext) -> None:
         self._app = app
@@ -142,7 +147,8 @@ class Gate:
             return None
         try:
             if context.draining:
-                raise unavailable("the gateway is stopping", code="draining")
+                raise draining()
+            _refuse_cross_origin(scope, headers)
             key = _header(headers, "idempotency-key")
             last_id = _header(headers, "last-event-id")
             caller = context.keys.caller(headers)
@@ -164,6 +170,21 @@ class Gate:
         call = scope.get("gateway.call")
         fields = {"correlation_id": request_id, "job_id": call.job_id if call else None, "status": int(status)}
         context.log.info("request", route=path, duration_ms=round(duration_s * 1000, 3), **fields)
+
+
+def _refuse_cross_origin(scope: Scope, headers: Headers) -> None:
+    """Raise status 403 for a POST that any web page can send without the server's consent.
+
+    Browsers request consent (CORS) for the media type of JSON, and the gateway never consents.
+    """
+    origin = headers.get("origin")
+    if scope["method"] != "POST" or origin is None:
+        return
+    if headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+        return
+    if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        message = "a page of another origin may not send this; send Content-Type: application/json"
+        raise ApiError(HTTPStatus.FORBIDDEN, message, code="cross_origin")
 
 
 def _header(headers: Headers, name: str) -> str | None:

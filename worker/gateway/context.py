@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class GatewayContext:
     """The grace period is over: open requests end with an error."""
     open_requests: int = 0
     models: ModelRegistry = field(init=False)
+    _on_stop: set[Callable[[], object]] = field(default_factory=set)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -46,6 +47,21 @@ class GatewayContext:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    @contextlib.contextmanager
+    def on_stop(self, action: Callable[[], object]) -> Iterator[None]:
+        """Call `action` if `stop` is called within the block."""
+        self._on_stop.add(action)
+        try:
+            yield
+        finally:
+            self._on_stop.discard(action)
+
+    def stop(self) -> None:
+        """Break off the open requests. Their jobs go on."""
+        self.stopping = True
+        for action in tuple(self._on_stop):
+            action()
 
     async def close(self) -> None:
         """Wait briefly for background work, then close the client's connections."""

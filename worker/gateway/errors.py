@@ -95,6 +95,11 @@ def unavailable(message: str, retry_after_s: float = 1.0, code: str = "service_u
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code=code, headers=retry_headers(retry_after_s))
 
 
+def draining() -> ApiError:
+    """Status 503: the gateway takes no more requests, or stops before an answer's end."""
+    return unavailable("the gateway is stopping", code="draining")
+
+
 def deadline_passed(message: str) -> ApiError:
     """Status 504: the job's deadline or its worker's time limit has passed."""
     return ApiError(HTTPStatus.GATEWAY_TIMEOUT, message, code="inference_timeout", headers=NO_RETRY)

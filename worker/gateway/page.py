@@ -74,11 +74,22 @@ class QueueLengths:
 
 
 async def status(request: Request) -> Response:
-    """`GET /page/status`: live workers and their queues."""
-    context = context_of(request)
+    """`GET /page/status`: live workers and their queues.
+
+    A key with a list of models gets the workers of these, and no queue that only others serve.
+    """
+    context, caller = context_of(request), call_of(request).caller
     lengths: QueueLengths = request.app.state.queue_lengths
-    workers = [_worker(name, fields) for name, fields in sorted(context.models.workers.items())]
-    return JSONResponse({"workers": workers, "queues": await lengths.read()})
+    rows = await lengths.read()
+    shown, others = {}, []
+    for name, fields in sorted(context.models.workers.items()):
+        if caller.may_use(fields.get("model", "")):
+            shown[name] = fields
+        else:
+            others.append(fields)
+    hidden = frozenset().union(*map(queues_of, others)).difference(*map(queues_of, shown.values()))
+    workers = [_worker(name, fields) for name, fields in shown.items()]
+    return JSONResponse({"workers": workers, "queues": [row for row in rows if row["queue"] not in hidden]})
 
 
 def _worker(name: str, fields: Mapping[str, str]) -> dict[str, Any]:

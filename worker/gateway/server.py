@@ -1,12 +1,14 @@
 """The HTTP server: uvicorn with httptools and uvloop, and the drain after SIGTERM.
 
 At the first signal new requests get status 503 and open ones are finished, for at most
-`gateway.grace_s`; a second signal ends the process at once.
+`gateway.grace_s`; those that are open then end with the error `draining`. A second signal ends the
+process at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from types import FrameType
@@ -16,6 +18,7 @@ import uvicorn
 from worker.config import GatewaySection
 from worker.errors import ConfigInvalid
 from worker.gateway.app import create_app
+from worker.gateway.connection import Connection
 from worker.gateway.context import GatewayContext
 
 _POLL_S = 0.02
@@ -42,10 +45,10 @@ class GatewayServer(uvicorn.Server):
     """uvicorn's server whose first signal starts a drain."""
 
     def __init__(self, context: GatewayContext) -> None:
-        # uvicorn logs nothing: the gateway has a log of its own.
+        _silence_packages()
         config = uvicorn.Config(
             create_app(context),
-            http="httptools",
+            http=Connection,
             ws="none",
             loop="none",
             lifespan="on",
@@ -78,8 +81,18 @@ class GatewayServer(uvicorn.Server):
         deadline = time.monotonic() + context.section.grace_s
         while context.open_requests and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_S)
-        context.stopping = context.open_requests > 0
+        if context.open_requests:
+            context.stop()
         self.should_exit = True
+
+
+def _silence_packages() -> None:
+    """Discard what packages log: the gateway has a log of its own, of which every line is JSON."""
+    for name in ("uvicorn", "python_multipart"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
 
 
 async def serve(context: GatewayContext, listener: socket.socket) -> None:

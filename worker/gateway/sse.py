@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from worker.gateway.context import GatewayContext
-from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error
+from worker.gateway.context import GatewayContext, context_of
+from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, draining
 from worker.telemetry import frames_of
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -51,7 +51,7 @@ class EventStream(Response):
 
     The status is sent with the first item, or with the first keep-alive comment: an error of `body`
     before it is raised as ApiError and has its own status, a later one is sent by `encode_error`.
-    When the client disconnects, `body` is cancelled and closed at once.
+    When the client disconnects or the gateway stops, `body` is cancelled and closed at once.
     """
 
     media_type = "text/event-stream"
@@ -64,7 +64,7 @@ class EventStream(Response):
         self._context = context
         self._stream = body
         self._encode_error = encode_error
-        self._started = self._sending = self._disconnected = False
+        self._started = self._sending = self._disconnected = self._stopped = False
         self._sent_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +73,8 @@ class EventStream(Response):
         pump = asyncio.create_task(self._pump(send))
         listener = asyncio.create_task(self._listen(receive, send, pump))
         try:
-            await pump
+            with self._context.on_stop(lambda: self._stop(pump)):
+                await pump
         except asyncio.CancelledError:
             pump.cancel()
             if not self._disconnected:
@@ -83,21 +84,34 @@ class EventStream(Response):
             listener.cancel()
             self._context.metrics.open_streams.dec()
 
+    def _stop(self, pump: asyncio.Task[None]) -> None:
+        """End the stream with an error. A later cancellation of the pump ends it at once."""
+        self._stopped = True
+        pump.cancel()
+
     async def _pump(self, send: Send) -> None:
         async with contextlib.aclosing(self._stream) as items:
             try:
                 async for item in items:
                     await self._send(send, item)
+            except asyncio.CancelledError:
+                if self._disconnected or not self._stopped:
+                    raise
+                await self._send_error(send, draining())
             except Exception as failure:
                 error = api_error(failure)
                 if error.code == "internal_error":
                     self._context.log.error("stream_failed", frames=frames_of(failure))
-                if not self._started:
-                    raise error from failure
-                await self._send(send, self._encode_error(error))
+                await self._send_error(send, error)
         if not self._started:
             await self._send(send, b"")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_error(self, send: Send, error: ApiError) -> None:
+        """Send the error as an event; raise it if the status is not sent."""
+        if not self._started:
+            raise error
+        await self._send(send, self._encode_error(error))
 
     async def _listen(self, receive: Receive, send: Send, pump: asyncio.Task[None]) -> None:
         """Cancel the pump at a disconnect; send a comment whenever nothing was sent for a time."""
@@ -132,14 +146,18 @@ class EventStream(Response):
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The response of `work`, which is cancelled as soon as the client disconnects.
 
-    The request's body has been read.
+    The request's body has been read. Raises status 503 when the gateway stops before.
     """
+    context = context_of(request)
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnect(request.receive))
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        with context.on_stop(watcher.cancel):
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if watcher.cancelled():
+            raise draining()
         request.scope["gateway.status"] = CLIENT_CLOSED_REQUEST
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:

@@ -17,6 +17,7 @@ let running = null;
 
 // Parameters
 
+/** All parameters; `key` is the API key, which is kept for as long as the page only. */
 const parameters = () => Object.fromEntries(new FormData(parameterForm));
 
 function headers(more = {}) {
@@ -25,8 +26,9 @@ function headers(more = {}) {
 }
 
 function save() {
+  const { key, ...saved } = parameters();
   try {
-    localStorage.setItem(SAVED, JSON.stringify(parameters()));
+    localStorage.setItem(SAVED, JSON.stringify(saved));
   } catch {
     // Storage is refused in some private windows; the parameters last as long as the page.
   }
@@ -40,7 +42,7 @@ function restore() {
     return saved;
   }
   for (const [name, value] of Object.entries(saved)) {
-    if (name !== "model" && parameterForm.elements[name]) parameterForm.elements[name].value = value;
+    if (name !== "model" && name !== "key" && parameterForm.elements[name]) parameterForm.elements[name].value = value;
   }
   return saved;
 }
