@@ -192,6 +192,12 @@ def test_help_shows_the_first_commands():
         assert worker(command, "--help").returncode == 0
 
 
+def test_the_help_of_the_gateway_names_every_api():
+    shown = worker("gateway", "--help").stdout
+    for api in ("chat and text completions", "responses", "files", "batches", "models", "Anthropic's: messages"):
+        assert api in shown
+
+
 def test_sizes_are_formatted_in_powers_of_1000():
     assert [size(n) for n in (0, 999, 1500, 98_362_432, 12e9, 3e12)] == [
         *("0 B", "999 B", "1.5 kB", "98.4 MB", "12.0 GB", "3.0 TB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import openai
 import pytest
@@ -88,6 +89,35 @@ async def test_a_path_that_is_not_served_has_an_error_body_too(gate, method, pat
     assert response.status_code == status
     assert response.json()["error"]["message"]
     assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "content_type", "status"),
+    [
+        ("https://elsewhere.example", "text/plain", 403),
+        ("https://elsewhere.example", "multipart/form-data; boundary=x", 403),
+        ("https://elsewhere.example", None, 403),
+        ("null", "text/plain", 403),
+        ("https://elsewhere.example", "application/json; charset=utf-8", 200),
+        ("http://gateway.example", "text/plain", 200),
+        (None, "text/plain", 200),
+    ],
+)
+async def test_a_page_of_another_origin_starts_no_job_without_consent(gate, origin, content_type, status):
+    given = {"Host": "gateway.example", "Origin": origin, "Content-Type": content_type}
+    headers = {name: value for name, value in given.items() if value is not None}
+    body = json.dumps({"model": "echo", "messages": HELLO, "max_tokens": 2})
+    response = await gate.http().post("/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code == status
+    assert gate.metric("gateway_jobs_total") == (status == 200)
+    if status == 403:
+        assert response.json()["error"]["code"] == "cross_origin"
+        assert "application/json" in response.json()["error"]["message"]
+
+
+async def test_a_path_with_a_slash_at_its_end_is_not_redirected(gate):
+    response = await gate.http().post("/v1/chat/completions/", json={"messages": HELLO})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
 
 
 async def test_a_client_that_leaves_before_its_request_is_complete_is_logged_as_such(gate):

@@ -153,6 +153,19 @@ async def test_a_key_may_use_its_models_only(guarded):
     assert [each["id"] for each in (await http.get("/v1/models", headers=bearer("all"))).json()["data"]] == ["echo"]
 
 
+async def test_the_status_shows_a_key_the_workers_and_queues_of_its_models_only(guarded, harness):
+    await fake_worker(harness, guarded, "other", "other-queue")
+    await guarded.context.models.refresh()
+
+    async def shown(name):
+        status = (await guarded.http().get("/page/status", headers=bearer(name))).json()
+        return [each["model"] for each in status["workers"]], [each["queue"] for each in status["queues"]]
+
+    models, queues = await shown("all")
+    assert (sorted(models), queues) == (["echo", "other"], ["default", "other-queue"])
+    assert await shown("none") == (["other"], ["other-queue"])
+
+
 async def test_another_tenant_s_stream_cannot_be_resumed(guarded):
     body = BODY | {"stream": True}
     whole = events_of((await guarded.http().post("/v1/chat/completions", json=body, headers=bearer("all"))).text)

@@ -141,6 +141,21 @@ async def test_a_gateway_with_keys_shows_nothing_without_one(browser: Browser, h
         await expect(page.locator("#model option")).to_have_text(["echo"])
 
 
+async def test_the_api_key_is_not_saved(browser: Browser, gate: Gateway) -> None:
+    page = await opened(browser, gate)
+    await page.click("#parameters summary")
+    await page.fill("[name=key]", KEY)
+    await page.fill("[name=max_tokens]", "3")
+    await page.press("[name=max_tokens]", "Tab")
+    saved = await page.evaluate("JSON.stringify(localStorage)")
+    assert "max_tokens" in saved
+    assert KEY not in saved
+    await page.reload()
+    await page.click("#parameters summary")
+    await expect(page.locator("[name=max_tokens]")).to_have_value("3")
+    await expect(page.locator("[name=key]")).to_have_value("")
+
+
 async def test_a_phone_needs_no_horizontal_scrolling(browser: Browser, gate: Gateway) -> None:
     page = await opened(browser, gate, viewport={"width": 360, "height": 640}, color_scheme="dark")
     await ask(page, "word " * 30 + "x" * 300)

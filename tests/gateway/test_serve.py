@@ -14,6 +14,9 @@ import pytest
 
 from worker.embedded import free_port
 
+NAMES = ("page", "OpenAI", "Anthropic")
+"""Of the addresses that the command shows, in their order."""
+
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
@@ -69,6 +72,14 @@ def test_one_command_serves_a_model_over_http(url, tmp_path: Path):
     assert f"{base}/v1" in process.stderr.read()
     assert [child.name() for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_port_the_command_shows_the_one_that_it_listens_on(start, tiny):
+    process = start(tiny("qwen2"), "--port", 0)
+    shown = dict(next(line for line in process.stderr if line.split()[:1] == [name]).split() for name in NAMES)
+    base = shown["Anthropic"]
+    assert shown == {"page": f"{base}/", "OpenAI": f"{base}/v1", "Anthropic": base}
+    wait_until(lambda: is_served(base))
 
 
 def test_the_command_ends_when_its_worker_dies(url):

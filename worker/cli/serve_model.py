@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from worker.cli.console import plain
 from worker.cli.gateway import require_packages
 from worker.cli.local_worker import model_file, ready_worker
 from worker.config import load_settings
-from worker.embedded import Child, embedded_server
+from worker.embedded import Child, embedded_server, free_port
 from worker.jobs.client import SyncClient
 
 _engine = partial(typer.Option, rich_help_panel="Model and engine")
@@ -58,40 +58,57 @@ def serve(
     within the grace period; a second signal stops at once.
     """
     require_packages()
-    console = Console(highlight=False, soft_wrap=True, stderr=True)
     path = model_file(model, load_settings().hub)
     engine = {"--backend": backend, "--context": context, "--max-running": max_running}
-    http = {"--host": host, "--port": port, "--api-keys": api_keys}
-    common = {"--grace": grace, "--log-level": log_level}
-    with embedded_server() as url, _stop_request() as stop:
-        redis = {"--redis-url": url, "--queue": "default"}
-        worker = _start("run", {"--model": path, "--name": "serve", "--http-port": 0} | engine | redis | common)
-        gateway = None
-        try:
-            with SyncClient.from_url(url) as client, console.status("the worker loads its model"):
-                found = ready_worker(client, worker, lambda: stop.requested)
-            if found is None:
-                raise typer.Exit(_exit_code(worker, stop))
-            gateway = _start("gateway", http | redis | common)
-            about = f"{found[1]['model']} on {found[1]['device']}"
-            console.print(f"[bold]model[/bold]   {escape(plain(about))}, {max_running} answers at once")
-            if port:
-                console.print(f"[bold]page[/bold]    http://{host}:{port}/")
-                console.print(f"[bold]OpenAI[/bold]  http://{host}:{port}/v1")
-            while not (stop.requested or worker.ended or gateway.ended):
-                time.sleep(_POLL_S)
-            code = _exit_code(gateway if gateway.ended else worker, stop)
-        finally:
-            for child in (gateway, worker):
-                if child is not None:
-                    child.stop(grace + _STOP_S)
+    with embedded_server() as url, _stop_request() as stop, ExitStack() as children:
+        common = {"--redis-url": url, "--queue": "default", "--grace": grace, "--log-level": log_level}
+
+        def start(command: str, options: dict[str, object]) -> Child:
+            return children.enter_context(_child(command, options | common, grace + _STOP_S))
+
+        worker = start("run", {"--model": path, "--name": "serve", "--http-port": 0} | engine)
+        served = _await_model(url, worker, stop)
+        if served is None:
+            raise typer.Exit(_exit_code(worker, stop))
+        port = port or free_port()
+        gateway = start("gateway", {"--host": host, "--port": port, "--api-keys": api_keys})
+        _print_addresses(f"{served}, {max_running} answers at once", host, port)
+        while not (stop.requested or worker.ended or gateway.ended):
+            time.sleep(_POLL_S)
+        code = _exit_code(gateway if gateway.ended else worker, stop)
     raise typer.Exit(code)
 
 
-def _start(command: str, options: dict[str, object]) -> Child:
-    """Start `worker COMMAND`, which writes to this process's output; None leaves an option out."""
+@contextmanager
+def _child(command: str, options: dict[str, object], stop_s: float) -> Iterator[Child]:
+    """Run `worker COMMAND`, which writes to this process's output; None leaves an option out.
+
+    At the end it has `stop_s` seconds to stop.
+    """
     given = [str(part) for option, value in options.items() if value is not None for part in (option, value)]
-    return Child([sys.executable, "-m", "worker", command, *given], output=None)
+    child = Child([sys.executable, "-m", "worker", command, *given], output=None)
+    try:
+        yield child
+    finally:
+        child.stop(stop_s)
+
+
+def _await_model(url: str, worker: Child, stop: _Stop) -> str | None:
+    """The names of the model and the device once it is loaded; None if the wait is over before."""
+    with SyncClient.from_url(url) as client, _console().status("the worker loads its model"):
+        found = ready_worker(client, worker, lambda: stop.requested)
+    return None if found is None else f"{found[1]['model']} on {found[1]['device']}"
+
+
+def _print_addresses(model: str, host: str, port: int) -> None:
+    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    lines = {"model": model, "page": f"{base}/", "OpenAI": f"{base}/v1", "Anthropic": base}
+    for name, value in lines.items():
+        _console().print(f"[bold]{name:9}[/bold]  {escape(plain(value))}")
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 def _exit_code(child: Child, stop: _Stop) -> int:
