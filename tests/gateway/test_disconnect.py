@@ -100,6 +100,7 @@ async def test_a_disconnect_is_seen_while_another_request_of_the_connection_wait
         _, writer = await pipelined(running, HEALTH, stream=stream)
         job_id = await job_of(running.client)
         writer.close()
+        await writer.wait_closed()
         await cancelled_at(running.client, job_id)
 
 
