@@ -23,6 +23,7 @@ from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_i
 from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_pool import WaitingPool, open_client
+from worker.jobs.redis_replies import fields_of, stream_records, text_of, texts_of
 from worker.jobs.redis_resp import Value, pack_command, raise_if_all_failed
 from worker.jobs.streams import (
     STATUS_TTL_MS,
@@ -114,7 +115,7 @@ class RedisStreams:
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
         args = [bound, *_flat(fields.items())]
         reply = await self._call(self._run_script("enqueue", [queue_key(queue)], args), write="enqueue")
-        return None if reply is None else _text(reply)
+        return None if reply is None else text_of(reply)
 
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
         """XREADGROUP of one entry a queue. Pauses if the server returns before the block ends."""
@@ -129,9 +130,9 @@ class RedisStreams:
             return {}
         of_key = {queue_key(queue): queue for queue in queues}
         found = {
-            of_key[_text(key)]: Entry(entry_id, fields, 1)
+            of_key[text_of(key)]: Entry(entry_id, fields, 1)
             for key, records in reply or ()
-            for entry_id, fields in _stream_records([(key, records)])
+            for entry_id, fields in stream_records([(key, records)])
         }
         if not found and (left := until - clock()) > 0:
             await asyncio.sleep(min(left, 0.01))
@@ -142,7 +143,7 @@ class RedisStreams:
         key = queue_key(queue)
         pending = self._commands.xpending_range(key, GROUP, next_id(above), "+", 1, consumername=consumer)
         for row in await self._call(pending, no_group=[]):
-            entry_id = _text(row["message_id"])
+            entry_id = text_of(row["message_id"])
             records = await self.range(key, entry_id, entry_id, 1)
             return Entry(entry_id, records[0][1] if records else {}, row["times_delivered"])
         return None
@@ -152,7 +153,7 @@ class RedisStreams:
         fields = await self._on_queue("reclaim", queue, consumer, *seen)
         if not fields:
             return None
-        return Entry(row.entry_id, _fields(dict(zip(fields[::2], fields[1::2], strict=True))), row.deliveries + 1)
+        return Entry(row.entry_id, fields_of(dict(zip(fields[::2], fields[1::2], strict=True))), row.deliveries + 1)
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
         return _OWNERSHIP[await self._on_queue("renew", queue, consumer, entry_id)]
@@ -189,7 +190,7 @@ class RedisStreams:
         async with self._one_connection() as run_script:
             if job_id is not None:
                 _, flat = await run_script("state", [events_key(job_id), state_key(job_id)], ())
-                state = _texts(dict(zip(flat[::2], flat[1::2], strict=True)))
+                state = texts_of(dict(zip(flat[::2], flat[1::2], strict=True)))
                 if state.get("state") not in TERMINAL_KINDS and state.get("entry", entry_id) == entry_id:
                     return False
             args = (GROUP, entry_id, *_flat((dead or {}).items()))
@@ -209,20 +210,20 @@ class RedisStreams:
         if not reply:
             return []
         now_ms = int(reply[0][0]) * 1000 + int(reply[0][1]) // 1000
-        return [PendingEntry(_text(i), _text(name), idle, n, now_ms - idle) for i, name, idle, n in reply[1]]
+        return [PendingEntry(text_of(i), text_of(name), idle, n, now_ms - idle) for i, name, idle, n in reply[1]]
 
     async def job_state(self, job_id: str) -> JobState:
         last_id, fields = await self._on_job("state", job_id)
-        return JobState(_text(last_id), _texts(dict(zip(fields[::2], fields[1::2], strict=True))))
+        return JobState(text_of(last_id), texts_of(dict(zip(fields[::2], fields[1::2], strict=True))))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         owner = (call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms)
         counts = (call.deliveries, call.max_deliveries, call.max_attempts)
         events = (*call.opening, call.opening_code, call.cancelled.packed, call.poisoned.packed)
-        return TakeReply(*map(_text, await self._on_job("take", job_id, *owner, *counts, *events)))
+        return TakeReply(*map(text_of, await self._on_job("take", job_id, *owner, *counts, *events)))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        return _text(await self._on_job("append", job_id, *_append_args(call)))
+        return text_of(await self._on_job("append", job_id, *_append_args(call)))
 
     async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
         """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
@@ -232,7 +233,7 @@ class RedisStreams:
         ]
         pipeline = self._pipeline(commands, len(calls))
         replies = await self._call(pipeline, no_script=[None] * len(calls), write="append")
-        return [_text(reply) if isinstance(reply, bytes) else None for reply in replies]
+        return [text_of(reply) if isinstance(reply, bytes) else None for reply in replies]
 
     async def _pipeline(self, commands: Sequence[Sequence[Value]], writes: int) -> list[Any]:
         """Replies to commands sent in one write, errors included.
@@ -286,7 +287,7 @@ class RedisStreams:
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
-        return _text(await self._on_job("cancel", job_id, *args))
+        return text_of(await self._on_job("cancel", job_id, *args))
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
         keys = [events_key(job_id), state_key(job_id)]
@@ -303,16 +304,16 @@ class RedisStreams:
         entry_id = await self._call(add, write="add")
         if ttl_ms is not None:
             await self._call(self._commands.pexpire(key, ttl_ms))
-        return _text(entry_id)
+        return text_of(entry_id)
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
         block = min(block_ms, MAX_BLOCK_MS)
         client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
-        return _stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
+        return stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
 
     async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
         reply = await self._call(self._xread(after, min(block_ms, MAX_BLOCK_MS), count))
-        return {_text(stream[0]): _stream_records([stream]) for stream in reply or ()}
+        return {text_of(stream[0]): stream_records([stream]) for stream in reply or ()}
 
     async def _xread(self, after: Mapping[str, str], block_ms: int, count: int) -> Any:
         pool = self._blocking.connection_pool
@@ -328,9 +329,9 @@ class RedisStreams:
     async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
         last, found = await self._call(self._run_script("find", [queue_key(queue)], (job_id, first, count)))
         records: list[Record] = [
-            (_text(i), _fields(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
+            (text_of(i), fields_of(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
         ]
-        return next_id(_text(last)) if last else None, records
+        return next_id(text_of(last)) if last else None, records
 
     async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
         found = await self._on_queue("position", queue, text, count)
@@ -341,12 +342,12 @@ class RedisStreams:
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
         records = await self._call(self._commands.xrange(key, first, last, count))
-        return [(_text(entry_id), _fields(fields)) for entry_id, fields in records]
+        return [(text_of(entry_id), fields_of(fields)) for entry_id, fields in records]
 
     async def last_id(self, key: str) -> str:
         """`last-generated-id` of XINFO STREAM, which trimming does not change."""
         try:
-            return _text((await self._call(self._commands.xinfo_stream(key)))["last-generated-id"])
+            return text_of((await self._call(self._commands.xinfo_stream(key)))["last-generated-id"])
         except ServerRefused as error:
             if "no such key" not in error.message:
                 raise
@@ -371,14 +372,14 @@ class RedisStreams:
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back."""
-        names = [_text(name) for name in await self._call(self._commands.zrange(WORKERS, 0, -1))]
+        names = [text_of(name) for name in await self._call(self._commands.zrange(WORKERS, 0, -1))]
         async with self._commands.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hgetall(worker_key(name))
                 pipe.pttl(worker_key(name))
             replies = await self._call(pipe.execute())
         listed = zip(names, replies[::2], replies[1::2], strict=True)
-        return {name: _texts(status) for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
+        return {name: texts_of(status) for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
 
     async def time_ms(self) -> int:
         seconds, micros = await self._call(self._commands.time())
@@ -437,26 +438,6 @@ def _renewal(reply: Any, state: Any) -> tuple[Ownership, bool] | None:
 
 def _lua(name: str) -> str:
     return (resources.files("worker.jobs") / "lua" / f"{name}.lua").read_text()
-
-
-def _text(value: Value) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {_text(name): _text(value) for name, value in fields.items()}
-
-
-def _fields(fields: Mapping[bytes, bytes] | list[bytes] | None) -> dict[str, bytes]:
-    """An entry's fields with decoded names; empty for a deleted entry."""
-    if isinstance(fields, list):  # as the server sends them
-        return {_text(name): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
-    return {_text(name): value for name, value in (fields or {}).items()}
-
-
-def _stream_records(reply: Any) -> list[Record]:
-    """The entries of an XREAD or XREADGROUP reply."""
-    return [(_text(entry_id), _fields(fields)) for _, records in reply or () for entry_id, fields in records]
 
 
 def _flat(rows: Iterable[tuple[Value, ...]]) -> list[Value]:
