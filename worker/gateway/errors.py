@@ -1,7 +1,7 @@
 """Errors of the HTTP APIs: status, headers and body, in OpenAI's and in Anthropic's shape.
 
 The openai package retries 408, 409, 429 and 5xx and obeys `x-should-retry`: a response whose retry
-cannot succeed, or would run a finished job again, says so.
+cannot succeed, or would run a finished job again, has `x-should-retry: false`.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class AppendCall(NamedTuple):
     epoch: int
     worker: str
     taken_ms: int
-    """`now_ms` of the attempt's `TakeCall`: tells it from other attempts of the worker."""
+    """`now_ms` of the attempt's `TakeCall`: distinguishes it from the worker's other attempts."""
     state: str
     """`running`, `handed_back`, or the type of the terminal event."""
     tokens: int

@@ -9,8 +9,8 @@ local options = ARGV[4] and {'IDLE', ARGV[4], 'RETRYCOUNT', ARGV[5], 'JUSTID'} o
 if pending and redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], unpack(options))[1] then return 1 end
 if not redis.call('XRANGE', KEYS[1], ARGV[3], ARGV[3])[1] then return -1 end
 
--- It is pending for nobody. The server lost the delivery and repeats it; or XACK or XGROUP DELCONSUMER was called,
--- and nobody would receive the entry again: FORCE restores it.
+-- It is pending for no consumer. The server lost the delivery and repeats it; or XACK or XGROUP DELCONSUMER was called,
+-- and no consumer would receive the entry again: FORCE restores it.
 if not was_delivered(ARGV[1], ARGV[3]) then return 0 end
 options[#options + 1] = 'FORCE'
 return #redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], unpack(options))

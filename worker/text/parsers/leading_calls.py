@@ -18,7 +18,7 @@ class LeadingCallsParser:
         self._calls = calls
         self._start = ""
         self._is_call: bool | None = None
-        """None until the text tells."""
+        """None until enough text has arrived to decide."""
 
     def push(self, token_id: int, text: str) -> list[Piece]:
         """Add the text of the answer's next token; return the text that can be published."""
