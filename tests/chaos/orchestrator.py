@@ -114,14 +114,14 @@ class Orchestrator:
             await retry_until_connected(self._streams.enqueue, self._queue, {"p": payload}, 1_000_000)
         else:
             await retry_until_connected(self._client.submit, job_id=job.job_id, **job.case.fields)
-        job.sent = time.monotonic()
+        job.sent = time.time()
 
     async def _garbage(self) -> None:
         payload = b"\xc1" + self._random.randbytes(self._random.randint(0, 40))
         garbage = Garbage(self._queue, payload)
         self._run_log.garbage.append(garbage)
         await retry_until_connected(self._streams.enqueue, self._queue, {"p": payload}, 1_000_000)
-        garbage.sent = time.monotonic()
+        garbage.sent = time.time()
 
     async def _read(self, job: Job) -> None:
         """Read to the end, sometimes going back to an earlier entry."""
@@ -175,7 +175,7 @@ class Orchestrator:
                     with contextlib.suppress(Disconnected):
                         if client.state(job.job_id) == {} and self._run_log.losses:
                             client.submit(job_id=job.job_id, **job.case.fields)
-                            job.sent = time.monotonic()
+                            job.sent = time.time()
                             self._run_log.submitted_again += 1
                 except Disconnected:
                     continue

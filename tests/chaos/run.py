@@ -154,8 +154,9 @@ async def _restart(server: PersistentServer, outcome: Outcome, downtime_s: float
     outcome.worker_pool.counts.faults["lost second" if lossy else "server"] += 1
     server.kill()
     if lossy:
-        outcome.run_log.lose_last_second()
-        outcome.lost_bytes += server.lose_last_second()
+        lost = server.lose_last_second()
+        outcome.run_log.lose_writes(lost.since)
+        outcome.lost_bytes += lost.size
     await asyncio.sleep(downtime_s)
     await server.start()
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 
 from tests.chaos.workload import Case
 from worker.jobs.events import Token
 from worker.jobs.reader import StreamEvent
 
-LOSS_S = 3.0
-"""Entries older than this are not lost: the server writes its file each second."""
+CLOCK_S = 1.0
+"""Tolerance of the times of lost writes: the server updates the time that it writes now and then."""
 
 
 @dataclass
@@ -29,9 +28,9 @@ class Job:
     problems: list[str] = field(default_factory=list)
     """Violations found by its reader."""
     sent: float = math.inf
-    """Monotonic time of the last submission."""
+    """Unix time at which the last submission was acknowledged."""
     maybe_lost: bool = False
-    """The server lost its last second soon after: the job may be lost, finished or not."""
+    """The server lost what it wrote then: the job may be lost, finished or not."""
 
 
 @dataclass
@@ -51,7 +50,7 @@ class RunLog:
     jobs: list[Job] = field(default_factory=list)
     garbage: list[Garbage] = field(default_factory=list)
     losses: int = 0
-    """Number of times that the server lost its last second."""
+    """Number of times that the server lost its last writes."""
     submitted_again: int = 0
     repeated: int = 0
     """Tokens received again after such a loss."""
@@ -60,11 +59,14 @@ class RunLog:
     rewinds: int = 0
     """Times that a reader went back to an earlier entry on purpose."""
 
-    def lose_last_second(self) -> None:
-        """Record a loss; call it before the server restarts."""
+    def lose_writes(self, since: float) -> None:
+        """Record that the server lost what it wrote from Unix time `since` on.
+
+        Call it before the server restarts.
+        """
         self.losses += 1
         for each in (*self.jobs, *self.garbage):
-            each.maybe_lost = each.maybe_lost or time.monotonic() - each.sent < LOSS_S
+            each.maybe_lost = each.maybe_lost or each.sent > since - CLOCK_S
 
 
 class ReadPass:

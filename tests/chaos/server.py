@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 from redis.asyncio import Redis
 
 from worker.embedded import Child, free_port, server_binary
 
 _START_S = 20.0
+_TIMESTAMP = b"#TS:"
+"""Begins an annotation of the append-only file: the Unix time of the writes that follow it."""
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives to connections, from 32768 on."""
 
@@ -28,6 +32,15 @@ def _server_port() -> int:
             port = random.choice(_PORTS)
             probe.bind(("127.0.0.1", port))
             return port
+
+
+class LostWrites(NamedTuple):
+    """What a truncation of the append-only file removed."""
+
+    size: int
+    """In bytes."""
+    since: float
+    """Unix time of the first lost write, rounded down to a second; infinite if none was lost."""
 
 
 class PersistentServer:
@@ -59,14 +72,19 @@ class PersistentServer:
         self._child.process.kill()
         self._child.stop()
 
-    def lose_last_second(self) -> int:
-        """Truncate the file at its last timestamp; return the number of bytes removed."""
-        lost = 0
+    def lose_last_second(self) -> LostWrites:
+        """Truncate the file at its last timestamp.
+
+        The server writes one in each second in which it executes a write. The lost part is longer
+        than a second if the server refused all writes after it.
+        """
+        lost = LostWrites(0, math.inf)
         for path in self.folder.glob("appendonlydir/*.incr.aof"):
             data = path.read_bytes()
-            mark = data.rfind(b"#TS:")
+            mark = data.rfind(_TIMESTAMP)
             if mark > 0:
-                lost += len(data) - mark
+                seconds = int(data[mark + len(_TIMESTAMP) :].split(b"\r\n", 1)[0])
+                lost = LostWrites(lost.size + len(data) - mark, min(lost.since, seconds))
                 path.write_bytes(data[:mark])
         return lost
 

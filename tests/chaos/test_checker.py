@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -151,16 +150,16 @@ def test_a_job_whose_entry_may_be_lost_may_end_for_that_reason():
     assert "ended with CANCELLED" in check_job(job(maybe_lost=True), stream([STARTED, CANCELLED]))[0]
 
 
-def test_only_recently_submitted_jobs_may_be_lost():
-    run_log = RunLog(jobs=[job(), job(sent=time.monotonic() - 60), job(sent=time.monotonic())])
-    run_log.lose_last_second()
+def test_jobs_submitted_since_the_first_lost_write_may_be_lost():
+    run_log = RunLog(jobs=[job(), job(sent=940.0), job(sent=1000.0)])
+    run_log.lose_writes(since=1000.0)
     assert [each.maybe_lost for each in run_log.jobs] == [True, False, True]  # the first is still being submitted
 
 
 def test_after_lost_writes_tokens_may_repeat_but_not_differ():
     one, run_log = job(), RunLog()
     _, reading = read(one, run_log, 0, 1)
-    run_log.lose_last_second()
+    run_log.lose_writes(since=0.0)
     assert reading.receive(decode_entry(stream([tokens(1, 2)])[0], "0-0")[0])
     assert not reading.receive(decode_entry(stream([tokens(3, 4)])[0], "0-0")[0])
     assert one.problems == []
@@ -172,7 +171,7 @@ def test_after_lost_writes_tokens_may_repeat_but_not_differ():
 def test_a_reader_that_lacks_tokens_at_the_end_restarts_after_lost_writes_and_is_a_problem_otherwise():
     one, run_log, ended = job(), RunLog(), decode_entry(GOOD[-1], "0-0")[0]
     _, reading = read(one, run_log, 0, 1)
-    run_log.lose_last_second()
+    run_log.lose_writes(since=0.0)
     _, resumed_by_id = read(one, run_log, 3)
     assert not reading.end(ended)
     assert (one.last, one.problems) == (None, [])
