@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.gateway.gateways import Gateway, gateway
 from tests.jobs.conftest import server, session_server  # noqa: F401  # fixtures are found by name
 from tests.jobs.harness import Harness, ServerHarness
 from tests.jobs.servers import Server
+from tests.llama_cpp import LlamaCpp
 from tests.service.conftest import model  # noqa: F401
 from tests.service.models import SharedModel
 from tests.service.serving import LONG_LEASE, Worker, serving
@@ -36,3 +38,25 @@ async def gate(harness: Harness, echo: Worker) -> AsyncIterator[Gateway]:
     async with gateway(harness) as running:
         await running.wait_for_model("echo")
         yield running
+
+
+@pytest.fixture(scope="session")
+def smollm2_model(smollm2: Path) -> SharedModel:
+    """SmolLM2, loaded once."""
+    return SharedModel.from_file(smollm2)
+
+
+@pytest.fixture
+async def smollm2_gate(harness: Harness, smollm2_model: SharedModel) -> AsyncIterator[Gateway]:
+    """A gateway beside a worker of SmolLM2."""
+    worker = serving(harness, smollm2_model.fresh(name="SmolLM2"), lease=LONG_LEASE)
+    async with worker, gateway(harness) as running:
+        await running.wait_for_model("SmolLM2")
+        yield running
+
+
+@pytest.fixture(scope="session")
+def llama(smollm2: Path) -> Iterator[LlamaCpp]:
+    """llama.cpp's own server with SmolLM2."""
+    with LlamaCpp(smollm2, context=512) as started:
+        yield started

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.recorded_events import end, pages, started, texts
 from worker.gateway.answer import ChoiceReader, usage_of
-from worker.gateway.chat_chunks import CollectedChoice, delta_of
+from worker.gateway.chat_chunks import CollectedChoice, delta_fields
 
 CALLS = texts(
     *(("reasoning", text) for text in ("let", " me", " see")),
@@ -51,7 +51,7 @@ def parts_of(items, received=0, entry=1, page=1, **options):
 @pytest.mark.parametrize("page", [1, 2, 50])
 def test_deltas_join_to_the_same_message_however_events_are_batched(entry, page):
     _, parts = parts_of(EVENTS, entry=entry, page=page)
-    message = joined(map(delta_of, parts))
+    message = joined(map(delta_fields, parts))
     calls = message.pop("calls")
     assert message == {
         "role": "assistant",
@@ -70,12 +70,12 @@ def test_deltas_join_to_the_same_message_however_events_are_batched(entry, page)
 @pytest.mark.parametrize("entry", [1, 4])
 def test_a_reader_that_resumes_after_any_part_gets_exactly_the_rest(entry):
     _, whole = parts_of(EVENTS, entry=entry)
-    message = joined(map(delta_of, whole))
+    message = joined(map(delta_fields, whole))
     for cut in range(len(whole) + 1):
         received = whole[cut - 1].step if cut else 0
         for other in (1, 2, 16):  # a server that lost writes has entries of another size
             _, rest = parts_of(EVENTS, received, entry=other, page=3)
-            assert joined(map(delta_of, [*whole[:cut], *rest])) == message
+            assert joined(map(delta_fields, [*whole[:cut], *rest])) == message
 
 
 def test_steps_increase_so_that_every_part_has_a_position_of_its_own():
@@ -91,7 +91,7 @@ def test_arguments_cut_anywhere_join_to_the_unstreamed_ones(size):
     tokens = texts(*(("tool", text, 0, "f") for text in cut))
     items = [started(), *tokens, end(len(tokens))]
     _, parts = parts_of(items)
-    assert joined(map(delta_of, parts))["calls"][0]["arguments"] == arguments
+    assert joined(map(delta_fields, parts))["calls"][0]["arguments"] == arguments
     collected = CollectedChoice(0, ChoiceReader("job"))
     for page in pages(items):
         collected.add(page)
@@ -104,14 +104,14 @@ def test_arguments_cut_anywhere_join_to_the_unstreamed_ones(size):
 def test_a_call_without_parameters_streams_an_empty_object_at_the_end_too():
     tokens = texts(("tool", "", 0, "now"), ("tool", " ", 0, "now"))
     _, parts = parts_of([started(), *tokens, end(2)])
-    (call,) = joined(map(delta_of, parts))["calls"]
+    (call,) = joined(map(delta_fields, parts))["calls"]
     assert json.loads(call["arguments"]) == {}
     assert parts[-1].end is not None
 
 
 def test_without_parallel_calls_only_the_first_one_is_part_of_the_answer():
     _, parts = parts_of(EVENTS, parallel_tool_calls=False)
-    assert [call["name"] for call in joined(map(delta_of, parts))["calls"]] == ["get_weather"]
+    assert [call["name"] for call in joined(map(delta_fields, parts))["calls"]] == ["get_weather"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.test_llama_server import gate, llama, loaded  # noqa: F401  # fixtures
-
 REQUIREMENT = "instructor>=1.17"
 SCRIPT = """
 import json, sys
@@ -40,8 +38,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-async def test_an_answer_is_parsed_into_a_model(gate, python: Path) -> None:  # noqa: F811
-    command = [python, "-c", SCRIPT, f"{gate.url}/v1", "Answer in JSON. Name a city."]
+async def test_an_answer_is_parsed_into_a_model(smollm2_gate, python: Path) -> None:
+    command = [python, "-c", SCRIPT, f"{smollm2_gate.url}/v1", "Answer in JSON. Name a city."]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0

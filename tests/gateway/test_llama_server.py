@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.gateways import chunks_of, gateway
-from tests.llama_cpp import LlamaCpp
-from tests.service.models import SharedModel
-from tests.service.serving import LONG_LEASE, serving
+from tests.gateway.gateways import chunks_of
 
 EXTENSIONS = frozenset({"timings", "choices[].logprobs.content[].id", "choices[].logprobs.content[].top_logprobs[].id"})
 """Keys of llama.cpp's that OpenAI's API does not have."""
@@ -29,24 +26,6 @@ def keys_of(value: Any, path: str = "") -> set[str]:
     return set()
 
 
-@pytest.fixture(scope="module")
-def llama(smollm2):
-    with LlamaCpp(smollm2, context=512) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def loaded(smollm2):
-    return SharedModel.from_file(smollm2)
-
-
-@pytest.fixture
-async def gate(harness, loaded):
-    async with serving(harness, loaded.fresh(name="SmolLM2"), lease=LONG_LEASE), gateway(harness) as running:
-        await running.wait_for_model("SmolLM2")
-        yield running
-
-
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -55,9 +34,9 @@ async def gate(harness, loaded):
         ("/v1/completions", {"prompt": "Paris is", "max_tokens": 4, "temperature": 0}),
     ],
 )
-async def test_an_answer_has_the_keys_of_llama_cpp_s(gate, llama, path, body):
+async def test_an_answer_has_the_keys_of_llama_cpp_s(smollm2_gate, llama, path, body):
     theirs = await asyncio.to_thread(llama._post, path, body)
-    ours = (await gate.http().post(path, json=body)).json()
+    ours = (await smollm2_gate.http().post(path, json=body)).json()
     missing = keys_of(theirs) - keys_of(ours)
     assert {key for key in missing if not key.startswith("timings.")} <= EXTENSIONS
 
@@ -65,24 +44,24 @@ async def test_an_answer_has_the_keys_of_llama_cpp_s(gate, llama, path, body):
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/completions", {"prompt": "Paris is", "max_tokens": 4})]
 )
-async def test_a_stream_s_chunks_have_the_keys_of_llama_cpp_s(gate, llama, path, body):
+async def test_a_stream_s_chunks_have_the_keys_of_llama_cpp_s(smollm2_gate, llama, path, body):
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     theirs = keys_of(chunks_of(await asyncio.to_thread(llama.post_text, path, body)))
-    ours = keys_of(chunks_of((await gate.http().post(path, json=body)).text))
+    ours = keys_of(chunks_of((await smollm2_gate.http().post(path, json=body)).text))
     assert {key for key in theirs - ours if not key.startswith("[].timings")} == set()
 
 
-async def test_an_error_has_the_keys_of_openai_s_also_where_llama_cpp_has_fewer(gate, llama):
+async def test_an_error_has_the_keys_of_openai_s_also_where_llama_cpp_has_fewer(smollm2_gate, llama):
     with pytest.raises(RuntimeError) as refused:
         await asyncio.to_thread(llama._post, "/v1/chat/completions", {"messages": "x"})
     theirs = str(refused.value)
-    ours = (await gate.http().post("/v1/chat/completions", json={"messages": "x"})).json()
+    ours = (await smollm2_gate.http().post("/v1/chat/completions", json={"messages": "x"})).json()
     assert "invalid_request_error" in theirs
     assert ours["error"]["type"] == "invalid_request_error"
 
 
-async def test_smollm2_answers_openai_s_client_streamed_and_not(gate):
-    client = gate.openai()
+async def test_smollm2_answers_openai_s_client_streamed_and_not(smollm2_gate):
+    client = smollm2_gate.openai()
     request = {"model": "SmolLM2", "messages": QUESTION, "max_tokens": 12, "temperature": 0}
     answer = await client.chat.completions.create(**request)
     assert "Paris" in answer.choices[0].message.content

@@ -9,10 +9,6 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from tests.gateway.gateways import gateway
-from tests.service.models import SharedModel
-from tests.service.serving import LONG_LEASE, serving
-
 QUESTION = [{"role": "user", "content": "Name a city."}]
 
 
@@ -21,27 +17,15 @@ class City(BaseModel):
     million: int = Field(ge=0, le=40)
 
 
-@pytest.fixture(scope="module")
-def loaded(smollm2):
-    return SharedModel.from_file(smollm2)
-
-
-@pytest.fixture
-async def gate(harness, loaded):
-    async with serving(harness, loaded.fresh(name="SmolLM2"), lease=LONG_LEASE), gateway(harness) as running:
-        await running.wait_for_model("SmolLM2")
-        yield running
-
-
-async def test_parse_returns_the_pydantic_model(gate):
-    answer = await gate.openai().chat.completions.parse(
+async def test_parse_returns_the_pydantic_model(smollm2_gate):
+    answer = await smollm2_gate.openai().chat.completions.parse(
         model="SmolLM2", messages=QUESTION, response_format=City, max_tokens=120, temperature=0
     )
     assert isinstance(answer.choices[0].message.parsed, City)
 
 
-async def test_a_stream_of_structured_output_parses_too(gate):
-    async with gate.openai().chat.completions.stream(
+async def test_a_stream_of_structured_output_parses_too(smollm2_gate):
+    async with smollm2_gate.openai().chat.completions.stream(
         model="SmolLM2", messages=QUESTION, response_format=City, max_tokens=120, temperature=0
     ) as stream:
         answer = await stream.get_final_completion()
@@ -58,16 +42,16 @@ async def test_a_stream_of_structured_output_parses_too(gate):
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_every_form_of_a_request_constrains_the_text(gate, path, fields, pattern):
+async def test_every_form_of_a_request_constrains_the_text(smollm2_gate, path, fields, pattern):
     prompt = {"messages": QUESTION} if "chat" in path else {"prompt": "A city:"}
     body = {"model": "SmolLM2", "max_tokens": 20, "temperature": 0.8, "seed": 3, **prompt, **fields}
-    choice = (await gate.http().post(path, json=body)).json()["choices"][0]
+    choice = (await smollm2_gate.http().post(path, json=body)).json()["choices"][0]
     text = choice["message"]["content"] if "chat" in path else choice["text"]
     assert re.fullmatch(pattern, text)
 
 
-async def test_json_mode_answers_with_an_object(gate):
-    answer = await gate.openai().chat.completions.create(
+async def test_json_mode_answers_with_an_object(smollm2_gate):
+    answer = await smollm2_gate.openai().chat.completions.create(
         model="SmolLM2", messages=QUESTION, response_format={"type": "json_object"}, max_tokens=200, temperature=0
     )
     if answer.choices[0].finish_reason == "stop":
@@ -84,8 +68,8 @@ async def test_json_mode_answers_with_an_object(gate):
         ({"type": "poem"}, "response_format"),
     ],
 )
-async def test_what_cannot_be_constrained_has_status_400_that_names_it(gate, given, named):
+async def test_what_cannot_be_constrained_has_status_400_that_names_it(smollm2_gate, given, named):
     with pytest.raises(openai.BadRequestError) as refused:
-        await gate.openai().chat.completions.create(model="SmolLM2", messages=QUESTION, response_format=given)
+        await smollm2_gate.openai().chat.completions.create(model="SmolLM2", messages=QUESTION, response_format=given)
     assert named in refused.value.message
     assert (refused.value.param or "").startswith("response_format")

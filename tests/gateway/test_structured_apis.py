@@ -6,7 +6,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.gateway.test_llama_server import QUESTION, gate, llama, loaded  # noqa: F401  # fixtures
+from tests.gateway.test_llama_server import QUESTION
 
 
 class City(BaseModel):
@@ -14,8 +14,8 @@ class City(BaseModel):
     capital: bool
 
 
-async def test_the_openai_package_parses_a_response(gate):  # noqa: F811
-    client = gate.openai()
+async def test_the_openai_package_parses_a_response(smollm2_gate):
+    client = smollm2_gate.openai()
     request = {"model": "SmolLM2", "input": QUESTION, "max_output_tokens": 80, "temperature": 0}
     response = await client.responses.parse(**request, text_format=City)
     opening = client.responses.stream(**request, text_format=City)
@@ -26,17 +26,17 @@ async def test_the_openai_package_parses_a_response(gate):  # noqa: F811
     assert streamed.output_parsed == response.output_parsed
 
 
-async def test_the_anthropic_package_parses_a_message(gate):  # noqa: F811
-    message = await gate.anthropic().messages.parse(
+async def test_the_anthropic_package_parses_a_message(smollm2_gate):
+    message = await smollm2_gate.anthropic().messages.parse(
         model="SmolLM2", max_tokens=120, messages=QUESTION, output_format=City
     )
 
     assert isinstance(message.parsed_output, City)
 
 
-async def test_a_schema_that_cannot_be_enforced_is_refused_by_its_keyword(gate):  # noqa: F811
+async def test_a_schema_that_cannot_be_enforced_is_refused_by_its_keyword(smollm2_gate):
     form = {"type": "json_schema", "name": "n", "schema": {"type": "object", "not": {}}}
     with pytest.raises(openai.BadRequestError) as raised:
-        await gate.openai().responses.create(model="SmolLM2", input="x", text={"format": form})
+        await smollm2_gate.openai().responses.create(model="SmolLM2", input="x", text={"format": form})
 
     assert raised.value.param == "text.format.schema.not"

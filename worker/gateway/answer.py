@@ -1,6 +1,7 @@
-"""A job's events as parts of an answer: text, reasoning, tool calls, finish reason, usage.
+"""A job's events as deltas of an answer: text, reasoning, tool calls, finish reason, usage.
 
-The parts are a function of the events: a client that resumes a stream is sent those above its step.
+The deltas are a function of the events: a client that resumes a stream is sent those above its
+step.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _PREFIX = "functions."
 
 
 @dataclass(frozen=True, slots=True)
-class CallPart:
-    """More of a tool call's arguments; `id` and `name` with the first part of a call."""
+class CallDelta:
+    """More of a tool call's arguments; `id` and `name` with the first delta of a call."""
 
     index: int
     arguments: str
@@ -29,20 +30,20 @@ class CallPart:
 
 
 @dataclass(slots=True)
-class Part:
+class ChoiceDelta:
     """What one or more tokens add to a choice."""
 
     step: int
     """1 + tokens of the choice up to here; one more with the finish reason. See `Position`."""
     entry_id: str
     begins: bool = False
-    """The first part of the choice."""
+    """The first delta of the choice."""
     text: str = ""
     reasoning: str = ""
-    calls: list[CallPart] = field(default_factory=list)
+    calls: list[CallDelta] = field(default_factory=list)
     logprobs: list[Entry] = field(default_factory=list)
     end: End | None = None
-    """With the last part."""
+    """With the last delta."""
 
 
 @dataclass(slots=True)
@@ -66,7 +67,7 @@ class Usage:
 
 
 class ChoiceReader:
-    """The parts of one choice, from the pages of its job in order."""
+    """The deltas of one choice, from the pages of its job in order."""
 
     def __init__(self, job_id: str, *, logprobs: bool = False, parallel_tool_calls: bool = True) -> None:
         self.started: Started | None = None
@@ -82,73 +83,73 @@ class ChoiceReader:
         """The index of the tool call whose arguments come now."""
         self._arguments_empty = False
 
-    def read(self, page: Sequence[StreamEvent], received: int = 0) -> Iterator[Part]:
-        """Yield the parts of a page whose step is above `received`."""
+    def read(self, page: Sequence[StreamEvent], received: int = 0) -> Iterator[ChoiceDelta]:
+        """Yield the deltas of a page whose step is above `received`."""
         for is_token, items in groupby(page, lambda item: isinstance(item.event, Token)):
             if is_token:
                 yield from self._read_tokens(list(items), received)
                 continue
             for item in items:
-                part = self._read_event(item)
-                if part is not None and part.step > received:
-                    yield part
+                delta = self._read_event(item)
+                if delta is not None and delta.step > received:
+                    yield delta
 
-    def _read_event(self, item: StreamEvent) -> Part | None:
+    def _read_event(self, item: StreamEvent) -> ChoiceDelta | None:
         match item.event:
             case Started() as started:
                 self.started = started
-                return Part(1, item.entry_id, begins=True)
+                return ChoiceDelta(1, item.entry_id, begins=True)
             case End() as end:
                 self.end = end
-                part = Part(end.tokens_out + 2, item.entry_id, calls=self._close_call(), end=end)
-                part.logprobs = self._aligned.flush() if self._aligned else []
-                return part
+                delta = ChoiceDelta(end.tokens_out + 2, item.entry_id, calls=self._close_call(), end=end)
+                delta.logprobs = self._aligned.flush() if self._aligned else []
+                return delta
         return None
 
-    def _read_tokens(self, items: list[StreamEvent], received: int) -> Iterator[Part]:
-        """The parts of consecutive tokens: one for each run of tokens of one channel and call."""
+    def _read_tokens(self, items: list[StreamEvent], received: int) -> Iterator[ChoiceDelta]:
+        """The deltas of consecutive tokens: one for each run of tokens of one channel and call."""
         known = max(0, min(len(items), received - 1 - self._tokens))
         for group in (items[:known], items[known:]):
             for place, run in groupby(group, _place):
-                part = self._read_run(place, list(run))
-                if part.step > received and (part.text or part.reasoning or part.calls or part.logprobs):
-                    yield part
+                delta = self._read_run(place, list(run))
+                if delta.step > received and (delta.text or delta.reasoning or delta.calls or delta.logprobs):
+                    yield delta
 
-    def _read_run(self, place: tuple[Channel, int | None], run: list[StreamEvent]) -> Part:
+    def _read_run(self, place: tuple[Channel, int | None], run: list[StreamEvent]) -> ChoiceDelta:
         tokens = [item.event for item in run if isinstance(item.event, Token)]
         channel, call = place
         self._tokens += len(tokens)
-        part = Part(self._tokens + 1, run[-1].entry_id)
+        delta = ChoiceDelta(self._tokens + 1, run[-1].entry_id)
         text = "".join([token.t for token in tokens])
         if self._call is not None and (channel != "tool" or call != self._call):
-            part.calls = self._close_call()
+            delta.calls = self._close_call()
         if channel == "tool":
-            self._read_call(part, call or 0, tokens[0].recipient or "", text)
+            self._read_call(delta, call or 0, tokens[0].recipient or "", text)
         elif channel == "reasoning":
             self.reasoning_tokens += len(tokens)
-            part.reasoning = text
+            delta.reasoning = text
         else:
-            part.text = text
+            delta.text = text
             if self._aligned is not None:
-                part.logprobs = [entry for token in tokens for entry in self._aligned.push(token)]
-        return part
+                delta.logprobs = [entry for token in tokens for entry in self._aligned.push(token)]
+        return delta
 
-    def _read_call(self, part: Part, call: int, recipient: str, text: str) -> None:
+    def _read_call(self, delta: ChoiceDelta, call: int, recipient: str, text: str) -> None:
         if call > 0 and not self._parallel:
             return
         if call == self._call:
             if text:
-                part.calls.append(CallPart(call, text))
+                delta.calls.append(CallDelta(call, text))
         else:
             name = recipient.removeprefix(_PREFIX)
-            part.calls.append(CallPart(call, text, call_id(self._job_id, call), name))
+            delta.calls.append(CallDelta(call, text, call_id(self._job_id, call), name))
             self._call, self._arguments_empty, self.called = call, True, True
         self._arguments_empty = self._arguments_empty and not text.strip()
 
-    def _close_call(self) -> list[CallPart]:
+    def _close_call(self) -> list[CallDelta]:
         """Arguments of a call that had none: an empty object."""
         call, self._call = self._call, None
-        return [CallPart(call, "{}")] if call is not None and self._arguments_empty else []
+        return [CallDelta(call, "{}")] if call is not None and self._arguments_empty else []
 
     def finish_reason(self) -> Literal["stop", "length", "tool_calls"]:
         """OpenAI's finish reason of the ended choice."""

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.errors import WorkerError
-from worker.gateway import batches, files, health, messages, page, responses
+from worker.gateway import batches, files, health, messages, model_list, page, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
@@ -38,8 +38,8 @@ _OPEN_FOLDER = "/static/"
 ROUTES = [
     Route("/health", health.health),
     Route("/metrics", health.metrics),
-    Route("/v1/models", health.models),
-    Route("/v1/models/{name:path}", health.model),
+    Route("/v1/models", model_list.models),
+    Route("/v1/models/{name:path}", model_list.model),
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
     *responses.ROUTES,

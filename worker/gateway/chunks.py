@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
-from worker.gateway.answer import ChoiceReader, Part, usage_of
+from worker.gateway.answer import ChoiceDelta, ChoiceReader, usage_of
 from worker.gateway.errors import fields_named
-from worker.gateway.jobs import JobGroup, Page, Position
+from worker.gateway.jobs import EventPage, JobGroup, Position
 from worker.gateway.sse import DONE, encode, to_json
 from worker.jobs.keys import START
 
@@ -37,23 +37,23 @@ class Chunks(ABC):
         self._head = ""
 
     @abstractmethod
-    def choice(self, index: int, part: Part) -> str:
-        """The item of `choices` for a part, as JSON."""
+    def choice(self, index: int, delta: ChoiceDelta) -> str:
+        """The item of `choices` for a delta, as JSON."""
 
-    def of_page(self, index: int, page: Page) -> bytes:
+    def of_page(self, index: int, page: EventPage) -> bytes:
         """The encoded chunks of a page of choice `index`; may be empty."""
         chunks = []
-        for part in self.readers[index].read(page, self._received[index]):
+        for delta in self.readers[index].read(page, self._received[index]):
             for earlier in range(index):
                 if not self._steps[earlier]:  # OpenAI's client needs the choices to begin in order
                     self._received[earlier] = 1
-                    chunks.append(self._encode(earlier, Part(1, part.entry_id, begins=True)))
-            chunks.append(self._encode(index, part))
+                    chunks.append(self._encode(earlier, ChoiceDelta(1, delta.entry_id, begins=True)))
+            chunks.append(self._encode(index, delta))
         return b"".join(chunks)
 
-    def _encode(self, index: int, part: Part) -> bytes:
-        self._steps[index], self._entry_id = part.step, part.entry_id
-        return encode(self._chunk(self.choice(index, part)), self._event_id())
+    def _encode(self, index: int, delta: ChoiceDelta) -> bytes:
+        self._steps[index], self._entry_id = delta.step, delta.entry_id
+        return encode(self._chunk(self.choice(index, delta)), self._event_id())
 
     def usage(self) -> bytes:
         """The chunk with the usage, if it is requested; called after the last choice has ended."""

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from worker.gateway.answer import ChoiceReader, Part, usage_of
+from worker.gateway.answer import ChoiceDelta, ChoiceReader, usage_of
 from worker.gateway.chunks import Chunks, head, stream
 from worker.gateway.context import call_of, context_of
 from worker.gateway.errors import fields_named, invalid
@@ -105,9 +105,9 @@ class TextChoice:
         self._echo = echo
         self._logprobs = logprobs
 
-    def text(self, part: Part) -> str:
-        """The text of a part: completions have no channels."""
-        return (self._echo if part.begins else "") + part.reasoning + part.text
+    def text(self, delta: ChoiceDelta) -> str:
+        """The text of a delta: completions have no channels."""
+        return (self._echo if delta.begins else "") + delta.reasoning + delta.text
 
     def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
         """The `logprobs` object of some entries."""
@@ -139,12 +139,12 @@ class TextChunks(Chunks):
         super().__init__(group, readers, model, include_usage=include_usage, prompts=prompts)
         self._choices = choices
 
-    def choice(self, index: int, part: Part) -> str:
+    def choice(self, index: int, delta: ChoiceDelta) -> str:
         """See `Chunks.choice`."""
         choice = self._choices[index]
-        fields = {"index": index, "text": choice.text(part)}
-        fields["logprobs"] = choice.logprobs(part.logprobs) if part.logprobs else None
-        return to_json(fields | (choice.finish() if part.end else {"finish_reason": None, "stop_reason": None}))
+        fields = {"index": index, "text": choice.text(delta)}
+        fields["logprobs"] = choice.logprobs(delta.logprobs) if delta.logprobs else None
+        return to_json(fields | (choice.finish() if delta.end else {"finish_reason": None, "stop_reason": None}))
 
 
 async def completions(request: Request) -> Response:
@@ -166,22 +166,22 @@ async def completions(request: Request) -> Response:
 
 
 async def _collect(group: JobGroup, choices: Sequence[TextChoice], body: CompletionRequest, model: str) -> Response:
-    parts: list[list[Part]] = [[] for _ in choices]
+    deltas: list[list[ChoiceDelta]] = [[] for _ in choices]
     try:
         with fields_named(body.field_names):
             await group.start()
             async with aclosing(group.pages()) as pages:
                 async for index, page in pages:
-                    parts[index] += choices[index].reader.read(page)
+                    deltas[index] += choices[index].reader.read(page)
     finally:
         group.close()
     readers = [choice.reader for choice in choices]
     answer = head(group.id, _KIND, model, readers)
-    answer["choices"] = [_whole(index, choice, parts[index]) for index, choice in enumerate(choices)]
+    answer["choices"] = [_whole(index, choice, deltas[index]) for index, choice in enumerate(choices)]
     return JSONResponse(answer | {"usage": usage_of(readers, len(body.prompts)).to_api()})
 
 
-def _whole(index: int, choice: TextChoice, parts: Sequence[Part]) -> dict[str, Any]:
-    entries = [entry for part in parts for entry in part.logprobs]
-    text = "".join(choice.text(part) for part in parts)
+def _whole(index: int, choice: TextChoice, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
+    entries = [entry for delta in deltas for entry in delta.logprobs]
+    text = "".join(choice.text(delta) for delta in deltas)
     return {"index": index, "text": text, "logprobs": choice.logprobs(entries), **choice.finish()}

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from worker.errors import WorkerError
-from worker.gateway.context import call_of, context_of
+from worker.gateway.context import context_of
 from worker.gateway.errors import NO_RETRY, ApiError
 from worker.jobs.streams import Disconnected
 
@@ -32,20 +32,6 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """All metrics in the Prometheus text format."""
     return Response(context_of(request).metrics.exposition(), media_type=_PROMETHEUS_TEXT)
-
-
-async def models(request: Request) -> Response:
-    """`GET /v1/models`: the models with a worker that the caller may use."""
-    context = context_of(request)
-    served = context.models.served(call_of(request).caller)
-    return JSONResponse({"object": "list", "data": [model.to_api() for model in served]})
-
-
-async def model(request: Request) -> Response:
-    """`GET /v1/models/{name}`."""
-    context = context_of(request)
-    found = await context.models.require(request.path_params["name"], call_of(request).caller)
-    return JSONResponse(found.to_api())
 
 
 async def tokenize(request: Request) -> Response:

@@ -39,7 +39,7 @@ from worker.jobs.protocol import DEFAULT_MAX_TOKENS
 from worker.jobs.reader import StreamEvent
 from worker.jobs.streams import Disconnected
 
-Page = list[StreamEvent]
+EventPage = list[StreamEvent]
 _CANCEL_S = 30.0
 _CANCEL_PAUSE_S = 0.2
 _DEADLINE_MARGIN_S = 0.25
@@ -116,7 +116,7 @@ class JobRun:
         self._attached = True
         self._context.metrics.attached.inc()
 
-    async def pages(self) -> AsyncGenerator[Page, None]:
+    async def pages(self) -> AsyncGenerator[EventPage, None]:
         """Yield all events of the job in lists, up to its `end`.
 
         Raises:
@@ -151,7 +151,7 @@ class JobRun:
         self._ended = True
         return error_of_event(last.event)
 
-    def _observe(self, page: Page, next_i: int) -> int:
+    def _observe(self, page: EventPage, next_i: int) -> int:
         """Count the page's tokens; return the index of the next one."""
         tokens = [item for item in page if isinstance(item.event, Token)]
         metrics = self._context.metrics
@@ -265,7 +265,7 @@ class JobGroup:
             job["deadline_ms"] = round(self._context.section.deadline_s * 1000)
         return job
 
-    async def pages(self) -> AsyncGenerator[tuple[int, Page], None]:
+    async def pages(self) -> AsyncGenerator[tuple[int, EventPage], None]:
         """Yield pages of events, each with the index of its choice, until every job has ended.
 
         Raises as `JobRun.pages` does: the first job that fails ends all.
@@ -275,7 +275,7 @@ class JobGroup:
                 async for page in pages:
                     yield 0, page
             return
-        merged: asyncio.Queue[tuple[int, Page | Exception | None]] = asyncio.Queue(len(self.runs))
+        merged: asyncio.Queue[tuple[int, EventPage | Exception | None]] = asyncio.Queue(len(self.runs))
         readers = [asyncio.create_task(_read(index, run, merged)) for index, run in enumerate(self.runs)]
         try:
             left = len(readers)
@@ -302,7 +302,7 @@ class JobGroup:
             run.release()
 
 
-async def _read(index: int, run: JobRun, merged: asyncio.Queue[tuple[int, Page | Exception | None]]) -> None:
+async def _read(index: int, run: JobRun, merged: asyncio.Queue[tuple[int, EventPage | Exception | None]]) -> None:
     try:
         async with contextlib.aclosing(run.pages()) as pages:
             async for page in pages:

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from worker.errors import InvalidRequest
 from worker.gateway.context import GatewayContext, call_of, context_of
 from worker.gateway.errors import ApiError, api_error, fields_named, invalid
-from worker.gateway.jobs import JobGroup, Page, Position
+from worker.gateway.jobs import EventPage, JobGroup, Position
 from worker.gateway.request import read_body
 from worker.gateway.response_store import ResponseStore, StoredResponse, not_found
 from worker.gateway.responses_events import PREFIX, ApiEvent, ResponseEvents
@@ -180,7 +180,7 @@ def _encoded(group: str, events: Iterable[ApiEvent], entry_id: str, received: in
     )
 
 
-def _encoded_page(group: str, events: ResponseEvents, page: Page, received: int) -> bytes:
+def _encoded_page(group: str, events: ResponseEvents, page: EventPage, received: int) -> bytes:
     """The events of a page of the job's events, encoded."""
     return b"".join(_encoded(group, events.add(item), item.entry_id, received) for item in page)
 
