@@ -52,8 +52,10 @@ def test_names_of_one_pre_tokenizer_share_an_entry():
 
 
 def test_an_unknown_pre_tokenizer_is_refused_by_name():
-    with pytest.raises(ModelLoadFailed, match=r"tokenizer\.ggml\.pre: the pre-tokenizer 'tekken' is unknown; expected"):
-        tokenizer_of(byte_level(pre="tekken"))
+    with pytest.raises(
+        ModelLoadFailed, match=r"tokenizer\.ggml\.pre: the pre-tokenizer 'no-such' is unknown; expected"
+    ):
+        tokenizer_of(byte_level(pre="no-such"))
 
 
 def test_a_file_without_the_key_or_with_an_empty_one_uses_the_default(tmp_path):
