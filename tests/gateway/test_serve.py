@@ -41,7 +41,7 @@ def start(tmp_path, monkeypatch):
 def url(start, tiny):
     """A served tiny model, and the URL of its gateway."""
     port = free_port()
-    return start(tiny("qwen2"), "--port", port), f"http://127.0.0.1:{port}"
+    return start(tiny("qwen2"), "--port", port, "--served-name", "mine"), f"http://127.0.0.1:{port}"
 
 
 def wait_until(condition, timeout_s=60.0):
@@ -63,7 +63,7 @@ def test_one_command_serves_a_model_over_http(url, tmp_path: Path):
     wait_until(lambda: is_served(base))
     assert len(psutil.Process(process.pid).children()) == 3, "the server, the worker and the gateway"
     children = psutil.Process(process.pid).children(recursive=True)
-    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    body = {"model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     answer = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=30).json()
     assert answer["usage"]["completion_tokens"] <= 4, answer
     assert httpx.get(f"{base}/").headers["content-type"].startswith("text/html")

@@ -31,6 +31,9 @@ def _queues(names: list[str]) -> dict[str, object]:
 def run(
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="TOML file such as configs/default.toml.")] = None,
     model: Annotated[str | None, _engine(help="A .gguf file, or a name that `worker pull` knows.")] = None,
+    served_name: Annotated[
+        str | None, _engine(metavar="NAME", help="Name that jobs and clients call the model; by default the file's.")
+    ] = None,
     backend: Annotated[str | None, _engine(help="cpu or gpu; by default the GPU if there is one.")] = None,
     context: Annotated[int | None, _engine(help="Maximum tokens of prompt and answer together.")] = None,
     max_running: Annotated[
@@ -66,6 +69,7 @@ def run(
     """
     flags = {
         "model.path": model,
+        "model.name": served_name,
         "model.context": context,
         "engine.backend": backend,
         "engine.max_running": max_running,

@@ -23,6 +23,7 @@ from worker.cli.gateway import require_packages
 from worker.cli.local_worker import model_file, ready_worker
 from worker.config import load_settings
 from worker.embedded import Child, embedded_server, free_port
+from worker.hub import PACKAGED
 from worker.jobs.client import SyncClient
 
 _engine = partial(typer.Option, rich_help_panel="Model and engine")
@@ -43,6 +44,10 @@ def serve(
     host: Annotated[str, _http(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _http(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
     api_keys: Annotated[Path | None, _http(metavar="FILE", help="TOML file of API keys; without it all may.")] = None,
+    served_name: Annotated[
+        str | None,
+        _engine(metavar="NAME", help="Name that clients call the model; by default MODEL, or the name in a file."),
+    ] = None,
     backend: Annotated[str | None, _engine(help="cpu or gpu; by default the GPU if there is one.")] = None,
     context: Annotated[int | None, _engine(min=1, help="Maximum tokens of prompt and answer together.")] = None,
     max_running: Annotated[int, _engine(min=1, max=256, help="Answers that are generated at once.")] = 4,
@@ -59,7 +64,8 @@ def serve(
     """
     require_packages()
     path = model_file(model, load_settings().hub)
-    engine = {"--backend": backend, "--context": context, "--max-running": max_running}
+    served_name = served_name or (model if model in PACKAGED else None)
+    engine = {"--served-name": served_name, "--backend": backend, "--context": context, "--max-running": max_running}
     with embedded_server() as url, _stop_request() as stop, ExitStack() as children:
         common = {"--redis-url": url, "--queue": "default", "--grace": grace, "--log-level": log_level}
 
