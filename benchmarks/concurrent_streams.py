@@ -250,7 +250,10 @@ def engine_alone(options: argparse.Namespace) -> EngineRate:
         text = output.read().decode(errors="replace").strip()
     if status:
         raise SystemExit(f"benchmarks.engine_rate failed:\n{text}")
-    return EngineRate(**json.loads(text.splitlines()[-1]))
+    rate = EngineRate(**json.loads(text.splitlines()[-1]))
+    if not rate.tokens_per_s:
+        raise SystemExit(f"the engine drew no token in {options.seconds} s; pass a longer --seconds")
+    return rate
 
 
 async def measure_model(url: str, worker: Child, ids: range, options: argparse.Namespace) -> dict[str, Phase]:
