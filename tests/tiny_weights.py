@@ -36,8 +36,20 @@ SCALES = {
     Type.Q4_K: BlockScales(258.0, offset_at=2, offset=7.5),
     Type.Q5_K: BlockScales(526.0, offset_at=2, offset=15.5),
     Type.Q6_K: BlockScales(1366.0, scale_at=208),
+    Type.IQ1_S: BlockScales(7.2),
+    Type.IQ2_XXS: BlockScales(53.2),
+    Type.IQ2_XS: BlockScales(55.8),
+    Type.IQ2_S: BlockScales(56.4),
+    Type.IQ3_XXS: BlockScales(142.4),
+    Type.IQ3_S: BlockScales(140.3),
+    Type.IQ4_NL: BlockScales(67.3),
+    Type.IQ4_XS: BlockScales(1246.0),
+    Type.TQ1_0: BlockScales(0.818, scale_at=52),
+    Type.TQ2_0: BlockScales(1.118, scale_at=64),
 }
 MXFP4_SPREAD = 4.63  # at exponents of 0 and 1
+NVFP4_SPREAD = 2.92
+IQ1_M_SPREAD = 7.2
 
 
 class RandomWeights:
@@ -69,6 +81,10 @@ class RandomWeights:
         blocks = self.bytes(math.prod(shape) // elements * size).reshape(-1, size).copy()
         if kind is Type.MXFP4:
             blocks[:, 0] = 127 + round(math.log2(std / MXFP4_SPREAD)) + blocks[:, 0] % 2
+        elif kind is Type.NVFP4:
+            blocks[:, :4] = max(0, 7 + round(math.log2(std / NVFP4_SPREAD))) << 3 | blocks[:, :4] % 8
+        elif kind is Type.IQ1_M:
+            self._set_iq1_m_scales(blocks, std)
         elif kind in SCALES:
             self._set_scales(blocks, SCALES[kind], std)
         return blocks.reshape(*shape[:-1], -1)
@@ -81,3 +97,11 @@ class RandomWeights:
         if scales.offset_at is not None:
             at = scales.offset_at
             blocks[:, at : at + 2] = (scale * scales.offset).astype("<f2").view(np.uint8)
+
+    def _set_iq1_m_scales(self, blocks: np.ndarray, std: float) -> None:
+        """The four nibbles of a block's f16 scale are the upper ones of its last four words."""
+        scale = np.array(std / IQ1_M_SPREAD, "<f2").view("<u2")
+        words = np.ascontiguousarray(blocks[:, 48:]).view("<u2")
+        for i in range(4):
+            words[:, i] = words[:, i] & 0xFFF | (scale >> 4 * i & 15) << 12
+        blocks[:, 48:] = words.view(np.uint8)

@@ -45,8 +45,8 @@ class Phase(Enum):
 class QTensor:
     """A weight on its device; `shape` is row-major: (rows, cols), (E, rows, cols) or (n,).
 
-    `kind` is the type in the file. The backend defines the format of `data`, whose first axis can
-    be sliced.
+    `kind` is the type in the file, or the format that the backend stores it in. The backend defines
+    the format of `data`, whose first axis can be sliced.
     """
 
     name: str

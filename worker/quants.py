@@ -46,9 +46,29 @@ Q3_K = QuantType("Q3_K", 11, 256, 110)
 Q4_K = QuantType("Q4_K", 12, 256, 144)
 Q5_K = QuantType("Q5_K", 13, 256, 176)
 Q6_K = QuantType("Q6_K", 14, 256, 210)
+IQ1_S = QuantType("IQ1_S", 19, 256, 50)
+IQ1_M = QuantType("IQ1_M", 29, 256, 56)
+IQ2_XXS = QuantType("IQ2_XXS", 16, 256, 66)
+IQ2_XS = QuantType("IQ2_XS", 17, 256, 74)
+IQ2_S = QuantType("IQ2_S", 22, 256, 82)
+IQ3_XXS = QuantType("IQ3_XXS", 18, 256, 98)
+IQ3_S = QuantType("IQ3_S", 21, 256, 110)
+IQ4_NL = QuantType("IQ4_NL", 20, 32, 18)
+IQ4_XS = QuantType("IQ4_XS", 23, 256, 136)
+TQ1_0 = QuantType("TQ1_0", 34, 256, 54)
+TQ2_0 = QuantType("TQ2_0", 35, 256, 66)
 MXFP4 = QuantType("MXFP4", 39, 32, 17)
+NVFP4 = QuantType("NVFP4", 40, 64, 36)
 
-QUANT_TYPES = (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4)
+_FLOATS = (F32, F16, BF16)
+_K_QUANTS = (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+_I_QUANTS = (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ4_NL, IQ4_XS)
+QUANT_TYPES = (
+    *(*_FLOATS, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *_K_QUANTS),
+    *(*_I_QUANTS, TQ1_0, TQ2_0, MXFP4, NVFP4),
+)
+CODEBOOK_TYPES = (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)
+"""Types whose blocks have indices of codebook rows."""
 _BY_ID = {kind.ggml_id: kind for kind in QUANT_TYPES}
 
 
@@ -89,3 +109,16 @@ def dequantize(data: Bytes, kind: QuantType, *, out: Floats | None = None) -> Fl
             blocks = flat_in[start // _STEP * in_step :][:in_step]
             flat_out[start : start + _STEP] = quants.dequantize(blocks, GGMLQuantizationType(kind.ggml_id))
     return out
+
+
+def codebook(kind: QuantType) -> Bytes:
+    """The codebook of one of CODEBOOK_TYPES: [rows, 8 or 4] u8, each the index of a magnitude.
+
+    The magnitudes of a type rise with their index.
+    """
+    from gguf import quants  # noqa: PLC0415
+
+    definition = getattr(quants, kind.name)
+    definition.init_grid()
+    rows = definition.grid.reshape(definition.grid_shape)
+    return np.ascontiguousarray(np.searchsorted(definition.grid_map, rows).astype(np.uint8))

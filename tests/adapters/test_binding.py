@@ -76,7 +76,7 @@ def test_an_unknown_architecture_lists_the_known_ones(architecture, tiny):
     assert all(name in failure.value.message for name in ADAPTERS)
 
 
-@pytest.mark.parametrize("ggml_id", [20, 4_000])
+@pytest.mark.parametrize("ggml_id", [24, 4_000])
 def test_a_tensor_of_an_unsupported_type_is_named_with_its_type(ggml_id, tiny):
     with GgufFile.open(tiny("llama")) as file:
         kind = quant_type(ggml_id)

@@ -180,11 +180,10 @@ def test_the_name_is_that_of_the_metadata_or_of_the_file(name, expected, tmp_pat
         assert file.name == expected
 
 
-@pytest.mark.parametrize(("ggml_id", "name"), [(20, "IQ4_NL"), (4_000, "type 4000")])
-def test_a_tensor_of_an_unsupported_type_is_listed(ggml_id: int, name: str, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(raw_file().set("matrix.weight: type", ggml_id))
+def test_a_tensor_of_an_unsupported_type_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(raw_file().set("matrix.weight: type", 4_000))
     with GgufFile.open(tmp_path / "m.gguf") as file:
-        assert file.by_type()[name][0] == 1
+        assert file.by_type()["type 4000"][0] == 1
         assert len(file.fingerprint()) == 64
 
 

@@ -21,7 +21,8 @@ def random_blocks(kind: QuantType, rows: int, cols: int) -> np.ndarray:
 
 
 def test_the_types_are_those_that_the_worker_must_read() -> None:
-    required = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4"
+    required = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S"
+    required += " IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 NVFP4"
     assert [kind.name for kind in QUANT_TYPES] == required.split()
 
 
@@ -33,7 +34,7 @@ def test_names_numbers_and_sizes_are_ggml_s(kind: QuantType) -> None:
 
 
 def test_any_other_type_has_its_name_and_size_and_is_not_supported() -> None:
-    assert quant_type(16) == QuantType("IQ2_XXS", 16, 256, 66)
+    assert quant_type(9) == QuantType("Q8_1", 9, 32, 40)
     assert quant_type(4_000) == QuantType("type 4000", 4_000, 1, 0)
     for ggml_id in set(range(64)) - {kind.ggml_id for kind in QUANT_TYPES}:
         assert quant_type(ggml_id) not in QUANT_TYPES
@@ -110,3 +111,11 @@ def test_opening_files_does_not_import_gguf() -> None:
     """It would cost a start 60 ms and more; only de-quantization needs it."""
     script = "import sys, worker.gguf_file; assert 'gguf' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("kind", ours.CODEBOOK_TYPES, ids=lambda kind: kind.name)
+def test_a_codebook_has_the_magnitudes_of_gguf_s(kind: QuantType) -> None:
+    definition = getattr(quants, kind.name)
+    rows = ours.codebook(kind)
+    assert rows.shape == definition.grid_shape
+    assert (np.array(definition.grid_map)[rows] == definition.grid.reshape(rows.shape)).all()

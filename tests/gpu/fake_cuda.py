@@ -144,7 +144,8 @@ class FakeKernels:
         kind = next(kind for kind in QUANT_TYPES if expression == f"repack<{kind.name}>")
 
         def repack(grid, block, args):
-            address, to, units = args
+            address, codebook, to, units = args
+            assert codebook == 0
             assert to.dtype == PLANES
             assert grid[0] * block[0] >= units
             size = int(units) * 32 // kind.block_size * kind.block_bytes

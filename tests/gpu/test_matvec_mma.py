@@ -8,8 +8,8 @@ import pytest
 from tests.gpu.activations import norm_of, q8_activations, q8_tiles, rows_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.weights import Projection
+from worker.gpu.layouts import stored_type
 from worker.gpu.matvec_mma import (
-    BLOCK_TYPES,
     GATED_TILES,
     MAX_SHARED,
     TILES,
@@ -18,9 +18,11 @@ from worker.gpu.matvec_mma import (
     shared_bytes,
 )
 from worker.ops import SWIGLU, Activation, Linear, QTensor
-from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
+from worker.quants import F32, IQ2_S, IQ4_XS, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES
 
-EACH_BLOCK_TYPE = pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: kind.name)
+EACH_BLOCK_TYPE = pytest.mark.parametrize(
+    "kind", [kind for kind in QUANT_TYPES if kind.block_size > 1], ids=lambda kind: kind.name
+)
 EACH_TILE = pytest.mark.parametrize("tiles", TILES, ids=str)
 
 
@@ -63,7 +65,7 @@ def test_no_tile_changes_a_bit(kernels, memory, kind, tiles, tokens):
     assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("kind", [Q5_0, Q8_0, Q4_K, Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Q5_0, Q8_0, Q4_K, Q6_K, IQ4_XS, IQ2_S], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("split_k", "cols"), [(1, 896), (2, 2048), (4, 4096), (8, 8192), (16, 12288)])
 def test_every_split_of_k_has_the_bits_of_one_row(kernels, memory, kind, split_k, cols):
     from worker.gpu.matvec import matvec, split_k_of
@@ -204,7 +206,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_any_place(kernels, memory):
 @EACH_BLOCK_TYPE
 @EACH_TILE
 def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(kind, tiles):
-    size = shared_bytes(kind, tiles)
+    size = shared_bytes(stored_type(kind), tiles)
     assert size <= MAX_SHARED
     assert tiles.resident * (size + 1024) <= 228 << 10
 
@@ -212,6 +214,7 @@ def test_the_blocks_of_a_multiprocessor_fit_its_shared_memory(kind, tiles):
 @EACH_BLOCK_TYPE
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_device_with_less_shared_memory_gets_tiles_that_fit(kind, gated):
+    kind = stored_type(kind)
     linears = [Linear(QTensor("w", (8192, 2048), kind, None))] * 2
     tiles = GATED_TILES if gated else TILES
     for tokens in (16, 33, 64, 256):

@@ -1,7 +1,9 @@
 """Weight layout in VRAM, planes whose loads are wide and aligned, and its dequantization.
 
-The layout is drawn in `kernels/codes.cuh` and `kernels/scales.cuh`; here are the sizes, which add
-up to the file's bytes exactly. `upload.py` fills planes, launchers pass their addresses to kernels.
+The layout is drawn in `kernels/codes.cuh` and `kernels/scales.cuh`; here are the sizes. They add up
+to the file's bytes exactly, except for the types with codebooks (IQ1, IQ2, IQ3) and TQ1_0: their
+values are stored as codes of 2 to 4 bits, so that products need no codebook. `upload.py` fills
+planes, launchers pass their addresses to kernels.
 Kernel: `dequantize.cu`. Twins: `embed` in `worker/cpu/ops.py`, `dequantize` in `worker/quants.py`.
 """
 
@@ -19,13 +21,39 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, aligned
 from worker.ops import QTensor
-from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES, QuantType
+from worker.quants import (
+    F32,
+    IQ1_M,
+    IQ1_S,
+    IQ2_S,
+    IQ2_XS,
+    IQ2_XXS,
+    Q4_K,
+    Q5_0,
+    Q6_K,
+    Q8_0,
+    QUANT_TYPES,
+    TQ1_0,
+    TQ2_0,
+    QuantType,
+)
 
 UNIT = 32
 """Elements that a thread loads at once; a row is a whole number of units."""
 _SUPER = 256
 _THREADS = 128
-INSTANTIATIONS: tuple[KernelName, ...] = tuple(("dequantize.cu", f"dequantize<{kind.name}>") for kind in QUANT_TYPES)
+IQ1, IQ2 = QuantType("IQ1", -1, _SUPER, 106), QuantType("IQ2", -2, _SUPER, 106)
+"""Formats of VRAM alone: the values of all IQ1 and all IQ2 types as codes of 3 bits."""
+_STORED_AS = {IQ1_S: IQ1, IQ1_M: IQ1, IQ2_XXS: IQ2, IQ2_XS: IQ2, IQ2_S: IQ2, TQ1_0: TQ2_0}
+
+
+def stored_type(kind: QuantType) -> QuantType:
+    """The format in VRAM of weights of a file's type, which kernels are made for."""
+    return _STORED_AS.get(kind, kind)
+
+
+STORED_TYPES = tuple(dict.fromkeys(map(stored_type, QUANT_TYPES)))
+INSTANTIATIONS: tuple[KernelName, ...] = tuple(("dequantize.cu", f"dequantize<{kind.name}>") for kind in STORED_TYPES)
 PLANES = np.dtype([("low", "u8"), ("high", "u8"), ("scales", "u8"), ("supers", "u8")])
 """`Planes` of kernels/codes.cuh."""
 MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))
@@ -46,13 +74,21 @@ _BYTES = {
     "Q4_K": (128, 0, 0, 16),
     "Q5_K": (128, 32, 0, 16),
     "Q6_K": (128, 64, 16, 2),
+    "IQ1": (64, 32, 8, 2),
+    "IQ2": (64, 32, 8, 2),
+    "IQ3_XXS": (128, 0, 8, 2),
+    "IQ3_S": (128, 0, 8, 2),
+    "IQ4_NL": (128, 0, 16, 0),
+    "IQ4_XS": (128, 0, 0, 8),
+    "TQ2_0": (64, 0, 0, 2),
     "MXFP4": (128, 0, 8, 0),
+    "NVFP4": (128, 0, 16, 0),
 }
 
 
 def plane_bytes(kind: QuantType, elements: int) -> tuple[int, ...]:
     """Bytes of `elements` elements (whole blocks) in each of the four planes."""
-    return tuple(elements * each // _SUPER for each in _BYTES[kind.name])
+    return tuple(elements * each // _SUPER for each in _BYTES[stored_type(kind).name])
 
 
 def unit_elements(kind: QuantType) -> int:
@@ -78,7 +114,7 @@ def weight_bytes(info: TensorInfo) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockMatrix:
-    """`QTensor.data` of a matrix: planes [..., rows, row bytes] u8, None where a type has none.
+    """`QTensor.data` of a matrix: planes [..., rows, row bytes] u8, None where a format has none.
 
     Slices along the first axis, rows or experts, share storage. Vectors are f32 arrays instead.
     """

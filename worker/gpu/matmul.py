@@ -16,11 +16,11 @@ import numpy as np
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import MIXED, PLANES, address
+from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address
 from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
-from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
+from worker.quants import MXFP4, Q8_0, QuantType
 
 
 class _Tile(NamedTuple):
@@ -103,9 +103,9 @@ def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: Qua
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_name(kind, tile, experts=False, gated=False) for kind in QUANT_TYPES for tile in _DENSE_TILES),
+    *(_name(kind, tile, experts=False, gated=False) for kind in STORED_TYPES for tile in _DENSE_TILES),
     *(_name(first, tile, experts=False, gated=False, last=last) for first, _, last in MIXED for tile in _DENSE_TILES),
-    *(_name(kind, tile, experts=False, gated=True) for kind in QUANT_TYPES for tile in _GATED_TILES),
+    *(_name(kind, tile, experts=False, gated=True) for kind in STORED_TYPES for tile in _GATED_TILES),
     *(
         _name(kind, tile, experts=True, gated=gated)
         for kind in (MXFP4, Q8_0)

@@ -18,10 +18,10 @@ from worker.errors import ModelLoadFailed
 from worker.gpu.activations import DECODE_WARPS, Q8Activations, empty_q8, input_rows, quantize_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import MIXED, PLANES, address, plane_bytes, unit_elements
+from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear, RmsNorm, Routes
-from worker.quants import MXFP4, Q8_0, QUANT_TYPES, QuantType
+from worker.quants import MXFP4, Q8_0, QuantType
 
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
@@ -75,25 +75,25 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         ("matvec_rows.cu", f"matvec_rows<{rows}, {tile}, {kind.name}>")
         for rows, tiles in _ROWS_TILES.items()
         for tile in dict.fromkeys(tiles)
-        for kind in QUANT_TYPES
+        for kind in STORED_TYPES
     ),
     *(
         ("glu_rows.cu", f"glu_rows<{rows}, {tile}, {kind.name}>")
         for rows, tile in _GLU_ROWS_TILES.items()
-        for kind in QUANT_TYPES
+        for kind in STORED_TYPES
     ),
     *(
         ("matvec_rows.cu", f"matvec_rows<{rows}, {_ROWS_MIXED_TILE}, {', '.join(kind.name for kind in kinds)}>")
         for rows in _ROW_TILES
         for kinds in MIXED
     ),
-    *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _TILES),
+    *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in STORED_TYPES for tile in _TILES),
     *(
         ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
         for kinds in MIXED
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
-    *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in QUANT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in STORED_TYPES for tile in _GLU_TILES),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),

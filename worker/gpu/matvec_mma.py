@@ -17,11 +17,11 @@ import numpy as np
 from worker.gpu.activations import Q8_BLOCK, Q8_TILES, TILE_ROWS, Q8Tiles, empty_q8_tiles, q8_tiles, quantize_tiles
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import MIXED, PLANES, address
+from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address
 from worker.gpu.matvec import GATE, gate_of, split_k_of
 from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear
-from worker.quants import QUANT_TYPES, QuantType
+from worker.quants import QuantType
 
 MIN_ROWS = 16
 """Rows of activations from which these kernels are worth their tiles."""
@@ -105,7 +105,7 @@ _QUANTIZATION_US = 2.3  # of h, in its own launch if a tile has no whole Q8 bloc
 TILES = tuple(_MICROSECONDS)
 GATED_TILES = tuple(t for t in TILES if t.splits == 1 and t != Tiles(32, 32))
 DEFINES = {"WEIGHTS_BYPASS_L1": 1}
-BLOCK_TYPES = tuple(kind for kind in QUANT_TYPES if kind.block_size > 1)
+BLOCK_TYPES = tuple(kind for kind in STORED_TYPES if kind.block_size > 1)
 
 
 def _name(kind: QuantType, t: Tiles, *, gated: bool, last: QuantType | None = None) -> KernelName:
@@ -255,7 +255,7 @@ def _launch(
     )
 
 
-_TWO_SCALES = ("Q2_K", "Q3_K", "Q6_K")
+_TWO_SCALES = ("Q2_K", "Q3_K", "Q6_K", "IQ1", "IQ2", "NVFP4")
 _SUMS_OF_X = {"Q4_1": 1, "Q5_1": 1, "Q4_K": 1, "Q5_K": 1, "Q2_K": 2}
 """Sums of a unit of x that the products of a type need (`RowScales::kSums`)."""
 

@@ -22,10 +22,10 @@ from worker.gguf_file import GgufFile, TensorInfo
 from worker.gpu.compiler import KernelName, Kernels
 from worker.gpu.kernel import device_errors
 from worker.gpu.launch import Allocator
-from worker.gpu.layouts import PLANES, BlockMatrix, address, is_vector, plane_bytes
+from worker.gpu.layouts import PLANES, BlockMatrix, address, is_vector, plane_bytes, stored_type
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, Slab, aligned
 from worker.ops import QTensor
-from worker.quants import QUANT_TYPES, Bytes, Floats, QuantType, dequantize
+from worker.quants import CODEBOOK_TYPES, QUANT_TYPES, Bytes, Floats, QuantType, codebook, dequantize
 
 CHUNK = 8 << 20  # bytes of a copy; a multiple of ALIGNMENT, at which its transfers begin
 MAX_LANES = 6  # saturates an H100 host of 16 cores: 25 of the 29 GB/s that pure reading reaches
@@ -71,6 +71,8 @@ class Upload:
         self._on_bytes = on_bytes
         self._one_at_a_time = Lock()
         count = min(_lanes_for(expected), os.cpu_count() or 1)
+        self._memory = memory
+        self._codebooks: dict[QuantType, Slab] = {}
         self._staging: Slab | None = memory.reserve(count * CHUNK, Purpose.WORKSPACE)
         self._lanes = [_Lane(cupy.cuda, self._staging.address + lane * CHUNK) for lane in range(count)]
         self._idle = list(self._lanes)
@@ -87,7 +89,7 @@ class Upload:
     def __call__(self, info: TensorInfo) -> QTensor:
         """Start the upload of a tensor. Raises VramOom."""
         data = self._vector(info) if is_vector(info) else self._matrix(info)
-        tensor = QTensor(info.name, info.shape, info.kind, data)
+        tensor = QTensor(info.name, info.shape, info.kind if is_vector(info) else stored_type(info.kind), data)
         self._targets.append(tensor)  # its memory must not be reused during the copy
         self._to_come -= info.nbytes
         if self._to_come == 0:
@@ -119,6 +121,7 @@ class Upload:
         self._values.clear()
         self._idle.clear()
         self._lanes.clear()
+        self._codebooks.clear()
         self._staging = None
 
     def _vector(self, info: TensorInfo) -> DeviceArray:
@@ -136,7 +139,7 @@ class Upload:
     def _matrix(self, info: TensorInfo) -> BlockMatrix:
         sizes = plane_bytes(info.kind, info.shape[-1])
         planes = tuple(self._pool.empty((*info.shape[:-1], size), np.uint8) if size else None for size in sizes)
-        matrix = BlockMatrix(info.kind, planes)
+        matrix = BlockMatrix(stored_type(info.kind), planes)
         blocks = self._file.data(info).reshape(-1)
         step = _chunk_elements(info.kind)
         for start in range(0, math.prod(info.shape), step):
@@ -154,11 +157,28 @@ class Upload:
         repack = self._kernels.get(*_repack(kind))  # compiled on this thread, not on a lane
         grid, planes, count = (-(-units // _THREADS),), np.array(to, PLANES), np.uint32(units)
 
+        codebook = np.uint64(self._codebook(kind))
+
         def unpack(at: int, stream: Any) -> None:
             with stream:
-                repack(grid, (_THREADS,), (np.uint64(at), planes, count))
+                repack(grid, (_THREADS,), (np.uint64(at), codebook, planes, count))
 
         return unpack
+
+    def _codebook(self, kind: QuantType) -> int:
+        """Device address of a type's codebook, copied on first use; 0 if it has none."""
+        if kind not in CODEBOOK_TYPES:
+            return 0
+        if kind not in self._codebooks:
+            rows = codebook(kind)
+            slab = self._memory.reserve(rows.nbytes, Purpose.WORKSPACE)
+            with device_errors():
+                self._runtime.memcpyAsync(
+                    slab.address, rows.ctypes.data, rows.nbytes, _HOST_TO_DEVICE, self._stream.ptr
+                )
+                self._stream.synchronize()
+            self._codebooks[kind] = slab
+        return self._codebooks[kind].address
 
     def _add(self, transfer: _Transfer) -> None:
         """Small transfers share a chunk: each driver call waits for the GIL."""

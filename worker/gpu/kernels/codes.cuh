@@ -5,7 +5,7 @@
 // | --- | --- | --- | --- |
 // | low | 2 | 8 | bits 2i, 2i+1 of byte k of word h: element 16h+4i+k |
 // | low | 4 | 16 | byte k of word i: element 4i+k in the low nibble, 16+4i+k in the high one |
-// | low | 4 (E2M1) | 16 | nibble k of word i: element 4i+k; nibble 4+k: element 16+4i+k |
+// | low | 4 (E2M1, IQ4) | 16 | nibble k of word i: element 4i+k; nibble 4+k: element 16+4i+k |
 // | low, high | 8 | 16 each | elements 0–15; elements 16–31 |
 // | high | 1 | 4 | bit i of byte k: element 4i+k |
 // | high | 2 | 8 | the layout of the low 2 bits |
@@ -159,6 +159,71 @@ struct Fp4Codes {
             const u32 flipped = v[i] ^ 0x88888888;
             c.w[i] = lookup(v[i], flipped), c.w[i + 4] = lookup(v[i] >> 16, flipped >> 16);
         }
+        return c;
+    }
+};
+
+// IQ4 codes as values from -127 to 113, by two table lookups as in Fp4Codes: one of the negated values of
+// codes 0 to 7, one of the values of codes 8 to 15. The other lookup gives 0, and no byte borrows.
+struct Iq4Codes {
+    uint4 low;
+    __device__ void load(const Planes& p, u32 u) { low = load_plane<uint4>(p.low, u); }
+    __device__ static u32 lookup(u32 lower, u32 upper) {
+        u32 a, b;
+        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(a) : "r"(0x4153687fu), "r"(0x0a162331u), "r"(lower));
+        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(b) : "r"(0x26190d01u), "r"(0x71594535u), "r"(upper));
+        return ((b | 0x80808080) - a) ^ 0x80808080;
+    }
+    __device__ Codes unpack() const {
+        const u32 v[4] = {low.x, low.y, low.z, low.w};
+        Codes c;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 flipped = v[i] ^ 0x88888888;
+            c.w[i] = lookup(v[i], flipped), c.w[i + 4] = lookup(v[i] >> 16, flipped >> 16);
+        }
+        return c;
+    }
+};
+
+// Magnitudes of four codes and one sign bit of each, a byte each, as signed values. Magnitudes are
+// below 128 and not 0, so bytes do not carry.
+__device__ __forceinline__ u32 with_signs(u32 magnitudes, u32 negative) {
+    return (magnitudes ^ negative * 255) + negative;
+}
+
+struct Iq3XxsValue {  // ±4, 12, 20, 28, 36, 44, 52, 62
+    static __device__ __forceinline__ u32 of(u32 codes) {
+        const u32 m = codes & 0x07070707;
+        return with_signs(8 * m + 0x04040404 + (m + 0x01010101 >> 2 & 0x02020202), codes >> 3 & 0x01010101);
+    }
+};
+struct Iq3SValue {  // ±1, 3, 5, …, 15
+    static __device__ __forceinline__ u32 of(u32 codes) {
+        return with_signs(2 * (codes & 0x07070707) + 0x01010101, codes >> 3 & 0x01010101);
+    }
+};
+struct Iq2Value {  // ±8, 25, 43
+    static __device__ __forceinline__ u32 of(u32 codes) {
+        const u32 m = codes & 0x03030303;
+        return with_signs(17 * m + 0x08080808 + (m >> 1 & 0x01010101), codes >> 2 & 0x01010101);
+    }
+};
+struct Iq1Value {  // eight times -1, 0, 1, plus or minus 1
+    static __device__ __forceinline__ u32 of(u32 codes) {
+        return (8 * (codes & 0x03030303) + 0x79797979 - (codes >> 1 & 0x02020202)) ^ 0x80808080;
+    }
+};
+
+// Packed codes that VALUE converts to signed bytes, four at once.
+template <class PACKED, class VALUE>
+struct ValueCodes {
+    PACKED packed;
+    __device__ void load(const Planes& p, u32 u) { packed.load(p, u); }
+    __device__ Codes unpack() const {
+        Codes c = packed.unpack();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) c.w[i] = VALUE::of(c.w[i]);
         return c;
     }
 };

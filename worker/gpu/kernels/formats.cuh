@@ -88,6 +88,14 @@ template <> struct Unit<Q4_K> : BlockUnit<PackedCodes<4, 0>, KScaleMin, 0, true>
 template <> struct Unit<Q5_K> : BlockUnit<PackedCodes<4, 1>, KScaleMin, 0, true> {};
 template <> struct Unit<Q6_K> : BlockUnit<PackedCodes<4, 2>, Q6Scales, 32, false, true> {};
 template <> struct Unit<MXFP4> : BlockUnit<Fp4Codes, E8m0Scale, 12> {};
+template <> struct Unit<NVFP4> : BlockUnit<Fp4Codes, E4m3Scales, 12, false, true> {};
+template <> struct Unit<IQ4_NL> : BlockUnit<Iq4Codes, F16Scale, 0> {};
+template <> struct Unit<IQ4_XS> : BlockUnit<Iq4Codes, Iq4Scales, 0> {};
+template <> struct Unit<IQ3_XXS> : BlockUnit<ValueCodes<PackedCodes<4, 0>, Iq3XxsValue>, CodebookScales<4>, 0> {};
+template <> struct Unit<IQ3_S> : BlockUnit<ValueCodes<PackedCodes<4, 0>, Iq3SValue>, CodebookScales<1>, 0> {};
+template <> struct Unit<IQ2> : BlockUnit<ValueCodes<PackedCodes<2, 1>, Iq2Value>, CodebookScales<8>, 0, false, true> {};
+template <> struct Unit<IQ1> : BlockUnit<ValueCodes<PackedCodes<2, 1>, Iq1Value>, CodebookScales<8>, 0, false, true> {};
+template <> struct Unit<TQ2_0> : BlockUnit<PackedCodes<2, 0>, SuperScale, 1> {};
 
 template <>
 struct Unit<F32> {

@@ -1,6 +1,7 @@
 // Loading: rearrange a matrix's blocks from the file's layout into planes (codes.cuh, scales.cuh).
 //
-// Shapes: blocks [units/kSubs] of the file; target planes, sizes in worker/gpu/layouts.py.
+// Shapes: blocks [units/kSubs] of the file; codebook [rows][8 or 4] u8 of the types that have one:
+// indices of magnitudes (gguf_blocks.cuh); target planes, sizes in worker/gpu/layouts.py.
 // Grid: ⌈units/256⌉ blocks of 256 threads, one unit of 32 elements each; the first thread of a
 // block of the file also writes what its units share. Alignment: source and planes 16 bytes. Bytes:
 // the file's bytes read (byte by byte) and as many written; the copy to the device takes longer.
@@ -110,10 +111,40 @@ struct Q6Packing {
     }
 };
 
-template <class Codes, class Scales, int SUBS>
+struct Iq4Packing {
+    static __device__ void put_scales(const IQ4_XS& b, int sub, const TargetPlanes& t, u32 u) {
+        if (sub == 0) put(t.supers, u / 8, make_uint2((u32)b.d | (u32)b.scales_h << 16, word_at(b.scales_l)));
+    }
+};
+
+struct E4m3Packing {
+    static __device__ void put_scales(const NVFP4& b, int sub, const TargetPlanes& t, u32 u) {
+        put(t.scales, u, (u16)(b.d[2 * sub] | b.d[2 * sub + 1] << 8));
+    }
+};
+
+struct SuperPacking {
+    template <class Block>
+    static __device__ void put_scales(const Block& b, int sub, const TargetPlanes& t, u32 u) {
+        if (sub == 0) put(t.supers, u / 8, b.d);
+    }
+};
+
+struct CodebookPacking {
+    template <class Block>
+    static __device__ void put_scales(const Block& b, int sub, const TargetPlanes& t, u32 u) {
+        t.scales[u] = b.scale(sub, 0) | b.scale(sub, 1) << 4;
+        if (sub == 0) put(t.supers, u / 8, b.super());
+    }
+};
+
+template <class Codes, class Scales, int SUBS, bool CODEBOOK = false>
 struct Layout : Codes, Scales {
     static constexpr int kSubs = SUBS;  // units of a block
+    static constexpr bool kCodebook = CODEBOOK;
 };
+template <int LOW, int HIGH>
+using CodebookLayout = Layout<CodePacking<LOW, HIGH>, CodebookPacking, 8, true>;
 
 template <class Block> struct LayoutOf;
 template <> struct LayoutOf<Q4_0> : Layout<CodePacking<4, 0>, OneF16, 1> {};
@@ -127,9 +158,22 @@ template <> struct LayoutOf<Q3_K> : Layout<CodePacking<2, 1>, Q3Packing, 8> {};
 template <> struct LayoutOf<Q4_K> : Layout<CodePacking<4, 0>, SixBitAndMin, 8> {};
 template <> struct LayoutOf<Q5_K> : Layout<CodePacking<4, 1>, SixBitAndMin, 8> {};
 template <> struct LayoutOf<Q6_K> : Layout<CodePacking<4, 2>, Q6Packing, 8> {};
+template <> struct LayoutOf<NVFP4> : Layout<CodePacking<4, 0, true>, E4m3Packing, 2> {};
+template <> struct LayoutOf<IQ4_NL> : Layout<CodePacking<4, 0, true>, OneF16, 1> {};
+template <> struct LayoutOf<IQ4_XS> : Layout<CodePacking<4, 0, true>, Iq4Packing, 8> {};
+template <> struct LayoutOf<IQ3_XXS> : CodebookLayout<4, 0> {};
+template <> struct LayoutOf<IQ3_S> : CodebookLayout<4, 0> {};
+template <> struct LayoutOf<IQ2_XXS> : CodebookLayout<2, 1> {};
+template <> struct LayoutOf<IQ2_XS> : CodebookLayout<2, 1> {};
+template <> struct LayoutOf<IQ2_S> : CodebookLayout<2, 1> {};
+template <> struct LayoutOf<IQ1_S> : CodebookLayout<2, 1> {};
+template <> struct LayoutOf<IQ1_M> : CodebookLayout<2, 1> {};
+template <> struct LayoutOf<TQ1_0> : Layout<CodePacking<2, 0>, SuperPacking, 8> {};
+template <> struct LayoutOf<TQ2_0> : Layout<CodePacking<2, 0>, SuperPacking, 8> {};
 
 template <class Block>
-__global__ void repack(const Block* __restrict__ blocks, const TargetPlanes target, const u32 units) {
+__global__ void repack(const Block* __restrict__ blocks, const u8* __restrict__ codebook, const TargetPlanes target,
+                       const u32 units) {
     const u32 u = blockIdx.x * blockDim.x + threadIdx.x;
     if (u >= units) return;
     using L = LayoutOf<Block>;
@@ -137,7 +181,12 @@ __global__ void repack(const Block* __restrict__ blocks, const TargetPlanes targ
     const int sub = u % L::kSubs;
     u8 code[32];
 #pragma unroll
-    for (int e = 0; e < 32; ++e) code[e] = (u8)block.code(sub, e);
+    for (int e = 0; e < 32; ++e) {
+        if constexpr (L::kCodebook)
+            code[e] = (u8)block.code(sub, e, codebook);
+        else
+            code[e] = (u8)block.code(sub, e);
+    }
     L::put_codes(code, target, u);
     L::put_scales(block, sub, target, u);
 }

@@ -101,3 +101,47 @@ struct Q6Scales {
         return {{__fmul_rn(f, (float)(signed char)s), __fmul_rn(f, (float)((short)s >> 8))}, {0, 0}};
     }
 };
+
+struct SuperScale {  // TQ2_0
+    u16 d;
+    __device__ void load(const Planes& p, u32 u) { d = load_plane<u16>(p.supers, u / 8); }
+    __device__ Scales unpack(u32) const {
+        const float s = half_to_float(d);
+        return {{s, s}, {0, 0}};
+    }
+};
+
+struct Iq4Scales {  // a super is 8 bytes: d, high bits of eight scales, their low bits
+    uint2 s;
+    __device__ void load(const Planes& p, u32 u) { s = load_plane<uint2>(p.supers, u / 8); }
+    __device__ Scales unpack(u32 u) const {
+        const int scale = (s.y >> u % 8 * 4 & 15) | (s.x >> (16 + u % 8 * 2) & 3) << 4;
+        const float f = __fmul_rn(half_to_float(s.x & 0xffff), (float)(scale - 32));
+        return {{f, f}, {0, 0}};
+    }
+};
+
+template <int DIVISOR>
+struct CodebookScales {  // IQ1, IQ2, IQ3: d·(2s + 1) / DIVISOR, a power of two, with 4 bits s for 16 elements
+    u8 s;
+    u16 d;
+    __device__ void load(const Planes& p, u32 u) {
+        s = load_plane<u8>(p.scales, u);
+        d = load_plane<u16>(p.supers, u / 8);
+    }
+    __device__ Scales unpack(u32) const {
+        const float f = __fmul_rn(half_to_float(d), 1.f / DIVISOR);
+        return {{__fmul_rn(f, (float)(2 * (s & 15) + 1)), __fmul_rn(f, (float)(2 * (s >> 4) + 1))}, {0, 0}};
+    }
+};
+
+struct E4m3Scales {  // NVFP4: half of an unsigned E4M3 for 16 elements, since codes are doubled; 0x7f is 0
+    u16 s;
+    __device__ void load(const Planes& p, u32 u) { s = load_plane<u16>(p.scales, u); }
+    __device__ static float half_of(u32 e4m3) {
+        const u32 exponent = e4m3 >> 3 & 15, mantissa = e4m3 & 7;
+        if (e4m3 == 0x7f) return 0.f;
+        return exponent ? __uint_as_float((exponent + 119) << 23 | mantissa << 20) : __fmul_rn((float)mantissa, 0x1p-10f);
+    }
+    __device__ Scales unpack(u32) const { return {{half_of(s & 255), half_of(s >> 8)}, {0, 0}}; }
+};
