@@ -1,4 +1,4 @@
-"""SmolLM2 against llama.cpp, prompt by prompt: token ids, greedy choices and log-probabilities.
+"""SmolLM2 against llama.cpp, prompt by prompt, and a tiny model of every type.
 
 With the published Q4_1 file llama.cpp quantizes activations to 8 bits in every product, which
 causes the difference. With the same weights as an F32 file it does not, and the results must be
@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 from tests.llama_cpp import LlamaCpp, write_f32_copy
+from tests.models import cpu_runner, prefill
 from tests.smollm2_prompts import PROMPTS, STEPS, prompt_of
+from tests.tiny_models import make_tiny
 from worker import runtime
 from worker.config import EngineSection, ModelSection
 from worker.engine import Sequence
+from worker.quants import QUANT_TYPES
 from worker.sampling import Sampling
 
 NEAR_TIE = 0.05
@@ -105,3 +108,21 @@ def test_greedy_ids_are_equal_on_the_same_weights_as_f32_except_after_near_ties(
     assert np.median(found.top) < 0.005
     assert np.percentile(found.top, 99) < 0.02
     assert all(gap < NEAR_TIE for *_, gap in found.flips), found.flips
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in QUANT_TYPES if kind.block_size > 1])
+def test_a_model_of_any_type_has_llama_cpp_s_log_probabilities(kind, tmp_path):
+    """Up to llama.cpp's rounding of activations to 8 bits; an unrelated model is some nats away."""
+    path, ids = make_tiny("llama", tmp_path / "model.gguf", quant=kind), [*range(40, 50), 7, 120]
+    with LlamaCpp(path, context=512) as llama_cpp:
+        expected = dict(llama_cpp.next_logprobs(ids))
+    found, unrelated = (
+        logprobs_of(each, ids) for each in (path, make_tiny("llama", tmp_path / "other.gguf", seed=1, quant=kind))
+    )
+    assert max(abs(found[token] - logprob) for token, logprob in expected.items()) < 0.5
+    assert max(abs(unrelated[token] - logprob) for token, logprob in expected.items()) > 2
+
+
+def logprobs_of(path, ids):
+    logits = cpu_runner(path, context=512).logits(prefill(ids, rows=[len(ids) - 1]))[0].astype(np.float64)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
