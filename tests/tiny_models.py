@@ -39,6 +39,8 @@ class TinyShape:
     context: int = 512
     tied: bool = False
     experts: int = 0
+    expert_ffn: int = 0
+    """Width of an expert's FFN where it is not `ffn`."""
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     """Projections with a bias that most files of the architecture lack, such as `ffn_up`."""
@@ -124,6 +126,22 @@ _GPT_OSS = TinyShape(
         "rope.scaling.original_context_length": 128,
     },
 )
+_QWEN3 = TinyShape(
+    arch="qwen3",
+    layers=2,
+    width=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=128,
+    ffn=512,
+    metadata={
+        "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 128,
+        "attention.value_length": 128,
+    },
+)
+_EXPERTS = {"expert_count": 8, "expert_used_count": 3}
 _LLAMA = TinyShape(
     arch="llama",
     layers=2,
@@ -170,6 +188,16 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "llama": replace(_LLAMA, tied=True),
+    "mixtral": replace(_LLAMA, ffn=256, experts=8, metadata={**_LLAMA.metadata, **_EXPERTS}),
+    "qwen3": replace(_QWEN3, tied=True),
+    "qwen3moe": replace(
+        _QWEN3,
+        arch="qwen3moe",
+        experts=8,
+        expert_ffn=256,
+        metadata={**_QWEN3.metadata, **_EXPERTS, "expert_feed_forward_length": 256},
+    ),
+    "smollm3": replace(_LLAMA, arch="smollm3", layers=5, tied=True),
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     ),
@@ -242,7 +270,7 @@ def _kind(tensor: _Tensor, quant: str | Mapping[str, str], order: list[str]) -> 
         return Type[quant.get(tensor.name, "F32")]
     if quant != "mixed":
         return Type[quant] if columns % gguf.GGML_QUANT_SIZES[Type[quant]][0] == 0 else Type.Q8_0
-    if "_exps" in tensor.name:
+    if "_exps" in tensor.name and quant == "mixed" and columns % 256:
         return Type.MXFP4
     name = next(name for name in order if columns % gguf.GGML_QUANT_SIZES[Type[name]][0] == 0)
     order.remove(name)
@@ -258,12 +286,9 @@ def _tensors(shape: TinyShape) -> Iterator[_Tensor]:
         block = f"blk.{layer}."
         yield _Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
         yield from _attention(shape, block)
-        if shape.experts:
-            yield _Tensor(block + "post_attention_norm.weight", (d,), 0.25, mean=1.0)
-            yield from _experts(shape, block)
-        else:
-            yield _Tensor(block + "ffn_norm.weight", (d,), 0.25, mean=1.0)
-            yield from _feed_forward(shape, block)
+        norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
+        yield _Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
+        yield from _experts(shape, block) if shape.experts else _feed_forward(shape, block)
     yield _Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
         yield _Tensor("output.weight", (V, d), 2 / math.sqrt(d))
@@ -287,6 +312,9 @@ def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
             if biased:
                 yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
             yield from _bias(shape, block, part, rows)
+    if shape.arch.startswith("qwen3"):
+        for part in ("attn_q_norm", "attn_k_norm"):
+            yield _Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25, mean=1.5)
     yield _Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
     yield from _bias(shape, block, "attn_output", d)
     if shape.arch == "gpt-oss":
@@ -307,10 +335,13 @@ def _feed_forward(shape: TinyShape, block: str) -> Iterator[_Tensor]:
 
 
 def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:
-    """gpt-oss's mixture; gate and up reach beyond 7, so that their clamp is in use."""
-    d, f, E = shape.width, shape.ffn, shape.experts
+    """A mixture; gate and up of gpt-oss's reach beyond 7, so that their clamp is in use."""
+    d, f, E = shape.width, shape.expert_ffn or shape.ffn, shape.experts
+    biased, gains = (True, (3, 3, 0.25)) if shape.arch == "gpt-oss" else (False, (1.3, 1.3, 1.3))
     yield _Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
-    yield _Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
-    for part, rows, columns, gain in (("gate", f, d, 3), ("up", f, d, 3), ("down", d, f, 0.25)):
+    if biased:
+        yield _Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
+    for part, rows, columns, gain in zip(("gate", "up", "down"), (f, f, d), (d, d, f), gains, strict=True):
         yield _Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
-        yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)
+        if biased:
+            yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)

@@ -120,6 +120,7 @@ VOCABULARIES = {
         padding_type=TokenType.USER_DEFINED,
     ),
 }
+VOCABULARIES |= dict.fromkeys(("qwen3", "qwen3moe"), VOCABULARIES["qwen2"]) | {"smollm3": VOCABULARIES["llama"]}
 
 
 def byte_alphabet() -> list[str]:

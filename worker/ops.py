@@ -93,6 +93,10 @@ class Attention:
     """Number of newest keys that a token attends to, itself included; 0 is all."""
     sinks: QTensor | None = None
     """[H] f32: a logit per query head, added to the denominator of the softmax without a value."""
+    q_norm: RmsNorm | None = None
+    """Norm [D] of each query head, before RoPE."""
+    k_norm: RmsNorm | None = None
+    """Norm [D] of each key head, before RoPE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,10 @@ class Ops(Protocol):
         """Several projections of one norm: y_j [T, rows_j] f32."""
 
     def attention(self, q: Array, k: Array, v: Array, spec: Attention, batch: Batch) -> Array:
-        """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32."""
+        """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32.
+
+        The norms of `spec`, if any, come first. q and k may be overwritten.
+        """
 
     def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
         """residual + linear(y): x [T, d] f32."""

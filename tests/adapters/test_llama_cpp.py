@@ -123,6 +123,16 @@ def test_a_model_of_any_type_has_llama_cpp_s_log_probabilities(kind, tmp_path):
     assert max(abs(unrelated[token] - logprob) for token, logprob in expected.items()) > 2
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2", "qwen3", "qwen3moe", "smollm3"])
+def test_a_tiny_model_of_the_architecture_has_llama_cpp_s_log_probabilities(name, tmp_path):
+    path = make_tiny(name, tmp_path / "model.gguf", quant="F32")
+    ids = [(37 * i + 5) % 250 for i in range(90)]
+    with LlamaCpp(path, context=512) as llama_cpp:
+        expected = dict(llama_cpp.next_logprobs(ids))
+    found = logprobs_of(path, ids)
+    assert max(abs(found[token] - logprob) for token, logprob in expected.items()) < 1e-3
+
+
 def logprobs_of(path, ids):
     logits = cpu_runner(path, context=512).logits(prefill(ids, rows=[len(ids) - 1]))[0].astype(np.float64)
     return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())

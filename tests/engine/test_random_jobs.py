@@ -22,7 +22,7 @@ from tests.models import cpu_runner, engine_of
 from tests.tiny_models import make_tiny
 from worker.model import DraftSupport
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope")
+NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe")
 JOBS, JOBS_OF_A_TYPE, VOCABULARY = 200, 30, 280
 KV_BLOCKS = {1: 200, 3: 24, 8: 40, 64: 200}
 """KV blocks by the number of sequences at once: few, so that cached ones are evicted."""

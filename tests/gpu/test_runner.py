@@ -25,7 +25,7 @@ from worker.errors import VramOom
 from worker.model import Chunk, SlotStart
 from worker.sampling import DrawRequest, Sampling
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased")
+NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
 PROMPT = np.random.default_rng(3).integers(0, 280, 150).tolist()
 PREFILL_BOUND, DECODE_BOUND, TWIN_BOUND, WORST_BOUND = 3e-3, 5e-2, 2e-3, 5e-2
@@ -46,6 +46,18 @@ def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, m
     print(f"{name}: prefill, median {np.median(errors):.1e}, worst {max(errors):.1e}")
     assert np.median(errors) < PREFILL_BOUND
     assert max(errors) < WORST_BOUND
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CASES])
+def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, load):
+    runner, twin, table = load(name), cpu_runner(tiny(name)), np.arange(32, dtype=np.int32)
+    batch = prefill(PROMPT[:40], table=table, rows=list(range(40)))
+    pairs = zip(*(each.logits(batch)[:, None] for each in (runner, twin)), strict=True)
+    errors = [relative_error(*pair) for pair in pairs]
+    assert np.median(errors) < PREFILL_BOUND
+    assert max(errors) < WORST_BOUND
+    steps = [[each.logits(decode(PROMPT[at], at, table)) for each in (runner, twin)] for at in range(40, 48)]
+    assert max(relative_error(*pair) for pair in steps) < DECODE_BOUND
 
 
 @pytest.mark.parametrize("name", CASES)

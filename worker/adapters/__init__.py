@@ -9,8 +9,12 @@ from worker.adapters.gpt_oss import GptOss
 from worker.adapters.hparams import neutral_values, read_hparams
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
+from worker.adapters.mixtral import Mixtral
 from worker.adapters.phi3 import Phi3
 from worker.adapters.qwen2 import Qwen2
+from worker.adapters.qwen3 import Qwen3
+from worker.adapters.qwen3moe import Qwen3Moe
+from worker.adapters.smollm3 import SmolLM3
 from worker.adapters.weights import Weights, describe
 from worker.backend import Upload
 from worker.errors import ModelLoadFailed
@@ -25,7 +29,19 @@ class Adapter(Protocol):
         """Return the bound model; `keys` reads the metadata keys of this architecture."""
 
 
-ADAPTERS: dict[str, Adapter] = {"gpt-oss": GptOss, "llama": Llama, "phi3": Phi3, "qwen2": Qwen2}
+def _llama(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> Model:
+    return (Mixtral if hp.expert_count else Llama)(hp, keys, w, options)
+
+
+ADAPTERS: dict[str, Adapter] = {
+    "gpt-oss": GptOss,
+    "llama": _llama,
+    "phi3": Phi3,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3moe": Qwen3Moe,
+    "smollm3": SmolLM3,
+}
 
 
 _OTHER_KINDS = {

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from worker.adapters.hparams import require_experts
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.weights import Bias, Weights
 from worker.model import Hparams, ModelOptions
@@ -45,8 +46,7 @@ class GptOss:
     """The decoder of the `gpt-oss` architecture with its weights bound."""
 
     def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
-        if not 0 < hp.expert_used_count <= hp.expert_count:
-            raise keys.error("expert_used_count", f"is {hp.expert_used_count}", f"1 to {hp.expert_count} experts")
+        require_experts(hp, keys)
         self.choices: dict[str, str] = {}
         self.experts_used = hp.expert_used_count
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
@@ -108,7 +108,7 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> 
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=Bias.REQUIRED),
         ffn_norm=w.norm(f"{block}.post_attention_norm", d, hp.rms_epsilon),
         router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=Bias.REQUIRED),
-        gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d),
-        up=w.experts(f"{block}.ffn_up_exps", experts, f, d),
-        down=w.experts(f"{block}.ffn_down_exps", experts, d, f),
+        gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d, bias=Bias.REQUIRED),
+        up=w.experts(f"{block}.ffn_up_exps", experts, f, d, bias=Bias.REQUIRED),
+        down=w.experts(f"{block}.ffn_down_exps", experts, d, f, bias=Bias.REQUIRED),
     )

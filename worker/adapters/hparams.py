@@ -81,6 +81,12 @@ def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, di
     return window, {"sliding_window": str(window)} if in_file else {}
 
 
+def require_experts(hp: Hparams, keys: ArchitectureKeys) -> None:
+    """Raise ModelLoadFailed unless the file is a mixture of experts of which some are used."""
+    if not 0 < hp.expert_used_count <= hp.expert_count:
+        raise keys.error("expert_used_count", f"is {hp.expert_used_count}", f"1 to {hp.expert_count} experts")
+
+
 def refuse_experts(hp: Hparams, keys: ArchitectureKeys) -> None:
     """Raise ModelLoadFailed if the file is a mixture of experts, for adapters without experts."""
     for key, value in (("expert_count", hp.expert_count), ("expert_used_count", hp.expert_used_count)):

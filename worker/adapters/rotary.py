@@ -1,5 +1,7 @@
 """RoPE of a file: the shared keys, and the tensors that divide the frequencies."""
 
+import numpy as np
+
 from worker.adapters.weights import Weights
 from worker.model import Hparams
 from worker.rope import Rope, scaled_rope
@@ -27,3 +29,8 @@ def file_rope(
         divisors = w.host_vector(DIVISORS, pairs)
     rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, context, scaling, divisors=divisors, adjacent=adjacent)
     return rope, choices
+
+
+def no_rope(rope: Rope) -> Rope:
+    """A Rope that rotates nothing, by the angle 0, for layers without position embeddings."""
+    return Rope(np.zeros(1), rope.context, adjacent=rope.adjacent)

@@ -56,6 +56,23 @@ class DenseLayer:
     down: Linear  # [d, f]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """Weights of one layer whose FFN is a mixture of experts, without biases but for attention."""
+
+    attn_norm: RmsNorm  # [d]
+    q: Linear  # [H·D, d]
+    k: Linear  # [Hk·D, d]
+    v: Linear  # [Hk·D, d]
+    attention: Attention
+    attn_output: Linear  # [d, H·D]
+    ffn_norm: RmsNorm  # [d]
+    router: Linear  # [E, d]
+    gate: Linear  # [E, f, d]
+    up: Linear  # [E, f, d]
+    down: Linear  # [E, d, f]
+
+
 class Weights:
     """The tensors of a file by name and expected shape. Shapes are row-major: [rows, cols]."""
 
@@ -122,9 +139,11 @@ class Weights:
         query, key, value = (self.linear(f"{block}.{name}", rows, d, bias=Bias.OPTIONAL) for name, rows in parts)
         return query, key, value
 
-    def experts(self, name: str, experts: int, rows: int, cols: int) -> Linear:
-        """`name`.weight [E, rows, cols] and `name`.bias [E, rows]."""
-        return Linear(self.tensor(f"{name}.weight", experts, rows, cols), self.tensor(f"{name}.bias", experts, rows))
+    def experts(self, name: str, experts: int, rows: int, cols: int, *, bias: Bias = Bias.NONE) -> Linear:
+        """`name`.weight [E, rows, cols] and, as `bias` says, `name`.bias [E, rows]."""
+        weight = self.tensor(f"{name}.weight", experts, rows, cols)
+        has_bias = bias is Bias.REQUIRED or (bias is Bias.OPTIONAL and self.has(f"{name}.bias"))
+        return Linear(weight, self.tensor(f"{name}.bias", experts, rows) if has_bias else None)
 
     def output(self, embedding: QTensor, *, biased: bool = False) -> Linear:
         """The output head: `output.weight` [V, d], or the embedding if the file ties them.

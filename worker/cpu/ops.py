@@ -31,8 +31,13 @@ class CpuOps:
         return tuple(self._linear(n, linear) for linear in linears)
 
     def attention(self, q: F32, k: F32, v: F32, spec: Attention, batch: Batch) -> F32:
-        queries = rotate(q.reshape(len(q), spec.n_heads, spec.head_dim), batch.positions, spec.rope)
-        keys = rotate(k.reshape(len(k), spec.n_kv_heads, spec.head_dim), batch.positions, spec.rope)
+        queries = q.reshape(len(q), spec.n_heads, spec.head_dim)
+        keys = k.reshape(len(k), spec.n_kv_heads, spec.head_dim)
+        if spec.q_norm is not None:
+            queries = self._norm(queries, spec.q_norm)
+        if spec.k_norm is not None:
+            keys = self._norm(keys, spec.k_norm)
+        queries, keys = (rotate(heads, batch.positions, spec.rope) for heads in (queries, keys))
         self._cache.write(spec.layer, batch, keys, v.reshape(keys.shape))
         return attend(queries, self._cache, spec, batch)
 

@@ -3,7 +3,8 @@
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
 `rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
 `attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
-sequence has several. Twin: `worker/cpu/attention.py`.
+sequence has several. `head_norms.cu` precedes them if heads are normalized. Twin:
+`worker/cpu/attention.py`.
 """
 
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ HEAD_DIMS = (64, 96, 128)
 MAX_PARTIAL_BYTES = 128 << 20
 """Limit on the partial results of a split chunk: enough for 128 tokens of 64 heads after 14,000."""
 
+_HEAD_WARPS = 4  # of a block of head_norms, a head each
 _ROPE_THREADS, _ROPE_BLOCKS = 128, 4  # blocks of a token
 _QUERY_TILE = 64
 _STRIPS = {64: 2, 96: 2, 128: 1}  # of 16 queries in a warp, in chunks that are not split
@@ -77,6 +79,7 @@ DEFINES: Mapping[str, int] = {
     "TEAM_WARPS": _TEAM_WARPS,
     "RING_SLOTS": _RING_SLOTS,
     "ITEMS_THREADS": _ITEMS_THREADS,
+    "HEAD_WARPS": _HEAD_WARPS,
 }
 FIXED_ORDERS: Mapping[str, str] = {
     "attention_segment": f"online softmax over {_SEGMENT} positions, segments oldest first",
@@ -86,6 +89,7 @@ FIXED_ORDERS: Mapping[str, str] = {
 
 _FLAGS = ("false", "true")
 INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(("head_norms.cu", f"head_norms<{dim}>") for dim in HEAD_DIMS),
     *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in HEAD_DIMS for split in _FLAGS),
     *(
         (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}>")
@@ -133,6 +137,21 @@ def decode_tile(spec: Attention) -> int:
     return 256 if spec.head_dim == _WIDE_DIM else _DECODE_WARPS * KV_BLOCK
 
 
+def normalize_heads(kernels: Launcher, q: DeviceArray, k: DeviceArray, spec: Attention) -> None:
+    """Apply the norms of `spec`, if any, to the heads of q [T, H·D] and k [T, Hk·D], in place."""
+    norms = spec.q_norm, spec.k_norm
+    if norms == (None, None):
+        return
+    weights = (None if norm is None else norm.weight.data for norm in norms)
+    epsilons = (np.float32(0 if norm is None else norm.eps) for norm in norms)
+    kernels.get("head_norms.cu", f"head_norms<{check_head_dim(spec.head_dim)}>")(
+        (len(q), -(-(spec.n_heads + spec.n_kv_heads) // _HEAD_WARPS)),
+        (32 * _HEAD_WARPS,),
+        (q, k, *weights, *epsilons, np.int32(spec.n_heads), np.int32(spec.n_kv_heads)),
+        pdl=True,
+    )
+
+
 class AttentionLauncher:
     """Attention of all layers of a model, for at most `slots` rows in a decode step.
 
@@ -167,6 +186,7 @@ class AttentionLauncher:
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = check_head_dim(spec.head_dim), len(q)
+        normalize_heads(kernels, q, k, spec)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
@@ -204,7 +224,7 @@ class AttentionLauncher:
     ) -> Q8Activations | Q8Tiles:
         """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8.
 
-        Rows that are whole tiles are stored as tiles.
+        The caller has normalized the heads. Rows that are whole tiles are stored as tiles.
 
         Row r is the next token of slot `state.row_slots[r]`; inactive rows return zeros and write
         no keys or values. With one slot, row 0 is slot 0.

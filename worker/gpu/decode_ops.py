@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from worker.gpu import decode_experts, matvec
 from worker.gpu.activations import Q8Activations, Q8Tiles
-from worker.gpu.attention import AttentionLauncher
+from worker.gpu.attention import AttentionLauncher, normalize_heads
 from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
 from worker.gpu.launch import Allocator, Launcher
@@ -63,6 +63,7 @@ class DecodeOps:
         self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
+        normalize_heads(self._kernels, q, k, spec)
         if self._drafts:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)

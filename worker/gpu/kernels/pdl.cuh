@@ -13,7 +13,8 @@
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
 // |                                 | matmul, scale_to_f16,          |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
-// |                                 | experts_mma, quantize_rows     |                            |
+// |                                 | experts_mma, quantize_rows,    |                            |
+// |                                 | head_norms                     |                            |
 // | RoPE tables                     | attention_decode, _few_rows,   | written at load only       |
 // |                                 | _rows                          |                            |
 // | row slots, positions, tables    | attention_decode, _few_rows,   | before this graph (1)      |
