@@ -186,6 +186,7 @@ class GatewaySection(_Section):
     keep_alive_s: float = Field(default=15.0, gt=0)
     registry_s: float = Field(default=1.0, gt=0)
     no_worker_s: float = Field(default=30.0, gt=0)
+    models: tuple[str, ...] = ()
     deadline_s: float = Field(default=0.0, ge=0)
     grace_s: float = Field(default=300.0, ge=0)
     response_retention_s: float = Field(default=24 * 3600.0, gt=0)

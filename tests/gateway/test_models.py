@@ -7,6 +7,8 @@ import asyncio
 from tests.gateway.gateways import fake_worker, gateway, wait_for_jobs
 from tests.jobs.harness import ServerHarness, wait_until
 from tests.jobs.servers import running_server
+from tests.service.models import SharedModel
+from tests.service.serving import LONG_LEASE, serving
 from worker.jobs.client import Client
 from worker.jobs.keys import queue_key, worker_key
 
@@ -68,6 +70,19 @@ async def test_a_model_whose_worker_is_gone_takes_requests_for_a_time_and_then_h
         await wait_until(cancelled)
         await fake_worker(harness, running)
         assert (await running.http().get("/v1/models/echo")).status_code == 200
+
+
+async def test_a_model_of_the_settings_takes_requests_without_a_worker_and_its_jobs_wait(harness):
+    async with gateway(harness, no_worker_s=0.2, models=("echo",)) as running:
+        assert [model["id"] for model in (await running.http().get("/v1/models")).json()["data"]] == ["echo"]
+        unnamed = asyncio.create_task(running.http().post("/v1/completions", json={"prompt": "hello"}))
+        await wait_for_jobs(running, 1)
+        body = {"model": "other", "messages": HELLO}
+        assert (await running.http().post("/v1/chat/completions", json=body)).status_code == 404
+        done, _ = await asyncio.wait({unnamed}, timeout=1)
+        assert done == set()  # five times no_worker_s: the job still waits
+        async with serving(harness, SharedModel.echo().fresh(), lease=LONG_LEASE):
+            assert (await unnamed).json()["choices"][0]["text"]
 
 
 async def test_a_request_without_a_model_must_name_one_of_several(harness):

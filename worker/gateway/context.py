@@ -40,7 +40,7 @@ class GatewayContext:
 
     def __post_init__(self) -> None:
         section = self.section
-        self.models = ModelRegistry(self.client, section.registry_s, section.no_worker_s)
+        self.models = ModelRegistry(self.client, section.registry_s, section.no_worker_s, section.models)
 
     def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that outlives its request, such as a cancellation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -54,13 +54,19 @@ class _Registry:
 
 
 class ModelRegistry:
-    """The served models. A model stays known while the gateway runs; see `require`."""
+    """The served models. A model stays known while the gateway runs; see `require`.
 
-    def __init__(self, client: Client, refresh_s: float, no_worker_s: float) -> None:
+    `always` are names of models that are available also without a worker: their workers are started
+    when jobs wait.
+    """
+
+    def __init__(self, client: Client, refresh_s: float, no_worker_s: float, always: Collection[str] = ()) -> None:
         self._client = client
         self._refresh_s = refresh_s
         self._no_worker_s = no_worker_s
-        self._registry = _Registry()
+        self._always = frozenset(always)
+        now, created = time.monotonic(), int(time.time())
+        self._registry = _Registry({name: ServedModel(name, now, created) for name in always})
         self._reading = asyncio.Lock()
 
     async def run(self) -> NoReturn:
@@ -98,7 +104,7 @@ class ModelRegistry:
         return self._registry.workers
 
     def served(self, caller: Caller) -> list[ServedModel]:
-        """The models with a worker, or without one for a short time, that the caller may use."""
+        """The available models that the caller may use."""
         models = self._registry.models.values()
         return sorted(
             (model for model in models if self._is_available(model) and caller.may_use(model.name)),
@@ -106,10 +112,11 @@ class ModelRegistry:
         )
 
     def _is_available(self, model: ServedModel) -> bool:
-        return time.monotonic() - model.seen_s <= self._no_worker_s
+        """Whether the model has or had a worker lately, or is always available."""
+        return model.name in self._always or time.monotonic() - model.seen_s <= self._no_worker_s
 
     def check(self, name: str) -> None:
-        """Raise status 503 if no worker has served the model for longer than the setting."""
+        """Raise status 503 if the model has had no worker for longer than the setting."""
         model = self._registry.models.get(name)
         if model is None or not self._is_available(model):
             raise unavailable(f"no worker serves the model {name}", self._no_worker_s, "no_worker")
