@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 MEASURED = $(patsubst %,$(RESULTS)/%.json,$(patsubst %.gguf,%,$(notdir $(MODELS))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test kernels test-gpu check lint types contracts chaos bench clean
+.PHONY: help demo test kernels test-gpu check lint types contracts chaos bench lock audit clean
 
 help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
@@ -17,6 +17,8 @@ help:
 	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
+	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
+	@echo "make audit   look up the pinned versions' known vulnerabilities; needs PyPI's JSON API"
 	@echo "make clean   remove .venv and caches; keep pulled models"
 
 demo: $(VENV)/.installed
@@ -66,6 +68,26 @@ bench: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.plot $(MEASURED) --out $(RESULTS)/decode.png
 	@$(BIN)/python -m benchmarks.report $(MEASURED)
 	@$(BIN)/python -m benchmarks.engine_overhead
+
+# Extras and groups that each lock file pins; requirements/build.txt pins the build system.
+LOCK_cpu := --extra gateway
+LOCK_gpu := --extra gateway --extra gpu
+LOCK_gpu-cuda12 := --extra gateway --extra gpu-cuda12
+LOCK_dev := --extra gateway --extra embedded --group dev
+LOCKS := $(patsubst %,requirements/%.txt,cpu gpu gpu-cuda12 dev build)
+
+lock: $(LOCKS)
+
+.PHONY: $(LOCKS)
+$(LOCKS): requirements/%.txt: $(VENV)/.installed-dev
+	@$(BIN)/uv pip compile $(if $(LOCK_$*),pyproject.toml $(LOCK_$*),requirements/build.in) --output-file $@ --quiet \
+		--universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
+# --strict: a version whose record cannot be read is an error, not a success.
+audit: $(VENV)/.installed-dev
+	@for lock in $(LOCKS); do \
+		$(BIN)/uv tool run --from 'pip-audit>=2.9' pip-audit --strict --require-hashes --disable-pip --requirement $$lock || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
