@@ -23,6 +23,7 @@ from worker.jobs.streams import (
     JobState,
     Ownership,
     PendingEntry,
+    QueueDepth,
     Record,
     TakeCall,
     TakeReply,
@@ -151,6 +152,15 @@ class Keyspace:
             left = int((until - time.monotonic()) * 1000)
             if records or left <= 0 or not await self._wait_for_add(left):
                 return records
+
+    async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
+        """`depth.lua`."""
+        stream = self._stream(queue_key(queue)) or Stream()
+        running = {i for i, delivery in stream.pending.items() if self._now() - delivery.at_ms < lease_ms}
+        waiting = [split_id(i)[0] for i in stream.entries if i not in running]
+        oldest_ms = min(waiting, default=self._now())
+        dead = await self.length(dead_key(queue))
+        return QueueDepth(len(waiting), len(running), max(0, self._now() - oldest_ms), dead)
 
     async def length(self, key: str) -> int:
         stream = self._stream(key)

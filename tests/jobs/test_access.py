@@ -73,6 +73,7 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
     await take_next(barren)
     await begin(last, await claim_next(last))
     assert [entry.job_id for entry in await operator.queue()] == []
+    assert (await operator.queue_depth()).dead_letters == (await first.queue_depths())["default"].dead_letters == 1
     letter = (await operator.dead_letters())[0]
     assert await operator.dead_letter(letter.entry_id)
     assert await operator.retry_dead_letter(letter) == "a.r1"
@@ -89,6 +90,7 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
 async def test_a_gateway(server: Server) -> None:
     gateway, running = Client(streams(server, "gateway")), await worker(server, "w1", LONG_LEASE)
     await gateway.submit(job_id="a", prompt="hello")
+    assert (await gateway.queue_depth()).waiting == 1
     await complete(running, await take_next(running), 3)
     assert (await gateway.result("a"))[0] == text(3)
     assert len(await gateway.published("a")) > 3

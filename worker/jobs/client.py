@@ -30,7 +30,7 @@ from worker.jobs.protocol import Job, Trace
 from worker.jobs.queue_entries import DeadLetter, QueueEntry, retry_id
 from worker.jobs.queues import Queues
 from worker.jobs.reader import JobFailed, StreamEvent, decode_entry
-from worker.jobs.streams import CancelCall, Disconnected, JobState, Record, Streams, repeat_briefly
+from worker.jobs.streams import CancelCall, Disconnected, JobState, QueueDepth, Record, Streams, repeat_briefly
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,10 +114,9 @@ class Client:
         job = Job.parse(fields)
         if job.v > 1:
             fields["v"] = job.v
-        payload = pack(fields)
         try:
             queue = await self._queues.of_model(job.model)
-            added = await self._enqueue(queue, job.job_id, payload)
+            added = await self._enqueue(queue, job.job_id, pack(fields))
         except Disconnected as error:
             error.job_id = job.job_id
             raise
@@ -258,17 +257,18 @@ class Client:
 
     async def queue(self, count: int = 100) -> list[QueueEntry]:
         """The first `count` jobs of the queue, waiting and running."""
-        pending = {row.entry_id: row for row in await repeat_briefly(self._streams.pending, self._queue, count)}
-        entries = []
-        for entry_id, fields in await self._range(queue_key(self._queue), "-", "+", count):
-            row = pending.get(entry_id)
-            worker, deliveries = (row.consumer, row.deliveries) if row else (None, 0)
-            entries.append(QueueEntry(entry_id, job_id_of(fields.get("p", b"")), worker, deliveries))
-        return entries
+        rows = await repeat_briefly(self._streams.pending, self._queue, count)
+        holders = {row.entry_id: (row.consumer, row.deliveries) for row in rows}
+        records = await self._range(queue_key(self._queue), "-", "+", count)
+        return [QueueEntry(i, job_id_of(fields.get("p", b"")), *holders.get(i, (None, 0))) for i, fields in records]
 
     async def queue_length(self, queue: str | None = None) -> int:
         """Number of jobs in a queue, by default this client's, waiting and running."""
         return await repeat_briefly(self._streams.length, queue_key(queue or self._queue))
+
+    async def queue_depth(self, queue: str | None = None, lease_s: float = 4.0) -> QueueDepth:
+        """Jobs of a queue, by default this client's; `lease_s` is the setting of its workers."""
+        return await repeat_briefly(self._streams.depth, queue or self._queue, int(lease_s * 1000))
 
     async def position(self, correlation_id: str, model: str | None = None) -> tuple[int, int] | None:
         """Place of a waiting job among the waiting jobs of its queue, from 1, and their number.
@@ -377,6 +377,7 @@ class SyncClient:
     state = _sync(Client.state)
     queue = _sync(Client.queue)
     queue_length = _sync(Client.queue_length)
+    queue_depth = _sync(Client.queue_depth)
     position = _sync(Client.position)
     workers = _sync(Client.workers)
     worker_events = _sync_iterator(Client.worker_events)

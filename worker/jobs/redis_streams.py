@@ -36,6 +36,7 @@ from worker.jobs.streams import (
     JobState,
     Ownership,
     PendingEntry,
+    QueueDepth,
     Record,
     TakeCall,
     TakeReply,
@@ -71,7 +72,7 @@ class RedisStreams:
         self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
         of_job = ("take", "append", "cancel", "state")
         of_queue = ("renew", "settle")
-        others = ("reclaim", "pending", "enqueue", "find", "position", "remove_consumers")
+        others = ("reclaim", "pending", "enqueue", "find", "position", "depth", "remove_consumers")
         self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
         self._scripts |= {name: commands.register_script(_lua("queue") + _lua(name)) for name in of_queue}
         self._scripts |= {name: commands.register_script(_lua(name)) for name in others}
@@ -336,6 +337,9 @@ class RedisStreams:
     async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
         found = await self._on_queue("position", queue, text, count)
         return (int(found[0]), int(found[1])) if found else None
+
+    async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
+        return QueueDepth(*await self._on_queue("depth", queue, lease_ms))
 
     async def length(self, key: str) -> int:
         return int(await self._call(self._commands.xlen(key)))

@@ -165,6 +165,18 @@ class JobState:
         return max(int(self.fields.get("epoch", 0)), epoch_of(self.last_id)) + 1
 
 
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """Jobs of a queue at one time."""
+
+    waiting: int
+    """No worker has them: never claimed, given back, or not renewed for a lease."""
+    running: int
+    oldest_wait_ms: int
+    """Since the submission of the oldest waiting job; 0 if none waits."""
+    dead_letters: int
+
+
 class Contact:
     """Reports once when calls begin to fail, and once when they succeed again; by default logs it.
 
@@ -325,6 +337,9 @@ class Streams(Protocol):
         Places count from 1; the second number is that of all waiting entries. None if none of the
         queue's first `count` entries contains the text, or if that entry runs.
         """
+
+    async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
+        """Count the jobs of a queue. One that was not renewed for `lease_ms` has no worker."""
 
     async def length(self, key: str) -> int:
         """Return the number of entries of a stream."""

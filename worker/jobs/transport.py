@@ -25,6 +25,7 @@ from worker.jobs.streams import (
     AppendCall,
     Disconnected,
     JobState,
+    QueueDepth,
     ServerClock,
     Streams,
     TakeCall,
@@ -96,6 +97,11 @@ class Transport:
         workers = await retry_until_connected(self._streams.workers)
         others = (status for name, status in workers.items() if name != self.worker_id)
         return [status for status in others if not queues_of(status).isdisjoint(self._consumers.names)]
+
+    async def queue_depths(self) -> dict[str, QueueDepth]:
+        """The jobs of each queue. Raises Disconnected and ServerRefused: nothing waits for it."""
+        lease_ms = int(self._settings.lease_s * 1000)
+        return {name: await self._streams.depth(name, lease_ms) for name in self._consumers.names}
 
     async def server_time_ms(self) -> int:
         """The server's clock, by which deadlines count."""
