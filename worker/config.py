@@ -166,6 +166,7 @@ class ServiceSection(_Section):
     metrics_ms: float = Field(default=500.0, ge=250, le=1000)
     heartbeat_s: float = Field(default=5.0, gt=0, le=10)
     vram_s: float = Field(default=3.0, gt=0)
+    queue_s: float = Field(default=3.0, gt=0)
     residency_s: float = Field(default=60.0, gt=0)
 
 

@@ -80,7 +80,7 @@ async def _serve(settings: Settings) -> None:
     )
     redis, section = settings.redis, settings.gateway
     client = Client(connect(redis.url, contact), redis.queue, redis.queue_bound)
-    context = GatewayContext(section, client, ApiKeys.load(section.api_keys), log)
+    context = GatewayContext(section, client, ApiKeys.load(section.api_keys), log, settings.lease.lease_s)
     with contextlib.closing(listen(section)) as listener:
         await client.workers()  # an unreachable server ends the command with exit code 5
         await serve(context, listener)

@@ -26,6 +26,7 @@ from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
 from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, draining, invalid
+from worker.gateway.queue_watch import QueueWatch
 from worker.jobs.streams import Disconnected
 from worker.telemetry import frames_of
 
@@ -58,7 +59,8 @@ def create_app(context: GatewayContext) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         runner = app.state.batch_runner = batches.batch_runner(app, context)
-        tasks = [asyncio.create_task(context.models.run()), asyncio.create_task(runner.run())]
+        loops = (context.models.run(), QueueWatch(context).run(), runner.run())
+        tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             yield
         finally:

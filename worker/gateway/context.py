@@ -28,6 +28,8 @@ class GatewayContext:
     client: Client
     keys: ApiKeys
     log: Log
+    lease_s: float = 4.0
+    """The setting `lease.lease_s` of the workers."""
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     draining: bool = False
     """New requests are refused with status 503."""

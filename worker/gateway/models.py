@@ -16,7 +16,7 @@ from worker.gateway.keys import Caller
 from worker.jobs.client import Client
 from worker.jobs.streams import Disconnected
 
-_TAKES_JOBS = ("ready", "busy")
+TAKES_JOBS = ("ready", "busy")
 _RETRY_STARTING_S = 2.0
 
 
@@ -90,7 +90,7 @@ class ModelRegistry:
             model.workers = 0
         for status in workers.values():
             name = status.get("model", "")
-            if not name or status.get("state") not in _TAKES_JOBS:
+            if not name or status.get("state") not in TAKES_JOBS:
                 continue
             started = int(status.get("started_ms") or 0) // 1000
             model = registry.models.setdefault(name, ServedModel(name, now, started))

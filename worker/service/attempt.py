@@ -67,7 +67,7 @@ class Attempt:
         self._held: Claim | Lease = claim
         self._sequence_id = f"{claim.queue} {claim.entry_id}"
         self._log = context.log
-        self._claimed = time.monotonic()
+        self._claimed = self._submitted = time.monotonic()
         self._server_lead_ms = 0.0
         self._other_model = ""
         self._trace = Trace.of("", claim.entry_id, None, claim.traceparent)
@@ -119,9 +119,10 @@ class Attempt:
         claim, context = self._claim, self._context
         self._server_lead_ms = await context.transport.server_time_ms() - time.monotonic() * 1000
         start = await self._start()
+        waited_s = max(0.0, self._claimed * 1000 + self._server_lead_ms - claim.enqueued_ms) / 1000
+        self._submitted = self._claimed - waited_s
         if claim.deliveries == 1:
-            waited_ms = self._claimed * 1000 + self._server_lead_ms - claim.enqueued_ms
-            context.metrics.queue_wait.observe(max(0.0, waited_ms) / 1000)
+            context.metrics.queue_wait.observe(waited_s)
         if self.job_id is None:
             assert isinstance(start, WorkerError), "a decoded payload has a job id"
             await context.transport.dead_letter(claim, start)
@@ -202,7 +203,7 @@ class Attempt:
             self.limits.set_deadline((self._claim.enqueued_ms + job.deadline_ms - self._server_ms()) / 1000)
 
     async def _generate(self, lease: Lease, start: SpeculativeStart) -> str:
-        generation = Generation(self._context, self.limits, lease, start, self._claimed)
+        generation = Generation(self._context, self.limits, lease, start, self._claimed, self._submitted)
         self._log = self._log.bind(epoch=lease.epoch, prompt_sha256=start.job.prompt_hash)
         published, prompt_tokens = len(lease.history.tokens), len(start.job.prompt)
         self._log.info("job_started", published=published, prompt_tokens=prompt_tokens)
@@ -265,7 +266,10 @@ class Attempt:
             self._log.warning("job_failed", code=last.code, **fields)
             return last.code.lower()
         assert isinstance(last, End), "the last event is terminal"
-        self._context.metrics.inference.observe(stats.ttft_s + stats.decode_s)
+        metrics, inference_s = self._context.metrics, stats.ttft_s + stats.decode_s
+        metrics.inference.observe(inference_s)
+        metrics.request.observe(self._claimed - self._submitted + inference_s)
+        metrics.success.labels(last.finish_reason).inc()
         self._log.info("job_completed", finish_reason=last.finish_reason, ttft_ms=last.ttft_ms, **fields)
         return "completed"
 

@@ -166,9 +166,16 @@ class Generation:
     """One epoch of one answer. Call `run`, then finish the job with `unpublished` and `end`."""
 
     def __init__(
-        self, context: WorkerContext, limits: AttemptLimits, lease: Lease, start: SpeculativeStart, claimed: float
+        self,
+        context: WorkerContext,
+        limits: AttemptLimits,
+        lease: Lease,
+        start: SpeculativeStart,
+        claimed: float,
+        submitted: float,
     ) -> None:
         self.stats = AttemptStats(claimed)
+        self._wait_s = claimed - submitted
         self.lease = lease
         self._context = context
         self._limits = limits
@@ -199,6 +206,8 @@ class Generation:
         self._limits.start_timeout()
         await start.confirm()
         context.metrics.tokens_in.inc(len(start.job.prompt))
+        if context.model.engine.settings.prefix_cache:
+            context.metrics.prefix_queries.inc(len(start.job.prompt))
         context.metrics.prefix_hits.inc(start.cached_tokens)
         try:
             await self._follow(answer)
@@ -337,6 +346,8 @@ class Generation:
         metrics.tokens_generated.inc(len(tokens))
         if first:
             metrics.first_token.observe([self.stats.ttft_s])
+            if not self._published:
+                metrics.request_first_token.observe(self._wait_s + self.stats.ttft_s)
             if not self._answer.stops_at_text:
                 self._start.inbox.limit = self._context.section.flush_tokens
         self.unpublished.add(tokens)

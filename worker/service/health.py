@@ -63,6 +63,7 @@ class Health:
         """Attempts that run now."""
         self.changed = asyncio.Event()
         self._metrics = metrics
+        metrics.server_reached.set_function(lambda: self.reached)
         self._silence_s = silence_s
         self._patience_s = patience_s
         self._last_attempt_end = time.monotonic()
@@ -90,6 +91,7 @@ class Health:
         self._last_attempt_end = time.monotonic()
         if outcome in ("completed", VramOom.code.lower()):
             self.degraded = outcome != "completed"
+            self._metrics.degraded.set(self.degraded)
         if not self.running:
             self.enter("ready")
 

@@ -10,15 +10,17 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, astuple
 from typing import NoReturn
 
 from worker import __version__
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
+from worker.errors import ServerRefused
 from worker.jobs.consumer import Registration
 from worker.jobs.events import Event, LoadProgress, Ready, Residency, Starting, Vram
+from worker.jobs.streams import Disconnected, QueueDepth
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import EngineLoad, Health
@@ -105,6 +107,7 @@ class Reporter:
         name, fingerprint, context = model.name, model.fingerprint, model.engine.context
         fields = self._registry_fields
         fields.update(model=name, fingerprint=fingerprint, context=str(context), device=model.device.device)
+        self._metrics.set_model(name, model.device.device, __version__)
         self.send(Ready(model=name, fingerprint=fingerprint, context=context, load_ms=round(load_s * 1000, 3)))
         self.job_edge()
 
@@ -179,13 +182,25 @@ class Reporter:
             purposes = asdict(use)
             del purposes["free"]  # not a purpose: the sum of all purposes is the memory in use
             self._metrics.set_memory(purposes, kv_blocks)
-            self._metrics.set_sequences(*sequences)
+            self._metrics.set_sequences(*sequences, engine.steps)
             self._metrics.set_draft_tokens(*drafts)
             if at_edge or use.used != reported.used or abs(use.free - reported.free) > _MIN_CHANGE_BYTES:
                 activations = use.activations + use.workspace
                 memory = {"weights": use.weights, "kv": use.kv, "activations": activations, "free": use.free}
                 self.send(Vram(**memory, **asdict(load)))
                 reported = use
+
+    async def watch_queues(self, read: Callable[[], Awaitable[Mapping[str, QueueDepth]]]) -> NoReturn:
+        """Read the depths of the worker's queues periodically, for /metrics."""
+        while True:
+            await self.first_token_gate.wait_open()
+            depths: Mapping[str, QueueDepth] = {}
+            with contextlib.suppress(Disconnected, ServerRefused):
+                depths = await read()
+            self._metrics.queues.clear()
+            for queue, depth in depths.items():
+                self._metrics.queues.set(queue, *astuple(depth))
+            await asyncio.sleep(self._section.queue_s)
 
     async def check_residency(self, engine: EngineThread, model: LoadedModel) -> NoReturn:
         """Check at the start and periodically that all weights are in device memory."""

@@ -177,6 +177,7 @@ class Service:
             self._end_drain(),
             self._forever(self._obey_commands),
             self._forever(lambda: self._reporter.watch_memory(self._engine, model)),
+            self._forever(lambda: self._reporter.watch_queues(self._transport.queue_depths)),
             self._forever(lambda: self._reporter.check_residency(self._engine, model)),
         )
 
