@@ -357,7 +357,7 @@ class MemoryStreams(Keyspace):
         call_of = (state.get("worker"), state.get("taken_ms"), state.get("base"))
         if call_of == (call.worker, str(call.now_ms), call.expected) and now.last_id == f"{call.epoch}-0":
             return TakeReply("TAKEN")
-        if now.last_id != call.expected or now.next_epoch != call.epoch:
+        if now.last_id != call.expected or now.attempt != call.last_attempt or now.next_epoch != call.epoch:
             return TakeReply("RETRY")
         tokens, barren = state.get("tokens", "0"), int(state.get("barren", 0))
         if state.get("state") == "running" and tokens == state.get("tokens_before"):
@@ -393,6 +393,8 @@ class MemoryStreams(Keyspace):
         written = bool(call.events) and stream.last_id == call.events[-1][0]
         if not written and stream.last_id != call.expected:
             return stream.last_id
+        if not written and call.base_attempt not in ("", JobState(fields=state).attempt):
+            return START
         for entry_id, event in () if written else call.events:
             self._add(events_key(job_id), entry_id, {"type": event.kind.encode(), "p": event.packed})
         over = call.state in TERMINAL_KINDS

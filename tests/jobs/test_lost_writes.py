@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.jobs.echo import end, take_next, tokens
-from tests.jobs.harness import LONG_LEASE, NO_LEASE, Harness
+from tests.jobs.echo import begin, claim_next, end, take_next, tokens
+from tests.jobs.harness import LONG_LEASE, NO_LEASE, Harness, LossyStreams
+from tests.jobs.stream_checker import violations
 from worker.errors import EventsLost
 from worker.jobs.client import Client
 from worker.jobs.events import Metrics, Token
 from worker.jobs.keys import events_key, state_key
+from worker.jobs.lease import Fenced, Lease
 from worker.jobs.reader import StreamEvent
 from worker.jobs.transport import Transport
 
@@ -49,6 +51,53 @@ async def publish_batches(harness: Harness, client: Client, *batches: tuple[int,
 async def lose_writes(harness: Harness) -> None:
     for key in (events_key("a"), state_key("a")):
         await harness.drop(key)
+
+
+async def restarted(worker: Transport, last: tuple[int, int], *, ends: bool) -> None:
+    """After lost writes, run the job anew: the last id is the one before the loss, its event another."""
+    lease = await take_next(worker)
+    assert lease.epoch == 1
+    rest = [tokens(*last), end(last[1])] if ends else [tokens(*last)]
+    await (worker.finish if ends else worker.append)(lease, *rest)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_an_attempt_whose_start_was_lost_is_fenced_by_others_under_the_same_ids(
+    harness: Harness, ends: bool
+) -> None:
+    """Found by tests/protocol_model: the start was written again after another attempt's end."""
+    successor = await publish_batches(harness, harness.client(), (0, 1), *([(1, 2)] if ends else []))
+    lease = await take_next(successor)
+    assert lease.epoch == 2
+    await lose_writes(harness)
+    await restarted(await harness.transport("w3", NO_LEASE), (0, 2), ends=ends)
+    with pytest.raises(Fenced):
+        await successor.append(lease, tokens(lease.tokens, 3))
+    records = await harness.connect().range(events_key("a"), "-", "+", 100)
+    assert [entry_id for entry_id, _ in records] == ["1-0", "1-1", "1-2"][: 3 if ends else 2]
+
+
+async def test_a_claimer_that_has_read_lost_events_reads_again_before_it_continues(harness: Harness) -> None:
+    """Found by tests/protocol_model: it continued at an index of the lost events."""
+    await publish_batches(harness, harness.client(), (0, 1))
+    other = await harness.transport("w3", NO_LEASE)
+    takes = 0
+
+    async def lose_before_the_second_take(name: str) -> None:
+        nonlocal takes
+        takes += name == "take"
+        if name == "take" and takes == 2:
+            await lose_writes(harness)
+            await restarted(other, (0, 2), ends=False)
+
+    streams = LossyStreams(harness.connect(), lambda _: False, lose_before_the_second_take)
+    claimer = await harness.transport("w4", NO_LEASE, streams)
+    result = await begin(claimer, await claim_next(claimer))
+    assert takes > 1
+    if isinstance(result, Lease):
+        assert [token.i for token in result.history.tokens] == [0, 1]
+    records = await harness.connect().range(events_key("a"), "-", "+", 100)
+    assert not [each for each in violations("a", records) if "no terminal event" not in each]
 
 
 async def run_again(worker: Transport, *batches: tuple[int, int] | None) -> None:

@@ -16,13 +16,13 @@ from tests.jobs.servers import running_server
 from tests.protocol_model.automaton import stopped_clocks
 from tests.protocol_model.conformance import differences
 from tests.protocol_model.explorer import Bounds, Explorer, Faults, Violation
-from tests.protocol_model.mutants import MUTANTS
+from tests.protocol_model.mutants import MUTANTS, SLOW_MUTANTS
 
 
 def main() -> int:
     arguments = _arguments()
     faults = Faults(**{each.name: getattr(arguments, each.name) for each in fields(Faults)})
-    bounds, servers = Bounds(arguments.tokens, faults), {each.__name__: each for each in MUTANTS}
+    bounds, servers = Bounds(arguments.tokens, faults), {each.__name__: each for each in MUTANTS | SLOW_MUTANTS}
     began = time.monotonic()
     with stopped_clocks():
         explorer = Explorer(bounds, *([servers[arguments.mutant]] if arguments.mutant else []))
@@ -49,7 +49,9 @@ def _arguments() -> argparse.Namespace:
     for each in fields(Faults):
         parser.add_argument(f"--{each.name.replace('_', '-')}", type=int, default=each.default)
     parser.add_argument("--minutes", type=float, default=60.0, help="time after which to stop")
-    parser.add_argument("--mutant", choices=[each.__name__ for each in MUTANTS], help="a server that lacks a rule")
+    parser.add_argument(
+        "--mutant", choices=[each.__name__ for each in MUTANTS | SLOW_MUTANTS], help="a server that lacks a rule"
+    )
     parser.add_argument("--server", action="store_true", help="compare every call with a real server")
     return parser.parse_args()
 

@@ -36,6 +36,13 @@ class IgnoresTheAttempt(MemoryStreams):
         return await super().append(job_id, call)
 
 
+class AppendsByIdAlone(MemoryStreams):
+    """`append` does not compare the attempt before the epoch whose first event it writes again."""
+
+    async def append(self, job_id: str, call: AppendCall) -> str:
+        return await super().append(job_id, call._replace(base_attempt=""))
+
+
 class RepeatsAppends(MemoryStreams):
     """`append` does not detect that it was executed: a repetition writes the events again."""
 
@@ -80,7 +87,15 @@ class TakesWithoutEpoch(MemoryStreams):
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         now = await self.job_state(job_id)
-        return await super().take(job_id, replace(call, expected=now.last_id, epoch=now.next_epoch))
+        repeated = replace(call, expected=now.last_id, epoch=now.next_epoch, last_attempt=now.attempt)
+        return await super().take(job_id, repeated)
+
+
+class TakesByIdAlone(MemoryStreams):
+    """`take` does not compare the last attempt, only the last id: events may be others by now."""
+
+    async def take(self, job_id: str, call: TakeCall) -> TakeReply:
+        return await super().take(job_id, replace(call, last_attempt=(await self.job_state(job_id)).attempt))
 
 
 class GivesBackOthers(MemoryStreams):
@@ -104,3 +119,8 @@ MUTANTS: dict[type[MemoryStreams], Bounds] = {
     GivesBackOthers: Bounds(1, Faults(pauses=1)),
 }
 """With bounds within which a counterexample exists."""
+SLOW_MUTANTS: dict[type[MemoryStreams], Bounds] = {
+    AppendsByIdAlone: Bounds(2, Faults(pauses=1, lost_seconds=1, in_all=2)),
+    TakesByIdAlone: Bounds(2, Faults(pauses=1, lost_seconds=1, in_all=2)),
+}
+"""Those that take a minute or more; `tests/jobs/test_lost_writes.py` has what they find."""

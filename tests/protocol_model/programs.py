@@ -41,7 +41,8 @@ class Worker:
             return ["take", "renew", "drain"]
         if self.ended:
             return ["settle"]
-        progress = ["append", "finish"] if self.lease.tokens < self.length else ["finish"]
+        left = self.length - self.lease.tokens
+        progress = [*["append"] * (left > 0), *["append_rest"] * (left > 1), "finish"]
         return [*progress, "renew", "drain", "abandon"]
 
     def tidy(self) -> None:
@@ -62,9 +63,15 @@ class Worker:
             self._forget()
 
     async def append(self) -> None:
-        first = self._lease.tokens
+        await self._append(self._lease.tokens + 1)
+
+    async def append_rest(self) -> None:
+        """Publish all missing tokens in one event."""
+        await self._append(self.length)
+
+    async def _append(self, until: int) -> None:
         try:
-            await self.transport.append(self._lease, tokens(first, first + 1))
+            await self.transport.append(self._lease, tokens(self._lease.tokens, until))
         except Fenced:
             await self._leave()
 

@@ -33,7 +33,7 @@ SCENARIOS = {
 }
 PROBLEMS: dict[type[MemoryStreams], str] = {
     AppendsAnywhere: "2-1 has epoch 1",
-    IgnoresTheAttempt: "the state is running, the last event",
+    IgnoresTheAttempt: "token indices are [0, 1, 1]",
     SettlesUnverified: "there is no terminal event",
     RenewSteals: "a worker was fenced without one",
     TakesWithoutEpoch: "a second started",

@@ -77,6 +77,8 @@ class Lease:
     history: History
     base: str
     """The stream's last id before this epoch."""
+    base_attempt: str
+    """The attempt before this one: `JobState.attempt`."""
     taken_ms: int
     """When `take` was called. With the worker's name it identifies the attempt."""
     log: list[EncodedEvent]

@@ -220,7 +220,7 @@ class RedisStreams:
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         owner = (call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms)
         counts = (call.deliveries, call.max_deliveries, call.max_attempts)
-        events = (*call.opening, call.opening_code, call.cancelled.packed, call.poisoned.packed)
+        events = (*call.opening, call.opening_code, call.cancelled.packed, call.poisoned.packed, call.last_attempt)
         return TakeReply(*map(text_of, await self._on_job("take", job_id, *owner, *counts, *events)))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
@@ -425,8 +425,8 @@ class RedisStreams:
 
 def _append_args(call: AppendCall) -> list[Value]:
     """ARGV of `append.lua`."""
-    expected, epoch, worker, taken_ms, state, tokens, code, events, now_ms, ttl_ms = call
-    args: list[Value] = [expected, epoch, worker, taken_ms, state, tokens, code, now_ms, ttl_ms]
+    expected, epoch, worker, taken_ms, state, tokens, code, events, now_ms, ttl_ms, base_attempt = call
+    args: list[Value] = [expected, epoch, worker, taken_ms, state, tokens, code, now_ms, ttl_ms, base_attempt]
     for entry_id, (kind, packed) in events:
         args += (entry_id, kind, packed)
     return args

@@ -68,7 +68,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class TakeCall:
-    """Arguments of `take`: write `opening` as `<epoch>-0` if the stream's last id is `expected`.
+    """Arguments of `take`: write `opening` as `<epoch>-0` if the stream's last id is `expected`,
+    and the job's last attempt `last_attempt`.
 
     Instead of `opening`, `cancelled` is written if a cancel was requested, and `poisoned` after
     more than `max_deliveries` deliveries or `max_attempts` attempts without a new token or release.
@@ -78,6 +79,8 @@ class TakeCall:
     worker: str
     expected: str
     epoch: int
+    last_attempt: str
+    """`JobState.attempt` as the caller has read it. After lost writes ids are used again."""
     opening: EncodedEvent
     opening_code: str
     """The error code if `opening` is a terminal error, else empty."""
@@ -96,7 +99,7 @@ class TakeReply:
     """Result of `take`.
 
     - TAKEN: the caller owns the epoch.
-    - RETRY: the last id or the epoch differs from the caller's; nothing was written.
+    - RETRY: last id, epoch or last attempt differ from the caller's; nothing was written.
     - DUPLICATE: the job belongs to another queue entry.
     - CLOSED: a terminal error with this `code` was written.
     - OVER: the stream had its terminal event before. `code` is its error code and `entry_id` the
@@ -126,6 +129,8 @@ class AppendCall(NamedTuple):
     """Each with its id, `<epoch>-<seq>`."""
     now_ms: int
     ttl_ms: int
+    base_attempt: str = ""
+    """If the epoch's first event is written again: what `JobState.attempt` must be before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,11 @@ class JobState:
 
     last_id: str = START
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def attempt(self) -> str:
+        """The worker and the time of the last attempt, which identify it; a space if none began."""
+        return f"{self.fields.get('worker', '')} {self.fields.get('taken_ms', '')}"
 
     @property
     def next_epoch(self) -> int:

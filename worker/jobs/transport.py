@@ -155,7 +155,7 @@ class Transport:
             call = self._take_call(claim, job_id, trace, state, event, errors)
             reply = await retry_until_connected(self._streams.take, job_id, call)
             if reply.outcome == "TAKEN":
-                taken = (call.expected, call.now_ms, [call.opening], f"{history.epoch}-0")
+                taken = (call.expected, call.last_attempt, call.now_ms, [call.opening], f"{history.epoch}-0")
                 return Lease(claim, job_id, trace, history, *taken, len(history.tokens))
             if reply.outcome != "RETRY":
                 closed = await self._close_job(claim, job_id, trace, call.epoch, reply, errors)
@@ -359,6 +359,7 @@ class Transport:
             worker=self.worker_id,
             expected=state.last_id,
             epoch=state.next_epoch,
+            last_attempt=state.attempt,
             opening=trace.encode(opening, envelope),
             opening_code=opening.code if isinstance(opening, ErrorEvent) else "",
             cancelled=trace.encode(errors[Cancelled.code], envelope),
@@ -400,7 +401,8 @@ class Transport:
 
     def _append_call(self, lease: Lease, state: str, code: str) -> AppendCall:
         owner, events = (lease.last_id, lease.epoch, self.worker_id, lease.taken_ms), lease.unwritten()
-        return AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms)
+        base_attempt = lease.base_attempt if lease.last_id == lease.base else ""
+        return AppendCall(*owner, state, lease.tokens, code, events, now_ms(), self._unsettled_ms, base_attempt)
 
     async def _write(self, lease: Lease, state: str, code: str) -> None:
         """Append the lease's unwritten events, repeatedly if the server has lost earlier writes."""

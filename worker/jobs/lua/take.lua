@@ -1,7 +1,8 @@
 -- Begin an epoch of a job, unless it is over, another entry's, cancelled or poisoned. Repeatable.
 -- KEYS: 1 events, 2 state. ARGV: 1 entry, 2 worker, 3 expected last id, 4 epoch, 5 now, 6 ttl,
 --       7 deliveries, 8 maximum deliveries, 9 maximum attempts without progress, 10-12 type, payload
---       and error code of the opening event, 13 payload of the error CANCELLED, 14 of DEAD_LETTERED.
+--       and error code of the opening event, 13 payload of the error CANCELLED, 14 of DEAD_LETTERED,
+--       15 the last attempt's worker and time: a server that lost writes may have other events under the same ids.
 local entry, worker, expected, epoch, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
@@ -9,7 +10,8 @@ if is_over(state) then return {'OVER', state.error or '', state.entry or ''} end
 if state.entry and state.entry ~= entry then return {'DUPLICATE', '', state.entry} end
 local repeated = state.worker == worker and state.taken_ms == now and state.base == expected
 if repeated and top == epoch .. '-0' then return {'TAKEN'} end
-if top ~= expected or next_epoch(top, state) ~= tonumber(epoch) then return {'RETRY'} end
+local attempt = (state.worker or '') .. ' ' .. (state.taken_ms or '')
+if top ~= expected or attempt ~= ARGV[15] or next_epoch(top, state) ~= tonumber(epoch) then return {'RETRY'} end
 
 -- An attempt was barren if it published no new token and did not give the job back (which changes its state).
 local tokens, barren = state.tokens or '0', tonumber(state.barren or 0)
