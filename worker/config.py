@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -66,6 +67,20 @@ def _parse_kv_memory(value: object) -> object:
 
 KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_memory)]
 """Limit of the KV pool: bytes (int), or a share of the memory that weights leave (float)."""
+
+
+def _otlp_endpoint(given: object) -> object:
+    """The base URL of an OTLP/HTTP endpoint; by default that of OpenTelemetry's variable."""
+    if given == "" and os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true":
+        given = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+    if isinstance(given, str) and given:
+        url = urlsplit(given)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(
+                "must be a URL of OTLP over HTTP such as http://127.0.0.1:4318; it may also come from "
+                "OTEL_EXPORTER_OTLP_ENDPOINT"
+            )
+    return given
 
 
 class _Section(BaseModel):
@@ -197,6 +212,12 @@ class GatewaySection(_Section):
     batch_lease_s: float = Field(default=15.0, gt=0)
 
 
+class TracingSection(_Section):
+    """Where spans and GenAI metrics are sent."""
+
+    endpoint: Annotated[str, BeforeValidator(_otlp_endpoint)] = Field(default="", validate_default=True, repr=False)
+
+
 class LogSection(_Section):
     """How much is logged, and in which form."""
 
@@ -219,6 +240,7 @@ class Settings(BaseSettings):
     service: ServiceSection = ServiceSection()
     http: HttpSection = HttpSection()
     gateway: GatewaySection = GatewaySection()
+    tracing: TracingSection = Field(default={}, validate_default=True)  # so that errors name the section
     log: LogSection = LogSection()
 
     @classmethod
@@ -319,7 +341,7 @@ def _mistake(error: ErrorDetails) -> str:
     """One sentence, without the value if that may contain a password."""
     location, given = [str(part) for part in error["loc"]], error["input"]
     where, words = ".".join(location), _CONSTRAINTS.get(error["type"], "has a wrong value")
-    is_secret = location[0] == "redis" or (isinstance(given, str) and "://" in given)
+    is_secret = location[0] in ("redis", "tracing") or (isinstance(given, str) and "://" in given)
     if error["type"] == "extra_forbidden":
         keys = _keys(location[0]) if len(location) > 1 else Settings.model_fields
         sentence = f"{where}: there is no such setting; expected one of {', '.join(keys)}"

@@ -89,13 +89,19 @@ def openai_client(url: str, **options: Any) -> openai.AsyncOpenAI:
 
 @contextlib.asynccontextmanager
 async def gateway(
-    harness: Harness, *, keys: ApiKeys | None = None, client: Client | None = None, bound: int = 10_000, **section: Any
+    harness: Harness,
+    *,
+    keys: ApiKeys | None = None,
+    client: Client | None = None,
+    bound: int = 10_000,
+    tracing: Any = None,
+    **section: Any,
 ) -> AsyncIterator[Gateway]:
     """A gateway over `harness`, which has read the registry once."""
     settings = GatewaySection(**{"port": 0, "registry_s": 0.05, "grace_s": 5.0, **section})
     output = io.StringIO()
     log = open_log(LogSection(format="json"), "gateway", output)
-    context = GatewayContext(settings, client or harness.client(bound=bound), keys or ApiKeys(), log)
+    context = GatewayContext(settings, client or harness.client(bound=bound), keys or ApiKeys(), log, tracing=tracing)
     listener = listen(settings)
     server = GatewayServer(context)
     task = asyncio.create_task(server.serve([listener]))

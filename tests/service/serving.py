@@ -69,6 +69,7 @@ async def serving(
     streams: Streams | None = None,
     ready: bool = True,
     patience_s: float = 5.0,
+    tracing: Any = None,
     **section: Any,
 ) -> AsyncIterator[Worker]:
     """A worker of this name over `harness`, ready to take jobs; drained at the end."""
@@ -90,6 +91,7 @@ async def serving(
         transport,
         load,
         open_log(LogSection(format="json"), name, output),
+        tracing,
     )
     task = asyncio.create_task(service.run())
     worker = Worker(service, transport, task, output, None if callable(model) else model.engine)

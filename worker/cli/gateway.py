@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from worker.errors import ConfigInvalid
 from worker.jobs.client import Client
 from worker.jobs.streams import Contact
 from worker.telemetry import open_log
+from worker.tracing import open_tracing
 
 _http = partial(typer.Option, rich_help_panel="HTTP")
 _PACKAGES = ("starlette", "uvicorn", "httptools", "uvloop", "python_multipart")
@@ -72,7 +74,9 @@ async def _serve(settings: Settings) -> None:
     from worker.gateway.keys import ApiKeys  # noqa: PLC0415
     from worker.gateway.server import listen, serve  # noqa: PLC0415
 
-    log = open_log(settings.log, f"gateway-{socket.gethostname()}")
+    name = f"gateway-{socket.gethostname()}"
+    log = open_log(settings.log, name)
+    tracing = open_tracing(settings.tracing, "gateway", f"{name}-{os.getpid()}", log)
     contact = Contact(
         lambda reason: log.warning("redis_lost", reason=reason),
         lambda seconds: log.warning("redis_back", lost_s=round(seconds, 3)),
@@ -80,7 +84,11 @@ async def _serve(settings: Settings) -> None:
     )
     redis, section = settings.redis, settings.gateway
     client = Client(connect(redis.url, contact), redis.queue, redis.queue_bound)
-    context = GatewayContext(section, client, ApiKeys.load(section.api_keys), log, settings.lease.lease_s)
-    with contextlib.closing(listen(section)) as listener:
+    context = GatewayContext(
+        section, client, ApiKeys.load(section.api_keys), log, settings.lease.lease_s, tracing=tracing
+    )
+    with contextlib.closing(listen(section)) as listener, contextlib.ExitStack() as stack:
+        if tracing is not None:
+            stack.callback(tracing.close)
         await client.workers()  # an unreachable server ends the command with exit code 5
         await serve(context, listener)

@@ -20,6 +20,7 @@ from worker.queue_order import QueueOrder
 from worker.runtime import LoadedModel, Progress
 from worker.service import Assignment, Service
 from worker.telemetry import open_log
+from worker.tracing import open_tracing
 
 _ECHO_CONTEXT = 8192
 _ECHO_CHUNK = 64
@@ -49,7 +50,8 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
     queues = ",".join(QueueOrder(redis.served).names)
     assignment = Assignment(model, settings.engine.backend, queues, name, redis.patience_s)
     transport = Transport(streams, worker_id, redis.served, settings.lease)
-    service = Service(assignment, settings.service, settings.lease, settings.http, transport, load, log)
+    tracing = open_tracing(settings.tracing, "worker", worker_id, log)
+    service = Service(assignment, settings.service, settings.lease, settings.http, transport, load, log, tracing)
     loop = asyncio.get_running_loop()
     for number in _SIGNALS:
         loop.add_signal_handler(number, service.signal, number.name)
@@ -63,6 +65,8 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
         for number in _SIGNALS:  # a later signal must not replace the exit code
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
+        if tracing is not None:
+            tracing.close()
     return code, service.join_engine(_JOIN_TIMEOUT_S)
 
 

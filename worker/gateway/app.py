@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -29,6 +30,9 @@ from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, dr
 from worker.gateway.queue_watch import QueueWatch
 from worker.jobs.streams import Disconnected
 from worker.telemetry import frames_of
+
+if TYPE_CHECKING:
+    from worker.tracing.otlp import RequestSpan
 
 REQUEST_ID = "x-request-id"
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
@@ -115,6 +119,8 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         given = headers.get(REQUEST_ID, "")
         request_id = given if _PRINTABLE.fullmatch(given) else uuid.uuid4().hex
+        traced = context.tracing is not None and not _is_open(scope)
+        span = context.tracing.begin_request(headers.get("traceparent")) if context.tracing and traced else None
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -128,7 +134,7 @@ class RequestMiddleware:
         context.open_requests += 1
         context.metrics.open_requests.inc()
         try:
-            refused = self._refuse(scope, headers, request_id, began)
+            refused = self._refuse(scope, headers, request_id, began, span)
             await (refused or self._app)(scope, receive, send_with_id)
         except ClientDisconnect:  # before its request was complete
             scope["gateway.status"] = CLIENT_CLOSED_REQUEST
@@ -141,11 +147,15 @@ class RequestMiddleware:
             context.open_requests -= 1
             context.metrics.open_requests.dec()
             self._log(scope, request_id, time.monotonic() - began)
+            if span is not None:
+                _end_span(span, scope)
 
-    def _refuse(self, scope: Scope, headers: Headers, request_id: str, began: float) -> Response | None:
+    def _refuse(
+        self, scope: Scope, headers: Headers, request_id: str, began: float, span: RequestSpan | None
+    ) -> Response | None:
         """The error response, or None after the call is added to the scope."""
         context = self._context
-        if scope["path"] in _OPEN_PATHS or scope["path"].startswith(_OPEN_FOLDER):
+        if _is_open(scope):
             return None
         try:
             if context.draining:
@@ -154,7 +164,7 @@ class RequestMiddleware:
             key = _header(headers, "idempotency-key")
             last_id = _header(headers, "last-event-id")
             caller = context.keys.caller(headers)
-            traceparent = _header(headers, "traceparent")
+            traceparent = _header(headers, "traceparent") if span is None else span.traceparent
             scope["gateway.call"] = Call(request_id, caller, began, traceparent, key, last_id)
         except ApiError as error:
             response = error_response(context, scope, error)
@@ -165,13 +175,34 @@ class RequestMiddleware:
 
     def _log(self, scope: Scope, request_id: str, duration_s: float) -> None:
         context, status = self._context, scope.get("gateway.status", HTTPStatus.INTERNAL_SERVER_ERROR)
-        route = scope.get("route")
-        path = route.path if isinstance(route, Route) else "other"
+        path = _route_of(scope)
         context.metrics.requests.labels(path, str(int(status))).inc()
         context.metrics.duration.labels(path).observe(duration_s)
         call = scope.get("gateway.call")
         fields = {"correlation_id": request_id, "job_id": call.job_id if call else None, "status": int(status)}
         context.log.info("request", route=path, duration_ms=round(duration_s * 1000, 3), **fields)
+
+
+def _is_open(scope: Scope) -> bool:
+    """Whether the path needs no API key."""
+    return scope["path"] in _OPEN_PATHS or bool(scope["path"].startswith(_OPEN_FOLDER))
+
+
+def _route_of(scope: Scope) -> str:
+    route = scope.get("route")
+    return route.path if isinstance(route, Route) else "other"
+
+
+def _end_span(span: RequestSpan, scope: Scope) -> None:
+    """End the request's span. An answer that fails after its status was sent is a failed job."""
+    status, route = int(scope.get("gateway.status", HTTPStatus.INTERNAL_SERVER_ERROR)), _route_of(scope)
+    attributes = {"http.request.method": scope["method"], "http.route": route, "http.response.status_code": status}
+    call: Call | None = scope.get("gateway.call")
+    if call is not None and call.job_id is not None:
+        operation = "text_completion" if route == "/v1/completions" else "chat"
+        attributes |= {"gen_ai.operation.name": operation, "gen_ai.response.id": call.job_id}
+        attributes |= {"gen_ai.request.model": call.model} if call.model else {}
+    span.end(f"{scope['method']} {route}", attributes, error=str(status) if status >= 500 else "")
 
 
 def _refuse_cross_origin(scope: Scope, headers: Headers) -> None:

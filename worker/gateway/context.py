@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
 
@@ -16,6 +16,9 @@ from worker.gateway.metrics import GatewayMetrics
 from worker.gateway.models import ModelRegistry
 from worker.jobs.client import Client
 from worker.telemetry import Log
+
+if TYPE_CHECKING:
+    from worker.tracing.otlp import Tracing
 
 _CLOSE_S = 5.0
 
@@ -31,6 +34,8 @@ class GatewayContext:
     lease_s: float = 4.0
     """The setting `lease.lease_s` of the workers."""
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+    tracing: Tracing | None = None
+    """None if no spans are sent."""
     draining: bool = False
     """New requests are refused with status 503."""
     stopping: bool = False
@@ -83,11 +88,14 @@ class Call:
     received_s: float
     """`time.monotonic` of its arrival."""
     traceparent: str | None = None
+    """What the request's jobs continue: its span, or what its header names."""
     idempotency_key: str | None = None
     last_event_id: str | None = None
     job_id: str | None = None
     """The id of the request's first job, for the log."""
     job_ids: Sequence[str] = ()
+    model: str | None = None
+    """The model that its first job names."""
 
 
 def context_of(request: Request) -> GatewayContext:

@@ -220,7 +220,7 @@ class JobGroup:
         self.resumed = None if call.last_event_id is None else Position.parse(call.last_event_id)
         """What the client has received."""
         self.id = self._resumed_id(prefix) if self.resumed else _group_id(call, prefix, jobs)
-        call.job_id = self.id
+        call.job_id, call.model = self.id, jobs[0].get("model")
         call.job_ids = names = [self.id, *(f"{self.id}-{index}" for index in range(1, len(jobs)))]
         self.runs = [JobRun(context, call, name) for name in names]
 

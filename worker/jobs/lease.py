@@ -62,6 +62,8 @@ class Closed:
     opening event was an error."""
     error: ErrorEvent | None = None
     """The terminal event, if this call wrote it."""
+    cancelled_before: bool = field(default=False, compare=False)
+    """The job was cancelled while it waited, and this is the first delivery of its entry."""
 
 
 @dataclass(slots=True)

@@ -389,7 +389,7 @@ class Transport:
         if own:
             await self._expire_keys(job_id)
         if reply.outcome == "OVER":
-            return Closed("over")
+            return Closed("over", cancelled_before=reply.code == Cancelled.code and not reply.entry_id)
         error = errors[reply.code]
         await self.registration.publish(error, trace.envelope(job_id, epoch, self.worker_id))
         return Closed("dead_lettered" if dead else "cancelled" if reply.code == Cancelled.code else "refused", error)

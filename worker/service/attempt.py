@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from worker.answer import AttemptStats
 from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError
@@ -22,6 +22,7 @@ from worker.jobs.lease import Claim, Closed, Fenced, Lease, Renewal
 from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
 from worker.jobs.reader import History
+from worker.service.attempt_spans import AttemptRecord, trace_attempt
 from worker.service.continuation import CannotContinue, can_continue, end_of
 from worker.service.generation import Generation, SpeculativeStart, WorkerContext
 from worker.service.prepared_job import (
@@ -33,6 +34,9 @@ from worker.service.prepared_job import (
     needs_grammar,
 )
 from worker.telemetry import Log, frames_of
+
+if TYPE_CHECKING:
+    from worker.tracing.otlp import Tracing
 
 T = TypeVar("T")
 
@@ -71,6 +75,7 @@ class Attempt:
         self._server_lead_ms = 0.0
         self._other_model = ""
         self._trace = Trace.of("", claim.entry_id, None, claim.traceparent)
+        self._record = AttemptRecord(claim, self._claimed)
 
     async def run(self) -> str:
         """Run the job to its end; returns the outcome for the metrics.
@@ -79,6 +84,24 @@ class Attempt:
         Raises CudaError if the device is lost; the job is left to another worker then. However it
         ends, the entry is settled, given back, or another worker's, or its lease expires.
         """
+        outcome = "fault"
+        try:
+            outcome = await self._run()
+            return outcome
+        except CudaError:
+            outcome = "cuda_error"
+            raise
+        finally:
+            if self._context.tracing is not None:
+                self._trace_attempt(self._context.tracing, outcome)
+
+    def _trace_attempt(self, tracing: "Tracing", outcome: str) -> None:
+        try:
+            trace_attempt(tracing, self._record, self._context.model.name, outcome)
+        except Exception as error:  # no job depends on its spans
+            self._log.error("tracing_fault", frames=frames_of(error))
+
+    async def _run(self) -> str:
         self._context.renewal_loop.add(self)
         try:
             return await self._process()
@@ -118,6 +141,7 @@ class Attempt:
     async def _process(self) -> str:
         claim, context = self._claim, self._context
         self._server_lead_ms = await context.transport.server_time_ms() - time.monotonic() * 1000
+        self._record.server_lead_ms = self._server_lead_ms
         start = await self._start()
         waited_s = max(0.0, self._claimed * 1000 + self._server_lead_ms - claim.enqueued_ms) / 1000
         self._submitted = self._claimed - waited_s
@@ -166,6 +190,10 @@ class Attempt:
             )
             waited = self._server_ms() - claim.enqueued_ms > _WAITED_MS
             paused = claim.deliveries > 1 or waited
+            self._record.prompt_tokens, self._record.prefill_s = (
+                len(prepared.prompt),
+                None if paused else time.monotonic(),
+            )
             return await SpeculativeStart.begin(context, self.limits, prepared, self._sequence_id, paused=paused)
         except WorkerError as error:
             if self.job_id is None and "job_id" in error.details:
@@ -198,12 +226,15 @@ class Attempt:
         self.job_id, self._job = job_id, job
         encoding = "msgpack" if job else encoding_of(self._claim.payload)
         self._trace = Trace.of(job_id, self._claim.entry_id, job, self._claim.traceparent, encoding)
+        self._record.job_id, self._record.job, self._record.trace = job_id, job, self._trace
         self._log = self._context.log.bind(job_id=job_id, correlation_id=self._trace.correlation_id)
         if job is not None and job.deadline_ms is not None:
             self.limits.set_deadline((self._claim.enqueued_ms + job.deadline_ms - self._server_ms()) / 1000)
 
     async def _generate(self, lease: Lease, start: SpeculativeStart) -> str:
         generation = Generation(self._context, self.limits, lease, start, self._claimed, self._submitted)
+        self._record.lease, self._record.stats = lease, generation.stats
+        self._record.prefill_s = self._record.prefill_s or time.monotonic()
         self._log = self._log.bind(epoch=lease.epoch, prompt_sha256=start.job.prompt_hash)
         published, prompt_tokens = len(lease.history.tokens), len(start.job.prompt)
         self._log.info("job_started", published=published, prompt_tokens=prompt_tokens)
@@ -232,6 +263,7 @@ class Attempt:
         """Publish the last events; what follows them happens while the next job runs."""
         self._on_generated()
         await self._context.transport.finish(lease, *rest)
+        self._record.lease, self._record.stats, self._record.last = lease, stats, rest[-1]
         self._context.transport.begin_settling(lease)
         return self._ended(rest[-1], stats)
 
@@ -275,6 +307,7 @@ class Attempt:
 
     def _closed(self, closed: Closed) -> str:
         """The outcome of an entry that had nothing to run; the transport has settled it."""
+        self._record.last, self._record.cancelled_before = closed.error, closed.cancelled_before
         if closed.error is None:
             return self._released(closed.reason)
         names = [fault["field"].partition(".")[0] for fault in closed.error.details.get("errors", ())]

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from worker.answer import Answer, AttemptStats
 from worker.backend import MemoryUse
@@ -31,6 +31,9 @@ from worker.service.renewal_loop import RenewalLoop
 from worker.service.reporter import FirstTokenGate
 from worker.telemetry import Log, Metrics, trace_of
 
+if TYPE_CHECKING:
+    from worker.tracing.otlp import Tracing
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
@@ -47,6 +50,8 @@ class WorkerContext:
     first_token_gate: FirstTokenGate
     flush_loop: FlushLoop
     renewal_loop: RenewalLoop
+    tracing: Tracing | None = None
+    """None if no spans are sent."""
 
 
 class SpeculativeStart:

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from worker import __version__
 from worker.config import HttpSection, LeaseSection, ServiceSection
@@ -31,6 +31,9 @@ from worker.service.prepared_job import StopReason
 from worker.service.renewal_loop import RenewalLoop
 from worker.service.reporter import Reporter
 from worker.telemetry import Log, Metrics, frames_of
+
+if TYPE_CHECKING:
+    from worker.tracing.otlp import Tracing
 
 T = TypeVar("T")
 
@@ -72,7 +75,9 @@ class Service:
         transport: Transport,
         load: ModelLoader,
         log: Log,
+        tracing: "Tracing | None" = None,
     ) -> None:
+        self._tracing = tracing
         self._assignment = assignment
         self._section = section
         self._lease = lease
@@ -170,6 +175,7 @@ class Service:
             self._reporter.first_token_gate,
             FlushLoop(self._transport, self._section.flush_ms),
             RenewalLoop(self._transport, self._lease.renew_s, self._log),
+            self._tracing,
         )
         return await first_completed(
             self._run_jobs(context),
