@@ -164,6 +164,33 @@ async def test_a_reader_retries_after_lost_replies_for_a_limited_time(harness: H
         await cut.result("a")
 
 
+async def test_a_reader_waits_for_longer_than_an_outage_of_half_a_minute(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, away = [], True
+
+    def is_lost(name: str) -> bool:
+        calls.append(name)
+        return away and name in ("read", "read_many")
+
+    client, worker = Client(LossyStreams(harness.connect(), is_lost)), await harness.transport("w1")
+    await client.submit(job_id="a", prompt="hello")
+    await complete(worker, await take_next(worker), 2)
+    reading = asyncio.create_task(client.result("a"))
+
+    async def read_again() -> bool:
+        return calls.count("read_many") + calls.count("read") > 1
+
+    await wait_until(read_again)
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    monkeypatch.setattr(loop, "time", lambda: clock() + 40)
+    calls.clear()
+    await wait_until(read_again)
+    away = False
+    assert (await reading)[0] == text(2)
+
+
 async def test_a_live_worker_is_listed_with_its_status_until_it_leaves_or_stops_sending_heartbeats(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

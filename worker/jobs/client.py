@@ -21,7 +21,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from worker.errors import Cancelled, InvalidRequest, QueueFull, WorkerError
 from worker.jobs.documents import Documents
-from worker.jobs.event_reader import EventReader, check_position
+from worker.jobs.event_reader import RECONNECT_TIMEOUT_S, EventReader, check_position
 from worker.jobs.events import End, ErrorEvent, Token
 from worker.jobs.keys import CONTROL, START, dead_key, events_key, is_entry_id, next_id, queue_key, worker_events_key
 from worker.jobs.loop_thread import LoopThread
@@ -60,7 +60,7 @@ class Client:
         queue: str = "default",
         bound: int = 10_000,
         retry_after_s: float = 1.0,
-        reconnect_timeout_s: float = 30.0,
+        reconnect_timeout_s: float = RECONNECT_TIMEOUT_S,
     ) -> None:
         self._streams = streams
         self._queue = queue

@@ -22,6 +22,8 @@ from worker.jobs.streams import Disconnected, Record, Streams, retry_until_conne
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RECONNECT_TIMEOUT_S = 60.0
+"""Exceeds an outage of 30 s, such as a failover or a restart that loads a large file."""
 CHECK_MS = 2000
 """A reader without events looks at the job's state this often."""
 CHECK_MS_PER_READER = 5
