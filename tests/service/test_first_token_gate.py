@@ -130,3 +130,47 @@ async def test_on_open_is_called_once_however_the_gate_opens(monkeypatch):
     await wait_until(lambda: asyncio.sleep(0, len(calls) == 2))
     gate.open()
     assert calls == ["token", "timeout"]
+
+
+async def test_reports_that_the_server_takes_slowly_do_not_pile_up(fake):
+    taken, blocked = asyncio.Event(), asyncio.Event()
+
+    async def before(name):
+        if name == "add" and taken.is_set():
+            blocked.set()
+            await released.wait()
+
+    released = asyncio.Event()
+    streams = LossyStreams(fake.connect(), lambda name: False, before)
+    async with serving(fake, SharedModel.echo().fresh(), streams=streams, vram_s=0.02) as worker:
+        client = fake.client()
+        await run_job(client, prompt="abc", max_tokens=2)
+        taken.set()
+        await run_job(client, prompt="abc", max_tokens=2)
+        await asyncio.wait_for(blocked.wait(), 60)
+        for _ in range(30):
+            await run_job(client, prompt="abc", max_tokens=2)
+            await asyncio.sleep(0.01)
+        waiting = worker.service._reporter._queued.qsize()
+        released.set()
+    assert waiting <= 1, f"{waiting} reports wait for the server"
+
+
+async def test_a_report_that_fails_unexpectedly_stops_no_later_one(fake):
+    adds, failing = [], True
+
+    async def before(name):
+        if name == "add":
+            adds.append(name)
+            if failing and len(adds) > 4:
+                raise RuntimeError("a bug")
+
+    streams = LossyStreams(fake.connect(), lambda name: False, before)
+    async with serving(fake, SharedModel.echo().fresh(), streams=streams, vram_s=0.02) as worker:
+        async with asyncio.timeout(60):
+            while len(adds) < 6:
+                await run_job(fake.client(), prompt="abc", max_tokens=2)
+            failing, failed = False, len(adds)
+            while len(adds) < failed + 3:
+                await run_job(fake.client(), prompt="abc", max_tokens=2)
+        assert worker.logged("background_fault")

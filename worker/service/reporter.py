@@ -124,9 +124,11 @@ class Reporter:
         """Publish the queued events in order."""
         while True:
             event = await self._queued.get()
-            await self.first_token_gate.wait_open()
-            await self._registration.publish(event)
-            self._queued.task_done()
+            try:
+                await self.first_token_gate.wait_open()
+                await self._registration.publish(event)
+            finally:  # `watch_memory` waits for it
+                self._queued.task_done()
 
     async def flush(self, timeout_s: float) -> None:
         """Wait until all queued events are published. `publish` must be running."""
@@ -189,6 +191,7 @@ class Reporter:
                 memory = {"weights": use.weights, "kv": use.kv, "activations": activations, "free": use.free}
                 self.send(Vram(**memory, **asdict(load)))
                 reported = use
+                await self._queued.join()  # jobs may begin and end faster than the server takes reports
 
     async def watch_queues(self, read: Callable[[], Awaitable[Mapping[str, QueueDepth]]]) -> NoReturn:
         """Read the depths of the worker's queues periodically, for /metrics."""
