@@ -9,12 +9,14 @@ MEASURED = $(patsubst %,$(RESULTS)/%.json,$(patsubst %.gguf,%,$(notdir $(MODELS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test kernels test-gpu check lint types contracts chaos bench lock audit clean
+.PHONY: help demo test kernels test-gpu check lint types contracts chaos soak bench clean
 
 help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
 	@echo "make test    run the whole test suite; no GPU needed"
 	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
 	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
+	@echo "make soak    load a server, workers and a gateway, and compare each figure with its bound: [NAMES='backlog memory …']"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
@@ -55,6 +57,9 @@ contracts: $(VENV)/.installed-dev
 # Without SEED a seed is drawn and printed.
 chaos: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RUNNING),--max-running $(RUNNING))
+
+soak: $(VENV)/.installed-dev
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(NAMES)
 
 # Write one file for each model to benchmarks/results, plot them and print their tables.
 # docs/performance.md describes how its tables are generated.

@@ -134,6 +134,7 @@ class Stream(asyncio.Protocol):
     request: bytes
     slow: bool = False
     tokens: int = 0
+    written_s: list[float] = field(default_factory=list)
     delays_ms: list[float] = field(default_factory=list)
     first_s: float = 0.0
     last_s: float = 0.0
@@ -158,12 +159,18 @@ class Stream(asyncio.Protocol):
             text = rest.partition(b'"')[0].split() if found else []
             if text:
                 self.tokens += len(text)
-                self.delays_ms += [(now - float(each)) * 1000 for each in text]
+                written_s = [float(each) for each in text]
+                self.written_s += written_s
+                self.delays_ms += [(now - each) * 1000 for each in written_s]
                 self.last_s = now
                 self.first_s = self.first_s or now
         if b"[DONE]" in data and not self.done.done():
             self.done.set_result(None)
             self.transport.close()
+
+    def has_all(self, tokens: int) -> bool:
+        """Whether each token arrived once, in the order of writing."""
+        return len(self.written_s) == tokens and all(map(float.__lt__, self.written_s, self.written_s[1:]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End a stream that broke."""
@@ -213,9 +220,9 @@ async def _await_model(url: str, port: int) -> None:
 
 
 async def measure(
-    url: str, port: int, gateway: psutil.Process, streams: int, slow: int, requests: int
+    url: str, port: int, gateway: psutil.Process, streams: int, slow: int, requests: int, expected: int
 ) -> dict[str, float]:
-    """Print and return the figures."""
+    """Print and return the figures; each stream has `expected` tokens."""
     await _await_model(url, port)
     through, direct = await _first_tokens(url, port, requests)
     print(f"first token, gateway   {_spread(through)}")
@@ -243,6 +250,8 @@ async def measure(
         "tokens_per_s": tokens / window,
         "added_p95_ms": added,
         "connections": len(clients),
+        "uneven": sum(not stream.has_all(expected) for stream in read),
+        "p99_ms": quantiles(delays, n=100)[-1],
     }
 
 
@@ -251,7 +260,9 @@ def _spread(delays_ms: list[float]) -> str:
     return f"median {median(delays_ms):.2f} ms, 95 % within {p95:.2f} ms, maximum {max(delays_ms):.1f} ms"
 
 
-def run(streams: int, seconds: float, rate: float, slow: int, requests: int = SINGLE_REQUESTS) -> dict[str, float]:
+async def run(
+    streams: int, seconds: float, rate: float, slow: int, requests: int = SINGLE_REQUESTS
+) -> dict[str, float]:
     """Start server, gateway and writer; measure."""
     with embedded_server() as url, tempfile.TemporaryFile() as log:
         port = free_port()
@@ -262,7 +273,7 @@ def run(streams: int, seconds: float, rate: float, slow: int, requests: int = SI
         writer.start()
         try:
             process = psutil.Process(gateway.process.pid)
-            return asyncio.run(measure(url, port, process, streams, slow, requests))
+            return await measure(url, port, process, streams, slow, requests, int(seconds * rate))
         finally:
             writer.kill()
             writer.join()
@@ -277,7 +288,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=25.0, help="tokens a second of each stream")
     parser.add_argument("--slow", type=int, default=1, help="further clients that read nothing")
     options = parser.parse_args()
-    run(options.streams, options.seconds, options.rate, options.slow)
+    asyncio.run(run(options.streams, options.seconds, options.rate, options.slow))
 
 
 if __name__ == "__main__":

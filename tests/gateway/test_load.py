@@ -16,9 +16,10 @@ TOKENS, SIZE = 200, 100_000
 """More than the buffers of a connection hold."""
 
 
-def test_the_load_benchmark_relays_every_token_of_every_stream():
-    figures = run(STREAMS, seconds=1.0, rate=10.0, slow=1, requests=5)
+async def test_the_load_benchmark_relays_every_token_of_every_stream():
+    figures = await run(STREAMS, seconds=1.0, rate=10.0, slow=1, requests=5)
     assert figures["tokens"] == STREAMS * 10
+    assert figures["uneven"] == 0
     assert figures["connections"] < STREAMS
     assert figures["tokens_per_s"] > 0
 
