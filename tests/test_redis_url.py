@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -37,12 +39,17 @@ def refusal_of(url: str) -> str:
         ("redis://u%40x:p@[::1]:7", "redis://[::1]:7 db 0 user u@x password p"),
         ("rediss://h/1", "rediss://h:6379 db 1 user None password None"),
         ("unix:///run/redis.sock?db=4", "unix:///run/redis.sock db 4 user None password None"),
+        ("redis+cluster://h", "redis+cluster://h:6379 db 0 user None password None"),
+        ("REDISS+cluster://u:p@h:1,[::1]:2,h3/0", "rediss+cluster://h:1,[::1]:2,h3:6379 db 0 user u password p"),
+        ("redis+cluster://u:a,b@c@[::1],h", "redis+cluster://[::1]:6379,h:6379 db 0 user u password a,b@c"),
+        ("redis+sentinel://h/main", "redis+sentinel://h:26379/main db 0 user None password None"),
+        ("redis+sentinel://:p@h1:1,h2/main/3", "redis+sentinel://h1:1,h2:26379/main db 3 user None password p"),
         ("unix://u:p@/run/redis.sock", "unix:///run/redis.sock db 0 user u password p"),
     ],
 )
 def test_the_parts_of_a_url(url: str, expected: str) -> None:
     parsed = RedisUrl.parse(url)
-    assert f"{parsed} db {parsed.db} user {parsed.username} password {parsed.password}" == expected
+    assert f"{parsed} db {parsed.db} user {parsed.login.username} password {parsed.login.password}" == expected
 
 
 def test_options_of_tls() -> None:
@@ -82,6 +89,19 @@ def test_options_of_tls() -> None:
         ("redis://:pa/ss@h", "special character in the wrong place"),
         ("redis://:pa?ss@h", "percent-encoded, such as %23 for #"),
         ("redis://h/0#", "special character in the wrong place"),
+        ("redis+cluster://h,", "the host or the port is not valid; expected redis+cluster://"),
+        ("redis+cluster://,h", "the host or the port is not valid; expected redis+cluster://"),
+        ("redis+cluster://h,h2:x", "the host or the port is not valid"),
+        ("redis+cluster://h/1", "the database of a cluster must be 0"),
+        ("redis+cluster://:pa/ss@h,h2", "special character in the wrong place"),
+        ("redis+cluster://h?ssl_cert_reqs=none", "the option ssl_cert_reqs needs rediss+cluster://"),
+        ("redis+sentinel://h,h2", "the name of the service is missing or not valid; expected redis+sentinel://"),
+        ("redis+sentinel://h/main/x", "the database must be one number"),
+        ("redis://h?sentinel_username=u", "the option sentinel_username needs redis+sentinel://"),
+        ("redis://:p@h?password_file=/p", "the password is given twice"),
+        ("redis+sentinel://h/main?sentinel_password=p&sentinel_password_file=/p", "the password is given twice"),
+        ("unix+cluster://h", "must begin with redis://"),
+        ("redis://:s3cret@h1:1,h2:2", "several hosts need redis+cluster:// or redis+sentinel://"),
         ("redis://h a", "white space"),
         ("redis://:%ff@h", "not UTF-8"),
         ("unix://run/redis.sock", "three slashes"),
@@ -119,19 +139,49 @@ SPECIAL = st.text(st.sampled_from("#/?@:[]%&=+ \\\"'<>{}|^`~!$()*,;.-_é字\t\n�
 @given(before=SPECIAL, between=SPECIAL, after=SPECIAL, raw=st.booleans(), user=st.sampled_from(["", "us3rname"]))
 def test_no_part_of_a_password_is_in_any_message(before: str, between: str, after: str, raw: bool, user: str) -> None:
     password = f"{before}s3cr{between}3ttt{after}"
-    url = f"redis://{user}:{password if raw else quote(password, safe='')}@host:6379/0"
+    login = f"{user}:{password if raw else quote(password, safe='')}"
+    check_secrecy(f"redis://{login}@host:6379/0", None if raw else password)
+    check_secrecy(f"redis+cluster://{login}@host:6379,other", None if raw else password)
+    check_secrecy(f"redis+sentinel://{login}@host:6379,other/main", None if raw else password)
+
+
+def check_secrecy(url: str, password: str | None) -> None:
+    """`password` is that of the URL if it is encoded as it should be."""
     shown = refusal_of(url)
     if not shown:
         parsed = RedisUrl.parse(url)
-        assert parsed.host == "host"
-        assert raw or parsed.password == password
-        shown = f"{parsed} {parsed!r}"
-    assert raw or not shown.startswith(("is not", "has a", "contains"))
+        assert parsed.addresses[0] == ("host", 6379)
+        assert password is None or parsed.login.password == password
+        shown = f"{parsed} {parsed!r} {parsed.login} {replace(parsed, db=1)}"
+    assert password is None or not shown.startswith(("is not", "has a", "contains"))
     for part in ("s3cr", "3ttt", "us3rname"):
         assert part not in shown
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot read {path}: no such file or directory"),
+        (b"", "{path} is empty; expected the password"),
+        (b"\n", "{path} is empty; expected the password"),
+        (b"s3cret\xff", "{path} is not UTF-8"),
+    ],
+)
+def test_a_password_file_that_is_no_password_is_named(content: bytes | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigInvalid) as caught:
+        Client.from_url(f"redis://h?password_file={path}")
+    assert caught.value.message == f"redis.url: password_file: {words.format(path=path)}"
+
+
+def test_the_end_of_the_line_is_no_part_of_the_password(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text(" pass word \r\n")
+    assert RedisUrl.parse(f"redis://u@h?password_file={tmp_path}/p").login.read() == ("u", " pass word ")
+
+
 @given(st.text(max_size=40))
 def test_any_text_is_parsed_or_refused(text: str) -> None:
-    for scheme in ("redis://", "rediss://", "unix://"):
+    for scheme in ("redis://", "rediss://", "unix://", "redis+cluster://", "rediss+sentinel://"):
         assert "may quote" not in refusal_of(scheme + text)

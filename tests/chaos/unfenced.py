@@ -14,15 +14,15 @@ from worker.jobs.streams import AppendCall, Disconnected, Ownership
 
 async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
     """Replaces `append.lua`: checks neither the last id nor the epoch."""
-    commands = self._commands
+    run = self._run
     try:
         epoch = epoch_of(await self.last_id(events_key(job_id)))
         for _, event in call.events:
-            await commands.xadd(events_key(job_id), {"type": event.kind, "p": event.packed}, id=f"{epoch}-*")
-        fields = {"epoch": call.epoch, "worker": call.worker, "state": call.state, "tokens": call.tokens}
-        await commands.hset(state_key(job_id), mapping=fields)
+            await run("XADD", events_key(job_id), f"{epoch}-*", "type", event.kind, "p", event.packed)
+        fields = ("epoch", call.epoch, "worker", call.worker, "state", call.state, "tokens", call.tokens)
+        await run("HSET", state_key(job_id), *fields)
         if call.state in ("end", "error"):
-            await commands.hset(state_key(job_id), "ended_ms", call.now_ms)
+            await run("HSET", state_key(job_id), "ended_ms", call.now_ms)
     except ConnectionError as error:
         raise Disconnected(str(error)) from error
     return call.events[-1][0] if call.events else call.expected
@@ -30,7 +30,7 @@ async def append(self: RedisStreams, job_id: str, call: AppendCall) -> str:
 
 async def renew(self: RedisStreams, queue: str, consumer: str, entry_id: str) -> Ownership:
     """Replaces `renew.lua`: the calling consumer always gets the entry."""
-    await self._commands.xclaim(queue_key(queue), GROUP, consumer, 0, [entry_id], justid=True)
+    await self._run("XCLAIM", queue_key(queue), GROUP, consumer, 0, entry_id, "JUSTID")
     return "held"
 
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import pytest_asyncio
 
-from tests.jobs.harness import FakeRedisHarness, Harness, MemoryHarness, ServerHarness
+from tests.jobs.cluster import ClusterServer, running_cluster
+from tests.jobs.harness import ClusterHarness, FakeRedisHarness, Harness, MemoryHarness, ServerHarness
 from tests.jobs.servers import Server, running_server
 
 
@@ -25,14 +26,34 @@ def server(session_server: Server) -> Server:
     return session_server
 
 
-@pytest_asyncio.fixture(params=["memory", "fakeredis", "server"])
-async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
-    """A harness over an empty server, of each kind."""
+@pytest.fixture(scope="session")
+def session_cluster() -> Iterator[ClusterServer]:
+    """Three masters for the session, which no test stops."""
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(session_cluster: ClusterServer) -> ClusterServer:
+    """The cluster, flushed."""
+    session_cluster.flush()
+    return session_cluster
+
+
+def harness_of(request: pytest.FixtureRequest) -> Harness:
+    """A harness over an empty server of the kind that is the fixture's parameter."""
     if request.param == "memory":
-        created: Harness = MemoryHarness()
-    elif request.param == "fakeredis":
-        created = FakeRedisHarness()
-    else:
-        created = ServerHarness(request.getfixturevalue("server").url)
+        return MemoryHarness()
+    if request.param == "fakeredis":
+        return FakeRedisHarness()
+    if request.param == "cluster":
+        return ClusterHarness(request.getfixturevalue("cluster"))
+    return ServerHarness(request.getfixturevalue("server").url)
+
+
+@pytest_asyncio.fixture(params=["memory", "fakeredis", "server", "cluster"])
+async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
+    """A harness of each kind."""
+    created = harness_of(request)
     yield created
     await created.close()

@@ -11,16 +11,19 @@ import contextlib
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import fakeredis
-from redis.asyncio import Redis
+from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import ResponseError
 
+from tests.jobs.cluster import ClusterServer
 from tests.jobs.memory_streams import MemoryStreams
 from tests.jobs.stream_checker import assert_none, find_violations, keys_without_ttl
 from worker.config import LeaseSection
 from worker.jobs.client import Client
+from worker.jobs.redis_resp import Command
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected, Streams
 from worker.jobs.transport import Transport
@@ -172,6 +175,43 @@ class RedisHarness(Harness):
         await self.raw.aclose()
 
 
+class FakeServer:
+    """`Server` over a client of fakeredis, whose replies are not converted."""
+
+    clustered = False
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+        client.response_callbacks.clear()
+
+    async def exchange(self, commands: Sequence[Command], *, blocking: bool = False) -> list[Any]:
+        return [await self._reply(command) for command in commands]
+
+    async def _reply(self, command: Command) -> Any:
+        try:
+            return await self._client.execute_command(*command)
+        except ResponseError as error:
+            return error
+
+    async def exchange_at(self, key: str, commands: Sequence[Command]) -> list[Any]:
+        if commands[0] != ("MULTI",):
+            return await self.exchange(commands)
+        async with self._client.pipeline(transaction=True) as pipe:
+            for command in commands[1:-1]:
+                pipe.execute_command(*command)
+            replies = await pipe.execute(raise_on_error=False)
+        return [b"OK", *[b"QUEUED"] * len(replies), replies]
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[FakeServer]:
+        yield self
+
+    def suspect_idle(self) -> None: ...
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
 class FakeRedisHarness(RedisHarness):
     def __init__(self) -> None:
         self.server = fakeredis.FakeServer()
@@ -181,7 +221,7 @@ class FakeRedisHarness(RedisHarness):
         return fakeredis.FakeAsyncRedis(server=self.server, protocol=2)
 
     def _connect(self) -> Streams:
-        return RedisStreams(self._raw(), self._raw())
+        return RedisStreams(FakeServer(self._raw()))
 
 
 class ServerHarness(RedisHarness):
@@ -194,6 +234,44 @@ class ServerHarness(RedisHarness):
 
     def _connect(self) -> Streams:
         return RedisStreams.from_url(self.url)
+
+
+class ClusterHarness(RedisHarness):
+    def __init__(self, cluster: ClusterServer) -> None:
+        self.url = cluster.url
+        self._nodes = [Redis(port=node.port, protocol=2) for node in cluster.nodes]
+        super().__init__()
+
+    def _raw(self) -> Any:
+        return RedisCluster(host="127.0.0.1", port=self._nodes[0].connection_pool.connection_kwargs["port"])
+
+    def _connect(self) -> Streams:
+        return RedisStreams.from_url(self.url)
+
+    async def keys(self) -> dict[str, int | None]:
+        found: dict[str, int | None] = {}
+        for node in self._nodes:
+            for key in await node.keys("*"):
+                ttl = await self.raw.pttl(key)
+                found[key.decode()] = None if ttl == -1 else ttl
+        return found
+
+    async def snapshot(self, *keys: str) -> Callable[[], Awaitable[None]]:
+        saved = {key: await self.raw.dump(key) for key in keys}
+
+        async def restore() -> None:
+            for key, value in saved.items():
+                if value is None:
+                    await self.raw.delete(key)
+                else:
+                    await self.raw.restore(key, 60_000, value, replace=True)
+
+        return restore
+
+    async def close(self) -> None:
+        await super().close()
+        for node in self._nodes:
+            await node.aclose()
 
 
 async def _nothing(_: str) -> None: ...
@@ -211,7 +289,7 @@ class LossyStreams:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._streams, name)
-        if name in ("reconnects", "documents", "close"):
+        if name in ("reconnects", "documents", "max_separate_reads", "close"):
             return attribute
 
         async def call(*args: Any, **kwargs: Any) -> Any:

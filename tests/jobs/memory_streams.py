@@ -71,6 +71,7 @@ class Keyspace:
     """Streams and hashes of one process; `clock` returns seconds."""
 
     reconnects = 0
+    max_separate_reads = 0
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

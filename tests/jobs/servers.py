@@ -33,11 +33,14 @@ def free_port() -> int:
 class Server:
     """A server on a loopback port. A restart keeps the port, and the data if `persistent`."""
 
-    def __init__(self, folder: str, *options: str, persistent: bool = False) -> None:
+    def __init__(self, folder: str, *options: str, persistent: bool = False, config: Path | None = None) -> None:
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
-        self._arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        self._arguments += ["--appendonly", "yes" if persistent else "no", "--appendfsync", "always", *options]
+        self._arguments = [str(config)] if config else []  # of a sentinel, which has no data
+        self._arguments += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", folder]
+        if config is None:
+            self._arguments += ["--save", "", "--appendonly", "yes" if persistent else "no", "--appendfsync", "always"]
+        self._arguments += options
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -53,6 +56,15 @@ class Server:
                 return
             time.sleep(0.01)
         raise TimeoutError("the server did not start within 10 s")
+
+    def option(self, name: str) -> str:
+        """The value of an option of the command line."""
+        return self._arguments[self._arguments.index(name) + 1]
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and not stopped since."""
+        return self._process is not None
 
     def flush(self) -> None:
         with socket.create_connection(("127.0.0.1", self.port), 1) as link:

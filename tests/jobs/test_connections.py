@@ -18,7 +18,8 @@ from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.lease import Claim
-from worker.jobs.redis_streams import COMMAND_TIMEOUT_S, RedisStreams
+from worker.jobs.redis_server import COMMAND_TIMEOUT_S
+from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected, retry_until_connected
 from worker.jobs.transport import Transport
 
@@ -48,7 +49,7 @@ async def test_a_cancelled_caller_does_not_keep_a_connection(server: Server) -> 
 
 
 async def test_a_caller_waits_for_a_blocking_read_to_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.jobs.redis_streams._BLOCKING_CONNECTIONS", 2)
+    monkeypatch.setattr("worker.jobs.redis_server.BLOCKING_CONNECTIONS", 2)
     streams = RedisStreams.from_url(server.url)
     assert await asyncio.gather(*(streams.read("inf:control", "0-0", 100) for _ in range(6))) == [[]] * 6
     await streams.close()
@@ -172,7 +173,7 @@ async def test_megabytes_over_a_slow_link_are_not_a_dead_connection(server: Serv
 async def test_the_kernel_watches_an_idle_connection(server: Server) -> None:
     streams = RedisStreams.from_url(server.url)
     await streams.time_ms()
-    (connection,) = streams._commands.connection_pool._available_connections
+    (connection,) = streams._server.commands.connections
     link = connection._writer.get_extra_info("socket")
     assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     assert link.getsockopt(socket.SOL_TCP, socket.TCP_KEEPIDLE) == 2
@@ -184,8 +185,8 @@ async def test_no_representation_holds_a_password(server: Server) -> None:
     streams = RedisStreams.from_url(server.url.replace("redis://", "redis://us3r:s3cret@"))
     with pytest.raises(ServerRefused) as caught:
         await streams.time_ms()
-    pool = streams._commands.connection_pool
-    shown = f"{streams!r} {streams._commands!r} {pool!r} {pool._available_connections!r} {caught.value!r}"
+    pool = streams._server.commands
+    shown = f"{streams!r} {streams._server!r} {pool!r} {pool.connections!r} {caught.value!r}"
     shown += "".join(traceback.format_exception(caught.value))
     assert "s3cret" not in shown
     assert "us3r" not in shown
@@ -203,7 +204,7 @@ async def test_a_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:
 async def test_no_connection_is_left_open(server: Server) -> None:
     streams = RedisStreams.from_url(server.url)
     await asyncio.gather(*(streams.time_ms() for _ in range(50)))
-    connections = list(streams._commands.connection_pool._available_connections)
+    connections = streams._server.commands.connections
     await streams.close()
     assert 1 < len(connections) <= 32
     assert not any(connection.is_connected for connection in connections)

@@ -1,4 +1,4 @@
-"""Documents over fakeredis and a real server."""
+"""Documents over fakeredis, a real server and a cluster."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import asyncio
 
 import pytest
 
-from tests.jobs.harness import FakeRedisHarness, ServerHarness, wait_until
+from tests.jobs.conftest import harness_of
+from tests.jobs.harness import ServerHarness, wait_until
 from tests.jobs.servers import running_server
 from worker.jobs.streams import Disconnected
 
 
-@pytest.fixture(params=["fakeredis", "server"])
+@pytest.fixture(params=["fakeredis", "server", "cluster"])
 async def documents(request):
-    if request.param == "fakeredis":
-        harness = FakeRedisHarness()
-    else:
-        harness = ServerHarness(request.getfixturevalue("server").url)
+    harness = harness_of(request)
     yield harness.connect().documents
     await harness.close()
 

@@ -245,10 +245,10 @@ async def test_an_entry_is_settled_on_the_connection_on_which_its_job_was_found_
     streams = worker._streams
     assert isinstance(streams, RedisStreams)
     with pytest.raises(ConnectionError):  # noqa: PT012
-        async with streams._one_connection() as run_script:
-            await run_script("state", JOB_KEYS, ())
+        async with streams._server.session() as session:
+            await streams._run_script("state", JOB_KEYS, (), session)
             await harness.raw.client_kill_filter(_type="normal", skipme=True)
-            await run_script("settle", [queue_key("default"), "dead"], ("workers", lease.claim.entry_id))
+            await streams._run_script("settle", [queue_key("default")], ("workers", lease.claim.entry_id), session)
     assert [entry.job_id for entry in await client.queue()] == ["a"]
     await harness.raw.script_flush()
     await worker.settle(lease)

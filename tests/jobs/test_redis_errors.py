@@ -19,10 +19,13 @@ from tests.jobs.servers import Server, free_port, running_server
 from worker.errors import ServerRefused
 from worker.jobs.keys import GROUP, events_key, queue_key, state_key
 from worker.jobs.redis_errors import code_of, translate
+from worker.jobs.redis_resp import Command
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import AppendCall, CancelCall, Contact, Disconnected, retry_until_connected
 
 PARSER = Connection()._parser
+XADD: Command = ("XADD", "inf:control", "*", "do", b"inf:x")
+STATE: Command = ("EVALSHA", "0ab", 2, "inf:a", "inf:b", "inf:x")
 
 
 def reply(text: str) -> exceptions.RedisError:
@@ -66,7 +69,7 @@ def test_a_temporary_state_of_the_server_is_a_disconnection_with_its_code(text: 
     [
         ("NOPERM User x has no permissions to run the 'xadd' command", "NOPERM", "'xadd'"),
         ("ERR ACL failure in script: User w has no permissions to run the 'xadd' command", "NOPERM", "'xadd'"),
-        ("ERR The user executing the script can't run this command or subcommand", "NOPERM", "lacks a right"),
+        ("ERR The user executing the script can't run this command or subcommand", "NOPERM", "lacks the right"),
         ("NOAUTH Authentication required.", "NOAUTH", "requires a password"),
         ("ERR Protocol error: unauthenticated multibulk length", "NOAUTH", "requires a password"),
         ("ERR Protocol error: unauthenticated bulk length", "NOAUTH", "requires a password"),
@@ -99,11 +102,24 @@ def test_a_permanent_refusal_names_its_cause(text: str, code: str, words: str) -
     assert "s3cret" not in error.message
 
 
-@pytest.mark.parametrize("text", ["NOPERM User x", "ERR ACL failure in script: User x"])
-def test_a_refused_right_is_named_with_its_code_once(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "command", "words"),
+    [
+        ("NOPERM User us3r has no permissions to run the 'xadd' command", XADD, "to run 'xadd' on inf:control"),
+        ("NOPERM this user has no permissions to run the 'select' command", (), "to run 'select'"),
+        ("NOPERM No permissions to access a key", XADD, "to keys, for 'xadd' on inf:control"),
+        ("NOPERM No permissions to access a key", STATE, "to keys, for 'evalsha' on inf:a and inf:b"),
+        ("ERR ACL failure in script: User us3r has no permissions to run the 'hset' command script: on @user_script:1.",
+         STATE, "to run 'hset' on inf:a and inf:b"),
+        ("ERR The user executing the script can't access at least one of the keys mentioned in the command", STATE,
+         "to keys, for 'evalsha' on inf:a and inf:b"),
+    ],
+)  # fmt: skip
+def test_a_missing_right_is_one_sentence_with_command_and_key(text: str, command: Command, words: str) -> None:
     for error in (reply(text), exceptions.ResponseError(text)):  # redis-py's parser, and `redis_resp.py`
-        message = str(translate(error, "redis://h:1"))
-        assert message.endswith(f": {text.removeprefix('NOPERM ').removeprefix('ERR ')} (NOPERM)")
+        error.command = command
+        expected = f"redis://h:1 refuses: the user lacks the right {words}; docs/operations.md#rights lists the rights"
+        assert str(translate(error, "redis://h:1")) == f"{expected} (NOPERM)"
 
 
 @pytest.mark.parametrize("text", ["NOPERM x", "NOAUTH x", "WRONGPASS x"])
@@ -207,6 +223,9 @@ async def test_a_server_that_becomes_a_replica(admin: Redis, streams: RedisStrea
         await blocked
     assert caught.value.reply == "UNBLOCKED"
     assert await refusal(streams) == "READONLY"
+    opened = streams.reconnects
+    assert await refusal(streams) == "READONLY"
+    assert streams.reconnects == opened + 1  # its address may name another server by now
     await admin.execute_command("REPLICAOF", "NO", "ONE")
     assert await streams.enqueue("default", {"p": b"x"}, 10)
 

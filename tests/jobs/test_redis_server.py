@@ -22,7 +22,7 @@ from tests.jobs.harness import (
 )
 from tests.jobs.servers import Server, running_server
 from tests.jobs.stream_checker import assert_none, find_violations
-from worker.jobs import redis_streams
+from worker.jobs import redis_server
 from worker.jobs.keys import dead_key, events_key, queue_key, state_key
 from worker.jobs.lease import Claim
 from worker.jobs.redis_streams import RedisStreams
@@ -94,7 +94,7 @@ async def test_an_unreachable_server_is_reported_at_once_without_retries() -> No
 async def test_a_blocking_read_may_exceed_the_command_timeout(
     real: ServerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_streams, "COMMAND_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_server, "COMMAND_TIMEOUT_S", 0.1)
     streams = real.connect()
     await streams.open_queue("default")
     loop = asyncio.get_running_loop()

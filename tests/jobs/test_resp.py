@@ -11,7 +11,7 @@ from redis.exceptions import ConnectionError as ConnectionLost
 from redis.exceptions import InvalidResponse, ResponseError
 from redis.exceptions import TimeoutError as NoReply
 
-from worker.jobs.redis_pool import WaitingPool, open_client
+from worker.jobs.redis_pool import WaitingPool, new_connection
 from worker.jobs.redis_resp import Replies, pack_command, raise_if_all_failed
 from worker.redis_url import RedisUrl
 
@@ -90,27 +90,30 @@ async def serve(reply):
     return server, server.sockets[0].getsockname()[1]
 
 
+def open_pool(url, timeout_s):
+    parsed = RedisUrl.parse(url)
+    return WaitingPool(1, lambda: new_connection(parsed, parsed.login, parsed.addresses[0], timeout_s))
+
+
 @pytest.mark.parametrize(
     ("reply", "error"), [(b"$3\r\n1-", NoReply), (b"", ConnectionLost), (b"?\r\n", InvalidResponse)]
 )
 async def test_a_connection_without_all_replies_is_closed(reply, error):
     server, port = await serve(reply)
     async with server:
-        client = open_client(RedisUrl.parse(f"redis://127.0.0.1:{port}"), 1, 0.2)
-        pool = client.connection_pool
-        assert isinstance(pool, WaitingPool)
+        pool = open_pool(f"redis://127.0.0.1:{port}", 0.2)
         with pytest.raises(error):
-            await pool.exchange(pack_command(("PING",)), 1)
-        assert not any(connection.is_connected for connection in pool._available_connections)
-        await client.aclose()
+            await pool.exchange([("PING",)])
+        assert [connection.is_connected for connection in pool.connections] == [False]
+        await pool.close()
 
 
 async def test_many_commands_share_a_connection(server):
-    client = open_client(RedisUrl.parse(server.url), 1, 2.0)
+    pool = open_pool(server.url, 2.0)
     commands = [("SET", f"resp-{n}", "x" * n * 100) for n in range(200)]
     commands += [("GET", f"resp-{n}") for n in range(200)]
-    replies = await client.connection_pool.exchange(b"".join(map(pack_command, commands)), len(commands))
+    replies = await pool.exchange(commands)
     assert replies[:200] == [b"OK"] * 200
     assert replies[200:] == [b"x" * n * 100 for n in range(200)]
-    assert await client.get("resp-3") == b"x" * 300
-    await client.aclose()
+    assert len(pool.connections) == 1
+    await pool.close()

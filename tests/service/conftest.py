@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.conftest import harness, server, session_server  # noqa: F401  # fixtures are found by name
+from tests.jobs.conftest import harness_of, server, session_server  # noqa: F401  # fixtures are found by name
 from tests.jobs.harness import FakeRedisHarness
 from tests.service.models import SharedModel
 from worker.cli import _SWITCH_S
 from worker.service.engine_thread import EngineThread
+
+
+@pytest.fixture(params=["memory", "fakeredis", "server"])
+async def harness(request):
+    """A harness of each kind but the cluster, which the transport's tests cover."""
+    created = harness_of(request)
+    yield created
+    await created.close()
 
 
 @pytest.fixture

@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from redis import exceptions
 
 from worker.errors import ServerRefused
+from worker.jobs.redis_resp import Command
+from worker.jobs.redis_server import keys_of
 from worker.jobs.streams import Disconnected
 
-_CLUSTER = "it is a node of a cluster; use a server without cluster mode"
+_CLUSTER = "it is a node of a cluster; use a URL that begins with redis+cluster://"
 _BUSY = {
     "BUSY": "a script has been running for seconds",
     "CLUSTERDOWN": "its cluster is down",
@@ -39,7 +41,7 @@ _BUSY = {
 _ACCESS = {
     "NOAUTH": "it requires a password; pass one in the URL, redis://:PASSWORD@HOST",
     "NOPASSWORD": "the URL has a password and the server has none",
-    "NOPERM": "the user lacks a right; docs/operations.md lists those that are needed",
+    "NOPERM": "the user lacks a right; docs/operations.md#rights lists those that are needed",
     "TLS": "see the options of TLS in docs/operations.md",
     "WRONGPASS": "the user name or the password is wrong, or the user is disabled",
 }
@@ -49,11 +51,19 @@ _PERMANENT = {
     "CROSSSLOT": _CLUSTER,
     "DB": "it has no database of that number; name another at the end of the URL, such as /0",
     "MOVED": _CLUSTER,
+    "NOCLUSTER": "it is not a node of a cluster; use a URL that begins with redis://",
+    "NOSERVICE": "the sentinels monitor no service of the name in the URL",
     "WRONGTYPE": "a key that the worker uses holds a value of another type",
 }
 _PLAIN = {
     "max number of clients": "MAXCLIENTS",
     "in cluster mode": "CLUSTER",
+    "cluster support disabled": "NOCLUSTER",
+    "No such master": "NOSERVICE",
+    "invalid username-password pair": "WRONGPASS",  # redis-py 6 removes the code of these in front of the text
+    "Authentication required": "NOAUTH",
+    "has no permissions": "NOPERM",
+    "is loading the dataset": "LOADING",
     "DB index": "DB",
     "without any password": "NOPASSWORD",
     "no password is set": "NOPASSWORD",
@@ -70,16 +80,20 @@ _WRAPPED = re.compile(r"(?:Error running script|Transaction discarded|Command #)
 """Another reply inside: of a script before Redis 7, of EXEC, of redis-py's pipeline."""
 
 
+_KNOWN = frozenset(("", *_BUSY, *_ACCESS, *_PERMANENT))
+_REPLIES = (exceptions.ResponseError, exceptions.AuthenticationError, exceptions.BusyLoadingError)
+
+
 def code_of(error: exceptions.RedisError) -> str:
     """The code of the server's error reply, such as READONLY; empty if there was no reply."""
     text = str(error)
     if match := _WRAPPED.match(text):
         return match[1]
-    code = error.status_code or ""
-    if not code and isinstance(error, exceptions.ResponseError):
+    code = getattr(error, "status_code", None) or ""  # of redis-py 7
+    if not code and isinstance(error, _REPLIES):
         first = re.match(r"-?([A-Z]{2,})(?: |$)", text)
         code = first[1] if first else "ERR"
-    if code == "ERR":
+    if code not in _KNOWN:  # ERR, or with redis-py 6 the first word behind it
         return next((named for part, named in _PLAIN.items() if part in text), code)
     return code
 
@@ -96,7 +110,10 @@ def translate(error: exceptions.RedisError, server: str, *, waiting: bool = Fals
         why = f"{_explanation(code, error)} ({code})"
     elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
         hint = "; does its port expect TLS?" if server.startswith("rediss:") and "connecting" in str(error) else ""
-        return Disconnected(f"cannot reach {server} ({_lost_reason(error)}{hint})")
+        where = getattr(error, "where", "")
+        lost = Disconnected(f"cannot reach {server} ({where}{': ' if where else ''}{_lost_reason(error)}{hint})")
+        lost.node = where if where.startswith("node") else ""
+        return lost
     else:
         code, why = "PROTOCOL", "it does not reply as a Redis server does"
     if code in _BUSY or (waiting and code in _ACCESS):
@@ -110,8 +127,19 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
     own = (inner[1] if inner else str(error)).partition(", with args")[0].rstrip(".")
     own = own.removeprefix("ERR ").removeprefix(f"{code} ")
     if code == "NOPERM":
-        return f"{_ACCESS[code]}: {own}"
+        return _missing_right(own, getattr(error, "command", ()))
     return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own
+
+
+def _missing_right(own: str, command: Command) -> str:
+    """Name the command that is refused, and the key; the user's name, in `own`, is not shown."""
+    refused = re.search("run the '([^']+)'|command '([^']+)'", own)
+    name = next(filter(None, refused.groups())) if refused else str(command[0]).lower() if command else "?"
+    keys = keys_of(command) if command else ()
+    on = f" on {' and '.join(keys)}" if keys else ""
+    if refused or " key" not in own:
+        return f"the user lacks the right to run '{name}'{on}; docs/operations.md#rights lists the rights"
+    return f"the user lacks the right to keys, for '{name}'{on}; docs/operations.md#rights lists the rights"
 
 
 def _lost_reason(error: exceptions.RedisError) -> str:

@@ -1,8 +1,10 @@
-"""redis-py clients for a checked URL, whose callers wait for a connection instead of failing.
+"""Connections to one Redis server, for callers that wait for a connection instead of failing.
 
-A connection through NAT or a load balancer may die without being closed. Three things find it: the
-socket time-out of a reply, TCP keep-alive on idle connections, and, after a reply was lost,
-`suspect_idle`. A connection that the server closed is replaced before it is used.
+redis-py opens connections: TCP, TLS, login, database. Commands and replies are exchanged here, with
+no retry, since the caller must know when a reply was lost. A connection through NAT or a load
+balancer may die without being closed. Three things find it: the time-out of a reply, TCP keep-alive
+on idle connections, and, after a reply was lost, `suspect_idle`. A connection that the server
+closed is replaced before it is used. `redis_server.py` uses the pools.
 """
 
 import asyncio
@@ -12,65 +14,47 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable
-from typing import Any, SupportsIndex
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConnection
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
-from worker.jobs.redis_resp import Replies
-from worker.redis_url import RedisUrl
+from worker.jobs.redis_resp import Command, Replies, pack_command
+from worker.redis_url import Address, Login, RedisUrl
 
 _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 4000}
 """A peer that acknowledges nothing is detected within 4 s. All in s, but TCP_USER_TIMEOUT in ms."""
 _MIN_BYTES_PER_S = 500_000
 _READ_BYTES = 65_536
 
+OnConnect = Callable[[AbstractConnection], Awaitable[None]]
+Locate = Callable[[], Awaitable[Address]]
+"""Returns the address of the server that a new connection is to be opened to."""
 
-class _Steady(AbstractConnection):
-    """Bounds silence by `socket_timeout`, where redis-py bounds a whole command or reply.
 
-    Megabytes may take longer than that on a slow link. A command gets more time by its size, since
-    the kernel does not report how much of it is sent; a reply gets more with each part received.
-    """
+class _Exchanging(AbstractConnection):
+    """A connection that sends packed commands and parses their replies."""
 
-    def __init__(self, *, socket_timeout: float, **options: Any) -> None:
-        super().__init__(socket_timeout=socket_timeout, **options)
-        self._silence_s = socket_timeout
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one write; return their replies, errors included.
 
-    async def _connect(self) -> None:
-        await super()._connect()  # type: ignore[no-untyped-call, safe-super]
-        reader = self._reader
-        assert reader is not None, "connected"
-        feed_data = reader.feed_data
-
-        def feed_and_extend(data: Iterable[SupportsIndex]) -> None:
-            feed_data(data)
-            self.update_current_socket_timeout(-1)  # restart the time-out of the read in progress
-
-        reader.feed_data = feed_and_extend  # type: ignore[method-assign]
-
-    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        """Send a command, and give it and its reply a time-out by its size."""
-        size = len(command) if isinstance(command, str | bytes) else sum(map(len, command))
-        self.socket_timeout = self._silence_s + size / _MIN_BYTES_PER_S
-        await super().send_packed_command(command, check_health)
-
-    async def exchange(self, commands: bytes, count: int) -> list[Any]:
-        """Send `count` packed commands in one write; return their replies, errors included.
-
-        The connection is open. Raises redis-py's exceptions, and closes the connection then.
+        The connection is open. Silence is bounded by `socket_timeout`, plus the time that the
+        commands take on a slow link, since the kernel does not report how much of them is sent.
+        Raises redis-py's exceptions, and closes the connection then.
         """
         reader, writer = self._reader, self._writer
         assert reader is not None, "connected"
         assert writer is not None, "connected"
-        replies, limit_s = Replies(count), self._silence_s + len(commands) / _MIN_BYTES_PER_S
+        packed = b"".join(map(pack_command, commands))
+        replies, limit_s = Replies(len(commands)), (self.socket_timeout or 0.0) + len(packed) / _MIN_BYTES_PER_S
         try:
             async with asyncio.timeout(limit_s) as silence:
-                writer.write(commands)
+                writer.write(packed)
                 await writer.drain()
                 while not replies.complete:
                     data = await reader.read(_READ_BYTES)
@@ -88,98 +72,136 @@ class _Steady(AbstractConnection):
         return replies.values
 
 
-class _Tcp(_Steady, Connection):
+class _Tcp(_Exchanging, Connection):
     pass
 
 
-class _Tls(_Steady, SSLConnection):
+class _Tls(_Exchanging, SSLConnection):
     pass
 
 
-class _Unix(_Steady, UnixDomainSocketConnection):
+class _Unix(_Exchanging, UnixDomainSocketConnection):
     pass
 
 
-_CLASSES = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
+_CLASSES: dict[str, type[_Exchanging]] = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
 
 
-class WaitingPool(ConnectionPool):
-    """A pool of up to `size` connections. `get_connection` waits while all are in use.
+class _Credentials(CredentialProvider):
+    """Reads the password file for each connection, so that a changed password is used."""
 
-    redis-py's BlockingConnectionPool loses a wake-up if the waiter is cancelled at that moment.
-    """
+    def __init__(self, login: Login) -> None:
+        self._login = login
 
-    def __init__(self, size: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.max_connections = size
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        try:
+            username, password = self._login.read()
+        except ValueError as error:
+            raise exceptions.ConnectionError(str(error)) from None
+        return (username, password or "") if username else (password or "",)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
+
+def new_connection(
+    url: RedisUrl, login: Login, address: Address | None, timeout_s: float, on_connect: OnConnect | None = None
+) -> _Exchanging:
+    """A connection that is not open, to `address` or, for None, the URL's socket. No retries."""
+    options: dict[str, Any] = {"path": url.path} if address is None else {"host": address.host, "port": address.port}
+    if address is not None:
+        numbers = {getattr(socket, name): value for name, value in _TCP_OPTIONS.items() if hasattr(socket, name)}
+        options |= {"socket_keepalive": True, "socket_keepalive_options": numbers}
+    if login != Login():
+        options["credential_provider"] = _Credentials(login)
+    options |= {"protocol": 2, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    options |= {"db": url.db, "client_name": url.client_name, "redis_connect_func": on_connect}
+    options |= {"retry": Retry(NoBackoff(), 0), **url.tls}
+    if options.get("ssl_cert_reqs") == "none":  # redis-py 6 refuses it with a check of the host's name
+        options.setdefault("ssl_check_hostname", False)
+    if "ssl_min_version" in options:
+        options["ssl_min_version"] = ssl.TLSVersion[options["ssl_min_version"]]
+    connection = _CLASSES[url.transport](**options)
+    for name in ("driver_info", "lib_name", "lib_version"):  # CLIENT SETINFO is a right that Redis 7.0 cannot grant
+        setattr(connection, name, None)
+    return connection
+
+
+class WaitingPool:
+    """A pool of up to `size` connections. Callers wait while all are in use."""
+
+    def __init__(self, size: int, create: Callable[[], _Exchanging], locate: Locate | None = None) -> None:
+        self._create = create
+        self._locate = locate
         self._free = asyncio.Semaphore(size)
+        self._idle: list[_Exchanging] = []
+        self._opened: set[_Exchanging] = set()
         self._suspect_s = 0.0
-        self._released_s: dict[AbstractConnection, float] = {}
+        self._closed = False
+        self._released_s: dict[_Exchanging, float] = {}
+
+    @property
+    def connections(self) -> Sequence[_Exchanging]:
+        """All connections, in use or idle."""
+        return list(self._opened)
 
     def suspect_idle(self) -> None:
         """Replace each connection that is idle now before it is used again."""
         self._suspect_s = time.monotonic()
 
-    async def get_connection(self, command_name: Any = None, *_: Any, **__: Any) -> AbstractConnection:
-        """Return a connection that is open, as far as this side can see."""
-        await self._free.acquire()
-        connection: AbstractConnection = self.get_available_connection()  # type: ignore[no-untyped-call]
-        try:
-            if self._released_s.get(connection, math.inf) < self._suspect_s or _is_readable(connection):
-                await connection.disconnect(nowait=True)
-            await self.ensure_connection(connection)
-        except BaseException:
-            await self.release(connection)
-            raise
-        return connection
-
-    async def release(self, connection: AbstractConnection) -> None:
-        """Return the connection to the pool."""
-        try:
-            self._released_s[connection] = time.monotonic()
-            await super().release(connection)
-        finally:
-            self._free.release()
-
     @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[_Steady]:
-        """An open connection, which is not opened again in the block."""
-        connection = await self.get_connection()
-        assert isinstance(connection, _Steady), "`open_client` has chosen the class"
-        try:
-            yield connection
-        finally:
-            await self.release(connection)
+    async def connection(self) -> AsyncIterator[_Exchanging]:
+        """An open connection, as far as this side can see; it is not opened again in the block."""
+        async with self._free:
+            connection = self._idle.pop() if self._idle else self._create()
+            self._opened.add(connection)
+            try:
+                await self._ensure_open(connection)
+                yield connection
+            finally:
+                self._released_s[connection] = time.monotonic()
+                self._idle.append(connection)
+                if self._closed:
+                    await connection.disconnect(nowait=True)
 
-    async def exchange(self, commands: bytes, count: int) -> list[Any]:
-        """Send `count` packed commands in one write; return their replies, errors included."""
+    async def _ensure_open(self, connection: _Exchanging) -> None:
+        if self._released_s.get(connection, math.inf) < self._suspect_s or _is_readable(connection):
+            await connection.disconnect(nowait=True)
+        if not connection.is_connected:
+            address = await self._locate() if self._locate else None
+            if address is not None and isinstance(connection, Connection):
+                connection.host, connection.port = address
+            try:
+                await connection.connect()  # type: ignore[no-untyped-call]
+            except BaseException as error:
+                await connection.disconnect(nowait=True)  # redis-py does not if it is cancelled during the login
+                if address is not None:
+                    error.where = f"master {address}"  # type: ignore[attr-defined]  # `translate` names it
+                raise
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one write; return their replies, errors included."""
         async with self.connection() as connection:
-            return await connection.exchange(commands, count)
+            return await connection.exchange(commands)
+
+    async def close(self) -> None:
+        """Close all connections. Exchanges that wait for a reply raise ConnectionError."""
+        self._closed = True
+        await asyncio.gather(*(each.disconnect() for each in self.connections), return_exceptions=True)
 
 
-def _is_readable(connection: AbstractConnection) -> bool:
+def _is_readable(connection: _Exchanging) -> bool:
     """Whether an idle connection has received something, which can only be its end.
 
     The event loop may not have run since: `SyncClient` runs it during calls only.
     """
-    writer = connection._writer
-    if writer is None or (link := writer.get_extra_info("socket")) is None or link.fileno() < 0:
+    reader, writer = connection._reader, connection._writer
+    if reader is None or writer is None:
+        return False
+    if reader.at_eof() or writer.is_closing():
+        return True
+    if (link := writer.get_extra_info("socket")) is None or link.fileno() < 0:
         return False
     poll = select.poll()
     poll.register(link.fileno(), select.POLLIN)
     return bool(poll.poll(0))
-
-
-def open_client(url: RedisUrl, size: int, timeout_s: float) -> Redis:
-    """Create a client that connects on first use, does not retry, and bounds each reply's time."""
-    options: dict[str, Any] = {"path": url.path} if url.scheme == "unix" else {"host": url.host, "port": url.port}
-    if url.scheme != "unix":
-        numbers = {getattr(socket, name): value for name, value in _TCP_OPTIONS.items() if hasattr(socket, name)}
-        options |= {"socket_keepalive": True, "socket_keepalive_options": numbers}
-    options |= {"db": url.db, "username": url.username, "password": url.password, "client_name": url.client_name}
-    options |= {"driver_info": None}  # CLIENT SETINFO is a right that Redis 7.0 cannot grant
-    options |= {"protocol": 2, "socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-    options |= {"retry": Retry(NoBackoff(), 0), **url.tls}
-    if "ssl_min_version" in options:
-        options["ssl_min_version"] = ssl.TLSVersion[options["ssl_min_version"]]
-    return Redis.from_pool(WaitingPool(size, connection_class=_CLASSES[url.scheme], **options))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from worker.jobs.redis_resp import Value
@@ -14,18 +15,32 @@ def text_of(value: Value) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def texts_of(fields: Mapping[bytes, bytes]) -> dict[str, str]:
+def flat(rows: Iterable[tuple[Value, ...]]) -> list[Value]:
+    """Rows of a mapping as arguments of a command."""
+    return list(chain.from_iterable(rows))
+
+
+def pairs(reply: Sequence[bytes] | None) -> list[tuple[bytes, bytes]]:
+    """Names and values that a reply has in turn; none for the reply None, of a deleted entry."""
+    reply = reply or ()
+    return list(zip(reply[::2], reply[1::2], strict=True))
+
+
+def texts_of(reply: Sequence[bytes]) -> dict[str, str]:
     """A hash of a reply as text."""
-    return {text_of(name): text_of(value) for name, value in fields.items()}
+    return {text_of(name): text_of(value) for name, value in pairs(reply)}
 
 
-def fields_of(fields: Mapping[bytes, bytes] | list[bytes] | None) -> dict[str, bytes]:
+def fields_of(reply: Sequence[bytes] | None) -> dict[str, bytes]:
     """An entry's fields with decoded names; empty for a deleted entry."""
-    if isinstance(fields, list):  # as the server sends them
-        return {text_of(name): value for name, value in zip(fields[::2], fields[1::2], strict=True)}
-    return {text_of(name): value for name, value in (fields or {}).items()}
+    return {text_of(name): value for name, value in pairs(reply)}
 
 
-def stream_records(reply: Any) -> list[Record]:
-    """The entries of an XREAD or XREADGROUP reply."""
-    return [(text_of(entry_id), fields_of(fields)) for _, records in reply or () for entry_id, fields in records]
+def records_of(reply: Any) -> list[Record]:
+    """The entries of an XRANGE reply, or of one stream."""
+    return [(text_of(entry_id), fields_of(fields)) for entry_id, fields in reply or ()]
+
+
+def streams_of(reply: Any) -> dict[str, list[Record]]:
+    """The entries of an XREAD or XREADGROUP reply by key."""
+    return {text_of(key): records_of(records) for key, records in reply or ()}

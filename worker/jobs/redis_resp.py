@@ -7,13 +7,14 @@ module takes 3 µs. A worker writes the tokens of many jobs in one call.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from redis.exceptions import InvalidResponse, ResponseError
+from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 Value = str | int | bytes
+Command = Sequence[Value]
 _MAX_DEPTH = 32
 
 
-def pack_command(args: Sequence[Value]) -> bytes:
+def pack_command(args: Command) -> bytes:
     """Encode one command."""
     parts: list[int | bytes] = [len(args)]
     for arg in args:
@@ -106,6 +107,6 @@ class Replies:
 
 def raise_if_all_failed(replies: Iterable[Any]) -> None:
     """Raise the first reply if every reply is an error."""
-    errors = [reply if isinstance(reply, ResponseError) else None for reply in replies]
+    errors = [reply if isinstance(reply, RedisError) else None for reply in replies]
     if errors and errors[0] is not None and None not in errors:
         raise errors[0]

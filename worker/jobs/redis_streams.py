@@ -1,20 +1,18 @@
-"""`Streams` on Redis 7.0 or later, and Valkey: redis-py for single commands, `lua/` for the rest.
+"""`Streams` on Redis 7.0 or later, and Valkey: single commands, and `lua/` for the rest.
 
-Blocking reads use a client of their own, whose socket timeout is longer than any block. Neither
-client retries: the caller must know when a reply was lost. `redis_errors.py` has the exceptions.
+Blocking reads use connections of their own, whose time-out is longer than any block. No call is
+retried here: the caller must know when a reply was lost. `redis_server.py` has servers and
+clusters, `redis_errors.py` the exceptions.
 """
 
 import asyncio
-import contextlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from importlib import resources
-from itertools import chain
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Self
 
 from redis import exceptions
-from redis.asyncio import Connection, Redis
+from redis.asyncio.connection import AbstractConnection
 
 from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.documents import Documents
@@ -22,9 +20,11 @@ from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate
-from worker.jobs.redis_pool import WaitingPool, open_client
-from worker.jobs.redis_replies import fields_of, stream_records, text_of, texts_of
-from worker.jobs.redis_resp import Value, pack_command, raise_if_all_failed
+from worker.jobs.redis_open import open_server
+from worker.jobs.redis_replies import fields_of, flat, records_of, streams_of, text_of, texts_of
+from worker.jobs.redis_resp import Command, Value, raise_if_all_failed
+from worker.jobs.redis_scripts import load_scripts
+from worker.jobs.redis_server import MAX_BLOCK_MS, Exchange, Server, checked, run, run_transaction
 from worker.jobs.streams import (
     STATUS_TTL_MS,
     AppendCall,
@@ -43,110 +43,116 @@ from worker.jobs.streams import (
 )
 from worker.redis_url import RedisUrl
 
-COMMAND_TIMEOUT_S = 2.5
-"""Less than a lease without the time between renewals: a renewal may time out once."""
-MAX_BLOCK_MS = 1500
-BLOCKING_TIMEOUT_S = 3.5
-"""Exceeds MAX_BLOCK_MS by as much as a reply may take."""
-_COMMAND_CONNECTIONS = 32
-_BLOCKING_CONNECTIONS = 256
+POLL_MS = 20
+"""Interval of reads of streams in different slots of a cluster, which no call can wait for."""
+CLUSTER_READERS = 128
+"""Readers of a cluster that wait in a call of their own, before they poll together."""
 
 _NO_GROUP = object()
 _OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
 """Replies of `renew.lua`."""
+_STALE = ("", "READONLY", "MASTERDOWN", "UNBLOCKED")
+"""Replies, or their absence, after which another server may be the master."""
 
 
 class RedisStreams:
-    """`Streams` over two redis-py clients, one for commands and one for blocking reads."""
+    """`Streams` over a server or a cluster."""
 
-    def __init__(
-        self, commands: Redis, blocking: Redis, address: str = "the server", contact: Contact | None = None
-    ) -> None:
+    def __init__(self, server: Server, address: str = "the server", contact: Contact | None = None) -> None:
         self.reconnects = 0
         self.waits_for_access = False
+        self.max_separate_reads = CLUSTER_READERS if server.clustered else 0
         self.contact = contact or Contact()
-        self.documents: Documents = RedisDocuments(commands, address)
-        self._commands = commands
-        self._blocking = blocking
+        self.documents: Documents = RedisDocuments(server, address)
+        self._server = server
         self._address = address
-        self._opened: weakref.WeakSet[Connection] = weakref.WeakSet()
-        of_job = ("take", "append", "cancel", "state")
-        of_queue = ("renew", "settle")
-        others = ("reclaim", "pending", "enqueue", "find", "position", "depth", "remove_consumers")
-        self._scripts = {name: commands.register_script(_lua("job") + _lua(name)) for name in of_job}
-        self._scripts |= {name: commands.register_script(_lua("queue") + _lua(name)) for name in of_queue}
-        self._scripts |= {name: commands.register_script(_lua(name)) for name in others}
+        self._opened: weakref.WeakSet[AbstractConnection] = weakref.WeakSet()
+        self._scripts = load_scripts()
 
     @classmethod
-    def from_url(cls, url: str, contact: Contact | None = None) -> Self:
-        """Create clients for `url`; they connect on first use. Raises ConfigInvalid."""
+    def from_url(cls, url: str | RedisUrl, contact: Contact | None = None) -> Self:
+        """Create the connections of `url`; they open on first use. Raises ConfigInvalid."""
         try:
-            parsed = RedisUrl.parse(url)
+            parsed = RedisUrl.parse(url) if isinstance(url, str) else url
             parsed.check_files()
         except ValueError as error:
             raise ConfigInvalid(f"redis.url: {error}") from None
-        commands = open_client(parsed, _COMMAND_CONNECTIONS, COMMAND_TIMEOUT_S)
-        blocking = open_client(parsed, _BLOCKING_CONNECTIONS, BLOCKING_TIMEOUT_S)
-        streams = cls(commands, blocking, str(parsed), contact)
-        for each in (commands, blocking):
-            each.connection_pool.connection_kwargs["redis_connect_func"] = streams._on_connect
-        return streams
 
-    async def _on_connect(self, connection: Connection) -> None:
-        await connection.on_connect()
-        if connection in self._opened:
-            self.reconnects += 1
-        self._opened.add(connection)
+        async def on_connect(connection: AbstractConnection) -> None:
+            await connection.on_connect()
+            if connection in streams._opened:
+                streams.reconnects += 1
+            streams._opened.add(connection)
+
+        def on_failover() -> None:
+            streams.reconnects += 1
+
+        streams = cls(open_server(parsed, on_connect, on_failover), str(parsed), contact)
+        return streams
 
     def _lost(self, call: str, error: Disconnected) -> None:
         """Report a failed call. Without a reply, other connections may be dead as well."""
-        for pool in (self._commands.connection_pool, self._blocking.connection_pool):
-            if not error.reply and isinstance(pool, WaitingPool):
-                pool.suspect_idle()
+        if error.reply in _STALE:
+            self._server.suspect_idle()
         self.contact.failed(call, error)
+
+    def _run(self, *command: Value, blocking: bool = False) -> Awaitable[Any]:
+        return run(self._server, *command, blocking=blocking)
 
     async def open_queue(self, queue: str) -> None:
         try:
-            create = self._commands.xgroup_create(queue_key(queue), GROUP, id="0", mkstream=True)
+            create = self._run("XGROUP", "CREATE", queue_key(queue), GROUP, "0", "MKSTREAM")
             await self._call(create, write="open_queue")
         except ServerRefused as error:
             if error.details["reply"] != "BUSYGROUP":  # it exists
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
-        args = [bound, *_flat(fields.items())]
+        args = [bound, *flat(fields.items())]
         reply = await self._call(self._run_script("enqueue", [queue_key(queue)], args), write="enqueue")
         return None if reply is None else text_of(reply)
 
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
         """XREADGROUP of one entry a queue. Pauses if the server returns before the block ends."""
+        if self._server.clustered and len(queues) > 1:
+            return await self._read_new_in_turn(queues, consumer, block_ms)
         clock = asyncio.get_running_loop().time
         until, block = clock() + block_ms / 1000, min(block_ms, MAX_BLOCK_MS)
-        client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
-        read = client.xreadgroup(GROUP, consumer, {queue_key(queue): ">" for queue in queues}, count=1, block=wait)
-        reply = await self._call(read, no_group=_NO_GROUP, write="read_new")
+        options = ("BLOCK", block) if block > 0 else ()
+        keys, ids = map(queue_key, queues), [">"] * len(queues)
+        command = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", 1, *options, "STREAMS", *keys, *ids)
+        reply = await self._call(self._run(*command, blocking=block > 0), no_group=_NO_GROUP, write="read_new")
         if reply is _NO_GROUP:  # the server lost the group's creation, or was flushed
             for queue in queues:
                 await self.open_queue(queue)
             return {}
-        of_key = {queue_key(queue): queue for queue in queues}
-        found = {
-            of_key[text_of(key)]: Entry(entry_id, fields, 1)
-            for key, records in reply or ()
-            for entry_id, fields in stream_records([(key, records)])
-        }
+        records = streams_of(reply)
+        found = {queue: Entry(*records[queue_key(queue)][0], 1) for queue in queues if records.get(queue_key(queue))}
         if not found and (left := until - clock()) > 0:
             await asyncio.sleep(min(left, 0.01))
         return found
 
+    async def _read_new_in_turn(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
+        """Read queues in different slots: wait `POLL_MS` for the first, and look at the others."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + block_ms / 1000
+        while True:
+            wait_ms = min(POLL_MS, int(1000 * (until - clock())))
+            for queue in queues:
+                found = await self.read_new([queue], consumer, max(0, wait_ms) if queue == queues[0] else 0)
+                if found:
+                    return found
+            if clock() >= until:
+                return {}
+
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
         """XPENDING and XRANGE; XREADGROUP with an id would count a delivery."""
         key = queue_key(queue)
-        pending = self._commands.xpending_range(key, GROUP, next_id(above), "+", 1, consumername=consumer)
-        for row in await self._call(pending, no_group=[]):
-            entry_id = text_of(row["message_id"])
+        pending = self._run("XPENDING", key, GROUP, next_id(above), "+", 1, consumer)
+        for entry, _, _, deliveries in await self._call(pending, no_group=[]):
+            entry_id = text_of(entry)
             records = await self.range(key, entry_id, entry_id, 1)
-            return Entry(entry_id, records[0][1] if records else {}, row["times_delivered"])
+            return Entry(entry_id, records[0][1] if records else {}, deliveries)
         return None
 
     async def reclaim(self, queue: str, consumer: str, row: PendingEntry) -> Entry | None:
@@ -154,7 +160,7 @@ class RedisStreams:
         fields = await self._on_queue("reclaim", queue, consumer, *seen)
         if not fields:
             return None
-        return Entry(row.entry_id, fields_of(dict(zip(fields[::2], fields[1::2], strict=True))), row.deliveries + 1)
+        return Entry(row.entry_id, fields_of(fields), row.deliveries + 1)
 
     async def renew(self, queue: str, consumer: str, entry_id: str) -> Ownership:
         return _OWNERSHIP[await self._on_queue("renew", queue, consumer, entry_id)]
@@ -163,13 +169,10 @@ class RedisStreams:
         self, consumer: str, calls: Sequence[tuple[str, str, str | None]]
     ) -> list[tuple[Ownership, bool] | None]:
         """EVALSHA of `renew.lua` for each and of `state.lua` for each job, in one pipeline."""
-        renew, state = self._scripts["renew"].sha, self._scripts["state"].sha
-        commands: list[Sequence[Value]] = [
-            ("EVALSHA", renew, 2, queue_key(queue), dead_key(queue), GROUP, consumer, entry_id)
-            for queue, entry_id, _ in calls
-        ]
+        renew, state = self._scripts["renew"], self._scripts["state"]
+        commands = [renew.call([queue_key(queue)], (GROUP, consumer, entry_id)) for queue, entry_id, _ in calls]
         jobs = [job_id for _, _, job_id in calls if job_id is not None]
-        commands += [("EVALSHA", state, 2, events_key(job_id), state_key(job_id)) for job_id in jobs]
+        commands += [state.call(_job_keys(job_id), ()) for job_id in jobs]
         pipeline = self._pipeline(commands, len(calls))
         replies = await self._call(pipeline, no_group=[], no_script=[], write="renew")
         if not replies:
@@ -188,22 +191,23 @@ class RedisStreams:
 
     async def _settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None) -> bool:
         """`state.lua` and `settle.lua` on one connection, so without a restart in between."""
-        async with self._one_connection() as run_script:
+        async with self._server.session() as session:
             if job_id is not None:
-                _, flat = await run_script("state", [events_key(job_id), state_key(job_id)], ())
-                state = texts_of(dict(zip(flat[::2], flat[1::2], strict=True)))
+                _, reply = await self._run_script("state", _job_keys(job_id), (), session)
+                state = texts_of(reply)
                 if state.get("state") not in TERMINAL_KINDS and state.get("entry", entry_id) == entry_id:
                     return False
-            args = (GROUP, entry_id, *_flat((dead or {}).items()))
-            await run_script("settle", [queue_key(queue), dead_key(queue)], args)
+            keys = [queue_key(queue), dead_key(queue)] if dead else [queue_key(queue)]
+            await self._run_script("settle", keys, (GROUP, entry_id, *flat((dead or {}).items())), session)
         return True
 
     async def remove_consumers(self, queue: str, name: str | None, min_idle_ms: int) -> int:
         return int(await self._on_queue("remove_consumers", queue, min_idle_ms, *([name] if name else [])))
 
     async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
-        keys = [queue_key(queue), dead_key(queue)]
-        return await self._call(self._run_script(script, keys, (GROUP, *args)), no_group=0, write=script)
+        """One key: while a cluster moves a slot, scripts need all of their keys to exist."""
+        call = self._run_script(script, [queue_key(queue)], (GROUP, *args))
+        return await self._call(call, no_group=0, write=script)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         """XPENDING and the server's clock, read at the same time."""
@@ -215,7 +219,7 @@ class RedisStreams:
 
     async def job_state(self, job_id: str) -> JobState:
         last_id, fields = await self._on_job("state", job_id)
-        return JobState(text_of(last_id), texts_of(dict(zip(fields[::2], fields[1::2], strict=True))))
+        return JobState(text_of(last_id), texts_of(fields))
 
     async def take(self, job_id: str, call: TakeCall) -> TakeReply:
         owner = (call.entry_id, call.worker, call.expected, call.epoch, call.now_ms, call.ttl_ms)
@@ -228,111 +232,93 @@ class RedisStreams:
 
     async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
         """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
-        sha = self._scripts["append"].sha
-        commands: list[Sequence[Value]] = [
-            ("EVALSHA", sha, 2, events_key(job_id), state_key(job_id), *_append_args(call)) for job_id, call in calls
-        ]
+        append = self._scripts["append"]
+        commands = [append.call(_job_keys(job_id), _append_args(call)) for job_id, call in calls]
         pipeline = self._pipeline(commands, len(calls))
         replies = await self._call(pipeline, no_script=[None] * len(calls), write="append")
         return [text_of(reply) if isinstance(reply, bytes) else None for reply in replies]
 
-    async def _pipeline(self, commands: Sequence[Sequence[Value]], writes: int) -> list[Any]:
-        """Replies to commands sent in one write, errors included.
+    async def _pipeline(self, commands: Sequence[Command], writes: int) -> list[Any]:
+        """Replies to commands sent together, errors included.
 
         Raises the first error if the replies to the first `writes` commands are errors. The others
         only read: a server that refuses writes executes them.
         """
-        pool = self._commands.connection_pool
-        if isinstance(pool, WaitingPool):
-            replies = await pool.exchange(b"".join(map(pack_command, commands)), len(commands))
-        else:  # a client that `open_client` has not made
-            async with self._commands.pipeline(transaction=False) as pipe:
-                for command in commands:
-                    pipe.execute_command(*command)
-                replies = await pipe.execute(raise_on_error=False)
+        replies = await self._server.exchange(commands)
         raise_if_all_failed(replies[:writes])
         return replies
 
-    async def _run_script(self, name: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
-        """EVALSHA; redis-py loads a script that the server lacks, and EVALs for other clients."""
-        pool, script = self._commands.connection_pool, self._scripts[name]
-        if isinstance(pool, WaitingPool):
-            command = pack_command(("EVALSHA", script.sha, len(keys), *keys, *args))
-            (reply,) = await pool.exchange(command, 1)
-            if not isinstance(reply, exceptions.ResponseError):
-                return reply
-            if code_of(reply) != "NOSCRIPT":
-                raise reply
-        return await script(keys=keys, args=args)
-
-    @contextlib.asynccontextmanager
-    async def _one_connection(self) -> AsyncIterator[Callable[[str, Sequence[str], Sequence[Value]], Awaitable[Any]]]:
-        """As `_run_script`, for several calls on a connection that is not replaced between them."""
-        pool = self._commands.connection_pool
-        if not isinstance(pool, WaitingPool):
-            yield self._run_script
-            return
-        async with pool.connection() as connection:
-
-            async def run_script(name: str, keys: Sequence[str], args: Sequence[Value]) -> Any:
-                script = self._scripts[name]
-                run, load = ("EVALSHA", script.sha, len(keys), *keys, *args), ("SCRIPT", "LOAD", str(script.script))
-                (reply,) = await connection.exchange(pack_command(run), 1)
-                if isinstance(reply, exceptions.ResponseError) and code_of(reply) == "NOSCRIPT":
-                    loaded, reply = await connection.exchange(pack_command(load) + pack_command(run), 2)
-                    raise_if_all_failed([loaded])
-                raise_if_all_failed([reply])
-                return reply
-
-            yield run_script
+    async def _run_script(
+        self, name: str, keys: Sequence[str], args: Sequence[Value], server: Exchange | None = None
+    ) -> Any:
+        """EVALSHA, after SCRIPT LOAD if the server lacks the script."""
+        server, script = server or self._server, self._scripts[name]
+        call = script.call(keys, args)
+        (reply,) = await server.exchange([call])
+        if isinstance(reply, exceptions.ResponseError) and code_of(reply) == "NOSCRIPT":
+            load = ("SCRIPT", "LOAD", script.source)
+            loaded, reply = await server.exchange_at(keys[0], [load, call])
+            checked(loaded, load)
+        return checked(reply, call)
 
     async def cancel(self, job_id: str, call: CancelCall) -> str:
         args = (call.expected, call.epoch, call.now_ms, call.ttl_ms, *call.event)
         return text_of(await self._on_job("cancel", job_id, *args))
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
-        keys = [events_key(job_id), state_key(job_id)]
-        return await self._call(self._run_script(script, keys, args), write=script)
+        return await self._call(self._run_script(script, _job_keys(job_id), args), write=script)
 
     async def expire_job(self, job_id: str, ttl_ms: int) -> None:
-        async with self._commands.pipeline(transaction=False) as pipe:
-            for key in (events_key(job_id), state_key(job_id)):
-                pipe.pexpire(key, ttl_ms, lt=True)
-            await self._call(pipe.execute(), write="expire_job")
+        async def expire() -> None:
+            commands = [("PEXPIRE", key, ttl_ms, "LT") for key in _job_keys(job_id)]
+            for reply, command in zip(await self._server.exchange(commands), commands, strict=True):
+                checked(reply, command)
+
+        await self._call(expire(), write="expire_job")
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        add = self._commands.xadd(key, dict(fields.items()), maxlen=keep, approximate=True)
+        add = self._run("XADD", key, "MAXLEN", "~", keep, "*", *flat(fields.items()))
         entry_id = await self._call(add, write="add")
         if ttl_ms is not None:
-            await self._call(self._commands.pexpire(key, ttl_ms))
+            await self._call(self._run("PEXPIRE", key, ttl_ms))
         return text_of(entry_id)
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
-        block = min(block_ms, MAX_BLOCK_MS)
-        client, wait = (self._blocking, block) if block > 0 else (self._commands, None)
-        return stream_records(await self._call(client.xread({key: after}, count=count, block=wait)))
+        return (await self._xread({key: after}, min(block_ms, MAX_BLOCK_MS), count)).get(key, [])
 
     async def read_many(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
-        reply = await self._call(self._xread(after, min(block_ms, MAX_BLOCK_MS), count))
-        return {text_of(stream[0]): stream_records([stream]) for stream in reply or ()}
+        if not self._server.clustered or len(after) == 1:
+            return await self._xread(after, min(block_ms, MAX_BLOCK_MS), count)
+        until_s = time.monotonic() + min(block_ms, MAX_BLOCK_MS) / 1000
+        commands = [("XREAD", "COUNT", count, "STREAMS", key, entry_id) for key, entry_id in after.items()]
+        while True:
+            found: dict[str, list[Record]] = await self._call(self._poll(commands))
+            if found or (left_s := until_s - time.monotonic()) <= 0:
+                return found
+            await asyncio.sleep(min(POLL_MS / 1000, left_s))
 
-    async def _xread(self, after: Mapping[str, str], block_ms: int, count: int) -> Any:
-        pool = self._blocking.connection_pool
-        if not isinstance(pool, WaitingPool):  # a client that `open_client` has not made
-            positions: dict[Any, Any] = dict(after)
-            return await self._blocking.xread(positions, count=count, block=block_ms)
-        command = pack_command(("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *after, *after.values()))
-        (reply,) = await pool.exchange(command, 1)
-        if isinstance(reply, exceptions.ResponseError):
-            raise reply
-        return reply
+    async def _poll(self, commands: Sequence[Command]) -> dict[str, list[Record]]:
+        """The entries of streams in different slots. Raises the first error if there are none."""
+        replies = await self._server.exchange(commands)
+        failed = [isinstance(reply, exceptions.RedisError) for reply in replies]
+        found = {
+            key: records
+            for reply in replies
+            if not isinstance(reply, exceptions.RedisError)
+            for key, records in streams_of(reply).items()
+        }
+        if not found and any(failed):
+            checked(replies[failed.index(True)], commands[failed.index(True)])
+        return found
+
+    async def _xread(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
+        options = ("BLOCK", block_ms) if block_ms > 0 else ()
+        command = ("XREAD", "COUNT", count, *options, "STREAMS", *after, *after.values())
+        return streams_of(await self._call(self._run(*command, blocking=block_ms > 0)))
 
     async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
         last, found = await self._call(self._run_script("find", [queue_key(queue)], (job_id, first, count)))
-        records: list[Record] = [
-            (text_of(i), fields_of(dict(zip(flat[::2], flat[1::2], strict=True)))) for i, flat in found
-        ]
-        return next_id(text_of(last)) if last else None, records
+        return next_id(text_of(last)) if last else None, records_of(found)
 
     async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
         found = await self._on_queue("position", queue, text, count)
@@ -342,56 +328,56 @@ class RedisStreams:
         return QueueDepth(*await self._on_queue("depth", queue, lease_ms))
 
     async def length(self, key: str) -> int:
-        return int(await self._call(self._commands.xlen(key)))
+        return int(await self._call(self._run("XLEN", key)))
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
-        records = await self._call(self._commands.xrange(key, first, last, count))
-        return [(text_of(entry_id), fields_of(fields)) for entry_id, fields in records]
+        return records_of(await self._call(self._run("XRANGE", key, first, last, "COUNT", count)))
 
     async def last_id(self, key: str) -> str:
         """`last-generated-id` of XINFO STREAM, which trimming does not change."""
         try:
-            return text_of((await self._call(self._commands.xinfo_stream(key)))["last-generated-id"])
+            info = await self._call(self._run("XINFO", "STREAM", key))
         except ServerRefused as error:
             if "no such key" not in error.message:
                 raise
             return START
+        return text_of(info[info.index(b"last-generated-id") + 1])
 
     async def delete(self, key: str, entry_id: str) -> bool:
-        return bool(await self._call(self._commands.xdel(key, entry_id)))
+        return bool(await self._call(self._run("XDEL", key, entry_id)))
 
     async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
         """Write the status hash and the registry; members without a heartbeat are removed later."""
         key, now = worker_key(worker), await self.time_ms()
-        async with self._commands.pipeline(transaction=True) as pipe:
-            pipe.hset(key, mapping=dict(status.items()))
-            pipe.pexpire(key, ttl_ms)
-            await self._call(pipe.execute(), write="put_status")
-        await self._call(self._commands.zadd(WORKERS, {worker: now}))
-        await self._call(self._commands.zremrangebyscore(WORKERS, "-inf", now - 10 * ttl_ms))
+        put = run_transaction(self._server, ("HSET", key, *flat(status.items())), ("PEXPIRE", key, ttl_ms))
+        await self._call(put, write="put_status")
+        await self._call(self._run("ZADD", WORKERS, now, worker))
+        await self._call(self._run("ZREMRANGEBYSCORE", WORKERS, "-inf", now - 10 * ttl_ms))
 
     async def drop_status(self, worker: str) -> None:
-        await self._call(self._commands.zrem(WORKERS, worker))
-        await self._call(self._commands.delete(worker_key(worker)))
+        await self._call(self._run("ZREM", WORKERS, worker))
+        await self._call(self._run("DEL", worker_key(worker)))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back."""
-        names = [text_of(name) for name in await self._call(self._commands.zrange(WORKERS, 0, -1))]
-        async with self._commands.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hgetall(worker_key(name))
-                pipe.pttl(worker_key(name))
-            replies = await self._call(pipe.execute())
-        listed = zip(names, replies[::2], replies[1::2], strict=True)
+        names = [text_of(name) for name in await self._call(self._run("ZRANGE", WORKERS, 0, -1))]
+        listed = await self._call(self._statuses(names)) if names else []
         return {name: texts_of(status) for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
 
+    async def _statuses(self, names: Sequence[str]) -> list[tuple[str, Any, int]]:
+        """Status hash and time to live of each worker."""
+        commands = [(command, worker_key(name)) for name in names for command in ("HGETALL", "PTTL")]
+        replies = await self._server.exchange(commands)
+        for reply, command in zip(replies, commands, strict=True):
+            checked(reply, command)
+        return list(zip(names, replies[::2], replies[1::2], strict=True))
+
     async def time_ms(self) -> int:
-        seconds, micros = await self._call(self._commands.time())
+        seconds, micros = await self._call(self._run("TIME"))
         return int(seconds) * 1000 + int(micros) // 1000
 
     async def close(self) -> None:
-        await self._commands.aclose()
-        await self._blocking.aclose()
+        await self._server.close()
 
     async def _call(self, reply: Awaitable[Any], no_group: Any = None, no_script: Any = None, write: str = "") -> Any:
         """Await the reply; return `no_group` if the queue has no consumer group.
@@ -423,6 +409,10 @@ class RedisStreams:
         return value
 
 
+def _job_keys(job_id: str) -> list[str]:
+    return [events_key(job_id), state_key(job_id)]
+
+
 def _append_args(call: AppendCall) -> list[Value]:
     """ARGV of `append.lua`."""
     expected, epoch, worker, taken_ms, state, tokens, code, events, now_ms, ttl_ms, base_attempt = call
@@ -438,11 +428,3 @@ def _renewal(reply: Any, state: Any) -> tuple[Ownership, bool] | None:
         return None
     fields = state[1][::2] if state else []
     return _OWNERSHIP[reply], b"cancel" in fields
-
-
-def _lua(name: str) -> str:
-    return (resources.files("worker.jobs") / "lua" / f"{name}.lua").read_text()
-
-
-def _flat(rows: Iterable[tuple[Value, ...]]) -> list[Value]:
-    return list(chain.from_iterable(rows))

@@ -52,6 +52,8 @@ class SharedReads:
         self._blocking = 0
         self._polling = 0
         self._readers = 0
+        self._separate = 0
+        """Readers that wait in a call of their own."""
         self._closed = False
         self._together = True
         """False if the server refuses keys of several hash slots in one call."""
@@ -68,8 +70,8 @@ class SharedReads:
         """
         if self._closed:
             raise RuntimeError(_CLOSED)
-        if not self._together:
-            return await self._streams.read(key, after, int(min(block_ms, BLOCK_MS)))
+        if not self._together or self._separate < self._streams.max_separate_reads:
+            return await self._read_separately(key, after, block_ms)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(key, after, loop.time() + block_ms / 1000, loop.create_future())
         self._pool.append(waiter)
@@ -78,6 +80,15 @@ class SharedReads:
         try:
             return await waiter.records
         finally:
+            self._readers -= 1
+
+    async def _read_separately(self, key: str, after: str, block_ms: float) -> Sequence[Record]:
+        self._separate += 1
+        self._readers += 1
+        try:
+            return await self._streams.read(key, after, int(min(block_ms, BLOCK_MS)))
+        finally:
+            self._separate -= 1
             self._readers -= 1
 
     async def close(self) -> None:

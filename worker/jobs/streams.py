@@ -1,7 +1,8 @@
 """The `Streams` interface: a Redis server as the protocol uses it, in atomic, repeatable calls.
 
-Each method touches one hash slot. `redis_streams.py` implements the interface with redis-py and
-`lua/`; `tests/jobs/memory_streams.py` does in plain Python and defines what each script does.
+Each method touches one hash slot, or splits its call by slot. `redis_streams.py` implements the
+interface with `lua/`; `tests/jobs/memory_streams.py` does in plain Python and defines what each
+script does.
 `retry_until_connected` and `ServerClock` work over any implementation. Read `transport.py` next.
 """
 
@@ -48,6 +49,8 @@ class Disconnected(ConnectionError):
     def __init__(self, message: str, reply: str = "") -> None:
         super().__init__(message)
         self.reply = reply
+        self.node = ""
+        """The node of a cluster that gave no reply; others may be reachable."""
         self.job_id: str | None = None
         """The id of the job whose submission was interrupted."""
 
@@ -191,8 +194,9 @@ class Contact:
     """Reports once when calls begin to fail, and once when they succeed again; by default logs it.
 
     A server may refuse writes and serve reads: a refused call must itself succeed, or not be
-    repeated for `REFUSAL_S`, before the server counts as back. Without `from_start`, failures
-    before the first success are not reported.
+    repeated for `REFUSAL_S`, before the server counts as back. A cluster counts as back when no
+    node has failed for `REFUSAL_S`. Without `from_start`, failures before the first success are not
+    reported.
     """
 
     def __init__(
@@ -214,8 +218,8 @@ class Contact:
     def failed(self, call: str, error: Disconnected) -> None:
         """Record the failure of a call by that name."""
         self.last_error, self._failed_s = error, time.monotonic()
-        if error.reply:
-            self._refused[call] = self._failed_s
+        if error.reply or error.node:
+            self._refused[error.node or call] = self._failed_s
         if self._lost_s is None and self._reporting:
             self._lost_s = self._failed_s
             self._on_lost(str(error))
@@ -244,6 +248,11 @@ class Streams(Protocol):
     """Whether refused access (password, rights, TLS) raises Disconnected rather than ServerRefused.
 
     False at first. A running worker sets it, since an operator may be changing a password.
+    """
+    max_separate_reads: int
+    """Number of readers that best wait in a `read` of their own; others share `read_many`.
+
+    0 where one call can wait for any streams. A cluster refuses streams of several slots in one.
     """
     documents: Documents
     """What the gateway stores on the same server."""
