@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import traceback
 from pathlib import Path
@@ -243,3 +244,46 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
 
 def test_paths_may_begin_with_the_home_folder():
     assert load_settings(flags={"hub.cache": "~/models"}).hub.cache == Path("~/models").expanduser()
+
+
+def test_user_name_and_password_have_settings_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "password").write_text("s3cret\n")
+    monkeypatch.setenv("WORKER_REDIS__USERNAME", "us3r")
+    monkeypatch.setenv("WORKER_REDIS__PASSWORD_FILE", str(tmp_path / "password"))
+    assert load_settings().redis.server.login.read() == ("us3r", "s3cret")
+    monkeypatch.delenv("WORKER_REDIS__PASSWORD_FILE")
+    monkeypatch.setenv("WORKER_REDIS__PASSWORD", "s3cret2")
+    assert load_settings().redis.server.login.read() == ("us3r", "s3cret2")
+    monkeypatch.setenv("WORKER_REDIS__URL", "redis+sentinel://h/main?sentinel_username=us3r")
+    monkeypatch.setenv("WORKER_REDIS__SENTINEL_PASSWORD", "s3cret3")
+    assert load_settings().redis.server.sentinel_login.read() == ("us3r", "s3cret3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"url": "redis://:s3cret@h", "password": "s3cret"}, "redis: the password is given twice"),
+        ({"password": "s3cret", "password_file": "/p"}, "redis: the password is given twice"),
+        ({"url": "redis://us3r@h", "username": "us3r"}, "redis: the user name is given twice"),
+        ({"sentinel_password": "s3cret"}, "redis: a user name or password of sentinels needs redis+sentinel://"),
+    ],
+)
+def test_a_login_that_contradicts_another_is_one_sentence(settings, words):
+    with pytest.raises(ConfigInvalid) as caught:
+        load_settings(flags={f"redis.{name}": value for name, value in settings.items()})
+    assert caught.value.message.startswith(words)
+    assert not re.search("s3cret|us3r", f"{caught.value} {caught.value.details}")
+
+
+def test_no_form_of_the_settings_shows_a_secret():
+    url = "rediss+sentinel://us3r:s3cret@h/main?sentinel_username=us3r&sentinel_password=s3cret&ssl_password=s3cret"
+    for flags in (
+        {"redis.url": url},
+        {"redis.username": "us3r", "redis.password": "s3cret"},
+        {"redis.url": "redis+sentinel://h/m", "redis.sentinel_username": "us3r", "redis.sentinel_password": "s3cret"},
+    ):
+        settings = load_settings(flags=flags)
+        section = settings.redis
+        shown = f"{settings!r} {settings} {section!r} {section.server!r} {section.server} {section.server.login}"
+        shown += f"{settings.model_dump()} {settings.model_dump_json()} {section.server.sentinel_login!r}"
+        assert not re.search("s3cret|us3r", shown), shown

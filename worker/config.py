@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -24,7 +34,7 @@ from pydantic_settings import (
 
 from worker.errors import ConfigInvalid
 from worker.queue_order import QUEUE_NAME, QueueOrder
-from worker.redis_url import RedisUrl
+from worker.redis_url import Login, RedisUrl
 
 
 def _default_cache() -> Path:
@@ -126,10 +136,24 @@ class RedisSection(_Section):
     """Which server and queues jobs come from."""
 
     url: str = Field(default="redis://127.0.0.1:6379/0", repr=False)
+    username: str = Field(default="", repr=False)
+    password: SecretStr = SecretStr("")
+    password_file: str = ""
+    sentinel_username: str = Field(default="", repr=False)
+    sentinel_password: SecretStr = SecretStr("")
+    sentinel_password_file: str = ""
     queue: str = Field(default="default", pattern=f"^{QUEUE_NAME}$")
     queues: tuple[str, ...] = ()
     queue_bound: int = Field(default=10_000, ge=1)
     patience_s: float = Field(default=30.0, gt=0)
+
+    @property
+    def server(self) -> RedisUrl:
+        """The URL with the user names and passwords that have settings of their own."""
+        password, sentinel = self.password.get_secret_value(), self.sentinel_password.get_secret_value()
+        login = Login(self.username, password).merged(Login(password_file=self.password_file))
+        of_sentinels = Login(self.sentinel_username, sentinel).merged(Login(password_file=self.sentinel_password_file))
+        return RedisUrl.parse(self.url).with_logins(login, of_sentinels)
 
     @property
     def served(self) -> tuple[str, ...]:
@@ -148,6 +172,19 @@ class RedisSection(_Section):
     def _parsable(cls, url: str) -> str:
         RedisUrl.parse(url)
         return url
+
+    @model_validator(mode="after")
+    def _one_login(self) -> Self:
+        self.server  # noqa: B018  # raises ValueError
+        return self
+
+    @field_serializer("url")
+    def _without_login(self, url: str) -> str:
+        return str(RedisUrl.parse(url))
+
+    @field_serializer("username", "sentinel_username")
+    def _masked(self, username: str) -> str:
+        return str(SecretStr(username))
 
 
 class LeaseSection(_Section):

@@ -131,9 +131,8 @@ class RedisUrl:
         url = url.strip()
         scheme = url.partition("://")[0].lower()
         if scheme not in _SCHEMES or "://" not in url:
-            raise ValueError(
-                f"must begin with {', '.join(f'{each}://' for each in _SCHEMES[:-1])} or {_SCHEMES[-1]}://"
-            )
+            several = "redis+cluster://, rediss+cluster://, redis+sentinel:// or rediss+sentinel://"
+            raise ValueError(f"must begin with redis://, rediss:// or unix://, or with {several}")
         kind = _KINDS[scheme.partition("+")[2]]
         form = f"expected {_FORMS[kind]}, with special characters in the password percent-encoded, such as %23 for #"
         parts, others, options = _split(url, kind, form)

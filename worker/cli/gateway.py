@@ -83,7 +83,7 @@ async def _serve(settings: Settings) -> None:
         from_start=False,
     )
     redis, section = settings.redis, settings.gateway
-    client = Client(connect(redis.url, contact), redis.queue, redis.queue_bound)
+    client = Client(connect(redis, contact), redis.queue, redis.queue_bound)
     context = GatewayContext(
         section, client, ApiKeys.load(section.api_keys), log, settings.lease.lease_s, tracing=tracing
     )

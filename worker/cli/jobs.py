@@ -159,7 +159,7 @@ def tail(
 
     if everything:
         section = redis_section(config, redis_url, queue)
-        asyncio.run(_show_all(connect(section.url), section.queue, since, show))
+        asyncio.run(_show_all(connect(section), section.queue, since, show))
         return
     with client(config, redis_url, queue) as connected:
         after = since or START

@@ -29,7 +29,7 @@ def redis_section(config: Path | None, url: str | None, queue: str | None) -> Re
     return load_settings(config, {"redis.url": url, "redis.queue": queue}).redis
 
 
-def connect(url: str, contact: Contact | None = None) -> Streams:
+def connect(section: RedisSection, contact: Contact | None = None) -> Streams:
     """Create the streams of a server; they connect on first use. Raises ConfigInvalid.
 
     Without `contact`, stderr reports when a connected server is lost, and when it is back.
@@ -44,14 +44,14 @@ def connect(url: str, contact: Contact | None = None) -> Streams:
         lambda seconds: report(f"connected again after {seconds:.1f} s"),
         from_start=False,
     )
-    return RedisStreams.from_url(url, contact or on_stderr)
+    return RedisStreams.from_url(section.server, contact or on_stderr)
 
 
 @contextmanager
 def client(config: Path | None, url: str | None, queue: str | None) -> Iterator[SyncClient]:
     """A client whose server has replied once. Raises Disconnected if it does not."""
     section = redis_section(config, url, queue)
-    with SyncClient(Client(connect(section.url), section.queue, section.queue_bound)) as connected:
+    with SyncClient(Client(connect(section), section.queue, section.queue_bound)) as connected:
         connected.state("")
         yield connected
 

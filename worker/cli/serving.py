@@ -45,7 +45,7 @@ async def serve(settings: Settings, echo: bool, echo_step_s: float) -> tuple[int
         lambda reason: log.warning("redis_lost", reason=reason),
         lambda seconds: log.warning("redis_back", lost_s=round(seconds, 3)),
     )
-    streams = connect(redis.url, contact)
+    streams = connect(redis, contact)
     model = "echo" if echo else settings.model.path
     queues = ",".join(QueueOrder(redis.served).names)
     assignment = Assignment(model, settings.engine.backend, queues, name, redis.patience_s)
