@@ -60,10 +60,10 @@ class ClusterServer:
             node.start()
         masters, replicas = self.nodes[:3], self.nodes[3:]
         bounds = [n * REDIS_CLUSTER_HASH_SLOTS // 3 for n in range(4)]
-        for n, node in enumerate(masters):
-            self.run(node, "CLUSTER", "ADDSLOTSRANGE", bounds[n], bounds[n + 1] - 1)
         for epoch, node in enumerate(self.nodes, 1):
             self.run(node, "CLUSTER", "SET-CONFIG-EPOCH", epoch)
+        for n, node in enumerate(masters):
+            self.run(node, "CLUSTER", "ADDSLOTSRANGE", bounds[n], bounds[n + 1] - 1)
         for node in self.nodes[1:]:
             bus = node.option("--cluster-port")
             self.run(self.nodes[0], "CLUSTER", "MEET", "127.0.0.1", node.port, bus)

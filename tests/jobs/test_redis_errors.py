@@ -111,6 +111,8 @@ def test_a_permanent_refusal_names_its_cause(text: str, code: str, words: str) -
         ("NOPERM No permissions to access a key", STATE, "to keys, for 'evalsha' on inf:a and inf:b"),
         ("ERR ACL failure in script: User us3r has no permissions to run the 'hset' command script: on @user_script:1.",
          STATE, "to run 'hset' on inf:a and inf:b"),
+        ("ERR The user executing the script can't run this command or subcommand script: 0ab", STATE,
+         "to run a command of the script on inf:a and inf:b"),
         ("ERR The user executing the script can't access at least one of the keys mentioned in the command", STATE,
          "to keys, for 'evalsha' on inf:a and inf:b"),
     ],

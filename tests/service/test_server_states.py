@@ -45,7 +45,7 @@ def forbid_scripts(admin: redis.Redis) -> None:
     [
         (require_password, "", "", "requires a password"),
         (require_password, ":wr0ng@", "", "the user name or the password is wrong"),
-        (forbid_scripts, "", "", "the user lacks a right"),
+        (forbid_scripts, "", "", "the user lacks the right to run"),
         (lambda _: None, ":wr0ng@", "", "the server has none"),
         (lambda _: None, "", "/99", "it has no database of that number"),
     ],
@@ -146,7 +146,7 @@ def test_a_right_that_is_taken_and_given_back_is_two_lines(server: Server, admin
         admin.execute_command("ACL", "SETUSER", "default", "-xreadgroup")
         time.sleep(1.5)
         admin.execute_command("ACL", "SETUSER", "default", "+xreadgroup")
-        assert_one_line_each(worker, "the user lacks a right")
+        assert_one_line_each(worker, "the user lacks the right to run")
         assert works(server)
 
 

@@ -134,12 +134,16 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
 def _missing_right(own: str, command: Command) -> str:
     """Name the command that is refused, and the key; the user's name, in `own`, is not shown."""
     refused = re.search("run the '([^']+)'|command '([^']+)'", own)
-    name = next(filter(None, refused.groups())) if refused else str(command[0]).lower() if command else "?"
+    if refused:
+        name = f"'{next(filter(None, refused.groups()))}'"
+    elif "command or subcommand" in own or not command:  # Redis 7.0 does not name a script's command
+        name = "a command of the script"
+    else:
+        name = f"'{str(command[0]).lower()}'"
     keys = keys_of(command) if command else ()
     on = f" on {' and '.join(keys)}" if keys else ""
-    if refused or " key" not in own:
-        return f"the user lacks the right to run '{name}'{on}; docs/operations.md#rights lists the rights"
-    return f"the user lacks the right to keys, for '{name}'{on}; docs/operations.md#rights lists the rights"
+    right = "to run" if refused or " key" not in own else "to keys, for"
+    return f"the user lacks the right {right} {name}{on}; docs/operations.md#rights lists the rights"
 
 
 def _lost_reason(error: exceptions.RedisError) -> str:

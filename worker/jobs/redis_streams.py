@@ -325,7 +325,8 @@ class RedisStreams:
         return (int(found[0]), int(found[1])) if found else None
 
     async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
-        return QueueDepth(*await self._on_queue("depth", queue, lease_ms))
+        waiting, running, oldest_wait_ms = await self._on_queue("depth", queue, lease_ms)
+        return QueueDepth(waiting, running, oldest_wait_ms, await self.length(dead_key(queue)))
 
     async def length(self, key: str) -> int:
         return int(await self._call(self._run("XLEN", key)))

@@ -1,6 +1,6 @@
--- Return the numbers of waiting and running jobs of a queue, the ms since the oldest waiting one was submitted (0 if
--- none waits), and the number of dead letters. A job that was not renewed for a lease waits.
--- KEYS: 1 queue, 2 dead letters. ARGV: 1 group, 2 lease in ms.
+-- Return the numbers of waiting and running jobs of a queue, and the ms since the oldest waiting one was submitted (0
+-- if none waits). A job that was not renewed for a lease waits.
+-- KEYS: 1 queue. ARGV: 1 group, 2 lease in ms.
 local undelivered, pending, waiting = '-', 0, {}
 for _, reply in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO', 'GROUPS', KEYS[1]) or {}) do
   local group = {}
@@ -15,7 +15,4 @@ local oldest = waiting[1] or redis.call('XRANGE', KEYS[1], undelivered, '+', 'CO
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local oldest_ms = oldest and tonumber(string.match(oldest[1], '^%d+')) or now_ms
-return {
-  math.max(redis.call('XLEN', KEYS[1]) - running, 0), running,
-  math.max(now_ms - oldest_ms, 0), redis.call('XLEN', KEYS[2]),
-}
+return {math.max(redis.call('XLEN', KEYS[1]) - running, 0), running, math.max(now_ms - oldest_ms, 0)}
