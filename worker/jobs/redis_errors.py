@@ -76,6 +76,13 @@ _PLAIN = {
 }
 """Parts of texts behind the code ERR, and the code by which such a reply is named here."""
 
+_TLS_ALERTS = {
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "the server accepts no parameters of ours; it may require a client certificate",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it requires a client certificate: ssl_certfile and ssl_keyfile",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not accept the client certificate",
+}
+"""Reasons that the server gives."""
+
 _WRAPPED = re.compile(r"(?:Error running script|Transaction discarded|Command #).*?(?:: ?-?|\(['\"])([A-Z]{2,}) ", re.S)
 """Another reply inside: of a script before Redis 7, of EXEC, of redis-py's pipeline."""
 
@@ -109,7 +116,7 @@ def translate(error: exceptions.RedisError, server: str, *, waiting: bool = Fals
     elif code := code_of(error):
         why = f"{_explanation(code, error)} ({code})"
     elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-        hint = "; does its port expect TLS?" if server.startswith("rediss:") and "connecting" in str(error) else ""
+        hint = _tls_hint(error) if server.startswith("rediss") else ""
         where = getattr(error, "where", "")
         lost = Disconnected(f"cannot reach {server} ({where}{': ' if where else ''}{_lost_reason(error)}{hint})")
         lost.node = where if where.startswith("node") else ""
@@ -160,10 +167,19 @@ def _lost_reason(error: exceptions.RedisError) -> str:
     return str(error).removeprefix("Error UNKNOWN while writing to socket. ").rstrip(".").lower()
 
 
+def _tls_hint(error: exceptions.RedisError) -> str:
+    """What may be wrong with TLS, if a connection was closed before any reply."""
+    if "connecting" in str(error):
+        return "; does its port expect TLS?"
+    closed = re.search("closed|reset", _lost_reason(error))
+    return "; does it require a client certificate?" if closed and getattr(error, "is_first", False) else ""
+
+
 def _tls_reason(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message.rstrip('.')}"
-    return (error.reason or "unknown reason").lower().replace("_", " ")
+    reason = error.reason or "unknown reason"
+    return _TLS_ALERTS.get(reason, reason.lower().replace("_", " "))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -40,6 +40,9 @@ Locate = Callable[[], Awaitable[Address]]
 class _Exchanging(AbstractConnection):
     """A connection that sends packed commands and parses their replies."""
 
+    replied = False
+    """Whether any reply has arrived."""
+
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one write; return their replies, errors included.
 
@@ -69,6 +72,7 @@ class _Exchanging(AbstractConnection):
             if isinstance(error, OSError):
                 raise exceptions.ConnectionError(f"error while reading from socket: {error.args}") from error
             raise
+        self.replied = True
         return replies.values
 
 
@@ -158,6 +162,9 @@ class WaitingPool:
             try:
                 await self._ensure_open(connection)
                 yield connection
+            except exceptions.ConnectionError as error:
+                error.is_first = not connection.replied  # type: ignore[attr-defined]  # for `translate`
+                raise
             finally:
                 self._released_s[connection] = time.monotonic()
                 self._idle.append(connection)
