@@ -164,7 +164,8 @@ def _lost_reason(error: exceptions.RedisError) -> str:
             return os.strerror(int(number[1])).lower()
     if isinstance(error, exceptions.TimeoutError):
         return "no reply in time"
-    return str(error).removeprefix("Error UNKNOWN while writing to socket. ").rstrip(".").lower()
+    text = str(error).removeprefix("Error UNKNOWN while writing to socket. ").rstrip(".")
+    return text if text.startswith("password_file") else text.lower()  # it has a path
 
 
 def _tls_hint(error: exceptions.RedisError) -> str:
@@ -183,7 +184,6 @@ def _tls_reason(error: ssl.SSLError) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         yield cause
-        cause = cause.__cause__ or cause.__context__
+        error = cause
