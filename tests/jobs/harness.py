@@ -202,6 +202,9 @@ class FakeServer:
             replies = await pipe.execute(raise_on_error=False)
         return [b"OK", *[b"QUEUED"] * len(replies), replies]
 
+    def fails_over_alone(self, key: str) -> bool:
+        return False
+
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[FakeServer]:
         yield self

@@ -190,8 +190,13 @@ async def test_an_answer_continues_after_the_masters_of_job_and_queue_fail() -> 
         await complete(worker, lease, 6)
         assert (await asyncio.wait_for(reading, LIMIT_S))[0] == text(6)
         await client.submit(job_id="next", prompt="hello")
-        await complete(worker, await take_next(worker), 1)
+        replicated = next(node for node in cluster.masters() if cluster.run(node, "ROLE")[2])
+        job_id = job_on(replicated, cluster)
+        await client.submit(job_id=job_id, prompt="hello")
+        for length in (1, 2):
+            await complete(worker, await take_next(worker), length)
         assert (await asyncio.wait_for(client.result("next"), LIMIT_S))[0] == text(1)
+        assert cluster.run(replicated, "INFO", "commandstats")["cmdstat_wait"]["calls"] > 0, "the end is on a replica"
         assert harness._opened[1].reconnects > 0
         await harness.close()
 

@@ -46,6 +46,8 @@ class Cluster:
         self._masters: list[Address | None] = [None] * SLOTS
         self._known: set[Address] = set()
         """Masters and replicas in the map."""
+        self._replicated: set[Address] = set()
+        """Masters with a replica."""
         self._silent: set[Address] = set()
         """Nodes that did not reply since the map was read."""
         self._outdated = True
@@ -106,6 +108,9 @@ class Cluster:
                 return replies
             asked = _asked(redirections[0])
         raise exceptions.ResponseError("TRYAGAIN the nodes of the cluster disagree about a slot")
+
+    def fails_over_alone(self, key: str) -> bool:
+        return self._masters[_slot(key)] in self._replicated
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Exchange]:
@@ -180,11 +185,13 @@ class Cluster:
     async def _set_map(self, reply: list[Any], source: Address) -> None:
         """Use a reply to CLUSTER SLOTS; close the connections to nodes without a slot."""
         masters: list[Address | None] = [None] * SLOTS
-        self._known = set()
+        self._known, self._replicated = set(), set()
         for first, last, *nodes in reply:
             addresses = [_endpoint(node, source) for node in nodes]
             masters[first : last + 1] = [addresses[0]] * (last - first + 1)
             self._known.update(addresses)
+            if len(addresses) > 1:
+                self._replicated.add(addresses[0])
         if any(self._masters) and masters != self._masters and self._on_failover:
             self._on_failover()
         self._masters = masters

@@ -28,7 +28,7 @@ BLOCKING_CONNECTIONS = 256
 
 _KEY_POSITION: Mapping[str, int] = {"EVALSHA": 3, "XGROUP": 2, "XINFO": 2}
 """Of the first key in a command; 1 for those that are not listed."""
-_KEYLESS = ("TIME", "SCRIPT", "MULTI", "EXEC")
+_KEYLESS = ("TIME", "SCRIPT", "MULTI", "EXEC", "WAIT")
 
 
 def key_of(command: Command) -> str:
@@ -69,6 +69,12 @@ class Server(Exchange, Protocol):
 
     clustered: bool
     """Whether a command may only have keys of one slot."""
+
+    def fails_over_alone(self, key: str) -> bool:
+        """Whether a replica may replace the node of `key`, and no node of another slot with it.
+
+        The replica may lack its last writes, but other nodes keep what was written after those.
+        """
 
     def session(self) -> contextlib.AbstractAsyncContextManager[Exchange]:
         """Exchanges on one connection, if one server has all keys."""
@@ -134,6 +140,9 @@ class SingleServer:
 
     async def exchange_at(self, key: str, commands: Sequence[Command]) -> list[Any]:
         return await self.commands.exchange(commands)
+
+    def fails_over_alone(self, key: str) -> bool:
+        return False
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Exchange]:

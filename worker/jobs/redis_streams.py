@@ -48,6 +48,9 @@ POLL_MS = 20
 CLUSTER_READERS = 128
 """Readers of a cluster that wait in a call of their own, before they poll together."""
 
+_WAIT: Command = ("WAIT", 1, 500)
+"""Until a replica has the connection's last write, or for 500 ms."""
+
 _NO_GROUP = object()
 _OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
 """Replies of `renew.lua`."""
@@ -228,7 +231,10 @@ class RedisStreams:
         return TakeReply(*map(text_of, await self._on_job("take", job_id, *owner, *counts, *events)))
 
     async def append(self, job_id: str, call: AppendCall) -> str:
-        return text_of(await self._on_job("append", job_id, *_append_args(call)))
+        """WAIT follows a job's end on a cluster: settling its entry must not outlast the end."""
+        after = [_WAIT] if call.state in TERMINAL_KINDS and self._server.fails_over_alone(events_key(job_id)) else []
+        run_script = self._run_script("append", _job_keys(job_id), _append_args(call), after=after)
+        return text_of(await self._call(run_script, write="append"))
 
     async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
         """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
@@ -249,15 +255,20 @@ class RedisStreams:
         return replies
 
     async def _run_script(
-        self, name: str, keys: Sequence[str], args: Sequence[Value], server: Exchange | None = None
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[Value],
+        server: Exchange | None = None,
+        after: Sequence[Command] = (),
     ) -> Any:
-        """EVALSHA, after SCRIPT LOAD if the server lacks the script."""
+        """EVALSHA, after SCRIPT LOAD if the server lacks the script, and commands `after` it."""
         server, script = server or self._server, self._scripts[name]
         call = script.call(keys, args)
-        (reply,) = await server.exchange([call])
+        reply, *_ = await (server.exchange_at(keys[0], [call, *after]) if after else server.exchange([call]))
         if isinstance(reply, exceptions.ResponseError) and code_of(reply) == "NOSCRIPT":
             load = ("SCRIPT", "LOAD", script.source)
-            loaded, reply = await server.exchange_at(keys[0], [load, call])
+            loaded, reply, *_ = await server.exchange_at(keys[0], [load, call, *after])
             checked(loaded, load)
         return checked(reply, call)
 
