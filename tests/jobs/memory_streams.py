@@ -24,6 +24,7 @@ from worker.jobs.streams import (
     Ownership,
     PendingEntry,
     QueueDepth,
+    QueueOverview,
     Record,
     TakeCall,
     TakeReply,
@@ -231,6 +232,19 @@ class MemoryStreams(Keyspace):
                 total = len(await self.range(queue_key(queue), "-", "+", 1_000_000)) - len(stream.pending)
                 return (waiting.index(entry_id) + 1, total) if entry_id in waiting else None
         return None
+
+    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
+        """`overview.lua`, without its bound on bytes."""
+        stream = self._stream(queue_key(queue)) or Stream()
+        return QueueOverview(
+            now_ms=self._now(),
+            length=len(stream.entries),
+            delivered=stream.delivered,
+            pending_count=len(stream.pending),
+            pending=await self.pending(queue, limit),
+            first_waiting=next((i for i, _ in stream.above(stream.delivered)), ""),
+            entries=[(i, fields.get("p", b"")) for i, fields in stream.above(above)[:limit]] if above else [],
+        )
 
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
         until = time.monotonic() + block_ms / 1000

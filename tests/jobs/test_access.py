@@ -19,6 +19,7 @@ from worker.cli.jobs import _show_all
 from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.client import Client
+from worker.jobs.keys import START
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.transport import Transport
 
@@ -84,6 +85,8 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
     assert [entry.job_id for entry in await operator.queue()] == []
     assert (await operator.queue_depth()).dead_letters == (await first.queue_depths())["default"].dead_letters == 1
     assert await operator.dead_letter_count() == 1
+    overview = await operator._streams.overview("default", START, 10)
+    assert (overview.length, overview.pending_count) == (0, 0)
     letter = (await operator.dead_letters())[0]
     assert await operator.dead_letter(letter.entry_id)
     assert await operator.retry_dead_letter(letter) == "a.r1"

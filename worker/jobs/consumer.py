@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from worker.config import LeaseSection
-from worker.errors import ServerRefused
-from worker.jobs.events import Envelope, Event, encode_event, now_ms
+from worker.errors import Cancelled, ServerRefused
+from worker.jobs.events import Envelope, ErrorEvent, Event, encode_event, now_ms
 from worker.jobs.keys import CONTROL, START, worker_events_key
 from worker.jobs.served_models import ServedModels
 from worker.jobs.streams import (
@@ -29,6 +29,10 @@ from worker.jobs.streams import (
 )
 
 READ_BLOCK_MS = 1000
+LAST_ERRORS = 5
+"""Errors in a worker's status."""
+MAX_MESSAGE = 300
+"""Characters of their messages."""
 MAX_EVENTS = 10_000
 """Approximate number of events kept on a worker's own stream."""
 _DEAD_CONSUMER_MS = 3_600_000
@@ -248,6 +252,8 @@ class Registration:
         self._worker_id = worker_id
         self._lease = lease
         self._last_command_id = START
+        self.last_errors: deque[dict[str, object]] = deque(maxlen=LAST_ERRORS)
+        """The newest errors that were published, other than cancellations, for the status."""
 
     async def open(self) -> None:
         """Start at the end of the control stream: earlier commands are ignored."""
@@ -259,7 +265,11 @@ class Registration:
 
     async def publish(self, event: Event, envelope: Envelope | None = None) -> None:
         """Append to the worker's own stream; pass the envelope to copy a job's event."""
-        kind, packed = encode_event(event, envelope or Envelope(None, 0, now_ms(), self._worker_id))
+        envelope = envelope or Envelope(None, 0, now_ms(), self._worker_id)
+        if isinstance(event, ErrorEvent) and event.code != Cancelled.code:
+            error = {"code": event.code, "message": event.message[:MAX_MESSAGE]}
+            self.last_errors.append({"ts_ms": envelope.ts_ms, "job_id": envelope.job_id, **error})
+        kind, packed = encode_event(event, envelope)
         key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
         with contextlib.suppress(Disconnected, ServerRefused):
             await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from worker.jobs.redis_resp import Value
-from worker.jobs.streams import Record
+from worker.jobs.streams import PendingEntry, QueueOverview, Record
 
 
 def text_of(value: Value) -> str:
@@ -44,3 +44,27 @@ def records_of(reply: Any) -> list[Record]:
 def streams_of(reply: Any) -> dict[str, list[Record]]:
     """The entries of an XREAD or XREADGROUP reply by key."""
     return {text_of(key): records_of(records) for key, records in reply or ()}
+
+
+def ms_of(time: Sequence[Value]) -> int:
+    """A reply to TIME, seconds and microseconds, in ms."""
+    return int(time[0]) * 1000 + int(time[1]) // 1000
+
+
+def pending_entries(now_ms: int, rows: Any) -> list[PendingEntry]:
+    """The rows of an XPENDING reply that was read at the server's time `now_ms`."""
+    return [PendingEntry(text_of(i), text_of(name), idle, n, now_ms - idle) for i, name, idle, n in rows]
+
+
+def overview_of(reply: Any) -> QueueOverview:
+    """The reply of `overview.lua`."""
+    time, length, delivered, count, pending, first, entries = reply
+    return QueueOverview(
+        now_ms=ms_of(time),
+        length=length,
+        delivered=text_of(delivered),
+        pending_count=count,
+        pending=pending_entries(ms_of(time), pending),
+        first_waiting=text_of(first),
+        entries=[(text_of(entry_id), payload) for entry_id, payload in entries],
+    )

@@ -10,7 +10,7 @@ from worker.jobs.redis_resp import Command, Value
 _PREPENDED = {
     "job": ("take", "append", "cancel", "state"),
     "queue": ("renew", "settle"),
-    "": ("reclaim", "pending", "enqueue", "find", "position", "depth", "remove_consumers"),
+    "": ("reclaim", "pending", "enqueue", "find", "position", "depth", "overview", "remove_consumers"),
 }
 """The scripts, by the file that is prepended to them."""
 

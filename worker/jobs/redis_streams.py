@@ -21,7 +21,17 @@ from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_i
 from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_open import open_server
-from worker.jobs.redis_replies import fields_of, flat, records_of, streams_of, text_of, texts_of
+from worker.jobs.redis_replies import (
+    fields_of,
+    flat,
+    ms_of,
+    overview_of,
+    pending_entries,
+    records_of,
+    streams_of,
+    text_of,
+    texts_of,
+)
 from worker.jobs.redis_resp import Command, Value, raise_if_all_failed
 from worker.jobs.redis_scripts import load_scripts
 from worker.jobs.redis_server import MAX_BLOCK_MS, Exchange, Server, checked, run, run_transaction
@@ -37,6 +47,7 @@ from worker.jobs.streams import (
     Ownership,
     PendingEntry,
     QueueDepth,
+    QueueOverview,
     Record,
     TakeCall,
     TakeReply,
@@ -50,6 +61,7 @@ CLUSTER_READERS = 128
 
 _WAIT: Command = ("WAIT", 1, 500)
 """Until a replica has the connection's last write, or for 500 ms."""
+OVERVIEW_BYTES = 2**20
 
 _NO_GROUP = object()
 _OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
@@ -217,8 +229,7 @@ class RedisStreams:
         reply = await self._on_queue("pending", queue, count)
         if not reply:
             return []
-        now_ms = int(reply[0][0]) * 1000 + int(reply[0][1]) // 1000
-        return [PendingEntry(text_of(i), text_of(name), idle, n, now_ms - idle) for i, name, idle, n in reply[1]]
+        return pending_entries(ms_of(reply[0]), reply[1])
 
     async def job_state(self, job_id: str) -> JobState:
         last_id, fields = await self._on_job("state", job_id)
@@ -339,6 +350,9 @@ class RedisStreams:
         waiting, running, oldest_wait_ms = await self._on_queue("depth", queue, lease_ms)
         return QueueDepth(waiting, running, oldest_wait_ms, await self.length(dead_key(queue)))
 
+    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
+        return overview_of(await self._on_queue("overview", queue, above or "", limit, OVERVIEW_BYTES))
+
     async def length(self, key: str) -> int:
         return int(await self._call(self._run("XLEN", key)))
 
@@ -385,8 +399,7 @@ class RedisStreams:
         return list(zip(names, replies[::2], replies[1::2], strict=True))
 
     async def time_ms(self) -> int:
-        seconds, micros = await self._call(self._run("TIME"))
-        return int(seconds) * 1000 + int(micros) // 1000
+        return ms_of(await self._call(self._run("TIME")))
 
     async def close(self) -> None:
         await self._server.close()

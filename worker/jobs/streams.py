@@ -161,6 +161,24 @@ class PendingEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueOverview:
+    """A queue at one time."""
+
+    now_ms: int
+    """The server's clock."""
+    length: int
+    """Entries, waiting and running."""
+    delivered: str
+    """Id of the last delivered entry: those above it wait."""
+    pending_count: int
+    pending: Sequence[PendingEntry]
+    first_waiting: str
+    """Id of the oldest waiting entry; empty if none waits."""
+    entries: Sequence[tuple[str, bytes]]
+    """Id and payload of entries above the cursor of the call."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobState:
     """A job's state hash and the last id of its stream; empty for an unknown job."""
 
@@ -359,6 +377,9 @@ class Streams(Protocol):
 
     async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
         """Count the jobs of a queue. One that was not renewed for `lease_ms` has no worker."""
+
+    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
+        """Return the queue's state, with up to `limit` of the entries above an id, if given."""
 
     async def length(self, key: str) -> int:
         """Return the number of entries of a stream."""

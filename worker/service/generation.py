@@ -27,6 +27,7 @@ from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread, Inbox, TimedToken
 from worker.service.flush_loop import FlushLoop
 from worker.service.prepared_job import AttemptLimits, PreparedJob, StopReason
+from worker.service.recent_speed import RecentSpeed
 from worker.service.renewal_loop import RenewalLoop
 from worker.service.reporter import FirstTokenGate
 from worker.telemetry import Log, Metrics, trace_of
@@ -50,6 +51,7 @@ class WorkerContext:
     first_token_gate: FirstTokenGate
     flush_loop: FlushLoop
     renewal_loop: RenewalLoop
+    speed: RecentSpeed
     tracing: Tracing | None = None
     """None if no spans are sent."""
 
@@ -349,7 +351,9 @@ class Generation:
         metrics, first = self._context.metrics, not self.stats.tokens
         metrics.inter_token.observe(self.stats.count("".join([token.t for token in tokens]), times))
         metrics.tokens_generated.inc(len(tokens))
+        self._context.speed.count_tokens(len(tokens))
         if first:
+            self._context.speed.first_token(self.stats.ttft_s)
             metrics.first_token.observe([self.stats.ttft_s])
             if not self._published:
                 metrics.request_first_token.observe(self._wait_s + self.stats.ttft_s)

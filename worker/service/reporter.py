@@ -7,6 +7,7 @@ engine's thread would delay that token by as much. `health.py` holds the state t
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import time
@@ -24,12 +25,15 @@ from worker.jobs.streams import Disconnected, QueueDepth
 from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import EngineLoad, Health
+from worker.service.recent_speed import RecentSpeed
 from worker.telemetry import Log, Metrics
 
 _LOAD_PERCENTS = (0, 25, 50, 75, 100)
 _MIN_CHANGE_BYTES = 32 * 2**20
 """Smaller changes of free memory come from other processes."""
 _MIN_HEARTBEAT_S = 0.25
+_BUSY_HEARTBEAT_S = 1.0
+"""Interval while jobs run: their speed changes."""
 _MAX_CLOSED_S = 1.0
 """With a long prompt the worker must not look dead."""
 
@@ -72,6 +76,7 @@ class Reporter:
         self, registration: Registration, health: Health, section: ServiceSection, metrics: Metrics, log: Log
     ) -> None:
         self.first_token_gate = FirstTokenGate()
+        self.speed = RecentSpeed()
         self._registry_fields: dict[str, str] = {}
         self._registration = registration
         self._health = health
@@ -108,6 +113,7 @@ class Reporter:
         fields = self._registry_fields
         fields.update(model=name, fingerprint=fingerprint, context=str(context), device=model.device.device)
         self._metrics.set_model(name, model.device.device, __version__)
+        fields.update(max_running=str(model.engine.settings.max_running))
         self.send(Ready(model=name, fingerprint=fingerprint, context=context, load_ms=round(load_s * 1000, 3)))
         self.job_edge()
 
@@ -142,23 +148,32 @@ class Reporter:
         while True:
             await self.first_token_gate.wait_open()
             self._health.changed.clear()
-            memory, load = self._health.memory, asdict(self._health.load)
-            del load["running"]  # the status has the number of jobs
-            status = {
-                "state": self._health.state,
-                "degraded": str(int(self._health.degraded)),
-                "jobs": str(self._health.jobs),
-                "running": str(self._health.running),
-                "vram_used": str(memory.used),
-                "vram_free": str(memory.free),
-                "seen_ms": str(int(time.time() * 1000)),
-            }
-            status |= {name: str(count) for name, count in load.items()}
-            await self._registration.heartbeat(self._registry_fields | status)
+            await self._registration.heartbeat(self._registry_fields | self._status())
             await asyncio.sleep(_MIN_HEARTBEAT_S)
+            limit_s = _BUSY_HEARTBEAT_S if self._health.running else self._section.heartbeat_s
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._section.heartbeat_s - _MIN_HEARTBEAT_S):
+                async with asyncio.timeout(min(limit_s, self._section.heartbeat_s) - _MIN_HEARTBEAT_S):
                     await self._health.changed.wait()
+
+    def _status(self) -> dict[str, str]:
+        """The fields of the status hash that change; docs/protocol.md describes them."""
+        health, load = self._health, asdict(self._health.load)
+        del load["running"]  # the status has the number of jobs
+        status: dict[str, object] = {
+            "state": health.state,
+            "degraded": int(health.degraded),
+            "jobs": health.jobs,
+            "running": health.running,
+            "tokens_per_second": round(self.speed.tokens_per_second, 3),
+            "vram_used": health.memory.used,
+            "seen_ms": int(time.time() * 1000),
+            "heartbeat_s": self._section.heartbeat_s,
+            "last_errors": json.dumps(list(self._registration.last_errors)),
+        }
+        if quantiles := self.speed.ttft_quantiles(0.5, 0.95):
+            status |= zip(("ttft_p50_s", "ttft_p95_s"), (round(value, 6) for value in quantiles), strict=True)
+        status |= {f"vram_{purpose}": count for purpose, count in asdict(health.memory).items()} | load
+        return {name: str(value) for name, value in status.items()}
 
     async def watch_memory(self, engine: EngineThread, model: LoadedModel) -> NoReturn:
         """Measure memory at each job's edges and periodically; report at edges and on a change."""

@@ -175,6 +175,7 @@ class Service:
             self._reporter.first_token_gate,
             FlushLoop(self._transport, self._section.flush_ms),
             RenewalLoop(self._transport, self._lease.renew_s, self._log),
+            self._reporter.speed,
             self._tracing,
         )
         return await first_completed(
