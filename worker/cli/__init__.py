@@ -49,6 +49,7 @@ _MODULES = {
     "gateway": "gateway",
     "jobs": "submit tail cancel",
     "operate": "jobs workers drain health dead",
+    "top": "top",
 }
 """Module → its commands, in the order of the help."""
 
