@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.tiny_models import make_tiny
 from worker.config import load_settings
+from worker.text.template_process import TemplateProcess
 
 
 def pytest_configure() -> None:
     """Restore SIGINT: a suite in the background ignores it, and so would child processes."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def template_process() -> Iterator[TemplateProcess]:
+    """One process that renders the chats of all tokenizers of the session: each would start one."""
+    process = TemplateProcess()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.text.tokenizer.TemplateProcess", lambda: process)
+        yield process
+    process.stop()
 
 
 @pytest.fixture(scope="session")

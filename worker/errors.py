@@ -21,7 +21,8 @@ changes its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 
@@ -139,6 +140,35 @@ class EventsLost(WorkerError):
     """A job's events are missing or have expired, so its answer can't be read to its end."""
 
     code = "EVENTS_LOST"
+
+
+class NativePanic(Exception):
+    """A panic of a native library, which PyO3 raises as a BaseException that ends the process."""
+
+
+def as_exception(error: BaseException) -> Exception:
+    """Return an Exception as it is, and a panic of a native library as NativePanic.
+
+    Raises `error` if it stops the thread, the task or the process on purpose.
+    """
+    if isinstance(error, Exception):
+        return error
+    from asyncio import CancelledError  # noqa: PLC0415  # slow to import, and rarely needed
+
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | CancelledError):
+        raise error
+    return NativePanic(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise NativePanic for a panic of a native library."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        raise as_exception(error) from error
 
 
 class Internal(WorkerError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, as_exception
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,8 +76,7 @@ class SlotMask:
 
     def _fail(self, error: BaseException) -> None:
         """Keep an exception of the matcher; native code also raises BaseExceptions."""
-        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            raise error
+        as_exception(error)  # raises what is no failure of the matcher
         where = f"at index {self.index} of the answer"
         if isinstance(error, InvalidRequest):
             self.error, self._mask = InvalidRequest(f"{error.message} ({where})", error.details), None

@@ -352,7 +352,9 @@ async def test_a_fault_while_tokenizing_is_internal_and_does_not_reveal_the_prom
 
     class BrokenTokenizer:
         vocab = model.loaded.tokenizer.vocab
-        grammars = model.loaded.tokenizer.grammars
+
+        def prepare(self):
+            pass
 
         def encode_prompt(self, text, *, special=True):
             raise RuntimeError(f"cannot encode {text}")

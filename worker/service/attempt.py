@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from worker.answer import AttemptStats
-from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError
+from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError, as_exception
 from worker.jobs.events import End, ErrorEvent, Event, Resumed
 from worker.jobs.lease import Claim, Closed, Fenced, Lease, Renewal
 from worker.jobs.payload import encoding_of
@@ -31,7 +31,7 @@ from worker.service.prepared_job import (
     PreparedJob,
     StopReason,
     enqueued_at,
-    needs_grammar,
+    needs_thread,
 )
 from worker.telemetry import Log, frames_of
 
@@ -111,8 +111,8 @@ class Attempt:
             return await self._hand_over(interrupted.reason)
         except CudaError:
             raise
-        except Exception as error:
-            return await self._fail(error)
+        except BaseException as error:  # also a panic of a native library
+            return await self._fail(as_exception(error))
         finally:
             self._context.engine.release(self._sequence_id)
             await self._context.renewal_loop.remove(self)
@@ -186,7 +186,7 @@ class Attempt:
                 return error
             prepared = await self._off_loop(
                 lambda: PreparedJob.of(job, context.model, claim.entry_id, claim.enqueued_ms),
-                slow=needs_grammar(job),
+                slow=needs_thread(job),
             )
             waited = self._server_ms() - claim.enqueued_ms > _WAITED_MS
             paused = claim.deliveries > 1 or waited
@@ -201,9 +201,10 @@ class Attempt:
             return error
         except AttemptInterrupted:
             raise
-        except Exception as error:
-            self._log.error("job_fault", frames=frames_of(error))
-            return Internal(f"{type(error).__name__} while the job was read")
+        except BaseException as raised:
+            as_exception(raised)  # raises a cancellation
+            self._log.error("job_fault", frames=frames_of(raised))
+            return Internal(f"{type(raised).__name__} while the job was read")
 
     async def _check_model(self, job: Job) -> None:
         """Raise AttemptInterrupted if another worker serves the model that the job names."""
@@ -254,9 +255,10 @@ class Attempt:
             raise
         except WorkerError as error:
             last = ErrorEvent.of(error)
-        except Exception as error:
-            self._log.error("job_fault", frames=frames_of(error))
-            last = ErrorEvent.of(Internal(f"{type(error).__name__} while the answer was written"))
+        except BaseException as raised:
+            as_exception(raised)  # raises a cancellation
+            self._log.error("job_fault", frames=frames_of(raised))
+            last = ErrorEvent.of(Internal(f"{type(raised).__name__} while the answer was written"))
         return await self._finish(lease, [*generation.unpublished.take(), last], generation.stats)
 
     async def _finish(self, lease: Lease, rest: Sequence[Event], stats: AttemptStats) -> str:

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import TypeAlias, TypeVar
 
 from worker.engine import DrawnToken, Engine, FailedSequence, Sequence
+from worker.errors import as_exception
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ class EngineThread:
             try:
                 result = work()
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(as_exception(error))
                 return
             if on_launched:
                 self._launch_callbacks.append(partial(future.set_result, result))
@@ -186,7 +187,8 @@ class EngineThread:
     def _step(self, engine: Engine) -> None:
         try:
             tokens = engine.step(self._run_launch_callbacks)
-        except Exception as error:
+        except BaseException as raised:
+            error = as_exception(raised)
             # No started sequence can continue; each is aborted before its inbox gets the error.
             failed = [(each, self._inboxes.pop(each)) for each in engine.active if each in self._inboxes]
             for sequence_id, _ in failed:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from worker.answer import Answer, AttemptStats
 from worker.backend import MemoryUse
 from worker.config import ServiceSection
-from worker.errors import CudaError, Internal, VramOom, WorkerError
+from worker.errors import CudaError, Internal, VramOom, WorkerError, as_exception
 from worker.jobs import events
 from worker.jobs.lease import Lease
 from worker.jobs.reader import History
@@ -299,8 +299,8 @@ class Generation:
             if not self._ended:
                 self._context.transport.stage(self.lease, self._take_due())
                 return True
-        except Exception as error:
-            self._fail(error)
+        except BaseException as error:
+            self._fail(as_exception(error))
         self._limits.wake.set()
         return False
 
@@ -323,8 +323,8 @@ class Generation:
         error = inbox.error
         try:
             self._push(answer, inbox.take())
-        except Exception as fault:
-            self._fail(fault)
+        except BaseException as fault:  # also a panic of a native library
+            self._fail(as_exception(fault))
         if error is not None and (answer.finish_reason is None or isinstance(error, CudaError)):
             self._left_engine = True
             self._fail(self._job_error(error))

@@ -43,9 +43,12 @@ def enqueued_at(enqueued_ms: int) -> datetime:
     return datetime.fromtimestamp(min(enqueued_ms, _MAX_ENQUEUED_MS) / 1000, UTC)
 
 
-def needs_grammar(job: Job) -> bool:
-    """Whether preparing the job may compile a grammar, which must not happen on the event loop."""
-    return job.response_format is not None or bool(job.tools)
+def needs_thread(job: Job) -> bool:
+    """Whether preparing the job may wait for a child process, which the event loop must not do.
+
+    Such a process renders chats and compiles grammars.
+    """
+    return job.messages is not None or job.response_format is not None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class PreparedJob:
     def of(cls, job: Job, model: LoadedModel, entry_id: str, enqueued_ms: int) -> PreparedJob:
         """Tokenize the job, resolve its parameters and compile its grammar. Raises InvalidRequest.
 
-        A job with a grammar takes milliseconds to seconds, see `needs_grammar`.
+        A job with a chat or a grammar takes up to seconds, see `needs_thread`.
         """
         prompt, resolved = tokenize_job(job, model, enqueued_at(enqueued_ms), entry_id)
         return cls(job, prompt, resolved, enqueued_ms, job_grammar(job, model.tokenizer, prompt))

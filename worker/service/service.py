@@ -207,7 +207,7 @@ class Service:
             if not needed.done():
                 return None
             model, _ = await needed
-            await asyncio.to_thread(model.tokenizer.grammars.prepare)  # it keeps the GIL: not while jobs run
+            await asyncio.to_thread(model.tokenizer.prepare)  # it keeps the GIL: not while jobs run
         finally:
             draining.cancel()
             needed.cancel()

@@ -7,11 +7,10 @@ and the space prefix (tokenizer.py). Read next: pre_tokenizers.py, which splits 
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import compress, repeat
 
-from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.errors import InvalidRequest, ModelLoadFailed, NativePanic, panics_as_errors
 from worker.text.pre_tokenizers import pre_tokenizer
 from worker.text.vocabulary import BYTE, BYTE_NAMES, Vocabulary
 
@@ -47,7 +46,7 @@ class ByteBpe:
         self._size = vocab.size
         words = pre_tokenizer(vocab.pre)
         try:
-            with _panics_as_errors():
+            with panics_as_errors():
                 self._bpe = Tokenizer(models.BPE(vocab=ids, merges=pairs, ignore_merges=words.ignore_merges))
         except Exception as error:  # `tokenizers` raises bare Exceptions
             what = f"the merges don't fit the vocabulary ({str(error)[:120]})"
@@ -64,9 +63,9 @@ class ByteBpe:
         """
         try:
             # A batch, unlike `encode`, releases the GIL: long prompts do not block the event loop.
-            with _panics_as_errors():
+            with panics_as_errors():
                 ids: list[int] = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        except _PanicError as error:
+        except NativePanic as error:
             what = f"text without words of millions of characters, which the tokenizer can't find ({str(error)[:80]})"
             raise InvalidRequest.of(("prompt", what, text[:60])) from error
         return [token_id for token_id in ids if token_id < self._size] if self._missing else ids
@@ -74,21 +73,6 @@ class ByteBpe:
     def decode_token(self, token: str) -> bytes:
         """Return the bytes of a NORMAL token; a character outside the byte alphabet is UTF-8."""
         return b"".join(self._bytes.get(char) or char.encode() for char in token)
-
-
-class _PanicError(Exception):
-    """A panic of a Rust library."""
-
-
-@contextmanager
-def _panics_as_errors() -> Iterator[None]:
-    """Raise _PanicError for a panic, which PyO3 raises as a BaseException that ends the process."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise _PanicError(str(error)) from error
 
 
 def byte_alphabet() -> list[str]:

@@ -1,12 +1,13 @@
 """Chat templates: Jinja2 from the GGUF file, rendered as transformers' `apply_chat_template` does.
 
-The caller provides the clock and tokenizes the rendered text. Read next: chat_messages.py (the
-forms of messages), traced_template.py (rendering).
+The caller provides the clock, limits of time and memory, and tokenizes the rendered text: a worker
+renders in a child process, see template_process.py. Read next: chat_messages.py (the forms of
+messages), traced_template.py (rendering).
 """
 
 import json
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.text.chat import Chat, RenderedChat
 from worker.text.chat_messages import Content, adapt, required_contents, traced_messages
 from worker.text.template_traits import Traits, find_traits
 from worker.text.traced_template import RaisedByTemplate, TracedTemplate
@@ -27,31 +29,10 @@ RESERVED_KWARGS = frozenset(
 )
 """Variables and arguments of `apply_chat_template` that `chat_template_kwargs` can't replace."""
 
+MAX_CHARACTERS = 1 << 24
+"""Of a rendered chat: twice the largest payload. A longer one is in no model's context."""
 _MAX_SWITCHES = 4
 """Contents that may have an effect without being in the prompt; each costs two renders."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """The part of a request that a chat template renders."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    kwargs: Mapping[str, Any] | None = None
-    """Further variables, `chat_template_kwargs`; they replace special tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedChat:
-    """A rendered chat, and the variables it was rendered with."""
-
-    text: TracedText
-    variables: Mapping[str, Any]
-
-    def requested(self) -> Iterable[str]:
-        """The texts of the request."""
-        return untrusted_texts(self.variables)
 
 
 class ChatTemplate:
@@ -62,16 +43,22 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, variables: Mapping[str, str], special: Container[str] = (), tool_use: str = ""
+        self, source: str, variables: Mapping[str, str], special: Collection[str] = (), tool_use: str = ""
     ) -> None:
         self._source, self._tool_use_source = source, tool_use
-        self._special, self._token_variables = special, variables
+        self._special, self._token_variables = frozenset(special), variables
         self._tokens = trace_all(variables, TRUSTED)
         try:
             self._template = TracedTemplate(source)
+        except MemoryError:
+            raise
         except Exception as error:  # a template can raise any exception when it is compiled
             what = f"the chat template does not compile ({_sentence(error)})"
             raise ModelLoadFailed(what, "tokenizer.chat_template", "a Jinja2 template") from error
+
+    def prepare(self) -> None:
+        """Find out what the template accepts, which else the first chat does."""
+        _ = self._traits
 
     def render(self, chat: Chat, now: datetime) -> RenderedChat:
         """Return the text with the generation prompt; the template's clock is `now` in UTC.
@@ -85,18 +72,23 @@ class ChatTemplate:
         variables = self._chat_variables(chat, now)
         try:
             text = self._template.render(untrace(variables))
+        except MemoryError:
+            raise
         except Exception as error:  # or rendered
             verb = "rejects them" if isinstance(error, RaisedByTemplate) else "fails on them"
             constraint = f"the model's chat template {verb}: {_sentence(error)}"
             roles = [message.get("role") for message in chat.messages[:16]]
             raise InvalidRequest.of(("messages", constraint, roles)) from error
+        if len(text) > MAX_CHARACTERS:
+            rule = f"at most {MAX_CHARACTERS} characters when the model's chat template has rendered them"
+            raise InvalidRequest.of(("messages", rule, len(text)))
         traced = self._template.trace(variables, text)
         missing = (content for content in required_contents(chat.messages) if not _arrives(content, traced))
         for count, content in enumerate(missing):
             if count == _MAX_SWITCHES or not self._changes(text, chat, content, now):
                 rule = "must be in the prompt, but the model's chat template drops this text"
                 raise InvalidRequest.of((content.field, rule, f"string of {len(content.text)}"))
-        return RenderedChat(traced, variables)
+        return RenderedChat(traced, untrusted_texts(variables) if UNKNOWN in traced._origin else ())
 
     def _changes(self, text: str, chat: Chat, content: Content, now: datetime) -> bool:
         """Whether a content that is not in the rendered text has an effect, such as a switch.
@@ -108,6 +100,8 @@ class ChatTemplate:
             try:
                 if self._template.render(untrace(variables)) == text:
                     return False
+            except MemoryError:
+                raise
             except Exception:  # a template can raise any exception
                 continue
         return True

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from worker.errors import InvalidRequest
+from worker.errors import InvalidRequest, as_exception
 from worker.text.grammar_checker import TOO_MUCH, GrammarChecker
 from worker.text.grammar_vocabulary import library_tokenizer
 from worker.text.json_schema import locate, schema_source
@@ -232,8 +232,7 @@ class GrammarCompiler:
 
 def _refusal(error: BaseException, field: str) -> InvalidRequest:
     """The error of one job for an exception of the library; raises what is none of these."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error  # PyO3 raises a panic as a BaseException, which would end the process
+    as_exception(error)  # raises what is no failure of the library
     return InvalidRequest.of((field, f"a grammar that llguidance can follow ({type(error).__name__})", None))
 
 

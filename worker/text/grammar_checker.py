@@ -6,27 +6,19 @@ child is killed in such a case. It lives as long as its parent keeps its standar
 
 import contextlib
 import json
-import os
-import select
-import struct
-import subprocess
-import sys
+import signal
 import threading
-import time
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from worker.text.helper_process import HelperEnded, HelperProcess
 from worker.text.vocabulary import CONTROL, Vocabulary
 
 TIMEOUT_S = 2.0
 MEMORY_BYTES = 256 << 20
 TOO_MUCH = "it takes more than"
 """How the errors for exceeded limits begin."""
-_START_S = 30.0
-"""For the start of the interpreter, on a machine under load."""
 
-_LENGTH = struct.Struct("<q")
 _CHILD = """
 import json, struct, sys
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -87,12 +79,15 @@ class GrammarChecker:
 
     def __init__(self, vocab: Vocabulary, limits: Mapping[str, Any]) -> None:
         """`limits` are keyword arguments of LLParserLimits."""
-        self._vocab = vocab
-        self._parser_limits = dict(limits)
+        special = vocab.end_ids.union(i for i, kind in enumerate(vocab.types) if kind == CONTROL)
+        first = [MEMORY_BYTES, dict(limits), vocab.size, [*special], [*vocab.end_ids]]
+        self._helper = HelperProcess(_CHILD, json.dumps(first).encode())
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_ready = False
-        self._stop: weakref.finalize[..., GrammarChecker] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, None if there is none."""
+        return self._helper.pid
 
     def start(self) -> None:
         """Start the child process, without waiting until it is ready. Idempotent.
@@ -100,91 +95,22 @@ class GrammarChecker:
         If it can't be started, `check` reports that.
         """
         with self._lock, contextlib.suppress(OSError):
-            self._started()
+            self._helper.start()
 
     def check(self, source: str) -> tuple[str, int]:
-        """Compile; return the error, "" if the grammar is within the limits, and the bytes used."""
+        """Compile; return the error, "" if the grammar is within the limits, and the bytes used.
+
+        Raises OSError if the child does not start, or is killed twice from outside.
+        """
+        data = source.encode()
         with self._lock:
-            process = self._running()
-            try:
-                deadline = time.monotonic() + TIMEOUT_S
-                _write(process, source)
-                error, peak = json.loads(_read(process, deadline))
-                return str(error), int(peak)
-            except TimeoutError:
-                self._kill()
-                return f"{TOO_MUCH} {TIMEOUT_S:g} s to compile", 0
-            except (EOFError, BrokenPipeError):
-                self._kill()
-                return f"{TOO_MUCH} {MEMORY_BYTES >> 20} MB to compile", 0
-
-    def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self._kill()
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is the worker's
-        )
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
-        vocab = self._vocab
-        special = vocab.end_ids.union(i for i, kind in enumerate(vocab.types) if kind == CONTROL)
-        _write(process, json.dumps([MEMORY_BYTES, self._parser_limits, vocab.size, [*special], [*vocab.end_ids]]))
-        return process
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        """The child process, ready for a grammar. Raises OSError if it does not start."""
-        try:
-            process = self._started()
-            if not self._is_ready:
-                _read(process, time.monotonic() + _START_S)
-        except (TimeoutError, EOFError, BrokenPipeError):
-            self._kill()
-            raise OSError("the process that checks grammars does not start") from None
-        self._is_ready = True
-        return process
-
-    def _kill(self) -> None:
-        if self._stop is not None:
-            self._stop()
-        self._process = self._stop = None
-        self._is_ready = False
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            try:
-                stream.close()
-            except BrokenPipeError:  # a grammar that was not written completely
-                continue
-
-
-def _write(process: "subprocess.Popen[bytes]", text: str) -> None:
-    assert process.stdin is not None
-    data = text.encode()
-    process.stdin.write(_LENGTH.pack(len(data)) + data)
-    process.stdin.flush()
-
-
-def _read(process: "subprocess.Popen[bytes]", deadline: float) -> str:
-    """Read a reply. Raises TimeoutError, and EOFError if the process has ended."""
-    assert process.stdout is not None
-    file, data = process.stdout.fileno(), b""
-    size = _LENGTH.size
-    while len(data) < size:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([file], [], [], left)[0]:
-            raise TimeoutError
-        part = os.read(file, size - len(data))
-        if not part:
-            raise EOFError
-        data += part
-        if len(data) == _LENGTH.size == size:
-            size += _LENGTH.unpack(data)[0]
-    return data[_LENGTH.size :].decode(errors="replace")
+            for _ in range(2):
+                try:
+                    error, peak = json.loads(self._helper.request(data, TIMEOUT_S))
+                    return str(error), int(peak)
+                except TimeoutError:
+                    return f"{TOO_MUCH} {TIMEOUT_S:g} s to compile", 0
+                except HelperEnded as ended:
+                    if ended.status != -signal.SIGKILL:
+                        return f"{TOO_MUCH} {MEMORY_BYTES >> 20} MB to compile", 0
+        raise OSError("the process that checks grammars was killed twice")

@@ -106,6 +106,8 @@ class _Trial:
         for chat, given in variants:
             try:
                 return self._render(chat, given)
+            except MemoryError:
+                raise
             except Exception:  # a template can raise any exception
                 continue
         return None

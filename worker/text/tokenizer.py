@@ -1,25 +1,25 @@
 """Tokenizer of a model file: texts, prompts and chats to token ids, token ids to bytes.
 
 A special token in a chat template or a raw prompt is encoded as that token; in the content of a
-message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py, chat_template.py.
+message it is ordinary text. Read next: vocabulary.py, special_tokens.py, bpe.py,
+template_process.py.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from worker.errors import InvalidRequest, ModelLoadFailed
+from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
 from worker.text.bpe import ByteBpe, SentencePieceBpe
+from worker.text.chat import Chat
 from worker.text.special_tokens import SpecialTokens
+from worker.text.template_process import BoundedTemplate, TemplateProcess
 from worker.text.vocabulary import BYTE, NORMAL, USER_DEFINED, TokenizerMetadata, Vocabulary, read_vocabulary
 
-if TYPE_CHECKING:  # the module imports Jinja2, and only a file with a template needs that
-    from worker.text.chat_template import Chat, RenderedChat
+if TYPE_CHECKING:
     from worker.text.grammar import GrammarCompiler
-
-Render = Callable[["Chat", datetime], "RenderedChat"]
-"""`ChatTemplate.render`."""
 
 # The variables of a chat template, and their names in GGUF: `seperator` is how GGUF spells it.
 _TOKEN_VARIABLES = {
@@ -33,20 +33,20 @@ _C_SPACE = " \t\n\v\f\r"
 
 
 class Tokenizer:
-    """Text to ids and ids to bytes. `render` is an error if there is no usable chat template."""
+    """Text to ids and ids to bytes. `template` is an error if the file has no chat template."""
 
     def __init__(
         self,
         vocab: Vocabulary,
         bpe: ByteBpe | SentencePieceBpe,
-        render: Render | ModelLoadFailed,
+        template: BoundedTemplate | ModelLoadFailed,
         template_source: str = "",
     ) -> None:
         self.vocab = vocab
         self.template_source = template_source
         """The file's chat template, or "" if it has none."""
         self._bpe = bpe
-        self._render = render
+        self._template = template
         self._special = SpecialTokens(vocab.special, vocab.user_defined)
         self._bytes: dict[int, bytes] = {}
 
@@ -56,6 +56,17 @@ class Tokenizer:
         from worker.text.grammar import GrammarCompiler  # noqa: PLC0415  # it imports this module
 
         return GrammarCompiler(self)
+
+    def prepare(self) -> None:
+        """Start the processes that jobs with chats and grammars need, and compile the template.
+
+        Takes up to a second. A template that can't be used is an error of each chat.
+        """
+        with contextlib.suppress(WorkerError, OSError):
+            if isinstance(self._template, BoundedTemplate):
+                self._template.start()  # its start takes as long as the next line
+            self.grammars.prepare()
+            self.require_chat()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return the ids of a text without BOS; `special` encodes the CONTROL tokens in it."""
@@ -85,26 +96,28 @@ class Tokenizer:
         `now`, an aware time, is the template's clock; `kwargs` are further variables. Raises
         InvalidRequest if the model has no usable template, or the template rejects the chat.
         """
-        if isinstance(self._render, ModelLoadFailed):
-            constraint = f"this model has no usable chat template, send a prompt: {self._render.message}"
-            raise InvalidRequest.of(("messages", constraint, None))
-        from worker.text.chat_template import Chat  # noqa: PLC0415
-
         plain = [dict(message) for message in messages]
         chat = Chat(plain, list(tools) if tools else None, tool_choice, kwargs)
         try:
+            if isinstance(self._template, ModelLoadFailed):
+                raise self._template
             for field, value in (("messages", plain), ("tools", chat.tools), ("chat_template_kwargs", kwargs)):
                 _check_unicode("".join(_strings(value)), field)
-            rendered = self._render(chat, now)
+            rendered = self._template.render(chat, now)
+        except ModelLoadFailed as error:
+            constraint = f"this model has no usable chat template, send a prompt: {error.message}"
+            raise InvalidRequest.of(("messages", constraint, None)) from error
         except RecursionError:
             raise InvalidRequest.of(("messages", "a chat whose values are nested less deeply", None)) from None
-        parts = self._special.split_traced(rendered.text, rendered.requested)
+        _check_unicode(rendered.text, "messages")  # a template may write any character
+        parts = self._special.split_traced(rendered.text, lambda: rendered.requested)
         return self._with_bos(self._encode_parts(parts))
 
     def require_chat(self) -> None:
-        """Raise ModelLoadFailed if the model has no usable chat template."""
-        if isinstance(self._render, ModelLoadFailed):
-            raise self._render
+        """Compile the chat template. Raises ModelLoadFailed if the model has no usable one."""
+        if isinstance(self._template, ModelLoadFailed):
+            raise self._template
+        self._template.prepare()
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return a token's bytes in an answer: none for control, end and padding tokens."""
@@ -176,17 +189,15 @@ def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer
         return Tokenizer(vocab, bpe, error, source)
 
 
-def _chat_template(source: str, metadata: TokenizerMetadata, vocab: Vocabulary) -> Render:
+def _chat_template(source: str, metadata: TokenizerMetadata, vocab: Vocabulary) -> BoundedTemplate:
     if not source:
         raise ModelLoadFailed("the model has no chat template", "tokenizer.chat_template", "a Jinja2 template")
-    from worker.text.chat_template import ChatTemplate  # noqa: PLC0415
-
     token_ids = {"bos_token": vocab.bos_id, "eos_token": vocab.eos_id}
     for name, key in _TOKEN_VARIABLES.items():
         token_ids[name] = metadata.token_id(f"tokenizer.ggml.{key}_token_id", vocab.size)
     names = {name: vocab.tokens[token_id] for name, token_id in token_ids.items() if token_id is not None}
     tool_use = metadata.get("tokenizer.chat_template.tool_use", str, "")
-    return ChatTemplate(source, names, vocab.special, tool_use).render
+    return BoundedTemplate(TemplateProcess(), source, names, vocab.special, tool_use)
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -43,6 +43,8 @@ class TracedTemplate:
         """Trace `text`, which `render` returned for the same variables without their origins."""
         try:
             traced = trace(self._traced.render(variables))
+        except MemoryError:
+            raise
         except Exception:  # an operation that depends on the type of a string
             return TracedText(text)
         return traced if traced == text else TracedText(text)
