@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from worker.errors import WorkerError
+from worker.errors import WorkerError, as_exception
 from worker.gateway import batches, files, health, messages, model_list, page, responses
 from worker.gateway.chat import chat_completions
 from worker.gateway.completions import completions
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from worker.tracing.otlp import RequestSpan
 
 REQUEST_ID = "x-request-id"
+BODY_S = 30.0
+"""Time for which a part of a request's body is waited for."""
 _PRINTABLE = re.compile(r"[!-~]{1,128}")
 _OPEN_PATHS = ("/", "/health", "/metrics")
 _OPEN_FOLDER = "/static/"
@@ -135,11 +137,11 @@ class RequestMiddleware:
         context.metrics.open_requests.inc()
         try:
             refused = self._refuse(scope, headers, request_id, began, span)
-            await (refused or self._app)(scope, receive, send_with_id)
+            await (refused or self._app)(scope, _in_time(receive), send_with_id)
         except ClientDisconnect:  # before its request was complete
             scope["gateway.status"] = CLIENT_CLOSED_REQUEST
-        except Exception as error:
-            response = error_response(context, scope, error)
+        except BaseException as raised:  # also a panic of a native library
+            response = error_response(context, scope, as_exception(raised))
             if "gateway.status" in scope:  # sent: only the connection's end can report the error
                 raise
             await response(scope, receive, send_with_id)
@@ -203,6 +205,26 @@ def _end_span(span: RequestSpan, scope: Scope) -> None:
         attributes |= {"gen_ai.operation.name": operation, "gen_ai.response.id": call.job_id}
         attributes |= {"gen_ai.request.model": call.model} if call.model else {}
     span.end(f"{scope['method']} {route}", attributes, error=str(status) if status >= 500 else "")
+
+
+def _in_time(receive: Receive) -> Receive:
+    """`receive`, which raises status 408 if no part of an incomplete body comes for `BODY_S`."""
+    complete = False
+
+    async def receive_part() -> Message:
+        nonlocal complete
+        if complete:
+            return await receive()
+        try:
+            async with asyncio.timeout(BODY_S):
+                message = await receive()
+        except TimeoutError:
+            text = f"no further part of the body came for {BODY_S:g} s"
+            raise ApiError(HTTPStatus.REQUEST_TIMEOUT, text, code="request_timeout") from None
+        complete = not message.get("more_body", False)
+        return message
+
+    return receive_part
 
 
 def _refuse_cross_origin(scope: Scope, headers: Headers) -> None:

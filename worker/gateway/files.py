@@ -16,6 +16,7 @@ from starlette.routing import Route
 from worker.gateway.context import GatewayContext, call_of, context_of
 from worker.gateway.errors import ApiError, invalid
 from worker.gateway.file_store import CHUNK_BYTES, FileStore, StoredFile
+from worker.gateway.request import is_number
 
 MAX_PAGE = 10_000
 _FORM_OVERHEAD = 64 * 1024
@@ -56,7 +57,7 @@ async def upload(request: Request) -> Response:
 
 def _check_size(request: Request, limit: int) -> None:
     length = request.headers.get("content-length", "")
-    if not length.isdigit():
+    if not is_number(length):
         raise ApiError(HTTPStatus.LENGTH_REQUIRED, "the header Content-Length is required", code="length_required")
     if int(length) > limit + _FORM_OVERHEAD:
         message = f"the file has more than {limit} bytes"

@@ -37,7 +37,7 @@ async def read_body(request: Request) -> bytes:
     message = f"the body has more than {limit} bytes"
     too_large = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, code="request_too_large")
     length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit:
+    if is_number(length) and int(length) > limit:
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
@@ -46,6 +46,11 @@ async def read_body(request: Request) -> bytes:
             raise too_large
         parts.append(part)
     return b"".join(parts)
+
+
+def is_number(text: str) -> bool:
+    """Whether the text of a header is a decimal number that `int` reads."""
+    return re.fullmatch("[0-9]{1,19}", text) is not None
 
 
 class ApiModel(BaseModel):
