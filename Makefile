@@ -9,6 +9,7 @@ MEASURED = $(patsubst %,$(RESULTS)/%.json,$(patsubst %.gguf,%,$(notdir $(MODELS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test kernels test-gpu check lint types contracts chaos soak bench lock audit clean
+.PHONY: help demo test kernels test-gpu check lint types contracts chaos fuzz bench clean
 
 help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
@@ -16,6 +17,7 @@ help:
 	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
 	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
 	@echo "make soak    load a server, workers and a gateway, and compare each figure with its bound: [NAMES='backlog memory …']"
+	@echo "make fuzz    feed hostile bytes to everything that reads foreign bytes: [TARGET=name] [RUNS=n]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
@@ -59,6 +61,9 @@ chaos: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(NAMES)
+# Coverage-guided, with atheris; 1,000,000 executions of each target unless RUNS says otherwise.
+fuzz: $(VENV)/.installed-dev
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(TARGET) $(if $(RUNS),--runs $(RUNS))
 
 # Write one file for each model to benchmarks/results, plot them and print their tables.
 # docs/performance.md describes how its tables are generated.

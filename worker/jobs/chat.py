@@ -103,7 +103,8 @@ def chat_conflicts(fields: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
         yield "tool_choice", "auto or none: the job has no tools", choice
     if not isinstance(choice, Mapping) or not isinstance(choice.get("function"), Mapping):
         return
-    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
+    given = tools if isinstance(tools, list | tuple) else ()
+    functions = [tool.get("function", tool) for tool in given if isinstance(tool, Mapping)]
     name = choice["function"].get("name")
     if isinstance(name, str) and name not in [each.get("name") for each in functions if isinstance(each, Mapping)]:
         yield "tool_choice.function.name", "the name of one of the tools", f"string of {len(name)}"
