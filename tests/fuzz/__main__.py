@@ -24,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", default=TARGETS, help=", ".join(TARGETS))
     parser.add_argument("--runs", type=int, default=1_000_000, help="executions of each target, 1,000,000 by default")
+    parser.add_argument("--seconds", type=int, default=0, help="end each target after this time; 0 does not")
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzer's random numbers; 0 draws one")
     options = parser.parse_args()
     if unknown := set(options.targets) - set(TARGETS):
@@ -31,10 +32,10 @@ def main() -> int:
     if find_spec("atheris") is None:
         parser.error("atheris is not installed: it has wheels for Linux on x86-64")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `subprocess.run` ends the target then
-    return max(fuzz(name, options.runs, options.seed) for name in options.targets)
+    return max(fuzz(name, options.runs, options.seconds, options.seed) for name in options.targets)
 
 
-def fuzz(name: str, runs: int, seed: int = 0) -> int:
+def fuzz(name: str, runs: int, seconds: int, seed: int) -> int:
     """Run one target and print its figures; return 1 if there is a finding."""
     module = target(name)
     with TemporaryDirectory() as folder:
@@ -46,6 +47,7 @@ def fuzz(name: str, runs: int, seed: int = 0) -> int:
         options: dict[str, object] = {
             "runs": runs,
             "seed": seed,
+            "max_total_time": seconds,
             "timeout": WALL_S,
             "rss_limit_mb": RSS_MB,
             "max_len": 16384,
@@ -61,14 +63,14 @@ def fuzz(name: str, runs: int, seed: int = 0) -> int:
         done = subprocess.run(
             [*command, *(f"-{key}={value}" for key, value in options.items())], check=False, stderr=subprocess.PIPE
         )
-        seconds, cpu = time.monotonic() - begun, _children_s() - cpu_begun
+        elapsed, cpu = time.monotonic() - begun, _children_s() - cpu_begun
         report = done.stderr.decode(errors="replace")
         found = dict(re.findall(r"stat::(\w+):\s*(\d+)", report))
         executions, peak = int(found.get("number_of_executed_units", 0)), found.get("peak_rss_mb", "?")
         inputs = len(list(corpus.iterdir()))
     outcome = "no finding" if done.returncode == 0 else "FINDING"
     print(
-        f"{name:18} {executions:>9,} executions {seconds:6.0f} s ({cpu:.0f} s of CPU)"
+        f"{name:18} {executions:>9,} executions {elapsed:6.0f} s ({cpu:.0f} s of CPU)"
         f" {peak:>4} MB {inputs:>5} inputs  {outcome}",
         flush=True,
     )

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fuzz.targets import REGRESSIONS, TARGETS, regressions, run_within_limits, target
 
-RUNS = 2000
+RUNS = 1000
 
 
 @pytest.mark.parametrize("name", TARGETS)
