@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -225,6 +227,27 @@ def test_the_process_that_checks_grammars_ends_with_its_compiler():
     del tokenizer
     gc.collect()
     assert not process.is_running()
+
+
+def test_a_checking_process_that_is_killed_while_it_compiles_does_not_refuse_the_grammar(tokenizer, monkeypatch):
+    compiled(tokenizer, "regex", "abcd")
+    monkeypatch.setattr(grammar_checker, "TIMEOUT_S", 6.0)  # wall time: a busy machine must reach the kill
+    first, killed = psutil.Process(tokenizer.grammars._checker.pid), []
+
+    def kill_when_busy():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            begun = first.cpu_times().user
+            while first.cpu_times().user < begun + 0.2:
+                time.sleep(0.01)
+            first.kill()
+            killed.append(first.pid)
+
+    killer = threading.Thread(target=kill_when_busy)
+    killer.start()
+    constraint = schema_error(tokenizer, {"type": "integer", "multipleOf": 1_000_037})[1]
+    killer.join()
+    assert killed
+    assert "more than 6 s" in constraint  # of the second process
 
 
 def test_a_killed_checking_process_is_replaced(tokenizer):
