@@ -45,7 +45,7 @@ LONG_LEASE = lease_settings(lease_s=60.0, scan_s=0.02)
 async def wait_until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not await condition():
-        assert time.monotonic() < deadline, f"{condition.__name__} is not true after {timeout_s} s"
+        assert time.monotonic() < deadline, f"{condition} is not true after {timeout_s} s"
         await asyncio.sleep(0.005)
 
 

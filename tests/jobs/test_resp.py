@@ -38,12 +38,29 @@ def test_replies_are_parsed_however_they_arrive(cuts):
 
 @pytest.mark.parametrize(
     "wire",
-    [b"?1\r\n", b":1\r\n:2\r\n", b"$abc\r\n", b":x\r\n", b"*x\r\n", b"$3\r\nabcXY", b"*1\r\n" * 3000 + b":1\r\n"],
-    ids=["kind", "more", "length", "integer", "count", "end", "depth"],
+    [b"?1\r\n", b"$abc\r\n", b":x\r\n", b"*x\r\n", b"$3\r\nabcXY", b"*1\r\n" * 3000 + b":1\r\n"],
+    ids=["kind", "length", "integer", "count", "end", "depth"],
 )
-def test_what_is_no_reply_or_one_too_many_is_refused(wire):
+def test_what_is_no_reply_is_refused(wire):
     with pytest.raises(InvalidResponse):
         Replies(1).feed(wire)
+
+
+def test_bytes_after_the_last_reply_are_kept():
+    for wire, surplus in ((b":1\r\n", b""), (b":1\r\n:2\r\n", b":2\r\n"), (b":1\r\n:", b":")):
+        replies = Replies(1)
+        replies.feed(wire)
+        assert (replies.values, replies.surplus) == ([1], surplus)
+
+
+def test_another_reply_is_expected_for_one_that_is_dropped():
+    replies = Replies(2)
+    replies.feed(b":1\r\n:2\r\n:3\r\n:4\r\n")
+    replies.drop_first()
+    assert (replies.values, replies.surplus) == ([2, 3], b":4\r\n")
+    replies.drop_first()
+    replies.drop_first()
+    assert (replies.values, replies.complete) == ([4], False)
 
 
 def test_a_reply_of_many_parts_is_parsed_once(monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,7 @@ from tests.jobs.servers import Server
 from worker.errors import ServerRefused
 from worker.jobs.client import Client
 from worker.jobs.redis_errors import translate
+from worker.jobs.redis_resp import pack_command
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import Disconnected
 
@@ -73,13 +75,12 @@ def tls_cluster() -> Iterator[ClusterServer]:
 @contextlib.asynccontextmanager
 async def tls_sentinel(master_port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
     """The port of a sentinel that reports the master at a proxy's port."""
-    fields = ["ip", "127.0.0.1", "port", str(master_port), "config-epoch", "1"]
-    reply = f"*{len(fields)}\r\n" + "".join(f"${len(field)}\r\n{field}\r\n" for field in fields)
+    master = pack_command(["ip", "127.0.0.1", "port", str(master_port), "config-epoch", "1"])
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            if b"SENTINEL" in await reader.read(1000):
-                writer.write(reply.encode())
+            if found := re.fullmatch(rb".*PING\r\n\$\d+\r\n(\d+).*SENTINEL.*?(\d+)\r\n", await reader.read(1000), re.S):
+                writer.write(b"+%b\r\n%b+%b\r\n" % (found[1], master, found[2]))
             await reader.read()
             writer.close()
 

@@ -17,8 +17,9 @@ from redis import exceptions
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS as SLOTS
 from redis.crc import key_slot
 
+from worker.jobs.redis_commands import key_of
 from worker.jobs.redis_resp import Command
-from worker.jobs.redis_server import Exchange, SingleServer, key_of
+from worker.jobs.redis_server import Exchange, SingleServer
 from worker.redis_url import Address
 
 _MAX_REDIRECTIONS = 5

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from redis import exceptions
 
 from worker.errors import ServerRefused
+from worker.jobs.redis_commands import keys_of
 from worker.jobs.redis_resp import Command
-from worker.jobs.redis_server import keys_of
 from worker.jobs.streams import Disconnected
 
 _CLUSTER = "it is a node of a cluster; use a URL that begins with redis+cluster://"
@@ -105,17 +105,22 @@ def code_of(error: exceptions.RedisError) -> str:
     return code
 
 
-def translate(error: exceptions.RedisError, server: str, *, waiting: bool = False) -> Disconnected | ServerRefused:
+def translate(
+    error: exceptions.RedisError, server: str, *, waiting: bool = False, replied: bool = False
+) -> Disconnected | ServerRefused:
     """The exception to raise for `error`. Its message names the cause, and holds no secret.
 
-    `waiting`: refused access is temporary too, since an operator may restore it.
+    `waiting`: refused access is temporary too, since an operator may restore it. `replied`: the
+    server has replied as a Redis server before, so bytes that are no reply were damaged on the way.
     """
     tls = next((each for each in _causes(error) if isinstance(each, ssl.SSLError)), None)
     if tls is not None and not isinstance(tls, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         code, why = "TLS", f"TLS failed ({_tls_reason(tls)}); {_ACCESS['TLS']}"
     elif code := code_of(error):
         why = f"{_explanation(code, error)} ({code})"
-    elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+    elif isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError) or (
+        replied and isinstance(error, exceptions.InvalidResponse)
+    ):
         hint = _tls_hint(error) if server.startswith("rediss") else ""
         where = getattr(error, "where", "")
         lost = Disconnected(f"cannot reach {server} ({where}{': ' if where else ''}{_lost_reason(error)}{hint})")

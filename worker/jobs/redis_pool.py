@@ -5,6 +5,10 @@ no retry, since the caller must know when a reply was lost. A connection through
 balancer may die without being closed. Three things find it: the time-out of a reply, TCP keep-alive
 on idle connections, and, after a reply was lost, `suspect_idle`. A connection that the server
 closed is replaced before it is used. `redis_server.py` uses the pools.
+
+RESP has no request ids: if a proxy repeats or drops a reply, each later command would receive the
+reply to another one. So each write begins and ends with a numbered PING. Replies before that of the
+first one are stale and dropped; that of the last one must follow those of the commands.
 """
 
 import asyncio
@@ -15,6 +19,8 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count as counter
 from typing import Any
 
 from redis import exceptions
@@ -24,6 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
+from worker.jobs.redis_errors import code_of
 from worker.jobs.redis_resp import Command, Replies, pack_command
 from worker.redis_url import Address, Login, RedisUrl
 
@@ -31,6 +38,44 @@ _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_US
 """A peer that acknowledges nothing is detected within 4 s. All in s, but TCP_USER_TIMEOUT in ms."""
 _MIN_BYTES_PER_S = 500_000
 _READ_BYTES = 65_536
+_NUMBERS = counter()
+_OUT_OF_STEP = "a reply was repeated or lost on the way"
+
+
+@dataclass(slots=True)
+class _Write:
+    """Commands that are sent in one write between two PINGs, and their replies."""
+
+    first: bytes = field(default_factory=lambda: b"%d" % next(_NUMBERS))
+    last: bytes = field(default_factory=lambda: b"%d" % next(_NUMBERS))
+
+    def pack(self, commands: Sequence[Command]) -> bytes:
+        """Encode the commands between the PINGs."""
+        return b"".join(map(pack_command, (("PING", self.first), *commands, ("PING", self.last))))
+
+    def is_stale(self, replies: Sequence[Any]) -> bool:
+        """Whether the first reply is not the first PING's, which may be refused, or is repeated."""
+        if not replies:
+            return False
+        refused = isinstance(replies[0], exceptions.ResponseError)
+        return bool(replies[0] != self.first and not refused) or self.first in replies[1:]
+
+    def replies_of(self, replies: Sequence[Any]) -> list[Any]:
+        """The commands' replies. Raises ConnectionError if they may be those of other commands.
+
+        A server that cannot save refuses PING and serves reads. One that loads its data or runs a
+        script refuses every command.
+        """
+        pong, own = replies[-1], list(replies[1:-1])
+        if isinstance(pong, exceptions.ResponseError):
+            refused = all(isinstance(reply, exceptions.ResponseError) for reply in own)
+            in_step = refused or code_of(pong) in ("MISCONF", "NOPERM")
+        else:
+            in_step = pong == self.last
+        if not in_step:
+            raise exceptions.ConnectionError(_OUT_OF_STEP)
+        return own
+
 
 OnConnect = Callable[[AbstractConnection], Awaitable[None]]
 Locate = Callable[[], Awaitable[Address]]
@@ -42,6 +87,8 @@ class _Exchanging(AbstractConnection):
 
     replied = False
     """Whether any reply has arrived."""
+    surplus = b""
+    """What followed the last reply of `exchange`."""
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one write; return their replies, errors included.
@@ -53,18 +100,26 @@ class _Exchanging(AbstractConnection):
         reader, writer = self._reader, self._writer
         assert reader is not None, "connected"
         assert writer is not None, "connected"
-        packed = b"".join(map(pack_command, commands))
-        replies, limit_s = Replies(len(commands)), (self.socket_timeout or 0.0) + len(packed) / _MIN_BYTES_PER_S
+        write = _Write()
+        packed = write.pack(commands)
+        replies, limit_s = Replies(len(commands) + 2), (self.socket_timeout or 0.0) + len(packed) / _MIN_BYTES_PER_S
         try:
             async with asyncio.timeout(limit_s) as silence:
                 writer.write(packed)
                 await writer.drain()
-                while not replies.complete:
-                    data = await reader.read(_READ_BYTES)
-                    if not data:
-                        raise exceptions.ConnectionError("connection closed by server")
+                data = self.surplus
+                while True:
                     replies.feed(data)
+                    while write.is_stale(replies.values):
+                        replies.drop_first()
+                    if replies.complete:
+                        break
+                    data = await reader.read(_READ_BYTES)
+                    if not data and not _end_with_refusal(replies, len(commands) + 1):
+                        raise exceptions.ConnectionError("connection closed by server")
                     silence.reschedule(asyncio.get_running_loop().time() + limit_s)
+            self.surplus = replies.surplus
+            own = write.replies_of(replies.values)
         except BaseException as error:
             await self.disconnect(nowait=True)
             if isinstance(error, TimeoutError):
@@ -73,7 +128,16 @@ class _Exchanging(AbstractConnection):
                 raise exceptions.ConnectionError(f"error while reading from socket: {error.args}") from error
             raise
         self.replied = True
-        return replies.values
+        return own
+
+
+def _end_with_refusal(replies: Replies, received: int) -> bool:
+    """Complete replies that end with an error after which the server closed the connection."""
+    values: Sequence[Any] = replies.values
+    if len(values) != received or not isinstance(values[-1], exceptions.ResponseError):
+        return False
+    replies.values.append(values[-1])
+    return True
 
 
 class _Tcp(_Exchanging, Connection):
@@ -178,6 +242,7 @@ class WaitingPool:
             address = await self._locate() if self._locate else None
             if address is not None and isinstance(connection, Connection):
                 connection.host, connection.port = address
+            connection.surplus = b""
             try:
                 await connection.connect()  # type: ignore[no-untyped-call]
             except BaseException as error:

@@ -40,8 +40,18 @@ class Replies:
         """Whether all replies have arrived."""
         return len(self.values) == self._count
 
+    @property
+    def surplus(self) -> bytes:
+        """What has followed the last reply; empty while replies are missing."""
+        return bytes(self._buffer) if self.complete else b""
+
+    def drop_first(self) -> None:
+        """Remove the first reply, and expect another one after the last."""
+        del self.values[0]
+        self.feed(b"")
+
     def feed(self, data: bytes) -> None:
-        """Add bytes. Raises InvalidResponse if they are not RESP2, or more than the replies."""
+        """Add bytes. Raises InvalidResponse if they are not RESP2."""
         self._buffer += data
         start = 0
         try:
@@ -50,8 +60,6 @@ class Replies:
         except ValueError as error:
             raise InvalidResponse("a length or an integer of a reply is malformed") from error
         del self._buffer[:start]
-        if self.complete and self._buffer:
-            raise InvalidResponse("the server sent more replies than it received commands")
 
     def _parse(self, start: int) -> int:
         """Parse a value or the length of an array; return its end, 0 if it has not arrived."""

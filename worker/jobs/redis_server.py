@@ -8,12 +8,12 @@
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from redis import exceptions
 
-from worker.jobs.keys import CONTROL
+from worker.jobs.redis_commands import key_of
 from worker.jobs.redis_pool import Locate, OnConnect, WaitingPool, new_connection
 from worker.jobs.redis_resp import Command, Value
 from worker.redis_url import Address, RedisUrl
@@ -25,30 +25,6 @@ BLOCKING_TIMEOUT_S = 3.5
 """Exceeds MAX_BLOCK_MS by as much as a reply may take."""
 COMMAND_CONNECTIONS = 32
 BLOCKING_CONNECTIONS = 256
-
-_KEY_POSITION: Mapping[str, int] = {"EVALSHA": 3, "XGROUP": 2, "XINFO": 2}
-"""Of the first key in a command; 1 for those that are not listed."""
-_KEYLESS = ("TIME", "SCRIPT", "MULTI", "EXEC", "WAIT")
-
-
-def key_of(command: Command) -> str:
-    """The key that decides which node of a cluster executes the command.
-
-    Commands without a key go to the node of CONTROL, so that all clients read the same clock.
-    """
-    name = str(command[0])
-    if name in _KEYLESS:
-        return CONTROL
-    if name in ("XREAD", "XREADGROUP"):
-        return str(command[command.index("STREAMS") + 1])
-    return str(command[_KEY_POSITION.get(name, 1)])
-
-
-def keys_of(command: Command) -> Sequence[str]:
-    """The keys that a script is called with, or the first key of another command, if it has any."""
-    if command[0] == "EVALSHA":
-        return [str(key) for key in command[3 : 3 + int(command[2])]]
-    return [] if command[0] in _KEYLESS else [key_of(command)]
 
 
 class Exchange(Protocol):

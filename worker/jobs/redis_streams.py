@@ -81,6 +81,8 @@ class RedisStreams:
         self.documents: Documents = RedisDocuments(server, address)
         self._server = server
         self._address = address
+        self._replied = False
+        """Whether a call has succeeded."""
         self._opened: weakref.WeakSet[AbstractConnection] = weakref.WeakSet()
         self._scripts = load_scripts()
 
@@ -423,13 +425,14 @@ class RedisStreams:
                 return no_group
             if code == "NOSCRIPT" and no_script is not None:
                 return no_script
-            translated = translate(error, self._address, waiting=self.waits_for_access)
+            translated = translate(error, self._address, waiting=self.waits_for_access, replied=self._replied)
             if isinstance(translated, Disconnected):
                 self._lost(write, translated)
             raise translated from error
         finally:
             if task and task.cancelling() > cancellations:
                 raise asyncio.CancelledError
+        self._replied = True
         self.contact.succeeded(write, began_s)
         return value
 
