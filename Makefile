@@ -18,6 +18,7 @@ help:
 	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
 	@echo "make soak    load a server, workers and a gateway, and compare each figure with its bound: [NAMES='backlog memory …']"
 	@echo "make fuzz    feed hostile bytes to everything that reads foreign bytes: [TARGET=name] [RUNS=n]"
+	@echo "make chaos   kill workers and the server and disturb the network at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n] [GAP=s]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
@@ -57,7 +58,7 @@ contracts: $(VENV)/.installed-dev
 
 # Without SEED a seed is drawn and printed.
 chaos: $(VENV)/.installed-dev
-	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RUNNING),--max-running $(RUNNING))
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(RUNNING),--max-running $(RUNNING)) $(if $(GAP),--gap $(GAP))
 
 soak: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(NAMES)

@@ -1,9 +1,10 @@
-"""`make chaos [SEED=n] [MINUTES=m]`: one run and its summary. Exit code 1 on a violation."""
+"""`make chaos [SEED=n] [MINUTES=m] [RUNNING=n]`: one run and its summary. Exit code 1 on a violation."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import signal
 import sys
@@ -12,21 +13,38 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.run import Outcome, Plan, run
+from tests.chaos.network import NETWORK_FAULTS
+from tests.chaos.plan import Plan
+from tests.chaos.run import Outcome, run
 from tests.chaos.schedule import REFUSALS, schedule
 
 OVERHEAD_S = 25.0
 """Approximate time of start, last jobs and check."""
 GAP_S = 2.2
+NETWORK_GAP_S = 3.0
 
 
 def main() -> int:
     arguments = _arguments()
     seconds = max(10.0, arguments.minutes * 60 - OVERHEAD_S)
     faults = schedule(arguments.seed, seconds, arguments.gap)
-    plan = Plan(arguments.seed, seconds, faults, fenced=not arguments.unfenced, max_running=arguments.max_running)
-    print(f"seed {arguments.seed}: {len(faults)} faults in {seconds:.0f} s, {'' if plan.fenced else 'un'}fenced")
+    network_faults = schedule(arguments.seed, seconds, arguments.network_gap, NETWORK_FAULTS)
+    plan = Plan(
+        arguments.seed,
+        seconds,
+        faults,
+        network_faults,
+        fenced=not arguments.unfenced,
+        max_running=arguments.max_running,
+        other_release=arguments.other_release,
+    )
+    print(
+        f"seed {arguments.seed}: {len(faults)} faults of processes and {len(network_faults)} of the network "
+        f"in {seconds:.0f} s, {'' if plan.fenced else 'un'}fenced"
+    )
     report = print if arguments.verbose else _ignore
+    if not arguments.verbose:
+        logging.getLogger("worker.jobs.streams").setLevel(logging.ERROR)  # a line for each lost connection
     with tempfile.TemporaryDirectory(prefix="worker-chaos-") as folder:
         try:
             outcome = asyncio.run(_interruptible(plan, Path(folder), report))
@@ -41,8 +59,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seed", type=int, default=random.Random(time.time_ns()).randrange(10_000))
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--gap", type=float, default=GAP_S, help="seconds between two faults, on average")
+    parser.add_argument(
+        "--gap", type=float, default=GAP_S, help="seconds between two faults of processes, on average (default 2.2)"
+    )
+    parser.add_argument(
+        "--network-gap", type=float, default=NETWORK_GAP_S, help="the same for faults of the network (default 3.0)"
+    )
     parser.add_argument("--max-running", type=int, default=1, help="jobs that a worker runs at once")
+    parser.add_argument("--other-release", type=Path, metavar="FOLDER", help="a checkout that half of the workers run")
     parser.add_argument("--unfenced", action="store_true", help="disable fencing: the checker must find violations")
     parser.add_argument("--verbose", action="store_true", help="print one line per fault")
     return parser.parse_args()
@@ -63,7 +87,7 @@ def _ignore(_: str) -> None: ...
 def _summarize(outcome: Outcome) -> None:
     run_log, counts, logged = outcome.run_log, outcome.worker_pool.counts, outcome.logged
     kinds = {kind: sum(job.kind == kind for job in run_log.jobs) for kind in sorted({job.kind for job in run_log.jobs})}
-    kills = sum(counts.faults[kind] for kind in ("kill", "kill all"))
+    kills, links = sum(counts.faults[kind] for kind in ("kill", "kill all")), outcome.network.counts
     facts = {
         "time": f"{outcome.seconds:.0f} s",
         "jobs": f"{len(run_log.jobs)} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())}), "
@@ -71,11 +95,18 @@ def _summarize(outcome: Outcome) -> None:
         "tokens": f"{sum(len(job.received) for job in run_log.jobs)} received; readers rewound {run_log.rewinds} times",
         "kills of workers": f"{kills} by SIGKILL "
         f"({counts.with_a_job['kill'] + counts.with_a_job['kill all']} had a job), {counts.poisoned} by poison",
-        "other faults": f"{counts.faults['pause']} pauses past the lease ({counts.with_a_job['pause']} had a job), "
-        f"{counts.faults['term']} SIGTERM ({counts.with_a_job['term']} had a job)",
-        "server restarts": f"{counts.faults['server']}, and {counts.faults['lost second']} that lost the last second "
-        f"({outcome.lost_bytes} bytes; {run_log.submitted_again} jobs resubmitted, {run_log.repeated} tokens "
-        f"repeated, {run_log.reread} readers restarted)",
+        "other faults": f"{counts.faults['pause']} pauses past the lease ({counts.with_a_job['pause']} had a job, "
+        f"{counts.woken} woke), {counts.faults['term']} SIGTERM ({counts.with_a_job['term']} had a job)",
+        "kills of servers": f"{counts.faults['server'] + counts.faults['loading'] + counts.faults['lost second']}, "
+        f"of which {counts.faults['loading']} loaded for longer than a lease and {counts.faults['lost second']} "
+        f"lost the last second ({outcome.lost_bytes} bytes)",
+        "other losses": f"{counts.faults['fail over']} replicas took over, {counts.faults['flush']} FLUSHALL; "
+        f"after all losses {run_log.submitted_again} jobs resubmitted, {run_log.repeated} tokens repeated, "
+        f"{run_log.reread} readers restarted",
+        "network": f"{sum(links.values())} faults: {', '.join(f'{n} {kind}' for kind, n in links.items())}; "
+        f"{counts.faults['close clients']} times CLIENT KILL of all",
+        "clock steps": f"{counts.faults['server clock']} of the server, {counts.faults['worker clock']} of workers"
+        + ("" if outcome.clocks else " (skipped: no C compiler)"),
         "refusals": ", ".join(f"{counts.faults[kind]} {kind}" for kind in sorted(REFUSALS)),
         "workers started": f"{counts.starts}",
         "takeovers": f"{outcome.resumed['crash']} after a crash or a pause, {outcome.resumed['drain']} after a release",

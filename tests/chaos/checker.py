@@ -75,6 +75,7 @@ async def check_run(streams: Streams, raw: Redis, run_log: RunLog) -> list[list[
         findings.append(await _queue(streams, raw, queue))
         findings.append(await _dead_letters(streams, raw, queue, run_log))
     ttls = {key.decode(): await raw.pttl(key) for key in await raw.keys("inf:*")}
+    findings.append(run_log.problems)
     findings.append(keys_without_ttl({key: None if ttl == -1 else ttl for key, ttl in ttls.items()}))
     return findings
 
@@ -95,7 +96,7 @@ async def _dead_letters(streams: Streams, raw: Redis, queue: str, run_log: RunLo
         if job.queue == queue and await raw.hget(state_key(job.job_id), "error") == b"DEAD_LETTERED":
             jobs[job.job_id] = 1
     certain = Counter(g.payload for g in run_log.garbage if g.queue == queue and not g.maybe_lost)
-    possible = Counter(g.payload for g in run_log.garbage if g.queue == queue)
+    possible = Counter({g.payload: g.entries for g in run_log.garbage if g.queue == queue})
     wrong = [f"dead letter of {job_id}: {n} found" for job_id, n in found_jobs.items() if n != jobs[job_id]]
     wrong += [f"no dead letter of {job_id}" for job_id in jobs if job_id not in found_jobs]
     wrong += [f"dead letters of unknown payloads: {n}" for n in [(found_garbage - possible).total()] if n]

@@ -76,8 +76,8 @@ class Orchestrator:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            raise RuntimeError("an orchestrator failed") from task.exception()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._run_log.problems.append(f"{self.name}: {error!r}")
 
     def _choose_case(self, kind: str) -> Case:
         case = self._random.choice(self._cases)
@@ -120,7 +120,12 @@ class Orchestrator:
         payload = b"\xc1" + self._random.randbytes(self._random.randint(0, 40))
         garbage = Garbage(self._queue, payload)
         self._run_log.garbage.append(garbage)
-        await retry_until_connected(self._streams.enqueue, self._queue, {"p": payload}, 1_000_000)
+
+        async def enqueue() -> None:
+            garbage.entries += 1
+            await self._streams.enqueue(self._queue, {"p": payload}, 1_000_000)
+
+        await retry_until_connected(enqueue)
         garbage.sent = time.time()
 
     async def _read(self, job: Job) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 from redis.asyncio import Redis
 
 from tests.chaos.checker import check_run
+from tests.chaos.clock import Clock, build_library
+from tests.chaos.network import Network
 from tests.chaos.orchestrator import Orchestrator
+from tests.chaos.plan import Plan
 from tests.chaos.run_log import RunLog
-from tests.chaos.schedule import REFUSALS, Fault
+from tests.chaos.schedule import SERVER_FAULTS, Fault
 from tests.chaos.server import PersistentServer
-from tests.chaos.worker_pool import LEASE_S, WorkerPool
+from tests.chaos.worker_pool import LEASE_S, STEPS_S, WorkerPool
 from tests.chaos.workload import QUEUES, echo_cases, tiny_cases
 from worker.jobs.events import Resumed, decode_event
 from worker.jobs.keys import events_key, queue_key
@@ -27,25 +30,7 @@ from worker.jobs.redis_streams import RedisStreams
 
 DRAIN_S = 120.0
 """Maximum time of the last jobs after the last fault."""
-SETTLE_S = 20.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Parameters of a run."""
-
-    seed: int
-    seconds: float
-    faults: list[Fault]
-    fenced: bool = True
-    workers: int = 2
-    """For each queue."""
-    orchestrators: int = 2
-    concurrency: int = 6
-    """Running jobs of each orchestrator."""
-    cases: int = 12
-    max_running: int = 1
-    """Jobs that a worker runs at once."""
+SETTLE_S = 60.0
 
 
 @dataclass
@@ -54,9 +39,14 @@ class Outcome:
 
     run_log: RunLog
     worker_pool: WorkerPool
+    network: Network
     findings: list[list[str]] = field(default_factory=list)
     resumed: Counter[str] = field(default_factory=Counter)
     logged: Counter[str] = field(default_factory=Counter)
+    unknown_events: int = 0
+    """Events of types that this release does not know."""
+    clocks: bool = True
+    """Whether wall clocks could be set."""
     lost_bytes: int = 0
     seconds: float = 0.0
 
@@ -74,91 +64,126 @@ async def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> Outcom
         "echo": echo_cases(plan.seed, plan.cases),
     }
     report(f"{plan.cases} reference answers for each model in {time.monotonic() - began:.0f} s")
-    server, run_log = PersistentServer(folder), RunLog()
-    worker_pool = WorkerPool(folder, server.url, plan.seed, plan.workers, plan.fenced, plan.max_running)
-    outcome = Outcome(run_log, worker_pool)
+    library = build_library(folder)
+    server, run_log = PersistentServer(folder, Clock(library, folder / "server.clock")), RunLog()
+    network = Network(server.port, plan.names(), plan.seed)
+    await network.open()
+    outcome = Outcome(run_log, WorkerPool(folder, network, plan, library), network, clocks=library is not None)
     orchestrators = [
         Orchestrator(
-            f"{queue}{plan.seed}o{n}", queue, server.url, cases[queue], run_log, max(plan.concurrency, plan.max_running)
+            name, queue, network.links[name].url, cases[queue], run_log, max(plan.concurrency, plan.max_running)
         )
         for queue in QUEUES
-        for n in range(plan.orchestrators)
+        for name in plan.orchestrator_names(queue)
     ]
+    faults = Faults(plan, server, outcome, report)
     try:
         await server.start()
-        async with _in_background(worker_pool.supervise()):
-            await _run_load(plan, server, outcome, orchestrators, report)
+        async with _in_background(outcome.worker_pool.supervise(), _annotate(server)):
+            await _run_load(plan, outcome, orchestrators, faults)
             await _wait_until_settled(server)
-        await worker_pool.stop()
+        await outcome.worker_pool.stop()
         await _check(server, outcome)
     finally:
         for orchestrator in orchestrators:
             await orchestrator.close()
-        worker_pool.kill()
+        outcome.worker_pool.kill()
         server.stop()
+        await network.close()
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
+async def _annotate(server: PersistentServer) -> None:
+    while True:
+        server.annotate()
+        await asyncio.sleep(1.0)
+
+
 @contextlib.asynccontextmanager
-async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `work` in the background of the block; the block is cancelled if `work` fails."""
+async def _in_background(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `works` in the background of the block; the block is cancelled if one of them fails."""
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(work)
+        tasks = [group.create_task(work) for work in works]
         yield
-        task.cancel()
+        for task in tasks:
+            task.cancel()
 
 
-async def _run_load(
-    plan: Plan,
-    server: PersistentServer,
-    outcome: Outcome,
-    orchestrators: list[Orchestrator],
-    report: Callable[[str], None],
-) -> None:
+async def _run_load(plan: Plan, outcome: Outcome, orchestrators: list[Orchestrator], faults: Faults) -> None:
     """Run jobs and inject faults for the plan's time, then wait for the running jobs."""
     began = time.monotonic()
     try:
         async with asyncio.timeout(plan.seconds + DRAIN_S), asyncio.TaskGroup() as group:
             for orchestrator in orchestrators:
                 group.create_task(orchestrator.run(began + plan.seconds))
-            await _inject_faults(plan, began, server, outcome, report)
+            group.create_task(faults.inject_into_network(began))
+            await faults.inject(began)
     except TimeoutError:
         problem = f"jobs are still running {DRAIN_S:.0f} s after the last one was submitted"
         outcome.worker_pool.counts.problems.append(problem)
 
 
-async def _inject_faults(
-    plan: Plan, began: float, server: PersistentServer, outcome: Outcome, report: Callable[[str], None]
-) -> None:
-    """Inject the plan's faults, each at its time or when the one before is done."""
-    random = Random(f"server {plan.seed}")
-    async with _streams(server) as streams:
-        for fault in plan.faults:
+class Faults:
+    """Injects the faults of a plan."""
+
+    def __init__(self, plan: Plan, server: PersistentServer, outcome: Outcome, report: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._server = server
+        self._outcome = outcome
+        self._report = report
+        self._random = Random(f"server {plan.seed}")
+
+    async def inject(self, began: float) -> None:
+        """Inject the faults of processes, each at its time or when the one before is done."""
+        for fault in self._plan.faults:
             await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
-            if time.monotonic() - began > plan.seconds:  # earlier faults waited for a worker with a job
+            if time.monotonic() - began > self._plan.seconds:  # earlier faults waited for a worker with a job
                 break
-            if fault.kind in ("server", "lost second"):
-                await _restart(server, outcome, random.uniform(0, 1.5), lossy=fault.kind == "lost second")
-            elif fault.kind in REFUSALS:
-                outcome.worker_pool.counts.faults[fault.kind] += 1
-                await server.refuse(fault.kind, fault.pause * LEASE_S)
-            else:
-                pause_s = fault.pause * LEASE_S
-                await outcome.worker_pool.inject(fault.kind, QUEUES[fault.queue], fault.busy, pause_s, streams)
-            ended = sum(job.last is not None for job in outcome.run_log.jobs)
-            report(f"{time.monotonic() - began:4.0f} s  {fault.kind:12} {ended} jobs ended")
+            await self._inject(fault)
+            ended = sum(job.last is not None for job in self._outcome.run_log.jobs)
+            self._report(f"{time.monotonic() - began:4.0f} s  {fault.kind:16} {ended} jobs ended")
 
+    async def inject_into_network(self, began: float) -> None:
+        """Inject the faults of links, each at its time."""
+        for fault in self._plan.network_faults:
+            await asyncio.sleep(max(0.0, began + fault.at - time.monotonic()))
+            self._outcome.network.inject(fault.kind, not fault.busy, fault.pause * LEASE_S)
+            self._report(f"{time.monotonic() - began:4.0f} s  {fault.kind}{'' if fault.busy else ', everywhere'}")
 
-async def _restart(server: PersistentServer, outcome: Outcome, downtime_s: float, lossy: bool) -> None:
-    outcome.worker_pool.counts.faults["lost second" if lossy else "server"] += 1
-    server.kill()
-    if lossy:
-        lost = server.lose_last_second()
-        outcome.run_log.lose_writes(lost.since)
-        outcome.lost_bytes += lost.size
-    await asyncio.sleep(downtime_s)
-    await server.start()
+    async def _inject(self, fault: Fault) -> None:
+        server, pool, seconds = self._server, self._outcome.worker_pool, fault.pause * LEASE_S
+        if fault.kind not in SERVER_FAULTS:
+            async with _streams(server) as streams:
+                await pool.inject(fault.kind, QUEUES[fault.queue], fault.busy, seconds, streams)
+            return
+        pool.counts.faults[fault.kind] += 1
+        match fault.kind:
+            case "server" | "lost second" | "loading":
+                await self._restart(lossy=fault.kind == "lost second", load_s=seconds if fault.kind == "loading" else 0)
+            case "fail over":
+                former = await server.fail_over(seconds)
+                self._outcome.network.redirect(server.port)
+                former.stop()
+            case "flush":
+                with self._outcome.run_log.losing_writes():
+                    await server.flush()
+            case "close clients":
+                await server.close_clients()
+            case "server clock":
+                server.clock.set(0 if server.clock.ahead_s else self._random.choice(STEPS_S))
+            case _:
+                await server.refuse(fault.kind, seconds)
+
+    async def _restart(self, lossy: bool, load_s: float) -> None:
+        downtime_s = self._random.uniform(0, 1.5)
+        self._server.kill()
+        if lossy:
+            lost = self._server.lose_last_second()
+            self._outcome.run_log.lose_writes(lost.since)
+            self._outcome.lost_bytes += lost.size
+        await asyncio.sleep(downtime_s)
+        await self._server.start(load_s)
 
 
 async def _wait_until_settled(server: PersistentServer) -> None:
@@ -187,6 +212,7 @@ async def _check(server: PersistentServer, outcome: Outcome) -> None:
         for job in outcome.run_log.jobs:
             for _, fields in await streams.range(events_key(job.job_id), "-", "+", 1_000_000):
                 decoded = decode_event(fields["type"].decode(), fields["p"])
+                outcome.unknown_events += decoded is None
                 if decoded and isinstance(decoded[0], Resumed):
                     outcome.resumed[decoded[0].reason] += 1
     for line in outcome.worker_pool.logged():

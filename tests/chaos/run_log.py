@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.chaos.workload import Case
@@ -41,6 +43,8 @@ class Garbage:
     payload: bytes
     sent: float = math.inf
     maybe_lost: bool = False
+    entries: int = 0
+    """Number of calls that have added it: a call is repeated after a lost reply."""
 
 
 @dataclass
@@ -51,6 +55,8 @@ class RunLog:
     garbage: list[Garbage] = field(default_factory=list)
     losses: int = 0
     """Number of times that the server lost its last writes."""
+    losing: bool = False
+    """Whether the server is losing writes at this moment."""
     submitted_again: int = 0
     repeated: int = 0
     """Tokens received again after such a loss."""
@@ -58,6 +64,8 @@ class RunLog:
     """Readers that restarted after such a loss."""
     rewinds: int = 0
     """Times that a reader went back to an earlier entry on purpose."""
+    problems: list[str] = field(default_factory=list)
+    """Violations that concern no job."""
 
     def lose_writes(self, since: float) -> None:
         """Record that the server lost what it wrote from Unix time `since` on.
@@ -67,6 +75,16 @@ class RunLog:
         self.losses += 1
         for each in (*self.jobs, *self.garbage):
             each.maybe_lost = each.maybe_lost or each.sent > since - CLOCK_S
+
+    @contextlib.contextmanager
+    def losing_writes(self) -> Iterator[None]:
+        """Record that the server loses everything at some time in the block."""
+        self.losing = True
+        try:
+            yield
+        finally:
+            self.lose_writes(-math.inf)
+            self.losing = False
 
 
 class ReadPass:
@@ -85,7 +103,7 @@ class ReadPass:
     @property
     def writes_lost(self) -> bool:
         """Whether the server has lost writes since: the reader may have seen other entries."""
-        return self._run_log.losses != self._losses
+        return self._run_log.losing or self._run_log.losses != self._losses
 
     def receive(self, item: StreamEvent) -> bool:
         """Check one event. Returns False if the reader must restart because of lost writes."""

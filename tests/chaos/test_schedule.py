@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tests.chaos.network import NETWORK_FAULTS
 from tests.chaos.schedule import FAULT_WEIGHTS, schedule
 from tests.chaos.workload import POISON, echo_cases, tiny_cases
 
@@ -27,6 +28,13 @@ def test_two_minutes_have_every_kind_of_fault_and_lose_the_last_second_three_tim
         assert set(kinds) == set(FAULT_WEIGHTS)
         assert kinds["lost second"] >= 3
         assert kinds["kill"] >= 5
+
+
+def test_the_network_has_faults_of_its_own_of_every_kind():
+    for seed in range(20):
+        planned = schedule(seed, 155, 3.0, NETWORK_FAULTS)
+        assert {fault.kind for fault in planned} == set(NETWORK_FAULTS)
+        assert 30 < len(planned) < 80
 
 
 def test_pauses_exceed_the_lease_and_end_before_the_stall_timeout():

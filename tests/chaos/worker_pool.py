@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from pathlib import Path
 from random import Random
 from typing import IO
 
+from tests.chaos.clock import Clock
+from tests.chaos.network import Network
+from tests.chaos.plan import Plan
 from tests.chaos.workload import ECHO_CONTEXT, PREFILL_CHUNK, QUEUES, TINY_CONTEXT
 from worker.embedded import Child
 from worker.jobs.streams import Streams, retry_until_connected
@@ -41,7 +45,8 @@ port = 0
 format = "json"
 """
 ECHO_STEP_MS = 1.5
-STOP_S = 20.0
+STOP_S = 60.0
+STEPS_S = (-3600, 3600)
 POLL_S = 5.0
 """Time for which to look for a worker that has a job."""
 
@@ -53,6 +58,9 @@ class Slot:
     queue: str
     name: str
     log: IO[bytes]
+    clock: Clock
+    other: bool
+    """Whether its worker is of the other release, if there is one."""
     child: Child | None = None
     fault: str = ""
     """The fault that ends the current worker, or empty."""
@@ -69,6 +77,8 @@ class Counts:
     with_a_job: Counter[str] = field(default_factory=Counter)
     """Faults that affected a worker with a job."""
     poisoned: int = 0
+    woken: int = 0
+    """Workers that were paused past their lease and went on."""
     starts: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -76,17 +86,20 @@ class Counts:
 class WorkerPool:
     """`each` workers for each queue."""
 
-    def __init__(self, folder: Path, url: str, seed: int, each: int, fenced: bool = True, max_running: int = 1) -> None:
+    def __init__(self, folder: Path, network: Network, plan: Plan, clock_library: Path | None) -> None:
         self.counts = Counts()
         self._folder = folder
-        self._url = url
-        self._fenced = fenced
-        self._max_running = max_running
-        self._random = Random(f"workers {seed}")
-        self._stopping = False
+        self._network = network
+        self._plan = plan
+        self._random = Random(f"workers {plan.seed}")
         (folder / "worker.toml").write_text(SETTINGS)
-        names = [(queue, f"{queue}{n}") for queue in QUEUES for n in range(each)]
-        self._slots = [Slot(queue, name, (folder / f"{name}.log").open("ab")) for queue, name in names]
+        self._slots = [
+            Slot(
+                queue, name, (folder / f"{name}.log").open("ab"), Clock(clock_library, folder / f"{name}.clock"), n > 0
+            )
+            for queue in QUEUES
+            for n, name in enumerate(plan.worker_names(queue))
+        ]
         self._resuming: set[asyncio.Task[None]] = set()
 
     async def supervise(self) -> None:
@@ -109,7 +122,9 @@ class WorkerPool:
             assert slot.child is not None, "supervise() starts each slot first"
             self.counts.faults[kind] += 1
             self.counts.with_a_job[kind] += slot.child.process.pid in held
-            if kind == "pause":
+            if kind == "worker clock":
+                slot.clock.set(0 if slot.clock.ahead_s else self._random.choice(STEPS_S))
+            elif kind == "pause":
                 self._pause(slot, slot.child, pause_s)
             else:
                 slot.fault = kind
@@ -165,9 +180,18 @@ class WorkerPool:
         return "\n".join((self._folder / f"{slot_name}.log").read_text(errors="replace").splitlines()[-lines:])
 
     def _start(self, slot: Slot) -> None:
-        command = [sys.executable, "-m", "tests.chaos.worker", *([] if self._fenced else ["--unfenced"]), "run"]
-        command += ["--config", str(self._folder / "worker.toml"), "--redis-url", self._url]
-        command += ["--queue", slot.queue, "--name", slot.name, "--max-running", str(self._max_running)]
+        plan, other = self._plan, self._plan.other_release if slot.other else None
+        command: list[str | Path] = list(slot.clock.command)
+        if other is None:
+            command += [sys.executable, "-m", "tests.chaos.worker"]
+        else:
+            env = shutil.which("env")
+            assert env is not None, "no program `env`"
+            command += [env, f"PYTHONPATH={other}", sys.executable, "-P", "-m", "tests.chaos.worker"]
+        command += [] if plan.fenced else ["--unfenced"]
+        command += ["run", "--config", str(self._folder / "worker.toml")]
+        command += ["--redis-url", self._network.links[slot.name].url, "--queue", slot.queue, "--name", slot.name]
+        command += ["--max-running", str(plan.max_running)] if plan.max_running > 1 else []
         if slot.queue == "echo":
             command += ["--echo", "--echo-step-ms", str(ECHO_STEP_MS), "--context", str(ECHO_CONTEXT)]
         else:
@@ -201,6 +225,7 @@ class WorkerPool:
         async def resume() -> None:
             await asyncio.sleep(seconds)
             slot.paused = False
+            self.counts.woken += not child.ended
             child.process.send_signal(signal.SIGCONT)
 
         child.process.send_signal(signal.SIGSTOP)
