@@ -83,7 +83,7 @@ async def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> Outcom
             await _run_load(plan, outcome, orchestrators, faults)
             await _wait_until_settled(server)
         await outcome.worker_pool.stop()
-        await _check(server, outcome)
+        await _check(plan, server, outcome)
     finally:
         for orchestrator in orchestrators:
             await orchestrator.close()
@@ -204,10 +204,10 @@ async def _streams(server: PersistentServer) -> AsyncIterator[RedisStreams]:
         await streams.close()
 
 
-async def _check(server: PersistentServer, outcome: Outcome) -> None:
+async def _check(plan: Plan, server: PersistentServer, outcome: Outcome) -> None:
     """Check what is left on the server, and count takeovers and log lines."""
     async with _streams(server) as streams, Redis.from_url(server.url, protocol=2) as raw:
-        outcome.findings = await check_run(streams, raw, outcome.run_log)
+        outcome.findings = await check_run(streams, raw, outcome.run_log, plan.other_release is None)
         outcome.findings.append(outcome.worker_pool.counts.problems)
         for job in outcome.run_log.jobs:
             for _, fields in await streams.range(events_key(job.job_id), "-", "+", 1_000_000):
