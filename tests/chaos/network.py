@@ -81,6 +81,7 @@ class Link:
         elif fault == "lost replies":
             if self._random.random() < 0.5:
                 connection.abort()
+            connection.muted = True  # as TCP does, never delivers what follows a lost part
         elif fault == "late replies":
             await asyncio.sleep(self._random.choice([0.02, 0.2, self._random.uniform(0, _LATE_S)]))
             await deliver(connection, data)

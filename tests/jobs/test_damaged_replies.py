@@ -178,6 +178,22 @@ async def test_replies_that_are_repeated_at_once_fail_no_call(server: Server) ->
         await streams.close()
 
 
+@pytest.mark.parametrize("call", ["range", "read_many"])
+async def test_the_first_reply_of_all_may_be_damaged_after_its_beginning(server: Server, call: str) -> None:
+    """A long reply comes in parts, each of which is repeated."""
+    direct = RedisStreams.from_url(server.url)
+    for n in range(100):
+        await direct.add("queue", {"p": b"%d" % n * 2000}, 1000, None)
+    await direct.close()
+    async with running_proxy(server.port, reply=twice) as proxy:
+        streams = RedisStreams.from_url(url_of(proxy))
+        proxy.bytes_per_s = 20e6  # several segments
+        arguments = ("queue", "-", "+", 1000) if call == "range" else ({"queue": "0-0"}, 100, 1000)
+        with pytest.raises(Disconnected, match=r"on the way|in time"):
+            await getattr(streams, call)(*arguments)
+        await streams.close()
+
+
 async def test_a_server_that_is_no_redis_server_is_refused_at_the_first_call(server: Server) -> None:
     async def other_protocol(connection: ProxiedConnection, data: bytes) -> None:
         await deliver(connection, b"HTTP/1.1 400 Bad Request\r\n\r\n")

@@ -39,7 +39,7 @@ _TCP_OPTIONS = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_US
 _MIN_BYTES_PER_S = 500_000
 _READ_BYTES = 65_536
 _NUMBERS = counter()
-_OUT_OF_STEP = "a reply was repeated or lost on the way"
+_OUT_OF_STEP = "a reply was repeated, damaged or lost on the way"
 
 
 @dataclass(slots=True)
@@ -59,6 +59,10 @@ class _Write:
             return False
         refused = isinstance(replies[0], exceptions.ResponseError)
         return bool(replies[0] != self.first and not refused) or self.first in replies[1:]
+
+    def has_begun(self, replies: Sequence[Any]) -> bool:
+        """Whether the first PING's reply is there: the server is one of Redis's kind."""
+        return self.first in replies[:1]
 
     def replies_of(self, replies: Sequence[Any]) -> list[Any]:
         """The commands' replies. Raises ConnectionError if they may be those of other commands.
@@ -122,6 +126,8 @@ class _Exchanging(AbstractConnection):
             own = write.replies_of(replies.values)
         except BaseException as error:
             await self.disconnect(nowait=True)
+            if isinstance(error, exceptions.InvalidResponse) and write.has_begun(replies.values):
+                raise exceptions.ConnectionError(_OUT_OF_STEP) from error
             if isinstance(error, TimeoutError):
                 raise exceptions.TimeoutError("timeout reading from socket") from error
             if isinstance(error, OSError):
