@@ -8,8 +8,7 @@ RESULTS := benchmarks/results
 MEASURED = $(patsubst %,$(RESULTS)/%.json,$(patsubst %.gguf,%,$(notdir $(MODELS))))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test kernels test-gpu check lint types contracts chaos soak bench lock audit clean
-.PHONY: help demo test kernels test-gpu check lint types contracts chaos fuzz bench clean
+.PHONY: help demo test kernels test-gpu check lint types contracts chaos soak fuzz bench lock audit clean
 
 help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
