@@ -143,6 +143,22 @@ def test_compose_confines_each_service_and_publishes_its_ports_on_loopback_only(
     assert service["healthcheck"]["test"][0] == "CMD"
 
 
+@pytest.mark.parametrize("name", ["prometheus", "grafana"])
+def test_compose_mounts_files_that_exist(services, name):
+    sources = [volume.split(":")[0] for volume in services[name]["volumes"]]
+    assert [source for source in sources if source.startswith("./") and not (COMPOSE.parent / source).exists()] == []
+
+
+def test_prometheus_scrapes_the_services_of_compose_at_their_ports(services, monkeypatch):
+    config = yaml.safe_load((COMPOSE.parent / "prometheus/prometheus.yaml").read_text())
+    targets = [
+        target for job in config["scrape_configs"] for each in job["static_configs"] for target in each["targets"]
+    ]
+    settings = accepted(["run"], services["worker"]["environment"], monkeypatch)
+    assert sorted(targets) == [f"gateway:{settings.gateway.port}", f"worker:{settings.http.port}"]
+    assert {target.split(":")[0] for target in targets} <= services.keys()
+
+
 @pytest.fixture
 def installed_unit(tmp_path):
     """The unit with a program that exists on this machine."""
