@@ -14,10 +14,9 @@ help:
 	@echo "make demo    download a small model, start a server and a worker, run two jobs"
 	@echo "make test    run the whole test suite; no GPU needed"
 	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
-	@echo "make chaos   kill workers and the server at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n]"
+	@echo "make chaos   kill workers and the server and disturb the network at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n] [GAP=s]"
 	@echo "make soak    load a server, workers and a gateway, and compare each figure with its bound: [NAMES='backlog memory …']"
 	@echo "make fuzz    feed hostile bytes to everything that reads foreign bytes: [TARGET=name] [RUNS=n]"
-	@echo "make chaos   kill workers and the server and disturb the network at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n] [GAP=s]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
@@ -79,10 +78,10 @@ bench: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.engine_overhead
 
 # Extras and groups that each lock file pins; requirements/build.txt pins the build system.
-LOCK_cpu := --extra gateway
-LOCK_gpu := --extra gateway --extra gpu
-LOCK_gpu-cuda12 := --extra gateway --extra gpu-cuda12
-LOCK_dev := --extra gateway --extra embedded --group dev
+LOCK_cpu := --extra gateway --extra tracing
+LOCK_gpu := --extra gateway --extra tracing --extra gpu
+LOCK_gpu-cuda12 := --extra gateway --extra tracing --extra gpu-cuda12
+LOCK_dev := --extra gateway --extra tracing --extra embedded --extra top --group dev
 LOCKS := $(patsubst %,requirements/%.txt,cpu gpu gpu-cuda12 dev build)
 
 lock: $(LOCKS)
