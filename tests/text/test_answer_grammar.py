@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from worker.errors import InvalidRequest
 from worker.text.answer_grammar import ContentFormat, answer_grammar
 from worker.text.detokenizer import IncrementalDetokenizer
 from worker.text.parsers import answer_parser
+from worker.text.parsers.tool_schema import STRING, parameter_types
 from worker.text.tokenizer import Tokenizer
 
 TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
@@ -374,3 +376,40 @@ def test_a_call_that_is_forced_needs_a_function(tokenizer):
         answer_grammar(
             tokenizer, prompt_of(tokenizer), None, [{"type": "function", "function": {"name": "a b"}}], "required"
         )
+
+
+MALFORMED = [
+    *({"properties": value} for value in (True, [], "a", 5)),
+    *({"required": value} for value in (True, "a", [["a"]], [{}], 5)),
+    *({"properties": {"a": {"type": value}}} for value in (5, [{}], [["string"]], {})),
+    *({"properties": {"a": {key: 5}}} for key in ("anyOf", "oneOf", "allOf", "enum", "$ref")),
+    *({"properties": {"a": {"type": "string", "enum": value}}} for value in (5, True, "ab", {})),
+    *({"properties": {"a": {"type": "string", "minLength": value}}} for value in (-1, 1.5, "1}", True, None, [])),
+    *({"properties": {"a": {"anyOf": value, "type": ["string", "null"]}}} for value in (5, True, [5])),
+]
+
+
+@pytest.mark.parametrize("schema", MALFORMED, ids=json.dumps)
+@pytest.mark.parametrize("family", ["qwen_xml", "hermes"])
+def test_parameters_that_are_no_schema_are_refused_or_any_object(family, schema):
+    tokenizer = FAMILIES[family]
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert answer_grammar(tokenizer, prompt_of(tokenizer), None, [tool], "auto") is not None
+    answer_parser(tokenizer, prompt_of(tokenizer), [tool])
+    choice = {"type": "function", "function": {"name": "f"}}
+    with contextlib.suppress(InvalidRequest):
+        assert answer_grammar(tokenizer, prompt_of(tokenizer), None, [tool], choice) is not None
+
+
+def test_references_of_a_parameter_to_itself_take_no_exponential_time():
+    loop = {"anyOf": [{"$ref": "#/$defs/x"}] * 20}
+    schema = {
+        "type": "object",
+        "properties": {"a": loop},
+        "$defs": {"x": {"anyOf": [*loop["anyOf"], {"type": "integer"}]}},
+    }
+    deep: dict[str, Any] = {"type": "boolean"}
+    for _ in range(900):
+        deep = {"anyOf": [deep]}
+    tools = [{"function": {"name": "f", "parameters": {**schema, "properties": {"a": loop, "b": deep}}}}]
+    assert parameter_types(tools, "f") == {"a": {"integer"}, "b": STRING}

@@ -156,6 +156,7 @@ def _xml_parameters(n: int, tool: Tool) -> Iterator[tuple[bool, list[str]]]:
     if wrong:
         rule = "not supported: parameters in tags of their own can't have this keyword enforced"
         raise InvalidRequest.of(*((f"{tool.field}.{key}", rule, None) for key in wrong))
+    _check_forms(schema, tool.field, ("properties", "required"))
     properties, required = schema.get("properties", {}), schema.get("required", ())
     types = parameter_types([{"name": tool.name, "parameters": schema}], tool.name)
     definitions = {key: schema[key] for key in ("$defs", "definitions", "$schema") if key in schema}
@@ -171,6 +172,25 @@ def _xml_parameters(n: int, tool: Tool) -> Iterator[tuple[bool, list[str]]]:
         yield name in required, [rf"{rule}: {opening} value_{n}_{i} /\n?/", *value]
 
 
+def _check_forms(schema: Mapping[str, Any], field: str, keywords: Sequence[str]) -> None:
+    """Raise InvalidRequest for a keyword whose value has not the form that JSON Schema requires."""
+    for key in keywords:
+        value = schema.get(key)
+        if key not in schema:
+            continue
+        if key == "properties":
+            is_valid, rule = isinstance(value, Mapping), "a map of schemas"
+        elif key == "required":
+            is_valid = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+            rule = "a list of names"
+        elif key == "enum":
+            is_valid, rule = isinstance(value, list | tuple), "a list of values"
+        else:
+            is_valid, rule = type(value) is int and value >= 0, "an integer, 0 or more"
+        if not is_valid:
+            raise InvalidRequest.of((f"{field}.{key}", rule, None))
+
+
 def _xml_value(
     rule: str, tool: Tool, name: str, schema: Any, types: frozenset[str], definitions: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -182,6 +202,7 @@ def _xml_value(
         return
     given = schema if isinstance(schema, Mapping) and types == STRING else {}
     field = f"{tool.field}.properties.{name}"
+    _check_forms(given, field, ("enum", "minLength", "maxLength"))
     wrong = [key for key in given if key not in _TEXT_KEYWORDS]
     if wrong or schema is False:
         constraint = "not supported in a parameter whose value has no quotes"
@@ -204,6 +225,7 @@ def _is_text_or_null(schema: Any, types: frozenset[str]) -> bool:
     """Whether every text without quotes is a valid value: the parser makes `null` of that word."""
     if types != STRING | {"null"} or not isinstance(schema, Mapping):
         return False
-    choices = [choice for key in ("anyOf", "oneOf") for choice in schema.get(key, ())]
+    lists = [schema.get(key) for key in ("anyOf", "oneOf")]
+    choices = [choice for choices in lists if isinstance(choices, list | tuple) for choice in choices]
     allowed = {*_ANNOTATIONS, "type", *(("anyOf", "oneOf") if choices else ())}
     return all(set(each) <= allowed for each in (schema, *choices) if isinstance(each, Mapping))

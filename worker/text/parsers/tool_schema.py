@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 STRING = frozenset(["string"])
+_MAX_DEPTH = 50
+"""Levels of schemas in schemas that are looked at, as many as a grammar takes."""
 _ALIASES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
 
 
@@ -49,17 +51,26 @@ def json_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: Any, root: Any, references: int = 8) -> frozenset[str]:
-    """The JSON types of a schema; `root` has the schemas that it may refer to."""
-    if not isinstance(schema, Mapping):
+def _types(schema: Any, root: Any, known: dict[str, frozenset[str]] | None = None, depth: int = 0) -> frozenset[str]:
+    """The JSON types of a schema; `root` has the schemas that it may refer to.
+
+    `known` has the types of the references that were followed: a schema of a few references to
+    itself would else take exponential time.
+    """
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return frozenset()
+    known = {} if known is None else known
     named = schema.get("type")
-    found = {_ALIASES.get(name, name) for name in ([named] if isinstance(named, str) else named or ())}
+    names = [named] if isinstance(named, str) else named if isinstance(named, list | tuple) else ()
+    found = {_ALIASES.get(name, name) for name in names if isinstance(name, str)}
     for choices in (schema.get(key) for key in ("anyOf", "oneOf", "allOf")):
-        for choice in choices if isinstance(choices, Sequence) else ():
-            found |= _types(choice, root, references)
-    if not found and references and isinstance(reference := schema.get("$ref"), str):
-        found |= _types(_referenced(root, reference), root, references - 1)
+        for choice in choices if isinstance(choices, list | tuple) else ():
+            found |= _types(choice, root, known, depth + 1)
+    if not found and isinstance(reference := schema.get("$ref"), str):
+        if reference not in known:
+            known[reference] = frozenset()
+            known[reference] = _types(_referenced(root, reference), root, known, depth + 1)
+        found |= known[reference]
     if schema.get("nullable") is True and found:
         found.add("null")
     values = [schema["const"]] if "const" in schema else schema.get("enum")
