@@ -126,8 +126,8 @@ def _unsupported(schema: Mapping[str, Any], place: str) -> Iterator[Error]:
         if key in ("const", "enum") and _DROPPED.search(json.dumps(value, ensure_ascii=False)):
             yield f"{place}.{key}", "strings without control characters, besides line ends and tabs", None
     form, kind = schema.get("format"), schema.get("type")
-    names = kind if isinstance(kind, list | tuple) else [kind if isinstance(kind, str) else "string"]
-    kinds = frozenset(name for name in names if isinstance(name, str))
+    types = kind if isinstance(kind, list | tuple) else [kind if isinstance(kind, str) else "string"]
+    kinds = frozenset(each for each in types if isinstance(each, str))
     if form is not None and form not in _FORMATS and not kinds <= _NO_STRINGS:
         yield f"{place}.format", f"one of {', '.join(_FORMATS)}", _shortened(form)
     reference = schema.get("$ref")
