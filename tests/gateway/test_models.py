@@ -47,8 +47,20 @@ async def test_while_a_worker_loads_its_model_an_unknown_one_has_status_503(harn
         assert response.status_code == 503
 
 
+async def test_a_worker_whose_status_has_no_numbers_hides_no_model(harness):
+    async with gateway(harness) as running:
+        await fake_worker(harness, running)
+        strange = await harness.transport("strange")
+        status = {"model": "strange", "state": "ready", "queue": "default", "started_ms": "soon", "context": "²"}
+        await strange.registration.heartbeat(status | {"jobs": "9" * 5000, "vram_used": "-"})
+        await running.context.models.refresh()
+        names = [model["id"] for model in (await running.http().get("/v1/models")).json()["data"]]
+        assert names == ["echo", "strange"]
+        assert (await running.http().get("/page/status")).status_code == 200
+
+
 async def test_a_model_whose_worker_is_gone_takes_requests_for_a_time_and_then_has_status_503(harness):
-    async with gateway(harness, no_worker_s=0.4) as running:
+    async with gateway(harness, no_worker_s=3.0) as running:
         transport = await fake_worker(harness, running)
         body = {"model": "echo", "messages": HELLO}
         await harness.drop(worker_key(transport.worker_id))

@@ -18,6 +18,13 @@ from worker.jobs.streams import Disconnected
 
 TAKES_JOBS = ("ready", "busy")
 _RETRY_STARTING_S = 2.0
+_MAX_DIGITS = 19
+
+
+def count_in(status: Mapping[str, str], name: str) -> int:
+    """A whole number of a worker's status, which anybody may have written; 0 if it is none."""
+    text = status.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < _MAX_DIGITS else 0
 
 
 @dataclass(slots=True)
@@ -92,9 +99,9 @@ class ModelRegistry:
             name = status.get("model", "")
             if not name or status.get("state") not in TAKES_JOBS:
                 continue
-            started = int(status.get("started_ms") or 0) // 1000
+            started = count_in(status, "started_ms") // 1000
             model = registry.models.setdefault(name, ServedModel(name, now, started))
-            model.context = max(model.context if model.workers else 0, int(status.get("context") or 0))
+            model.context = max(model.context if model.workers else 0, count_in(status, "context"))
             model.workers += 1
             model.seen_s, model.created = now, min(model.created, started)
 

@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from worker.gateway.context import GatewayContext, call_of, context_of
 from worker.gateway.errors import invalid
+from worker.gateway.models import count_in
 from worker.queue_order import queues_of
 
 STATIC = Path(__file__).parent / "static"
@@ -94,7 +95,7 @@ async def status(request: Request) -> Response:
 
 def _worker(name: str, fields: Mapping[str, str]) -> dict[str, Any]:
     texts = {key: fields.get(key, "") for key in _TEXTS}
-    numbers = {key: int(fields.get(key) or 0) for key in _NUMBERS}
+    numbers = {key: count_in(fields, key) for key in _NUMBERS}
     return {"worker": name, "degraded": fields.get("degraded") == "1", **texts, **numbers}
 
 
