@@ -20,6 +20,8 @@ from worker.gpu.kernel import Kernel, supports_pdl
 from worker.gpu.launch import PdlInMatmulOnly
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+# Their code differs from that of other formats in unpacking alone, which no architecture has of its own.
+SM_90_ONLY = re.compile(r"\b(IQ[123]\w*|TQ2_0|NVFP4)\b")
 # Bytes per thread: stack frame, spill stores and spill loads together. Decode products are limited
 # to 64 registers, so that two blocks share a multiprocessor and one loads while the other adds; the
 # spill loads come from L1, a few words per row.
@@ -62,8 +64,9 @@ def test_every_kernel_compiles_within_its_registers(nvrtc, arch):
     def compiled(name):
         return name, compile_kernel(nvrtc, name, arch, (*OPTIONS, *REPORT))
 
+    chosen = [name for name in INSTANTIATIONS if arch == "sm_90" or not SM_90_ONLY.search(name[1])]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        results = list(threads.map(compiled, INSTANTIATIONS))
+        results = list(threads.map(compiled, chosen))
     assert all("registers" in result.log for _, result in results)
     spilling = {name: local_bytes(result.log) for name, result in results}
 
