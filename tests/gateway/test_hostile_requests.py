@@ -156,6 +156,11 @@ async def test_a_hostile_head_has_a_status_and_ends_its_connection(running, name
     assert (found, bool(error["error"]["message"])) == (status, True), error
 
 
+async def test_an_origin_that_is_no_url_is_another_origin(running):
+    ((status, error),) = await exchange(running, post(chat(), "origin: http://["))
+    assert (status, error["error"]["code"]) == (403, "cross_origin")
+
+
 async def test_a_request_to_upgrade_is_answered_as_an_ordinary_one(running):
     headers = ("upgrade: websocket", "sec-websocket-key: a")
     for data in (

@@ -231,23 +231,22 @@ def test_the_process_that_checks_grammars_ends_with_its_compiler():
 
 def test_a_checking_process_that_is_killed_while_it_compiles_does_not_refuse_the_grammar(tokenizer, monkeypatch):
     compiled(tokenizer, "regex", "abcd")
-    monkeypatch.setattr(grammar_checker, "TIMEOUT_S", 6.0)  # wall time: a busy machine must reach the kill
+    monkeypatch.setattr(grammar_checker, "TIMEOUT_S", 60.0)  # wall time: a busy machine must reach the end
     first, killed = psutil.Process(tokenizer.grammars._checker.pid), []
 
     def kill_when_busy():
         with contextlib.suppress(psutil.NoSuchProcess):
             begun = first.cpu_times().user
-            while first.cpu_times().user < begun + 0.2:
+            while first.cpu_times().user < begun + 0.1:  # of 0.4 s
                 time.sleep(0.01)
             first.kill()
             killed.append(first.pid)
 
-    killer = threading.Thread(target=kill_when_busy)
+    killer = threading.Thread(target=kill_when_busy, daemon=True)
     killer.start()
-    constraint = schema_error(tokenizer, {"type": "integer", "multipleOf": 1_000_037})[1]
-    killer.join()
+    assert accepts(compiled(tokenizer, "json_schema", {"type": "integer", "multipleOf": 100_003}), tokenizer, "100003")
+    killer.join(10)
     assert killed
-    assert "more than 6 s" in constraint  # of the second process
 
 
 def test_a_killed_checking_process_is_replaced(tokenizer):

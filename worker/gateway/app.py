@@ -237,7 +237,11 @@ def _refuse_cross_origin(scope: Scope, headers: Headers) -> None:
         return
     if headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         return
-    if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    try:
+        host = urlsplit(origin).netloc.lower()
+    except ValueError:  # such as http://[
+        host = None
+    if host != headers.get("host", "").lower():
         message = "a page of another origin may not send this; send Content-Type: application/json"
         raise ApiError(HTTPStatus.FORBIDDEN, message, code="cross_origin")
 
