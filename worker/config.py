@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -79,18 +80,30 @@ KvMemory = Annotated[Literal["auto"] | int | float, BeforeValidator(_parse_kv_me
 """Limit of the KV pool: bytes (int), or a share of the memory that weights leave (float)."""
 
 
-def _otlp_endpoint(given: object) -> object:
-    """The base URL of an OTLP/HTTP endpoint; by default that of OpenTelemetry's variable."""
-    if given == "" and os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() != "true":
-        given = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
-    if isinstance(given, str) and given:
+_OTLP_FORM = "must be a URL of OTLP over HTTP such as http://127.0.0.1:4318"
+
+
+def _otlp_url(given: str) -> str:
+    """Check the base URL of an OTLP/HTTP endpoint; raises ValueError without quoting it."""
+    try:
         url = urlsplit(given)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(
-                "must be a URL of OTLP over HTTP such as http://127.0.0.1:4318; it may also come from "
-                "OTEL_EXPORTER_OTLP_ENDPOINT"
-            )
+        is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        is_valid = False
+    if given and not is_valid:
+        raise ValueError(_OTLP_FORM)
     return given
+
+
+def otlp_endpoint_variable() -> str:
+    """The endpoint of OTEL_EXPORTER_OTLP_ENDPOINT; empty if OTEL_SDK_DISABLED is true.
+
+    Other programs read the variable too, so only the commands that trace check it. Raises
+    ValueError if it is no URL of OTLP over HTTP.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return ""
+    return _otlp_url(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip())
 
 
 class _Section(BaseModel):
@@ -252,7 +265,7 @@ class GatewaySection(_Section):
 class TracingSection(_Section):
     """Where spans and GenAI metrics are sent."""
 
-    endpoint: Annotated[str, BeforeValidator(_otlp_endpoint)] = Field(default="", validate_default=True, repr=False)
+    endpoint: Annotated[str, AfterValidator(_otlp_url)] = Field(default="", repr=False)
 
 
 class LogSection(_Section):
@@ -277,7 +290,7 @@ class Settings(BaseSettings):
     service: ServiceSection = ServiceSection()
     http: HttpSection = HttpSection()
     gateway: GatewaySection = GatewaySection()
-    tracing: TracingSection = Field(default={}, validate_default=True)  # so that errors name the section
+    tracing: TracingSection = TracingSection()
     log: LogSection = LogSection()
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from tests.jobs.servers import Server
 from tests.service.models import SharedModel
 from tests.service.processes import workers
 from tests.service.serving import LONG_LEASE, Worker, run_job, serving
-from tests.tracing.receiver import Receiver, attributes_of
+from tests.tracing.receiver import Receiver, attributes_of, receiver
 from worker import tracing
 from worker.config import LogSection, TracingSection, load_settings
 from worker.echo import load_echo
@@ -301,27 +302,70 @@ def test_without_an_endpoint_nothing_is_imported(monkeypatch: pytest.MonkeyPatch
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_an_endpoint_without_the_packages_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+NO_PACKAGES = (
+    "is set, and tracing needs opentelemetry-sdk, opentelemetry-exporter-otlp-proto-http; "
+    "pip install 'worker-orcd[tracing]'"
+)
+
+
+def test_a_setting_without_the_packages_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "find_spec", lambda name: None)
     with pytest.raises(ConfigInvalid) as found:
         open_tracing(
             TracingSection(endpoint="http://h:4318"), "worker", "w", open_log(LogSection(), "w", io.StringIO())
         )
-    assert found.value.message.endswith(
-        "tracing needs opentelemetry-sdk, opentelemetry-exporter-otlp-proto-http; pip install 'worker-orcd[tracing]'"
-    )
+    assert found.value.message == f"tracing.endpoint {NO_PACKAGES}"
 
 
-def test_the_setting_wins_over_the_variable_and_both_must_be_urls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://variable:4318")
-    assert load_settings().tracing.endpoint == "http://variable:4318"
-    assert load_settings(flags={"tracing.endpoint": "https://setting"}).tracing.endpoint == "https://setting"
+def warnings_without_tracing() -> list[tuple[str, str]]:
+    """Event and reason of each log line of a process that has only the variable and does not trace."""
+    output = io.StringIO()
+    log = open_log(LogSection(format="json"), "w", output)
+    assert open_tracing(load_settings().tracing, "worker", "w", log) is None
+    return [(line["event"], line["reason"]) for line in map(json.loads, output.getvalue().splitlines())]
+
+
+def test_a_variable_without_the_packages_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "find_spec", lambda name: None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://h:4318")
+    assert warnings_without_tracing() == [("tracing_off", f"OTEL_EXPORTER_OTLP_ENDPOINT {NO_PACKAGES}")]
+
+
+NO_URLS = ["localhost:4317", "grpc://h:4317", "http://", "http://[", "http://h:port", "secret"]
+
+
+@pytest.mark.parametrize("given", NO_URLS)
+def test_a_variable_that_is_no_url_is_one_warning(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", given)
+    reason = "OTEL_EXPORTER_OTLP_ENDPOINT must be a URL of OTLP over HTTP such as http://127.0.0.1:4318"
+    assert warnings_without_tracing() == [("tracing_off", reason)]
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    assert load_settings().tracing.endpoint == ""
-    monkeypatch.delenv("OTEL_SDK_DISABLED")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
-    with pytest.raises(ConfigInvalid, match=r"tracing\.endpoint: must be a URL of OTLP over HTTP such as"):
-        load_settings()
+    assert warnings_without_tracing() == []
+
+
+@pytest.mark.parametrize("given", NO_URLS)
+def test_a_setting_that_is_no_url_is_refused(given: str) -> None:
+    with pytest.raises(ConfigInvalid) as found:
+        load_settings(flags={"tracing.endpoint": given})
+    assert found.value.message == "tracing.endpoint: must be a URL of OTLP over HTTP such as http://127.0.0.1:4318"
+
+
+def test_a_command_that_does_not_trace_ignores_the_variable(server: Server) -> None:
+    environment = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4317", "WORKER_REDIS__URL": server.url}
+    command = [sys.executable, "-m", "worker", "jobs"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "OTEL" not in ended.stderr
+
+
+def test_the_setting_wins_over_the_variable(endpoint: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver() as other:
+        for url, expected in (("", other), (endpoint.url, endpoint)):
+            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", other.url)
+            with opened(url) as found:
+                found.add("attempt", None, (1, 2), {})
+            assert [span.name for span in expected.spans] == ["attempt"]
+        assert len(other.spans) == 1
 
 
 def test_a_sampler_of_the_environment_decides_about_new_traces(

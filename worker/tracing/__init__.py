@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from worker.config import TracingSection
+from worker.config import TracingSection, otlp_endpoint_variable
 from worker.errors import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -25,18 +25,26 @@ _PACKAGES = {
 def open_tracing(section: TracingSection, service: str, instance: str, log: Log) -> Tracing | None:
     """Start to send spans of that service and process; None without an endpoint.
 
-    Raises ConfigInvalid if there is an endpoint and the packages of the extra are missing.
+    The endpoint is that of the setting, else of OTEL_EXPORTER_OTLP_ENDPOINT. Raises ConfigInvalid
+    if the setting has one and the packages of the extra are missing. If the variable cannot be
+    used, which may be meant for other programs, the log has one warning `tracing_off`.
     """
-    if not section.endpoint:
+    try:
+        endpoint = section.endpoint or otlp_endpoint_variable()
+    except ValueError as error:
+        log.warning("tracing_off", reason=f"OTEL_EXPORTER_OTLP_ENDPOINT {error}")
+        return None
+    if not endpoint:
         return None
     if missing := [package for module, package in _PACKAGES.items() if not _is_installed(module)]:
-        raise ConfigInvalid(
-            f"tracing.endpoint or OTEL_EXPORTER_OTLP_ENDPOINT is set, and tracing needs {', '.join(missing)}; "
-            "pip install 'worker-orcd[tracing]'"
-        )
+        needed = f"is set, and tracing needs {', '.join(missing)}; pip install 'worker-orcd[tracing]'"
+        if section.endpoint:
+            raise ConfigInvalid(f"tracing.endpoint {needed}")
+        log.warning("tracing_off", reason=f"OTEL_EXPORTER_OTLP_ENDPOINT {needed}")
+        return None
     from worker.tracing.otlp import Tracing  # noqa: PLC0415  # of the extra `tracing`
 
-    return Tracing(section.endpoint, service, instance, log)
+    return Tracing(endpoint, service, instance, log)
 
 
 def _is_installed(module: str) -> bool:
