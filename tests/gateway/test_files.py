@@ -112,3 +112,13 @@ async def test_lines_may_cross_chunks(harness):
 
     assert file.chunks > 3
     assert [line async for line in store.lines(file)] == lines
+
+
+async def test_an_upload_without_a_length_is_a_mistake_of_the_client(harness):
+    async def parts():
+        yield b"x"
+
+    async with gateway(harness) as gate:
+        response = await gate.http().post("/v1/files", content=parts())
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["code"]) == (411, "invalid_request_error", "length_required")

@@ -29,6 +29,7 @@ _TYPES: Mapping[int, tuple[str, str]] = {
     405: ("invalid_request_error", "invalid_request_error"),
     408: ("timeout_error", "invalid_request_error"),
     409: ("conflict_error", "invalid_request_error"),
+    411: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
     501: ("not_supported_error", "invalid_request_error"),
