@@ -23,6 +23,9 @@ class Receiver:
         self.services: list[str] = []
         self.histograms: dict[str, list[Any]] = {}
         self.url = ""
+        self.refused: list[str] = []
+        self.statuses: dict[str, int] = {}
+        """Paths whose requests are refused, with the status."""
 
     def receive(self, path: str, body: bytes) -> None:
         self.bodies.append(body)
@@ -63,8 +66,13 @@ def receiver() -> Iterator[Receiver]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            received.receive(self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body)
-            self.send_response(200)
+            status = received.statuses.get(self.path, 200)
+            if status == 200:
+                body = gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body
+                received.receive(self.path, body)
+            else:
+                received.refused.append(self.path)
+            self.send_response(status)
             self.send_header("content-length", "0")
             self.end_headers()
 

@@ -223,7 +223,9 @@ async def _wait_for_empty_queue(client: Client) -> None:
     await wait_until(empty, 20)
 
 
-async def test_an_endpoint_that_is_away_costs_one_log_line(fake: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_endpoint_that_is_away_costs_one_log_line_a_signal(
+    fake: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.2")
     output = io.StringIO()
@@ -238,12 +240,42 @@ async def test_an_endpoint_that_is_away_costs_one_log_line(fake: Harness, monkey
             began = time.monotonic()
         assert time.monotonic() - began < 5
     lines = [json.loads(line) for line in output.getvalue().splitlines()]
-    assert [line["event"] for line in lines] == ["tracing_lost"]
+    assert {(line["event"], line["reason"]) for line in lines} == {("tracing_lost", "no reply (ConnectionError)")}
+    assert [line["signal"] for line in lines] in (["traces"], ["traces", "metrics"])  # metrics are sent at the end
     assert "s3cret" not in output.getvalue()
 
 
 async def _logged(output: io.StringIO) -> bool:
     return "tracing_lost" in output.getvalue()
+
+
+@pytest.mark.parametrize(("refused", "kept"), [("metrics", "traces"), ("traces", "metrics")])
+async def test_a_collector_of_one_signal_costs_one_log_line_and_gets_all_of_it(
+    refused: str, kept: str, endpoint: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "20")
+    endpoint.statuses[f"/v1/{refused}"] = 404
+    output = io.StringIO()
+    with opened(endpoint.url, output=output) as found:
+        for round_ in range(1, 4):
+            found.add("attempt", None, (1, 2), {})
+            found.request_duration(1.0, {})
+
+            async def both_were_sent(rounds: int = round_) -> bool:
+                return len(endpoint.refused) >= rounds and len(endpoint.bodies) >= rounds
+
+            await wait_until(both_were_sent, 20)
+        found.add("last", None, (1, 2), {})
+        found.request_duration(1.0, {})
+    if kept == "traces":
+        assert [span.name for span in endpoint.spans] == ["attempt"] * 3 + ["last"]
+    else:
+        assert endpoint.histograms["gen_ai.server.request.duration"][0].count == 4
+    lines = [json.loads(line) for line in output.getvalue().splitlines()]
+    assert [(line["event"], line["signal"], line["reason"]) for line in lines] == [
+        ("tracing_lost", refused, "HTTP status 404")
+    ]
 
 
 async def test_an_endpoint_that_never_replies_delays_the_end_by_half_a_second(fake: Harness) -> None:

@@ -2,7 +2,8 @@
 
 Spans and metrics are sent in batches by threads of the SDK. If the endpoint is away, its queue
 drops the oldest spans, the log has one line when that begins and one when it ends, and `close` does
-not wait. Resource, headers, timeout, sampler and batches follow the OTEL_* variables.
+not wait. Spans and metrics are independent in that: a collector may accept only one of them.
+Resource, headers, timeout, sampler and batches follow the OTEL_* variables.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import requests
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -56,13 +58,12 @@ class Tracing:
         own = Resource({"service.name": service})
         fixed = Resource({"service.instance.id": instance, "service.version": __version__})
         resource = own.merge(OTELResourceDetector().detect()).merge(fixed)
-        base, self._reachable = endpoint.rstrip("/"), _Reachable(endpoint, log)
+        self._spans_to, self._metrics_to = _Signal(endpoint, "traces", log), _Signal(endpoint, "metrics", log)
         self._ids = _Ids()
         self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
-        exporter = _SpanExporter(f"{base}/v1/traces", self._reachable)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._provider.add_span_processor(BatchSpanProcessor(_SpanExporter(self._spans_to)))
         self._tracer = self._provider.get_tracer(_SCOPE, __version__)
-        reader = PeriodicExportingMetricReader(_MetricExporter(f"{base}/v1/metrics", self._reachable))
+        reader = PeriodicExportingMetricReader(_MetricExporter(self._metrics_to))
         self._meters = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         meter = self._meters.get_meter(_SCOPE, __version__)
 
@@ -131,14 +132,16 @@ class Tracing:
         return RequestSpan(self._tracer.start_span("request", context, kind=SpanKind.SERVER))
 
     def close(self) -> None:
-        """Send what is left, for at most CLOSE_S, and not if the endpoint was away at last."""
-        thread = threading.Thread(target=self._shut_down, daemon=True, name="tracing-close")
-        thread.start()
-        thread.join(CLOSE_S if self._reachable.now else 0.0)
-
-    def _shut_down(self) -> None:
-        self._provider.shutdown()
-        self._meters.shutdown()
+        """Send what is left for at most CLOSE_S; do not wait for what was last not accepted."""
+        end_s = time.monotonic() + CLOSE_S
+        waited = []
+        for signal, shutdown in ((self._spans_to, self._provider.shutdown), (self._metrics_to, self._meters.shutdown)):
+            thread = threading.Thread(target=shutdown, daemon=True, name="tracing-close")
+            thread.start()
+            if signal.is_accepted:
+                waited.append(thread)
+        for thread in waited:
+            thread.join(max(0.0, end_s - time.monotonic()))
 
 
 class RequestSpan:
@@ -178,50 +181,67 @@ class _Ids(RandomIdGenerator):
         return given or super().generate_span_id()
 
 
-class _Reachable:
-    """Whether the endpoint has accepted the last batch; logs the changes."""
+class _Session(requests.Session):
+    """A session that keeps the result of its last request for the log."""
 
-    def __init__(self, endpoint: str, log: Log) -> None:
-        self.now = True
-        self._host = urlsplit(endpoint).netloc.rpartition("@")[2]
-        self._log = log
-        self._lock = threading.Lock()
+    result = ""
+
+    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        try:
+            response = super().request(*args, **kwargs)
+        except requests.RequestException as error:  # its text has the URL
+            self.result = f"no reply ({type(error).__name__})"
+            raise
+        self.result = f"HTTP status {response.status_code}"
+        return response
+
+
+class _Signal:
+    """Where spans or metrics are sent; logs when the endpoint stops or begins to accept them."""
+
+    def __init__(self, endpoint: str, name: Literal["traces", "metrics"], log: Log) -> None:
+        self.url = f"{endpoint.rstrip('/')}/v1/{name}"
+        self.session = _Session()
+        self.is_accepted = True
+        """Whether the last batch was accepted."""
+        self._log = log.bind(endpoint=urlsplit(endpoint).netloc.rpartition("@")[2], signal=name)
         self._lost_s = 0.0
 
-    def note(self, accepted: bool) -> None:
-        """Note the result of an export."""
-        with self._lock:
-            if accepted is self.now:
-                return
-            self.now = accepted
-            if accepted:
-                self._log.info("tracing_back", endpoint=self._host, lost_s=round(time.monotonic() - self._lost_s, 3))
-            else:
-                self._lost_s = time.monotonic()
-                self._log.warning("tracing_lost", endpoint=self._host, reason="the endpoint accepts no spans")
+    def note(self, is_accepted: bool) -> None:
+        """Note the result of an export. Exports of a signal follow one another."""
+        if is_accepted is self.is_accepted:
+            return
+        self.is_accepted = is_accepted
+        if is_accepted:
+            self._log.info("tracing_back", lost_s=round(time.monotonic() - self._lost_s, 3))
+        else:
+            self._lost_s = time.monotonic()
+            self._log.warning("tracing_lost", reason=self.session.result or "the batch was not sent")
 
 
 class _SpanExporter(OTLPSpanExporter):
-    def __init__(self, url: str, reachable: _Reachable) -> None:
-        super().__init__(url)
-        self._reachable = reachable
+    def __init__(self, signal: _Signal) -> None:
+        super().__init__(signal.url, session=signal.session)
+        self._signal = signal
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._signal.session.result = ""
         result = super().export(spans)
-        self._reachable.note(result is SpanExportResult.SUCCESS)
+        self._signal.note(result is SpanExportResult.SUCCESS)
         return result
 
 
 class _MetricExporter(OTLPMetricExporter):
-    def __init__(self, url: str, reachable: _Reachable) -> None:
-        super().__init__(url)
-        self._reachable = reachable
+    def __init__(self, signal: _Signal) -> None:
+        super().__init__(signal.url, session=signal.session)
+        self._signal = signal
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **kwargs: object
     ) -> MetricExportResult:
+        self._signal.session.result = ""
         result = super().export(metrics_data, timeout_millis, **kwargs)
-        self._reachable.note(result is MetricExportResult.SUCCESS)
+        self._signal.note(result is MetricExportResult.SUCCESS)
         return result
 
 
@@ -230,7 +250,7 @@ def _context_of(parent: SpanContext | None) -> Context:
 
 
 def _silence_packages() -> None:
-    """Discard what the SDK logs of every failed export: `_Reachable` logs the first."""
+    """Discard what the SDK logs of every failed export: `_Signal` logs the first."""
     logger = logging.getLogger("opentelemetry")
     logger.propagate = False
     if not logger.handlers:
