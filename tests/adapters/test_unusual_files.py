@@ -397,3 +397,13 @@ def test_gpt_oss_biases_of_q_k_and_v_are_optional(part, exact, tmp_path):
 def test_gpt_oss_keys_that_are_not_handled_are_refused_by_name(key, value, exact, tmp_path):
     path = changed_copy(exact("gpt-oss"), tmp_path / "g.gguf", metadata={f"gpt-oss.{key}": value})
     assert f"gpt-oss.{key}" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [1, 2, 3, 4])
+def test_experts_of_qwen3_are_chosen_by_a_softmax_or_refused(value, exact, tmp_path):
+    """2 is the sigmoid, 4 the root of the softplus; 1 and 3 are a softmax before and after the choice."""
+    path = changed_copy(exact("qwen3moe"), tmp_path / "q.gguf", metadata={"qwen3moe.expert_gating_func": value})
+    if value in (1, 3):
+        assert_as_llama_cpp(path)
+    else:
+        assert "qwen3moe.expert_gating_func" in refusal(path)

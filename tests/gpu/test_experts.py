@@ -19,7 +19,7 @@ from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
 from worker.gpu.activations import Q8Activations
 from worker.ops import Routes
-from worker.quants import F32, MXFP4, Q8_0, QUANT_TYPES
+from worker.quants import F32, IQ4_NL, MXFP4, Q8_0, QUANT_TYPES
 
 
 def routes_of(pool, tokens, experts, k, *, only=None):
@@ -56,7 +56,7 @@ MANY = [
 ]
 
 
-@pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), SHAPES)
 def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     from worker.gpu.matvec import experts_add, glu
@@ -75,7 +75,7 @@ def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [MXFP4, Q8_0, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
 def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     from worker.gpu.matmul import experts_add, glu, group_routes

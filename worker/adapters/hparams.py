@@ -13,6 +13,9 @@ from worker.gguf_file import GgufFile
 from worker.model import Hparams, ModelOptions
 from worker.rope import RopeScaling
 
+_SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
+"""Values of `expert_gating_func`; normalized over the chosen experts, both are the same."""
+
 
 def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparams:
     """Read the hyper-parameters. Raises ModelLoadFailed, which names the missing or wrong key."""
@@ -54,7 +57,8 @@ def neutral_values(hp: Hparams) -> dict[str, tuple[Any, ...]]:
     `Meta AI original pth` is the order of q and k rows that all files of `llama` have.
     """
     layout = {"tensor_data_layout": ("Meta AI original pth",)} if hp.architecture == "llama" else {}
-    experts = {"expert_gating_func": (0, 4), "expert_weights_norm": (True,)} if hp.expert_count else {}
+    gating = (0, _SOFTMAX_OF_CHOSEN) if hp.architecture == "gpt-oss" else (0, _SOFTMAX, _SOFTMAX_OF_CHOSEN)
+    experts = {"expert_gating_func": gating, "expert_weights_norm": (True,)} if hp.expert_count else {}
     return {
         **layout,
         **experts,

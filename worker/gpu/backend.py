@@ -64,7 +64,7 @@ class GpuBackend:
         check_experts(hp.expert_count, hp.expert_used_count)
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        """See `Backend.weight_bytes`: within 2 % of the bytes in the file."""
+        """See `Backend.weight_bytes`: the planes of `layouts.py`, aligned."""
         return weight_bytes(info)
 
     def kv_bytes_per_token(self, hp: Hparams) -> int:

@@ -23,12 +23,12 @@ from worker.gpu import matvec
 from worker.gpu.activations import DECODE_WARPS, Q8_BLOCK, Q8Activations, empty_q8, input_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import PLANES, address
+from worker.gpu.layouts import EXPERT_TYPES, PLANES, address
 from worker.gpu.matvec import GATE, check_experts, gate_of, split_k_of
 from worker.gpu.matvec_mma import MAX_SHARED
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, RmsNorm, Routes
-from worker.quants import F32, MXFP4, Q8_0, QuantType
+from worker.quants import F32, MXFP4, QuantType
 
 _EXPERT_WARPS = 8  # those of glu for experts in matvec.py, since the sum of a norm's squares depends on it
 _TILE_PAIRS = _EXPERT_WARPS  # pairs of a tile, a warp finishes each
@@ -92,7 +92,7 @@ def _mma_name(mmas: int, *, gated: bool) -> KernelName:
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_router_name(32 * n, F32) for n in _PER_LANE),
-    *(_product_name(kind, gated=gated) for kind in (MXFP4, Q8_0) for gated in (True, False)),
+    *(_product_name(kind, gated=gated) for kind in EXPERT_TYPES for gated in (True, False)),
     *(_mma_name(mmas, gated=gated) for mmas, _ in _MMA_TILES for gated in (True, False)),
     ("group_pairs.cu", "group_pairs"),
     ("add_experts.cu", "add_experts"),

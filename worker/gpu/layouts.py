@@ -28,6 +28,8 @@ from worker.quants import (
     IQ2_S,
     IQ2_XS,
     IQ2_XXS,
+    IQ4_XS,
+    MXFP4,
     Q4_K,
     Q5_0,
     Q6_K,
@@ -56,6 +58,8 @@ STORED_TYPES = tuple(dict.fromkeys(map(stored_type, QUANT_TYPES)))
 INSTANTIATIONS: tuple[KernelName, ...] = tuple(("dequantize.cu", f"dequantize<{kind.name}>") for kind in STORED_TYPES)
 PLANES = np.dtype([("low", "u8"), ("high", "u8"), ("scales", "u8"), ("supers", "u8")])
 """`Planes` of kernels/codes.cuh."""
+EXPERT_TYPES = (MXFP4, Q8_0, Q4_K, Q6_K, IQ4_XS)
+"""Types of experts whose kernels are compiled in tests; others are compiled on first use."""
 MIXED = ((Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q6_K))
 """Combinations of types of q, k and v in published files: there are kernels for each."""
 

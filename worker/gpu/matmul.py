@@ -16,11 +16,11 @@ import numpy as np
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address
 from worker.gpu.matvec import GATE, gate_of
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
-from worker.quants import MXFP4, Q8_0, QuantType
+from worker.quants import QuantType
 
 
 class _Tile(NamedTuple):
@@ -108,7 +108,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_name(kind, tile, experts=False, gated=True) for kind in STORED_TYPES for tile in _GATED_TILES),
     *(
         _name(kind, tile, experts=True, gated=gated)
-        for kind in (MXFP4, Q8_0)
+        for kind in EXPERT_TYPES
         for _, tile in _EXPERT_TILES
         for gated in (False, True)
     ),

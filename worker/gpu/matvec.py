@@ -18,10 +18,10 @@ from worker.errors import ModelLoadFailed
 from worker.gpu.activations import DECODE_WARPS, Q8Activations, empty_q8, input_rows, quantize_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear, RmsNorm, Routes
-from worker.quants import MXFP4, Q8_0, QuantType
+from worker.quants import QuantType
 
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
@@ -94,8 +94,8 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
     *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in STORED_TYPES for tile in _GLU_TILES),
-    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in (MXFP4, Q8_0) for tile in _GLU_TILES),
-    *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in (MXFP4, Q8_0)),
+    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
+    *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
 )
 

@@ -10,7 +10,7 @@
 // For the types with one scale and no minimum, `meta` holds the integer where the chain of dp4a
 // starts: kMagic - zero·Σq. The sum's bits are then those of the f32 number 1.5·2^23 + Σ(code -
 // zero)·q, because the sum is below 2^22. One fma multiplies it by the scale and subtracts
-// scale·1.5·2^23, which is exact since a scale has at most 11 bits: rounded once, as vec_dot.cuh
+// scale·1.5·2^23, which is exact since a scale has at most 17 bits: rounded once, as vec_dot.cuh
 // does. Only a zero's sign may differ, which no sum keeps.
 #pragma once
 #include "vec_dot.cuh"

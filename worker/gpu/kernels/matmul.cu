@@ -209,7 +209,7 @@ __host__ __device__ constexpr int min_blocks(int tile_n, bool experts) {
 #if __CUDA_ARCH__ >= 1000
     return 0;
 #else
-    return experts && tile_n <= 32 && sizeof(Unit<Block>) <= 32 ? 4 : 0;
+    return experts && tile_n <= 32 && sizeof(Unit<Block>) <= 32 ? (kSame<Block, MXFP4> ? 4 : 3) : 0;
 #endif
 }
 

@@ -4,7 +4,8 @@
 // indices of magnitudes (gguf_blocks.cuh); target planes, sizes in worker/gpu/layouts.py.
 // Grid: ⌈units/256⌉ blocks of 256 threads, one unit of 32 elements each; the first thread of a
 // block of the file also writes what its units share. Alignment: source and planes 16 bytes. Bytes:
-// the file's bytes read (byte by byte) and as many written; the copy to the device takes longer.
+// the file's bytes read (byte by byte), those of the planes written; the copy to the device takes
+// longer.
 // Twin: none; dequantize.cu of the result equals gguf.quants.
 // Launcher: worker/gpu/upload.py.
 #include "scales.cuh"
@@ -119,8 +120,11 @@ struct Iq4Packing {
 
 struct E4m3Packing {
     static __device__ void put_scales(const NVFP4& b, int sub, const TargetPlanes& t, u32 u) {
-        put(t.scales, u, (u16)(b.d[2 * sub] | b.d[2 * sub + 1] << 8));
+        put(t.scales, u, (u16)(scale(b.d[2 * sub]) | scale(b.d[2 * sub + 1]) << 8));
     }
+
+private:
+    static __device__ u32 scale(u8 e4m3) { return e4m3 == 0x7f ? 0 : e4m3; }  // 0x7f, a NaN, counts as 0
 };
 
 struct SuperPacking {

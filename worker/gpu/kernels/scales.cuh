@@ -135,13 +135,12 @@ struct CodebookScales {  // IQ1, IQ2, IQ3: d·(2s + 1) / DIVISOR, a power of two
     }
 };
 
-struct E4m3Scales {  // NVFP4: half of an unsigned E4M3 for 16 elements, since codes are doubled; 0x7f is 0
+struct E4m3Scales {  // NVFP4: half of an unsigned E4M3 for 16 elements, since codes are doubled
     u16 s;
     __device__ void load(const Planes& p, u32 u) { s = load_plane<u16>(p.scales, u); }
-    __device__ static float half_of(u32 e4m3) {
-        const u32 exponent = e4m3 >> 3 & 15, mantissa = e4m3 & 7;
-        if (e4m3 == 0x7f) return 0.f;
-        return exponent ? __uint_as_float((exponent + 119) << 23 | mantissa << 20) : __fmul_rn((float)mantissa, 0x1p-10f);
+    // An E4M3 shifted left by 7 is the f16 of its value · 2^-8, subnormals included.
+    __device__ Scales unpack(u32) const {
+        const float2 f = half2_to_float2((s & 0x7fu) << 7 | (s & 0x7f00u) << 15);
+        return {{__fmul_rn(f.x, 128.f), __fmul_rn(f.y, 128.f)}, {0, 0}};
     }
-    __device__ Scales unpack(u32) const { return {{half_of(s & 255), half_of(s >> 8)}, {0, 0}}; }
 };
