@@ -13,9 +13,9 @@ from pathlib import Path
 from tests.fuzz.source import TEXTS, Source
 from tests.text.small import byte_level, tokenizer_of
 from worker.errors import InvalidRequest
-from worker.text import template_process
 from worker.text.chat import Chat
 from worker.text.chat_template import ChatTemplate
+from worker.text.template_process import BoundedTemplate, TemplateProcess
 
 NOW = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
 FOLDER = Path(__file__).parent.parent / "data" / "templates"
@@ -99,11 +99,10 @@ def _message(source: Source) -> dict:
 
 def _hostile(text: str, chat: Chat) -> None:
     """As a worker does it, with limits that let most of a second to the fuzzer."""
-    template_process.CPU_S, template_process.MEMORY_BYTES = 0.2, 64 << 20
     global _process  # noqa: PLW0603  # started when the first such template comes
-    _process = _process or template_process.TemplateProcess()
-    TOKENIZER._template = template_process.BoundedTemplate(_process, text, {"bos_token": "<s>"}, SPECIAL)
+    _process = _process or TemplateProcess(cpu_s=0.2, memory_bytes=64 << 20)
+    TOKENIZER._template = BoundedTemplate(_process, text, {"bos_token": "<s>"}, SPECIAL)
     TOKENIZER.encode_chat(chat.messages, now=NOW, tools=chat.tools, tool_choice=chat.tool_choice, kwargs=chat.kwargs)
 
 
-_process: template_process.TemplateProcess | None = None
+_process: TemplateProcess | None = None

@@ -38,8 +38,8 @@ class TemplateProcess:
     It starts with `start` or the first request. Thread-safe.
     """
 
-    def __init__(self) -> None:
-        self._helper = HelperProcess(_CODE, json.dumps([CPU_S, MEMORY_BYTES]).encode())
+    def __init__(self, cpu_s: float = CPU_S, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._helper = HelperProcess(_CODE, json.dumps([cpu_s, memory_bytes]).encode())
         self._lock = threading.Lock()
 
     @property
