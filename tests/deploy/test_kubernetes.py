@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from functools import reduce
 
@@ -17,6 +18,7 @@ from tests.deploy.test_deploy import accepted, tool
 from worker.jobs.keys import queue_key
 
 OVERLAYS = BASE.parent / "overlays"
+PROMETHEUS = BASE.parents[1] / "prometheus"
 DOCUMENTS = base()
 NAMES = [name_of(document) for document in DOCUMENTS]
 KINDS = sorted({document["kind"] for document in DOCUMENTS})
@@ -31,6 +33,7 @@ MISTAKES = {
     "PersistentVolumeClaim": ("spec.accessModes", "ReadWriteMany"),
     "PodDisruptionBudget": ("spec.maxUnavaible", 1),
     "PodMonitor": ("spec.podMetricsEndpoints.0.intervall", "15s"),
+    "PrometheusRule": ("spec.groups.0.rules.0.expression", "up == 0"),
     "ScaledObject": ("spec.minReplicas", 0),
     "Service": ("spec.ports.0.port", "http"),
     "ServiceAccount": ("automountServiceAccountToken", "no"),
@@ -248,6 +251,28 @@ def test_everything_is_denied_that_no_network_policy_allows():
 def test_the_image_has_the_version_of_the_package():
     (image,) = yaml.safe_load((BASE / "kustomization.yaml").read_text())["images"]
     assert image == {"name": "worker-orcd", "newTag": worker.__version__}
+
+
+def jobs_of_monitors(documents):
+    """The label `job` of the series of each monitor."""
+    for document in documents:
+        for endpoint in document["spec"].get("podMetricsEndpoints", []) + document["spec"].get("endpoints", []):
+            yield {each["targetLabel"]: each["replacement"] for each in endpoint["relabelings"]}["job"]
+
+
+def test_monitors_give_the_label_job_that_rules_match_and_compose_has():
+    monitors = [document for document in DOCUMENTS if document["kind"] in ("PodMonitor", "ServiceMonitor")]
+    jobs = set(jobs_of_monitors(monitors))
+    scraped = yaml.safe_load((PROMETHEUS / "prometheus.yaml").read_text())["scrape_configs"]
+    assert jobs == {each["job_name"] for each in scraped}
+    matched = re.findall(r'\bjob=~?"([^"]+)"', (PROMETHEUS / "rules.yaml").read_text())
+    assert matched
+    assert {job for pattern in matched for job in pattern.split("|")} <= jobs
+
+
+def test_the_prometheus_rule_has_the_alerts_of_the_rule_file():
+    written = find(DOCUMENTS, "PrometheusRule/worker")["spec"]
+    assert written == yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())
 
 
 def rendered(folder):
