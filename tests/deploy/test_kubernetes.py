@@ -275,6 +275,13 @@ def test_the_prometheus_rule_has_the_alerts_of_the_rule_file():
     assert written == yaml.safe_load((PROMETHEUS / "rules.yaml").read_text())
 
 
+def test_the_server_of_the_trial_is_the_pinned_image_of_compose():
+    deployment = next(yaml.safe_load_all((OVERLAYS / "trial/redis.yaml").read_text()))
+    (container,) = pod_of(deployment)["containers"]
+    compose = yaml.safe_load((BASE.parents[1] / "compose.yaml").read_text())
+    assert container["image"] == compose["services"]["redis"]["image"]
+
+
 def rendered(folder):
     """What kubectl makes of a kustomization; the test skips where kubectl is missing."""
     command = [tool("kubectl"), "kustomize", str(folder)]
