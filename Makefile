@@ -16,7 +16,7 @@ help:
 	@echo "make check   run what CI runs: lint, types, import contracts, tests, kernels, 3 minutes of chaos"
 	@echo "make chaos   kill workers and the server and disturb the network at random, then check all event streams: [SEED=n] [MINUTES=m] [RUNNING=n] [GAP=s]"
 	@echo "make soak    load a server, workers and a gateway, and compare each figure with its bound: [NAMES='backlog memory …']"
-	@echo "make fuzz    feed hostile bytes to everything that reads foreign bytes: [TARGET=name] [RUNS=n]"
+	@echo "make fuzz    search for inputs that crash, hang or exhaust a decoder: [TARGET=name] [RUNS=n]"
 	@echo "make test-gpu  run the GPU suite; needs an NVIDIA GPU: [PART=ops|models|full|faults|sanitize] [SYNTH=file]"
 	@echo "make bench   measure models, by default SmolLM2: [MODELS='a.gguf b.gguf']"
 	@echo "make lock    pin all dependencies in requirements/*.txt: [UPGRADE=1]"
@@ -60,7 +60,8 @@ chaos: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(NAMES)
-# Coverage-guided, with atheris; 1,000,000 executions of each target unless RUNS says otherwise.
+
+# Coverage-guided, with atheris; RUNS is the number of executions of each target, by default 1,000,000.
 fuzz: $(VENV)/.installed-dev
 	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(TARGET) $(if $(RUNS),--runs $(RUNS))
 

@@ -1,4 +1,4 @@
-"""`make chaos [SEED=n] [MINUTES=m] [RUNNING=n]`: one run and its summary. Exit code 1 on a violation."""
+"""`make chaos [SEED=n] [MINUTES=m] [RUNNING=n] [GAP=s]`: one run and its summary. Exit code 1 on a violation."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ NETWORK_FAULTS: Mapping[str, float] = {
 _LATE_S = 3.5
 """The longest delay of a reply. Some callers give up earlier, and repeat their call."""
 _DROP_S = 0.7
-"""For which replies are lost."""
+"""The duration of lost replies."""
 
 
 class Link:

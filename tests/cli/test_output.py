@@ -1,4 +1,4 @@
-"""Text from others in the commands' output: never markup, readable at 80 columns and in a pipe."""
+"""Untrusted text in the commands' output: never markup, readable at 80 columns and in a pipe."""
 
 from __future__ import annotations
 

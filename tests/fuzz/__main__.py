@@ -1,7 +1,7 @@
 """Fuzz targets one after the other: `python -m tests.fuzz [--runs N] [TARGET …]`.
 
 Each target is a process of its own. An input that is a finding is written to
-`regressions/TARGET/`; the exit code is then 1. Mend the defect and commit both.
+`regressions/TARGET/`; the exit code is then 1. Fix the defect, and commit the input with the fix.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: object) -> str:
-    """Text from others for output: control and other unprintable characters as escapes.
+    """Untrusted text for output: control and other unprintable characters as escapes.
 
     Pass it to `print`, or to Rich as `Text`: Rich reads a string as markup.
     """

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from worker.gateway.errors import ApiError
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request's line and headers."""
+"""Maximum size of a request's line and headers together."""
 HEAD_S = 30.0
 """Time from the connection, or from a request's first byte, to the end of its headers."""
 

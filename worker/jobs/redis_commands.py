@@ -6,7 +6,7 @@ from worker.jobs.keys import CONTROL
 from worker.jobs.redis_resp import Command
 
 _KEY_POSITION: Mapping[str, int] = {"EVALSHA": 3, "XGROUP": 2, "XINFO": 2}
-"""Of the first key in a command; 1 for those that are not listed."""
+"""Index of the first key in a command; 1 for commands that are not listed."""
 _KEYLESS = ("TIME", "SCRIPT", "MULTI", "EXEC", "WAIT")
 
 

@@ -1,4 +1,4 @@
-"""What a chat template renders, and what it renders it to."""
+"""The input and the output of chat templates."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

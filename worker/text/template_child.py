@@ -49,7 +49,7 @@ def _send(data: bytes) -> None:
 
 
 def _limit_memory(memory_bytes: int) -> None:
-    """Limit what the process may map besides what it has mapped."""
+    """Limit the address space of the process to its present size plus `memory_bytes`."""
     with contextlib.suppress(OSError), open("/proc/self/statm") as file:  # elsewhere the time alone is limited
         import resource  # noqa: PLC0415  # not on every system
 

@@ -36,7 +36,7 @@ FREE = "·"
 
 
 def cell(value: object, style: str = "") -> Text:
-    """Text from others: no control characters, no markup, one line."""
+    """A value as one line without markup, its control characters escaped."""
     return Text(plain(str(value)[:_MAX_TEXT]), style, no_wrap=True, end="")
 
 

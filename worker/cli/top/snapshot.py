@@ -1,6 +1,6 @@
 """What `worker top` shows: queues, workers, jobs, dead letters and errors at one time.
 
-`source.py` reads them from a server. Texts are as others wrote them; whatever displays them must
+`source.py` reads them from a server. Texts are untrusted and unescaped: whatever displays them must
 neutralize control characters and markup (`format.py`).
 """
 
