@@ -49,7 +49,7 @@ class Cluster:
         """Masters and replicas in the map."""
         self._replicated: set[Address] = set()
         """Masters with a replica."""
-        self._silent: set[Address] = set()
+        self._unreachable: set[Address] = set()
         """Nodes that did not reply since the map was read."""
         self._outdated = True
         self._read_s = -_MIN_AGE_S
@@ -61,7 +61,7 @@ class Cluster:
         for _ in range(_MAX_REDIRECTIONS):
             await self._update_map()
             await self._exchange_round(commands, targets, replies, blocking)
-            targets = {i: _asked(replies[i]) for i in targets if self._is_redirected(replies[i])}
+            targets = {i: _ask_target(replies[i]) for i in targets if self._is_redirected(replies[i])}
             if not targets:
                 break
         for i in targets:
@@ -73,8 +73,8 @@ class Cluster:
     ) -> None:
         """Send the commands with the indices `targets`, to the address there after an ASK."""
         of_node: dict[Address, list[int]] = {}
-        for i, asked in targets.items():
-            master = asked or self._masters[_slot_of(commands[i])]
+        for i, ask_target in targets.items():
+            master = ask_target or self._masters[_slot_of(commands[i])]
             if master is None:
                 replies[i] = exceptions.ResponseError("CLUSTERDOWN hash slot not served")
             else:
@@ -95,19 +95,19 @@ class Cluster:
 
     async def exchange_at(self, key: str, commands: Sequence[Command]) -> list[Any]:
         """As of `Server`. If the node redirects one command, all are sent to the other node."""
-        asked: Address | None = None
+        ask_target: Address | None = None
         for _ in range(_MAX_REDIRECTIONS):
             await self._update_map()
-            master = asked or self._masters[_slot(key)]
+            master = ask_target or self._masters[_slot(key)]
             if master is None:
                 raise exceptions.ResponseError("CLUSTERDOWN hash slot not served")
-            sent = _with_asking(commands) if asked else [commands]
+            sent = _with_asking(commands) if ask_target else [commands]
             replies = _raise_if_unreachable(await self._send(master, [*chain(*sent)], blocking=False))
             replies = [reply for reply, command in zip(replies, chain(*sent), strict=True) if command != _ASKING]
             redirections = [reply for reply in replies if self._is_redirected(reply)]
             if not redirections:
                 return replies
-            asked = _asked(redirections[0])
+            ask_target = _ask_target(redirections[0])
         raise exceptions.ResponseError("TRYAGAIN the nodes of the cluster disagree about a slot")
 
     def fails_over_alone(self, key: str) -> bool:
@@ -137,7 +137,7 @@ class Cluster:
         except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
             node.suspect_idle()
             error.where = f"node {address}"  # type: ignore[union-attr]  # `translate` names it
-            self._silent.add(address)
+            self._unreachable.add(address)
             self._outdated = True
             return [error] * len(commands)
 
@@ -173,15 +173,15 @@ class Cluster:
                     error = exceptions.TimeoutError("timeout reading from socket")
                 except exceptions.RedisError as failed:
                     error = failed
-                self._silent.add(address)
+                self._unreachable.add(address)
             self._read_s = time.monotonic()
             if error is not None and not self._known:
                 raise error
 
     def _sources(self) -> Iterable[Address]:
-        """Nodes in the order in which they are asked for the map: those that are silent last."""
+        """Nodes in the order of the requests for the map: those that did not reply are last."""
         known = random.sample(sorted(self._known), len(self._known))
-        return sorted(dict.fromkeys([*known, *self._seeds]), key=lambda address: address in self._silent)
+        return sorted(dict.fromkeys([*known, *self._seeds]), key=lambda address: address in self._unreachable)
 
     async def _set_map(self, reply: list[Any], source: Address) -> None:
         """Use a reply to CLUSTER SLOTS; close the connections to nodes without a slot."""
@@ -196,7 +196,7 @@ class Cluster:
         if any(self._masters) and masters != self._masters and self._on_failover:
             self._on_failover()
         self._masters = masters
-        self._silent.clear()
+        self._unreachable.clear()
         self._outdated, self._read_s = False, time.monotonic()
         gone = [address for address in self._nodes if address not in masters and address != source]
         await asyncio.gather(*(self._nodes.pop(address).close() for address in gone))
@@ -221,7 +221,7 @@ def _address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def _asked(reply: Any) -> Address | None:
+def _ask_target(reply: Any) -> Address | None:
     """The node that an ASK names; None for MOVED, after which the map has it."""
     code, _, rest = str(reply).partition(" ")
     return _address(rest.partition(" ")[2]) if code == "ASK" else None
