@@ -252,6 +252,22 @@ async def test_a_key_of_another_type(admin: Redis, streams: RedisStreams) -> Non
         with pytest.raises(ServerRefused) as caught:
             await streams.cancel(job_id, CancelCall("0-0", 1, ("error", b""), 0, 1000))  # type: ignore[arg-type]
         assert caught.value.details["reply"] == "WRONGTYPE"
+    await admin.set("inf:{q:default}:dead", "x")
+    with pytest.raises(ServerRefused, match=r"refuses: inf:\{q:default\}:dead holds a value of another type \("):
+        await streams.length("inf:{q:default}:dead")
+
+
+async def test_a_status_of_another_type_hides_no_other_worker(
+    admin: Redis, streams: RedisStreams, caplog: pytest.LogCaptureFixture
+) -> None:
+    await streams.put_status("w", {"state": "ready"}, 10_000)
+    await admin.set("inf:worker:evil", "x")
+    await admin.zadd("inf:workers", {"evil": 9999999999999})
+    for _ in range(2):
+        assert await streams.workers() == {"w": {"state": "ready"}}
+    assert [record.getMessage() for record in caplog.records] == [
+        "worker 'evil' is not listed: inf:worker:evil is no hash"
+    ]
 
 
 async def test_more_clients_than_the_server_allows(admin: Redis, own_server: Server) -> None:

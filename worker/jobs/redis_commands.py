@@ -24,7 +24,10 @@ def key_of(command: Command) -> str:
 
 
 def keys_of(command: Command) -> Sequence[str]:
-    """The keys that a script is called with, or the first key of another command, if it has any."""
-    if command[0] == "EVALSHA":
+    """The keys that a script is called with, or the first key of another command, if it has any.
+
+    A command that is not known is empty.
+    """
+    if command and command[0] == "EVALSHA":
         return [str(key) for key in command[3 : 3 + int(command[2])]]
-    return [] if command[0] in _KEYLESS else [key_of(command)]
+    return [] if not command or command[0] in _KEYLESS else [key_of(command)]

@@ -53,7 +53,6 @@ _PERMANENT = {
     "MOVED": _CLUSTER,
     "NOCLUSTER": "it is not a node of a cluster; use a URL that begins with redis://",
     "NOSERVICE": "the sentinels monitor no service of the name in the URL",
-    "WRONGTYPE": "a key that the worker uses holds a value of another type",
 }
 _PLAIN = {
     "max number of clients": "MAXCLIENTS",
@@ -87,7 +86,7 @@ _WRAPPED = re.compile(r"(?:Error running script|Transaction discarded|Command #)
 """Another reply inside: of a script before Redis 7, of EXEC, of redis-py's pipeline."""
 
 
-_KNOWN = frozenset(("", *_BUSY, *_ACCESS, *_PERMANENT))
+_KNOWN = frozenset(("", "WRONGTYPE", *_BUSY, *_ACCESS, *_PERMANENT))
 _REPLIES = (exceptions.ResponseError, exceptions.AuthenticationError, exceptions.BusyLoadingError)
 
 
@@ -140,6 +139,9 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
     own = own.removeprefix("ERR ").removeprefix(f"{code} ")
     if code == "NOPERM":
         return _missing_right(own, getattr(error, "command", ()))
+    if code == "WRONGTYPE":
+        keys = " or ".join(keys_of(getattr(error, "command", ()))) or "a key that the worker uses"
+        return f"{keys} holds a value of another type"
     return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own
 
 
@@ -152,7 +154,7 @@ def _missing_right(own: str, command: Command) -> str:
         name = "a command of the script"
     else:
         name = f"'{str(command[0]).lower()}'"
-    keys = keys_of(command) if command else ()
+    keys = keys_of(command)
     on = f" on {' and '.join(keys)}" if keys else ""
     right = "to run" if refused or " key" not in own else "to keys, for"
     return f"the user lacks the right {right} {name}{on}; docs/operations.md#rights lists the rights"

@@ -6,6 +6,7 @@ clusters, `redis_errors.py` the exceptions.
 """
 
 import asyncio
+import logging
 import time
 import weakref
 from collections.abc import Awaitable, Mapping, Sequence
@@ -62,6 +63,8 @@ CLUSTER_READERS = 128
 _WAIT: Command = ("WAIT", 1, 500)
 """Until a replica has the connection's last write, or for 500 ms."""
 OVERVIEW_BYTES = 2**20
+_MAX_LOGGED = 10
+"""Malformed statuses that one call logs: the registry may hold any number."""
 
 _NO_GROUP = object()
 _OWNERSHIP: Mapping[int, Ownership] = {1: "held", 0: "lost", -1: "deleted"}
@@ -83,6 +86,8 @@ class RedisStreams:
         self._address = address
         self._replied = False
         """Whether a call has succeeded."""
+        self._malformed: frozenset[str] = frozenset()
+        """Workers whose status has another type."""
         self._opened: weakref.WeakSet[AbstractConnection] = weakref.WeakSet()
         self._scripts = load_scripts()
 
@@ -387,17 +392,26 @@ class RedisStreams:
         await self._call(self._run("DEL", worker_key(worker)))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
-        """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back."""
+        """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back.
+
+        A status of another type is left out and logged: who may register may write such a key.
+        """
         names = [text_of(name) for name in await self._call(self._run("ZRANGE", WORKERS, 0, -1))]
         listed = await self._call(self._statuses(names)) if names else []
-        return {name: texts_of(status) for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
+        malformed = frozenset(name for name, status, _ in listed if isinstance(status, exceptions.RedisError))
+        for name in sorted(malformed - self._malformed)[:_MAX_LOGGED]:
+            logging.getLogger(__name__).warning("worker %r is not listed: %s is no hash", name, worker_key(name))
+        self._malformed = malformed
+        statuses = {name: status for name, status, ttl_ms in listed if status and ttl_ms <= STATUS_TTL_MS}
+        return {name: texts_of(status) for name, status in statuses.items() if name not in malformed}
 
     async def _statuses(self, names: Sequence[str]) -> list[tuple[str, Any, int]]:
-        """Status hash and time to live of each worker."""
+        """Status hash, or the error WRONGTYPE, and time to live of each worker."""
         commands = [(command, worker_key(name)) for name in names for command in ("HGETALL", "PTTL")]
         replies = await self._server.exchange(commands)
         for reply, command in zip(replies, commands, strict=True):
-            checked(reply, command)
+            if not (isinstance(reply, exceptions.RedisError) and code_of(reply) == "WRONGTYPE"):
+                checked(reply, command)
         return list(zip(names, replies[::2], replies[1::2], strict=True))
 
     async def time_ms(self) -> int:

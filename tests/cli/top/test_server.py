@@ -129,6 +129,28 @@ async def test_a_reading_takes_the_same_few_commands_for_any_number_of_jobs(serv
     await streams.close()
 
 
+async def test_a_queue_whose_key_has_another_type_is_an_error_and_hides_no_other_queue(server: Server) -> None:
+    streams = RedisStreams.from_url(server.url)
+    source = ServerSource(streams, server.url, "default", ["bad", "good"], 10_000)
+    client = Client(streams, "good")
+    await client.submit(job_id="a", prompt="x")
+    with redis.Redis(port=server.port) as raw:
+        raw.set(queue_key("bad"), "x")
+        for _ in range(2):
+            shown = await source.read()
+            assert ([queue.name for queue in shown.queues], [job.job_id for job in shown.jobs]) == (["good"], ["a"])
+            (error,) = shown.errors
+            assert error.code == "REDIS_REFUSED"
+            assert "inf:{q:bad}:jobs holds a value of another type" in error.message
+        raw.delete(queue_key("bad"))
+        assert [queue.name for queue in (await source.read()).queues] == ["bad", "good"]
+        raw.set(queue_key("good"), "x")
+        raw.set(queue_key("bad"), "x")
+        with pytest.raises(ServerRefused, match="another type"):
+            await source.read()
+    await client.close()
+
+
 async def test_a_killed_worker_turns_stale_and_disappears_and_its_jobs_are_orphaned(
     server: Server, tmp_path: Path
 ) -> None:

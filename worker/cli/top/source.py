@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from worker.cli.top.snapshot import ErrorRow, JobRow, LetterRow, QueueRow, Snapshot, WorkerRow
-from worker.errors import WorkerError
+from worker.errors import ServerRefused, WorkerError
 from worker.jobs.client import Client
 from worker.jobs.keys import START, dead_key, next_id, split_id
 from worker.jobs.payload import job_id_of
@@ -141,6 +141,8 @@ class ServerSource:
         self._heartbeats: dict[str, tuple[Mapping[str, str], float]] = {}
         """The last status of each worker, and when it was new by this process's clock."""
         self._errors: dict[ErrorRow, None] = {}
+        self._refused: dict[str, ErrorRow] = {}
+        """The first error of each queue that the server refuses to read."""
 
     async def read(self) -> Snapshot:
         """Return the current state. Calls are not repeated: the next reading is."""
@@ -152,16 +154,40 @@ class ServerSource:
             served = sorted(frozenset({self._own}).union(*map(queues_of, statuses.values())))
             names, hidden = served[:MAX_QUEUES], max(0, len(served) - MAX_QUEUES)
         self._trackers = {name: self._trackers.get(name) or QueueTracker(self._streams, name) for name in names}
-        found = await asyncio.gather(*(tracker.read() for tracker in self._trackers.values()))
-        now_ms = found[0][0].now_ms
+        found = await self._read_queues()
+        now_ms = next(iter(found.values()))[0].now_ms
         live = frozenset(statuses)
-        views = [tracker.update(*each, live) for tracker, each in zip(self._trackers.values(), found, strict=True)]
+        views = [self._trackers[name].update(*each, live) for name, each in found.items()]
         jobs = sorted((job for _, each, _ in views for job in each), key=_job_order)
         letters = sorted((row for _, _, each in views for row in each), key=lambda row: -row.age_s)
         workers = self._workers(statuses, now_ms)
         return Snapshot(
             now_ms, [queue for queue, _, _ in views], hidden, workers, jobs, letters, self._newest(statuses)
         )
+
+    async def _read_queues(self) -> dict[str, tuple[QueueOverview, int]]:
+        """Read all queues. One that is refused, such as a key of another type, becomes an error.
+
+        Raises ServerRefused if all are refused.
+        """
+        readings = await asyncio.gather(*map(self._read_queue, self._trackers))
+        found = {name: each for name, each in zip(self._trackers, readings, strict=True) if isinstance(each, tuple)}
+        refused = {name: str(each) for name, each in zip(self._trackers, readings, strict=True) if name not in found}
+        if not found:
+            raise next(each for each in readings if isinstance(each, ServerRefused))
+        for name in [name for name, error in self._refused.items() if refused.get(name) != error.message]:
+            del self._refused[name]
+        now_ms = next(iter(found.values()))[0].now_ms
+        for name, message in refused.items():
+            row = self._refused.setdefault(name, ErrorRow(now_ms, "", "", ServerRefused.code, message))
+            self._errors[row] = None
+        return found
+
+    async def _read_queue(self, name: str) -> tuple[QueueOverview, int] | ServerRefused:
+        try:
+            return await self._trackers[name].read()
+        except ServerRefused as error:
+            return error
 
     def _workers(self, statuses: Mapping[str, Mapping[str, str]], now_ms: int) -> list[WorkerRow]:
         now_s, before = time.monotonic(), self._heartbeats
