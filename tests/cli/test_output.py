@@ -149,11 +149,26 @@ def test_the_list_of_jobs_is_readable_at_80_columns(
     lines = out.splitlines()
     assert (code, len(lines)) == (0, 4)
     assert max(map(len, lines)) <= 80
-    assert all(re.match(r"[0-9a-f]{32}  (running|waiting)", line) for line in lines[1:])
+    assert all(re.match(r"[0-9a-f]{32}  (running|waiting|orphaned)", line) for line in lines[1:])
     assert "entry" in err
     monkeypatch.delenv("COLUMNS")
     lines = command("jobs")[1].splitlines()
     assert all(re.search(r"\d+-\d+ *$", line) for line in lines[1:])
+
+
+def test_a_job_that_was_not_renewed_for_a_lease_is_orphaned(
+    server: Server, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fill(harness: ServerHarness) -> None:
+        await harness.client().submit(job_id="a", prompt="hello")
+        claim = await (await harness.transport("w1")).claim()
+        assert claim is not None
+        assert await harness.connect().give_back("default", "w1", claim.entry_id, 90_000, 1)
+
+    prepare(server, fill)
+    for lease_s, state in ((60, "orphaned"), (6000, "running")):
+        monkeypatch.setenv("WORKER_LEASE__LEASE_S", str(lease_s))
+        assert json.loads(command("jobs", "--json")[1])["state"] == state
 
 
 def test_lists_say_how_many_of_how_many_they_show(server: Server, command: Run) -> None:

@@ -233,16 +233,19 @@ class MemoryStreams(Keyspace):
                 return (waiting.index(entry_id) + 1, total) if entry_id in waiting else None
         return None
 
-    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
+    async def overview(self, queue: str, lease_ms: int, above: str | None, limit: int) -> QueueOverview:
         """`overview.lua`, without its bound on bytes."""
         stream = self._stream(queue_key(queue)) or Stream()
+        overdue = [i for i, delivery in stream.pending_rows() if self._now() - delivery.at_ms >= lease_ms]
+        waiting = overdue + [i for i, _ in stream.above(stream.delivered)]
         return QueueOverview(
             now_ms=self._now(),
             length=len(stream.entries),
             delivered=stream.delivered,
             pending_count=len(stream.pending),
+            running=len(stream.pending) - len(overdue),
             pending=await self.pending(queue, limit),
-            first_waiting=next((i for i, _ in stream.above(stream.delivered)), ""),
+            first_waiting=next(iter(waiting), ""),
             entries=[(i, fields.get("p", b"")) for i, fields in stream.above(above)[:limit]] if above else [],
         )
 

@@ -85,7 +85,7 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
     assert [entry.job_id for entry in await operator.queue()] == []
     assert (await operator.queue_depth()).dead_letters == (await first.queue_depths())["default"].dead_letters == 1
     assert await operator.dead_letter_count() == 1
-    overview = await operator._streams.overview("default", START, 10)
+    overview = await operator._streams.overview("default", 1000, START, 10)
     assert (overview.length, overview.pending_count) == (0, 0)
     letter = (await operator.dead_letters())[0]
     assert await operator.dead_letter(letter.entry_id)

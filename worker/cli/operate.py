@@ -15,7 +15,7 @@ from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import SyncClient
 from worker.jobs.payload import read_map
-from worker.jobs.queue_entries import DeadLetter
+from worker.jobs.queue_entries import DeadLetter, entry_state
 
 dead = typer.Typer(help="Dead letters: jobs that failed repeatedly.", no_args_is_help=True)
 
@@ -56,14 +56,18 @@ def jobs(
     redis_url: UrlOption = None,
     queue: QueueOption = None,
 ) -> None:
-    """List the jobs of the queue, oldest first, with their workers and ages."""
+    """List the jobs of the queue, oldest first, with their workers and ages.
+
+    A job is `orphaned` if its worker has not renewed it for `lease.lease_s`.
+    """
+    lease_ms = load_settings(config).lease.lease_s * 1000
     with client(config, redis_url, queue) as connected:
         entries, total = connected.queue(count), connected.queue_length()
     now_ms = time.time() * 1000
     rows = [
         {
             "job_id": entry.job_id,
-            "state": "running" if entry.worker else "waiting",
+            "state": entry_state(entry.idle_ms, lease_ms),
             "age_s": round(max(0.0, now_ms - int(entry.entry_id.partition("-")[0])) / 1000, 1),
             "worker": entry.worker,
             "deliveries": entry.deliveries,

@@ -258,9 +258,11 @@ class Client:
     async def queue(self, count: int = 100) -> list[QueueEntry]:
         """The first `count` jobs of the queue, waiting and running."""
         rows = await repeat_briefly(self._streams.pending, self._queue, count)
-        holders = {row.entry_id: (row.consumer, row.deliveries) for row in rows}
+        holders = {row.entry_id: (row.consumer, row.deliveries, row.idle_ms) for row in rows}
         records = await self._range(queue_key(self._queue), "-", "+", count)
-        return [QueueEntry(i, job_id_of(fields.get("p", b"")), *holders.get(i, (None, 0))) for i, fields in records]
+        return [
+            QueueEntry(i, job_id_of(fields.get("p", b"")), *holders.get(i, (None, 0, None))) for i, fields in records
+        ]
 
     async def queue_length(self, queue: str | None = None) -> int:
         """Number of jobs in a queue, by default this client's, waiting and running."""

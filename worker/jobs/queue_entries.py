@@ -31,13 +31,25 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry:
-    """A job in the queue: waiting, or running if `worker` is set."""
+    """A job in the queue. `worker` is set if it was delivered; see `entry_state`."""
 
     entry_id: str
     job_id: str | None
     """None if the payload has no readable id."""
     worker: str | None
     deliveries: int
+    idle_ms: int | None = None
+    """Since its worker received or renewed it; None if no worker has it."""
+
+
+def entry_state(idle_ms: int | None, lease_ms: float) -> str:
+    """`waiting` (no worker has it), `running`, or `orphaned`: not renewed for a lease.
+
+    `QueueDepth` counts orphaned jobs as waiting: another worker takes them over.
+    """
+    if idle_ms is None:
+        return "waiting"
+    return "running" if idle_ms < lease_ms else "orphaned"
 
 
 def retry_id(job_id: str) -> str:

@@ -58,12 +58,13 @@ def pending_entries(now_ms: int, rows: Any) -> list[PendingEntry]:
 
 def overview_of(reply: Any) -> QueueOverview:
     """The reply of `overview.lua`."""
-    time, length, delivered, count, pending, first, entries = reply
+    time, length, delivered, count, running, pending, first, entries = reply
     return QueueOverview(
         now_ms=ms_of(time),
         length=length,
         delivered=text_of(delivered),
         pending_count=count,
+        running=running,
         pending=pending_entries(ms_of(time), pending),
         first_waiting=text_of(first),
         entries=[(text_of(entry_id), payload) for entry_id, payload in entries],

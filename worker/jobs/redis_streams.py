@@ -357,8 +357,8 @@ class RedisStreams:
         waiting, running, oldest_wait_ms = await self._on_queue("depth", queue, lease_ms)
         return QueueDepth(waiting, running, oldest_wait_ms, await self.length(dead_key(queue)))
 
-    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
-        return overview_of(await self._on_queue("overview", queue, above or "", limit, OVERVIEW_BYTES))
+    async def overview(self, queue: str, lease_ms: int, above: str | None, limit: int) -> QueueOverview:
+        return overview_of(await self._on_queue("overview", queue, lease_ms, above or "", limit, OVERVIEW_BYTES))
 
     async def length(self, key: str) -> int:
         return int(await self._call(self._run("XLEN", key)))

@@ -171,6 +171,8 @@ class QueueOverview:
     delivered: str
     """Id of the last delivered entry: those above it wait."""
     pending_count: int
+    running: int
+    """Pending entries that were renewed within a lease, as in `QueueDepth`."""
     pending: Sequence[PendingEntry]
     first_waiting: str
     """Id of the oldest waiting entry; empty if none waits."""
@@ -378,8 +380,11 @@ class Streams(Protocol):
     async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
         """Count the jobs of a queue. One that was not renewed for `lease_ms` has no worker."""
 
-    async def overview(self, queue: str, above: str | None, limit: int) -> QueueOverview:
-        """Return the queue's state, with up to `limit` of the entries above an id, if given."""
+    async def overview(self, queue: str, lease_ms: int, above: str | None, limit: int) -> QueueOverview:
+        """Return the queue's state, with up to `limit` of the entries above an id, if given.
+
+        An entry that was not renewed for `lease_ms` waits, as in `depth`.
+        """
 
     async def length(self, key: str) -> int:
         """Return the number of entries of a stream."""

@@ -17,7 +17,7 @@ from worker.cli.top.source import QueueTracker, ServerSource
 from worker.cli.top.views import details_of, error_columns, worker_columns
 from worker.jobs.keys import dead_key, queue_key
 
-LIVE = frozenset({"w1", "w2"})
+LEASE_MS = 60_000
 
 
 def payload(job_id: object) -> bytes:
@@ -29,7 +29,7 @@ class Queue:
 
     def __init__(self) -> None:
         self.streams = MemoryStreams()
-        self.tracker = QueueTracker(self.streams, "q")
+        self.tracker = QueueTracker(self.streams, "q", LEASE_MS)
         self.submitted = 0
         self.transferred = 0
 
@@ -45,7 +45,7 @@ class Queue:
     async def shown(self) -> list[tuple[str | None, str]]:
         found, dead = await self.tracker.read()
         self.transferred += len(found.entries)
-        _, jobs, _ = self.tracker.update(found, dead, LIVE)
+        _, jobs, _ = self.tracker.update(found, dead)
         return [(job.job_id, job.state) for job in jobs]
 
 
@@ -55,6 +55,7 @@ async def test_jobs_run_and_leave_and_each_payload_is_read_once() -> None:
     await queue.submit(3)
     assert await queue.shown() == [(f"job-{n}", "waiting") for n in range(3)]
     first, second = await queue.take("w1"), await queue.take("dead")
+    await queue.streams.give_back("q", "dead", second, LEASE_MS, 1)
     assert await queue.shown() == [("job-0", "running"), ("job-1", "orphaned"), ("job-2", "waiting")]
     await queue.streams.settle("q", first, None)
     await queue.submit(1)
@@ -63,6 +64,18 @@ async def test_jobs_run_and_leave_and_each_payload_is_read_once() -> None:
     await queue.take("w2")
     assert await queue.shown() == [("job-2", "running"), ("job-3", "waiting")]
     assert queue.transferred == 4
+
+
+async def test_an_orphaned_job_counts_as_waiting_as_in_the_depth() -> None:
+    queue = Queue()
+    await queue.submit(3)
+    await queue.take("w1")
+    await queue.streams.give_back("q", "dead", await queue.take("dead"), LEASE_MS + 5000, 1)
+    row, jobs, _ = queue.tracker.update(*await queue.tracker.read())
+    depth = await queue.streams.depth("q", LEASE_MS)
+    assert [job.state for job in jobs] == ["running", "orphaned", "waiting"]
+    assert (row.waiting, row.running) == (depth.waiting, depth.running) == (2, 1)
+    assert row.oldest_s == jobs[1].age_s
 
 
 async def test_the_listing_is_bounded_and_moves_on_as_the_queue_is_drained(monkeypatch: pytest.MonkeyPatch) -> None:

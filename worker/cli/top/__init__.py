@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 
 from worker.cli.console import print_json
-from worker.cli.remote import ConfigOption, UrlOption, connect, redis_section
+from worker.cli.remote import ConfigOption, UrlOption, connect
 from worker.cli.top.source import ServerSource
-from worker.config import RedisSection
+from worker.config import Settings, load_settings
 from worker.errors import ConfigInvalid, WorkerError
 from worker.jobs.streams import Contact
 from worker.queue_order import QUEUE_NAME
@@ -53,10 +53,10 @@ def top(
     Keys drain a worker, cancel a job and retry a dead letter; `?` shows all. Needs the extra `top`
     (`pip install 'worker-orcd[top]'`) and a terminal; NO_COLOR is respected.
     """
-    section = redis_section(config, redis_url, None)
+    settings = load_settings(config, {"redis.url": redis_url})
     if not once:
         _require_view()
-    code = asyncio.run(_run(section, queue or [], once=once, interval_s=interval, ascii=ascii))
+    code = asyncio.run(_run(settings, queue or [], once=once, interval_s=interval, ascii=ascii))
     raise typer.Exit(code)
 
 
@@ -68,14 +68,16 @@ def _require_view() -> None:
         raise NoTerminal("stdin, stdout and stderr must be a terminal; use `worker top --once` for one reading as JSON")
 
 
-async def _run(section: RedisSection, queues: Sequence[str], *, once: bool, interval_s: float, ascii: bool) -> int:
+async def _run(settings: Settings, queues: Sequence[str], *, once: bool, interval_s: float, ascii: bool) -> int:
     """Read once, so that a server that is unreachable or refuses ends the command, then show."""
     for name in queues:
         if not re.fullmatch(QUEUE_NAME, name):
             raise ConfigInvalid(f"--queue: {name!r} must be 1 to 128 letters, digits and - _ . :")
+    section = settings.redis
     streams = connect(section, Contact(lambda _: None, lambda _: None))
     address = str(RedisUrl.parse(section.url))
-    source = ServerSource(streams, address, section.queue, list(dict.fromkeys(queues)), section.queue_bound)
+    named, lease_s = list(dict.fromkeys(queues)), settings.lease.lease_s
+    source = ServerSource(streams, address, section.queue, named, section.queue_bound, lease_s)
     try:
         snapshot = await source.read()
         if once:

@@ -11,8 +11,8 @@ from textual.widgets import Button, Static
 
 HELP = """\
 q, Ctrl-C     quit
-d             drain the selected worker: it takes no more jobs, finishes the
-              running ones in its grace period, and ends
+d             drain the selected worker: it takes no more jobs, finishes
+              the running ones in its grace period, and ends
 c             cancel the selected job, waiting or running
 r             retry the selected dead letter under a new id
 Tab           next table; arrows, page keys and the mouse move the cursor
@@ -27,7 +27,7 @@ TTFT50, 95    median and 95th percentile of the time from claim to first
 KV            used blocks of the KV cache
 VRAM          by purpose: weights, kv, activations, workspace, runtime
 stale         a heartbeat is overdue: the worker has probably died
-orphaned      the job's worker has died; another one continues the job
+orphaned      a job not renewed for a lease: it waits for another worker
 """
 
 

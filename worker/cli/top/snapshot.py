@@ -19,6 +19,7 @@ class QueueRow:
 
     name: str
     waiting: int
+    """Orphaned jobs included."""
     running: int
     oldest_s: float | None
     """Age of the oldest waiting job; None if none waits."""
@@ -117,7 +118,7 @@ class JobRow:
     job_id: str | None
     """None if its payload has no readable id."""
     state: str
-    """`running`, `waiting`, or `orphaned`: delivered to a worker that is no longer listed."""
+    """`running`, `waiting`, or `orphaned`: its worker has not renewed it for a lease."""
     worker: str
     """Empty unless it was delivered."""
     age_s: float

@@ -6,7 +6,7 @@ jobs. `QueueTracker` keeps what it has read, so that each payload is read once.
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from worker.errors import ServerRefused, WorkerError
 from worker.jobs.client import Client
 from worker.jobs.keys import START, dead_key, next_id, split_id
 from worker.jobs.payload import job_id_of
-from worker.jobs.queue_entries import DeadLetter
+from worker.jobs.queue_entries import DeadLetter, entry_state
 from worker.jobs.streams import QueueOverview, Streams
 from worker.queue_order import queues_of
 
@@ -61,9 +61,10 @@ class Source(Protocol):
 class QueueTracker:
     """The listed jobs and dead letters of one queue, kept current by `read`."""
 
-    def __init__(self, streams: Streams, name: str) -> None:
+    def __init__(self, streams: Streams, name: str, lease_ms: int) -> None:
         self._streams = streams
         self._name = name
+        self._lease_ms = lease_ms
         self._job_ids: dict[str, str | None] = {}
         """By entry id, in the order of the queue."""
         self._letters: list[DeadLetter] = []
@@ -76,7 +77,7 @@ class QueueTracker:
         Payloads of dead letters are transferred, but not kept.
         """
         above = None if len(self._job_ids) >= LISTED else next(reversed(self._job_ids), START)
-        found = await self._streams.overview(self._name, above, LISTED)
+        found = await self._streams.overview(self._name, self._lease_ms, above, LISTED)
         dead = await self._streams.length(dead_key(self._name))
         count, readings = self._letters_read
         if dead != count or readings >= LETTER_READINGS:
@@ -96,13 +97,11 @@ class QueueTracker:
             first = next_id(page[-1].entry_id)
         return letters
 
-    def update(
-        self, found: QueueOverview, dead: int, workers: Collection[str]
-    ) -> tuple[QueueRow, list[JobRow], list[LetterRow]]:
+    def update(self, found: QueueOverview, dead: int) -> tuple[QueueRow, list[JobRow], list[LetterRow]]:
         """Apply a reading; return the queue, its jobs and its dead letters."""
         self._job_ids |= {entry_id: job_id_of(payload) for entry_id, payload in found.entries}
         pending = {row.entry_id: row for row in found.pending}
-        delivered, waiting = split_id(found.delivered), max(0, found.length - found.pending_count)
+        delivered, undelivered = split_id(found.delivered), max(0, found.length - found.pending_count)
         known_to = split_id(found.pending[-1].entry_id) if found.pending_count > len(pending) else delivered
         self._job_ids = {
             entry_id: job_id
@@ -114,13 +113,14 @@ class QueueTracker:
             row = pending.get(entry_id)
             if row is None and split_id(entry_id) <= delivered:
                 continue  # delivered, but not among the pending entries that were read
-            state = "waiting" if row is None else "running" if row.consumer in workers else "orphaned"
+            state = entry_state(row.idle_ms if row else None, self._lease_ms)
             worker, deliveries = (row.consumer, row.deliveries) if row else ("", 0)
             jobs.append(JobRow(self._name, entry_id, job_id, state, worker, _age_s(entry_id, found.now_ms), deliveries))
-        if sum(job.state == "waiting" for job in jobs) > waiting:  # entries were deleted: read them again
+        if sum(job.state == "waiting" for job in jobs) > undelivered:  # entries were deleted: read them again
             self._job_ids = {}
         oldest_s = _age_s(found.first_waiting, found.now_ms) if found.first_waiting else None
-        queue = QueueRow(self._name, waiting, min(found.length, found.pending_count), oldest_s, dead)
+        running = min(found.length, found.running)
+        queue = QueueRow(self._name, found.length - running, running, oldest_s, dead)
         return queue, jobs, [self._letter(letter, found.now_ms) for letter in self._letters]
 
     def _letter(self, letter: DeadLetter, now_ms: int) -> LetterRow:
@@ -129,14 +129,20 @@ class QueueTracker:
 
 
 class ServerSource:
-    """`Source` over a server. With `queues`, only these and the workers that serve them."""
+    """`Source` over a server. With `queues`, only these and the workers that serve them.
 
-    def __init__(self, streams: Streams, address: str, own: str, queues: Sequence[str], bound: int) -> None:
+    `lease_s` is the setting of the workers.
+    """
+
+    def __init__(
+        self, streams: Streams, address: str, own: str, queues: Sequence[str], bound: int, lease_s: float = 4.0
+    ) -> None:
         self.address = address
         self._streams = streams
         self._own = own
         self._queues = queues
         self._bound = bound
+        self._lease_ms = int(lease_s * 1000)
         self._trackers: dict[str, QueueTracker] = {}
         self._heartbeats: dict[str, tuple[Mapping[str, str], float]] = {}
         """The last status of each worker, and when it was new by this process's clock."""
@@ -153,11 +159,12 @@ class ServerSource:
         else:
             served = sorted(frozenset({self._own}).union(*map(queues_of, statuses.values())))
             names, hidden = served[:MAX_QUEUES], max(0, len(served) - MAX_QUEUES)
-        self._trackers = {name: self._trackers.get(name) or QueueTracker(self._streams, name) for name in names}
+        self._trackers = {
+            name: self._trackers.get(name) or QueueTracker(self._streams, name, self._lease_ms) for name in names
+        }
         found = await self._read_queues()
         now_ms = next(iter(found.values()))[0].now_ms
-        live = frozenset(statuses)
-        views = [self._trackers[name].update(*each, live) for name, each in found.items()]
+        views = [self._trackers[name].update(*each) for name, each in found.items()]
         jobs = sorted((job for _, each, _ in views for job in each), key=_job_order)
         letters = sorted((row for _, _, each in views for row in each), key=lambda row: -row.age_s)
         workers = self._workers(statuses, now_ms)
