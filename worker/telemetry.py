@@ -218,6 +218,28 @@ def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) 
     return log
 
 
+class Refusals:
+    """Logs calls that the server refuses: `redis_refused` with the reason, once for each change.
+
+    A missing right refuses the same call again and again.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._reasons: dict[str, str] = {}
+
+    def failed(self, call: str, error: Exception) -> None:
+        """Log the error, unless the last call of that name was refused for the same reason."""
+        reason = str(error)
+        if self._reasons.get(call) != reason:
+            self._log.warning("redis_refused", reason=reason)
+        self._reasons[call] = reason
+
+    def succeeded(self, call: str) -> None:
+        """Log the next refusal of that call, whatever its reason is."""
+        self._reasons.pop(call, None)
+
+
 def _without_nulls(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     return {name: value for name, value in line.items() if value is not None}
 

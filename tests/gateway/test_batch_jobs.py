@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from worker.config import LogSection
 from worker.gateway.batch_jobs import LineJobs
 from worker.gateway.batch_lines import LineRequest
 from worker.gateway.batch_store import Batch
-from worker.gateway.context import call_of
+from worker.gateway.context import GatewayContext, call_of
 from worker.gateway.errors import too_many
 from worker.gateway.keys import ApiKeys, KeyEntry
 from worker.jobs.streams import Disconnected
@@ -40,6 +41,7 @@ def jobs_of(endpoint, *, keys=None):
         models=SimpleNamespace(workers={}),
         log=open_log(LogSection(format="json"), "gateway", log),
     )
+    context.log_failure = partial(GatewayContext.log_failure, context)
     return LineJobs(Starlette(routes=[Route(CHAT, endpoint, methods=["POST"])]), context), log
 
 

@@ -6,6 +6,7 @@ from tests.gateway.gateways import fake_worker, gateway
 from tests.gateway.stack import stack
 from tests.jobs.echo import claim_next
 from tests.jobs.harness import LossyStreams, wait_until
+from worker.errors import ServerRefused
 from worker.gateway.queue_watch import MAX_LABELS, QueueWatch
 from worker.jobs.client import Client
 from worker.jobs.keys import queue_key
@@ -124,6 +125,58 @@ async def test_a_queue_whose_key_is_no_stream_hides_no_other_queue(harness):
         await QueueWatch(running.context).refresh()
         assert list(samples(running, "gateway_queue_dead_letters")) == ['gateway_queue_dead_letters{queue="default"}']
         assert running.metric("gateway_server_reached") == 1
+
+
+async def test_a_refusal_is_logged_once_for_each_change_of_its_reason(harness):
+    refused: dict[str, str] = {}
+
+    async def before(name):
+        if name in refused:
+            raise ServerRefused(refused[name], {"reply": "NOPERM"})
+
+    streams = LossyStreams(harness.connect(), lambda name: False, before)
+    async with gateway(harness, client=Client(streams), **SLOW) as running:
+        await fake_worker(harness, running, "m", "default")
+        await running.wait_for_model("m")
+        watch = QueueWatch(running.context)
+
+        async def reasons_after(**changed):
+            refused.clear()
+            refused.update(changed)
+            for _ in range(2):
+                await watch.refresh()
+            return [line["reason"] for line in running.logged("redis_refused")]
+
+        assert await reasons_after(depth="no +xinfo") == ["no +xinfo"]
+        assert await reasons_after() == ["no +xinfo"]
+        assert await reasons_after(depth="no +xinfo") == ["no +xinfo"] * 2
+        assert await reasons_after(workers="no +zrange") == ["no +xinfo"] * 2 + ["no +zrange"]
+        assert await reasons_after() == ["no +xinfo"] * 2 + ["no +zrange"]
+        refused["enqueue"] = "no +xadd"
+        for _ in range(2):
+            body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+            response = await running.http().post("/v1/chat/completions", json=body)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "redis_refused")
+        assert [line["reason"] for line in running.logged("redis_refused")][3:] == ["no +xadd"]
+
+
+async def test_a_refused_reading_of_the_registry_is_logged_once_by_both_loops(harness):
+    refused = []
+
+    async def before(name):
+        if name == "workers" and refused:
+            refused.append(name)
+            raise ServerRefused("no +zrange", {"reply": "NOPERM"})
+
+    streams = LossyStreams(harness.connect(), lambda name: False, before)
+    async with gateway(harness, client=Client(streams), registry_s=0.02) as running:
+        refused.append("from now on")
+
+        async def read_often():
+            return len(refused) > 8
+
+        await wait_until(read_often)
+        assert [line["reason"] for line in running.logged("redis_refused")] == ["no +zrange"]
 
 
 MARK = "zebra"

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.jobs.harness import LossyStreams, wait_until
 from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import http_get, run_job, serving, wait_until_queue_is_empty
+from worker.errors import ServerRefused
 from worker.jobs.streams import Disconnected
 from worker.sampling import FinishReason
 
@@ -112,6 +113,24 @@ async def test_the_queue_is_shown(fake):
         assert (await samples_of(worker))[oldest] > 0
         barrier.release()
         await until(worker, {running: 0.0, waiting: 0.0, oldest: 0.0})
+
+
+async def test_a_refused_reading_of_the_queue_is_logged_once(fake):
+    calls = []
+
+    async def before(name):
+        if name == "depth":
+            calls.append(name)
+            raise ServerRefused("no +xinfo", {"reply": "NOPERM"})
+
+    streams = LossyStreams(fake.connect(), lambda name: False, before)
+    async with serving(fake, SharedModel.echo().fresh(), streams=streams, queue_s=0.02) as worker:
+
+        async def read_often():
+            return len(calls) > 3
+
+        await wait_until(read_often)
+        assert [line["reason"] for line in worker.logged("redis_refused")] == ["no +xinfo"]
 
 
 async def test_a_scrape_reads_no_queue(fake):

@@ -29,7 +29,6 @@ from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, draining, invalid
 from worker.gateway.queue_watch import QueueWatch
 from worker.jobs.streams import Disconnected
-from worker.telemetry import frames_of
 
 if TYPE_CHECKING:
     from worker.tracing.otlp import RequestSpan
@@ -65,7 +64,7 @@ def create_app(context: GatewayContext) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         runner = app.state.batch_runner = batches.batch_runner(app, context)
-        loops = (context.models.run(), QueueWatch(context).run(), runner.run())
+        loops = (context.models.run(context.refusals), QueueWatch(context).run(), runner.run())
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             yield
@@ -98,8 +97,7 @@ def error_response(context: GatewayContext, scope: Scope, error: Exception) -> R
         known = ApiError(error.status_code, message, code="unknown_url", headers=error.headers)
     else:
         known = api_error(error)
-    if known.code == "internal_error":
-        context.log.error("request_failed", path=scope["path"], frames=frames_of(error))
+    context.log_failure("request_failed", error, known.code, path=scope["path"])
     anthropic = scope["path"].startswith("/v1/messages")
     body = known.anthropic_body() if anthropic else known.openai_body()
     return JSONResponse(body, known.status, known.headers)

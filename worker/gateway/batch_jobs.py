@@ -28,7 +28,6 @@ from worker.gateway.batch_store import Batch
 from worker.gateway.context import Call, GatewayContext
 from worker.gateway.errors import ApiError, api_error
 from worker.jobs.streams import Disconnected
-from worker.telemetry import frames_of
 
 WINDOW_S = 24 * 3600
 PRIORITY = 9
@@ -106,8 +105,7 @@ class LineJobs:
             raise
         except Exception as failure:
             error = api_error(failure)
-            if error.code == "internal_error":
-                self._context.log.error("batch_request_failed", path=endpoint, frames=frames_of(failure))
+            self._context.log_failure("batch_request_failed", failure, error.code, path=endpoint)
             retry_s = int(error.headers["retry-after-ms"]) / 1000 if "retry-after-ms" in error.headers else None
             return Outcome(error.status, error.openai_body(), retry_s)
         return Outcome(response.status_code, json.loads(bytes(response.body)))

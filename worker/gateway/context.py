@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.requests import Request
 
 from worker.config import GatewaySection
+from worker.errors import ServerRefused
 from worker.gateway.keys import ApiKeys, Caller
 from worker.gateway.metrics import GatewayMetrics
 from worker.gateway.models import ModelRegistry
 from worker.jobs.client import Client
-from worker.telemetry import Log
+from worker.telemetry import Log, Refusals, frames_of
 
 if TYPE_CHECKING:
     from worker.tracing.otlp import Tracing
@@ -42,12 +43,21 @@ class GatewayContext:
     """The grace period is over: open requests end with an error."""
     open_requests: int = 0
     models: ModelRegistry = field(init=False)
+    refusals: Refusals = field(init=False)
     _on_stop: set[Callable[[], object]] = field(default_factory=set)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         section = self.section
+        self.refusals = Refusals(self.log)
         self.models = ModelRegistry(self.client, section.registry_s, section.no_worker_s, section.models)
+
+    def log_failure(self, event: str, failure: Exception, code: str | None, **fields: object) -> None:
+        """Log the frames of an internal error, or the reason of a refusal by the server."""
+        if code == "internal_error":
+            self.log.error(event, **fields, frames=frames_of(failure))
+        elif isinstance(failure, ServerRefused):
+            self.refusals.failed("request", failure)
 
     def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
         """Run work that outlives its request, such as a cancellation."""

@@ -15,6 +15,7 @@ from worker.gateway.errors import ApiError, invalid, unavailable
 from worker.gateway.keys import Caller
 from worker.jobs.client import Client
 from worker.jobs.streams import Disconnected
+from worker.telemetry import Refusals
 
 TAKES_JOBS = ("ready", "busy")
 _RETRY_STARTING_S = 2.0
@@ -76,11 +77,15 @@ class ModelRegistry:
         self._registry = _Registry({name: ServedModel(name, now, created) for name in always})
         self._reading = asyncio.Lock()
 
-    async def run(self) -> NoReturn:
+    async def run(self, refusals: Refusals) -> NoReturn:
         """Read the registry periodically; an unreachable server keeps the last state."""
         while True:
-            with contextlib.suppress(Disconnected, WorkerError):
-                await self.refresh()
+            with contextlib.suppress(Disconnected):
+                try:
+                    await self.refresh()
+                    refusals.succeeded("workers")
+                except WorkerError as error:
+                    refusals.failed("workers", error)
             await asyncio.sleep(self._refresh_s)
 
     async def refresh(self, newer_than_s: float | None = None) -> None:

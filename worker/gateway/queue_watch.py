@@ -6,7 +6,6 @@ A scrape reads what the loop has set, so it costs the server nothing, however of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -44,16 +43,22 @@ class QueueWatch:
 
     async def refresh(self) -> None:
         """Read the registry, and the queues of this gateway and of the workers."""
-        client, metrics = self._context.client, self._context.metrics
+        client, metrics, refusals = self._context.client, self._context.metrics, self._context.refusals
         depths: dict[str, QueueDepth] = {}
         try:
             workers = (await client.workers()).values()
+            refusals.succeeded("workers")
             _extend(self._queues, filter(_QUEUE.fullmatch, frozenset().union(*map(queues_of, workers))))
             for queue in sorted(self._queues):
-                with contextlib.suppress(ServerRefused):  # such as a key of another type
+                try:
                     depths[queue] = await client.queue_depth(queue, self._context.lease_s)
-        except (Disconnected, ServerRefused):
+                    refusals.succeeded(f"depth {queue}")
+                except ServerRefused as error:  # such as a key of another type
+                    refusals.failed(f"depth {queue}", error)
+        except (Disconnected, ServerRefused) as error:
             metrics.clear_queues()
+            if isinstance(error, ServerRefused):
+                refusals.failed("workers", error)
             return
         metrics.clear_queues()
         metrics.server_reached.set(1)

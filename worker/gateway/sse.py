@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 
 from worker.gateway.context import GatewayContext, context_of
 from worker.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, api_error, draining
-from worker.telemetry import frames_of
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -100,8 +99,7 @@ class EventStream(Response):
                 await self._send_error(send, draining())
             except Exception as failure:
                 error = api_error(failure)
-                if error.code == "internal_error":
-                    self._context.log.error("stream_failed", frames=frames_of(failure))
+                self._context.log_failure("stream_failed", failure, error.code)
                 await self._send_error(send, error)
         if not self._started:
             await self._send(send, b"")

@@ -26,7 +26,7 @@ from worker.runtime import LoadedModel
 from worker.service.engine_thread import EngineThread
 from worker.service.health import EngineLoad, Health
 from worker.service.recent_speed import RecentSpeed
-from worker.telemetry import Log, Metrics
+from worker.telemetry import Log, Metrics, Refusals
 
 _LOAD_PERCENTS = (0, 25, 50, 75, 100)
 _MIN_CHANGE_BYTES = 32 * 2**20
@@ -210,11 +210,16 @@ class Reporter:
 
     async def watch_queues(self, read: Callable[[], Awaitable[Mapping[str, QueueDepth]]]) -> NoReturn:
         """Read the depths of the worker's queues periodically, for /metrics."""
+        refusals = Refusals(self._log)
         while True:
             await self.first_token_gate.wait_open()
             depths: Mapping[str, QueueDepth] = {}
-            with contextlib.suppress(Disconnected, ServerRefused):
+            try:
                 depths = await read()
+                refusals.succeeded("depth")
+            except (Disconnected, ServerRefused) as error:
+                if isinstance(error, ServerRefused) or error.reply:
+                    refusals.failed("depth", error)
             self._metrics.queues.clear()
             for queue, depth in depths.items():
                 self._metrics.queues.set(queue, *astuple(depth))
