@@ -138,7 +138,7 @@ class Metrics:
             gauge(count.name, f"As {count.name}_total.").set_function(partial(getattr, count, "value"))
         self._steps = total("worker_engine_steps", "Completed steps of the engine.")
         self.requests = counter("worker_requests_total", "Finished jobs, by outcome.", ["outcome"])
-        for outcome in ("completed", "cancelled", "invalid_request", *FAULTS):
+        for outcome in ("completed", "cancelled", "invalid_request", "unreadable", *FAULTS):
             self.requests.labels(outcome)
         self.success = counter("worker_request_success_total", "Completed jobs, by finish reason.", ["finish_reason"])
         for reason in ("stop", "stop_sequence", "length"):

@@ -13,6 +13,7 @@ from tests.service.serving import http_get, run_job, serving, wait_until_queue_i
 from worker.errors import ServerRefused
 from worker.jobs.streams import Disconnected
 from worker.sampling import FinishReason
+from worker.telemetry import FAULTS
 
 FAST = {"queue_s": 0.05, "vram_s": 0.05}
 
@@ -113,6 +114,15 @@ async def test_the_queue_is_shown(fake):
         assert (await samples_of(worker))[oldest] > 0
         barrier.release()
         await until(worker, {running: 0.0, waiting: 0.0, oldest: 0.0})
+
+
+async def test_a_payload_without_a_job_id_is_no_fault_of_the_worker(fake):
+    async with serving(fake, SharedModel.echo().fresh(), **FAST) as worker:
+        await fake.connect().enqueue("default", {"p": b"garbage"}, 100)
+        await until(worker, {("worker_requests_total", ("outcome", "unreadable")): 1.0})
+        found = await samples_of(worker)
+        assert [found["worker_requests_total", ("outcome", fault)] for fault in FAULTS] == [0.0] * len(FAULTS)
+        assert await fake.client().dead_letter_count() == 1
 
 
 async def test_a_refused_reading_of_the_queue_is_logged_once(fake):

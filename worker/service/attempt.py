@@ -150,7 +150,7 @@ class Attempt:
         if self.job_id is None:
             assert isinstance(start, WorkerError), "a decoded payload has a job id"
             await context.transport.dead_letter(claim, start)
-            return self._released("dead_lettered")
+            return self._released("unreadable")
 
         def opening(history: History) -> Event:
             if isinstance(start, InvalidRequest) and history.started is not None:
