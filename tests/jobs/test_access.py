@@ -245,11 +245,11 @@ async def test_a_missing_right_is_one_sentence_with_command_and_key(server: Serv
             admin.execute_command("ACL", "LOAD")
             await opened.close()
     refused = f"redis://127.0.0.1:{server.port} refuses: the user lacks the right to run {missing}"
-    assert caught.value.message == f"{refused}; docs/operations.md#rights lists the rights (NOPERM)"
+    assert caught.value.message == f"{refused}; deploy/redis/users.acl has the rights of each role (NOPERM)"
 
 
 async def test_a_key_without_rights_is_named(server: Server) -> None:
     opened = RedisStreams.from_url(url_of(server, "orchestrator"))
-    with pytest.raises(ServerRefused, match=r"to keys, for 'hgetall' on inf:\{file:f\}:meta; docs/operations"):
+    with pytest.raises(ServerRefused, match=r"may not access inf:\{file:f\}:meta \(hgetall\); deploy/redis"):
         await opened.documents.get("inf:{file:f}:meta")
     await opened.close()

@@ -105,22 +105,23 @@ def test_a_permanent_refusal_names_its_cause(text: str, code: str, words: str) -
 @pytest.mark.parametrize(
     ("text", "command", "words"),
     [
-        ("NOPERM User us3r has no permissions to run the 'xadd' command", XADD, "to run 'xadd' on inf:control"),
-        ("NOPERM this user has no permissions to run the 'select' command", (), "to run 'select'"),
-        ("NOPERM No permissions to access a key", XADD, "to keys, for 'xadd' on inf:control"),
-        ("NOPERM No permissions to access a key", STATE, "to keys, for 'evalsha' on inf:a and inf:b"),
+        ("NOPERM User us3r has no permissions to run the 'xadd' command", XADD,
+         "lacks the right to run 'xadd' on inf:control"),
+        ("NOPERM this user has no permissions to run the 'select' command", (), "lacks the right to run 'select'"),
+        ("NOPERM No permissions to access a key", XADD, "may not access inf:control (xadd)"),
+        ("NOPERM No permissions to access a key", STATE, "may not access inf:a or inf:b (evalsha)"),
         ("ERR ACL failure in script: User us3r has no permissions to run the 'hset' command script: on @user_script:1.",
-         STATE, "to run 'hset' on inf:a and inf:b"),
+         STATE, "lacks the right to run 'hset' on inf:a and inf:b"),
         ("ERR The user executing the script can't run this command or subcommand script: 0ab", STATE,
-         "to run a command of the script on inf:a and inf:b"),
+         "lacks the right to run a command of the script on inf:a and inf:b"),
         ("ERR The user executing the script can't access at least one of the keys mentioned in the command", STATE,
-         "to keys, for 'evalsha' on inf:a and inf:b"),
+         "may not access inf:a or inf:b (evalsha)"),
     ],
 )  # fmt: skip
 def test_a_missing_right_is_one_sentence_with_command_and_key(text: str, command: Command, words: str) -> None:
     for error in (reply(text), exceptions.ResponseError(text)):  # redis-py's parser, and `redis_resp.py`
         error.command = command
-        expected = f"redis://h:1 refuses: the user lacks the right {words}; docs/operations.md#rights lists the rights"
+        expected = f"redis://h:1 refuses: the user {words}; deploy/redis/users.acl has the rights of each role"
         assert str(translate(error, "redis://h:1")) == f"{expected} (NOPERM)"
 
 
@@ -302,7 +303,7 @@ async def test_a_user_without_a_right(admin: Redis, own_server: Server) -> None:
     await admin.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@read", "+@connection")
     streams = RedisStreams.from_url(own_server.url.replace("redis://", "redis://reader:pw@"))
     assert await streams.read("inf:control", "0-0", 0) == []
-    with pytest.raises(ServerRefused, match=r"docs/operations\.md") as caught:
+    with pytest.raises(ServerRefused, match=r"deploy/redis/users\.acl") as caught:
         await streams.enqueue("default", {"p": b"x"}, 10)
     assert caught.value.details["reply"] == "NOPERM"
     await streams.close()

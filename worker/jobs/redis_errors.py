@@ -38,10 +38,11 @@ _BUSY = {
     "TRYAGAIN": "its cluster is moving keys",
     "UNBLOCKED": "its role has changed",
 }
+_RIGHTS = "deploy/redis/users.acl has the rights of each role"
 _ACCESS = {
     "NOAUTH": "it requires a password; pass one in the URL, redis://:PASSWORD@HOST",
     "NOPASSWORD": "the URL has a password and the server has none",
-    "NOPERM": "the user lacks a right; docs/operations.md#rights lists those that are needed",
+    "NOPERM": f"the user lacks a right; {_RIGHTS}",
     "TLS": "see the options of TLS in docs/operations.md",
     "WRONGPASS": "the user name or the password is wrong, or the user is disabled",
 }
@@ -146,7 +147,7 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
 
 
 def _missing_right(own: str, command: Command) -> str:
-    """Name the command that is refused, and the key; the user's name, in `own`, is not shown."""
+    """Name the command and the keys that are refused; the user's name, in `own`, is not shown."""
     refused = re.search("run the '([^']+)'|command '([^']+)'", own)
     if refused:
         name = f"'{next(filter(None, refused.groups()))}'"
@@ -155,9 +156,10 @@ def _missing_right(own: str, command: Command) -> str:
     else:
         name = f"'{str(command[0]).lower()}'"
     keys = keys_of(command)
+    if keys and not refused and " key" in own:
+        return f"the user may not access {' or '.join(keys)} ({str(command[0]).lower()}); {_RIGHTS}"
     on = f" on {' and '.join(keys)}" if keys else ""
-    right = "to run" if refused or " key" not in own else "to keys, for"
-    return f"the user lacks the right {right} {name}{on}; docs/operations.md#rights lists the rights"
+    return f"the user lacks the right to run {name}{on}; {_RIGHTS}"
 
 
 def _lost_reason(error: exceptions.RedisError) -> str:
