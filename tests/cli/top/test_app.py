@@ -13,7 +13,7 @@ from textual.widgets import Button, Footer
 
 from tests.cli.top.fake_source import FakeSource, jobs, letter, snapshot, worker
 from worker.cli.top.app import TopApp
-from worker.cli.top.dialogs import Confirm, Dialog
+from worker.cli.top.dialogs import HELP, Confirm, Dialog
 from worker.cli.top.format import STATE_COLORS
 from worker.cli.top.snapshot import ErrorRow, QueueRow, Snapshot
 from worker.cli.top.table import LiveTable
@@ -295,6 +295,15 @@ async def test_a_stale_worker_and_its_jobs_are_marked() -> None:
         assert "stale" in line_with(pilot.app, "dead ")
         assert "busy" in line_with(pilot.app, "alive ")
         assert "1,234 tokens/s" in lines(pilot.app)[0], "without the stale worker's"
+
+
+async def test_no_line_of_the_help_is_broken_at_80_columns() -> None:
+    app = app_of(FakeSource(snapshot()))
+    async with app.run_test(notifications=True, size=NARROW) as pilot:
+        await pilot.press("question_mark")
+        await pilot.pause()
+        shown = "\n".join(lines(app))
+        assert [line for line in HELP.splitlines() if line not in shown] == []
 
 
 @pytest.mark.parametrize(("key", "code"), [("q", 0), ("ctrl+c", 130)])
