@@ -173,6 +173,18 @@ async def test_cancel_and_retry_name_the_row_that_was_selected_also_after_a_refr
         assert source.commands[1:] == [("retry", "default", "2-0")]
 
 
+async def test_a_dead_letter_without_a_job_id_cannot_be_retried() -> None:
+    source = FakeSource(snapshot(letters=[letter("")]))
+    async with view(source) as pilot:
+        await pilot.press("2", "r")
+        await pilot.pause()
+        assert not isinstance(pilot.app.screen, Confirm)
+        (notice,) = pilot.app._notifications
+        assert notice.message == "the dead letter 0-0 has no job id and cannot be retried"
+        await pilot.press("y")
+        assert source.commands == []
+
+
 async def test_the_selected_row_keeps_its_place_on_the_screen_while_others_leave() -> None:
     source = FakeSource(snapshot(jobs=jobs(1000)))
     async with view(source) as pilot:

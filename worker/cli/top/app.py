@@ -271,6 +271,9 @@ class TopApp(App[None]):
         row = self._selected(self._letter_table, "letters")
         if row is None:
             return
+        if not row.job_id:
+            self.notify(f"the dead letter {row.entry_id} has no job id and cannot be retried", severity="warning")
+            return
 
         async def retry() -> str:
             new = await self._source.retry(row.queue, row.entry_id)
