@@ -184,3 +184,12 @@ def test_lists_say_how_many_of_how_many_they_show(server: Server, command: Run) 
     assert (len(out.splitlines()), "100 of 1,205" in err) == (100, True)
     assert "of" not in command("jobs", "--count", 2000)[1].splitlines()[-1]
     assert command("dead", "ls")[1].splitlines()[-1].startswith("100 of 101 dead letters")
+
+
+def test_the_help_of_top_names_the_streams_that_must_be_a_terminal(
+    command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = command("top", "--help")
+    assert code == 0
+    assert "2>FILE" in out

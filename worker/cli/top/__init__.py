@@ -51,7 +51,8 @@ def top(
     """Show queues, workers, jobs, dead letters and errors, live.
 
     Keys drain a worker, cancel a job and retry a dead letter; `?` shows all. Needs the extra `top`
-    (`pip install 'worker-orcd[top]'`) and a terminal; NO_COLOR is respected.
+    (`pip install 'worker-orcd[top]'`) and a terminal as stdin, stdout and stderr: the view is
+    drawn on stderr, so `2>FILE` is refused. NO_COLOR is respected.
     """
     settings = load_settings(config, {"redis.url": redis_url})
     if not once:
