@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import traceback
@@ -18,7 +19,7 @@ from tests.jobs.servers import Server, free_port, running_server
 from worker.errors import ServerRefused
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import Disconnected
+from worker.jobs.streams import Contact, Disconnected
 from worker.redis_url import RedisUrl
 
 SECRETS = ("us3r", "s3cret")
@@ -99,6 +100,39 @@ async def test_a_rotated_password_is_read_by_the_next_connection(tmp_path: Path)
             await streams.length("inf:{q:default}:jobs")
         path.write_text("second\n")
         assert await streams.length("inf:{q:default}:jobs") == 0
+        await streams.close()
+
+
+async def test_a_password_file_that_is_emptied_is_named_after_the_connection_was_closed(tmp_path: Path) -> None:
+    path, lines = tmp_path / "password", list[str]()
+    path.write_text("first\n")
+    with running_server("--requirepass", "first") as server:
+        contact = Contact(lines.append, lambda _: lines.append("back"))
+        streams = RedisStreams.from_url(f"{server.url}?password_file={path}", contact)
+        streams.waits_for_access = True
+        reading = asyncio.create_task(streams.read("inf:control", "0-0", 4000))
+        async with Redis(port=server.port, password="first") as admin:
+            while not (await admin.info("clients"))["blocked_clients"]:
+                await asyncio.sleep(0.01)
+            path.write_text("")
+            await admin.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(Disconnected):
+            await reading
+        for _ in range(3):
+            with pytest.raises(Disconnected, match="is empty"):
+                await streams.length("inf:control")
+        address = server.url
+        assert lines == [
+            f"cannot reach {address} (connection closed by server)",
+            f"cannot reach {address} (password_file: {path} is empty; expected the password)",
+        ]
+        path.write_text("wrong\n")
+        for _ in range(2):
+            with pytest.raises(Disconnected, match="WRONGPASS"):
+                await streams.length("inf:control")
+        assert len(lines) == 2
+        path.write_text("first\n")
+        assert await streams.length("inf:control") == 0
         await streams.close()
 
 

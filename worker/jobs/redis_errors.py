@@ -125,6 +125,7 @@ def translate(
         where = getattr(error, "where", "")
         lost = Disconnected(f"cannot reach {server} ({where}{': ' if where else ''}{_lost_reason(error)}{hint})")
         lost.node = where if where.startswith("node") else ""
+        lost.is_local = str(error).startswith("password_file")
         return lost
     else:
         code, why = "PROTOCOL", "it does not reply as a Redis server does"

@@ -49,6 +49,8 @@ class Disconnected(ConnectionError):
     def __init__(self, message: str, reply: str = "") -> None:
         super().__init__(message)
         self.reply = reply
+        self.is_local = False
+        """No login was sent: the password file cannot be read, or is empty."""
         self.node = ""
         """The node of a cluster that gave no reply; others may be reachable."""
         self.job_id: str | None = None
@@ -213,6 +215,8 @@ class QueueDepth:
 class Contact:
     """Reports once when calls begin to fail, and once when they succeed again; by default logs it.
 
+    The first `is_local` failure is reported too: before it, only the lost connection was.
+
     A server may refuse writes and serve reads: a refused call must itself succeed, or not be
     repeated for `REFUSAL_S`, before the server counts as back. A cluster counts as back when no
     node has failed for `REFUSAL_S`. Without `from_start`, failures before the first success are not
@@ -234,15 +238,19 @@ class Contact:
         self._lost_s: float | None = None
         self._failed_s = 0.0
         self._refused: dict[str, float] = {}
+        self._local_reported = False
 
     def failed(self, call: str, error: Disconnected) -> None:
         """Record the failure of a call by that name."""
         self.last_error, self._failed_s = error, time.monotonic()
         if error.reply or error.node:
             self._refused[error.node or call] = self._failed_s
-        if self._lost_s is None and self._reporting:
-            self._lost_s = self._failed_s
+        if not self._reporting:
+            return
+        if self._lost_s is None or (error.is_local and not self._local_reported):
             self._on_lost(str(error))
+            self._local_reported = error.is_local
+        self._lost_s = self._failed_s if self._lost_s is None else self._lost_s
 
     def succeeded(self, call: str, began_s: float) -> None:
         """Record the success of a call that began at the monotonic time `began_s`."""
@@ -254,6 +262,7 @@ class Contact:
             self._on_back(time.monotonic() - self._lost_s)
             self._lost_s = None
             self._refused.clear()
+            self._local_reported = False
 
 
 class Streams(Protocol):
