@@ -74,7 +74,7 @@ def test_a_missing_right_is_named(server, admin, worker, command) -> None:
     code, err = worker(server.url, *command)
     assert code == 5
     assert err.startswith("worker: REDIS_REFUSED: ")
-    assert "docs/operations.md" in err
+    assert "deploy/redis/users.acl" in err
 
 
 @pytest.mark.parametrize(
