@@ -69,8 +69,11 @@ async def run(plan: Plan, folder: Path) -> list[Figure]:
 
 
 def _reordering(plan: Plan) -> int:
-    """Each running job, and the one claimed next, may start after jobs that were queued later."""
-    return 2 * plan.workers * plan.max_running
+    """Each running job, and the one claimed next, may start after jobs that were queued later.
+
+    Twice as many are allowed, since a worker that waits for a core delays the jobs that it has.
+    """
+    return 4 * plan.workers * plan.max_running
 
 
 def _starts(records: dict[str, list[Record]]) -> tuple[dict[str, tuple[int, str]], int, Counter[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
+from tests.chaos.clock import Clock
 from tests.chaos.server import PersistentServer
 from tests.soak.figures import Figure, none_of
 from tests.soak.jobs import EchoJob, Reading, records_of, stream_problems
@@ -44,7 +45,7 @@ SHORT = Plan(streams=16, met=8, running_s=0.5, outage_s=3, short=40, long=100, r
 
 
 async def run(plan: Plan, folder: Path) -> list[Figure]:
-    server = PersistentServer(folder)
+    server = PersistentServer(folder, Clock(None, folder / "clock"))
     await server.start()
     try:
         with programs(folder, server.url) as running:
