@@ -178,7 +178,11 @@ class Orchestrator:
                     reading.ended_early()
                 except TimeoutError:
                     with contextlib.suppress(Disconnected):
-                        if client.state(job.job_id) == {} and self._run_log.losses:
+                        if (
+                            self._run_log.losses
+                            and "ended_ms" not in client.state(job.job_id)
+                            and job.job_id not in [entry.job_id for entry in client.queue(1000)]
+                        ):
                             client.submit(job_id=job.job_id, **job.case.fields)
                             job.sent = time.time()
                             self._run_log.submitted_again += 1
@@ -191,8 +195,13 @@ class Orchestrator:
         return START
 
     async def _submit_if_lost(self, job: Job) -> None:
-        """Resubmit a job without events if the server has lost it."""
-        if self._run_log.losses and not await retry_until_connected(self._client.state, job.job_id):
+        """Resubmit a job that has not ended if the server has lost its entry.
+
+        Its worker may have written its events again and died before it noticed that.
+        """
+        if not self._run_log.losses:
+            return
+        if "ended_ms" not in await retry_until_connected(self._client.state, job.job_id):
             queued = await retry_until_connected(self._client.queue, 1000)
             if job.job_id not in [entry.job_id for entry in queued]:
                 self._run_log.submitted_again += 1
