@@ -19,7 +19,7 @@ from worker.jobs.streams import Disconnected, QueueDepth
 from worker.queue_order import QUEUE_NAME, queues_of
 
 MAX_LABELS = 100
-"""Queues, and models, that have metrics: whoever can write to the server can register workers."""
+"""Limit of queues, and of models, with metrics. The registry may have any number of workers."""
 MAX_MODEL_NAME = 256
 _QUEUE = re.compile(QUEUE_NAME)
 

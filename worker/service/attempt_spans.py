@@ -57,7 +57,7 @@ class AttemptRecord:
 
     @property
     def enqueued_s(self) -> float:
-        """When the job was submitted; not after the claim, which another clock tells."""
+        """Submission of the job by this clock, from the server's time; at most the claim."""
         return min(self.claimed_s, (self.claim.enqueued_ms - self.server_lead_ms) / 1000)
 
     @property
