@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
 import random
 import signal
@@ -20,6 +21,8 @@ from tests.chaos.schedule import REFUSALS, schedule
 
 OVERHEAD_S = 25.0
 """Approximate time of start, last jobs and check."""
+HANG_S = 600.0
+"""A run that takes this much longer than its faults is ended with the stacks of its threads and exit code 1."""
 GAP_S = 2.2
 NETWORK_GAP_S = 3.0
 
@@ -40,8 +43,10 @@ def main() -> int:
     )
     print(
         f"seed {arguments.seed}: {len(faults)} faults of processes and {len(network_faults)} of the network "
-        f"in {seconds:.0f} s, {'' if plan.fenced else 'un'}fenced"
+        f"in {seconds:.0f} s, {'' if plan.fenced else 'un'}fenced",
+        flush=True,
     )
+    faulthandler.dump_traceback_later(seconds + HANG_S, exit=True)
     report = print if arguments.verbose else _ignore
     if not arguments.verbose:
         logging.getLogger("worker.jobs.streams").setLevel(logging.ERROR)  # a line for each lost connection

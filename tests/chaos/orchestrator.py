@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
@@ -47,6 +48,9 @@ class Orchestrator:
         self._streams = RedisStreams.from_url(url)
         self._client = Client(self._streams, queue=queue)
         self._running: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(concurrency)
+        self._in_threads: set[SyncClient] = set()
+        """Clients of the threads. A thread cannot be cancelled: after `close` of its client it ends by itself."""
 
     async def run(self, until: float) -> None:
         """Submit jobs until the monotonic time `until`, then wait for the running ones."""
@@ -58,11 +62,19 @@ class Orchestrator:
         while self._running:
             await asyncio.wait(self._running)
 
+    @property
+    def reading_in_threads(self) -> int:
+        """Number of synchronous readers."""
+        return len(self._in_threads)
+
     async def close(self) -> None:
         """Stop reading and disconnect."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+        for client in list(self._in_threads):
+            client.close()
+        await asyncio.to_thread(self._threads.shutdown)
         await self._client.close()
 
     def _begin(self, job_id: str) -> None:
@@ -98,7 +110,11 @@ class Orchestrator:
         elif job.kind == "cancelled":
             concurrent.append(asyncio.create_task(self._later(retry_until_connected(self._client.cancel, job.job_id))))
         if job.kind == "synchronous":
-            await asyncio.to_thread(self._read_in_thread, job)
+            client = SyncClient.from_url(self._url, queue=self._queue)
+            self._in_threads.add(client)
+            thread = self._threads.submit(self._read_in_thread, client, job)
+            thread.add_done_callback(lambda _: self._in_threads.discard(client))
+            await asyncio.wrap_future(thread)
         else:
             await self._read(job)
         await asyncio.gather(*concurrent)
@@ -159,9 +175,9 @@ class Orchestrator:
         await asyncio.sleep(0.2)
         return START
 
-    def _read_in_thread(self, job: Job) -> None:
-        """Read to the end with the synchronous client."""
-        with SyncClient.from_url(self._url, queue=self._queue) as client:
+    def _read_in_thread(self, client: SyncClient, job: Job) -> None:
+        """Read to the end with the synchronous client, and close it. Raises RuntimeError if it is closed before."""
+        with client:
             while True:
                 reading = ReadPass(job, self._run_log, self._run_log.losses)
                 try:
