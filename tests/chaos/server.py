@@ -60,6 +60,7 @@ class PersistentServer:
         self._nodes = 1
         self._root = folder
         self.clock = clock
+        self._log = folder / "server.log"
         self._child: Child | None = None
         self._started = False
 
@@ -90,12 +91,14 @@ class PersistentServer:
         # writes. Without fsync a kill loses nothing, and only `lose_last_second` does.
         options += ["--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"]
         options += ["--repl-diskless-sync-delay", "0", *more]
-        return Child([*(self.clock.command), binary, *options])
+        with self._log.open("ab") as log:
+            return Child([*(self.clock.command), binary, *options], log)
 
     async def _wait_for_start(self, port: int, child: Child) -> None:
         async with asyncio.timeout(_START_S):
             while not await asyncio.to_thread(_replies, port):
-                assert not child.ended, "the server did not start"
+                if child.ended:
+                    raise RuntimeError(f"the server did not start: {self._log.read_text(errors='replace')[-1000:]}")
                 await asyncio.sleep(0.02)
 
     def kill(self) -> None:
