@@ -1,6 +1,7 @@
 """HarmonyParser: channels, recipients and odd headers of gpt-oss's answers."""
 
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -224,3 +225,11 @@ def joined(pieces):
         else:
             found.append((place, text))
     return found
+
+
+@pytest.mark.parametrize("unit", ["!", " ", "to=", "?", "json ", "assistant"])
+@pytest.mark.parametrize("start", ["<|channel|>", "<|start|>", " to=functions.f<|constrain|>", ""])
+def test_a_header_of_one_repeated_unit_takes_little_time(unit, start):
+    begun = time.process_time()
+    runs(start + unit * 400 + "x<|message|>he")
+    assert time.process_time() - begun < 2

@@ -1,6 +1,7 @@
 """The parsers of text markup: `<think>`, Hermes's JSON calls and Qwen3-Coder's XML calls."""
 
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -332,3 +333,15 @@ def test_no_text_is_lost(name, parts):
 def test_the_arguments_of_an_xml_call_are_what_its_values_say(text, number, flag):
     ((_, _, _, arguments),) = parsed("xml", xml(("s", text), ("n", str(number)), ("b", str(flag))))
     assert json.loads(arguments) == {"s": text, "n": number, "b": flag}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@pytest.mark.parametrize(
+    "start", ["", "<tool_call>", "<tool_call>{", '<tool_call>{"name": "f", ', "<function=f>", "<think>"]
+)
+@pytest.mark.parametrize("unit", [" ", "!", '"', "\\", "<", "{", ",", "</", "<tool_call> "])
+def test_a_long_run_of_one_unit_takes_little_time(name, start, unit):
+    parts = [unit * 64] * 100
+    begun = time.process_time()
+    assert "".join(run[-1] for run in parsed(name, start, *parts, "é"))
+    assert time.process_time() - begun < 2

@@ -31,7 +31,7 @@ _MAX_RECIPIENT = 256
 
 _ROLE = re.compile(rf"\s*(?:{'|'.join(_ROLES)})+")
 _CHANNEL = re.compile(r"\s*[?.–-]*(analysis|commentary|final)(?:(?=to=)|(?![a-z]))\?*")
-_WORD = re.compile(rf"\s*(?!to=)((?:[!-~]|[^\w\s]){{1,{_MAX_NAME}}})(?!\S)")
+_WORD = re.compile(rf"\s*(?!to=)((?:(?!\s)[!-~\W]){{1,{_MAX_NAME}}})(?!\S)")
 _RECIPIENT = re.compile(r"\s*to=([^\s<]+)")
 _TYPE = re.compile(rf"\s+(?:{'|'.join(_TYPES)})\b")
 

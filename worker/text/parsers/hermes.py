@@ -22,8 +22,8 @@ from worker.text.parsers.json_value import JsonValue
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _START = re.compile(r"(?:<tool_call>)?\s*\{")
 _END = re.compile(r"\s*\}")
-_KEY = re.compile(r'\s*,?\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?=[^\s,:}\]<])')
-_KEY_SO_FAR = re.compile(r'\s*,?\s*(?:"(?:[^"\\]|\\.)*(?:\\|"\s*:?\s*)?)?')
+_KEY = re.compile(r'\s*(?:,\s*)?"((?:[^"\\]|\\.)*)"\s*:\s*(?=[^\s,:}\]<])')
+_KEY_SO_FAR = re.compile(r'\s*(?:,\s*)?(?:"(?:[^"\\]|\\.)*(?:\\|"\s*:?\s*)?)?')
 _ARGUMENTS = ("arguments", "parameters")
 _ABOUT = ("name", "id", "type")
 
