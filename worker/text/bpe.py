@@ -128,7 +128,7 @@ def _model(vocab: Vocabulary, scores: list[float]) -> Iterator[bytes]:
 
 
 def _piece(token: str, score: float, kind: int) -> bytes:
-    score_field = struct.pack("<Bf", _SCORE << 3 | 5, score)
+    score_field = struct.pack("<Bf", _SCORE << 3 | 5, float(score))  # an int may be too large for one
     return _field(_PIECES, _field(_PIECE, token.encode()) + score_field + _number(_TYPE, kind))
 
 
