@@ -85,6 +85,17 @@ async def test_a_dead_letter_is_retried_under_a_new_id(harness: Harness) -> None
     await complete(last, lease, 1)
 
 
+async def test_dead_letters_without_a_job_id_are_retried_under_different_ids(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1")
+    for _ in range(2):
+        await harness.connect().enqueue("default", {"p": b'{"prompt": "hello"}'}, 10)
+        await worker.dead_letter(await claim_next(worker), InvalidRequest("no readable job_id"))
+    ids = {await client.retry_dead_letter(letter) for letter in await client.dead_letters()}
+    assert ids == {entry.job_id for entry in await client.queue()}
+    assert len(ids) == 2
+    assert await client.dead_letters() == []
+
+
 async def test_an_error_ends_the_iteration_over_tokens(harness: Harness) -> None:
     client, worker = harness.client(), await harness.transport("w1")
     await client.submit(job_id="a", prompt="hello")

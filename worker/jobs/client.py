@@ -318,13 +318,16 @@ class Client:
     async def retry_dead_letter(self, letter: DeadLetter) -> str:
         """Resubmit the job under a new id, `ID.r1`, then `ID.r2`, and delete the dead letter.
 
+        A payload without a readable id gets a random one, as in `submit`.
+
         Raises InvalidRequest and QueueFull as `submit` does.
         """
         fields, errors = read_map(letter.payload)
         if errors:
             raise InvalidRequest.of(*errors)
-        job = {str(name): value for name, value in fields.items()} | {"job_id": retry_id(letter.job_id)}
-        job_id = await self.submit(**job)
+        job_id = retry_id(letter.job_id) if letter.job_id else self.new_id()
+        job = {str(name): value for name, value in fields.items()} | {"job_id": job_id}
+        await self.submit(**job)
         await self.drop_dead_letter(letter.entry_id)
         return job_id
 
