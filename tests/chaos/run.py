@@ -79,7 +79,7 @@ async def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> Outcom
     faults = Faults(plan, server, outcome, report)
     try:
         await server.start()
-        async with _in_background(outcome.worker_pool.supervise(), _annotate(server)):
+        async with _in_background(outcome.worker_pool.supervise(), _mark(server)):
             await _run_load(plan, outcome, orchestrators, faults)
             await _wait_until_settled(server)
         await outcome.worker_pool.stop()
@@ -94,9 +94,9 @@ async def run(plan: Plan, folder: Path, report: Callable[[str], None]) -> Outcom
     return outcome
 
 
-async def _annotate(server: PersistentServer) -> None:
+async def _mark(server: PersistentServer) -> None:
     while True:
-        server.annotate()
+        server.mark()
         await asyncio.sleep(1.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import random
 import socket
 import time
@@ -20,8 +21,6 @@ from worker.embedded import Child, free_port, server_binary
 
 _START_S = 60.0
 _FAIL_OVER_S = 60.0
-_TIMESTAMP = b"#TS:"
-"""Begins an annotation of the append-only file: the Unix time of the writes that follow it."""
 _PORTS = range(20_000, 32_000)
 """Below the ports that Linux gives to connections, from 32768 on."""
 
@@ -45,7 +44,16 @@ class LostWrites(NamedTuple):
     size: int
     """In bytes."""
     since: float
-    """Unix time of the first lost write, rounded down to a second; infinite if none was lost."""
+    """Unix time before which nothing was lost; infinite if nothing was lost at all."""
+
+
+class _Mark(NamedTuple):
+    """The append-only file at one time."""
+
+    path: Path
+    size: int
+    time: float
+    """Unix time. What the file has after `size` was written later."""
 
 
 class PersistentServer:
@@ -63,6 +71,7 @@ class PersistentServer:
         self._log = folder / "server.log"
         self._child: Child | None = None
         self._started = False
+        self._mark: _Mark | None = None
 
     @property
     def url(self) -> str:
@@ -108,25 +117,26 @@ class PersistentServer:
         self._child.process.kill()
         self._child.stop()
 
-    def annotate(self) -> None:
-        """Append the time to the file, as an annotation that the server skips. Call it each second.
+    def mark(self) -> None:
+        """Record where the file ends now. Call it each second.
 
-        The server's own annotations have its own clock, and none is written after that went back.
+        Nothing is written to the file: the server opens some of its files without O_APPEND, and
+        would write over the beginning of what another process has appended.
         """
         for path in self._files() if self._started else ():
-            with path.open("ab", buffering=0) as file:
-                file.write(b"%b%d\r\n" % (_TIMESTAMP, time.time()))
+            now = time.time()
+            self._mark = _Mark(path, path.stat().st_size, now)
 
     def lose_last_second(self) -> LostWrites:
-        """Truncate the file at its last timestamp, which is up to about a second old."""
-        lost = LostWrites(0, math.inf)
-        for path in self._files():
-            data = path.read_bytes()
-            mark = data.rfind(_TIMESTAMP)
-            if mark > 0:
-                seconds = int(data[mark + len(_TIMESTAMP) :].split(b"\r\n", 1)[0])
-                lost = LostWrites(len(data) - mark, seconds)
-                path.write_bytes(data[:mark])
+        """Truncate the file at the last mark, which is up to about a second old.
+
+        A command that is cut off there is removed by the server when it starts.
+        """
+        mark = self._mark
+        if mark is None or [mark.path] != self._files() or mark.path.stat().st_size <= mark.size:
+            return LostWrites(0, math.inf)
+        lost = LostWrites(mark.path.stat().st_size - mark.size, mark.time)
+        os.truncate(mark.path, mark.size)
         return lost
 
     def _files(self) -> list[Path]:

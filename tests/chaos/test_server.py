@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+
+from redis.asyncio import Redis
 
 from tests.chaos.clock import Clock
 from tests.chaos.server import LostWrites, PersistentServer
@@ -21,12 +24,24 @@ def test_the_port_is_none_that_the_system_gives_to_connections(tmp_path: Path) -
     assert [port for port in ports if port >= lowest] == []
 
 
-def test_lost_writes_begin_at_the_last_timestamp_of_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "node0" / "appendonlydir" / "appendonly.aof.1.incr.aof"
-    path.parent.mkdir(parents=True)
-    kept, lost = b"#TS:1700000000\r\n*1\r\n$4\r\nPING\r\n", b"#TS:1700000005\r\n*1\r\n$4\r\nPING\r\n"
-    path.write_bytes(kept + lost)
+async def test_lost_writes_are_those_after_the_last_mark(tmp_path: Path) -> None:
     server = server_in(tmp_path)
-    assert server.lose_last_second() == LostWrites(len(lost), 1_700_000_005)
-    assert path.read_bytes() == kept
-    assert server.lose_last_second() == LostWrites(0, math.inf), "the first timestamp begins the file"
+    assert server.lose_last_second() == LostWrites(0, math.inf), "nothing was marked"
+    await server.start()
+    try:
+        async with Redis.from_url(server.url, protocol=2) as redis:
+            await redis.set("kept", 1)
+            before = time.time()
+            server.mark()
+            after = time.time()
+            await redis.set("lost", 1)
+        server.kill()
+        lost = server.lose_last_second()
+        assert before <= lost.since <= after
+        assert lost.size > 0
+        assert server.lose_last_second() == LostWrites(0, math.inf), "the file ends at the mark"
+        await server.start()
+        async with Redis.from_url(server.url, protocol=2) as redis:
+            assert await redis.keys("*") == [b"kept"]
+    finally:
+        server.stop()
