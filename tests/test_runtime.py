@@ -49,7 +49,7 @@ def test_uploads_begin_before_the_tokenizer_and_are_awaited_after_the_runner(tin
     @contextmanager
     def recorded_uploader(*args):
         with uploader(*args) as upload:
-            yield lambda info: order.append("upload") or upload(info)
+            yield lambda info, scale: order.append("upload") or upload(info, scale)
         order.append("uploaded")
 
     monkeypatch.setattr(backend, "uploader", recorded_uploader)

@@ -20,7 +20,12 @@ from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model, ModelOptions, Runner
 from worker.ops import KV_BLOCK, QTensor
 
-Upload = Callable[[TensorInfo], QTensor]
+
+class Upload(Protocol):
+    """Starts the upload of a tensor."""
+
+    def __call__(self, info: TensorInfo, scale: float = 1.0) -> QTensor:
+        """Return the tensor on its device. `scale` multiplies a vector in f32; a matrix has 1."""
 
 
 @dataclass(frozen=True, slots=True)

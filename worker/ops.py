@@ -141,8 +141,8 @@ class Batch:
 class Ops(Protocol):
     """The ops of one device for one phase, bound to its KV cache."""
 
-    def embed(self, table: QTensor, batch: Batch) -> Array:
-        """Rows of `table` [V, d] for the batch's tokens: x [T, d] f32."""
+    def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> Array:
+        """Rows of `table` [V, d] for the batch's tokens, times `scale`: x [T, d] f32."""
 
     def norm_linear(self, x: Array, norm: RmsNorm, *linears: Linear) -> tuple[Array, ...]:
         """Several projections of one norm: y_j [T, rows_j] f32."""

@@ -142,8 +142,8 @@ class ThreeRuns(CpuOps):
         self._experts, self._residuals = iter(trail.experts), iter(trail.residuals)
         self.halves, self.tie = [], 0.0
 
-    def embed(self, table, batch):
-        rows = [self._rows.fetch(table.rows(i, i + 1)).copy() for i in batch.tokens.tolist()]
+    def embed(self, table, batch, scale=1.0):
+        rows = [self._rows.fetch(table.rows(i, i + 1)) * np.float32(scale) for i in batch.tokens.tolist()]
         return np.concatenate(rows * RUNS)
 
     def attention(self, q, k, v, spec, batch):

@@ -96,6 +96,27 @@ def test_device_dequantization_of_random_bytes_is_bit_exact(kernels, memory, kin
     assert (same | (np.isnan(found) & np.isnan(expected))).all()
 
 
+@EACH_TYPE
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_embedded_rows_of_random_bytes_are_scaled_with_one_rounding(kernels, memory, kind, scale):
+    """Rows without a token are zeros; NaN equals NaN."""
+    from cupy import asarray
+
+    from worker.gpu.layouts import embed
+
+    blocks = comparable(kind, random_bytes(kind, 7, 256))
+    tokens, slots = np.array([6, 0, 3], np.int32), np.array([2, -1, 0, 1], np.int32)
+    with np.errstate(all="ignore"):
+        values = np.ascontiguousarray(quants.dequantize(blocks, GGMLQuantizationType(kind.ggml_id)))
+        expected = values[tokens[slots]] * np.float32(scale)
+    expected[slots < 0] = 0
+    pool, table = GuardedPool(), upload(kernels, memory, kind, (7, 256), blocks)
+    found = embed(kernels, pool, table, asarray(tokens), asarray(slots), scale).get()
+    pool.check()
+    same = (found.view(np.uint32) == expected.view(np.uint32)) | (np.abs(expected) < np.finfo(np.float32).tiny)
+    assert (same | (np.isnan(found) & np.isnan(expected))).all()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in QUANT_TYPES if kind.block_size <= 32], ids=lambda kind: kind.name)
 def test_rows_that_are_odd_multiples_of_32_are_bit_exact(kernels, memory, kind):
     blocks = comparable(kind, random_bytes(kind, 3, 96))

@@ -69,6 +69,15 @@ def test_a_vector_longer_than_a_chunk_arrives_whole(cupy):
     assert heard == [info.nbytes]
 
 
+def test_a_vector_arrives_times_its_scale(cupy):
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    info = TensorInfo("output_norm.weight", (100,), F32, 0, values.nbytes)
+    upload = uploading([(info, values[None].view(np.uint8))], FakeMemory())
+    array = upload(info, 0.125).data
+    upload.close()
+    assert np.array_equal(array.host, values / 8)
+
+
 def test_small_tensors_share_a_chunk_and_each_reaches_its_place(cupy):
     memory, heard = FakeMemory(), []
     tensors = [tensor(kind, rows, 256, f"{kind.name}.{rows}") for kind in (Q8_0, Q4_K, BF16) for rows in (1, 3, 2)]

@@ -35,7 +35,7 @@ class Bias(Enum):
     REQUIRED = "required"
 
 
-def describe(info: TensorInfo) -> QTensor:
+def describe(info: TensorInfo, scale: float = 1.0) -> QTensor:
     """An upload without data, for checking names and shapes."""
     return QTensor(info.name, info.shape, info.kind, None)
 
@@ -85,8 +85,11 @@ class Weights:
         """Whether the file has the tensor."""
         return name in self._file.tensors
 
-    def tensor(self, name: str, *shape: int) -> QTensor:
-        """Claim a tensor. Raises ModelLoadFailed if it is missing, claimed or of another shape."""
+    def tensor(self, name: str, *shape: int, scale: float = 1.0) -> QTensor:
+        """Claim a tensor. Raises ModelLoadFailed if it is missing, claimed or of another shape.
+
+        `scale` multiplies the values of a vector.
+        """
         info = self._file.tensors.get(name)
         expected = f"{name} of shape {list(shape)}"
         if info is None:
@@ -100,11 +103,14 @@ class Weights:
         if name in self._claimed:
             raise ModelLoadFailed(f"tensor {name} is claimed twice", str(self._file.path), "one use of each tensor")
         self._claimed.add(name)
-        return self._upload(info)
+        return self._upload(info, scale)
 
-    def vector(self, name: str, n: int) -> QTensor:
-        """Claim a bias, norm weight or sinks [n]. Raises ModelLoadFailed if it is quantized."""
-        vector = self.tensor(name, n)
+    def vector(self, name: str, n: int, scale: float = 1.0) -> QTensor:
+        """Claim a bias, norm weight or sinks [n], times `scale`.
+
+        Raises ModelLoadFailed if it is quantized.
+        """
+        vector = self.tensor(name, n, scale=scale)
         if vector.kind.block_size != 1:
             problem = f"vector {name} is of type {vector.kind.name}"
             raise ModelLoadFailed(problem, str(self._file.path), "F32, F16 or BF16")
@@ -116,9 +122,9 @@ class Weights:
         info = self._file.tensors[name]
         return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
 
-    def norm(self, name: str, d: int, eps: float) -> RmsNorm:
-        """`name`.weight [d]."""
-        return RmsNorm(self.vector(f"{name}.weight", d), eps)
+    def norm(self, name: str, d: int, eps: float, scale: float = 1.0) -> RmsNorm:
+        """`name`.weight [d], times `scale`, which so multiplies the norm's result."""
+        return RmsNorm(self.vector(f"{name}.weight", d, scale), eps)
 
     def linear(self, name: str, rows: int, cols: int, *, bias: Bias = Bias.NONE) -> Linear:
         """`name`.weight [rows, cols] and, as `bias` says, `name`.bias [rows]."""

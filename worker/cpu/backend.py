@@ -25,16 +25,18 @@ WEIGHT_BYTES = 4
 @contextmanager
 def uploader(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Upload]:
     """See `Backend.uploader`. The tensors are f32 arrays that are filled when the context exits."""
-    targets: list[tuple[TensorInfo, Floats]] = []
+    targets: list[tuple[TensorInfo, Floats, float]] = []
 
-    def upload(info: TensorInfo) -> QTensor:
+    def upload(info: TensorInfo, scale: float = 1.0) -> QTensor:
         values = np.empty(info.shape, np.float32)
-        targets.append((info, values))
+        targets.append((info, values, scale))
         return QTensor(info.name, info.shape, info.kind, values)
 
     yield upload
-    for info, values in targets:
+    for info, values, scale in targets:
         dequantize(file.data(info), info.kind, out=values)
+        if scale != 1.0:
+            np.multiply(values, np.float32(scale), out=values)
         on_bytes(info.nbytes)
 
 

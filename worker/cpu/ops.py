@@ -22,9 +22,9 @@ class CpuOps:
         self._threads = threads
         self._tile = KV_BLOCK if phase is Phase.PREFILL else 1
 
-    def embed(self, table: QTensor, batch: Batch) -> F32:
+    def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> F32:
         x: F32 = table.data[batch.tokens]
-        return x
+        return x if scale == 1.0 else x * np.float32(scale)
 
     def norm_linear(self, x: F32, norm: RmsNorm, *linears: Linear) -> tuple[F32, ...]:
         n = self._norm(x, norm)

@@ -49,10 +49,10 @@ class DecodeOps:
         self._drafts = drafts
         self._products = DecodeProducts(kernels, pool, max_shared)
 
-    def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
+    def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> DeviceArray:
         slots = self._state.slots_of_rows(len(batch.tokens))
         tokens = self._state.tokens[: self._state.slots] if slots is None else self._state.tokens
-        return embed(self._kernels, self._pool, table, tokens, slots)
+        return embed(self._kernels, self._pool, table, tokens, slots, scale)
 
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))

@@ -55,7 +55,9 @@ def stored_type(kind: QuantType) -> QuantType:
 
 
 STORED_TYPES = tuple(dict.fromkeys(map(stored_type, QUANT_TYPES)))
-INSTANTIATIONS: tuple[KernelName, ...] = tuple(("dequantize.cu", f"dequantize<{kind.name}>") for kind in STORED_TYPES)
+INSTANTIATIONS: tuple[KernelName, ...] = tuple(
+    ("dequantize.cu", f"{kernel}<{kind.name}>") for kernel in ("dequantize", "scaled_rows") for kind in STORED_TYPES
+)
 PLANES = np.dtype([("low", "u8"), ("high", "u8"), ("scales", "u8"), ("supers", "u8")])
 """`Planes` of kernels/codes.cuh."""
 EXPERT_TYPES = (MXFP4, Q8_0, Q4_K, Q6_K, IQ4_XS)
@@ -145,14 +147,19 @@ def address(array: Any) -> int:
 
 
 def embed(
-    kernels: Launcher, pool: Allocator, table: QTensor, tokens: DeviceArray, row_slots: DeviceArray | None = None
+    kernels: Launcher,
+    pool: Allocator,
+    table: QTensor,
+    tokens: DeviceArray,
+    row_slots: DeviceArray | None = None,
+    scale: float = 1.0,
 ) -> DeviceArray:
-    """Rows of `table` [V, d] for `tokens` [T] i32: x [T, d] f32.
+    """Rows of `table` [V, d] for `tokens` [T] i32, times `scale`: x [T, d] f32.
 
     With `row_slots` [R] i32, row r is that of tokens[row_slots[r]], or zeros if that is negative.
     """
     out = pool.empty((len(tokens if row_slots is None else row_slots), table.shape[-1]), np.float32)
-    _dequantize(kernels, table, tokens, out, row_slots)
+    _dequantize(kernels, table, tokens, out, row_slots, scale)
     return out
 
 
@@ -172,13 +179,19 @@ def dequantize(kernels: Launcher, pool: Allocator, matrix: QTensor) -> DeviceArr
 
 
 def _dequantize(
-    kernels: Launcher, matrix: QTensor, rows: DeviceArray | None, out: DeviceArray, row_slots: DeviceArray | None = None
+    kernels: Launcher,
+    matrix: QTensor,
+    rows: DeviceArray | None,
+    out: DeviceArray,
+    row_slots: DeviceArray | None = None,
+    scale: float = 1.0,
 ) -> None:
     units = matrix.shape[-1] // unit_elements(matrix.kind)
     planes = np.array(matrix.data.addresses(), PLANES)
-    kernels.get("dequantize.cu", f"dequantize<{matrix.kind.name}>")(
+    kernel, factor = ("dequantize", ()) if scale == 1.0 else ("scaled_rows", (np.float32(scale),))
+    kernels.get("dequantize.cu", f"{kernel}<{matrix.kind.name}>")(
         (math.prod(out.shape[:-1]), -(-units // _THREADS)),
         (_THREADS,),
-        (planes, rows, row_slots, out, np.int32(units)),
+        (planes, rows, row_slots, out, np.int32(units), *factor),
         pdl=True,
     )

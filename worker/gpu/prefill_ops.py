@@ -46,8 +46,8 @@ class PrefillOps:
         self._attention = attention
         self._prompt = prompt
 
-    def embed(self, table: QTensor, batch: Batch) -> DeviceArray:
-        return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)])
+    def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> DeviceArray:
+        return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)], scale=scale)
 
     def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         return matmul.projections(self._kernels, self._pool, self._scaled(x, norm), linears)

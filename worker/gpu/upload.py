@@ -86,9 +86,9 @@ class Upload:
         self._targets: list[QTensor] = []
         self._values: list[Floats] = []
 
-    def __call__(self, info: TensorInfo) -> QTensor:
+    def __call__(self, info: TensorInfo, scale: float = 1.0) -> QTensor:
         """Start the upload of a tensor. Raises VramOom."""
-        data = self._vector(info) if is_vector(info) else self._matrix(info)
+        data = self._vector(info, scale) if is_vector(info) else self._matrix(info)
         tensor = QTensor(info.name, info.shape, info.kind if is_vector(info) else stored_type(info.kind), data)
         self._targets.append(tensor)  # its memory must not be reused during the copy
         self._to_come -= info.nbytes
@@ -124,9 +124,11 @@ class Upload:
         self._codebooks.clear()
         self._staging = None
 
-    def _vector(self, info: TensorInfo) -> DeviceArray:
+    def _vector(self, info: TensorInfo, scale: float) -> DeviceArray:
         """Copy from this thread: a vector is small, and there are as many as matrices."""
         values = dequantize(self._file.data(info), info.kind).reshape(info.shape)
+        if scale != 1.0:
+            values = values * np.float32(scale)
         array = self._pool.empty(info.shape, np.float32)
         self._values.append(values)  # the driver may read them after the call returns
         with device_errors():

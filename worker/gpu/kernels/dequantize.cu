@@ -1,5 +1,5 @@
 // Matrix to f32: y[r] = W[ids[r]] for tokens of an embedding table, or the whole matrix; bit for
-// bit gguf.quants.
+// bit gguf.quants. `scaled_rows` multiplies each element by `scale`, with one rounding.
 //
 // Shapes: W [rows, cols] in planes, cols a multiple of 32; ids [R] i32, or null for row r itself; y
 // [R, cols] f32. With row_slots [R] i32, y[r] = W[ids[row_slots[r]]], or zeros if that is negative.
@@ -11,9 +11,10 @@
 #include "pdl.cuh"
 #include "formats.cuh"
 
-template <class Block>
-__global__ void dequantize(const Planes planes, const int* __restrict__ ids, const int* __restrict__ row_slots,
-                           float* __restrict__ out, const int row_units) {
+template <class Block, bool SCALED>
+__device__ __forceinline__ void write_rows(const Planes& planes, const int* __restrict__ ids,
+                                           const int* __restrict__ row_slots, float* __restrict__ out,
+                                           const int row_units, const float scale) {
     const int unit = blockIdx.y * blockDim.x + threadIdx.x;
     launch_dependents();
     grid_dependency_wait();
@@ -31,6 +32,22 @@ __global__ void dequantize(const Planes planes, const int* __restrict__ ids, con
     float v[n];
     w.load(planes, row * row_units + unit);
     w.to_float(row * row_units + unit, v);
+    if constexpr (SCALED) {
+#pragma unroll
+        for (int e = 0; e < n; ++e) v[e] = __fmul_rn(v[e], scale);
+    }
 #pragma unroll
     for (int e = 0; e < n; e += 4) to[e / 4] = make_float4(v[e], v[e + 1], v[e + 2], v[e + 3]);
+}
+
+template <class Block>
+__global__ void dequantize(const Planes planes, const int* __restrict__ ids, const int* __restrict__ row_slots,
+                           float* __restrict__ out, const int row_units) {
+    write_rows<Block, false>(planes, ids, row_slots, out, row_units, 1.f);
+}
+
+template <class Block>
+__global__ void scaled_rows(const Planes planes, const int* __restrict__ ids, const int* __restrict__ row_slots,
+                            float* __restrict__ out, const int row_units, const float scale) {
+    write_rows<Block, true>(planes, ids, row_slots, out, row_units, scale);
 }
