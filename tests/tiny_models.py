@@ -142,6 +142,8 @@ _QWEN3 = TinyShape(
     },
 )
 _EXPERTS = {"expert_count": 8, "expert_used_count": 3}
+# All four differ from 1 and D^-0.5 as the published ones do, by less, so that each shows in the logits.
+_GRANITE_SCALES = {"embedding_scale": 3.0, "attention.scale": 0.05, "residual_scale": 0.4, "logit_scale": 2.0}
 _LLAMA = TinyShape(
     arch="llama",
     layers=2,
@@ -197,6 +199,7 @@ TINY: dict[str, TinyShape] = {
         expert_ffn=256,
         metadata={**_QWEN3.metadata, **_EXPERTS, "expert_feed_forward_length": 256},
     ),
+    "granite": replace(_LLAMA, arch="granite", tied=True, metadata={**_LLAMA.metadata, **_GRANITE_SCALES}),
     "smollm3": replace(_LLAMA, arch="smollm3", layers=5, tied=True),
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -120,7 +120,8 @@ VOCABULARIES = {
         padding_type=TokenType.USER_DEFINED,
     ),
 }
-VOCABULARIES |= dict.fromkeys(("qwen3", "qwen3moe"), VOCABULARIES["qwen2"]) | {"smollm3": VOCABULARIES["llama"]}
+VOCABULARIES |= dict.fromkeys(("qwen3", "qwen3moe"), VOCABULARIES["qwen2"])
+VOCABULARIES |= dict.fromkeys(("granite", "smollm3"), VOCABULARIES["llama"])
 
 
 def byte_alphabet() -> list[str]:

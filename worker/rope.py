@@ -47,7 +47,7 @@ class Rope:
     """[dims/2], radians per position."""
     context: int
     magnitude: float = 1.0
-    """Multiplies cos and sin."""
+    """Multiplies cos and sin, and so the logits of attention by its square."""
     adjacent: bool = False
     """Whether pair i is (2i, 2i + 1); otherwise (i, i + dims/2)."""
 

@@ -407,3 +407,53 @@ def test_experts_of_qwen3_are_chosen_by_a_softmax_or_refused(value, exact, tmp_p
         assert_as_llama_cpp(path)
     else:
         assert "qwen3moe.expert_gating_func" in refusal(path)
+
+
+# --- granite ---------------------------------------------------------------------------------------------------------
+
+GRANITE_SCALES = ("embedding_scale", "attention.scale", "residual_scale", "logit_scale")
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.7, None])
+@pytest.mark.parametrize("key", GRANITE_SCALES)
+def test_each_scale_of_a_granite_file_is_applied(key, value, exact, tmp_path):
+    """Zero and a missing key mean no scale; the logit scale alone is required."""
+    path = changed_copy(exact("granite"), tmp_path / "g.gguf", metadata={f"granite.{key}": value})
+    if key == "logit_scale" and not value:
+        assert "granite.logit_scale" in refusal(path)
+    else:
+        assert_as_llama_cpp(path, unlike=exact("granite"))
+
+
+@pytest.mark.parametrize("keys", [{}, {"attention.scale": None}])
+def test_a_granite_file_may_have_no_rope(keys, exact, tmp_path):
+    metadata = {f"granite.{key}": value for key, value in ({"rope.scaling.finetuned": False} | keys).items()}
+    assert_as_llama_cpp(changed_copy(exact("granite"), tmp_path / "g.gguf", metadata=metadata), unlike=exact("granite"))
+
+
+def test_the_attention_scale_of_granite_multiplies_that_of_rope(exact, tmp_path):
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}
+    metadata = {f"granite.{key}": value for key, value in keys.items()}
+    assert_as_llama_cpp(changed_copy(exact("granite"), tmp_path / "g.gguf", metadata=metadata), unlike=exact("granite"))
+
+
+@pytest.mark.parametrize("parts", [LLAMA_PARTS[3:4], LLAMA_PARTS[6:], LLAMA_PARTS])
+def test_biases_of_a_granite_file_are_added_before_the_residual_scale(parts, exact, tmp_path):
+    path = changed_copy(exact("granite"), tmp_path / "g.gguf", tensors=biases("granite", *parts))
+    assert_as_llama_cpp(path, unlike=exact("granite"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in GRANITE_SCALES for value in (-1.0, math.nan, math.inf, 1e-30)),
+        ("rope.dimension_count", D // 2),
+        ("rope.scaling.finetuned", 1),
+        ("expert_count", 8),
+        ("expert_shared_feed_forward_length", 64),
+        ("attention.temperature_scale", 0.1),
+    ],
+)
+def test_granite_keys_that_are_not_handled_are_refused_by_name(key, value, exact, tmp_path):
+    path = changed_copy(exact("granite"), tmp_path / "g.gguf", metadata={f"granite.{key}": value})
+    assert f"granite.{key}" in refusal(path)

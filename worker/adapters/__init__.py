@@ -6,6 +6,7 @@ A new architecture is a file like `llama.py`, a line in `ADAPTERS` and a row in 
 from typing import Protocol
 
 from worker.adapters.gpt_oss import GptOss
+from worker.adapters.granite import Granite
 from worker.adapters.hparams import neutral_values, read_hparams
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
@@ -35,6 +36,7 @@ def _llama(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOption
 
 ADAPTERS: dict[str, Adapter] = {
     "gpt-oss": GptOss,
+    "granite": Granite,
     "llama": _llama,
     "phi3": Phi3,
     "qwen2": Qwen2,

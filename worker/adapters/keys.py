@@ -22,6 +22,9 @@ D = TypeVar("D")
 _MAX_COUNT = 1 << 24
 """No model has that many layers, heads, tokens or features: a higher count is a broken file."""
 
+_MAX_SCALE = 1 << 20
+"""A factor, its inverse or its square beyond this could overflow f32 together with another."""
+
 IRRELEVANT = frozenset(
     {
         "attention.layer_norm_epsilon",  # of models with another norm
@@ -114,6 +117,13 @@ class ArchitectureKeys:
         value: float = self._file.require(name, float) if default is None else self._file.get(name, float, default)
         if not 0 < value < math.inf:
             raise self.error(key, f"is {value}", "a positive number")
+        return value
+
+    def scale(self, key: str, default: float = 1.0) -> float:
+        """Factor from 2^-20 to 2^20; zero and a missing key mean `default`, as in llama.cpp."""
+        value = self.get(key, float, 0.0) or default
+        if not 1 / _MAX_SCALE <= value <= _MAX_SCALE:
+            raise self.error(key, f"is {value}", f"0, or a factor from {1 / _MAX_SCALE} to {_MAX_SCALE}")
         return value
 
     def sliding_window(self) -> int:

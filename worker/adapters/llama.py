@@ -27,7 +27,7 @@ class Llama:
         window, self.choices = dense_window(keys, options)
         rope, factors = file_rope(hp, w, options.context, adjacent=True)
         self.choices |= factors
-        self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
+        self.layers = [llama_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
@@ -46,7 +46,8 @@ class Llama:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
+def llama_layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> DenseLayer:
+    """Bind the weights of layer i, whose projections may all have biases."""
     d, f, block = hp.embedding_length, hp.feed_forward_length, f"blk.{i}"
     q, k, v = w.qkv(block, hp)
     return DenseLayer(

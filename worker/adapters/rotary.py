@@ -1,7 +1,11 @@
 """RoPE of a file: the shared keys, and the tensors that divide the frequencies."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
+from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.weights import Weights
 from worker.model import Hparams
 from worker.rope import Rope, scaled_rope
@@ -34,3 +38,16 @@ def file_rope(
 def no_rope(rope: Rope) -> Rope:
     """A Rope that rotates nothing, by the angle 0, for layers without position embeddings."""
     return Rope(np.zeros(1), rope.context, adjacent=rope.adjacent)
+
+
+def attention_scaled_rope(rope: Rope, scale: float, hp: Hparams, keys: ArchitectureKeys) -> Rope:
+    """A Rope with which attention scales logits by `scale` instead of D^-0.5.
+
+    `Rope.magnitude` multiplies queries and keys, so logits are scaled by its square: it grows by
+    sqrt(scale · sqrt(D)). All elements of a head must be rotated, others would keep their scale.
+    Raises ModelLoadFailed if some are not.
+    """
+    if rope.dims != hp.head_dim:
+        problem, expected = f"is {rope.dims}", f"{hp.head_dim}, the head width, in a file with attention.scale"
+        raise keys.error("rope.dimension_count", problem, expected)
+    return replace(rope, magnitude=rope.magnitude * math.sqrt(scale * math.sqrt(hp.head_dim)))
