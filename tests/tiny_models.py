@@ -41,6 +41,8 @@ class TinyShape:
     experts: int = 0
     expert_ffn: int = 0
     """Width of an expert's FFN where it is not `ffn`."""
+    shared_ffn: int = 0
+    """Width of a dense FFN beside the experts."""
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     """Projections with a bias that most files of the architecture lack, such as `ffn_up`."""
@@ -159,6 +161,14 @@ _LLAMA = TinyShape(
         "vocab_size": 320,
     },
 )
+_GRANITE_MOE = replace(
+    _LLAMA,
+    arch="granitemoe",
+    ffn=256,
+    experts=8,
+    tied=True,
+    metadata={**_LLAMA.metadata, **_GRANITE_SCALES, **_EXPERTS},
+)
 
 TINY: dict[str, TinyShape] = {
     "qwen2": replace(_QWEN2, tied=True),
@@ -200,6 +210,12 @@ TINY: dict[str, TinyShape] = {
         metadata={**_QWEN3.metadata, **_EXPERTS, "expert_feed_forward_length": 256},
     ),
     "granite": replace(_LLAMA, arch="granite", tied=True, metadata={**_LLAMA.metadata, **_GRANITE_SCALES}),
+    "granitemoe": _GRANITE_MOE,
+    "granitemoe-shared": replace(
+        _GRANITE_MOE,
+        shared_ffn=512,
+        metadata={**_GRANITE_MOE.metadata, "expert_shared_feed_forward_length": 512},
+    ),
     "smollm3": replace(_LLAMA, arch="smollm3", layers=5, tied=True),
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -348,3 +364,6 @@ def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:
         yield _Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
         if biased:
             yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)
+    if s := shape.shared_ffn:
+        for part, rows, columns in (("gate", s, d), ("up", s, d), ("down", d, s)):
+            yield _Tensor(f"{block}ffn_{part}_shexp.weight", (rows, columns), 1.3 / math.sqrt(columns))

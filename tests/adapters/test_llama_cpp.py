@@ -123,7 +123,20 @@ def test_a_model_of_any_type_has_llama_cpp_s_log_probabilities(kind, tmp_path):
     assert max(abs(unrelated[token] - logprob) for token, logprob in expected.items()) > 2
 
 
-@pytest.mark.parametrize("name", ["granite", "llama", "mixtral", "qwen2", "qwen3", "qwen3moe", "smollm3"])
+ARCHITECTURES = (
+    "granite",
+    "granitemoe",
+    "granitemoe-shared",
+    "llama",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "smollm3",
+)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_tiny_model_of_the_architecture_has_llama_cpp_s_log_probabilities(name, tmp_path):
     path = make_tiny(name, tmp_path / "model.gguf", quant="F32")
     ids = [(37 * i + 5) % 250 for i in range(90)]

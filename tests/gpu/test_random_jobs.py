@@ -19,7 +19,18 @@ from tests.gpu.loaded import gpu_runner
 from tests.gpu.served import load, settle
 from tests.tiny_models import make_tiny
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "mixtral", "qwen3", "qwen3moe", "smollm3", "granite")
+NAMES = (
+    "qwen2",
+    "phi3",
+    "gpt-oss",
+    "llama3-rope",
+    "mixtral",
+    "qwen3",
+    "qwen3moe",
+    "smollm3",
+    "granite",
+    "granitemoe-shared",
+)
 JOBS, JOBS_OF_A_TYPE, VOCABULARY = 200, 60, 280
 KV_BLOCKS = {1: 200, 3: 24, 8: 40, 64: 200}
 """KV blocks by the number of sequences at once: few, so that cached ones are evicted."""

@@ -13,7 +13,18 @@ from tests.gpu.guarded import POISON
 from tests.gpu.loaded import gpu_runner
 from tests.models import engine_of
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "mixtral", "qwen3", "qwen3moe", "smollm3", "granite")
+NAMES = (
+    "qwen2",
+    "phi3",
+    "gpt-oss",
+    "llama3-rope",
+    "mixtral",
+    "qwen3",
+    "qwen3moe",
+    "smollm3",
+    "granite",
+    "granitemoe-shared",
+)
 KV_BLOCKS, CONTEXT = 80, 64
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from worker.adapters.gpt_oss import GptOss
 from worker.adapters.granite import Granite
+from worker.adapters.granitemoe import GraniteMoe
 from worker.adapters.hparams import neutral_values, read_hparams
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
@@ -37,6 +38,7 @@ def _llama(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOption
 ADAPTERS: dict[str, Adapter] = {
     "gpt-oss": GptOss,
     "granite": Granite,
+    "granitemoe": GraniteMoe,
     "llama": _llama,
     "phi3": Phi3,
     "qwen2": Qwen2,

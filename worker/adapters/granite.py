@@ -26,6 +26,12 @@ from worker.model import Hparams, ModelOptions
 from worker.ops import Array, Batch, Ops
 from worker.rope import Rope
 
+WITHOUT_EFFECT = (
+    *(f"ssm.{name}" for name in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")),
+    "deepstack_mapping",
+)
+"""Keys of layers that this architecture lacks (Granite 4's converter writes them) and of images."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scales:
@@ -70,10 +76,12 @@ class Granite:
 
 
 def read_scales(hp: Hparams, keys: ArchitectureKeys) -> Scales:
-    """Read the scales of embedding, residual and logits.
+    """Read the scales of embedding, residual and logits, and the keys that change nothing.
 
     Raises ModelLoadFailed, which names the key, for a negative scale and for a missing logit scale.
     """
+    for key in WITHOUT_EFFECT:
+        keys.value(key)
     residual = keys.scale("residual_scale")
     keys.positive("logit_scale")  # required, as in llama.cpp
     return Scales(

@@ -126,12 +126,16 @@ class ArchitectureKeys:
             raise self.error(key, f"is {value}", f"0, or a factor from {1 / _MAX_SCALE} to {_MAX_SCALE}")
         return value
 
+    def width(self, key: str) -> int:
+        """Integer from 0 to 2^24: the width of a part that a model may lack; 0 if missing."""
+        value = self.get(key, int, 0)
+        if not 0 <= value <= _MAX_COUNT:
+            raise self.error(key, f"is {value}", f"0 to {_MAX_COUNT}")
+        return value
+
     def sliding_window(self) -> int:
         """`attention.sliding_window`, in tokens; 0 if the file has none."""
-        window = self.get("attention.sliding_window", int, 0)
-        if not 0 <= window <= _MAX_COUNT:
-            raise self.error("attention.sliding_window", f"is {window}", f"0 to {_MAX_COUNT}")
-        return window
+        return self.width("attention.sliding_window")
 
     def check_rest(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
         """Raise ModelLoadFailed for a key that nothing has read and that is not neutral.

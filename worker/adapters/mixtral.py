@@ -23,7 +23,7 @@ class Mixtral:
         window, self.choices = dense_window(keys, options)
         rope, factors = file_rope(hp, w, options.context, adjacent=True)
         self.choices |= factors
-        self.layers = [_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
+        self.layers = [mixtral_layer(hp, w, i, rope, window) for i in range(hp.block_count)]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.output(self.token_embd)
 
@@ -43,7 +43,8 @@ class Mixtral:
         return logits
 
 
-def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> ExpertLayer:
+def mixtral_layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> ExpertLayer:
+    """Bind the weights of layer i; attention's projections may have biases."""
     d, f, experts, block = hp.embedding_length, hp.feed_forward_length, hp.expert_count, f"blk.{i}"
     q, k, v = w.qkv(block, hp)
     return ExpertLayer(
