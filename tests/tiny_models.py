@@ -169,6 +169,30 @@ _GRANITE_MOE = replace(
     tied=True,
     metadata={**_LLAMA.metadata, **_GRANITE_SCALES, **_EXPERTS},
 )
+# Heads of 96 elements are wider than d/H, as in Mistral Nemo and Ministral.
+_MISTRAL = replace(
+    _LLAMA,
+    head_dim=96,
+    metadata={
+        **_LLAMA.metadata,
+        "rope.freq_base": 1e6,
+        "rope.dimension_count": 96,
+        "attention.key_length": 96,
+        "attention.value_length": 96,
+    },
+)
+_MISTRAL_YARN: Mapping[str, Value] = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 16.0,
+    "rope.scaling.original_context_length": 64,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+}
+_MISTRAL3 = replace(
+    _MISTRAL,
+    arch="mistral3",
+    metadata={**_MISTRAL.metadata, **_MISTRAL_YARN, "rope.scaling.yarn_log_multiplier": 1.0},
+)
 
 TINY: dict[str, TinyShape] = {
     "qwen2": replace(_QWEN2, tied=True),
@@ -200,6 +224,11 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "llama": replace(_LLAMA, tied=True),
+    "mistral": replace(_MISTRAL, metadata={**_MISTRAL.metadata, **_MISTRAL_YARN}),
+    "mistral3": _MISTRAL3,
+    "mistral3-experts": replace(
+        _MISTRAL3, head_dim=64, ffn=256, experts=8, metadata={**_LLAMA.metadata, **_MISTRAL_YARN, **_EXPERTS}
+    ),
     "mixtral": replace(_LLAMA, ffn=256, experts=8, metadata={**_LLAMA.metadata, **_EXPERTS}),
     "qwen3": replace(_QWEN3, tied=True),
     "qwen3moe": replace(

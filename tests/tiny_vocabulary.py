@@ -121,7 +121,7 @@ VOCABULARIES = {
     ),
 }
 VOCABULARIES |= dict.fromkeys(("qwen3", "qwen3moe"), VOCABULARIES["qwen2"])
-VOCABULARIES |= dict.fromkeys(("granite", "granitemoe", "smollm3"), VOCABULARIES["llama"])
+VOCABULARIES |= dict.fromkeys(("granite", "granitemoe", "mistral3", "smollm3"), VOCABULARIES["llama"])
 
 
 def byte_alphabet() -> list[str]:

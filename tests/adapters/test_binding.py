@@ -17,7 +17,17 @@ from worker.model import ModelOptions
 from worker.quants import Q8_0, quant_type
 
 NAMES = ("qwen2", "qwen2-untied", "phi3", "phi3-longrope", "gpt-oss", "llama", "llama3-rope")
-NAMES += ("granite", "granitemoe", "granitemoe-shared", "mixtral", "qwen3", "qwen3moe", "smollm3")
+NAMES += (
+    "granite",
+    "granitemoe",
+    "granitemoe-shared",
+    "mistral3",
+    "mistral3-experts",
+    "mixtral",
+    "qwen3",
+    "qwen3moe",
+    "smollm3",
+)
 
 
 def bind(file: GgufFile) -> Weights:

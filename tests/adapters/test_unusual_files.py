@@ -506,3 +506,72 @@ def test_shared_experts_of_granite_without_their_width_are_refused_by_name(exact
     changes = {"granitemoe.expert_shared_feed_forward_length": None}
     path = changed_copy(exact("granitemoe-shared"), tmp_path / "g.gguf", metadata=changes)
     assert "blk.0.ffn_gate_shexp.weight" in refusal(path)
+
+
+# --- mistral3 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scaling.yarn_log_multiplier": 0.0},
+        {"scaling.yarn_log_multiplier": 0.5},
+        {"scaling.yarn_beta_fast": 4.0},
+        {"scaling.yarn_beta_slow": 2.0},
+        {"scaling.attn_factor": 1.25},
+        {"scaling.factor": 4.0},
+        {"scaling.type": "none"},
+        {"scaling.type": "linear"},
+        {"scaling.type": None, "scaling.factor": None},
+    ],
+)
+@pytest.mark.parametrize("name", ["mistral3", "mistral3-experts"])
+def test_rope_keys_of_a_mistral3_file_are_applied(name, keys, exact, tmp_path):
+    metadata = {f"mistral3.rope.{key}": value for key, value in keys.items()}
+    path = changed_copy(exact(name), tmp_path / "m.gguf", metadata=metadata)
+    no_change = name == "mistral3-experts" and keys == {"scaling.yarn_log_multiplier": 0.0}  # its file has none
+    assert_as_llama_cpp(path, unlike=None if no_change else exact(name))
+
+
+@pytest.mark.parametrize("parts", [LLAMA_PARTS[:4], LLAMA_PARTS])
+def test_biases_of_a_mistral3_file_are_added(parts, exact, tmp_path):
+    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", tensors=biases("mistral3", *parts))
+    assert_as_llama_cpp(path, unlike=exact("mistral3"))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_the_attention_temperature_changes_nothing_within_the_original_context(value, exact, tmp_path):
+    changes = {"mistral3.attention.temperature_scale": value, "mistral3.rope.scaling.original_context_length": CONTEXT}
+    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", metadata=changes)
+    assert_as_llama_cpp(path)
+
+
+def test_the_attention_temperature_beyond_the_original_context_is_refused_by_name(exact, tmp_path):
+    changes = {"mistral3.attention.temperature_scale": 0.1}
+    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", metadata=changes)
+    assert "mistral3.attention.temperature_scale is 0.1" in refusal(path)
+    assert "a model.context of at most 64" in refusal(path)
+    with GgufFile.open(path) as file:
+        adapters.bind(file, ModelOptions(64))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.yarn_log_multiplier", -1.0),
+        ("rope.scaling.yarn_log_multiplier", math.inf),
+        ("attention.temperature_length", 64),
+        ("attention.scale", 0.05),
+        ("rope.scaling.alpha", 2.0),
+        ("expert_shared_count", 1),
+    ],
+)
+def test_mistral3_keys_that_are_not_handled_are_refused_by_name(key, value, exact, tmp_path):
+    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", metadata={f"mistral3.{key}": value})
+    assert f"mistral3.{key}" in refusal(path)
+
+
+def test_the_log_multiplier_of_yarn_is_refused_in_a_llama_file(exact, tmp_path):
+    """llama.cpp ignores it there, which is not what the model was trained with."""
+    key = "llama.rope.scaling.yarn_log_multiplier"
+    assert key in refusal(changed_copy(exact("mistral"), tmp_path / "m.gguf", metadata={key: 1.0}))

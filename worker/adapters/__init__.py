@@ -11,6 +11,7 @@ from worker.adapters.granitemoe import GraniteMoe
 from worker.adapters.hparams import neutral_values, read_hparams
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
+from worker.adapters.mistral3 import mistral3
 from worker.adapters.mixtral import Mixtral
 from worker.adapters.phi3 import Phi3
 from worker.adapters.qwen2 import Qwen2
@@ -40,6 +41,7 @@ ADAPTERS: dict[str, Adapter] = {
     "granite": Granite,
     "granitemoe": GraniteMoe,
     "llama": _llama,
+    "mistral3": mistral3,
     "phi3": Phi3,
     "qwen2": Qwen2,
     "qwen3": Qwen3,

@@ -1,4 +1,4 @@
-"""Llama and its family, SmolLM2 among them. GGUF architecture `llama`.
+"""Llama and its family, SmolLM2 and Mistral among them. GGUF architecture `llama`.
 
 Papers: Touvron et al. 2023 (arXiv:2302.13971), Llama 2 (grouped queries, arXiv:2307.09288), Llama 3
 (arXiv:2407.21783). The plain decoder; the other adapters list their differences from it:
