@@ -166,7 +166,11 @@ class Ops(Protocol):
         """Each token's gated FFN in each of its experts: h [T, k, f] f32."""
 
     def experts_add(self, h: Array, routes: Routes, down: Linear, residual: Array) -> Array:
-        """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32."""
+        """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32.
+
+        The op before is the `experts_glu` of h, and `residual` is older than that: a device may
+        read it while `experts_glu` runs.
+        """
 
     def gather_rows(self, x: Array, batch: Batch) -> Array:
         """The batch's `logit_rows` of x [T, …], a residual or a result of `attention`: [R, …]."""

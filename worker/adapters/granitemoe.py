@@ -60,7 +60,7 @@ class GraniteMoe:
 
 def _feed_forward(ops: Ops, x: Array, layer: ExpertLayer, shared: SharedExpert | None, k: int) -> Array:
     """x plus the shared expert, if any, and `k` routed experts, all of norm(x): [T, d] f32."""
-    residual = x
+    residual = x  # that of experts_add must be older than experts_glu
     if shared is not None:
         residual = ops.linear_add(ops.norm_glu(x, layer.ffn_norm, shared.gate, shared.up), shared.down, x)
     n, routes = ops.norm_route(x, layer.ffn_norm, layer.router, k)
