@@ -184,14 +184,19 @@ _MISTRAL = replace(
 _MISTRAL_YARN: Mapping[str, Value] = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 16.0,
-    "rope.scaling.original_context_length": 64,
+    "rope.scaling.original_context_length": 24,
     "rope.scaling.yarn_beta_fast": 32.0,
     "rope.scaling.yarn_beta_slow": 1.0,
 }
 _MISTRAL3 = replace(
     _MISTRAL,
     arch="mistral3",
-    metadata={**_MISTRAL.metadata, **_MISTRAL_YARN, "rope.scaling.yarn_log_multiplier": 1.0},
+    metadata={
+        **_MISTRAL.metadata,
+        **_MISTRAL_YARN,
+        "rope.scaling.yarn_log_multiplier": 1.0,
+        "attention.temperature_scale": 0.5,
+    },
 )
 
 TINY: dict[str, TinyShape] = {

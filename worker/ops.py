@@ -81,6 +81,19 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionScale:
+    """1 + scale · ln(1 + ⌊position / length⌋), the temperature of attention of Llama 4."""
+
+    scale: float
+    length: int
+
+    def at(self, positions: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """The factors of `positions`, computed in f64: the same shape, f32."""
+        factors: npt.NDArray[np.float32] = (1 + self.scale * np.log1p(positions // self.length)).astype(np.float32)
+        return factors
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """A layer's causal attention, scaled by D^-0.5. Query head h reads KV head h // (H/Hk)."""
 
@@ -97,6 +110,8 @@ class Attention:
     """Norm [D] of each query head, before RoPE."""
     k_norm: RmsNorm | None = None
     """Norm [D] of each key head, before RoPE."""
+    query_scale: PositionScale | None = None
+    """Multiplies the queries of a position, after their norm and before RoPE."""
 
 
 @dataclass(frozen=True, slots=True)

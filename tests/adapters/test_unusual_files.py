@@ -17,6 +17,7 @@ from worker import adapters
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
+from worker.ops import PositionScale
 
 PROMPT = [*range(40, 46), 7, 120, 33, 60]
 CONTEXT = 512
@@ -516,7 +517,7 @@ def test_shared_experts_of_granite_without_their_width_are_refused_by_name(exact
     [
         {"scaling.yarn_log_multiplier": 0.0},
         {"scaling.yarn_log_multiplier": 0.5},
-        {"scaling.yarn_beta_fast": 4.0},
+        {"scaling.yarn_beta_fast": 4.0, "scaling.original_context_length": 128},
         {"scaling.yarn_beta_slow": 2.0},
         {"scaling.attn_factor": 1.25},
         {"scaling.factor": 4.0},
@@ -539,20 +540,27 @@ def test_biases_of_a_mistral3_file_are_added(parts, exact, tmp_path):
     assert_as_llama_cpp(path, unlike=exact("mistral3"))
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1])
-def test_the_attention_temperature_changes_nothing_within_the_original_context(value, exact, tmp_path):
-    changes = {"mistral3.attention.temperature_scale": value, "mistral3.rope.scaling.original_context_length": CONTEXT}
-    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", metadata=changes)
-    assert_as_llama_cpp(path)
+@pytest.mark.parametrize("value", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("name", ["mistral3", "mistral3-experts"])
+def test_the_attention_temperature_of_a_mistral3_file_is_applied(name, value, exact, tmp_path):
+    """The prompt's last tokens are beyond the original context of 4."""
+    changes = {"attention.temperature_scale": value, "rope.scaling.original_context_length": 4}
+    metadata = {f"mistral3.{key}": changed for key, changed in changes.items()}
+    path = changed_copy(exact(name), tmp_path / "m.gguf", metadata=metadata)
+    plain = changed_copy(path, tmp_path / "plain.gguf", metadata={"mistral3.attention.temperature_scale": None})
+    assert_as_llama_cpp(path, unlike=plain if value else exact(name))
 
 
-def test_the_attention_temperature_beyond_the_original_context_is_refused_by_name(exact, tmp_path):
-    changes = {"mistral3.attention.temperature_scale": 0.1}
-    path = changed_copy(exact("mistral3"), tmp_path / "m.gguf", metadata=changes)
-    assert "mistral3.attention.temperature_scale is 0.1" in refusal(path)
-    assert "a model.context of at most 64" in refusal(path)
+def test_the_attention_temperature_changes_no_bit_within_the_original_context(exact, tmp_path):
+    key = "mistral3.attention.temperature_scale"
+    path, plain = (
+        changed_copy(exact("mistral3"), tmp_path / f"{value}.gguf", metadata={key: value}) for value in (0.5, None)
+    )
+    assert (logprobs(path) == logprobs(plain)).all()
     with GgufFile.open(path) as file:
-        adapters.bind(file, ModelOptions(64))
+        (model, _), (beyond, _) = (adapters.bind(file, ModelOptions(context)) for context in (24, 25))
+    assert {layer.attention.query_scale for layer in model.layers} == {None}
+    assert {layer.attention.query_scale for layer in beyond.layers} == {PositionScale(0.5, 24)}
 
 
 @pytest.mark.parametrize(
@@ -560,6 +568,8 @@ def test_the_attention_temperature_beyond_the_original_context_is_refused_by_nam
     [
         ("rope.scaling.yarn_log_multiplier", -1.0),
         ("rope.scaling.yarn_log_multiplier", math.inf),
+        ("attention.temperature_scale", -0.1),
+        ("attention.temperature_scale", math.nan),
         ("attention.temperature_length", 64),
         ("attention.scale", 0.05),
         ("rope.scaling.alpha", 2.0),

@@ -19,7 +19,7 @@ from worker.cpu.attention import attend
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
 from worker.model import Hparams
-from worker.ops import KV_BLOCK, Attention, Batch, Phase, QTensor
+from worker.ops import KV_BLOCK, Attention, Batch, Phase, PositionScale, QTensor
 from worker.quants import F32
 from worker.rope import Rope, RopeScaling
 
@@ -321,3 +321,27 @@ def test_values_beyond_f16_are_clamped_in_the_cache(kernels, memory):
     bench = Bench(scene, kernels, memory)
     assert np.isfinite(bench.prefill(0, 20)).all()
     assert float(bench.cache.array.get()[0, 1, scene.table[0], 0, 3].max()) == 65504.0
+
+
+@pytest.mark.parametrize("slots", [None, [2, 0, -1, 1]])
+def test_queries_are_scaled_by_the_factor_of_their_position(kernels, memory, slots):
+    """In a chunk whose last rows are padding, or in a step with an inactive row and an inactive slot."""
+    from worker.gpu.query_scales import QueryScales
+
+    scale, rows, width = PositionScale(0.3, 5), 4, 96
+    spec = Attention(0, 1, 1, width, Rope(np.ones(width // 2), 64), query_scale=scale)
+    q = np.random.default_rng(1).normal(size=(rows, width)).astype(np.float32)
+    pool, launcher = GuardedPool(), QueryScales(memory)
+    on_device = pool.put(q)
+    if slots is None:
+        at = np.array([58, 59, 60, 0])
+        launcher.prefill(kernels, on_device, spec, SimpleNamespace(span=pool.put(np.array([58, 3], np.int32))))
+    else:
+        at = np.array([63, 4, 0, 0])
+        positions = pool.put(np.array([4, -1, 63], np.int32))
+        row_slots = pool.put(np.array(slots, np.int32))
+        state = SimpleNamespace(slots_of_rows=lambda _: row_slots, positions=positions)
+        launcher.decode(kernels, on_device, spec, state)
+    factors = (1 + 0.3 * np.log1p(at // 5)).astype(np.float32)
+    assert np.array_equal(on_device.get(), q * factors[:, None])
+    pool.check()

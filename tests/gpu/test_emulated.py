@@ -15,7 +15,7 @@ from tests.gpu.emulator.compiler import why_no_compiler
 from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
-    "attention": "(prefill_equals and -77] and 96 and 40) or clamped or (decode_split and 20)",
+    "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)",
     "attention_rows": "listed or windows",
     "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"

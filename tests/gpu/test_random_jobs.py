@@ -30,6 +30,7 @@ NAMES = (
     "smollm3",
     "granite",
     "granitemoe-shared",
+    "mistral3",
 )
 JOBS, JOBS_OF_A_TYPE, VOCABULARY = 200, 60, 280
 KV_BLOCKS = {1: 200, 3: 24, 8: 40, 64: 200}

@@ -24,6 +24,7 @@ NAMES = (
     "smollm3",
     "granite",
     "granitemoe-shared",
+    "mistral3",
 )
 KV_BLOCKS, CONTEXT = 80, 64
 

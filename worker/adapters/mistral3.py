@@ -12,28 +12,42 @@ Older models of Mistral are files of architecture `llama`.
 
 import math
 from dataclasses import replace
+from typing import TypeVar
 
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.llama import Llama
 from worker.adapters.mixtral import Mixtral
-from worker.adapters.weights import Weights
+from worker.adapters.weights import DenseLayer, ExpertLayer, Weights
 from worker.model import Hparams, Model, ModelOptions
+from worker.ops import PositionScale
 from worker.rope import RopeScaling
+
+Layer = TypeVar("Layer", DenseLayer, ExpertLayer)
 
 
 def mistral3(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> Model:
     """Bind a model of the `mistral3` architecture, dense or with experts."""
-    _check_temperature(hp, keys, options)
+    scale = _query_scale(hp, keys, options)
     scaled = replace(hp, rope_scaling=_rope_scaling(hp.rope_scaling, keys))
-    return (Mixtral if hp.expert_count else Llama)(scaled, keys, w, options)
+    if hp.expert_count:
+        mixtral = Mixtral(scaled, keys, w, options)
+        mixtral.layers = [_with_query_scale(layer, scale) for layer in mixtral.layers]
+        return mixtral
+    llama = Llama(scaled, keys, w, options)
+    llama.layers = [_with_query_scale(layer, scale) for layer in llama.layers]
+    return llama
 
 
-def _check_temperature(hp: Hparams, keys: ArchitectureKeys, options: ModelOptions) -> None:
-    """Raise ModelLoadFailed if the temperature of attention is not 1 in the whole context."""
+def _with_query_scale(layer: Layer, scale: PositionScale | None) -> Layer:
+    return replace(layer, attention=replace(layer.attention, query_scale=scale))
+
+
+def _query_scale(hp: Hparams, keys: ArchitectureKeys, options: ModelOptions) -> PositionScale | None:
+    """The scale of queries, None if it is 1 in the whole context."""
     scale, original = keys.get("attention.temperature_scale", float, 0.0), hp.rope_scaling.original_context
-    if scale and options.context > original:
-        problem = f"is {scale:g}, which changes the positions from {original} on of the context of {options.context}"
-        raise keys.error("attention.temperature_scale", problem, f"a model.context of at most {original}")
+    if not 0 <= scale < math.inf:
+        raise keys.error("attention.temperature_scale", f"is {scale}", "0 or a positive number")
+    return PositionScale(scale, original) if scale and options.context > original else None
 
 
 def _rope_scaling(scaling: RopeScaling, keys: ArchitectureKeys) -> RopeScaling:

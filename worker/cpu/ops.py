@@ -37,6 +37,8 @@ class CpuOps:
             queries = self._norm(queries, spec.q_norm)
         if spec.k_norm is not None:
             keys = self._norm(keys, spec.k_norm)
+        if spec.query_scale is not None:
+            queries = queries * spec.query_scale.at(batch.positions)[:, None, None]
         queries, keys = (rotate(heads, batch.positions, spec.rope) for heads in (queries, keys))
         self._cache.write(spec.layer, batch, keys, v.reshape(keys.shape))
         return attend(queries, self._cache, spec, batch)

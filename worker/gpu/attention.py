@@ -3,8 +3,8 @@
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
 `rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
 `attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
-sequence has several. `head_norms.cu` precedes them if heads are normalized. Twin:
-`worker/cpu/attention.py`.
+sequence has several. `head_norms.cu` and `scale_queries.cu` precede them if heads are normalized
+and queries scaled. Twin: `worker/cpu/attention.py`.
 """
 
 from collections.abc import Mapping
@@ -26,6 +26,7 @@ from worker.gpu.activations import (
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
+from worker.gpu.query_scales import QueryScales
 from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
@@ -168,6 +169,7 @@ class AttentionLauncher:
         self._cache = cache
         self._slots = slots
         self._processors = processors
+        self.query_scales = QueryScales(memory)
         self._ropes: dict[int, tuple[Rope, DeviceArray, DeviceArray]] = {}
         self._most_rows = 1 << (slots - 1).bit_length()  # of a step: graphs have a power of two
         self._work_lists: dict[int, tuple[int, DeviceArray]] = {}
@@ -187,6 +189,7 @@ class AttentionLauncher:
         """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = check_head_dim(spec.head_dim), len(q)
         normalize_heads(kernels, q, k, spec)
+        self.query_scales.prefill(kernels, q, spec, chunk)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
@@ -224,7 +227,8 @@ class AttentionLauncher:
     ) -> Q8Activations | Q8Tiles:
         """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8.
 
-        The caller has normalized the heads. Rows that are whole tiles are stored as tiles.
+        The caller has normalized the heads and scaled the queries. Rows that are whole tiles are
+        stored as tiles.
 
         Row r is the next token of slot `state.row_slots[r]`; inactive rows return zeros and write
         no keys or values. With one slot, row 0 is slot 0.

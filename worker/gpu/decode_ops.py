@@ -64,6 +64,7 @@ class DecodeOps:
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
         normalize_heads(self._kernels, q, k, spec)
+        self._attention.query_scales.decode(self._kernels, q, spec, self._state)
         if self._drafts:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
