@@ -143,6 +143,26 @@ _QWEN3 = TinyShape(
         "attention.value_length": 128,
     },
 )
+_GEMMA3 = TinyShape(
+    arch="gemma3",
+    layers=3,
+    width=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=256,
+    ffn=512,
+    tied=True,
+    metadata={
+        "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 256,
+        "attention.value_length": 256,
+        "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": 2,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+    },
+)
 _EXPERTS = {"expert_count": 8, "expert_used_count": 3}
 # All four differ from 1 and D^-0.5 as the published ones do, by less, so that each shows in the logits.
 _GRANITE_SCALES = {"embedding_scale": 3.0, "attention.scale": 0.05, "residual_scale": 0.4, "logit_scale": 2.0}
@@ -251,6 +271,22 @@ TINY: dict[str, TinyShape] = {
         metadata={**_GRANITE_MOE.metadata, "expert_shared_feed_forward_length": 512},
     ),
     "smollm3": replace(_LLAMA, arch="smollm3", layers=5, tied=True),
+    "gemma3": _GEMMA3,
+    # The shape of 27B, whose number of layers decides the query scale; the period is not in the file.
+    "gemma3-27b": replace(
+        _GEMMA3,
+        layers=62,
+        width=96,
+        heads=2,
+        kv_heads=1,
+        head_dim=128,
+        ffn=64,
+        metadata={
+            **{key: value for key, value in _GEMMA3.metadata.items() if "pattern" not in key},
+            "attention.key_length": 128,
+            "attention.value_length": 128,
+        },
+    ),
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     ),
@@ -339,13 +375,23 @@ def _tensors(shape: TinyShape) -> Iterator[_Tensor]:
         block = f"blk.{layer}."
         yield _Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
         yield from _attention(shape, block)
+        if shape.arch == "gemma3":
+            yield _after(shape, block + "post_attention_norm")
         norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
         yield _Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
         yield from _experts(shape, block) if shape.experts else _feed_forward(shape, block)
+        if shape.arch == "gemma3":
+            yield _after(shape, block + "post_ffw_norm")
     yield _Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
         yield _Tensor("output.weight", (V, d), 2 / math.sqrt(d))
     yield from _bias(shape, "", "output", V)
+
+
+def _after(shape: TinyShape, norm: str) -> _Tensor:
+    """A norm before an addition: the more layers, the less each adds, so that rounding does not grow."""
+    mean = min(1.0, 4 / shape.layers)
+    return _Tensor(f"{norm}.weight", (shape.width,), mean / 4, mean=mean)
 
 
 def _bias(shape: TinyShape, block: str, part: str, rows: int) -> Iterator[_Tensor]:
@@ -365,7 +411,7 @@ def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
             if biased:
                 yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
             yield from _bias(shape, block, part, rows)
-    if shape.arch.startswith("qwen3"):
+    if shape.arch.startswith(("qwen3", "gemma3")):
         for part in ("attn_q_norm", "attn_k_norm"):
             yield _Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25, mean=1.5)
     yield _Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))

@@ -6,7 +6,8 @@ llama.cpp's converter writes them. Knows no weights; read `tests/tiny_models.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import gguf
 from gguf import TokenType
@@ -34,6 +35,16 @@ PHI3 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '<|user|>' + '\n' + message['content'] + '<|end|>' + '\n' + '<|assistant|>' + '\n' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + '<|end|>' + '\n' }}{% endif %}{% endfor %}"
+)
+GEMMA3 = (
+    "{{ bos_token }}{%- set begin = '' %}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set begin = messages[0]['content'] + '\n\n' %}{%- set messages = messages[1:] %}{%- endif %}"
+    "{%- for message in messages %}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{%- endif %}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + (begin if loop.first else '') + message['content'] | trim }}"
+    "{{ '<end_of_turn>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{%- endif %}"
 )
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -76,6 +87,9 @@ class Vocabulary:
     template: str
     rows: int
     padding_type: TokenType = TokenType.UNUSED
+    first: Mapping[str, TokenType] = field(default_factory=dict)
+    """Tokens before the bytes of a SentencePiece vocabulary; a byte-level one has none."""
+    add_space_prefix: bool = True
 
 
 VOCABULARIES = {
@@ -95,6 +109,18 @@ VOCABULARIES = {
         template=PHI3,
         rows=416,
         padding_type=TokenType.UNKNOWN,
+        first={"<unk>": TokenType.CONTROL, "<s>": TokenType.CONTROL, "</s>": TokenType.USER_DEFINED},
+    ),
+    "gemma3": Vocabulary(
+        pre="default",
+        controls=("<start_of_turn>", "<end_of_turn>"),
+        special={"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>"},
+        add_bos=True,
+        template=GEMMA3,
+        rows=416,
+        first=dict.fromkeys(("<pad>", "<eos>", "<bos>", "<unk>"), TokenType.CONTROL)
+        | dict.fromkeys(("<mask>", "\n", "\n\n"), TokenType.USER_DEFINED),
+        add_space_prefix=False,
     ),
     "gpt-oss": Vocabulary(
         pre="gpt-4o",
@@ -134,23 +160,25 @@ def byte_alphabet() -> list[str]:
 def add_vocabulary(writer: gguf.GGUFWriter, name: str) -> None:
     """Write the tokenizer's metadata of `VOCABULARIES[name]`."""
     vocabulary = VOCABULARIES[name]
-    rows = _sentencepiece_rows() if name == "phi3" else _byte_level_rows()
+    rows = _sentencepiece_rows(vocabulary.first) if vocabulary.first else _byte_level_rows()
     rows += [(token, TokenType.CONTROL, -1000.0) for token in vocabulary.controls]
     rows += [(f"[PAD{i}]", vocabulary.padding_type, -10000.0) for i in range(len(rows), vocabulary.rows)]
     tokens = [token for token, _, _ in rows]
     assert len(set(tokens)) == vocabulary.rows, f"{name}: {len(set(tokens))} different tokens in {vocabulary.rows} rows"
 
-    writer.add_tokenizer_model("llama" if name == "phi3" else "gpt2")
+    writer.add_tokenizer_model("llama" if vocabulary.first else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(tokens)
-    if name == "phi3":
+    if vocabulary.first:
         writer.add_token_scores([score for _, _, score in rows])
     writer.add_token_types([kind for _, kind, _ in rows])
-    if name != "phi3":
+    if not vocabulary.first:
         writer.add_token_merges(MERGES)
     for role, token in vocabulary.special.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", tokens.index(token))
     writer.add_add_bos_token(vocabulary.add_bos)
+    if not vocabulary.add_space_prefix:
+        writer.add_add_space_prefix(False)
     writer.add_chat_template(vocabulary.template)
 
 
@@ -159,10 +187,9 @@ def _byte_level_rows() -> list[tuple[str, TokenType, float]]:
     return [(token, TokenType.NORMAL, 0.0) for token in tokens]
 
 
-def _sentencepiece_rows() -> list[tuple[str, TokenType, float]]:
-    """The ids of Phi-3's file: `<unk>`, `<s>` and `</s>`, the 256 bytes, the pieces, the single letters."""
-    first = [("<unk>", TokenType.CONTROL, -1000.0), ("<s>", TokenType.CONTROL, -1000.0)]
-    first += [("</s>", TokenType.USER_DEFINED, -1000.0)]
+def _sentencepiece_rows(special: Mapping[str, TokenType]) -> list[tuple[str, TokenType, float]]:
+    """The order of published files: special tokens, the 256 bytes, the pieces, the single letters."""
+    first = [(token, kind, -1000.0) for token, kind in special.items()]
     first += [(f"<0x{byte:02X}>", TokenType.BYTE, 0.0) for byte in range(256)]
     normal = [*PIECES, *LETTERS]
     return first + [(token, TokenType.NORMAL, -float(i)) for i, token in enumerate(normal)]

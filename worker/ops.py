@@ -13,6 +13,7 @@ A shape is written `x [T, d] f32`. Activations are f32; products accumulate in f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
@@ -116,16 +117,20 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Activation of a gated FFN: SwiGLU, silu(gate)·up.
+    """Activation of a gated FFN: gate·σ(`alpha`·gate)·up.
 
-    With `limit` L and `alpha` a (gpt-oss): gate ≤ L, -L ≤ up ≤ L, then gate·σ(a·gate)·(up + 1).
+    With `limit` L (gpt-oss): gate ≤ L and -L ≤ up ≤ L first, and up + 1 for up. With `cubic` c:
+    σ(`alpha`·gate·(1 + c·gate²)), which with the constants of `GELU_GLU` is the tanh form of GELU
+    (Hendrycks and Gimpel 2016, arXiv:1606.08415), since (1 + tanh x)/2 = σ(2x).
     """
 
     limit: float | None = None
     alpha: float = 1.0
+    cubic: float = 0.0
 
 
 SWIGLU = Activation()
+GELU_GLU = Activation(alpha=2 * math.sqrt(2 / math.pi), cubic=0.044715)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,9 @@ class Ops(Protocol):
 
     def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
         """residual + linear(y): x [T, d] f32."""
+
+    def linear_norm_add(self, y: Array, linear: Linear, norm: RmsNorm, residual: Array) -> Array:
+        """residual + norm(linear(y)): x [T, d] f32."""
 
     def norm_glu(self, x: Array, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Array:
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""

@@ -18,6 +18,7 @@ from worker.quants import Q8_0, quant_type
 
 NAMES = ("qwen2", "qwen2-untied", "phi3", "phi3-longrope", "gpt-oss", "llama", "llama3-rope")
 NAMES += (
+    "gemma3",
     "granite",
     "granitemoe",
     "granitemoe-shared",

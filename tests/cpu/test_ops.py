@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gguf
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, matmul, rms_norm, softmax, top_k
 from worker.cpu.threads import Threads
 from worker.model import Hparams
-from worker.ops import KV_BLOCK, Activation, Attention, Batch, Linear, Phase, QTensor, Routes
+from worker.ops import GELU_GLU, KV_BLOCK, Activation, Attention, Batch, Linear, Phase, QTensor, RmsNorm, Routes
 from worker.quants import F32
 from worker.rope import Rope, RopeScaling, frequencies
 
@@ -74,6 +76,22 @@ def test_swiglu_and_its_clamped_form_by_hand():
     g, u = np.array([7.0, -9.0, 1.0, -90.0]), np.array([-7.0, 7.0, 0.5, 1.0])  # the gate has no lower limit
     clamped = g / (1 + np.exp(-1.702 * g)) * (u + 1)
     np.testing.assert_allclose(gated(gate, up, Activation(limit=7.0, alpha=1.702)), clamped, rtol=1e-5, atol=1e-30)
+
+
+def test_the_gate_of_gemma_is_gelu_in_its_tanh_form():
+    gate, up = np.linspace(-12, 12, 97).astype(np.float32), random(97)
+    g = gate.astype(np.float64)
+    gelu = 0.5 * g * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
+    np.testing.assert_allclose(gated(gate, up, GELU_GLU), gelu * up, rtol=2e-5, atol=1e-6)
+
+
+def test_a_projection_is_normalized_before_it_is_added():
+    ops = CpuOps(None, Phase.DECODE, Threads(1))
+    y, down, residual = random(2, 3), Linear(tensor(random(6, 3))), random(2, 6)
+    z = y.astype(np.float64) @ down.weight.data.T.astype(np.float64)
+    norm = RmsNorm(tensor(random(6)), 1e-2)
+    expected = residual + z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-2) * norm.weight.data
+    np.testing.assert_allclose(ops.linear_norm_add(y, down, norm, residual), expected, atol=1e-5)
 
 
 def test_routing_prefers_the_lower_expert_among_equals_and_applies_the_softmax_to_the_chosen():

@@ -17,7 +17,7 @@ from tests.gpu.weights import Projection, error
 from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
 from worker.gpu.layouts import MIXED
-from worker.ops import SWIGLU
+from worker.ops import GELU_GLU, SWIGLU
 from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES
 
 
@@ -178,11 +178,23 @@ def test_prefill_glu(kernels, memory, activation, kind):
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
 
 
-def test_prefill_glu_of_two_types(kernels, memory):
+@pytest.mark.parametrize("tokens", [3, 133])
+def test_prefill_glu_with_gelu(kernels, memory, tokens):
+    from worker.gpu.matmul import glu
+
+    gate, up = (Projection(kernels, memory, Q4_K, (75, 512), name, bias=True) for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(tokens, 512) * np.float32(0.3)
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, GELU_GLU)
+    pool.check()
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), GELU_GLU)) < 2 * PREFILL_OWN
+
+
+@pytest.mark.parametrize("activation", [SWIGLU, GELU_GLU], ids=["swiglu", "gelu"])
+def test_prefill_glu_of_two_types(kernels, memory, activation):
     from worker.gpu.matmul import glu
 
     gate, up = (Projection(kernels, memory, kind, (75, 320), name) for kind, name in ((Q5_0, "gate"), (Q8_0, "up")))
     pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, SWIGLU)
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, activation)
     pool.check()
-    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), SWIGLU)) < 2 * PREFILL_OWN
+    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN

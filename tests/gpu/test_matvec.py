@@ -13,7 +13,7 @@ from tests.gpu.products import DECODE_OWN, EACH_TYPE, WHOLE, rounded
 from tests.gpu.weights import Projection, error
 from tests.quantized_ops import in_8_bits, quantize
 from worker.cpu.plain import gated, rms_norm
-from worker.ops import SWIGLU
+from worker.ops import GELU_GLU, SWIGLU
 from worker.quants import F32, Q4_K, Q5_0, Q6_K, Q8_0
 
 NORMED_OWN = 1e-3
@@ -100,6 +100,20 @@ def test_decode_glu_of_two_types(kernels, memory, kinds):
     pool.check()
     exact = [part.exact(rounded(x, kind)) for part, kind in zip(parts, kinds, strict=True)]
     assert error(h.x.get(), gated(*exact, SWIGLU)) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("kinds", [(Q4_K, Q4_K), (Q4_K, Q6_K)], ids=lambda kinds: kinds[1].name)
+def test_decode_glu_with_gelu(kernels, memory, kinds, tokens):
+    from worker.gpu.matvec import glu
+
+    gate, up = (Projection(kernels, memory, kind, (64, 1280), name) for kind, name in zip(kinds, "gu", strict=True))
+    pool, x = GuardedPool(), rows_of(tokens, 1280)
+    h = glu(kernels, pool, q8_activations(pool, x), None, gate.linear, up.linear, GELU_GLU)
+    pool.check()
+    expected = gated(gate.exact(rounded(x, kinds[0])), up.exact(rounded(x, kinds[1])), GELU_GLU)
+    assert error(h.x.get(), expected) < 1e-5
+    assert q8_bytes(h) == q8_bytes(q8_activations(pool, h.x.get()))
 
 
 # ---- preparation of the input by a decode product

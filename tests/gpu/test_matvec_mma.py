@@ -17,7 +17,7 @@ from worker.gpu.matvec_mma import (
     is_supported,
     shared_bytes,
 )
-from worker.ops import SWIGLU, Activation, Linear, QTensor
+from worker.ops import GELU_GLU, SWIGLU, Activation, Linear, QTensor
 from worker.quants import F32, IQ2_S, IQ4_XS, Q4_K, Q5_0, Q6_K, Q8_0, QUANT_TYPES
 
 EACH_BLOCK_TYPE = pytest.mark.parametrize(
@@ -167,6 +167,20 @@ def test_the_gated_product_has_the_bits_of_one_row(kernels, memory, kind, rows, 
             assert_same_tiles(found, q8_tiles(pool, expected.x.get()))
         else:
             assert found.q is None
+
+
+@pytest.mark.parametrize("rows", [19, 160])
+def test_the_product_gated_by_gelu_has_the_bits_of_one_row(kernels, memory, rows):
+    from worker.gpu.matvec import glu
+    from worker.gpu.matvec_mma import glu_mma
+
+    gate, up = (Projection(kernels, memory, Q4_K, (rows, 512), name).linear for name in ("gate", "up"))
+    pool, x = GuardedPool(), rows_of(16, 512)
+    expected = glu(kernels, pool, q8_activations(pool, x), None, gate, up, GELU_GLU)
+    for tiles in (t for t in GATED_TILES if t.tokens == 16):
+        found = glu_mma(kernels, pool, q8_tiles(pool, x), gate, up, GELU_GLU, tiles=tiles)
+        pool.check()
+        assert_same_bits(found.x, expected.x)
 
 
 def assert_same_tiles(found, expected):

@@ -13,9 +13,7 @@ Card: OpenAI 2025 (arXiv:2508.10925). Differences from llama:
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from worker.adapters.hparams import require_experts
+from worker.adapters.hparams import require_experts, windowed_layers
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.weights import Bias, Weights
 from worker.model import Hparams, ModelOptions
@@ -56,7 +54,7 @@ class GptOss:
         ropes = {base: _rope(hp, keys, options, base) for base in bases}  # tables of one base are made once
         self.layers = [
             _layer(hp, w, i, ropes[bases[windowed]], width, window if windowed else 0)
-            for i, windowed in enumerate(_windowed_layers(hp, keys))
+            for i, windowed in enumerate(windowed_layers(hp, keys, period=2))
         ]
         self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
         self.output = w.linear("output", *self.token_embd.shape)
@@ -81,18 +79,6 @@ def _rope(hp: Hparams, keys: ArchitectureKeys, options: ModelOptions, base: floa
     if hp.rope_scaling.kind == "longrope":
         raise keys.error("rope.scaling.type", "is 'longrope'", "none, linear or yarn")
     return scaled_rope(base, hp.rope_dims, options.context, hp.rope_scaling, truncate=False)
-
-
-def _windowed_layers(hp: Hparams, keys: ArchitectureKeys) -> list[bool]:
-    """Whether each layer has a window: a flag for each, or all but the last of every `n` layers."""
-    name = "attention.sliding_window_pattern"
-    flags = keys.value(name)
-    if isinstance(flags, np.ndarray):
-        if flags.dtype != np.bool_ or len(flags) != hp.block_count:
-            raise keys.error(name, f"is an array of {len(flags)} values", f"a number, or {hp.block_count} bools")
-        return [bool(flag) for flag in flags]
-    period = keys.count(name, default=2)
-    return [i % period < period - 1 for i in range(hp.block_count)]
 
 
 def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> Layer:

@@ -7,6 +7,8 @@ nothing reads.
 import math
 from typing import Any
 
+import numpy as np
+
 from worker.adapters.keys import ArchitectureKeys
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
@@ -83,6 +85,21 @@ def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, di
         expected = f'a model.context of at most {in_file}, or model.sliding_window = "file", which applies the window'
         raise keys.error("attention.sliding_window", problem, expected)
     return window, {"sliding_window": str(window)} if in_file else {}
+
+
+def windowed_layers(hp: Hparams, keys: ArchitectureKeys, *, period: int) -> list[bool]:
+    """Whether each layer has a window: a flag for each, or all but the last of every `n`.
+
+    `period`: the n of a file without the key.
+    """
+    name = "attention.sliding_window_pattern"
+    flags = keys.value(name)
+    if isinstance(flags, np.ndarray):
+        if flags.dtype != np.bool_ or len(flags) != hp.block_count:
+            raise keys.error(name, f"is an array of {len(flags)} values", f"a number, or {hp.block_count} bools")
+        return [bool(flag) for flag in flags]
+    period = keys.count(name, default=period)
+    return [i % period < period - 1 for i in range(hp.block_count)]
 
 
 def require_experts(hp: Hparams, keys: ArchitectureKeys) -> None:

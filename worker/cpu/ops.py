@@ -46,6 +46,9 @@ class CpuOps:
     def linear_add(self, y: F32, linear: Linear, residual: F32) -> F32:
         return residual + self._linear(y, linear)
 
+    def linear_norm_add(self, y: F32, linear: Linear, norm: RmsNorm, residual: F32) -> F32:
+        return residual + self._norm(self._linear(y, linear), norm)
+
     def norm_glu(self, x: F32, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> F32:
         n = self._norm(x, norm)
         return gated(self._linear(n, gate), self._linear(n, up), activation)

@@ -73,8 +73,11 @@ def gated(gate: F32, up: F32, activation: Activation) -> F32:
         limit = np.float32(activation.limit)
         gate = np.minimum(gate, limit)
         up = np.clip(up, -limit, limit) + np.float32(1)
+    exponent = -np.float32(activation.alpha) * gate
     with np.errstate(over="ignore"):  # exp of a large negative gate overflows: σ is 0
-        sigma = np.float32(1) / (np.float32(1) + np.exp(-np.float32(activation.alpha) * gate))
+        if activation.cubic:
+            exponent *= np.float32(1) + np.float32(activation.cubic) * np.square(gate)
+        sigma = np.float32(1) / (np.float32(1) + np.exp(exponent))
     result: F32 = gate * sigma * up
     return result
 

@@ -15,6 +15,7 @@ from worker.gpu.decode_products import DecodeProducts
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
+from worker.gpu.norms import norm_add
 from worker.gpu.state import StepState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
@@ -73,6 +74,13 @@ class DecodeOps:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
         (x,) = self._products.multiply(y, None, (linear,), residual)
         return x
+
+    def linear_norm_add(
+        self, y: Q8Activations | Q8Tiles, linear: Linear, norm: RmsNorm, residual: DeviceArray
+    ) -> DeviceArray:
+        """See `Ops.linear_norm_add`; y is a result of `attention` or `norm_glu`."""
+        (z,) = self._products.multiply(y, None, (linear,))
+        return norm_add(self._kernels, self._pool, z, norm, residual)
 
     def norm_glu(
         self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU

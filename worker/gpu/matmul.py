@@ -17,7 +17,7 @@ from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address
-from worker.gpu.matvec import GATE, gate_of
+from worker.gpu.matvec import GATE, GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
 from worker.quants import QuantType
@@ -94,9 +94,11 @@ _SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("slots_per_row", "i4"
 _NO_SLOT_TILES = np.array((0, 0, 1), _SLOT_TILES)
 
 
-def _name(kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, last: QuantType | None = None) -> KernelName:
+def _name(
+    kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, gelu: bool = False, last: QuantType | None = None
+) -> KernelName:
     sizes = (tile.frags_m, tile.warps_m, tile.split_k, tile.passes, tile.tile_n, tile.stages)
-    arguments = [kind.name, *map(str, sizes), *(str(flag).lower() for flag in (experts, gated))]
+    arguments = [kind.name, *map(str, sizes), str(experts).lower(), "2" if gelu else str(gated).lower()]
     if last not in (None, kind):
         arguments.append(last.name)
     return "matmul.cu", f"matmul<{', '.join(arguments)}>"
@@ -106,6 +108,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_name(kind, tile, experts=False, gated=False) for kind in STORED_TYPES for tile in _DENSE_TILES),
     *(_name(first, tile, experts=False, gated=False, last=last) for first, _, last in MIXED for tile in _DENSE_TILES),
     *(_name(kind, tile, experts=False, gated=True) for kind in STORED_TYPES for tile in _GATED_TILES),
+    *(_name(kind, tile, experts=False, gated=True, gelu=True) for kind in GELU_TYPES for tile in _GATED_TILES),
     *(
         _name(kind, tile, experts=True, gated=gated)
         for kind in EXPERT_TYPES
@@ -113,7 +116,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for gated in (False, True)
     ),
     ("group_routes.cu", "group_routes"),
-    ("gated.cu", "gated_elements"),
+    *(("gated.cu", f"gated_elements<{gelu}>") for gelu in ("false", "true")),
     ("combine.cu", "combine"),
 )
 
@@ -191,8 +194,11 @@ def glu(
     other = pool.empty(h.shape, np.float32)
     _launch(kernels, x, (gate,), (h,), groups=groups, shared_x=True)
     _launch(kernels, x, (up,), (other,), groups=groups, shared_x=True)
-    args = (h, other, gate_of(activation), np.uint64(h.size), h)
-    kernels.get("gated.cu", "gated_elements")((-(-h.size // _THREADS),), (_THREADS,), args, pdl=True)
+    gelu = is_gelu(activation)
+    args = (h, other, gate_of(activation, gelu=gelu), np.uint64(h.size), h)
+    kernels.get("gated.cu", f"gated_elements<{str(gelu).lower()}>")(
+        (-(-h.size // _THREADS),), (_THREADS,), args, pdl=True
+    )
     return h
 
 
@@ -234,7 +240,8 @@ def _launch(
     rows = [linear.weight.shape[-2] for linear in linears]
     tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
     first, last = linears[0].weight.kind, linears[-1].weight.kind
-    kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, last=last))
+    gelu = is_gelu(activation) and groups is None  # gate_of refuses GELU of experts
+    kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
     n_tiles = -(-tokens // tile.tile_n)
     if groups is not None:
         lists = (address(groups.order), address(groups.table), groups.k if shared_x else 1)
@@ -246,7 +253,7 @@ def _launch(
     absent = np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PROJECTION)
     projections += [absent] * (_MAX_PROJECTIONS - len(projections))
     pointers = (address(residual), address(x.scale), address(x.count))
-    params = np.array((projections, *pointers, linears[0].weight.shape[-1], gate_of(activation)), _PARAMS)
+    params = np.array((projections, *pointers, linears[0].weight.shape[-1], gate_of(activation, gelu=gelu)), _PARAMS)
     grid, threads = (blocks[0] if gated else sum(blocks), n_tiles), 32 * tile.warps_m * tile.split_k
     args = (params, x.x, np.int32(tokens), slot_tiles)
     kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, pdl=True)

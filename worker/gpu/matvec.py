@@ -20,8 +20,8 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
-from worker.ops import Activation, Linear, RmsNorm, Routes
-from worker.quants import QuantType
+from worker.ops import GELU_GLU, Activation, Linear, RmsNorm, Routes
+from worker.quants import Q4_0, Q4_K, QuantType
 
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
@@ -56,6 +56,9 @@ _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 """`Hidden` of glu.cu."""
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of gated.cuh."""
+
+GELU_TYPES = (Q4_0, Q4_K)
+"""Types whose kernels with GELU are in INSTANTIATIONS; others are compiled on demand."""
 
 # TILE_M, UNROLL_K of a warp: combinations that fit 64 registers, so that two blocks share a
 # multiprocessor.
@@ -94,6 +97,12 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
     *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in STORED_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {k.name}, {k.name}, true>") for k in GELU_TYPES for tile in _GLU_TILES),
+    *(
+        ("glu_rows.cu", f"glu_rows<{rows}, {tile}, {k.name}, {k.name}, true>")
+        for rows, tile in _GLU_ROWS_TILES.items()
+        for k in GELU_TYPES
+    ),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
@@ -201,14 +210,16 @@ def glu(
     hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
     units = cols // unit_elements(gate.weight.kind)
     tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
-    names = ", ".join(kind.name for kind in (kinds if kinds[0] is not kinds[1] else kinds[:1]))
+    gelu = is_gelu(activation)
+    names = ", ".join(kind.name for kind in (kinds if gelu or kinds[0] is not kinds[1] else kinds[:1]))
+    names += ", true" if gelu else ""
     row_tile = 1 if routes is not None else _row_tile(tokens, cols, kinds)
     if row_tile > 1:
         kernel = kernels.get("glu_rows.cu", f"glu_rows<{row_tile}, {_GLU_ROWS_TILES[row_tile]}, {names}>")
         args: tuple[Any, ...] = (
             *branches,
             _rows_in(prepared(kernels, pool, x, norm, kinds)),
-            gate_of(activation),
+            gate_of(activation, gelu=gelu),
             np.int32(rows),
             hidden,
         )
@@ -217,7 +228,15 @@ def glu(
         return h
     experts, warps = (None, DECODE_WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {names}>")
-    args = (*branches, input_rows(x, norm), gate_of(activation), experts, np.int32(k), np.int32(rows), hidden)
+    args = (
+        *branches,
+        input_rows(x, norm),
+        gate_of(activation, gelu=gelu),
+        experts,
+        np.int32(k),
+        np.int32(rows),
+        hidden,
+    )
     grid = (-(-rows // _GLU_ELEMENTS), tokens * k)
     kernel(grid, (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return h
@@ -278,8 +297,15 @@ def check_experts(experts: int, k: int, max_k: int = DECODE_WARPS) -> None:
         raise ModelLoadFailed(f"{k} of {experts} experts a token", "the GPU's experts", f"at most {max_k} of {limit}")
 
 
-def gate_of(activation: Activation) -> np.ndarray[Any, Any]:
-    """The activation's kernel parameter: a value of GATE."""
+def is_gelu(activation: Activation) -> bool:
+    """Whether kernels compute the activation by GELU, whose cubic coefficient is their constant."""
+    assert activation.cubic in (0, GELU_GLU.cubic), activation
+    return activation.cubic != 0
+
+
+def gate_of(activation: Activation, *, gelu: bool = False) -> np.ndarray[Any, Any]:
+    """The activation's kernel parameter: a value of GATE. `gelu`: the kernel has GELU."""
+    assert gelu == is_gelu(activation), activation
     return np.array((np.inf if activation.limit is None else activation.limit, activation.alpha), GATE)
 
 

@@ -18,7 +18,7 @@ from worker.gpu.activations import Q8_BLOCK, Q8_TILES, TILE_ROWS, Q8Tiles, empty
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import MIXED, PLANES, STORED_TYPES, address
-from worker.gpu.matvec import GATE, gate_of, split_k_of
+from worker.gpu.matvec import GATE, GELU_TYPES, gate_of, is_gelu, split_k_of
 from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear
 from worker.quants import QuantType
@@ -108,8 +108,8 @@ DEFINES = {"WEIGHTS_BYPASS_L1": 1}
 BLOCK_TYPES = tuple(kind for kind in STORED_TYPES if kind.block_size > 1)
 
 
-def _name(kind: QuantType, t: Tiles, *, gated: bool, last: QuantType | None = None) -> KernelName:
-    end = str(gated).lower() + ("" if last is None else f", {last.name}")
+def _name(kind: QuantType, t: Tiles, *, gated: bool, gelu: bool = False, last: QuantType | None = None) -> KernelName:
+    end = ("2" if gelu else str(gated).lower()) + ("" if last is None else f", {last.name}")
     if t.is_wide:
         return (
             "matvec_mma_wide.cu",
@@ -122,6 +122,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_name(k, t, gated=False) for k in BLOCK_TYPES for t in TILES),
     *(_name(kinds[0], t, gated=False, last=kinds[-1]) for kinds in MIXED for t in TILES),
     *(_name(k, t, gated=True) for k in BLOCK_TYPES for t in GATED_TILES),
+    *(_name(k, t, gated=True, gelu=True) for k in GELU_TYPES for t in GATED_TILES),
 )
 
 
@@ -200,8 +201,9 @@ def glu_mma(
     h = empty_q8_tiles(pool, tokens, rows) if chosen.writes_q8 else Q8Tiles(pool.empty((tokens, rows), np.float32))
     for j, linear in enumerate((gate, up)):
         params["matrices"][j] = (linear.weight.data.addresses(), address(_bias(linear)), 0, address(h.x), rows, 0)
-    params["gate"], params["h"] = gate_of(activation), q8_tiles(h)
-    _launch(kernels, gate.weight.kind, chosen, params, gated=True)
+    gelu = is_gelu(activation)
+    params["gate"], params["h"] = gate_of(activation, gelu=gelu), q8_tiles(h)
+    _launch(kernels, gate.weight.kind, chosen, params, gated=True, gelu=gelu)
     return h if h.q is not None or rows % Q8_BLOCK else quantize_tiles(kernels, pool, h.x, None)
 
 
@@ -237,6 +239,7 @@ def _launch(
     params: np.ndarray[Any, Any],
     *,
     gated: bool,
+    gelu: bool = False,
     last: QuantType | None = None,
 ) -> None:
     covered = int(params["x"]["tiles"]) * TILE_ROWS if gated and tiles.writes_q8 else int(params["tokens"])
@@ -246,7 +249,7 @@ def _launch(
     if last is not None:  # its tiles, at least one, and the others share the blocks
         share = round(row_blocks * int(params["matrices"][2]["first_tile"]) / row_tiles)
         params["last_block"] = min(max(1, share), row_blocks - 1)
-    kernels.get(*_name(kind, tiles, gated=gated, last=last))(
+    kernels.get(*_name(kind, tiles, gated=gated, gelu=gelu, last=last))(
         (token_tiles, row_blocks),
         (tiles.threads,),
         (params,),

@@ -15,6 +15,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul import ExpertGroups
 from worker.gpu.memory import DeviceArray
+from worker.gpu.norms import norm_add
 from worker.gpu.state import ChunkState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
@@ -59,6 +60,12 @@ class PrefillOps:
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
         return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _array(residual)))
+
+    def linear_norm_add(self, y: Rows | ScaledF16, linear: Linear, norm: RmsNorm, residual: Rows) -> Rows:
+        rows = y if isinstance(y, ScaledF16) else self._scaled(y)
+        z = matmul.matmul(self._kernels, self._pool, rows, linear)
+        x = norm_add(self._kernels, self._pool, z, norm, _array(residual), self._count(residual))
+        return _like(residual, x)
 
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
         return _like(x, matmul.glu(self._kernels, self._pool, self._scaled(x, norm), gate, up, activation))

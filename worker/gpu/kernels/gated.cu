@@ -7,8 +7,9 @@
 #include "pdl.cuh"
 #include "gated.cuh"
 
+template <bool GELU>
 __global__ void gated_elements(const float* gate, const float* up, const Gate activation, const size_t n, float* h) {
     const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     grid_dependency_wait();
-    if (i < n) h[i] = gated(gate[i], up[i], activation);
+    if (i < n) h[i] = gated<GELU>(gate[i], up[i], activation);
 }

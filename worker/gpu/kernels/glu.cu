@@ -22,7 +22,7 @@
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 
-template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G>
+template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
         const int* __restrict__ experts, const int k, const int rows, const Hidden out) {
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     if (warp != 0) return;
     const float* pair = row_sums[lane / kElements] + 2 * (lane % kElements);
     const bool valid = column < rows;
-    const float h = valid ? gated(__fmaf_rn(pair[0], factor, biases[0][lane]),
-                                  __fmaf_rn(pair[1], factor, biases[1][lane]), activation)
+    const float h = valid ? gated<GELU>(__fmaf_rn(pair[0], factor, biases[0][lane]),
+                                        __fmaf_rn(pair[1], factor, biases[1][lane]), activation)
                           : 0.f;
     const size_t row = blockIdx.y;
     if (valid) out.x[row * rows + column] = h;

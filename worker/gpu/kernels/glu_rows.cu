@@ -16,7 +16,7 @@
 #include "gated.cuh"
 #include "glu_params.cuh"
 
-template <int T, int WARPS, int ELEMENTS, int UNROLL_K, int BLOCKS, class G, class U = G>
+template <int T, int WARPS, int ELEMENTS, int UNROLL_K, int BLOCKS, class G, class U = G, bool GELU = false>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     glu_rows(const Branch gate, const Branch up, const PreparedRows input, const Gate activation, const int rows,
              const Hidden out) {
@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     const bool valid = column < rows;
     const float factor = factors[warp], *sum = pairs[warp][lane];
     const float b_gate = valid && gate.bias ? gate.bias[column] : 0.f, b_up = valid && up.bias ? up.bias[column] : 0.f;
-    const float h = valid ? gated(__fmaf_rn(sum[0], factor, b_gate), __fmaf_rn(sum[1], factor, b_up), activation) : 0.f;
+    const float h =
+        valid ? gated<GELU>(__fmaf_rn(sum[0], factor, b_gate), __fmaf_rn(sum[1], factor, b_up), activation) : 0.f;
     if (valid) out.x[(size_t)row * rows + column] = h;
     if (out.q)
         store_quantized_lane(h, column, rows, out.q + (size_t)row * rows, out.meta + (size_t)row * (rows / 32));

@@ -35,7 +35,7 @@ constexpr int kRowBytes = 2 * kColumnGroup, kStepMmas = kColumnGroup / 16;  // a
 
 // Loads of a lane's rows of weights, two rows for each fragment of 16: where they begin, and one
 // unit of each.
-template <class Block, int FRAGS_M, bool GLU>
+template <class Block, int FRAGS_M, int GLU>
 struct WeightIterator {
     static constexpr int kUnits = 32 / Unit<Block>::kElements;  // units of a lane's 32 columns of a step
     u32 rows[2 * FRAGS_M], slices;
@@ -78,7 +78,7 @@ struct WeightIterator {
 // acc += weights·x over the columns of unit k of a step. Tokens from `valid` on do not exist; a
 // column of an MMA's result depends on its own column of B only, so with FULL they are computed too
 // and nothing branches.
-template <bool FULL, class Block, int FRAGS_M, int TILE_N, bool GLU>
+template <bool FULL, class Block, int FRAGS_M, int TILE_N, int GLU>
 __device__ __forceinline__ void multiply_unit(const WeightIterator<Block, FRAGS_M, GLU>& weights,
                                               const Unit<Block> (&units)[2 * FRAGS_M], int step, int unit, u32 x_lane,
                                               int valid, Accumulator<FRAGS_M, TILE_N>& acc) {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply_unit(const WeightIterator<Block, FRAGS_
 
 // acc += the product of one split of K. `wait_for_x` is called between the first loads of weights
 // and those of x.
-template <bool FULL, class Block, int WARPS_M, int SPLIT_K, int PASSES, int STAGES, int TILE_N, bool GLU, int FRAGS_M,
+template <bool FULL, class Block, int WARPS_M, int SPLIT_K, int PASSES, int STAGES, int TILE_N, int GLU, int FRAGS_M,
           class Wait>
 __device__ __forceinline__ void accumulate_split(const Projection* projections, int cols, const u16* x,
                                                  const TokenTile<TILE_N>& tokens, int row0, int pass, u8* buffers,
@@ -160,7 +160,7 @@ __device__ __forceinline__ void accumulate_split(const Projection* projections, 
 
 // Epilogue: write y of REDUCED_N tokens from `token0` on. A lane holds rows lane/4, lane/4 + 8, …
 // of two adjacent tokens.
-template <int TILE_N, int FRAGS_M, int REDUCED_N, bool GLU>
+template <int TILE_N, int FRAGS_M, int REDUCED_N, int GLU>
 __device__ __forceinline__ void write(const MatmulParams& p, const Projection* projections,
                                       const TokenTile<TILE_N>& tokens, int token0, int row0,
                                       const Accumulator<FRAGS_M, REDUCED_N>& sums) {
@@ -193,7 +193,7 @@ __device__ __forceinline__ void write(const MatmulParams& p, const Projection* p
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 float y = __fmaf_rn(sums[i / 2][n][i % 2 * 2 + j], s, bias[i]);
-                if (GLU) y = gated(y, __fmaf_rn(sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j], s, bias[kUp + i]), p.gate);
+                if (GLU) y = gated<GLU == kGelu>(y, __fmaf_rn(sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j], s, bias[kUp + i]), p.gate);
                 // With GLU there is no residual, so contracting gated's product with this sum would
                 // not change a bit.
                 if (valid && i < valid_rows) to[8 * i] = y + residual[j][i];
@@ -214,7 +214,7 @@ __host__ __device__ constexpr int min_blocks(int tile_n, bool experts) {
 }
 
 // A block's tile of y: this warp's rows of `projections` from `row0` on, the tokens of `tokens`.
-template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, bool GLU, class Wait>
+template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, int GLU, class Wait>
 __device__ __forceinline__ void compute_tile(const MatmulParams& p, const Projection* projections, const u16* x,
                                              const TokenTile<TILE_N>& tokens, int row0, u8* shared, Wait wait_for_x) {
     Accumulator<FRAGS_M, TILE_N> acc = {};
@@ -243,7 +243,7 @@ __device__ __forceinline__ void compute_tile(const MatmulParams& p, const Projec
     }
 }
 
-template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, bool EXPERTS, bool GLU,
+template <class Block, int FRAGS_M, int WARPS_M, int SPLIT_K, int PASSES, int TILE_N, int STAGES, bool EXPERTS, int GLU,
           class Last = Block>
 __global__ void __launch_bounds__(32 * WARPS_M * SPLIT_K, min_blocks<Block>(TILE_N, EXPERTS))
     matmul(const __grid_constant__ MatmulParams p, const u16* __restrict__ x, const int n_tokens,

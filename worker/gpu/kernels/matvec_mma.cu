@@ -51,7 +51,7 @@ __device__ __forceinline__ void multiply_stage(const TokenTile& x, int base, con
     }
 }
 
-template <class Block, int SPLITS, int NT, bool GATED>
+template <class Block, int SPLITS, int NT, int GATED>
 struct MmaShape {
     static constexpr int kGroup = 32 * kChainWarps, kThreads = kGroup * SPLITS, kTokens = 8 * NT;
     static constexpr int kLoads = 32 * 16 / kGroup;  // units of a thread in a stage of 32 units a split
@@ -76,7 +76,7 @@ struct Stage {
 };
 
 // The row tiles `first_tile`, `first_tile` + `stride`, … before `end`.
-template <class Block, int SPLITS, int NT, bool GATED>
+template <class Block, int SPLITS, int NT, int GATED>
 __device__ __forceinline__ void compute_tiles(const MmaParams& p, int first_tile, int end, int stride, u8* shared) {
     using Shape = MmaShape<Block, SPLITS, NT, GATED>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kChainWarps, split = threadIdx.x / Shape::kGroup;
@@ -166,13 +166,13 @@ __device__ __forceinline__ void compute_tiles(const MmaParams& p, int first_tile
                 for (int k = 0; k < Shape::kShare; ++k) y[k] = pass + s == 0 ? total[k] : __fadd_rn(y[k], total[k]);
             }
         }
-        if constexpr (GATED) write_gated<16>(p, tile, 0, first_token, finished, y);
+        if constexpr (GATED) write_gated<16, GATED>(p, tile, 0, first_token, finished, y);
         else write_rows<16>(p, tile, 0, first_token, finished, y);
     }
 }
 
 // Last: the type of the third matrix, whose row tiles belong to the blocks from `last_block` on.
-template <class Block, int SPLITS, int NT, bool GATED, class Last = Block>
+template <class Block, int SPLITS, int NT, int GATED, class Last = Block>
 __global__ void __launch_bounds__(256 * SPLITS, 2 / SPLITS) matvec_mma(const __grid_constant__ MmaParams p) {
     extern __shared__ __align__(16) u8 shared[];
     const int block = blockIdx.y, blocks = gridDim.y, tiles = p.matrices[2].first_tile;

@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_square(const u8* weights, u32 upper_row
 }
 
 // The row tiles `first_tile`, `first_tile` + `stride`, … before `end`.
-template <class Block, int WARPS, int KG, int TW, bool GATED>
+template <class Block, int WARPS, int KG, int TW, int GATED>
 __device__ __forceinline__ void compute_tiles(const MmaParams& p, int first_tile, int end, int stride, u8* shared) {
     using Shape = WideShape<Block, WARPS, KG, TW>;
     constexpr int kThreads = Shape::kThreads, kLoads = Shape::kLoads;
@@ -234,13 +234,13 @@ __device__ __forceinline__ void compute_tiles(const MmaParams& p, int first_tile
         const int first_row = 32 * row_warp, first_column = first_token + 32 * token_warp;
         if constexpr (GATED && Shape::kWritesQ8) {
             float* const hidden = reinterpret_cast<float*>(shared + Shape::kTotalAt);  // [kTokens][kRows / 2 + 1]
-            each_gated<Shape::kRows>(p, tile, first_row, first_column, finished, y, [&](int row, int t, float h) {
+            each_gated<Shape::kRows, GATED>(p, tile, first_row, first_column, finished, y, [&](int row, int t, float h) {
                 hidden[(t - first_token) * (Shape::kRows / 2 + 1) + row % (Shape::kRows / 2)] = h;
             });
             __syncthreads();
             write_hidden<WARPS, Shape::kTokens, Shape::kRows>(p, tile, first_token, hidden);
         } else if constexpr (GATED) {
-            write_gated<Shape::kRows>(p, tile, first_row, first_column, finished, y);
+            write_gated<Shape::kRows, GATED>(p, tile, first_row, first_column, finished, y);
         } else {
             write_rows<Shape::kRows>(p, tile, first_row, first_column, finished, y);
         }
@@ -248,7 +248,7 @@ __device__ __forceinline__ void compute_tiles(const MmaParams& p, int first_tile
 }
 
 // Last: the type of the third matrix, whose row tiles belong to the blocks from `last_block` on.
-template <class Block, int WARPS, int KG, int TW, bool GATED, class Last = Block>
+template <class Block, int WARPS, int KG, int TW, int GATED, class Last = Block>
 __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS) matvec_mma_wide(const __grid_constant__ MmaParams p) {
     extern __shared__ __align__(16) u8 shared[];
     const int block = blockIdx.y, blocks = gridDim.y, tiles = p.matrices[2].first_tile;

@@ -21,9 +21,11 @@ struct MmaParams {
     int tokens, tiles, split_k, last_block;
 };
 
+constexpr int kGelu = 2;  // GATED: 0 without, 1 with a plain gate, 2 with GELU
+
 // A row of a tile of ROWS: its matrix, and its row there (which may be past the last one). With GATED
 // 8 rows of the first matrix and 8 of the second follow each other.
-template <int ROWS, bool GATED>
+template <int ROWS, int GATED>
 struct TileRow {
     int matrix, row;
     __device__ __forceinline__ TileRow(const MmaParams& p, int tile, int r) {
@@ -132,12 +134,12 @@ __device__ __forceinline__ void write_rows(const MmaParams& p, int tile, int fir
 }
 
 // Call use(row, token, h) for the elements of h of a thread, which are zero where rows or tokens end.
-template <int ROWS, class Finished, int SHARE, class Use>
+template <int ROWS, int GATED, class Finished, int SHARE, class Use>
 __device__ __forceinline__ void each_gated(const MmaParams& p, int tile, int first_row, int first_token,
                                            const Finished& sums, const float (&y)[SHARE], Use use) {
     if (!sums.any()) return;
     const float* const biases[2] = {p.matrices[0].bias, p.matrices[1].bias};
-    const auto row_of = [&](int k) { return TileRow<ROWS, true>(p, tile, first_row + sums.row(k)).row; };
+    const auto row_of = [&](int k) { return TileRow<ROWS, GATED>(p, tile, first_row + sums.row(k)).row; };
     const auto token_of = [&](int k) { return first_token + sums.token(k); };
     const auto valid = [&](int k) { return row_of(k) < p.matrices[0].rows && token_of(k) < p.tokens; };
     float factor[SHARE / 2], gate[SHARE / 2], up[SHARE / 2];
@@ -150,15 +152,15 @@ __device__ __forceinline__ void each_gated(const MmaParams& p, int tile, int fir
 #pragma unroll
     for (int k = 0; k < SHARE; k += 2) {
         const float a = __fmaf_rn(y[k], factor[k / 2], gate[k / 2]), b = __fmaf_rn(y[k + 1], factor[k / 2], up[k / 2]);
-        use(row_of(k), token_of(k), valid(k) ? gated(a, b, p.gate) : 0.f);
+        use(row_of(k), token_of(k), valid(k) ? gated<GATED == kGelu>(a, b, p.gate) : 0.f);
     }
 }
 
-template <int ROWS, class Finished, int SHARE>
+template <int ROWS, int GATED, class Finished, int SHARE>
 __device__ __forceinline__ void write_gated(const MmaParams& p, int tile, int first_row, int first_token,
                                             const Finished& sums, const float (&y)[SHARE]) {
     const int rows = p.matrices[0].rows;
-    each_gated<ROWS>(p, tile, first_row, first_token, sums, y, [&](int row, int t, float h) {
+    each_gated<ROWS, GATED>(p, tile, first_row, first_token, sums, y, [&](int row, int t, float h) {
         if (row < rows && t < p.tokens) p.matrices[0].out[(size_t)t * rows + row] = h;
     });
 }

@@ -14,7 +14,7 @@
 // |                                 | matmul, scale_to_f16,          |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
 // |                                 | experts_mma, quantize_rows,    |                            |
-// |                                 | head_norms                     |                            |
+// |                                 | head_norms, norm_add           |                            |
 // | RoPE tables                     | attention_decode, _few_rows,   | written at load only       |
 // |                                 | _rows                          |                            |
 // | row slots, positions, tables    | attention_decode, _few_rows,   | before this graph (1)      |
@@ -23,7 +23,7 @@
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
-// |                                 | group_routes                   |                            |
+// |                                 | group_routes, norm_add         |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
 // | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
