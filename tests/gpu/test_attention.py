@@ -54,6 +54,8 @@ SHAPES = [
     Shape(128, 8, 2, adjacent=True),
     Shape(128, 16, 2, window=100, sinks=True),
     Shape(64, 5, 1),
+    Shape(256, 4, 2, window=40),
+    Shape(256, 8, 1, rotary_dims=128),
 ]
 
 
@@ -64,6 +66,7 @@ LONG_SHAPES = [
     Shape(64, 2, 2, window=700, adjacent=True),
     Shape(96, 3, 1, sinks=True),
     Shape(128, 2, 1),
+    Shape(256, 2, 1, window=700),
 ]
 
 

@@ -28,6 +28,8 @@ SHAPES = [
     Shape(96, 6, 2, window=140, adjacent=True, rotary_dims=64),
     Shape(128, 8, 1, adjacent=True),
     Shape(128, 4, 2, window=100, sinks=True),
+    Shape(256, 4, 2, window=140),
+    Shape(256, 8, 1, sinks=True),
 ]
 
 
@@ -161,6 +163,8 @@ def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memo
         (Shape(64, 32, 8), 256, 4),
         (Shape(96, 32, 32), 64, 1),
         (Shape(128, 32, 8), 256, 4),
+        (Shape(256, 8, 4), 1, 4),
+        (Shape(256, 8, 4), 256, 2),
     ],
     ids=str,
 )

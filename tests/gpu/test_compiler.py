@@ -20,8 +20,9 @@ from worker.gpu.kernel import Kernel, supports_pdl
 from worker.gpu.launch import PdlInMatmulOnly
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# Their code differs from that of other formats in unpacking alone, which no architecture has of its own.
-SM_90_ONLY = re.compile(r"\b(IQ[123]\w*|TQ2_0|NVFP4)\b")
+# Their code differs from that of other formats in unpacking alone, or, with GELU, from that of other
+# gates in one expression.
+SM_90_ONLY = re.compile(r"\b(IQ[123]\w*|TQ2_0|NVFP4)\b|\b(glu|glu_rows)<.*, true>$|\b(matmul|matvec_mma\w*)<.*, 2>$")
 # Bytes per thread: stack frame, spill stores and spill loads together. Decode products are limited
 # to 64 registers, so that two blocks share a multiprocessor and one loads while the other adds; the
 # spill loads come from L1, a few words per row.
@@ -36,6 +37,8 @@ SPILL_ALLOWANCE_OF = {
     "glu_rows.cu": 128,
     "glu.cu": 128,
     "matvec.cu": 128,
+    # Sums and queries of 256 elements take 192 registers.
+    "attention_prefill<256, true>": 224,
 }
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())
@@ -71,7 +74,7 @@ def test_every_kernel_compiles_within_its_registers(nvrtc, arch):
     spilling = {name: local_bytes(result.log) for name, result in results}
 
     def allowance(name):
-        return max(SPILL_ALLOWANCE[arch], SPILL_ALLOWANCE_OF.get(name[0], 0))
+        return max(SPILL_ALLOWANCE[arch], *(SPILL_ALLOWANCE_OF.get(each, 0) for each in name))
 
     assert {name: size for name, size in spilling.items() if size > allowance(name)} == {}
 

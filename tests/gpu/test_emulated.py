@@ -26,7 +26,7 @@ CHOSEN = {
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS)",
     "experts": "decode_experts and MXFP4 and 3-5-3",
     "routing": "",
-    "runner": "prefill_logits and qwen2]",
+    "runner": "(prefill_logits and qwen2]) or (both_phases and gemma3)",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",

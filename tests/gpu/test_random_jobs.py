@@ -28,6 +28,7 @@ NAMES = (
     "qwen3",
     "qwen3moe",
     "smollm3",
+    "gemma3",
     "granite",
     "granitemoe-shared",
     "mistral3",

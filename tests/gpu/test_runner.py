@@ -26,7 +26,7 @@ from worker.model import Chunk, SlotStart
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
-NAMES += ("granite", "granitemoe-shared", "mistral3")
+NAMES += ("gemma3", "granite", "granitemoe-shared", "mistral3")
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
 PROMPT = np.random.default_rng(3).integers(0, 280, 150).tolist()
 PREFILL_BOUND, DECODE_BOUND, TWIN_BOUND, WORST_BOUND = 3e-3, 5e-2, 2e-3, 5e-2

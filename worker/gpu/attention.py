@@ -31,22 +31,22 @@ from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
 
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 96, 128, 256)
 MAX_PARTIAL_BYTES = 128 << 20
 """Limit on the partial results of a split chunk: enough for 128 tokens of 64 heads after 14,000."""
 
 _HEAD_WARPS = 4  # of a block of head_norms, a head each
 _ROPE_THREADS, _ROPE_BLOCKS = 128, 4  # blocks of a token
 _QUERY_TILE = 64
-_STRIPS = {64: 2, 96: 2, 128: 1}  # of 16 queries in a warp, in chunks that are not split
-_TILE_KEYS = {64: 64, 96: 32, 128: 32}
+_STRIPS = {64: 2, 96: 2, 128: 1, 256: 1}  # of 16 queries in a warp, in chunks that are not split
+_TILE_KEYS = {64: 64, 96: 32, 128: 32, 256: 16}
 _ROW_PAD = 8  # elements after each row of a tile in shared memory
 _SEGMENT = 256  # positions of one online softmax
 _SPLIT_TOKENS = 128  # longer chunks have enough blocks without splitting their segments
 _BLOCKS_PER_PROCESSOR = 4  # of a split chunk's grid
 _PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in HEAD_DIMS}  # of 16 queries and one segment
 
-_MAX_GROUP = 8  # query heads of a decode block
+_MAX_GROUP = {64: 8, 96: 8, 128: 8, 256: 4}  # query heads of a decode block: their partial results fit 48 KB
 _DECODE_WARPS, _WIDE_WARPS = 8, 16
 _WIDE_DIM, _WIDE_GROUP = 64, 5  # wide blocks: heads of this size in groups of at least this many
 _DECODE_BLOCKS = 264  # blocks of one sequence's decode grid: two per multiprocessor of an H100
@@ -59,7 +59,12 @@ _FEW_ITEMS = 2  # of a multiprocessor, at the longest context: with more of them
 _RING_SLOTS = 2  # KV blocks that a warp copies ahead
 _BUSY_WARPS = 16  # of a multiprocessor: more warps a team than these need only cost time
 _TEAM_WARPS = 8  # the most warps of a team
-_LEAST_WARPS = {64: 4, 96: 1, 128: 4}  # of a team, by head size; small partial results leave room for many teams
+_LEAST_WARPS = {
+    64: 4,
+    96: 1,
+    128: 4,
+    256: 1,
+}  # of a team, by head size; small partial results leave room for many teams
 _MAX_SHARED = 227 << 10  # bytes of shared memory of a block of sm_90
 _SYSTEM_SHARED = 1 << 10  # what the system takes from each block's share of a multiprocessor
 _ITEMS_THREADS = 256
@@ -89,6 +94,13 @@ FIXED_ORDERS: Mapping[str, str] = {
 """The orders of sums that `worker.gpu.numerics` reports."""
 
 _FLAGS = ("false", "true")
+
+
+def _adjacent(dim: int) -> tuple[str, ...]:
+    """The values of ADJACENT in INSTANTIATIONS: no architecture with wide heads has such pairs."""
+    return _FLAGS if dim <= 128 else _FLAGS[:1]
+
+
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("head_norms.cu", f"head_norms<{dim}>") for dim in HEAD_DIMS),
     *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in HEAD_DIMS for split in _FLAGS),
@@ -96,19 +108,19 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}>")
         for kernel in ("rope_kv", "kv_rows")
         for dim in HEAD_DIMS
-        for adjacent in _FLAGS
+        for adjacent in _adjacent(dim)
     ),
     ("attention_items.cu", "attention_items"),
     *(
         (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")
         for kernel in ("attention_decode", "attention_rows")
         for dim in HEAD_DIMS
-        for group in range(1, _MAX_GROUP + 1)
-        for adjacent in _FLAGS
+        for group in range(1, _MAX_GROUP[dim] + 1)
+        for adjacent in _adjacent(dim)
     ),
     *(
         ("attention_few_rows.cu", f"attention_few_rows<{_WIDE_DIM}, {group}, {adjacent}>")
-        for group in range(_WIDE_GROUP, _MAX_GROUP + 1)
+        for group in range(_WIDE_GROUP, _MAX_GROUP[_WIDE_DIM] + 1)
         for adjacent in _FLAGS
     ),
 )
@@ -117,7 +129,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
 def group_size(spec: Attention) -> int:
     """GROUP: how many query heads of one KV head a block of the decode kernel computes."""
     heads = spec.n_heads // spec.n_kv_heads
-    return max(size for size in range(1, _MAX_GROUP + 1) if heads % size == 0)
+    return max(size for size in range(1, _MAX_GROUP[spec.head_dim] + 1) if heads % size == 0)
 
 
 def decode_splits(spec: Attention) -> int:
@@ -130,7 +142,7 @@ def decode_splits(spec: Attention) -> int:
 
 def decode_partial_bytes(dim: int) -> int:
     """Upper bound of the partial results of a decode row."""
-    return 4 * _DECODE_BLOCKS * _part_floats(dim, _MAX_GROUP)
+    return 4 * _DECODE_BLOCKS * _part_floats(dim, _MAX_GROUP[dim])
 
 
 def decode_tile(spec: Attention) -> int:
@@ -290,7 +302,7 @@ class AttentionLauncher:
         queries, newest, weights = 4 * group * dim, 4 * dim, 4 * group * _MAX_DECODE_SPLITS
         results = 4 * _warps(dim, group) * _part_floats(dim, group)
         team = queries + newest + weights + results + _ring_bytes(dim, warps) + _SYSTEM_SHARED
-        warps_by_registers = 8 if dim == max(HEAD_DIMS) else 16
+        warps_by_registers = 8 if dim >= 128 else 16
         return min((self._max_shared + _SYSTEM_SHARED) // team, warps_by_registers // warps)
 
     def write_rows(self, kernels: Launcher, k: DeviceArray, v: DeviceArray, spec: Attention, state: StepState) -> None:
@@ -382,7 +394,7 @@ class AttentionLauncher:
 def check_head_dim(dim: int) -> int:
     """Return D. Raises ModelLoadFailed if no kernel is made for it."""
     if dim not in HEAD_DIMS:
-        raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", "64, 96 or 128")
+        raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", ", ".join(map(str, HEAD_DIMS)))
     return dim
 
 

@@ -21,7 +21,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
 from worker.ops import GELU_GLU, Activation, Linear, RmsNorm, Routes
-from worker.quants import Q4_0, Q4_K, QuantType
+from worker.quants import Q4_K, QuantType
 
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
@@ -57,7 +57,7 @@ _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of gated.cuh."""
 
-GELU_TYPES = (Q4_0, Q4_K)
+GELU_TYPES = (Q4_K,)
 """Types whose kernels with GELU are in INSTANTIATIONS; others are compiled on demand."""
 
 # TILE_M, UNROLL_K of a warp: combinations that fit 64 registers, so that two blocks share a

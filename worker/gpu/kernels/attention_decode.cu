@@ -19,7 +19,8 @@
 // before and after each launch.
 // Grid (G, H/Hk/GROUP, Hk), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
 // computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at
-// once; those of a block's first tile are loaded before the wait (pdl.cuh).
+// once; those of a block's first tile are loaded before the wait (pdl.cuh). With D = 256 it loads the
+// values of a KV block after its scores, and GROUP ≤ 4.
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in
@@ -106,6 +107,14 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         queries[warp][lane] = Heads<D>::query(make_float4(scaled(x.x, other.x, 0), scaled(x.y, other.y, 1),
                                                           scaled(x.z, other.z, 2), scaled(x.w, other.w, 3)));
     }
+    if constexpr (Heads<D>::kSteps > kWarps) {  // a second step for each warp
+        static_assert(Heads<D>::kSteps == 2 * kWarps && GROUP <= 8);
+        float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (row < GROUP) x = rotated<ADJACENT>(q + (head + row) * D, Heads<D>::query_element(warp + kWarps, lane), newest, rope);
+        const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
+        queries[warp + kWarps][lane] = Heads<D>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
+                                                                   __fmul_rn(x.z, scale), __fmul_rn(x.w, scale)));
+    }
     if (element >= 0) {
         const int at = kv_head * D;
         const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
@@ -123,7 +132,14 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
             const int start = start_of(tile, i);
             if (tiles.sees(start)) {
                 kv[0].insert_newest(new_key, new_value, start, newest);
-                heads.attend(kv[0], queries, start, tiles.oldest, newest);
+                if constexpr (KvFragments<D>::kLateValues) {
+                    const size_t at = kv_offset<D>(tables[start / kKvBlock], n_kv_heads, kv_head, start);
+                    heads.attend(kv[0], queries, start, tiles.oldest, newest, [&](int i) {
+                        kv[0].load_late_values(i, v_cache + at, new_value, start, tiles.oldest, newest);
+                    });
+                } else {
+                    heads.attend(kv[0], queries, start, tiles.oldest, newest);
+                }
             }
             kv[0] = kv[kBlocks - 1];
         }

@@ -20,7 +20,7 @@
 // sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of
 // f16 values needs no scale).
 // Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero
-// before and after each launch; both null where Z is 1. D is 64, 96 or 128.
+// before and after each launch; both null where Z is 1. D is 64, 96, 128 or 256.
 // Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic
 // shared memory: 4·keys_per_tile(D)·(D + ROW_PAD)·2 bytes of tiles, 256·(D+8) of partial results.
 // Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an
@@ -33,14 +33,17 @@
 #include "running_softmax.cuh"
 
 __host__ __device__ constexpr int strips(int head_dim, bool split) {
-    return split ? 1 : head_dim == 64 ? STRIPS_64 : head_dim == 96 ? STRIPS_96 : STRIPS_128;
+    return split ? 1 : head_dim == 64 ? STRIPS_64 : head_dim == 96 ? STRIPS_96 : head_dim == 128 ? STRIPS_128 : STRIPS_256;
 }
 static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quads(96, 1) == PARTIAL_BYTES_96 &&
-                  16 * partial_quads(128, 1) == PARTIAL_BYTES_128, "as reserved by worker/gpu/attention.py");
+                  16 * partial_quads(128, 1) == PARTIAL_BYTES_128 && 16 * partial_quads(256, 1) == PARTIAL_BYTES_256,
+              "as reserved by worker/gpu/attention.py");
 
 // Blocks of a multiprocessor: the most that registers allow without spills and shared memory allows
 // on sm_90.
-__host__ __device__ constexpr int blocks_of(int head_dim, bool split) { return (head_dim == 128 ? 3 : 4) - split; }
+__host__ __device__ constexpr int blocks_of(int head_dim, bool split) {
+    return head_dim == 256 ? 2 : (head_dim == 128 ? 3 : 4) - split;
+}
 
 template <int D, int STRIPS>
 __device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const unsigned short* q, int row,
@@ -165,7 +168,13 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
 
     if (split && !arrives_last(arrivals + blockIdx.x * n_heads + head, min(segments, stride))) return;
     if (warp_row >= n_tokens) return;
-    if (split) {
+    if constexpr (D > 128) {  // registers hold one state
+        for (int s = 0; split && s < segments; ++s) {
+            state.load(partial_of(first_segment + s));
+            if (s) state.merge_older(kept, scale);
+            if (s < segments - 1) state.store(kept);
+        }
+    } else if (split) {
         Softmax<D, STRIPS> next;  // loaded while the preceding one is merged
         next.load(partial_of(first_segment));
         for (int s = 0; s < segments; ++s) {

@@ -34,20 +34,6 @@ __device__ __forceinline__ uint2 halves_of(const float4 x) {
                       floats_to_half2(clamp_to_half_range(x.z), clamp_to_half_range(x.w)));
 }
 
-// Elements e … e + 3 of a head, rotated to `position`.
-template <bool ADJACENT>
-__device__ __forceinline__ float4 rotated(const float* head, int e, int position, const RopeTables rope) {
-    Rotation rotations[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, position, rope);
-    const float4 x = *reinterpret_cast<const float4*>(head + e);
-    const float4 other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
-                                  : make_float4(head[rotations[0].partner], head[rotations[1].partner],
-                                                head[rotations[2].partner], head[rotations[3].partner]);
-    return make_float4(rotate(x.x, other.x, rotations[0]), rotate(x.y, other.y, rotations[1]),
-                       rotate(x.z, other.z, rotations[2]), rotate(x.w, other.w, rotations[3]));
-}
-
 // Add one KV block of the ring. `fresh`: no sums before it.
 template <int D, int GROUP>
 __device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned short* staged,

@@ -13,7 +13,7 @@
 static_assert(ROW_PAD % 16 == 8, "an odd number of 16-byte units a row avoids bank conflicts");
 
 __host__ __device__ constexpr int keys_per_tile(int head_dim) {
-    return head_dim == 64 ? TILE_KEYS_64 : head_dim == 96 ? TILE_KEYS_96 : TILE_KEYS_128;
+    return head_dim == 64 ? TILE_KEYS_64 : head_dim == 96 ? TILE_KEYS_96 : head_dim == 128 ? TILE_KEYS_128 : TILE_KEYS_256;
 }
 __host__ __device__ constexpr int threads(int strips) { return 32 * QUERY_TILE / (16 * strips); }
 

@@ -28,6 +28,8 @@ template <int D>
 struct KvFragments {  // keys and values of one head in one KV block, in a warp's registers
     static constexpr int kSections = D / 32, kWide = D / 64;  // wide: 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
+    // Registers hold keys or values of 256 elements: values are loaded where keys are not needed any more.
+    static constexpr bool kLateValues = D > 128;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
 
@@ -60,6 +62,7 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
             for (int i = 0; i < kSections; ++i) keys[t][i] = make_uint4(0, 0, 0, 0);
             if (p >= oldest && p < newest) load_key<PAST_L1>(t, key_block + key_row(t) * D);
         }
+        if (kLateValues) return;
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
             const int p = start + value_row(t);
@@ -76,9 +79,24 @@ struct KvFragments {  // keys and values of one head in one KV block, in a warp'
 #pragma unroll
         for (int t = 0; t < 2; ++t)
             if (start + key_row(t) == newest) load_key(t, key);
+        if (kLateValues) return;
 #pragma unroll
         for (int t = 0; t < 4; ++t)
             if (start + value_row(t) == newest) load_value(t, value);
+    }
+
+    // Load elements 64i … 64i + 63 of the values at positions [oldest, newest], of which `value` is the
+    // newest, and zero the others.
+    __device__ __forceinline__ void load_late_values(int i, const unsigned short* value_block,
+                                                     const unsigned short* value, int start, int oldest, int newest) {
+        const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            const int p = start + value_row(t);
+            values[t][i] = make_uint4(0, 0, 0, 0);
+            if (p >= oldest && p <= newest)
+                values[t][i] = words<false, uint4>((p == newest ? value : value_block + value_row(t) * D) + 64 * i + 8 * g);
+        }
     }
 
     // The 32-bit word that holds the lane's element of tile j in its value row t.
@@ -168,14 +186,20 @@ struct Heads {
         return scale;
     }
 
-    // Add the positions of one KV block, of which at least one is visible.
+    struct Nothing {
+        __device__ __forceinline__ void operator()(int) const {}
+    };
+    // Add the positions of one KV block, of which at least one is visible. load_values(i) is called
+    // before elements from 64i on of the values are read.
+    template <class LoadValues = Nothing>
     __device__ __forceinline__ void attend(const KvFragments<D>& kv, const uint4 (*queries)[32], int start, int oldest,
-                                           int newest) {
+                                           int newest, LoadValues load_values = {}) {
         unsigned int a[4];
         const float scale =
             weigh(kv, [=](int s) { return queries[s][threadIdx.x % 32]; }, start, oldest, newest, a);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
+            if (j % 8 == 0) load_values(j / 8);
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[j][e] = __fmul_rn(sums[j][e], scale);
             unsigned int row[4];

@@ -23,11 +23,11 @@ __host__ __device__ constexpr int kv_blocks_of(int head_dim, int group) {
     return head_dim == DECODE_WIDE_DIM && !is_wide(head_dim, group) ? 2 : 1;
 }
 __host__ __device__ constexpr int blocks_of(int head_dim, int group) {
-    return head_dim == 128 || is_wide(head_dim, group) ? 1 : 2;
+    return head_dim >= 128 || is_wide(head_dim, group) ? 1 : 2;
 }
 
 // Blocks of attention_rows with TEAM_WARPS warps that registers allow on a multiprocessor.
-__host__ __device__ constexpr int team_blocks_of(int head_dim) { return head_dim == 128 ? 1 : 2; }
+__host__ __device__ constexpr int team_blocks_of(int head_dim) { return head_dim >= 128 ? 1 : 2; }
 
 // The tiles of one split: of `tiles` from the tile `first` on, those that lie `mine` after it,
 // `splits` apart (splits = G).

@@ -1,7 +1,7 @@
 // Paged KV cache: KV blocks of 16 tokens, addressed through each sequence's block table.
 //
 // One layer's keys are [blocks, Hk, 16, D] f16, and so are its values. The rows of one head in one
-// KV block are contiguous, 16·D·2 bytes (2, 3 or 4 KiB), and each row is 16-byte aligned. KV_BLOCK
+// KV block are contiguous, 16·D·2 bytes (2, 3, 4 or 8 KiB), and each row is 16-byte aligned. KV_BLOCK
 // is defined by worker/gpu/attention.py. Twin: worker/cpu/attention.py.
 #pragma once
 
