@@ -52,7 +52,7 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
-_OTHER_KINDS = {
+OTHER_KINDS = {
     "adapter": "a LoRA adapter",
     "imatrix": "an importance matrix",
     "mmproj": "the vision or audio part of a model",
@@ -63,8 +63,8 @@ _OTHER_KINDS = {
 def adapter_for(file: GgufFile) -> Adapter:
     """The adapter of a file's architecture. Raises ModelLoadFailed, which lists the known ones."""
     where, kind = str(file.path), file.metadata.get("general.type")
-    if isinstance(kind, str) and kind in _OTHER_KINDS:
-        raise ModelLoadFailed(f"the file is {_OTHER_KINDS[kind]} (general.type is {kind!r})", where, "a whole model")
+    if isinstance(kind, str) and kind in OTHER_KINDS:
+        raise ModelLoadFailed(f"the file is {OTHER_KINDS[kind]} (general.type is {kind!r})", where, "a whole model")
     if not file.architecture:
         raise ModelLoadFailed("metadata key 'general.architecture' is missing", where, " or ".join(ADAPTERS))
     if file.architecture not in ADAPTERS:

@@ -8,7 +8,7 @@ empty values, which mean that a feature is off. Keys outside `ARCH.` never chang
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,8 +137,8 @@ class ArchitectureKeys:
         """`attention.sliding_window`, in tokens; 0 if the file has none."""
         return self.width("attention.sliding_window")
 
-    def check_rest(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise ModelLoadFailed for a key that nothing has read and that is not neutral.
+    def unread(self, neutral: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+        """Keys that nothing has read and that are not neutral, with their values.
 
         `neutral`: keys of this file whose neutral values depend on others, such as 1/sqrt(D).
         """
@@ -149,11 +149,15 @@ class ArchitectureKeys:
                 continue
             values = neutral.get(key) or NEUTRAL.get(key, ())
             if not (any(_equal(value, each) for each in values) if values else _is_off(value)):
-                neutral_values = " or ".join(map(str, values))
-                expected = (
-                    f"{neutral_values}, which changes nothing" if values else "no such key: its effect is unknown"
-                )
-                raise self.error(key, f"is {_shown(value)}", expected)
+                yield key, value
+
+    def check_rest(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Raise ModelLoadFailed for the first key of `unread`."""
+        for key, value in self.unread(neutral):
+            neutral_values = " or ".join(map(str, neutral.get(key) or NEUTRAL.get(key, ())))
+            unknown = "no such key: its effect is unknown"
+            expected = f"{neutral_values}, which changes nothing" if neutral_values else unknown
+            raise self.error(key, f"is {shown_value(value)}", expected)
 
     def error(self, key: str, problem: str, expected: str) -> ModelLoadFailed:
         """The exception for a key's value: "KEY is 0; expected 1 to 16777216"."""
@@ -184,5 +188,6 @@ def _equal(value: Any, neutral: Any) -> bool:
     return bool(np.allclose(value, neutral, rtol=1e-6, atol=0.0))
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value for a message: numbers and strings as they are, arrays by their length."""
     return f"an array of {len(value)} values" if isinstance(value, np.ndarray | list) else repr(value)[:60]

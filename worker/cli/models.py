@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from worker import hub
+from worker.adapters.diagnosis import diagnose
 from worker.adapters.keys import ignored_keys, unknown_keys
 from worker.cli.console import JsonOption, ModelArgument, model_path, print_json, progress_bar, size
 from worker.cli.table import PlainTable
@@ -61,6 +62,7 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
         "tensor_bytes": file.tensor_bytes,
         "unknown_keys": list(unknown_keys(file)),
         "tokenizer": _tokenizer_report(file),
+        "not_understood": None,
         "can_run": True,
         "reason": None,
     }
@@ -73,7 +75,8 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
         if "error" not in report["tokenizer"]:
             padding_rows(report["tokenizer"]["size"], planned.hparams.vocab_size, file.path)
     except WorkerError as error:
-        return report | {"can_run": False, "reason": error.message}
+        found = diagnose(file)
+        return report | {"not_understood": found and asdict(found), "can_run": False, "reason": error.message}
     per_token = planned.kv_bytes_per_token
     shown = sorted({*contexts, *([] if contexts else [2048, 8192]), planned.hparams.context_length})
     problem = (planned.shortfall and planned.shortfall.message) or report["tokenizer"].get("error")
@@ -135,8 +138,26 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row("unused tensors", ", ".join(report["unused_tensors"]) or "none")
     if report["unknown_keys"]:
         table.add_row("warning", ignored_keys(report["unknown_keys"]))
+    if report["not_understood"]:
+        _add_diagnosis(table, report["not_understood"])
     table.add_row("this worker can run it", "yes" if report["can_run"] else f"no: {report['reason']}")
     Console().print(table)
+
+
+def _add_diagnosis(table: PlainTable, found: dict[str, Any]) -> None:
+    """Rows on what an adapter of this file would need, beside the closest one."""
+    closest = found["closest"]
+    if closest != found["architecture"]:
+        table.add_row("known architectures", ", ".join(found["known"]))
+        table.add_row("closest architecture", closest)
+    for part in found["parts"]:
+        names = ", ".join((*part["tensors"], *part["keys"]))
+        others = [name for name in part["used_by"] if name != closest]
+        beside = f" (names also of {', '.join(others)})" if others else ""
+        table.add_row("not understood", f"{part['what']}: {names}{beside}; an adapter needs {part['needs']}")
+    for title, names in ((f"{closest} needs", found["missing_tensors"]), ("missing keys", found["missing_keys"])):
+        if names:
+            table.add_row(title, ", ".join(names))
 
 
 def _shown(value: Any) -> str:
