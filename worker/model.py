@@ -39,6 +39,20 @@ class Hparams:
     rope_scaling: RopeScaling
     expert_count: int = 0
     expert_used_count: int = 0
+    expert_feed_forward_length: int = 0
+    """Width of an expert's FFN; 0 if the file does not name it apart from `feed_forward_length`."""
+
+    @property
+    def ffn_width(self) -> int:
+        """Elements of a token's FFN between up and down: f, or k·f of its experts."""
+        if not self.expert_count:
+            return self.feed_forward_length
+        return self.expert_used_count * (self.expert_feed_forward_length or self.feed_forward_length)
+
+    @property
+    def experts_width(self) -> int:
+        """Elements of the results of a token's experts before their sum: k·d; 0 without any."""
+        return self.expert_used_count * self.embedding_length if self.expert_count else 0
 
     @property
     def q_width(self) -> int:

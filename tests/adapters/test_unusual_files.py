@@ -585,3 +585,19 @@ def test_the_log_multiplier_of_yarn_is_refused_in_a_llama_file(exact, tmp_path):
     """llama.cpp ignores it there, which is not what the model was trained with."""
     key = "llama.rope.scaling.yarn_log_multiplier"
     assert key in refusal(changed_copy(exact("mistral"), tmp_path / "m.gguf", metadata={key: 1.0}))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe", "gpt-oss"])
+def test_the_width_of_experts_is_that_of_the_file_and_of_its_tensors(name, exact, tmp_path):
+    key = f"{TINY[name].arch}.expert_feed_forward_length"
+    width = TINY[name].expert_ffn or TINY[name].ffn
+    same = changed_copy(exact(name), tmp_path / "same.gguf", metadata={key: width})
+    assert (logprobs(same) == logprobs(exact(name))).all()
+    other = changed_copy(exact(name), tmp_path / "other.gguf", metadata={key: width + 32})
+    assert "ffn_gate_exps" in refusal(other)
+    assert key in refusal(changed_copy(exact(name), tmp_path / "zero.gguf", metadata={key: 0}))
+
+
+def test_the_width_of_experts_in_a_file_without_any_is_refused(exact, tmp_path):
+    path = changed_copy(exact("llama"), tmp_path / "x.gguf", metadata={"llama.expert_feed_forward_length": 256})
+    assert "llama.expert_feed_forward_length" in refusal(path)

@@ -236,6 +236,9 @@ def _hparams(file: GgufFile, keys: _TrialKeys, name: str, experts: tuple[int, in
         rope_scaling=RopeScaling(kind, original_context=_TRIAL_CONTEXT),
         expert_count=count,
         expert_used_count=used,
+        expert_feed_forward_length=keys.count("expert_feed_forward_length")
+        if "expert_feed_forward_length" in keys
+        else 0,
     )
     _forget_unusable(keys, hp)
     return hp

@@ -49,7 +49,7 @@ class GptOss:
         self.experts_used = hp.expert_used_count
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
         window = keys.count("attention.sliding_window")
-        width = keys.count("expert_feed_forward_length", hp.feed_forward_length)
+        width = hp.expert_feed_forward_length or hp.feed_forward_length
         bases = hp.rope_freq_base, keys.positive("rope.freq_base_swa", default=hp.rope_freq_base)
         ropes = {base: _rope(hp, keys, options, base) for base in bases}  # tables of one base are made once
         self.layers = [

@@ -17,6 +17,7 @@ from worker.rope import RopeScaling
 
 _SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
 """Values of `expert_gating_func`; normalized over the chosen experts, both are the same."""
+_EXPERT_WIDTH = "expert_feed_forward_length"
 
 
 def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparams:
@@ -34,6 +35,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
     rope_dims = keys.count("rope.dimension_count", default=head_dim)
     if rope_dims % 2 or rope_dims > head_dim:
         raise keys.error("rope.dimension_count", f"is {rope_dims}", f"an even number up to {head_dim}")
+    experts = keys.get("expert_count", int, 0)
     return Hparams(
         architecture=keys.architecture,
         block_count=layers,
@@ -48,8 +50,9 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         rope_freq_base=keys.positive("rope.freq_base", default=10000.0),
         rope_dims=rope_dims,
         rope_scaling=_rope_scaling(keys),
-        expert_count=keys.get("expert_count", int, 0),
+        expert_count=experts,
         expert_used_count=keys.get("expert_used_count", int, 0),
+        expert_feed_forward_length=keys.count(_EXPERT_WIDTH) if experts and _EXPERT_WIDTH in keys else 0,
     )
 
 

@@ -45,7 +45,8 @@ class Mixtral:
 
 def mixtral_layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> ExpertLayer:
     """Bind the weights of layer i; attention's projections may have biases."""
-    d, f, experts, block = hp.embedding_length, hp.feed_forward_length, hp.expert_count, f"blk.{i}"
+    d, experts, block = hp.embedding_length, hp.expert_count, f"blk.{i}"
+    f = hp.expert_feed_forward_length or hp.feed_forward_length
     q, k, v = w.qkv(block, hp)
     return ExpertLayer(
         attn_norm=w.norm(f"{block}.attn_norm", d, hp.rms_epsilon),

@@ -24,7 +24,7 @@ class Qwen3Moe:
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
         require_experts(hp, keys)
         self.experts_used = hp.expert_used_count
-        width = keys.count("expert_feed_forward_length", hp.feed_forward_length // hp.expert_used_count)
+        width = hp.expert_feed_forward_length or hp.feed_forward_length // hp.expert_used_count
         window, self.choices = dense_window(keys, options)
         rope, factors = file_rope(hp, w, options.context)
         self.choices |= factors

@@ -65,7 +65,7 @@ class CpuBackend:
 
     def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a batch."""
-        widest = max(hp.vocab_size, hp.q_width, hp.feed_forward_length * max(1, hp.expert_used_count))
+        widest = max(hp.vocab_size, hp.q_width, hp.ffn_width)
         return 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:

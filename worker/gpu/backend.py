@@ -72,8 +72,7 @@ class GpuBackend:
 
     def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """Activations of a chunk and of a decode step, state of slots, attention, the margin."""
-        experts = max(1, hp.expert_used_count)
-        a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * experts * hp.feed_forward_length
+        a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * hp.ffn_width + hp.experts_width
         a_row = 6 * a_token + 5 * hp.vocab_size + decode_partial_bytes(hp.head_dim) + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)

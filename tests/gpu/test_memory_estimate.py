@@ -1,0 +1,205 @@
+"""The planned activation memory against dry runs of both phases, at tiny and full size, without a GPU.
+
+A dry run allocates as a runner does, but no memory: the widths of a model are enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import TINY, _tensors
+from worker.adapters import bind
+from worker.adapters.hparams import read_hparams
+from worker.cpu.backend import CpuBackend
+from worker.gguf_file import GgufFile
+from worker.gpu.attention import AttentionLauncher
+from worker.gpu.backend import _MARGIN, GpuBackend
+from worker.gpu.decode_ops import DecodeOps
+from worker.gpu.launch import dry_run
+from worker.gpu.layouts import BlockMatrix, is_vector, stored_type
+from worker.gpu.prefill_ops import PrefillOps
+from worker.gpu.runner import _empty_step, rows_at_most
+from worker.model import ModelOptions
+from worker.ops import Batch, Phase, QTensor
+from worker.quants import Q8_0
+
+CONTEXT, MIB = 1024, 1 << 20
+PROCESSORS, MAX_SHARED = 132, 227 << 10  # of an H100
+POOL_SLACK = 9 / 8  # of the runner's pools over the dry runs
+VOCABULARY = 151936
+_MOE = {"experts": 128, "expert_ffn": 768, "width": 2048, "heads": 32, "kv_heads": 4, "ffn": 6144}
+FULL = {
+    "qwen3moe": _MOE,  # 30B-A3B
+    "mixtral": {"experts": 8, "width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "ffn": 14336},  # 8x7B
+    "gpt-oss": {"experts": 32, "width": 2880, "heads": 64, "kv_heads": 8, "ffn": 2880},  # 20B
+    "qwen3": {"width": 2560, "heads": 32, "kv_heads": 8, "ffn": 9728},  # 4B
+    "llama": {"width": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192},  # 3.2 1B
+    "qwen2": {"width": 896, "heads": 14, "kv_heads": 2, "ffn": 4864},  # 2.5 0.5B
+}
+"""Shapes of two layers of full size: the layers of a forward use the same memory in turn."""
+USED = {"qwen3moe": 8, "mixtral": 2, "gpt-oss": 4}
+
+
+class Memory:
+    """Device memory of a dry run: sizes are added up."""
+
+    def __init__(self):
+        self.nbytes = 0
+
+    def reserve(self, nbytes, purpose):
+        self.nbytes += nbytes
+        return self
+
+    def array(self, shape, dtype):
+        return absent(shape, dtype)
+
+
+class Attention(AttentionLauncher):
+    """Attention whose RoPE tables are not uploaded."""
+
+    def _rope(self, rope):
+        return None, None, np.int32(rope.dims)
+
+
+@dataclass
+class State:
+    """The inputs of a chunk and of a decode step."""
+
+    slots: int
+
+    def __post_init__(self):
+        self.tokens, self.positions, self.row_slots, self.wanted = (absent((1024,), np.int32) for _ in range(4))
+        self.span, self.wanted_count = absent((2,), np.int32), absent((1,), np.int32)
+        self.count, self.table = self.span[1:], absent((CONTEXT // 16,), np.int32)
+        self.tables = absent((self.slots, CONTEXT // 16), np.int32)
+
+    def slots_of_rows(self, rows):
+        return self.row_slots[:rows] if self.slots > 1 or rows > 1 else None
+
+
+class Cache:
+    def layer(self, layer):
+        return None, None
+
+
+class Absent(np.ndarray):
+    """An array whose elements are one element; uploads to it do nothing."""
+
+    def set(self, values):
+        assert np.shape(values) == self.shape
+
+
+def absent(shape, dtype):
+    return Absent(shape, dtype, np.zeros(1, dtype), strides=(0,) * len(shape))
+
+
+def upload(info, scale=1.0):
+    """A tensor whose planes have no memory."""
+    if is_vector(info):
+        return QTensor(info.name, info.shape, info.kind, absent(info.shape, np.float32))
+    kind = stored_type(info.kind)
+    return QTensor(info.name, info.shape, kind, BlockMatrix(kind, (None,) * 4))
+
+
+def full_size(name, tiny):
+    """The tiny file's metadata with the names and shapes of `FULL[name]`."""
+    file = GgufFile.open(tiny(name))
+    shape = replace(TINY[name], layers=2, context=CONTEXT, **FULL[name])
+    numbers = {
+        **{"block_count": 2, "context_length": CONTEXT, "embedding_length": shape.width},
+        **{"feed_forward_length": shape.ffn, "attention.head_count": shape.heads},
+        **{"attention.head_count_kv": shape.kv_heads, "attention.key_length": shape.head_dim},
+        **{"attention.value_length": shape.head_dim, "rope.dimension_count": shape.head_dim},
+    }
+    if shape.experts:
+        numbers |= {"expert_count": shape.experts, "expert_used_count": USED[name]}
+        numbers |= {"expert_feed_forward_length": shape.expert_ffn or shape.ffn}
+    file.metadata.update({f"{shape.arch}.{key}": value for key, value in numbers.items()})
+    norm = file.tensors["output_norm.weight"]
+    file.tensors = {}
+    for tensor in _tensors(shape):
+        rows = VOCABULARY if tensor.name in ("token_embd.weight", "output.weight") else tensor.shape[0]
+        kind = Q8_0 if tensor.quantized else norm.kind
+        file.tensors[tensor.name] = replace(norm, name=tensor.name, shape=(rows, *tensor.shape[1:]), kind=kind)
+    return file
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the dry runs of both phases, and of the memory that attention reserves."""
+
+    prefill: int
+    decode: int
+    workspace: int
+
+    @property
+    def in_all(self):
+        return POOL_SLACK * (self.prefill + self.decode) + self.workspace
+
+
+def need_of(file, max_running):
+    """Dry runs of a chunk and of the largest decode step, as a runner has them."""
+    model, _ = bind(file, ModelOptions(CONTEXT), upload)
+    memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
+    attention = Attention(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
+    state = State(max_running)
+    chunk = np.zeros(GpuBackend.prefill_chunk, np.int32)
+    prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[:1])
+
+    def prefill(kernels, pool):
+        model.forward(PrefillOps(kernels, pool, attention, state), prompt)
+
+    def decode(kernels, pool):
+        model.forward(DecodeOps(kernels, pool, attention, state, MAX_SHARED), _empty_step(rows))
+
+    return Need(dry_run(prefill).pool_bytes, dry_run(decode).pool_bytes, memory.nbytes)
+
+
+def planned(file, max_running):
+    """The plan's bytes without the driver's share; the backend's own state is not needed for it."""
+    return GpuBackend.overhead_bytes(object.__new__(GpuBackend), read_hparams(file), max_running) - _MARGIN
+
+
+@pytest.mark.parametrize("max_running", [1, 8, 256])
+@pytest.mark.parametrize("name", FULL)
+def test_the_plan_of_a_full_size_model_is_an_upper_bound_and_not_far_above(name, max_running, tiny):
+    with full_size(name, tiny) as file:
+        need, allowed = need_of(file, max_running), planned(file, max_running)
+    print(f"{name}, {max_running}: needs {need.in_all / MIB:,.0f} MiB, planned {allowed / MIB:,.0f} MiB, {need}")
+    assert need.in_all <= allowed < 6 * need.in_all
+
+
+@pytest.mark.parametrize("max_running", [1, 8, 256])
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama3-rope", "phi3-longrope"}))
+def test_the_plan_of_a_tiny_model_is_an_upper_bound(name, max_running, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        assert need_of(file, max_running).in_all <= planned(file, max_running)
+
+
+def test_the_plan_of_a_mixture_counts_the_width_of_the_active_experts(tiny):
+    """30B-A3B: 8 experts of 768, not of the 6,144 of its dense FFN: 1,008 MiB a chunk of 1,024."""
+    with full_size("qwen3moe", tiny) as file:
+        hp = read_hparams(file)
+    assert (hp.ffn_width, hp.experts_width) == (8 * 768, 8 * 2048)
+    narrow, wide = (
+        GpuBackend.overhead_bytes(object.__new__(GpuBackend), each, 1)
+        for each in (hp, replace(hp, expert_feed_forward_length=0))
+    )
+    rows = 1024 + 1  # of a chunk and of a decode step
+    assert wide - narrow == 6 * 4 * rows * 8 * (6144 - 768)
+
+
+@pytest.mark.parametrize(("used", "width", "widest"), [(8, 768, 8 * 768), (2, 768, 32 * 128), (8, 0, 8 * 6144)])
+def test_the_plan_on_the_cpu_counts_the_widest_activation(used, width, widest, tiny):
+    with full_size("qwen3moe", tiny) as file:
+        hp = replace(read_hparams(file), vocab_size=1, expert_used_count=used, expert_feed_forward_length=width)
+    assert CpuBackend().overhead_bytes(hp, 1) == 4 * 64 * 4 * widest
+
+
+def test_a_dense_model_counts_its_ffn(tiny):
+    with full_size("qwen3", tiny) as file:
+        hp = read_hparams(file)
+    assert (hp.ffn_width, hp.experts_width) == (9728, 0)
