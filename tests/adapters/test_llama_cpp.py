@@ -123,6 +123,16 @@ def test_a_model_of_any_type_has_llama_cpp_s_log_probabilities(kind, tmp_path):
     assert max(abs(unrelated[token] - logprob) for token, logprob in expected.items()) > 2
 
 
+@pytest.mark.parametrize("kind", [kind.name for kind in QUANT_TYPES if kind.block_size > 1])
+def test_a_model_of_any_type_has_the_log_probabilities_of_its_weights_as_f32_in_llama_cpp(kind, tmp_path):
+    """With F32 weights llama.cpp does not round activations, so that only the order of sums differs."""
+    path, ids = make_tiny("llama", tmp_path / "model.gguf", quant=kind), [*range(40, 50), 7, 120]
+    with LlamaCpp(write_f32_copy(path, tmp_path / "f32.gguf"), context=512) as llama_cpp:
+        expected = dict(llama_cpp.next_logprobs(ids))
+    found = logprobs_of(path, ids)
+    assert max(abs(found[token] - logprob) for token, logprob in expected.items()) < 1e-3
+
+
 ARCHITECTURES = (
     "granite",
     "granitemoe",
