@@ -180,7 +180,8 @@ class Faults:
         self._server.kill()
         if lossy:
             lost = self._server.lose_last_second()
-            self._outcome.run_log.lose_writes(lost.since)
+            if lost.size:
+                self._outcome.run_log.lose_writes(lost.since)
             self._outcome.lost_bytes += lost.size
         await asyncio.sleep(downtime_s)
         await self._server.start(load_s)

@@ -125,7 +125,8 @@ class PersistentServer:
         """
         for path in self._files() if self._started else ():
             now = time.time()
-            self._mark = _Mark(path, path.stat().st_size, now)
+            with contextlib.suppress(FileNotFoundError):  # the server has replaced it
+                self._mark = _Mark(path, path.stat().st_size, now)
 
     def lose_last_second(self) -> LostWrites:
         """Truncate the file at the last mark, which is up to about a second old.

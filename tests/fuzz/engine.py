@@ -26,6 +26,8 @@ with atheris.instrument_imports(include=PACKAGES[NAME]):
 
 def main() -> None:
     """Run until libFuzzer exits."""
+    if hasattr(MODULE, "prepare"):
+        MODULE.prepare()
     atheris.Setup([sys.argv[0], *sys.argv[2:]], lambda data: run_within_limits(MODULE, data))
     atheris.Fuzz()
 

@@ -14,7 +14,6 @@ from worker.text.pre_tokenizers import PRE_TOKENIZERS
 from worker.text.tokenizer import Tokenizer, load_tokenizer
 
 MARKS = [(mark, 4) for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
-bpe.CACHED_WORDS = 0  # else the words of every tokenizer stay in memory
 VOCABULARIES = [
     byte_level(extra=MARKS),
     byte_level(names=HARMONY_NAMES, extra=[("analysis", 1), ("final", 1)]),
@@ -40,6 +39,11 @@ KEYS = (
     *("tokenizer.ggml.add_space_prefix", "tokenizer.ggml.suppress_tokens", "tokenizer.chat_template", "general.name"),
 )
 WORDS = ("gpt2", "llama", "", *sorted(PRE_TOKENIZERS), "<0x0A>", "<s>", "[PAD1]", "h e", "a b", "ab", "a", True, False)
+
+
+def prepare() -> None:
+    """Prepare a process that loads many tokenizers: the words that each has cached would stay in memory."""
+    bpe.CACHED_WORDS = 0
 
 
 def seeds() -> Iterator[bytes]:
