@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -218,6 +219,32 @@ def test_a_refused_value_of_a_known_key_has_no_parts(tiny, tmp_path):
     assert (report["can_run"], report["not_understood"]) == (False, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gemma3", "attention.scale", 0.5),
+        ("gemma3", "attention.sliding_window_pattern", [True, False]),
+        ("mistral3", "attention.temperature_scale", -1.0),
+        ("granite", "rope.dimension_count", 8),
+        ("granite", "attention.scale", 1000.0),
+    ],
+)
+def test_a_value_that_its_own_adapter_refuses_has_no_parts(name, key, value, tiny, tmp_path):
+    path = changed_copy(tiny(name), tmp_path / "x.gguf", metadata={f"{name}.{key}": value})
+    with GgufFile.open(path) as file:
+        report = _report(file, [])
+    assert key in report["reason"]
+    assert (report["can_run"], report["not_understood"]) == (False, None)
+
+
+def test_long_arrays_of_numbers_take_little_time(file_of):
+    numbers = np.ones(1_000_000, np.int32)
+    keys = KEYS | {"block_count": numbers, "attention.head_count_kv": numbers, "feed_forward_length": numbers}
+    begun = time.process_time()
+    diagnose(file_of("novel", keys, layers(DENSE)))
+    assert time.process_time() - begun < 2
+
+
 def test_the_report_of_an_unknown_architecture_shows_all_parts(file_of, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     shapes = layers(DENSE | {"layer_output_norm": (D,), "attn_q_norm": (32,)}) | {"\ud800": (3,)}
@@ -264,8 +291,15 @@ def test_every_tensor_of_any_architecture_is_used_or_listed(arch, file_of):
 HOSTILE = (0, 1 << 31, -1, 1.5, "x", float("nan"), True, np.array([], np.int32), np.array([1 << 40, 3]), ["a", "b"])
 
 
+OTHERS = (
+    *("rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.freq_base", "rope.freq_base_swa"),
+    *("expert_count", "attention.sliding_window", "attention.sliding_window_pattern", "attention.scale"),
+    *("attention.temperature_scale", "residual_scale", "logit_scale"),
+)
+
+
 @pytest.mark.parametrize("value", HOSTILE, ids=repr)
-@pytest.mark.parametrize("key", [*KEYS, "rope.dimension_count", "expert_count", "attention.sliding_window"])
+@pytest.mark.parametrize("key", [*KEYS, *OTHERS])
 def test_no_value_of_a_key_makes_the_diagnosis_fail(key, value, file_of):
     diagnosis = diagnose(file_of("novel", KEYS | {"expert_used_count": 2, key: value}, layers(DENSE | EXPERTS)))
     assert diagnosis.architecture == "novel"

@@ -28,7 +28,13 @@ def seeds() -> Iterator[bytes]:
     yield b"\0" + bytes(raw_file().data)
     yield b"\0" + bytes(raw_file(2).data)
     with TemporaryDirectory() as folder:
-        for number, (arch, metadata) in enumerate([("llama", sentencepiece()), ("qwen2", byte_level())]):
+        for number, (arch, metadata) in enumerate(
+            [
+                ("llama", sentencepiece()),
+                ("qwen2", byte_level()),
+                ("novel", byte_level() | {"novel.rope.scaling.type": [1, 2], "novel.attention.head_count_kv": [1, 1]}),
+            ]
+        ):
             path = Path(folder) / f"{number}.gguf"
             _write(path, arch, metadata)
             whole = path.read_bytes()

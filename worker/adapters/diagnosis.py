@@ -72,13 +72,19 @@ class Diagnosis:
 
 
 def diagnose(file: GgufFile) -> Diagnosis | None:
-    """What the closest adapter does not understand; None if that is nothing, or no model."""
+    """What the closest adapter does not understand.
+
+    None if that is nothing, if the file is no model, and if its own adapter refuses a value: the
+    error names it.
+    """
     kind = file.metadata.get("general.type")
     if not file.architecture or not file.tensors or (isinstance(kind, str) and kind in OTHER_KINDS):
         return None
     trials = {name: _trials(file, name, adapter) for name, adapter in ADAPTERS.items()}
     own = file.architecture if file.architecture in trials else min(trials, key=lambda name: _distance(trials[name][0]))
     closest = trials[own][0]
+    if own == file.architecture and not closest.complete:
+        return None
     parts = _parts(file, closest, trials)
     missing = tuple(_templates(closest.weights.missing))
     missing_keys = tuple(closest.keys.missing)
@@ -106,8 +112,8 @@ class _TrialKeys(ArchitectureKeys):
         value = self.value(key)
         if value is None and default is None:
             self.missing.append(self.name(key))
-        numbers = value if isinstance(value, np.ndarray) and value.dtype.kind in "iu" else [value]
-        counts = [int(each) for each in numbers if isinstance(each, int | np.integer) and 0 < each <= _MAX_WIDTH]
+        numbers = value[:_MAX_LAYERS].tolist() if isinstance(value, np.ndarray) else [value]
+        counts = [each for each in numbers if isinstance(each, int) and 0 < each <= _MAX_WIDTH]
         return max(counts, default=min(default or 1, _MAX_WIDTH))
 
     def count_of_layers(self, key: str, layers: int, default: int | None = None) -> int:
@@ -161,8 +167,9 @@ class _Trial:
     keys: _TrialKeys
     weights: _TrialWeights
     unclaimed: tuple[str, ...]
+    """Tensors that the adapter has not claimed."""
     unread: tuple[tuple[str, Any], ...]
-
+    """Keys that it has not read, and their values."""
     complete: bool
     """Whether the adapter was bound, and did not refuse the file before."""
 
@@ -219,7 +226,7 @@ def _hparams(file: GgufFile, keys: _TrialKeys, name: str, experts: tuple[int, in
     table = file.tensors.get("token_embd.weight")
     for key in _ROPE_KEYS:
         keys.value(key)
-    kind = "longrope" if keys.value("rope.scaling.type") == "longrope" else "none"
+    kind = "longrope" if keys.get("rope.scaling.type", str, "none") == "longrope" else "none"
     hp = Hparams(
         architecture=name,
         block_count=max(1, min(keys.count("block_count"), len(numbers), _MAX_LAYERS)),
@@ -248,7 +255,7 @@ def _forget_unusable(keys: _TrialKeys, hp: Hparams) -> None:
     """Count shared keys as left over whose values no adapter can apply."""
     for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
         value = keys.value(key)
-        if isinstance(value, np.ndarray) and len(np.unique(value)) > 1:
+        if isinstance(value, np.ndarray) and len(np.unique(value[:_MAX_LAYERS])) > 1:
             keys.forget(key)
     if keys.get("attention.value_length", int, hp.head_dim) != hp.head_dim:
         keys.forget("attention.value_length")

@@ -97,7 +97,7 @@ FEATURES = (
     ),
     Feature(
         "layers that predict further tokens (MTP)",
-        "nothing for plain decoding, which leaves these layers out",
+        "to leave these layers out, as plain decoding does",
         r"nextn\..*",
         r"nextn_predict_layers",
     ),
@@ -217,10 +217,10 @@ FEATURES = (
     Feature("scales of weights", "a factor for a tensor, or for each expert", r".*\.scale"),
     Feature(
         "attention projections in one tensor, or in several",
-        "the adapter's form of q, k and v",
+        "projections of these shapes",
         r"attn_(qkv|q|k|v|output)",
     ),
-    Feature("an FFN of another form", "the adapter's form of gate, up and down", r"ffn_(gate|up|down|norm)"),
+    Feature("an FFN of another form", "projections of these shapes", r"ffn_(gate|up|down|norm)"),
 )
 """The first match counts, so special entries come before general ones."""
 
@@ -239,4 +239,4 @@ def describe_part(name: str, *, key: bool = False) -> Feature:
     for feature in FEATURES:
         if not key and without_bias != plain and feature.tensors and re.fullmatch(feature.tensors, without_bias):
             return BIAS if re.fullmatch(r"attn_.*|ffn_.*|output", without_bias) else feature
-    return Feature(UNKNOWN, "a look at how the model is computed elsewhere, such as in llama.cpp")
+    return Feature(UNKNOWN, "a definition of what these do, such as llama.cpp's")

@@ -144,12 +144,15 @@ def _print_report(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
+_NOT_IN_A_FILE = "no file states the activation, a scale of the embedding, RoPE's pairs or the order of the norms"
+
+
 def _add_diagnosis(table: PlainTable, found: dict[str, Any]) -> None:
     """Rows on what an adapter of this file would need, beside the closest one."""
     closest = found["closest"]
     if closest != found["architecture"]:
         table.add_row("known architectures", ", ".join(found["known"]))
-        table.add_row("closest architecture", closest)
+        table.add_row("closest architecture", f"{closest}, by tensors and keys; {_NOT_IN_A_FILE}")
     for part in found["parts"]:
         names = ", ".join((*part["tensors"], *part["keys"]))
         others = [name for name in part["used_by"] if name != closest]
