@@ -11,6 +11,8 @@ from worker.model import Hparams
 from worker.rope import Rope, scaled_rope
 
 DIVISORS = "rope_freqs.weight"
+MAX_KEY_FACTOR = 16.0
+"""What an attention scale may multiply or divide keys by at most."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -45,9 +47,14 @@ def attention_scaled_rope(rope: Rope, scale: float, hp: Hparams, keys: Architect
 
     `Rope.magnitude` multiplies queries and keys, so logits are scaled by its square: it grows by
     sqrt(scale · sqrt(D)). All elements of a head must be rotated, others would keep their scale.
-    Raises ModelLoadFailed if some are not.
+    Raises ModelLoadFailed if some are not, and for a scale with which keys could leave the range of
+    f16, in which the GPU caches them.
     """
     if rope.dims != hp.head_dim:
         problem, expected = f"is {rope.dims}", f"{hp.head_dim}, the head width, in a file with attention.scale"
         raise keys.error("rope.dimension_count", problem, expected)
-    return replace(rope, magnitude=rope.magnitude * math.sqrt(scale * math.sqrt(hp.head_dim)))
+    factor = math.sqrt(scale * math.sqrt(hp.head_dim))
+    if not 1 / MAX_KEY_FACTOR <= factor <= MAX_KEY_FACTOR:
+        least, most = (limit**2 / math.sqrt(hp.head_dim) for limit in (1 / MAX_KEY_FACTOR, MAX_KEY_FACTOR))
+        raise keys.error("attention.scale", f"is {scale}", f"{least:.3g} to {most:.3g}")
+    return replace(rope, magnitude=rope.magnitude * factor)

@@ -90,6 +90,7 @@ class Weights:
 
         `scale` multiplies the values of a vector.
         """
+        assert scale == 1.0 or len(shape) == 1, "only vectors are scaled at their upload"
         info = self._file.tensors.get(name)
         expected = f"{name} of shape {list(shape)}"
         if info is None:
@@ -123,7 +124,7 @@ class Weights:
         return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
 
     def norm(self, name: str, d: int, eps: float, scale: float = 1.0) -> RmsNorm:
-        """`name`.weight [d], times `scale`, which so multiplies the norm's result."""
+        """`name`.weight [d], times `scale`: the norm's result is multiplied by it."""
         return RmsNorm(self.vector(f"{name}.weight", d, scale), eps)
 
     def linear(self, name: str, rows: int, cols: int, *, bias: Bias = Bias.NONE) -> Linear:
