@@ -5,7 +5,7 @@ Model card: IBM Granite Team 2024 (Granite 3.0 Language Models). Differences fro
     each attention and FFN times r before it is added to the residual, the logits divided by l;
   * no RoPE at all where `rope.scaling.finetuned` is false.
 
-No op knows r, a and l: they are folded into values that exist (`Scales`).
+No op takes r, a or l: they are folded into values that exist (`Scales`).
   * r: the residual x is computed as y = x/r. Then x + r·f(norm(x)) is y + f(norm(r·y)), and
     norm(r·y; eps) = r·y / sqrt(r²·mean(y²) + eps) = norm(y; eps/r²). So the embedding is scaled by
     e/r, and every norm's eps is divided by r².

@@ -39,8 +39,8 @@ static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quad
                   16 * partial_quads(128, 1) == PARTIAL_BYTES_128 && 16 * partial_quads(256, 1) == PARTIAL_BYTES_256,
               "as reserved by worker/gpu/attention.py");
 
-// Blocks of a multiprocessor: the most that registers allow without spills and shared memory allows
-// on sm_90.
+// Blocks of a multiprocessor: the most that registers (without spills, but for heads of 256) and
+// shared memory allow on sm_90.
 __host__ __device__ constexpr int blocks_of(int head_dim, bool split) {
     return head_dim == 256 ? 2 : (head_dim == 128 ? 3 : 4) - split;
 }

@@ -5,8 +5,6 @@
 #include "gated.cuh"
 #include "slot_tiles.cuh"
 
-constexpr int kGelu = 2;  // GLU: 0 without, 1 with a plain gate, 2 with GELU
-
 struct Projection {
     Planes planes;
     const float* bias;  // [rows] or null

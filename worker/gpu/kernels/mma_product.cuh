@@ -21,8 +21,6 @@ struct MmaParams {
     int tokens, tiles, split_k, last_block;
 };
 
-constexpr int kGelu = 2;  // GATED: 0 without, 1 with a plain gate, 2 with GELU
-
 // A row of a tile of ROWS: its matrix, and its row there (which may be past the last one). With GATED
 // 8 rows of the first matrix and 8 of the second follow each other.
 template <int ROWS, int GATED>
