@@ -133,16 +133,22 @@ def test_a_model_of_any_type_has_the_log_probabilities_of_its_weights_as_f32_in_
     assert max(abs(found[token] - logprob) for token, logprob in expected.items()) < 1e-3
 
 
-ARCHITECTURES = (
+ARCHITECTURES = (  # "gemma3" is in test_gemma3.py, "gpt-oss" in test_unusual_files.py
     "granite",
     "granitemoe",
     "granitemoe-shared",
     "llama",
+    "llama-biased",
+    "llama3-rope",
     "mistral",
     "mistral3",
     "mistral3-experts",
     "mixtral",
+    "phi3",
+    "phi3-longrope",
     "qwen2",
+    "qwen2-biased",
+    "qwen2-untied",
     "qwen3",
     "qwen3moe",
     "smollm3",
