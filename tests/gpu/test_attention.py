@@ -259,7 +259,7 @@ def test_decode_on_a_device_of_any_size_gives_the_same_bits(kernels, memory):
 
 @pytest.mark.parametrize(("heads", "kv_heads", "splits"), [(14, 2, 64), (64, 8, 33), (32, 32, 8), (32, 4, 64)])
 def test_the_number_of_splits_is_that_of_an_h100(heads, kv_heads, splits):
-    spec = SimpleNamespace(n_heads=heads, n_kv_heads=kv_heads)
+    spec = SimpleNamespace(n_heads=heads, n_kv_heads=kv_heads, head_dim=128)
     assert decode_splits(spec) == splits == min(64, max(1, 2 * 132 // (heads // group_size(spec))))
 
 

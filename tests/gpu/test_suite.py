@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.gpu import suite
 
 HERE = Path(__file__).parent
-WITHOUT_GPU = {"suite", "compiler", "launch", "streamed", "upload", "emulated", "numerics"}
+WITHOUT_GPU = {"suite", "memory_estimate", "compiler", "launch", "streamed", "upload", "emulated", "numerics"}
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good"><properties><property name="speed" value="9"/></properties>
