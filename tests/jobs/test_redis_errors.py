@@ -454,6 +454,8 @@ async def test_a_server_that_loads_its_data(tmp_path: Path) -> None:
         with contextlib.suppress(Disconnected):  # the connection of before the restart
             await streams.time_ms()
         assert await refusal(streams) == "LOADING"
-        assert await retry_until_connected(streams.time_ms)
+        assert await streams.time_ms(), "TIME is served meanwhile, PING is not"
+        assert await refusal(streams) == "LOADING"
+        await retry_until_connected(streams.open_queue, "default")
         await streams.close()
         await admin.aclose()

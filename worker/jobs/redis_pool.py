@@ -67,13 +67,13 @@ class _Write:
     def replies_of(self, replies: Sequence[Any]) -> list[Any]:
         """The commands' replies. Raises ConnectionError if they may be those of other commands.
 
-        A server that cannot save refuses PING and serves reads. One that loads its data or runs a
-        script refuses every command.
+        A server that cannot save refuses PING and serves reads; one that loads its data does so and
+        serves TIME. One that runs a script refuses every command.
         """
         pong, own = replies[-1], list(replies[1:-1])
         if isinstance(pong, exceptions.ResponseError):
             refused = all(isinstance(reply, exceptions.ResponseError) for reply in own)
-            in_step = refused or code_of(pong) in ("MISCONF", "NOPERM")
+            in_step = refused or code_of(pong) in ("LOADING", "MISCONF", "NOPERM")
         else:
             in_step = pong == self.last
         if not in_step:
