@@ -215,9 +215,9 @@ async def test_no_label_holds_what_a_job_says(fake):
         for payload in unreadable:
             await fake.connect().enqueue("default", {"p": payload % MARK.encode()}, 100)
         await wait_until_queue_is_empty(client)
-        await until(worker, {("worker_queue_jobs", ("queue", "default"), ("state", "waiting")): 0.0})
+        waiting = "worker_queue_jobs", ("queue", "default"), ("state", "waiting")
+        await until(worker, {waiting: 0.0, ("worker_queue_dead_letters", ("queue", "default")): 3.0})
         _, page = await http_get(worker.service.http_port, "/metrics")
         found = await samples_of(worker)
     assert MARK not in page
     assert sum(n for key, n in found.items() if key[0] == "worker_requests_total") >= len(hostile)
-    assert found["worker_queue_dead_letters", ("queue", "default")] == 3
