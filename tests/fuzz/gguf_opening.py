@@ -32,7 +32,7 @@ def seeds() -> Iterator[bytes]:
             [
                 ("llama", sentencepiece()),
                 ("qwen2", byte_level()),
-                ("novel", byte_level() | {"novel.rope.scaling.type": [1, 2], "novel.attention.head_count_kv": [1, 1]}),
+                ("novel", byte_level() | {"novel.rope.scaling.type": [1, 2], "novel.rope.dimension_sections": [1, 1]}),
             ]
         ):
             path = Path(folder) / f"{number}.gguf"
