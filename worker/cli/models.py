@@ -144,7 +144,9 @@ def _print_report(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
-_NOT_IN_A_FILE = "no file states the activation, a scale of the embedding, RoPE's pairs or the order of the norms"
+_NOT_IN_A_FILE = (
+    "files do not state the activation, RoPE's pairs or the order of the norms, few a scale of the embedding"
+)
 
 
 def _add_diagnosis(table: PlainTable, found: dict[str, Any]) -> None:
