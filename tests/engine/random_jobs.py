@@ -11,6 +11,21 @@ from worker.engine import Engine, FailedSequence, Sequence
 from worker.errors import InvalidRequest
 from worker.sampling import Draw, Sampling
 
+BATCHED_MODELS = (
+    "qwen2",
+    "phi3",
+    "gpt-oss",
+    "llama3-rope",
+    "mixtral",
+    "qwen3",
+    "qwen3moe",
+    "smollm3",
+    "gemma3",
+    "granite",
+    "granitemoe-shared",
+    "mistral3",
+)
+"""Tiny models whose rows in a batch are compared with single rows on a GPU: each kind of layer."""
 FULL_SIZE_TYPES = ("Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "MXFP4")
 """Types of the matrices of the full-size files."""
 

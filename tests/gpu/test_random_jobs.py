@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.engine.random_jobs import (
+    BATCHED_MODELS,
     FULL_SIZE_TYPES,
     assert_same_draws,
     draws_alone,
@@ -19,20 +20,6 @@ from tests.gpu.loaded import gpu_runner
 from tests.gpu.served import load, settle
 from tests.tiny_models import make_tiny
 
-NAMES = (
-    "qwen2",
-    "phi3",
-    "gpt-oss",
-    "llama3-rope",
-    "mixtral",
-    "qwen3",
-    "qwen3moe",
-    "smollm3",
-    "gemma3",
-    "granite",
-    "granitemoe-shared",
-    "mistral3",
-)
 JOBS, JOBS_OF_A_TYPE, VOCABULARY = 200, 60, 280
 KV_BLOCKS = {1: 200, 3: 24, 8: 40, 64: 200}
 """KV blocks by the number of sequences at once: few, so that cached ones are evicted."""
@@ -50,7 +37,7 @@ def both(path, kernels, memory):
     return gpu_runner(path, kernels, memory), gpu_runner(path, kernels, memory, **sizes)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BATCHED_MODELS)
 def test_a_job_draws_the_same_bits_alone_and_beside_others(name, tiny, kernels, memory):
     (one, many), jobs = both(tiny(name), kernels, memory), random_jobs(JOBS, 5, VOCABULARY)
     alone = draws_alone(one, jobs)

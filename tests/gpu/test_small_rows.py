@@ -8,25 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.engine.random_jobs import draws_alone, random_jobs, run_jobs
+from tests.engine.random_jobs import BATCHED_MODELS, draws_alone, random_jobs, run_jobs
 from tests.gpu.guarded import POISON
 from tests.gpu.loaded import gpu_runner
 from tests.models import engine_of
 
-NAMES = (
-    "qwen2",
-    "phi3",
-    "gpt-oss",
-    "llama3-rope",
-    "mixtral",
-    "qwen3",
-    "qwen3moe",
-    "smollm3",
-    "gemma3",
-    "granite",
-    "granitemoe-shared",
-    "mistral3",
-)
 KV_BLOCKS, CONTEXT = 80, 64
 
 
@@ -44,7 +30,7 @@ def poisoned(memory, monkeypatch):
     return memory
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BATCHED_MODELS)
 def test_steps_of_8_and_32_rows_draw_what_each_row_draws_alone(name, tiny, kernels, poisoned):
     sizes = {"context": CONTEXT, "prefill_tokens": 32, "logit_rows": 1}
     many = gpu_runner(tiny(name), kernels, poisoned, kv_blocks=KV_BLOCKS, slots=32, **sizes)
