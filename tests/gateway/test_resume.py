@@ -11,6 +11,7 @@ from tests.gateway.gateways import events_of, gateway
 from tests.gateway.scripted import last_user, scripted_model
 from tests.gateway.test_answer import joined
 from tests.gateway.test_chat import ANSWERS, TOOLS
+from tests.jobs.harness import wait_until
 from tests.service.serving import LONG_LEASE, serving
 
 OPTIONS = {"stream": True, "stream_options": {"include_usage": True}}
@@ -121,6 +122,11 @@ async def test_a_last_event_id_of_no_stream_is_refused(two, last_id, status):
 async def test_a_stream_that_has_expired_is_not_found(two):
     one, _ = two
     last_id = (await stream(one, body_of("emoji")))[0]["id"]
+
+    async def settled() -> bool:
+        return await one.client.queue_length() == 0
+
+    await wait_until(settled, 10)
     await one.client.forget(last_id.partition(":")[0], 0)
     response = await one.http().post("/v1/chat/completions", json=body_of("emoji"), headers={"Last-Event-ID": last_id})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "stream_not_found")

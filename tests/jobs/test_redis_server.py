@@ -87,21 +87,21 @@ async def test_an_unreachable_server_is_reported_at_once_without_retries() -> No
         await streams.time_ms()
     with pytest.raises(Disconnected):
         await streams.read_new(["default"], "w1", 1000)
-    assert loop.time() - since < 0.5
+    assert loop.time() - since < 2.0
     await streams.close()
 
 
 async def test_a_blocking_read_may_exceed_the_command_timeout(
     real: ServerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_server, "COMMAND_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_server, "COMMAND_TIMEOUT_S", 1.0)
     streams = real.connect()
     await streams.open_queue("default")
     loop = asyncio.get_running_loop()
     since = loop.time()
-    assert await streams.read_new(["default"], "w1", 400) == {}
-    assert await streams.read("inf:control", "0-0", 400) == []
-    assert loop.time() - since > 0.75
+    assert await streams.read_new(["default"], "w1", 1500) == {}
+    assert await streams.read("inf:control", "0-0", 1500) == []
+    assert loop.time() - since > 2.95
     assert streams.reconnects == 0
 
 

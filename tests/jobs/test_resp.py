@@ -118,7 +118,7 @@ def open_pool(url, timeout_s):
 async def test_a_connection_without_all_replies_is_closed(reply, error):
     server, port = await serve(reply)
     async with server:
-        pool = open_pool(f"redis://127.0.0.1:{port}", 0.2)
+        pool = open_pool(f"redis://127.0.0.1:{port}", 2.0)
         with pytest.raises(error):
             await pool.exchange([("PING",)])
         assert [connection.is_connected for connection in pool.connections] == [False]

@@ -177,7 +177,11 @@ class Client:
         return items
 
     async def forget(self, job_id: str, after_s: float) -> None:
-        """Have an ended job's events expire after `after_s` seconds, unless they do before."""
+        """Have an ended job's events expire after `after_s` seconds, unless they do before.
+
+        Leave the worker the time to acknowledge the job after its terminal event: a job without
+        events that is still in its queue begins again.
+        """
         check_position(job_id)
         await repeat_briefly(self._streams.expire_job, job_id, int(after_s * 1000))
 
