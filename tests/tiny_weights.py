@@ -45,7 +45,7 @@ SCALES = {
     Type.IQ4_NL: BlockScales(67.3),
     Type.IQ4_XS: BlockScales(1246.0),
     Type.TQ1_0: BlockScales(0.818, scale_at=52),
-    Type.TQ2_0: BlockScales(1.118, scale_at=64),
+    Type.TQ2_0: BlockScales(0.707, scale_at=64),
 }
 MXFP4_SPREAD = 4.63  # at exponents of 0 and 1
 NVFP4_SPREAD = 2.92
@@ -87,6 +87,9 @@ class RandomWeights:
             self._set_iq1_m_scales(blocks, std)
         elif kind in SCALES:
             self._set_scales(blocks, SCALES[kind], std)
+        if kind is Type.TQ2_0:  # codes 0 to 2 stand for -1 to 1, and 3 does not occur: here it becomes 1
+            codes = blocks[:, :64]
+            codes ^= (codes & codes >> 1 & 0x55) << 1
         return blocks.reshape(*shape[:-1], -1)
 
     def _set_scales(self, blocks: np.ndarray, scales: BlockScales, std: float) -> None:

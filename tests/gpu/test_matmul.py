@@ -97,7 +97,7 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
         matmul._GATED_TILES: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
     }
     kernels.prepare(  # in parallel: each takes seconds to compile
-        matmul._name(kind, tile, experts=False, gated=tiles is matmul._GATED_TILES)
+        matmul._name(eight.weight.kind, tile, experts=False, gated=tiles is matmul._GATED_TILES)
         for tiles in products
         for tile in tiles
     )
