@@ -73,6 +73,9 @@ class EchoRunner:
         echoed = map(self._draw if count is None else with_logprobs, prompt)
         return chain(map(self._draw, start.replay), echoed)
 
+    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        return []  # `run` has returned all draws
+
     def extend(self, slot: int, block_table: Ints) -> None:
         """See `Runner.extend`. The echo has no KV cache."""
 

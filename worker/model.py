@@ -207,9 +207,10 @@ class Runner(Protocol):
         """Compute the chunks, then one decode step of the running slots; return draws in order.
 
         A runner that computes ahead returns the draws of all launches but its newest decode step,
-        which the next call returns; that step includes the slots that begin. Another runner
-        computes the slots that ran before the call. So both return at most one draw of a slot, and
-        one more for each draft token that was accepted.
+        which the next call returns; that step includes the slots that begin. It may leave the first
+        draws of those slots to `first_draws`. Another runner computes the slots that ran before the
+        call. So both return at most one draw of a slot, and one more for each draft token that was
+        accepted.
 
         `on_launched` is called before the first wait for the device (on the CPU before the
         computation), possibly more than once, and not at all if the runner does not wait.
@@ -217,6 +218,13 @@ class Runner(Protocol):
         Raises:
             VramOom: An allocation fails.
             CudaError: The device is lost.
+        """
+
+    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        """Wait for the first draws that the last `run` has not returned, and return them.
+
+        They are computed later than the others, whose readers need not wait for them. Without this
+        call the next `run` returns them. `on_launched` and exceptions are as of `run`.
         """
 
     def extend(self, slot: int, block_table: Ints) -> None:

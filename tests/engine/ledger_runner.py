@@ -76,27 +76,35 @@ class DigestRunner(LedgerRunner):
 
 
 class LookaheadRunner(DigestRunner):
-    """Computes one decode step ahead, as a GPU does: through the tables that the slots have then."""
+    """Computes one decode step ahead, as a GPU does: through the tables that the slots have then.
+
+    First draws beside draws of other sequences are left to `first_draws`.
+    """
 
     lookahead = 1
 
     def __init__(self, kv_blocks, vocab_size=100, slots=8):
         super().__init__(kv_blocks, vocab_size, slots)
-        self._ahead = []
+        self._ahead, self._first = [], []
 
     def run(self, chunks, on_launched):
-        draws = self._ahead + [draw for chunk in chunks for draw in self._prefill(chunk)]
+        draws = self.first_draws() + self._ahead
+        self._first = [draw for chunk in chunks for draw in self._prefill(chunk)]
         self._ahead = self._decode(self._generating.copy()) if self._generating else []
         on_launched()
+        return draws or self.first_draws()
+
+    def first_draws(self, on_launched=lambda: None):
+        draws, self._first = self._first, []
         return draws
 
     def stop(self, slot):
         super().stop(slot)
-        self._ahead = [draw for draw in self._ahead if draw.slot != slot]
+        self._ahead, self._first = ([d for d in draws if d.slot != slot] for draws in (self._ahead, self._first))
 
     def reset(self):
         super().reset()
-        self._ahead = []
+        self._ahead, self._first = [], []
 
 
 def digest(tokens):

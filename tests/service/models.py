@@ -72,6 +72,7 @@ class ScriptedRunner:
         self.steps = 0
         self._runner, self._script, self._launch = with_own_slots(runner), script, launch
         self.stop, self.extend, self.reset = self._runner.stop, self._runner.extend, self._runner.reset
+        self.first_draws = self._runner.first_draws
 
     def run(self, chunks: Any, on_launched: Callable[[], None]) -> list[SlotDraw]:
         step, self.steps = self.steps, self.steps + 1

@@ -99,6 +99,9 @@ class HostSlots:
         draws = [draw for chunk in chunks for draw in self._prefill(chunk)]
         return draws + self._decode(generating) if generating else draws
 
+    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        return []  # `run` has returned all draws
+
     def extend(self, slot: int, block_table: Ints) -> None:
         if slot in self._generating:
             self._generating[slot].table = block_table

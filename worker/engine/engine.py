@@ -5,8 +5,9 @@ runner (`worker/model.py`) computes. Read next: `scheduler.py`, `kv_blocks.py`.
 """
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,17 +121,20 @@ class Engine:
         """Compute chunks of prompts within the prefill budget, and a token of each other sequence.
 
         One token of a sequence is returned, and one more for each accepted draft token. For
-        `on_launched` see `Runner.run`.
+        `on_launched` see `Runner.run`. A step after one that has completed prompts may only return
+        their first tokens, which the device computes after the other tokens of that step.
 
         Raises what the runner raises. The running sequences wait again then, to be computed anew:
         no token is lost or returned twice. Unless memory was short, the prefix cache is emptied.
         """
+        if first := self._guarded(partial(self._runner.first_draws, on_launched)):
+            return self._commit(first)
         step = self._scheduler.schedule()
         if step is None:
             return []
         speculation = self._speculation
         drafts = speculation.propose(self._scheduler.generating, self._scheduler.running) if speculation else ()
-        draws = self._run(step, drafts, on_launched)
+        draws = self._guarded(partial(self._run, step, drafts, on_launched))
         if step.chunks:
             self._scheduler.computed(step)
         if speculation is None:
@@ -142,17 +146,21 @@ class Engine:
 
     def _run(self, step: Step, drafts: Iterable[tuple[int, list[int]]], on_launched: OnLaunched) -> list[SlotDraw]:
         runner = self._runner
+        for slot in step.stopped:
+            runner.stop(slot)
+        for sequence in step.extended:
+            assert sequence.block_table is not None
+            runner.extend(sequence.slot, sequence.block_table)
+        for slot, ids in drafts:
+            runner.propose(slot, ids)
+        return runner.run(step.chunks, on_launched)
+
+    def _guarded(self, use_runner: Callable[[], list[SlotDraw]]) -> list[SlotDraw]:
+        """Use the runner; if it raises, reset it and let all running sequences wait again."""
         try:
-            for slot in step.stopped:
-                runner.stop(slot)
-            for sequence in step.extended:
-                assert sequence.block_table is not None
-                runner.extend(sequence.slot, sequence.block_table)
-            for slot, ids in drafts:
-                runner.propose(slot, ids)
-            return runner.run(step.chunks, on_launched)
+            return use_runner()
         except Exception as error:
-            runner.reset()
+            self._runner.reset()
             if self._speculation is not None:
                 self._speculation.reset()
             # After a failed allocation, the launched part has written only blocks of this step.

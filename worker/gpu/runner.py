@@ -8,6 +8,7 @@
   slots that generate is one graph launch; its inputs are already on the device. With draft tokens
   (`drafts.py`) it has graphs of its own, and its rows are uploaded.
 - Lookahead: the newest decode step is read by the next call, after that call has launched another.
+  First draws of prompts are read later than the draws of the step before their chunks.
 - Grammars (`masks.py`): a decode step leaves rows that need a mask undrawn. While the device runs
   it, the host reads the step before, computes the masks and launches a second graph that draws.
 
@@ -139,6 +140,7 @@ class GpuRunner:
         self.slots = settings.slots
         self._slots = Slots(settings.slots)
         self._lookahead: Launch | None = None
+        self._first_draws_due: list[Launch] = []
         device = cupy.cuda.Device().attributes
         processors, self._max_shared = device["MultiProcessorCount"], device["MaxSharedMemoryPerBlockOptin"]
         blocks = min(settings.kv_blocks, -(-settings.context // KV_BLOCK))
@@ -164,7 +166,7 @@ class GpuRunner:
                 DraftLauncher(memory, self._state, self._sampler, processors) if settings.drafts else None
             )
             self._draws = PinnedRing(self._sampler.drawn.nbytes)
-            self._first_draws = PinnedRing(self._sampler.drawn[:1].nbytes, settings.slots)
+            self._first_draw_ring = PinnedRing(self._sampler.drawn[:1].nbytes, settings.slots)
             self._pools = self._prepare(memory)
             at_load = [rows for rows in self._step_sizes() if rows <= _ROWS_AT_LOAD]
             self._decode_steps = {rows: self._capture_decode(rows) for rows in at_load}
@@ -177,15 +179,17 @@ class GpuRunner:
             self._stream.synchronize()
 
     def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        draws = self.first_draws(on_launched)
         with device_errors(), self._stream:
             if chunks:
                 self._chunk.wait()  # the host is at most one call ahead: a cancellation waits for no more
             launches = [] if self._lookahead is None else [self._lookahead]
             self._lookahead = None
+            first_draws: list[Launch] = []
             for number, chunk in enumerate(chunks):
                 if number == PINNED_SLOTS:
                     on_launched()  # from here on, uploads may wait
-                launches += self._prefill(chunk)
+                first_draws += self._prefill(chunk)
             drafts = self._slots.take_drafts()
             step, masked = None, False
             if self._slots.step_is_due:
@@ -194,12 +198,23 @@ class GpuRunner:
                 if not masked:
                     self._lookahead = self._download(step)
             on_launched()
-            draws = [draw for launch in launches for draw in self._slots.read(launch)]
-            self._slots.accept(draws)
+            if launches and not masked:  # the others' tokens are complete before the chunks are
+                self._first_draws_due = first_draws
+            else:
+                launches += first_draws
+            draws += self._read(launches)
             if step is not None and masked:
                 self._draw_masked(step)
                 self._lookahead = self._download(step)
             return draws + self._slots.take_failed()
+
+    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+        if not self._first_draws_due:
+            return []
+        on_launched()
+        launches, self._first_draws_due = self._first_draws_due, []
+        with device_errors(), self._stream:
+            return self._read(launches)
 
     def extend(self, slot: int, block_table: Ints) -> None:
         if self._slots.extend(slot, block_table):
@@ -214,7 +229,7 @@ class GpuRunner:
 
     def reset(self) -> None:
         self._slots.clear()
-        self._lookahead = None
+        self._lookahead, self._first_draws_due = None, []
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The model's logits [R, V] f32, for comparisons; stops all slots."""
@@ -368,7 +383,7 @@ class GpuRunner:
         self._sampler.load(start.slot, DrawRequest(start.sampling, 0, start.prompt, ()), self._stream)
         generation = self._slots.begin(start, table, mask)
         graph.launch(self._stream)
-        return [Launch((generation,), self._slots.steps, *self._first_draws.download(step.drawn, self._stream))]
+        return [Launch((generation,), self._slots.steps, *self._first_draw_ring.download(step.drawn, self._stream))]
 
     # Decode
 
@@ -393,6 +408,12 @@ class GpuRunner:
         self._copy_slots.launch(self._stream)
         step.graph.launch(self._stream)
         return _LaunchedStep(step, rows, number, drafts)
+
+    def _read(self, launches: Iterable[Launch]) -> list[SlotDraw]:
+        """Wait for launches; return their draws, which the masks of their sequences follow."""
+        draws = [draw for launch in launches for draw in self._slots.read(launch)]
+        self._slots.accept(draws)
+        return draws
 
     def _download(self, launched: _LaunchedStep) -> Launch:
         copy = self._draws.download(launched.step.drawn, self._stream)
