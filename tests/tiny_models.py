@@ -7,7 +7,7 @@ those of llama.cpp's converter. `TINY` lists them, `make_tiny` writes one; a gol
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from tests.tiny_vocabulary import VOCABULARIES, add_vocabulary
+from tests.tiny_vocabulary import VOCABULARIES, Vocabulary, add_vocabulary
 from tests.tiny_weights import RandomWeights
 
 Value = int | float | str
@@ -46,15 +46,24 @@ class TinyShape:
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     """Projections with a bias that most files of the architecture lack, such as `ffn_up`."""
+    post_norm: float = 0.0
+    """Mean of the norms before an addition, if not that of `_after`."""
+    big_vocabulary: Vocabulary | None = None
+    """The vocabulary of a full-size file; a tiny one has that of its architecture."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens, padding included."""
+        return self.big_vocabulary or VOCABULARIES[self.arch]
 
     @property
     def vocab(self) -> int:
         """Rows of the vocabulary, padding included."""
-        return VOCABULARIES[self.arch].rows
+        return self.vocabulary.rows
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """A tensor's name, its shape outermost first, and the values' mean and spread."""
 
     name: str
@@ -305,30 +314,49 @@ def make_tiny(name: str, path: Path, *, seed: int = 0, quant: str | Mapping[str,
     `quant` is "mixed" (as many types as the rows' lengths allow, MXFP4 experts), one GGUF type for every matrix that
     can take it (Q8_0 elsewhere), or types by tensor name with F32 for the rest.
     """
-    shape = TINY[name]
+    order = list(MIXED)
+    file_type = gguf.LlamaFileType.ALL_F32 if quant == "F32" else gguf.LlamaFileType.MOSTLY_Q8_0
+    return write_model(path, TINY[name], f"tiny {name}", file_type, lambda each: _kind(each, quant, order), seed)
+
+
+def write_model(
+    path: Path,
+    shape: TinyShape,
+    name: str,
+    file_type: gguf.LlamaFileType,
+    kind_of: Callable[[Tensor], Type],
+    seed: int,
+) -> Path:
+    """Write a model as a GGUF v3 file, one tensor at a time, and return its path; `kind_of` gives a matrix's type."""
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_type("model")
-    writer.add_name(f"tiny {name}")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if quant == "F32" else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
     _add_hyper_parameters(writer, shape)
-    add_vocabulary(writer, shape.arch)
+    add_vocabulary(writer, shape.vocabulary)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for tensor_name, factors in shape.rope_tensors.items():
-        writer.add_tensor(tensor_name, np.array(factors, dtype=np.float32))
-    order = list(MIXED)
-    for tensor in _tensors(shape):
-        weights = RandomWeights(seed, tensor.name)
-        if tensor.quantized:
-            kind = _kind(tensor, quant, order)
-            data = weights.matrix(kind, tensor.shape, tensor.std)
-            writer.add_tensor(tensor.name, data, raw_dtype=None if kind in (Type.F32, Type.F16) else kind)
-        else:
-            writer.add_tensor(tensor.name, weights.normal(tensor.shape, tensor.std, tensor.mean))
+        writer.add_tensor_info(tensor_name, (len(factors),), np.dtype(np.float32), 4 * len(factors))
+    kinds = {tensor: kind_of(tensor) if tensor.quantized else Type.F32 for tensor in tensors_of(shape)}
+    for tensor, kind in kinds.items():
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(tensor.shape) // elements * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for factors in shape.rope_tensors.values():
+        writer.write_tensor_data(np.array(factors, dtype=np.float32))
+    for tensor, kind in kinds.items():
+        writer.write_tensor_data(_data(tensor, kind, RandomWeights(seed, tensor.name)))
     writer.close()
     return path
+
+
+def _data(tensor: Tensor, kind: Type, weights: RandomWeights) -> np.ndarray:
+    if tensor.quantized:
+        return weights.matrix(kind, tensor.shape, tensor.std)
+    return weights.normal(tensor.shape, tensor.std, tensor.mean)
 
 
 def _add_hyper_parameters(writer: gguf.GGUFWriter, shape: TinyShape) -> None:
@@ -352,7 +380,7 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, shape: TinyShape) -> None:
                 writer.add_string(full, value)
 
 
-def _kind(tensor: _Tensor, quant: str | Mapping[str, str], order: list[str]) -> Type:
+def _kind(tensor: Tensor, quant: str | Mapping[str, str], order: list[str]) -> Type:
     """The tensor's type; for "mixed" the first of `order` that its rows can take, which then goes to the end."""
     columns = tensor.shape[-1]
     if not isinstance(quant, str):
@@ -367,83 +395,83 @@ def _kind(tensor: _Tensor, quant: str | Mapping[str, str], order: list[str]) -> 
     return Type[name]
 
 
-def _tensors(shape: TinyShape) -> Iterator[_Tensor]:
+def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
     """Every tensor in a file's order. The spreads make attention sharp and logits wide, so that mistakes show."""
     d, V = shape.width, shape.vocab
-    yield _Tensor("token_embd.weight", (V, d), 2 / math.sqrt(d))
+    yield Tensor("token_embd.weight", (V, d), 2 / math.sqrt(d))
     for layer in range(shape.layers):
         block = f"blk.{layer}."
-        yield _Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
+        yield Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
         yield from _attention(shape, block)
         if shape.arch == "gemma3":
             yield _after(shape, block + "post_attention_norm")
         norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
-        yield _Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
+        yield Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
         yield from _experts(shape, block) if shape.experts else _feed_forward(shape, block)
         if shape.arch == "gemma3":
             yield _after(shape, block + "post_ffw_norm")
-    yield _Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
+    yield Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
-        yield _Tensor("output.weight", (V, d), 2 / math.sqrt(d))
+        yield Tensor("output.weight", (V, d), 2 / math.sqrt(d))
     yield from _bias(shape, "", "output", V)
 
 
-def _after(shape: TinyShape, norm: str) -> _Tensor:
+def _after(shape: TinyShape, norm: str) -> Tensor:
     """A norm before an addition: the more layers, the less each adds, so that rounding does not grow."""
-    mean = min(1.0, 4 / shape.layers)
-    return _Tensor(f"{norm}.weight", (shape.width,), mean / 4, mean=mean)
+    mean = shape.post_norm or min(1.0, 4 / shape.layers)
+    return Tensor(f"{norm}.weight", (shape.width,), mean / 4, mean=mean)
 
 
-def _bias(shape: TinyShape, block: str, part: str, rows: int) -> Iterator[_Tensor]:
+def _bias(shape: TinyShape, block: str, part: str, rows: int) -> Iterator[Tensor]:
     """The bias of a projection, if the shape lists it."""
     if part in shape.biases:
-        yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
+        yield Tensor(f"{block}{part}.bias", (rows,), 0.5)
 
 
-def _attention(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+def _attention(shape: TinyShape, block: str) -> Iterator[Tensor]:
     d, q, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     biased = shape.arch in ("qwen2", "gpt-oss")
     if shape.arch == "phi3":
-        yield _Tensor(block + "attn_qkv.weight", (q + 2 * kv, d), 1.3 / math.sqrt(d))
+        yield Tensor(block + "attn_qkv.weight", (q + 2 * kv, d), 1.3 / math.sqrt(d))
     else:
         for part, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
-            yield _Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
+            yield Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
             if biased:
-                yield _Tensor(f"{block}{part}.bias", (rows,), 0.5)
+                yield Tensor(f"{block}{part}.bias", (rows,), 0.5)
             yield from _bias(shape, block, part, rows)
     if shape.arch.startswith(("qwen3", "gemma3")):
         for part in ("attn_q_norm", "attn_k_norm"):
-            yield _Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25, mean=1.5)
-    yield _Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
+            yield Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25, mean=1.5)
+    yield Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
     yield from _bias(shape, block, "attn_output", d)
     if shape.arch == "gpt-oss":
-        yield _Tensor(block + "attn_output.bias", (d,), 0.25)
-        yield _Tensor(block + "attn_sinks.weight", (shape.heads,), 1.5, mean=3.0)
+        yield Tensor(block + "attn_output.bias", (d,), 0.25)
+        yield Tensor(block + "attn_sinks.weight", (shape.heads,), 1.5, mean=3.0)
 
 
-def _feed_forward(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+def _feed_forward(shape: TinyShape, block: str) -> Iterator[Tensor]:
     d, f = shape.width, shape.ffn
     if shape.arch == "phi3":
-        yield _Tensor(block + "ffn_up.weight", (2 * f, d), 1.3 / math.sqrt(d))
+        yield Tensor(block + "ffn_up.weight", (2 * f, d), 1.3 / math.sqrt(d))
     else:
         for part in ("ffn_gate", "ffn_up"):
-            yield _Tensor(f"{block}{part}.weight", (f, d), 1.3 / math.sqrt(d))
+            yield Tensor(f"{block}{part}.weight", (f, d), 1.3 / math.sqrt(d))
             yield from _bias(shape, block, part, f)
-    yield _Tensor(block + "ffn_down.weight", (d, f), 1.3 / math.sqrt(f))
+    yield Tensor(block + "ffn_down.weight", (d, f), 1.3 / math.sqrt(f))
     yield from _bias(shape, block, "ffn_down", d)
 
 
-def _experts(shape: TinyShape, block: str) -> Iterator[_Tensor]:
+def _experts(shape: TinyShape, block: str) -> Iterator[Tensor]:
     """A mixture; gate and up of gpt-oss's reach beyond 7, so that their clamp is in use."""
     d, f, E = shape.width, shape.expert_ffn or shape.ffn, shape.experts
     biased, gains = (True, (3, 3, 0.25)) if shape.arch == "gpt-oss" else (False, (1.3, 1.3, 1.3))
-    yield _Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
+    yield Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
     if biased:
-        yield _Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
+        yield Tensor(block + "ffn_gate_inp.bias", (E,), 0.5)
     for part, rows, columns, gain in zip(("gate", "up", "down"), (f, f, d), (d, d, f), gains, strict=True):
-        yield _Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
+        yield Tensor(f"{block}ffn_{part}_exps.weight", (E, rows, columns), gain / math.sqrt(columns))
         if biased:
-            yield _Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)
+            yield Tensor(f"{block}ffn_{part}_exps.bias", (E, rows), 0.5)
     if s := shape.shared_ffn:
         for part, rows, columns in (("gate", s, d), ("up", s, d), ("down", d, s)):
-            yield _Tensor(f"{block}ffn_{part}_shexp.weight", (rows, columns), 1.3 / math.sqrt(columns))
+            yield Tensor(f"{block}ffn_{part}_shexp.weight", (rows, columns), 1.3 / math.sqrt(columns))

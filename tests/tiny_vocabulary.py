@@ -6,8 +6,9 @@ llama.cpp's converter writes them. Knows no weights; read `tests/tiny_models.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice, product
 
 import gguf
 from gguf import TokenType
@@ -90,6 +91,8 @@ class Vocabulary:
     first: Mapping[str, TokenType] = field(default_factory=dict)
     """Tokens before the bytes of a SentencePiece vocabulary; a byte-level one has none."""
     add_space_prefix: bool = True
+    more: int = 0
+    """Tokens of two and three letters beside the listed ones, each with its merge or score."""
 
 
 VOCABULARIES = {
@@ -157,14 +160,18 @@ def byte_alphabet() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, name: str) -> None:
-    """Write the tokenizer's metadata of `VOCABULARIES[name]`."""
-    vocabulary = VOCABULARIES[name]
-    rows = _sentencepiece_rows(vocabulary.first) if vocabulary.first else _byte_level_rows()
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Write the tokenizer's metadata."""
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in MERGES)]
+    if vocabulary.first:
+        rows = _sentencepiece_rows(vocabulary)
+    else:
+        merges += _more(byte_alphabet(), {left + right for left, right in merges}, vocabulary.more)
+        rows = _byte_level_rows(merges)
     rows += [(token, TokenType.CONTROL, -1000.0) for token in vocabulary.controls]
     rows += [(f"[PAD{i}]", vocabulary.padding_type, -10000.0) for i in range(len(rows), vocabulary.rows)]
     tokens = [token for token, _, _ in rows]
-    assert len(set(tokens)) == vocabulary.rows, f"{name}: {len(set(tokens))} different tokens in {vocabulary.rows} rows"
+    assert len(set(tokens)) == vocabulary.rows, f"{len(set(tokens))} different tokens in {vocabulary.rows} rows"
 
     writer.add_tokenizer_model("llama" if vocabulary.first else "gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -173,7 +180,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, name: str) -> None:
         writer.add_token_scores([score for _, _, score in rows])
     writer.add_token_types([kind for _, kind, _ in rows])
     if not vocabulary.first:
-        writer.add_token_merges(MERGES)
+        writer.add_token_merges([f"{left} {right}" for left, right in merges])
     for role, token in vocabulary.special.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", tokens.index(token))
     writer.add_add_bos_token(vocabulary.add_bos)
@@ -182,14 +189,22 @@ def add_vocabulary(writer: gguf.GGUFWriter, name: str) -> None:
     writer.add_chat_template(vocabulary.template)
 
 
-def _byte_level_rows() -> list[tuple[str, TokenType, float]]:
-    tokens = byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
+def _byte_level_rows(merges: list[tuple[str, str]]) -> list[tuple[str, TokenType, float]]:
+    tokens = byte_alphabet() + [left + right for left, right in merges]
     return [(token, TokenType.NORMAL, 0.0) for token in tokens]
 
 
-def _sentencepiece_rows(special: Mapping[str, TokenType]) -> list[tuple[str, TokenType, float]]:
+def _sentencepiece_rows(vocabulary: Vocabulary) -> list[tuple[str, TokenType, float]]:
     """The order of published files: special tokens, the 256 bytes, the pieces, the single letters."""
-    first = [(token, kind, -1000.0) for token, kind in special.items()]
+    first = [(token, kind, -1000.0) for token, kind in vocabulary.first.items()]
     first += [(f"<0x{byte:02X}>", TokenType.BYTE, 0.0) for byte in range(256)]
-    normal = [*PIECES, *LETTERS]
+    more = _more(list(LETTERS), set(PIECES), vocabulary.more)
+    normal = [*PIECES, *(left + right for left, right in more), *LETTERS]
     return first + [(token, TokenType.NORMAL, -float(i)) for i, token in enumerate(normal)]
+
+
+def _more(letters: list[str], known: set[str], count: int) -> list[tuple[str, str]]:
+    """The first `count` pairs that join to no known token: two letters, then two and a third."""
+    triples = ((first + second, third) for first, second, third in product(letters, repeat=3))
+    pairs: Iterator[tuple[str, str]] = chain(product(letters, repeat=2), triples)
+    return list(islice(((left, right) for left, right in pairs if left + right not in known), count))

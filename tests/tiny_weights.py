@@ -60,7 +60,7 @@ class RandomWeights:
 
     def bytes(self, count: int) -> np.ndarray:
         """Uniform bytes, [count] u8."""
-        return self._bits.random_raw(-(-count // 8)).astype("<u8").view(np.uint8)[:count]
+        return self._bits.random_raw(-(-count // 8)).astype("<u8", copy=False).view(np.uint8)[:count]
 
     def normal(self, shape: tuple[int, ...], std: float, mean: float = 0.0) -> np.ndarray:
         """About normal (the sum of four uniform numbers, so never beyond 3.5 std), f32."""
@@ -78,7 +78,7 @@ class RandomWeights:
         if kind is Type.BF16:
             return gguf.quants.quantize(self.normal(shape, std), kind)
         elements, size = gguf.GGML_QUANT_SIZES[kind]
-        blocks = self.bytes(math.prod(shape) // elements * size).reshape(-1, size).copy()
+        blocks = self.bytes(math.prod(shape) // elements * size).reshape(-1, size)
         if kind is Type.MXFP4:
             blocks[:, 0] = 127 + round(math.log2(std / MXFP4_SPREAD)) + blocks[:, 0] % 2
         elif kind is Type.NVFP4:

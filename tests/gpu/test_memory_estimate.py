@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from tests.tiny_models import TINY, _tensors
+from tests.tiny_models import TINY, tensors_of
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
@@ -120,7 +120,7 @@ def full_size(name, tiny):
     file.metadata.update({f"{shape.arch}.{key}": value for key, value in numbers.items()})
     norm = file.tensors["output_norm.weight"]
     file.tensors = {}
-    for tensor in _tensors(shape):
+    for tensor in tensors_of(shape):
         rows = VOCABULARY if tensor.name in ("token_embd.weight", "output.weight") else tensor.shape[0]
         kind = Q8_0 if tensor.quantized else norm.kind
         file.tensors[tensor.name] = replace(norm, name=tensor.name, shape=(rows, *tensor.shape[1:]), kind=kind)
