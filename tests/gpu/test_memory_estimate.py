@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from tests.full_size_models import FULL_SIZE
 from tests.tiny_models import TINY, tensors_of
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
@@ -30,17 +31,19 @@ CONTEXT, MIB = 1024, 1 << 20
 PROCESSORS, MAX_SHARED = 132, 227 << 10  # of an H100
 POOL_SLACK = 9 / 8  # of the runner's pools over the dry runs
 VOCABULARY = 151936
-_MOE = {"experts": 128, "expert_ffn": 768, "width": 2048, "heads": 32, "kv_heads": 4, "ffn": 6144}
 FULL = {
-    "qwen3moe": _MOE,  # 30B-A3B
-    "mixtral": {"experts": 8, "width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "ffn": 14336},  # 8x7B
-    "gpt-oss": {"experts": 32, "width": 2880, "heads": 64, "kv_heads": 8, "ffn": 2880},  # 20B
-    "qwen3": {"width": 2560, "heads": 32, "kv_heads": 8, "ffn": 9728},  # 4B
-    "llama": {"width": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192},  # 3.2 1B
-    "qwen2": {"width": 896, "heads": 14, "kv_heads": 2, "ffn": 4864},  # 2.5 0.5B
+    "qwen3moe": FULL_SIZE["qwen3-30b-a3b"],
+    "qwen3": FULL_SIZE["qwen3-4b"],
+    "gemma3": FULL_SIZE["gemma3-4b"],
+    "mistral": FULL_SIZE["mistral-7b"],
+    "mixtral": replace(  # 8x7B
+        FULL_SIZE["mistral-7b"], experts=8, metadata={**TINY["mixtral"].metadata, "expert_used_count": 2}
+    ),
+    "gpt-oss": replace(TINY["gpt-oss"], experts=32, width=2880, heads=64, kv_heads=8, ffn=2880),  # 20B
+    "llama": replace(TINY["llama"], width=2048, heads=32, kv_heads=8, ffn=8192),  # 3.2 1B
+    "qwen2": replace(TINY["qwen2"], width=896, heads=14, kv_heads=2, ffn=4864),  # 2.5 0.5B
 }
-"""Shapes of two layers of full size: the layers of a forward use the same memory in turn."""
-USED = {"qwen3moe": 8, "mixtral": 2, "gpt-oss": 4}
+"""Shapes by the tiny model with the same metadata. Two layers are bound, whose memory all layers use in turn."""
 
 
 class Memory:
@@ -107,21 +110,22 @@ def upload(info, scale=1.0):
 def full_size(name, tiny):
     """The tiny file's metadata with the names and shapes of `FULL[name]`."""
     file = GgufFile.open(tiny(name))
-    shape = replace(TINY[name], layers=2, context=CONTEXT, **FULL[name])
+    shape = replace(FULL[name], layers=2, context=CONTEXT)
     numbers = {
+        **shape.metadata,
         **{"block_count": 2, "context_length": CONTEXT, "embedding_length": shape.width},
         **{"feed_forward_length": shape.ffn, "attention.head_count": shape.heads},
         **{"attention.head_count_kv": shape.kv_heads, "attention.key_length": shape.head_dim},
         **{"attention.value_length": shape.head_dim, "rope.dimension_count": shape.head_dim},
     }
     if shape.experts:
-        numbers |= {"expert_count": shape.experts, "expert_used_count": USED[name]}
-        numbers |= {"expert_feed_forward_length": shape.expert_ffn or shape.ffn}
+        numbers |= {"expert_count": shape.experts, "expert_feed_forward_length": shape.expert_ffn or shape.ffn}
     file.metadata.update({f"{shape.arch}.{key}": value for key, value in numbers.items()})
     norm = file.tensors["output_norm.weight"]
     file.tensors = {}
     for tensor in tensors_of(shape):
-        rows = VOCABULARY if tensor.name in ("token_embd.weight", "output.weight") else tensor.shape[0]
+        is_tiny = tensor.name in ("token_embd.weight", "output.weight") and not shape.big_vocabulary
+        rows = VOCABULARY if is_tiny else tensor.shape[0]
         kind = Q8_0 if tensor.quantized else norm.kind
         file.tensors[tensor.name] = replace(norm, name=tensor.name, shape=(rows, *tensor.shape[1:]), kind=kind)
     return file
