@@ -114,8 +114,8 @@ def _rest(results: Sequence[Result]) -> str:
     for result in results:
         read_at = f"{result.bandwidth_gb_s:,.0f} ({result.bandwidth_low:,.0f} to {result.bandwidth_high:,.0f})"
         rows.append((stem(result), "read bandwidth", f"{read_at} GB/s", "", "", ""))
-        for name, title in (("first_token", "first token, {}"), ("load", "load, {}"), ("sampler", "decode, {}"),
-                            ("answer", "long answer, {}")):  # fmt: skip
+        for name, title in (("first_token", "first token, {}"), ("load", "load, {}"), ("start", "start to {}"),
+                            ("sampler", "decode, {}"), ("answer", "long answer, {}")):  # fmt: skip
             for _, figure in _each(result, name):
                 beside = f"p95 {_p95(figure)} ms" if figure.p95 is not None else ""
                 beside = f"{figure.extra_us:+.1f} µs" if figure.extra_us is not None else beside

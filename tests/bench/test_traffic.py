@@ -121,3 +121,12 @@ def test_the_floor_of_a_mixture_counts_the_products_of_the_selected_experts(tmp_
     products = 3 * 2 * (3 * layer + TINY["gpt-oss"].vocab * 192)
     assert mixture.step_floor_s(3, 0, 1e15, 1e6) == pytest.approx(products / 1e6)
     assert mixture.step_floor_s(3, 0, 1e9) == pytest.approx(mixture.step_bytes(3, 0) / 1e9)
+
+
+@pytest.mark.parametrize(("tokens", "windowed"), [(20, 210), (32, 528), (40, 528 + 8 * 32)])
+def test_the_floor_of_a_prompt_is_that_of_reading_or_of_products_and_attention(tmp_path, tokens, windowed):
+    mixture = traffic(tmp_path, "gpt-oss")
+    keys = tokens * (tokens + 1) // 2 + 2 * windowed
+    operations = mixture.prompt_flops(tokens) + 2 * 2 * 4 * 64 * keys
+    assert mixture.prompt_floor_s(tokens, 1e15, 1e6) == pytest.approx(operations / 1e6)
+    assert mixture.prompt_floor_s(tokens, 1e9) == pytest.approx(mixture.prompt_bytes(tokens) / 1e9)

@@ -59,14 +59,17 @@ def test_every_length_within_the_context_and_every_measurement_is_reported(resul
     assert where["decode"] == where["prefill"] == [32, 128]
     assert where["first_token"] == where["answer"] == ["engine", "server"]
     assert where["load"] == ["first", "again"]
+    assert where["start"] == ["ready"]
     assert where["sampler"][0] == "greedy"
     assert len(where["sampler"]) == 4
 
 
-def test_figures_are_medians_of_at_least_five_runs_with_their_extremes(result):
+def test_figures_are_medians_of_at_least_five_runs_or_three_starts_with_their_extremes(result):
     for figure in figures_of(result):
         assert 0 < figure["low"] <= figure["median"] <= figure["high"]
-        assert figure["runs"] >= (1 if figure["at"] == "first" else 5)
+        assert figure["runs"] >= {"first": 1, "ready": 3}.get(figure["at"], 5)
+    (start,), (_, again) = result["figures"]["start"], result["figures"]["load"]
+    assert start["low"] > again["low"], "a start includes a load"
     for figure in result["figures"]["first_token"]:
         assert figure["runs"] == 40
         assert figure["low"] <= figure["p95"] <= figure["high"]
@@ -77,7 +80,7 @@ def test_gb_s_and_percent_follow_from_the_bytes_and_the_measured_bandwidth(resul
     assert result["bandwidth_low"] <= bandwidth <= result["bandwidth_high"]
     for figure in figures_of(result):
         assert figure["percent"] == pytest.approx(100 * figure["gb_s"] / bandwidth)
-    for figure in result["figures"]["decode"]:
+    for figure in result["figures"]["decode"] + result["figures"]["prefill"]:
         assert figure["percent"] == pytest.approx(100 * figure["median"] / figure["limit"])
     for figure in result["figures"]["load"]:
         assert figure["gb_s"] == pytest.approx(figure["bytes"] / figure["median"] / 1e9)
@@ -105,7 +108,7 @@ def test_recorded_read_returns_the_printed_result(stdout, result, tmp_path):
 @pytest.fixture
 def short(monkeypatch):
     """Measure short prompts and answers."""
-    sizes = Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3, together=3)
+    sizes = Sizes(16 << 20, (16, 1 << 20), tokens=4, first=16, answer=4, first_tokens=3, starts=1, together=3)
     monkeypatch.setitem(SIZES, "cpu", sizes)
 
 
@@ -137,7 +140,14 @@ def test_without_json_it_prints_tables(tiny, short):
     done = CliRunner().invoke(command_line("bench"), arguments)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    for title in ("decode at 16 tokens", "prefill of 16 tokens", "first token, server", "load, again", "long answer"):
+    for title in (
+        "decode at 16 tokens",
+        "prefill of 16 tokens",
+        "first token, server",
+        "load, again",
+        "start to ready",
+        "long answer",
+    ):
         (found, *_) = [line for line in lines if line.startswith(title)]
         assert "B " in found  # the bytes moved
     assert "1,048,576" not in done.stdout

@@ -13,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -37,6 +37,8 @@ from worker.ops import KV_BLOCK
 RUNS = 5
 _AT_ONCE = (1, 8, 32, 64, 128, 256)
 _THROUGHPUT_RUNS = 3
+_F16_OPERATIONS_PER_S = {"H100": 6.5e14, "H200": 6.5e14}
+"""Rate of f16 products that a card sustains, by a part of its name: two thirds of the peak."""
 _INT8_OPERATIONS_PER_S = {"H100": 1.5e15, "H200": 1.5e15}
 """Rate of int8 products that a card sustains, by a part of its name: three quarters of the peak."""
 
@@ -55,6 +57,8 @@ class Sizes:
     answer: int
     """Length of the answers compared with and without a server."""
     first_tokens: int = 40
+    starts: int = 3
+    """Worker processes started one after the other."""
     together: int = 8
     """Tokens of each of several sequences that generate at once, after prompts of `first`."""
     budget_s: float = 0.3
@@ -152,8 +156,6 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._prompts = timing.Prompts(self.traffic.planned.hparams.vocab_size)
-        known = (rate for card, rate in _INT8_OPERATIONS_PER_S.items() if card in self.backend.device)
-        self._operations_per_s = next(known, math.inf)
 
     def result(self) -> Result:
         """The result with what was measured so far; at least one model was loaded."""
@@ -207,11 +209,14 @@ class Bench:
         self._add("load", self.bandwidth.load("again", seconds, self.file_bytes))
 
     def behind_a_server(self, url: str) -> None:
-        """Measure first tokens and answers of jobs served by a `worker run` process."""
+        """Measure starts of `worker run` processes, and jobs served by one."""
         sizes, model = self.sizes, self.settings.model
-        self.on_phase("a worker process behind a server")
         options = ["--context", str(model.context)] if model.context else []
         options += ["--backend", self.settings.engine.backend]
+        self.on_phase("starting worker processes")
+        starts = [timing.timed_start(self.path, url, options) for _ in range(sizes.starts)]
+        self._add("start", self.bandwidth.load("ready", starts, self.file_bytes))
+        self.on_phase("a worker process behind a server")
         jobs = timing.Jobs(sizes.first, sizes.first_tokens, RUNS, sizes.answer)
         gc.collect()
         gc.freeze()  # this process is the client: keep the garbage collector out of its timings
@@ -232,7 +237,7 @@ class Bench:
         runs = timing.repeated(run, _THROUGHPUT_RUNS, sizes.budget_s)
         context = round(statistics.median(run.context for run in runs))
         moved, rate = self.traffic.step_bytes(count, context), 1e9 * self.bandwidth.gb_s
-        floor = count / self.traffic.step_floor_s(count, context, rate, self._operations_per_s)
+        floor = count / self.traffic.step_floor_s(count, context, rate, self._operations_per_s(_INT8_OPERATIONS_PER_S))
         return self.bandwidth.speed(count, [run.step_s for run in runs], moved, count, floor=floor, context=context)
 
     def _decode_and_prefill(self, engine: Engine) -> None:
@@ -243,7 +248,10 @@ class Bench:
             first, a_token = ([run[i] for run in runs] for i in (0, 1))
             moved = traffic.token_bytes(length + tokens // 2)  # the keys that the middle token attends to
             self._add("decode", bandwidth.speed(length, a_token, moved, limit=1e9 * bandwidth.gb_s / moved))
-            prefill = bandwidth.speed(length, first, traffic.prompt_bytes(length), length)
+            floor_s = traffic.prompt_floor_s(
+                length, 1e9 * bandwidth.gb_s, self._operations_per_s(_F16_OPERATIONS_PER_S)
+            )
+            prefill = bandwidth.speed(length, first, traffic.prompt_bytes(length), length, limit=length / floor_s)
             self._add("prefill", replace(prefill, tflops=prefill.median / length * traffic.prompt_flops(length) / 1e12))
 
     def _samplers(self, engine: Engine) -> None:
@@ -281,6 +289,10 @@ class Bench:
         self._add("first_token", self.bandwidth.first_tokens(at, first, traffic.prompt_bytes(sizes.first)))
         moved = traffic.token_bytes(sizes.first + sizes.answer // 2)
         self._add("answer", self.bandwidth.speed(at, [a_token for _, a_token in answers], moved))
+
+    def _operations_per_s(self, rates: Mapping[str, float]) -> float:
+        """The device's rate; infinite if unknown."""
+        return next((rate for card, rate in rates.items() if card in self.backend.device), math.inf)
 
     def _add(self, name: str, figure: Figure) -> None:
         self.figures.setdefault(name, []).append(figure)

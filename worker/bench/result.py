@@ -36,7 +36,8 @@ class Figure:
     p95: float | None = None
     """First tokens: 95th percentile."""
     limit: float | None = None
-    """Decode: tokens/s if reading the bytes at the measured bandwidth took all time."""
+    """Decode and prefill: tokens/s if reading the bytes at the measured bandwidth took all time;
+    prefill on a known GPU: or if products and attention did, whichever is lower."""
     floor: float | None = None
     """Throughput: tokens/s in all at the floor of a step's time; see `Traffic.step_floor_s`."""
     context: int | None = None
@@ -118,6 +119,7 @@ class Result:
     throughput   decode of `at` sequences at once, tokens/s in all, if requested
     first_token  at `engine`, and at `server`: from before the XADD to the token at the client
     load         from opening the file to a ready engine: `first` (may compile kernels) and `again`
+    start        from starting a worker process to `ready`, with file and kernels in their caches
     sampler      decode by sampling setting
     answer       one long answer at `engine`, and at `server` as the client receives it
     """

@@ -6,7 +6,7 @@ Jobs are served by a `worker run` process, with this process as the client, one 
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -135,9 +135,31 @@ def timed_jobs(
 
     Raises Internal with the worker's last log line if it does not become ready or fails a job.
     """
+    return _with_worker(path, url, options, lambda child: _measure(url, child, jobs, prompt))
+
+
+def timed_start(path: Path, url: str, options: Sequence[str]) -> float:
+    """Return the seconds from starting a worker process until the server has its state `ready`.
+
+    Raises Internal as `timed_jobs` does.
+    """
+
+    async def ready(child: Child) -> float:
+        async with Client.from_url(url) as client:
+            await _ready(client, child)
+        return time.perf_counter()
+
+    began = time.perf_counter()
+    return _with_worker(path, url, options, ready) - began
+
+
+def _with_worker(
+    path: Path, url: str, options: Sequence[str], measure: Callable[[Child], Coroutine[None, None, _T]]
+) -> _T:
+    """Start a worker process, await `measure` of it, and stop it."""
     with worker_process("bench", path, url, "--log-level", "error", *options) as (child, log):
         try:
-            return asyncio.run(_measure(url, child, jobs, prompt))
+            return asyncio.run(measure(child))
         except (JobFailed, TimeoutError) as error:
             log.seek(0)
             last_line = log.read().decode(errors="replace").strip().rpartition("\n")[2]
@@ -159,7 +181,7 @@ async def _ready(client: Client, child: Child) -> None:
     while not any(status.get("state") == "ready" for status in (await client.workers()).values()):
         if child.ended or time.monotonic() > deadline:
             raise TimeoutError("it did not become ready")
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
 
 
 async def _timed_job(client: Client, prompt: list[int], tokens: int) -> Timed:

@@ -46,6 +46,11 @@ class Traffic:
         """Bytes of a prompt: the weights once, however it is chunked, and its keys and values."""
         return self._weights(tokens) + tokens * self.planned.kv_bytes_per_token
 
+    def prompt_floor_s(self, tokens: int, bytes_per_s: float, operations_per_s: float = math.inf) -> float:
+        """Seconds of a prompt at the device's rates: reading, or the operations if longer."""
+        operations = self.prompt_flops(tokens) + self._attention_flops(tokens)
+        return max(self.prompt_bytes(tokens) / bytes_per_s, operations / operations_per_s)
+
     def prompt_flops(self, tokens: int) -> int:
         """Multiplications and additions of a prompt's products; the head runs for one token."""
         return self._flops(tokens, 1)
@@ -66,6 +71,14 @@ class Traffic:
                 elements = elements * hp.expert_used_count // hp.expert_count
             total += 2 * elements * (heads if info.name == head else tokens)
         return total
+
+    def _attention_flops(self, tokens: int) -> int:
+        """Multiplications and additions of attention to the keys in each layer's window."""
+        keys = 0
+        for window in self.planned.windows:
+            most = min(tokens, window or tokens)
+            keys += most * (most + 1) // 2 + (tokens - most) * most
+        return 4 * self.planned.hparams.q_width * keys
 
     def _key_bytes(self, context: int) -> int:
         """Bytes of the keys and values that a token attends to, fewer in a layer with a window."""

@@ -24,12 +24,13 @@ from worker.cli.console import (
 )
 from worker.config import load_settings
 
-_WIDTH = 120  # columns if stdout is not a terminal
+_WIDTH = 130  # columns if stdout is not a terminal
 _TITLES = {
     "decode": "decode at",
     "prefill": "prefill of",
     "first_token": "first token,",
     "load": "load,",
+    "start": "start to",
     "sampler": "decode,",
     "answer": "long answer,",
 }
@@ -54,8 +55,8 @@ def bench(
 
     Each figure is the median of at least five runs, with minimum and maximum, the bytes moved, and
     their share of the read bandwidth, which is measured first. Takes half a minute on a GPU, two
-    minutes on a CPU, and longer with --max-running. Figures of several sequences are medians of at
-    least three runs.
+    minutes on a CPU, and longer with --max-running. Figures of several sequences and of starts are
+    medians of at least three runs.
     """
     path = model_path(model)
     settings = load_settings(
@@ -128,8 +129,8 @@ def _at_once(figures: Sequence[Figure]) -> Table:
 def _cells(title: str, figure: Figure) -> list[str]:
     notes = {
         "p95": f"95 % within {figure.p95 or 0:,.2f} ms",
-        "limit": f"limit {figure.limit or 0:,.0f}",
         "tflops": f"{number(figure.tflops or 0)} TFLOP/s",
+        "limit": f"limit {figure.limit or 0:,.0f}",
         "extra_us": f"{figure.extra_us or 0:+,.1f} µs",
     }
     return [
@@ -141,5 +142,5 @@ def _cells(title: str, figure: Figure) -> list[str]:
         size(figure.bytes),
         f"{figure.gb_s:,.1f}",
         f"{figure.percent:.1f}",
-        *(note for name, note in notes.items() if getattr(figure, name) is not None),
+        ", ".join(note for name, note in notes.items() if getattr(figure, name) is not None),
     ]
