@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.recorded import at, read
 from benchmarks.report import LONG, MIDDLE, NONE, SHORT, put_into, table
 from worker.adapters import ADAPTERS
-from worker.bench.result import Result, number
+from worker.bench.result import Figure, Result, number
 from worker.gpu.layouts import plane_bytes
 from worker.quants import QUANT_TYPES, QuantType
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
@@ -139,14 +139,23 @@ def _speeds(results: Sequence[Result]) -> str:
         measured = [result for result in results if result.model.architecture == name]
         for row, result in enumerate(measured):
             figures = (at(result, "decode", SHORT), at(result, "decode", LONG), at(result, "prefill", MIDDLE))
-            speeds = (NONE if figure is None else number(figure.median) for figure in figures)
+            start = at(result, "start", "ready")
             title = f"`{name}`" if row == 0 else ""
-            rows.append((title, result.model.file, result.machine.device, *speeds, f"{result.commit or NONE}"))
+            facts = (NONE if start is None else number(start.median), result.commit or NONE)
+            rows.append((title, result.model.file, result.machine.device, *map(_beside_limit, figures), *facts))
         if not measured:
-            rows.append((f"`{name}`", NOT_MEASURED, "", "", "", "", ""))
+            rows.append((f"`{name}`", NOT_MEASURED, "", "", "", "", "", ""))
     heads = ("architecture", "file", "device", f"decode after {SHORT}", f"after {LONG:,}", f"prefill of {MIDDLE:,}",
-             "commit")  # fmt: skip
-    return f"## Speed of full-size files\n\nTokens/s of one sequence.\n\n{table(heads, rows, left=3)}"
+             "start to ready, s", "commit")  # fmt: skip
+    about = "Tokens/s of one sequence, of the limit."
+    return f"## Speed of full-size files\n\n{about}\n\n{table(heads, rows, left=3)}"
+
+
+def _beside_limit(figure: Figure | None) -> str:
+    """The speed, of the limit if the result has one."""
+    if figure is None:
+        return NONE
+    return number(figure.median) + (f" of {number(figure.limit)}" if figure.limit else "")
 
 
 _GPU_HEADS = ("GPU against CPU, prefill", "decode", "GPU")

@@ -133,7 +133,16 @@ def test_a_speed_is_that_of_the_recorded_result():
     (row,) = rows_of(text, "`qwen2`")
     qwen2 = next(result for result in results if result.model.architecture == "qwen2")
     decode = next(figure for figure in qwen2.figures["decode"] if figure.at == 128)
-    assert f"{decode.median:,.0f}"[:3] in row
+    assert f"| {decode.median:,.0f} of {decode.limit:,.0f} |" in row
+
+
+def test_a_speed_of_prefill_and_a_start_are_those_of_the_recorded_result():
+    qwen2 = next(result for result in results_of() if result.model.architecture == "qwen2")
+    prefill = next(figure for figure in qwen2.figures["prefill"] if figure.at == 2048)
+    start = replace(prefill, at="ready", unit="s", median=1.234)
+    figures = {"prefill": [replace(prefill, median=1000.0, limit=2500.0)], "start": [start]}
+    (row,) = rows_of(report([], [replace(qwen2, figures=figures)]).partition("## Speed")[2], "`qwen2`")
+    assert row.split(" | ")[3:7] == ["–", "–", "1,000 of 2,500", "1.23"]
 
 
 def test_a_comparison_replaces_the_recorded_one_of_its_key(tmp_path):
