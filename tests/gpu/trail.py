@@ -41,6 +41,9 @@ class Trailed:
     def linear_add(self, *args):
         return self._recorded(self._ops.linear_add(*args))
 
+    def linear_norm_add(self, *args):
+        return self._recorded(self._ops.linear_norm_add(*args))
+
     def experts_add(self, *args):
         return self._recorded(self._ops.experts_add(*args))
 
