@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 from redis.asyncio import Redis
@@ -53,6 +54,9 @@ PROMPT = "0123456789" * 3
 LONG_PROMPTS = 4
 PROBES_BESIDE = 32
 PROBE_PAUSE_S = 0.03
+
+Steps: TypeAlias = Sequence[tuple[float, Sequence[tuple[float, int]]]]
+"""What `recorded_worker` writes."""
 
 
 def thread_s(process: psutil.Process) -> dict[str, float]:
@@ -139,6 +143,10 @@ class Window:
         inside = [(at, count) for at, count in times if self.begin <= at <= self.end and count]
         return [(later - earlier, count) for (earlier, _), (later, count) in pairwise(inside)]
 
+    def engine_gaps(self, steps: Steps) -> Spread:
+        """Time between two tokens of a stream, by the ends of the engine's steps."""
+        return Spread.of(gap for at, gaps in steps if at <= self.end for gap in gaps if self.begin <= at - gap[0])
+
     def tokens(self, jobs: Iterable[StreamTimes]) -> int:
         """Tokens that readers received."""
         return sum(count for job in jobs for at, count in job.arrivals if self.begin <= at < self.end)
@@ -202,13 +210,8 @@ class Measurement:
         return Phase(window, jobs[0], cpu_report(before, after, max(1, window.tokens(jobs[0]))))
 
 
-def print_phases(
-    alone: EngineRate, phases: Mapping[str, Phase], steps: Sequence[tuple[float, int]], options: argparse.Namespace
-) -> None:
+def print_phases(alone: EngineRate, phases: Mapping[str, Phase], steps: Steps, options: argparse.Namespace) -> None:
     """Print the figures of a model."""
-
-    def engine_gaps(phase: Phase) -> Spread:
-        return Spread.of(phase.window.gaps(steps))
 
     def line(name: str, text: str) -> None:
         print(f"  {name:42} {text}")
@@ -220,9 +223,9 @@ def print_phases(
     line("engine alone", f"{alone.tokens_per_s:,.0f} tokens/s, step {alone.step_ms:.2f} ms")
     line("through Redis", f"{rate:,.0f} tokens/s, {rate / alone.tokens_per_s:.1%} of the engine alone")
     line("CPU time a token", many.cpu)
-    line("between two tokens, engine", str(engine_gaps(many)))
+    line("between two tokens, engine", str(many.window.engine_gaps(steps)))
     line("between two reads of a stream", str(many.window.between_reads(many.jobs)))
-    spread = engine_gaps(long)
+    spread = long.window.engine_gaps(steps)
     times = 1000 * spread.p99 / alone.step_ms
     line(f"beside prompts of {options.long_prompt}: engine", f"{spread}; p99 is {times:.1f} steps")
     line("… reads of a stream", str(long.window.between_reads(long.jobs)))
@@ -308,7 +311,7 @@ def run_model(options: argparse.Namespace) -> None:
             arguments,
             lambda url, worker: phases.update(asyncio.run(measure_model(url, worker, ids, options))),
         )
-        print_phases(alone, phases, [(at, count) for at, count in json.loads(steps.read_text())], options)
+        print_phases(alone, phases, json.loads(steps.read_text()), options)
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
-"""`worker run` that also writes the end of each engine step and its number of tokens to a file.
+"""`worker run` that also writes the times between the tokens of its sequences to a file.
 
     python -m benchmarks.recorded_worker FILE SWITCH_MS --model MODEL.gguf …
 
-SWITCH_MS is the GIL's switch interval, 0 for the worker's own. Times are of `time.monotonic`, which
-all processes of a machine share. The file is written at exit.
+SWITCH_MS is the GIL's switch interval, 0 for the worker's own. The file is written at exit: the end
+of each engine step (`time.monotonic`, which all processes of a machine share), and its numbers of
+tokens by the seconds since the previous token of the same sequence.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ def main() -> None:
     path, switch_ms, *arguments = sys.argv[1:]
     if switch_s := float(switch_ms) / 1000:
         cli._SWITCH_S = switch_s
-    steps: list[tuple[float, int]] = []
+    steps: list[tuple[float, list[tuple[float, int]]]] = []
+    last: dict[str, float] = {}
     distribute = EngineThread._distribute
 
     def record(self: EngineThread, tokens: Sequence[Any], at: float) -> None:
-        steps.append((at, len(tokens)))
+        gaps = Counter(at - last[each.sequence_id] for each in tokens if each.sequence_id in last)
+        steps.append((at, list(gaps.items())))
+        last.update((each.sequence_id, at) for each in tokens)
         distribute(self, tokens, at)
 
     EngineThread._distribute = record  # type: ignore[method-assign, assignment]

@@ -37,6 +37,7 @@ class EchoRunner:
     Each step takes at least `step_s` seconds.
     """
 
+    computes_ahead = False
     drafts: DraftSupport | None = None
 
     def __init__(self, vocab_size: int, kv_blocks: int, step_s: float = 0.0, slots: int = 1) -> None:

@@ -200,6 +200,8 @@ class Runner(Protocol):
     vocab_size: int
     kv_blocks: int
     slots: int
+    computes_ahead: bool
+    """Whether `run` returns while the device computes the newest decode step."""
     drafts: DraftSupport | None
     """None: `propose` is not supported."""
 

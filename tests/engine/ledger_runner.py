@@ -82,6 +82,7 @@ class LookaheadRunner(DigestRunner):
     """
 
     lookahead = 1
+    computes_ahead = True
 
     def __init__(self, kv_blocks, vocab_size=100, slots=8):
         super().__init__(kv_blocks, vocab_size, slots)

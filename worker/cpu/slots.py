@@ -85,6 +85,8 @@ class HostSlots:
     the slots that generated before it.
     """
 
+    computes_ahead = False
+
     def __init__(self, slots: int, compute: Compute, masks: SlotMasks) -> None:
         self.slots = slots
         self._masks = masks

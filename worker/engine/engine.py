@@ -89,6 +89,11 @@ class Engine:
         """Whether a step would do nothing: no sequence waits or runs. Paused ones do not count."""
         return self._scheduler.idle
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether the next step may be delayed for arriving prompts: the device has work."""
+        return self._runner.computes_ahead and self._scheduler.has_room
+
     def add(self, sequence: Sequence, *, paused: bool = False) -> int:
         """Queue a sequence, or keep it paused until `resume`; returns its cached prompt tokens.
 

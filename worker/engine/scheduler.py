@@ -111,6 +111,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def has_room(self) -> bool:
+        """Whether an added sequence may start in the next step, which has no chunk yet."""
+        return bool(self._free_slots and self._running) and not (self._waiting or self._prefilling)
+
+    @property
     def generating(self) -> list[Sequence]:
         """The running sequences whose prompts are computed, by slot."""
         return [each for each in self.slots if each and each.prefilled == len(each.prompt)]

@@ -118,6 +118,8 @@ class _LaunchedStep:
 class GpuRunner:
     """`worker.model.Runner` on one NVIDIA GPU."""
 
+    computes_ahead = True
+
     def __init__(
         self,
         model: Model,

@@ -7,7 +7,7 @@
 | decoding and preparing a job, deadline and inference timeout | `prepared_job.py` |
 | from the engine to the job's stream: speculative start, batching, metrics | `generation.py` |
 | tokens of all jobs in one round trip | `flush_loop.py` |
-| the thread that owns the device | `engine_thread.py` |
+| the thread that owns the device, and when it launches a step | `engine_thread.py`, `pacing.py` |
 | the worker's own events, registry entry and memory reports | `reporter.py` |
 | health and its HTTP pages | `health.py` |
 

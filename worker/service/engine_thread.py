@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeAlias, TypeVar
 
 from worker.engine import DrawnToken, Engine, FailedSequence, Sequence
 from worker.errors import as_exception
+from worker.service.pacing import Pacing
 
 T = TypeVar("T")
 
@@ -87,6 +88,7 @@ class EngineThread:
         self._announced = False
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._launch_callbacks: deque[Callable[[], None]] = deque()
+        self._pacing = Pacing()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -172,21 +174,29 @@ class EngineThread:
 
     def _run(self) -> None:
         while True:
-            if self._engine is None or self._engine.idle or not self._work.empty():
-                if self._work.empty():  # no step follows: the added sequences were aborted
-                    self._run_launch_callbacks()
-                work = self._work.get()
-                if work is None:
-                    self._run_launch_callbacks()
-                    self._engine = None
-                    return
-                work()
-            else:
-                self._step(self._engine)
+            engine = None if self._engine is None or self._engine.idle else self._engine
+            if engine is None and self._work.empty():  # no step follows: the added sequences were aborted
+                self._run_launch_callbacks()
+            try:
+                work = self._work.get(timeout=None if engine is None else self._delay_s(engine))
+            except Empty:
+                assert engine is not None
+                self._step(engine)
+                continue
+            if work is None:
+                self._run_launch_callbacks()
+                self._engine = None
+                return
+            work()
+
+    def _delay_s(self, engine: Engine) -> float:
+        """For how long to wait for work before the next step."""
+        return max(0.0, self._pacing.due_at - time.monotonic()) if engine.may_wait else 0.0
 
     def _step(self, engine: Engine) -> None:
+        self._pacing.began(time.monotonic())
         try:
-            tokens = engine.step(self._run_launch_callbacks)
+            tokens = engine.step(self._launched)
         except BaseException as raised:
             error = as_exception(raised)
             # No started sequence can continue; each is aborted before its inbox gets the error.
@@ -200,7 +210,9 @@ class EngineThread:
         finally:
             self._run_launch_callbacks()  # the step launched nothing, or failed before it launched
         self.steps += 1
-        self._distribute(tokens, time.monotonic())
+        at = time.monotonic()
+        self._pacing.ended(at)
+        self._distribute(tokens, at)
 
     def _distribute(self, tokens: Iterable[DrawnToken | FailedSequence], at: float) -> None:
         """Put what a step has drawn into the inboxes."""
@@ -238,6 +250,11 @@ class EngineThread:
             woken[self._woken.popleft()] = None
         for inbox in woken:
             inbox.wake()
+
+    def _launched(self) -> None:
+        """Called when a step begins to wait for the device."""
+        self._run_launch_callbacks()
+        self._pacing.launched(time.monotonic())
 
     def _run_launch_callbacks(self) -> None:
         while self._launch_callbacks:
