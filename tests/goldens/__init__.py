@@ -36,6 +36,19 @@ CASES = {
     "gpt-oss-yarn": GoldenCase("gpt-oss-yarn", tokens=330),
     "llama": GoldenCase("llama"),
     "llama3-rope": GoldenCase("llama3-rope"),
+    "llama-biased": GoldenCase("llama-biased"),
+    "mistral": GoldenCase("mistral"),
+    "mixtral": GoldenCase("mixtral"),
+    "mistral3": GoldenCase("mistral3"),
+    "mistral3-experts": GoldenCase("mistral3-experts"),
+    "qwen3": GoldenCase("qwen3"),
+    "qwen3moe": GoldenCase("qwen3moe"),
+    "smollm3": GoldenCase("smollm3"),
+    "granite": GoldenCase("granite"),
+    "granitemoe": GoldenCase("granitemoe"),
+    "granitemoe-shared": GoldenCase("granitemoe-shared"),
+    "gemma3": GoldenCase("gemma3"),
+    "gemma3-27b": GoldenCase("gemma3-27b"),
 }
 
 

@@ -40,7 +40,7 @@ def make_golden(name: str, folder: Path) -> None:
         exact = logits(load(path, window=case.window == "file"), prompt)
     rounding = relative_error(logits(load(path, window=case.window == "file"), prompt), exact)
     assert rounding < 5e-5, f"{name}: float32 in transformers moves the logits by {rounding:.1e}"
-    print(f"{name:14} spread {exact.std():.2f}, float32 inside moves it by {rounding:.1e}")
+    print(f"{name:17} spread {exact.std():.2f}, float32 inside moves it by {rounding:.1e}")
     np.savez_compressed(
         FOLDER / f"{name}.npz",
         prompt=prompt,
