@@ -116,10 +116,10 @@ class Backend(Device, Protocol):
         """Bytes of one token's K and V over all layers."""
         ...
 
-    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
+    def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """Upper bound of activations and workspace, for `max_running` sequences at once.
 
-        `drafts`: steps may have draft tokens.
+        `model` may be without weights. `drafts`: steps may have draft tokens.
         """
         ...
 

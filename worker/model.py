@@ -41,13 +41,16 @@ class Hparams:
     expert_used_count: int = 0
     expert_feed_forward_length: int = 0
     """Width of an expert's FFN; 0 if the file does not name it apart from `feed_forward_length`."""
+    expert_shared_feed_forward_length: int = 0
+    """Width of the dense FFN beside the experts; 0 without one."""
 
     @property
     def ffn_width(self) -> int:
-        """Elements of a token's FFN between up and down: f, or k·f of its experts."""
+        """Elements of a token's widest FFN between up and down: f; or k·f of its experts, or s."""
         if not self.expert_count:
             return self.feed_forward_length
-        return self.expert_used_count * (self.expert_feed_forward_length or self.feed_forward_length)
+        routed = self.expert_used_count * (self.expert_feed_forward_length or self.feed_forward_length)
+        return max(routed, self.expert_shared_feed_forward_length)
 
     @property
     def experts_width(self) -> int:

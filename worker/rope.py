@@ -57,6 +57,11 @@ class Rope:
         return 2 * len(self.inv_freq)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of `cos` and `sin` together; does not compute them."""
+        return 2 * self.context * self.inv_freq.size * np.dtype(np.float32).itemsize
+
+    @property
     def cos(self) -> F32:
         """magnitude · cos of each angle: [context, dims/2] f32."""
         return self._tables[0]

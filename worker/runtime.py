@@ -95,7 +95,7 @@ def plan(
     backend.check(hp)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
-    overhead, available = backend.overhead_bytes(hp, max_running, drafts=drafts), backend.available_bytes()
+    overhead, available = backend.overhead_bytes(bound, hp, max_running, drafts=drafts), backend.available_bytes()
     per_token = backend.kv_bytes_per_token(hp)
     share = backend.kv_share if kv_memory == "auto" else kv_memory
     return Plan(

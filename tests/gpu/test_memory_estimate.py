@@ -16,7 +16,7 @@ from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
-from worker.gpu.attention import AttentionLauncher
+from worker.gpu.attention import AttentionLauncher, table_bytes
 from worker.gpu.backend import _MARGIN, GpuBackend
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.launch import dry_run
@@ -58,13 +58,6 @@ class Memory:
 
     def array(self, shape, dtype):
         return absent(shape, dtype)
-
-
-class Attention(AttentionLauncher):
-    """Attention whose RoPE tables are not uploaded."""
-
-    def _rope(self, rope):
-        return None, None, np.int32(rope.dims)
 
 
 @dataclass
@@ -144,11 +137,11 @@ class Need:
         return POOL_SLACK * (self.prefill + self.decode) + self.workspace
 
 
-def need_of(file, max_running):
+def need_of(file, max_running, context=CONTEXT):
     """Dry runs of a chunk and of the largest decode step, as a runner has them."""
-    model, _ = bind(file, ModelOptions(CONTEXT), upload)
+    model, _ = bind(file, ModelOptions(context), upload)
     memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
-    attention = Attention(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
+    attention = AttentionLauncher(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
     chunk = np.zeros(GpuBackend.prefill_chunk, np.int32)
     prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[:1])
@@ -164,7 +157,12 @@ def need_of(file, max_running):
 
 def planned(file, max_running):
     """The plan's bytes without the driver's share; the backend's own state is not needed for it."""
-    return GpuBackend.overhead_bytes(object.__new__(GpuBackend), read_hparams(file), max_running) - _MARGIN
+    return overhead(file, read_hparams(file), max_running) - _MARGIN
+
+
+def overhead(file, hp, max_running, context=CONTEXT):
+    model, _ = bind(file, ModelOptions(context))
+    return GpuBackend.overhead_bytes(object.__new__(GpuBackend), model, hp, max_running)
 
 
 @pytest.mark.parametrize("max_running", [1, 8, 256])
@@ -187,20 +185,49 @@ def test_the_plan_of_a_mixture_counts_the_width_of_the_active_experts(tiny):
     """30B-A3B: 8 experts of 768, not of the 6,144 of its dense FFN: 1,008 MiB a chunk of 1,024."""
     with full_size("qwen3moe", tiny) as file:
         hp = read_hparams(file)
+        narrow, wide = (overhead(file, each, 1) for each in (hp, replace(hp, expert_feed_forward_length=0)))
     assert (hp.ffn_width, hp.experts_width) == (8 * 768, 8 * 2048)
-    narrow, wide = (
-        GpuBackend.overhead_bytes(object.__new__(GpuBackend), each, 1)
-        for each in (hp, replace(hp, expert_feed_forward_length=0))
-    )
     rows = 1024 + 1  # of a chunk and of a decode step
     assert wide - narrow == 6 * 4 * rows * 8 * (6144 - 768)
+
+
+def test_the_plan_of_a_mixture_counts_a_wider_ffn_beside_the_experts(tiny):
+    with GgufFile.open(tiny("granitemoe-shared")) as file:
+        hp = read_hparams(file)
+        assert (hp.ffn_width, hp.expert_shared_feed_forward_length) == (3 * 256, 512)
+        narrow, wide = (overhead(file, replace(hp, expert_shared_feed_forward_length=s), 1) for s in (768, 8192))
+    assert wide - narrow == 6 * 4 * (1024 + 1) * (8192 - 768)
+
+
+@pytest.mark.parametrize("context", [64, 448])
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama3-rope", "phi3-longrope"}))
+def test_the_plan_counts_exactly_the_tables_that_attention_uploads(name, context, tiny, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(Absent, "set", lambda array, _: uploaded.append(array.nbytes))
+    with GgufFile.open(tiny(name)) as file:
+        need_of(file, 1, context)
+        planned_tables = table_bytes(layer.attention for layer in bind(file, ModelOptions(context))[0].layers)
+    assert planned_tables == sum(uploaded) > 0
+
+
+@pytest.mark.parametrize(("name", "tables"), [("gemma3", 2), ("llama", 1)])
+def test_the_plan_counts_the_tables_of_the_configured_context(name, tables, tiny):
+    """Gemma 3 4B has two RoPE tables of 256 f32 a position: 268 MB at 131,072 positions."""
+    with full_size(name, tiny) as file:
+        hp = read_hparams(file)
+        for backend in (object.__new__(GpuBackend), CpuBackend()):
+            long, short = (
+                backend.overhead_bytes(bind(file, ModelOptions(context))[0], hp, 1) for context in (131072, 1024)
+            )
+            assert long - short == tables * 4 * hp.head_dim * (131072 - 1024)
 
 
 @pytest.mark.parametrize(("used", "width", "widest"), [(8, 768, 8 * 768), (2, 768, 32 * 128), (8, 0, 8 * 6144)])
 def test_the_plan_on_the_cpu_counts_the_widest_activation(used, width, widest, tiny):
     with full_size("qwen3moe", tiny) as file:
         hp = replace(read_hparams(file), vocab_size=1, expert_used_count=used, expert_feed_forward_length=width)
-    assert CpuBackend().overhead_bytes(hp, 1) == 4 * 64 * 4 * widest
+        model, _ = bind(file, ModelOptions(CONTEXT))
+    assert CpuBackend().overhead_bytes(model, hp, 1) == 4 * CONTEXT * 128 + 4 * 64 * 4 * widest
 
 
 def test_a_dense_model_counts_its_ffn(tiny):

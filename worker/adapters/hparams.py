@@ -36,6 +36,8 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
     if rope_dims % 2 or rope_dims > head_dim:
         raise keys.error("rope.dimension_count", f"is {rope_dims}", f"an even number up to {head_dim}")
     experts = keys.get("expert_count", int, 0)
+    # Not with `keys`: check_rest must refuse the width if the adapter does not read it.
+    shared = ArchitectureKeys(file).width("expert_shared_feed_forward_length")
     return Hparams(
         architecture=keys.architecture,
         block_count=layers,
@@ -53,6 +55,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         expert_count=experts,
         expert_used_count=keys.get("expert_used_count", int, 0),
         expert_feed_forward_length=keys.count(_EXPERT_WIDTH) if experts and _EXPERT_WIDTH in keys else 0,
+        expert_shared_feed_forward_length=shared,
     )
 
 

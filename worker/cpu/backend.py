@@ -63,10 +63,11 @@ class CpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(np.dtype(self._kv_dtype).itemsize)
 
-    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
-        """See `Backend.overhead_bytes`. Counts the logits and the widest activations of a batch."""
+    def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
+        """See `Backend.overhead_bytes`: RoPE tables, logits and widest activations of a batch."""
+        tables = sum(rope.nbytes for rope in {layer.attention.rope for layer in model.layers})
         widest = max(hp.vocab_size, hp.q_width, hp.ffn_width)
-        return 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
+        return tables + 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:
         return int(psutil.virtual_memory().available)

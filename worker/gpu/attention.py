@@ -7,7 +7,7 @@ sequence has several. `head_norms.cu` and `scale_queries.cu` precede them if hea
 and queries scaled. Twin: `worker/cpu/attention.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from worker.gpu.activations import (
 )
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
-from worker.gpu.query_scales import QueryScales
+from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
+from worker.gpu.query_scales import QueryScales, query_scale_bytes
 from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
@@ -143,6 +143,13 @@ def decode_splits(spec: Attention) -> int:
 def decode_partial_bytes(dim: int) -> int:
     """Upper bound of the partial results of a decode row."""
     return 4 * _DECODE_BLOCKS * _part_floats(dim, _MAX_GROUP[dim])
+
+
+def table_bytes(layers: Iterable[Attention]) -> int:
+    """Device memory of the tables of RoPE and of query scales that the layers need."""
+    specs = tuple(layers)
+    ropes = sum(aligned(rope.nbytes) for rope in {spec.rope for spec in specs})
+    return ropes + query_scale_bytes(specs)
 
 
 def decode_tile(spec: Attention) -> int:
@@ -341,7 +348,7 @@ class AttentionLauncher:
     def _rope(self, rope: Rope) -> tuple[DeviceArray, DeviceArray, np.int32]:
         """The device copy of a Rope's tables, uploaded on first use and shared by the layers."""
         if id(rope) not in self._ropes:
-            slab = self._memory.reserve(rope.cos.nbytes + rope.sin.nbytes, Purpose.WORKSPACE)
+            slab = self._memory.reserve(rope.nbytes, Purpose.WORKSPACE)
             cos, sin = slab.array((2, *rope.cos.shape), np.float32)
             cos.set(rope.cos)
             sin.set(rope.sin)

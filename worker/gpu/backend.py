@@ -11,7 +11,7 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim, decode_partial_bytes
+from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim, decode_partial_bytes, table_bytes
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
@@ -70,14 +70,15 @@ class GpuBackend:
     def kv_bytes_per_token(self, hp: Hparams) -> int:
         return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
 
-    def overhead_bytes(self, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
-        """Activations of a chunk and of a decode step, state of slots, attention, the margin."""
+    def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
+        """Activations of a chunk and a decode step, slots, attention, its tables, the margin."""
         a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * hp.ffn_width + hp.experts_width
         a_row = 6 * a_token + 5 * hp.vocab_size + decode_partial_bytes(hp.head_dim) + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)
         step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
-        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + _MARGIN
+        tables = table_bytes(layer.attention for layer in model.layers)
+        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + tables + _MARGIN
 
     def available_bytes(self) -> int:
         return self._memory.free

@@ -4,16 +4,24 @@ Kernel: `scale_queries.cu`. Twin: `CpuOps.attention` in `worker/cpu/ops.py`. Mod
 scale have no launch.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
-from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose
+from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
 from worker.gpu.state import ChunkState, StepState
 from worker.ops import Attention, PositionScale
 
 INSTANTIATIONS: tuple[KernelName, ...] = (("scale_queries.cu", "scale_queries"),)
 _THREADS, _BLOCKS = 256, 4  # blocks of a row
+
+
+def query_scale_bytes(specs: Iterable[Attention]) -> int:
+    """Device memory of the tables of the layers' query scales."""
+    contexts = {(spec.query_scale, spec.rope.context) for spec in specs if spec.query_scale is not None}
+    return sum(aligned(4 * context) for _, context in contexts)
 
 
 class QueryScales:
