@@ -18,8 +18,9 @@ from tests.gpu.weights import Projection, error
 from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
 from worker.gpu.activations import Q8Activations
+from worker.gpu.matvec_mma import MAX_SHARED
 from worker.ops import Routes
-from worker.quants import F32, IQ4_NL, MXFP4, Q8_0, QUANT_TYPES
+from worker.quants import F32, IQ4_NL, MXFP4, Q4_K, Q6_K, Q8_0, QUANT_TYPES
 
 
 def routes_of(pool, tokens, experts, k, *, only=None):
@@ -149,7 +150,7 @@ class Layer:
         y = matvec.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual[None]))
         return routes, h, y
 
-    def together(self, x, residual, chosen=None, weights=None, active=None, wide_pairs=0):
+    def together(self, x, residual, chosen=None, weights=None, active=None, wide_pairs=0, max_shared=MAX_SHARED):
         """The same of several rows, grouped by expert.
 
         `chosen` replaces the router's choice, and then `wide_pairs` the width of the tiles.
@@ -159,11 +160,14 @@ class Layer:
         pool = GuardedPool()
         if active is not None:
             active = decode_experts.ActiveRows(*(pool.put(array) for array in active))
-        n, routes = decode_experts.norm_route(self.kernels, pool, pool.put(x), self.norm, self.router, self.k, active)
+        rows = pool.put(x)
+        n, routes = decode_experts.norm_route(
+            self.kernels, pool, rows, self.norm, self.router, self.k, active, max_shared
+        )
         if chosen is not None:
             routes = Routes(pool.put(chosen), pool.put(weights))
             experts = self.router.weight.shape[0]
-            tiles = decode_experts.group_pairs(self.kernels, pool, routes, experts, active, wide_pairs)
+            tiles = decode_experts.group_pairs(self.kernels, pool, routes, experts, active, wide_pairs, max_shared)
             n = replace(n, tiles=tiles)
         h = decode_experts.experts_glu(self.kernels, pool, n, routes, self.gate, self.up, CLAMPED)
         y = decode_experts.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual))
@@ -303,6 +307,33 @@ def test_inactive_rows_are_in_no_group_and_get_zeros(kernels, memory, positions)
     rest = [r for r in range(5) if r not in active]
     assert not together[2].get()[rest].any()
     assert np.isnan(together[1].x.get().reshape(5, -1)[rest]).all()  # not written
+
+
+UNGROUPED = ("experts_add<3, ", "add_experts")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "f", "max_shared", "launched"),
+    [
+        ((Q4_K, Q4_K, Q6_K), 14336, MAX_SHARED, ("grouped_experts<Q6_K, false>", "add_experts")),  # as in Mixtral 8x7B
+        ((Q4_K, Q4_K, Q6_K), 14336, 163 << 10, UNGROUPED),  # of an A100
+        ((Q8_0, Q8_0, Q8_0), 512, 23 << 10, UNGROUPED),
+        ((MXFP4, MXFP4, F32), 512, MAX_SHARED, UNGROUPED),
+    ],
+)
+def test_rows_are_grouped_if_shared_memory_holds_them_and_inactive_ones_get_zeros(
+    kernels, memory, kinds, f, max_shared, launched
+):
+    layer = Layer(kernels, memory, kinds, 2, 2, f, 256)
+    x, residual = inputs_of(3, 256)
+    active = np.array([1, -1, 0], np.int32), np.array([4, 0], np.int32)
+    names = []
+    with recorded(layer, names):
+        together = layer.together(x, residual, active=active, max_shared=max_shared)
+    assert names[-2].startswith(launched[0])
+    assert names[-1] == launched[1]
+    assert_rows_equal(layer, together, x, residual, (0, 2))
+    assert not together[2].get()[1].any()
 
 
 @pytest.mark.parametrize("wide_pairs", [0, 16, 32])

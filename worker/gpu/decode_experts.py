@@ -6,7 +6,7 @@ The pairs of a row and one of its experts are sorted by expert on the device and
 | --- | --- | --- | --- |
 | fewer than 1 | block types | `grouped_experts.cu` (dp4a) | 8 |
 | 1 and more | MXFP4 | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
-| any | others | those of `matvec.py`, a row at a time | – |
+| any | others, or rows too long for shared memory | those of `matvec.py`, a row at a time | – |
 
 Every row has the bits of the launchers in `matvec.py` for that row alone. Other kernels:
 `route_rows.cu`, `group_pairs.cu`, `add_experts.cu`. Twins: the ops of `worker/cpu/ops.py`,
@@ -52,7 +52,6 @@ _PER_LANE = (1, 2, 4, 8)  # experts of a lane of route_rows.cu
 _THREADS = 256
 _GROUP_THREADS = 1024
 _GRID_BLOCKS = 264  # two for each of an H100's multiprocessors
-_MAX_SHARED = 160 << 10  # bytes
 
 _NORMED_ROWS = np.dtype([("q", "u8"), ("meta", "u8"), ("factor", "u8")])
 """`NormedRows` of route_rows.cu."""
@@ -109,14 +108,10 @@ class ActiveRows:
 
 @dataclass(frozen=True, slots=True)
 class WideTiles:
-    """A table of tiles of up to `pairs` pairs for `experts_mma.cu`.
-
-    `max_shared`: bytes of shared memory of a block on the device.
-    """
+    """A table of tiles of up to `pairs` pairs for `experts_mma.cu`."""
 
     table: DeviceArray
     pairs: int
-    max_shared: int
 
     @property
     def mmas(self) -> int:
@@ -126,12 +121,16 @@ class WideTiles:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTiles:
-    """The active pairs of routes sorted by expert (`order` [R·k]) and cut into tiles (`table`)."""
+    """The active pairs of routes sorted by expert (`order` [R·k]) and cut into tiles (`table`).
+
+    `max_shared`: bytes of shared memory of a block on the device.
+    """
 
     order: DeviceArray
     table: DeviceArray
     active: ActiveRows | None
-    wide: WideTiles | None = None
+    wide: WideTiles | None
+    max_shared: int
 
     def small_parameter(self) -> np.ndarray[Any, Any]:
         """A value of _TILES for `table`."""
@@ -212,8 +211,8 @@ def group_pairs(
         return pool.empty((pairs // tile_pairs + min(experts, pairs) + 1,), _EXPERT_TILE)
 
     order = pool.empty((pairs,), np.int32)
-    wide = WideTiles(table(wide_pairs), wide_pairs, max_shared) if wide_pairs else None
-    tiles = ExpertTiles(order, table(_TILE_PAIRS), active, wide)
+    wide = WideTiles(table(wide_pairs), wide_pairs) if wide_pairs else None
+    tiles = ExpertTiles(order, table(_TILE_PAIRS), active, wide, max_shared)
     sizes = (np.int32(pairs), np.int32(k), np.int32(experts))
     args = (routes.experts, *sizes, _active(active), tiles.small_parameter(), tiles.wide_parameter())
     shared = 4 * (pairs + 2 * experts)
@@ -234,7 +233,7 @@ def experts_glu(
 
     Rows of inactive pairs are undefined. The preceding launches must be those of `norm_route`.
     """
-    if not is_grouped((gate, up)):
+    if not is_grouped((gate, up), n.tiles.max_shared):
         plain = matvec.glu(kernels, pool, Q8Activations(n.rows.x), n.norm, gate, up, activation, routes)
         return PairRows(plain, n.tiles)
     k, f = routes.experts.shape[1], gate.weight.shape[1]
@@ -251,20 +250,25 @@ def experts_add(
     The preceding launch must be `experts_glu`: the kernel reads the routes before its wait
     (`kernels/grouped_experts.cu`).
     """
-    if not is_grouped((down,)):
-        return matvec.experts_add(kernels, pool, h.rows, routes, down, residual)
     (rows, k), d = routes.experts.shape, down.weight.shape[1]
-    x, y = pool.empty((rows, d), np.float32), pool.empty((rows * k, d), np.float32)
-    _launch(kernels, h.tiles, (down,), h.rows, Q8Activations(y), 1, weights=routes.weights)
+    if is_grouped((down,), h.tiles.max_shared):
+        y = pool.empty((rows * k, d), np.float32)
+        _launch(kernels, h.tiles, (down,), h.rows, Q8Activations(y), 1, weights=routes.weights)
+    else:  # of inactive rows the sums are undefined, as h is: add_experts adds nothing and writes zeros
+        y, k, residual = None, 0, matvec.experts_add(kernels, pool, h.rows, routes, down, residual)
+    x = pool.empty((rows, d), np.float32)
     args = (y, _active(h.tiles.active), np.int32(k), np.int32(d), residual, x)
     kernels.get("add_experts.cu", "add_experts")((-(-d // _THREADS), rows), (_THREADS,), args, pdl=True)
     return x
 
 
-def is_grouped(linears: Sequence[Linear]) -> bool:
-    """Whether there is a grouped kernel for these weights of one input: block types, all alike."""
+def is_grouped(linears: Sequence[Linear], max_shared: int) -> bool:
+    """Whether there is a grouped kernel for these weights of one input: block types, all alike.
+
+    `max_shared`: bytes of shared memory of a block, which hold the input rows of a tile.
+    """
     kinds = {linear.weight.kind for linear in linears}
-    return len(kinds) == 1 and kinds.pop().block_size > 1 and _shared_bytes(linears) <= _MAX_SHARED
+    return len(kinds) == 1 and kinds.pop().block_size > 1 and _shared_bytes(linears) <= max_shared
 
 
 def _launch(
@@ -290,7 +294,7 @@ def _launch(
     product["rows"], product["cols"], product["pairs_per_row"] = *first.weight.shape[1:], pairs_per_row
     product["gate"] = gate_of(activation)
     gated = len(linears) > 1
-    if tiles.wide is not None and _has_mma(linears, tiles.wide):
+    if tiles.wide is not None and _has_mma(linears, tiles.wide.mmas, tiles.max_shared):
         shared = _mma_bytes(first.weight.shape[-1] // Q8_BLOCK, tiles.wide.mmas)
         kernel, args = kernels.get(*_mma_name(tiles.wide.mmas, gated=gated)), (product, tiles.wide_parameter())
         kernel((_MMA_BLOCKS,), (_MMA_THREADS,), args, shared_mem=shared, pdl=True)
@@ -307,10 +311,10 @@ def _wide_pairs(mean: float, cols: int, max_shared: int) -> int:
     return _MMA_N * next(fitting, 0)
 
 
-def _has_mma(linears: Sequence[Linear], wide: WideTiles) -> bool:
-    """Whether `experts_mma.cu` computes these products with such tiles."""
+def _has_mma(linears: Sequence[Linear], mmas: int, max_shared: int) -> bool:
+    """Whether `experts_mma.cu` computes these products with tiles of `mmas` MMAs."""
     *_, rows, cols = linears[0].weight.shape
-    fits = _mma_bytes(cols // Q8_BLOCK, wide.mmas) <= wide.max_shared
+    fits = _mma_bytes(cols // Q8_BLOCK, mmas) <= max_shared
     whole = rows % _MMA_ROWS == 0 and cols % _MMA_COLS == 0 and cols >= _MMA_MIN_COLS
     return linears[0].weight.kind is MXFP4 and whole and fits
 
