@@ -92,7 +92,7 @@ def architecture_on_cpu(name: str, folder: Path) -> Iterator[Comparison]:
     test = "tests/adapters/test_llama_cpp.py"
     if arch == "gpt-oss":
         path = changed_copy(path, folder / "no-yarn.gguf", metadata=NO_YARN)
-        test = "tests/adapters/test_unusual_files.py"
+        test = "tests/adapters/test_gpt_oss.py"
     if arch == "gemma3":  # llama.cpp's GELU is a table of f16
         test = "tests/adapters/test_gemma3.py"
     difference = from_llama_cpp(path)

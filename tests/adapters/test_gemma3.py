@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from tests.adapters.test_unusual_files import exact, fused, logprobs, refusal  # noqa: F401
+from tests.adapters.variants import fused, logprobs, refusal
 from tests.changed_files import changed_copy
 from tests.llama_cpp import LlamaCpp
 from tests.models import cpu_runner, prefill
@@ -48,7 +48,7 @@ def assert_as_llama_cpp(path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma3-27b"])
-def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, exact, monkeypatch):  # noqa: F811
+def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, exact, monkeypatch):
     assert_as_llama_cpp(exact(name), monkeypatch)
 
 
@@ -69,7 +69,7 @@ def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, exact, monkeypatch
     ],
     ids=str,
 )
-def test_keys_are_applied_as_in_llama_cpp(keys, exact, tmp_path, monkeypatch):  # noqa: F811
+def test_keys_are_applied_as_in_llama_cpp(keys, exact, tmp_path, monkeypatch):
     path = changed_copy(
         exact("gemma3"), tmp_path / "g.gguf", metadata={f"gemma3.{key}": value for key, value in keys.items()}
     )
@@ -77,14 +77,14 @@ def test_keys_are_applied_as_in_llama_cpp(keys, exact, tmp_path, monkeypatch):  
     assert np.abs(logprobs_of(path) - logprobs_of(exact("gemma3"))).max() > 1e-2
 
 
-def test_a_period_of_one_has_no_layer_with_a_window(exact, tmp_path):  # noqa: F811
+def test_a_period_of_one_has_no_layer_with_a_window(exact, tmp_path):
     """llama.cpp aborts on such a file."""
     keys = {"gemma3.attention.sliding_window_pattern": 1}, {"gemma3.attention.sliding_window": None}
     paths = [changed_copy(exact("gemma3"), tmp_path / f"{i}.gguf", metadata=each) for i, each in enumerate(keys)]
     assert (logprobs_of(paths[0]) == logprobs_of(paths[1])).all()
 
 
-def test_q_k_and_v_may_be_one_tensor(exact, tmp_path):  # noqa: F811
+def test_q_k_and_v_may_be_one_tensor(exact, tmp_path):
     tensors, drop = fused(exact("gemma3"), "gemma3")
     path = changed_copy(exact("gemma3"), tmp_path / "g.gguf", tensors=tensors, drop=drop)
     assert (logprobs(path) == logprobs(exact("gemma3"))).all()
@@ -106,19 +106,19 @@ def test_q_k_and_v_may_be_one_tensor(exact, tmp_path):  # noqa: F811
         ("embedding_scale", 2.0),
     ],
 )
-def test_a_key_that_is_not_handled_is_refused_by_name(key, value, exact, tmp_path):  # noqa: F811
+def test_a_key_that_is_not_handled_is_refused_by_name(key, value, exact, tmp_path):
     path = changed_copy(exact("gemma3"), tmp_path / "g.gguf", metadata={f"gemma3.{key}": value})
     assert f"gemma3.{key}" in refusal(path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("attn_logit_softcapping", 0.0), ("attention.scale", 1 / 16)])
-def test_a_value_that_changes_nothing_is_accepted(key, value, exact, tmp_path):  # noqa: F811
+def test_a_value_that_changes_nothing_is_accepted(key, value, exact, tmp_path):
     path = changed_copy(exact("gemma3"), tmp_path / "g.gguf", metadata={f"gemma3.{key}": value})
     assert (logprobs(path) == logprobs(exact("gemma3"))).all()
 
 
 @pytest.mark.parametrize("tensor", ["rope_freqs.weight", "blk.0.attn_sinks.weight", "blk.1.ffn_gate_exps.weight"])
-def test_a_tensor_of_another_architecture_is_refused_by_name(tensor, exact, tmp_path):  # noqa: F811
+def test_a_tensor_of_another_architecture_is_refused_by_name(tensor, exact, tmp_path):
     path = changed_copy(exact("gemma3"), tmp_path / "g.gguf", tensors={tensor: np.ones(8)})
     assert tensor in refusal(path)
 
@@ -134,7 +134,7 @@ CHATS = [
 ]
 
 
-def test_texts_chats_and_end_tokens_are_those_of_llama_cpp(exact):  # noqa: F811
+def test_texts_chats_and_end_tokens_are_those_of_llama_cpp(exact):
     with GgufFile.open(exact("gemma3")) as file:
         tokenizer = load_tokenizer(file.metadata)
     now, ids = datetime(2026, 1, 1, tzinfo=UTC), tokenizer.vocab.ids

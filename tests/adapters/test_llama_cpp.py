@@ -133,7 +133,7 @@ def test_a_model_of_any_type_has_the_log_probabilities_of_its_weights_as_f32_in_
     assert max(abs(found[token] - logprob) for token, logprob in expected.items()) < 1e-3
 
 
-ARCHITECTURES = (  # "gemma3" is in test_gemma3.py, "gpt-oss" in test_unusual_files.py
+ARCHITECTURES = (  # "gemma3" is in test_gemma3.py, "gpt-oss" in test_gpt_oss.py
     "granite",
     "granitemoe",
     "granitemoe-shared",
