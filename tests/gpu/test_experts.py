@@ -347,9 +347,9 @@ def test_pairs_are_sorted_by_expert_and_cut_into_tiles(kernels, rows, experts, k
     pool.check()
     order, flat = tiles.order.get(), chosen.reshape(-1)
     assert order.tolist() == np.argsort(flat, kind="stable").tolist()
-    tables = [(tiles.table, tiles.small_parameter(), 8)]
+    tables = [(tiles.table, tiles.parameter(), 8)]
     if wide_pairs:
-        tables.append((tiles.wide.table, tiles.wide_parameter(), wide_pairs))
+        tables.append((tiles.wide.table, tiles.parameter(wide=True), wide_pairs))
     for table, parameter, each in tables:
         assert_tiles(table.get(), order, flat, each, int(parameter["chunk_cost"]))
 

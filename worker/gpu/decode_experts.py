@@ -132,15 +132,14 @@ class ExpertTiles:
     wide: WideTiles | None
     max_shared: int
 
-    def small_parameter(self) -> np.ndarray[Any, Any]:
-        """A value of _TILES for `table`."""
-        return _tiles_parameter(self.order, self.table, _TILE_PAIRS, _CHUNK_COST)
-
-    def wide_parameter(self) -> np.ndarray[Any, Any]:
-        """A value of _TILES for `wide`; without it the address of the table is 0."""
-        if self.wide is None:
-            return np.zeros((), _TILES)
-        return _tiles_parameter(self.order, self.wide.table, self.wide.pairs, _MMA_CHUNK_COST)
+    def parameter(self, *, wide: bool = False) -> np.ndarray[Any, Any]:
+        """A value of _TILES for `table`, or for `wide`, whose address is 0 if there is none."""
+        table, pairs, chunk_cost = self.table, _TILE_PAIRS, _CHUNK_COST
+        if wide:
+            if self.wide is None:
+                return np.zeros((), _TILES)
+            table, pairs, chunk_cost = self.wide.table, self.wide.pairs, _MMA_CHUNK_COST
+        return np.array((address(self.order), address(table), len(table) - 1, pairs, chunk_cost), _TILES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +213,7 @@ def group_pairs(
     wide = WideTiles(table(wide_pairs), wide_pairs) if wide_pairs else None
     tiles = ExpertTiles(order, table(_TILE_PAIRS), active, wide, max_shared)
     sizes = (np.int32(pairs), np.int32(k), np.int32(experts))
-    args = (routes.experts, *sizes, _active(active), tiles.small_parameter(), tiles.wide_parameter())
+    args = (routes.experts, *sizes, _active(active), tiles.parameter(), tiles.parameter(wide=True))
     shared = 4 * (pairs + 2 * experts)
     kernels.get("group_pairs.cu", "group_pairs")((1,), (_GROUP_THREADS,), args, shared_mem=shared, pdl=True)
     return tiles
@@ -296,10 +295,10 @@ def _launch(
     gated = len(linears) > 1
     if tiles.wide is not None and _has_mma(linears, tiles.wide.mmas, tiles.max_shared):
         shared = _mma_bytes(first.weight.shape[-1] // Q8_BLOCK, tiles.wide.mmas)
-        kernel, args = kernels.get(*_mma_name(tiles.wide.mmas, gated=gated)), (product, tiles.wide_parameter())
+        kernel, args = kernels.get(*_mma_name(tiles.wide.mmas, gated=gated)), (product, tiles.parameter(wide=True))
         kernel((_MMA_BLOCKS,), (_MMA_THREADS,), args, shared_mem=shared, pdl=True)
     else:
-        kernel, args = kernels.get(*_product_name(first.weight.kind, gated=gated)), (product, tiles.small_parameter())
+        kernel, args = kernels.get(*_product_name(first.weight.kind, gated=gated)), (product, tiles.parameter())
         kernel((_GRID_BLOCKS,), (_THREADS,), args, shared_mem=_shared_bytes(linears), pdl=True)
 
 
@@ -334,11 +333,6 @@ def _shared_bytes(linears: Sequence[Linear]) -> int:
     units = int(linears[0].weight.shape[-1]) // Q8_BLOCK
     sums = 4 * _TILE_PAIRS * (2 * len(linears) * Q8_BLOCK + 2 * _THREADS)
     return sums + units * (16 * (2 * _TILE_PAIRS + 1) + 8 * (_TILE_PAIRS + 1))
-
-
-def _tiles_parameter(order: DeviceArray, table: DeviceArray, tile_pairs: int, chunk_cost: int) -> np.ndarray[Any, Any]:
-    """A value of _TILES."""
-    return np.array((address(order), address(table), len(table) - 1, tile_pairs, chunk_cost), _TILES)
 
 
 def _active(active: ActiveRows | None) -> np.ndarray[Any, Any]:
