@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny_models import make_tiny
 from worker.config import load_settings
@@ -15,7 +16,12 @@ from worker.text.template_process import TemplateProcess
 
 
 def pytest_configure() -> None:
-    """Restore SIGINT: a suite in the background ignores it, and so would child processes."""
+    """Restore SIGINT, which a suite in the background ignores, and so would child processes.
+
+    Examples of hypothesis have no time limit: on a loaded machine any of them may take a second.
+    """
+    settings.register_profile("tests", settings.get_profile(settings.get_current_profile_name()), deadline=None)
+    settings.load_profile("tests")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

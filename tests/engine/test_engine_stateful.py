@@ -23,7 +23,7 @@ BLOCKS, UNFIT = 14, 99
 TRUNK = list(range(60))
 PROMPTS = (TRUNK, [*TRUNK[:32], *range(60, 90)], [UNFIT, *range(40)])
 """The second begins like the first. No token can be drawn after the third."""
-MANY = settings(max_examples=120, stateful_step_count=40, deadline=None)
+MANY = settings(max_examples=120, stateful_step_count=40)
 
 
 class Batching(RuleBasedStateMachine):

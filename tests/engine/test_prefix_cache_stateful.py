@@ -99,5 +99,5 @@ class PrefixCache(RuleBasedStateMachine):
         assert all(batch.phase is Phase.DECODE or batch.positions[0] % KV_BLOCK == 0 for batch in self.runner.batches)
 
 
-PrefixCache.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PrefixCache.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestPrefixCache = PrefixCache.TestCase

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.gateway.recorded import call, text, thoughts
@@ -75,7 +75,6 @@ runs = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(runs, max_size=6))
 def test_parts_open_and_close_in_turn_and_deltas_join_to_their_text(lists):
     parts, changes = changes_of([token for tokens in lists for token in tokens])

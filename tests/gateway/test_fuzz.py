@@ -49,13 +49,13 @@ def check(request, body):
             parsed.echoes()
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(bodies(ChatRequest, messages=[{"role": "user", "content": "x"}]))
 def test_a_chat_is_served_or_refused(body):
     check(ChatRequest, body)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(bodies(CompletionRequest, prompt="x"))
 def test_a_completion_is_served_or_refused(body):
     check(CompletionRequest, body)

@@ -54,7 +54,7 @@ def check_job(fields):
         Job.parse({"job_id": "j", **fields})
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(bodies(ResponsesRequest, "input"))
 def test_a_response_is_served_or_refused(body):
     with contextlib.suppress(ApiError):
@@ -63,7 +63,7 @@ def test_a_response_is_served_or_refused(body):
         json.dumps(request.echo("m"))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(bodies(MessagesRequest, "messages"))
 def test_a_message_is_served_or_refused(body):
     with contextlib.suppress(ApiError):
@@ -72,7 +72,6 @@ def test_a_message_is_served_or_refused(body):
         check_job(request.job_fields())
 
 
-@settings(deadline=None)
 @given(
     st.one_of(
         st.binary(max_size=20),

@@ -91,7 +91,7 @@ def test_two_thousand_mutated_files_open_with_valid_values_or_are_refused(spot: 
     """Also in under a second each and with less than 4 MiB. What opens is what GGUFReader reads from it."""
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=2000, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=2000, derandomize=True, database=None)
     @given(data=mutated())
     def check(data: bytes) -> None:
         outcomes[check_one(data, spot)] += 1

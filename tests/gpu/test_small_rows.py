@@ -17,13 +17,14 @@ KV_BLOCKS, CONTEXT = 80, 64
 
 
 @pytest.fixture
-def poisoned(memory, monkeypatch):
+def poisoned(gpu, memory, monkeypatch):
     """Device memory that holds NaNs until it is written: a row that reads too much shows it."""
     reserve = memory.reserve
 
     def filled(nbytes, purpose):
         slab = reserve(nbytes, purpose)
         slab.array((slab.nbytes,), np.uint8).fill(POISON)
+        gpu.cuda.runtime.deviceSynchronize()  # uploads are on streams that do not wait for this one
         return slab
 
     monkeypatch.setattr(memory, "reserve", filled)

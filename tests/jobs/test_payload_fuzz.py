@@ -133,7 +133,7 @@ def packed(fields: dict[str, Any], as_json: bool) -> bytes:
         return json.dumps(fields).encode()
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(jobs(), st.booleans())
 def test_every_wrong_field_is_named_and_no_other(generated: tuple[dict[str, Any], set[str]], as_json: bool) -> None:
     fields, wrong = generated
@@ -161,7 +161,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     st.binary(max_size=200) | ANYTHING.map(msgpack.packb) | ANYTHING.map(repr).map(lambda text: b"{" + text.encode())
 )
@@ -171,7 +171,7 @@ def test_any_bytes_are_a_job_or_an_invalid_request(payload: bytes) -> None:
     check(payload)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(jobs(), st.booleans(), st.data())
 def test_a_damaged_payload_is_a_job_or_an_invalid_request(
     generated: tuple[dict[str, Any], set[str]], as_json: bool, data: st.DataObject

@@ -55,7 +55,7 @@ def payloads(draw):
     return draw(st.binary(max_size=60)) if form == "noise" else packed
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(payloads(), min_size=40, max_size=40))
 def test_a_worker_answers_every_payload(batch):
     asyncio.run(_answered([payload.replace(b"JOB-ID", f"J{n:05d}".encode()) for n, payload in enumerate(batch)]))

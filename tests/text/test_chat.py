@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.text.small import byte_level, pieces_of, sentencepiece, tokenizer_of
@@ -86,7 +86,6 @@ def test_the_template_s_clock_is_in_utc():
 FRAGMENTS = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<", "|>", "<|", "system", "\n", " ", "\ufdd0", "é", ">"]
 
 
-@settings(deadline=None)  # the first example starts the process that renders
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join))
 def test_special_tokens_in_content_are_plain_text_and_no_character_is_lost(content):
     ids = SMALL.encode_chat(user(content), now=NOW)

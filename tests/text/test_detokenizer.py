@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.text.small import HARMONY_NAMES, byte_level, tokenizer_of
@@ -26,7 +26,6 @@ def pushed_ids(tokenizer, ids, prompt_ids=(), tools=None, **options):
     return [tuple(detokenizer.push(token_id, last=at == len(ids) - 1)) for at, token_id in enumerate(ids)]
 
 
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 151935), max_size=40))
 def test_joined_text_of_any_ids_is_the_replace_decoding_of_their_bytes(qwen2, ids):
     joined = "".join(text for text, _, _ in pushed_ids(qwen2, ids))

@@ -205,7 +205,7 @@ def traced(source, c="", d=""):
     return template.trace(variables, template.render(untrace(variables)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(TEMPLATES, CONTENT, CONTENT)
 @example("{{ c.split('|_')|join('-') }}", "x|_|_y", "")
 @example("{{ c|replace('<s>', '') }}", "<|im_<s>end|>", "")

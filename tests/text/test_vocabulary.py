@@ -176,7 +176,7 @@ ANYTHING = st.one_of(
 WHOLE = {"byte_level": byte_level(), "sentencepiece": sentencepiece(chat_template="{{ messages }}")}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_mutated_metadata_either_works_or_raises_a_worker_error(kind, data):
     metadata = copy.deepcopy(WHOLE[kind])

@@ -179,7 +179,7 @@ FIELDS = [*WorkerRow.__dataclass_fields__, "last_errors", "started_ms", "heartbe
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES))
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 def test_any_status_is_read_and_shown(status: dict[str, str]) -> None:
     row = WorkerRow.of("w", status, 10**12, 0.0)
     assert row.running >= 0
@@ -189,7 +189,7 @@ def test_any_status_is_read_and_shown(status: dict[str, str]) -> None:
     assert isinstance(ErrorRow.all_of("w", status), list)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
 )
