@@ -211,8 +211,8 @@ def _tests(record: Sequence[Comparison], part: str) -> str:
 
 
 def results_of(folder: Path = RESULTS) -> list[Result]:
-    """The results of `worker bench` in the folder."""
-    return read(sorted(folder.glob("*.json")))
+    """The results of `worker bench` in the folder, and those of the architectures without goals."""
+    return read([*sorted(folder.glob("*.json")), *sorted((folder / "architectures").glob("*.json"))])
 
 
 def main() -> None:
