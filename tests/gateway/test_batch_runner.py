@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -280,6 +281,37 @@ async def test_an_unexpected_exception_fails_the_batch_and_is_logged_once_with_f
     assert logged["frames"][-1] == "ValueError"
     assert any(frame.endswith("in execute") for frame in logged["frames"])
     assert "secret prompt" not in log.getvalue()
+
+
+async def test_a_batch_that_fails_in_the_middle_has_the_results_so_far(stores):
+    async def execute(batch, line):
+        if line.line == 3:
+            raise ValueError("a defect")
+        return answer(line)
+
+    created = await stores.create(3)
+    async with running(stores, execute, settings=replace(FAST, concurrency=1)):
+        batch = await stores.ended(created)
+
+    assert (batch.status, batch.completed) == ("failed", 2)
+    assert [each["custom_id"] for each in await stores.lines(batch.output_file_id)] == ["c0", "c1"]
+    assert batch.error_file_id is None
+
+
+async def test_a_batch_fails_also_if_its_results_cannot_be_written(stores, monkeypatch):
+    async def execute(batch, line):
+        raise ValueError("a defect")
+
+    async def broken(*args, **kwargs):
+        raise TypeError("another defect")
+
+    created = await stores.create(1)
+    monkeypatch.setattr(stores.files, "write", broken)
+    async with running(stores, execute) as log:
+        batch = await stores.ended(created)
+
+    assert (batch.status, batch.output_file_id) == ("failed", None)
+    assert log.getvalue().count("batch_failed") == 2
 
 
 async def test_a_description_that_cannot_be_read_is_logged_with_frames(stores):

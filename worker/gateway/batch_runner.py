@@ -199,13 +199,13 @@ class BatchRunner:
             await self._write_files(batch)
         except (ApiError, EventsLost) as error:  # the input file has expired or was deleted
             batch.errors = [Mistake(None, "input_file_lost", str(error)).to_api()]
-            return await self._finish(batch, "failed")
+            return await self._fail(batch)
         except (Disconnected, WorkerError):
             raise  # a runner continues the batch when the server answers again
         except Exception as error:  # every further attempt would raise it too
             self._log.error("batch_failed", batch=batch_id, frames=frames_of(error))
             batch.errors = [Mistake(None, "internal_error", "internal error of the gateway").to_api()]
-            return await self._finish(batch, "failed")
+            return await self._fail(batch)
         current = await self._batches.read(batch_id) or batch
         if current.is_cancelling:
             return await self._finish(batch, "cancelled")
@@ -322,6 +322,17 @@ class BatchRunner:
         batch.status = status
         batch.times[f"{status}_at"] = int(time.time())
         await self._batches.save(batch)
+
+    async def _fail(self, batch: Batch) -> None:
+        """End a batch as failed, with files of the results so far if those can be written."""
+        try:
+            await self._batches.count_results(batch)
+            await self._write_files(batch)
+        except (Disconnected, WorkerError):
+            raise
+        except Exception as error:
+            self._log.error("batch_failed", batch=batch.id, frames=frames_of(error))
+        await self._finish(batch, "failed")
 
     async def _finish(self, batch: Batch, status: str) -> None:
         """Save the last status; the output files have the results."""
