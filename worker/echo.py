@@ -15,7 +15,7 @@ from worker.backend import MemoryUse
 from worker.engine import Engine, EngineSettings
 from worker.engine.kv_blocks import blocks_for
 from worker.errors import InvalidRequest
-from worker.model import Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
+from worker.model import Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart, StepWait
 from worker.ops import Ints
 from worker.runtime import LoadedModel, Progress
 from worker.sampling import Draw
@@ -37,7 +37,7 @@ class EchoRunner:
     Each step takes at least `step_s` seconds.
     """
 
-    computes_ahead = False
+    step_wait: StepWait | None = None
     drafts: DraftSupport | None = None
 
     def __init__(self, vocab_size: int, kv_blocks: int, step_s: float = 0.0, slots: int = 1) -> None:
@@ -74,7 +74,7 @@ class EchoRunner:
         echoed = map(self._draw if count is None else with_logprobs, prompt)
         return chain(map(self._draw, start.replay), echoed)
 
-    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+    def first_draws(self) -> list[SlotDraw]:
         return []  # `run` has returned all draws
 
     def extend(self, slot: int, block_table: Ints) -> None:

@@ -188,6 +188,13 @@ class DraftSupport:
         return min(size for size in self.step_times if size >= rows)
 
 
+class StepWait(NamedTuple):
+    """A wait for the device, by `time.monotonic`."""
+
+    began_at: float
+    ended_at: float
+
+
 class Runner(Protocol):
     """One device with one model: its KV storage, its ops of both phases and its sampler.
 
@@ -203,8 +210,10 @@ class Runner(Protocol):
     vocab_size: int
     kv_blocks: int
     slots: int
-    computes_ahead: bool
-    """Whether `run` returns while the device computes the newest decode step."""
+    step_wait: StepWait | None
+    """The wait of the last `run` for the draws of a decode step, if the device has another one to
+    compute and both were launched alone: without chunks, masks and draft tokens. Else None, and
+    always if the runner does not compute ahead."""
     drafts: DraftSupport | None
     """None: `propose` is not supported."""
 
@@ -215,7 +224,7 @@ class Runner(Protocol):
         which the next call returns; that step includes the slots that begin. It may leave the first
         draws of those slots to `first_draws`. Another runner computes the slots that ran before the
         call. So both return at most one draw of a slot, and one more for each draft token that was
-        accepted.
+        accepted, and for a first draw that `first_draws` was not called for.
 
         `on_launched` is called before the first wait for the device (on the CPU before the
         computation), possibly more than once, and not at all if the runner does not wait.
@@ -225,11 +234,11 @@ class Runner(Protocol):
             CudaError: The device is lost.
         """
 
-    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+    def first_draws(self) -> list[SlotDraw]:
         """Wait for the first draws that the last `run` has not returned, and return them.
 
         They are computed later than the others, whose readers need not wait for them. Without this
-        call the next `run` returns them. `on_launched` and exceptions are as of `run`.
+        call the next `run` waits for them before it launches anything. Raises as `run` does.
         """
 
     def extend(self, slot: int, block_table: Ints) -> None:

@@ -82,7 +82,7 @@ class LookaheadRunner(DigestRunner):
     """
 
     lookahead = 1
-    computes_ahead = True
+    step_wait = None
 
     def __init__(self, kv_blocks, vocab_size=100, slots=8):
         super().__init__(kv_blocks, vocab_size, slots)
@@ -95,7 +95,7 @@ class LookaheadRunner(DigestRunner):
         on_launched()
         return draws or self.first_draws()
 
-    def first_draws(self, on_launched=lambda: None):
+    def first_draws(self):
         draws, self._first = self._first, []
         return draws
 

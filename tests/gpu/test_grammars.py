@@ -12,7 +12,7 @@ from tests.engine.test_grammars import outcome
 from tests.gpu.chain import BLOCKS, BROKEN, CONTEXT, VOCABULARY, chain_runner
 from tests.grammars import DigestGrammar, FaultyGrammar, ListGrammar
 from tests.models import engine_of, ids, run
-from worker.engine import Sequence
+from worker.engine import FailedSequence, Sequence
 from worker.model import DraftSupport
 from worker.sampling import Sampling
 
@@ -125,6 +125,29 @@ def test_a_fault_of_one_matcher_ends_its_sequence_alone(fault, at, chain):
     assert engine.kv_blocks["used"] == 0
     again = Sequence("again", PROMPT, 12, Sampling(seed=2, grammar=DigestGrammar(BROKEN, 9)))
     assert outcome(engine, again)[0]["again"] == drawn["masked"], "the slot of the failed sequence is as before"
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_fault_at_a_first_token_ends_its_sequence_alone_also_if_that_is_aborted(followed, chain):
+    engine = engine_over(chain(2), 2)
+    beside = Sequence("beside", PROMPT, 20)
+    faulty = Sampling(grammar=FaultyGrammar(BROKEN, fault="accept", at=0))
+    engine.add(beside)
+    engine.step()
+    engine.step()
+    for abort in (True, False):
+        engine.add(Sequence("faulty", PROMPT, 9, faulty, replay=[5, 5, 5]))
+        engine.step()
+        found = engine.first_tokens()
+        assert {token.sequence_id for token in found} == {"faulty"}
+        assert isinstance(found[-1], FailedSequence)
+        if abort:
+            engine.abort("faulty")
+        if followed:
+            engine.add(Sequence("next", PROMPT, 3))
+        drawn = [token for _ in range(4) for token in engine.step()]
+        assert {token.sequence_id for token in drawn} == {"beside", *(["next"] if followed else [])}
+        assert not any(isinstance(token, FailedSequence) for token in drawn)
 
 
 def test_replayed_ids_that_the_grammar_refuses_end_the_sequence(chain):

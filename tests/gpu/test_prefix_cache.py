@@ -34,7 +34,7 @@ class Observed:
     def __init__(self, runner):
         self.vocab_size, self.kv_blocks, self.slots = runner.vocab_size, runner.kv_blocks, runner.slots
         self.extend, self.stop, self.reset = runner.extend, runner.stop, runner.reset
-        self.first_draws, self.computes_ahead = runner.first_draws, runner.computes_ahead
+        self.first_draws, self.step_wait = runner.first_draws, None
         self.prefilled, self.table, self.logits = 0, None, []
         self._runner = runner
 

@@ -69,7 +69,7 @@ class ScriptedRunner:
         self, runner: Any, script: Callable[[int], None], launch: Callable[[int], None] = lambda step: None
     ) -> None:
         self.vocab_size, self.kv_blocks, self.slots = runner.vocab_size, runner.kv_blocks, runner.slots
-        self.computes_ahead = runner.computes_ahead
+        self.step_wait = None
         self.steps = 0
         self._runner, self._script, self._launch = with_own_slots(runner), script, launch
         self.stop, self.extend, self.reset = self._runner.stop, self._runner.extend, self._runner.reset

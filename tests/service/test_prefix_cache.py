@@ -20,7 +20,7 @@ class CountingRunner:
     def __init__(self, runner):
         self.vocab_size, self.kv_blocks, self.slots, self.prefilled = runner.vocab_size, runner.kv_blocks, 1, 0
         self.stop, self.extend, self.reset = runner.stop, runner.extend, runner.reset
-        self.first_draws, self.computes_ahead = runner.first_draws, runner.computes_ahead
+        self.first_draws, self.step_wait = runner.first_draws, None
         self._runner = runner
 
     def run(self, chunks, on_launched):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.errors import InvalidRequest
-from worker.model import MAX_DRAFT_ROWS, Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart
+from worker.model import MAX_DRAFT_ROWS, Chunk, DraftSupport, OnLaunched, SlotDraw, SlotStart, StepWait
 from worker.ops import Batch, Ints, Phase
 from worker.sampling import Draw, DrawRequest
 from worker.token_masks import SlotMask, SlotMasks
@@ -85,7 +85,7 @@ class HostSlots:
     the slots that generated before it.
     """
 
-    computes_ahead = False
+    step_wait: StepWait | None = None
 
     def __init__(self, slots: int, compute: Compute, masks: SlotMasks) -> None:
         self.slots = slots
@@ -101,7 +101,7 @@ class HostSlots:
         draws = [draw for chunk in chunks for draw in self._prefill(chunk)]
         return draws + self._decode(generating) if generating else draws
 
-    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
+    def first_draws(self) -> list[SlotDraw]:
         return []  # `run` has returned all draws
 
     def extend(self, slot: int, block_table: Ints) -> None:

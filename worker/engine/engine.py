@@ -18,7 +18,7 @@ from worker.engine.scheduler import EngineSettings, Scheduler, Step
 from worker.engine.sequence import NO_SLOT, Sequence
 from worker.engine.speculation import Speculation
 from worker.errors import Internal, InvalidRequest, VramOom
-from worker.model import OnLaunched, Runner, SlotDraw
+from worker.model import OnLaunched, Runner, SlotDraw, StepWait
 from worker.ops import KV_BLOCK
 from worker.sampling import Draw, EngineFinishReason
 
@@ -90,9 +90,14 @@ class Engine:
         return self._scheduler.idle
 
     @property
-    def may_wait(self) -> bool:
-        """Whether the next step may be delayed for arriving prompts: the device has work."""
-        return self._runner.computes_ahead and self._scheduler.has_room
+    def has_room(self) -> bool:
+        """Whether an added sequence may start in the next step, which has no chunk yet."""
+        return self._scheduler.has_room
+
+    @property
+    def step_wait(self) -> StepWait | None:
+        """See `Runner.step_wait`."""
+        return self._runner.step_wait
 
     def add(self, sequence: Sequence, *, paused: bool = False) -> int:
         """Queue a sequence, or keep it paused until `resume`; returns its cached prompt tokens.
@@ -126,14 +131,14 @@ class Engine:
         """Compute chunks of prompts within the prefill budget, and a token of each other sequence.
 
         One token of a sequence is returned, and one more for each accepted draft token. For
-        `on_launched` see `Runner.run`. A step after one that has completed prompts may only return
-        their first tokens, which the device computes after the other tokens of that step.
+        `on_launched` see `Runner.run`. After a step that completed prompts, the next one may return
+        their first tokens only: see `first_tokens`.
 
         Raises what the runner raises. The running sequences wait again then, to be computed anew:
         no token is lost or returned twice. Unless memory was short, the prefix cache is emptied.
         """
-        if first := self._guarded(partial(self._runner.first_draws, on_launched)):
-            return self._commit(first)
+        if first := self.first_tokens():
+            return first
         step = self._scheduler.schedule()
         if step is None:
             return []
@@ -148,6 +153,13 @@ class Engine:
         tokens = self._commit(draws)
         speculation.count(returned)
         return tokens
+
+    def first_tokens(self) -> list[DrawnToken | FailedSequence]:
+        """Wait for the first tokens of the prompts that the last step has completed.
+
+        If this is not called, `step` returns them alone. Raises as `step` does.
+        """
+        return self._commit(self._guarded(self._runner.first_draws))
 
     def _run(self, step: Step, drafts: Iterable[tuple[int, list[int]]], on_launched: OnLaunched) -> list[SlotDraw]:
         runner = self._runner

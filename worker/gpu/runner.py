@@ -44,6 +44,7 @@ from worker.model import (
     OnLaunched,
     SlotDraw,
     SlotStart,
+    StepWait,
 )
 from worker.ops import KV_BLOCK, Batch, Ints, Phase
 from worker.sampling import DrawRequest
@@ -118,8 +119,6 @@ class _LaunchedStep:
 class GpuRunner:
     """`worker.model.Runner` on one NVIDIA GPU."""
 
-    computes_ahead = True
-
     def __init__(
         self,
         model: Model,
@@ -143,6 +142,9 @@ class GpuRunner:
         self._slots = Slots(settings.slots)
         self._lookahead: Launch | None = None
         self._first_draws_due: list[Launch] = []
+        self._launched_alone = False
+        """Whether the last call has launched a decode step and nothing else."""
+        self.step_wait: StepWait | None = None
         device = cupy.cuda.Device().attributes
         processors, self._max_shared = device["MultiProcessorCount"], device["MaxSharedMemoryPerBlockOptin"]
         blocks = min(settings.kv_blocks, -(-settings.context // KV_BLOCK))
@@ -181,7 +183,7 @@ class GpuRunner:
             self._stream.synchronize()
 
     def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
-        draws = self.first_draws(on_launched)
+        draws = self.first_draws()
         with device_errors(), self._stream:
             if chunks:
                 self._chunk.wait()  # the host is at most one call ahead: a cancellation waits for no more
@@ -204,19 +206,21 @@ class GpuRunner:
                 self._first_draws_due = first_draws
             else:
                 launches += first_draws
+            alone = step is not None and not (chunks or drafts or masked)
+            was_alone, self._launched_alone = self._launched_alone, alone
+            self.step_wait = launches[0].timed_wait() if launches and alone and was_alone else None
             draws += self._read(launches)
             if step is not None and masked:
                 self._draw_masked(step)
                 self._lookahead = self._download(step)
             return draws + self._slots.take_failed()
 
-    def first_draws(self, on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
-        if not self._first_draws_due:
-            return []
-        on_launched()
+    def first_draws(self) -> list[SlotDraw]:
         launches, self._first_draws_due = self._first_draws_due, []
+        if not launches:
+            return []
         with device_errors(), self._stream:
-            return self._read(launches)
+            return self._read(launches) + self._slots.take_failed()
 
     def extend(self, slot: int, block_table: Ints) -> None:
         if self._slots.extend(slot, block_table):
@@ -232,6 +236,7 @@ class GpuRunner:
     def reset(self) -> None:
         self._slots.clear()
         self._lookahead, self._first_draws_due = None, []
+        self._launched_alone, self.step_wait = False, None
 
     def logits(self, batch: Batch) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The model's logits [R, V] f32, for comparisons; stops all slots."""

@@ -7,6 +7,7 @@ so many steps earlier. The end of a sequence is decided on the device (`kernels/
 from the draws, by the caller. Next: `runner.py`.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from worker.errors import InvalidRequest
 from worker.gpu.sampler import DRAWN, INACTIVE
-from worker.model import SlotDraw, SlotStart
+from worker.model import SlotDraw, SlotStart, StepWait
 from worker.ops import KV_BLOCK, Ints
 from worker.sampling import Draw
 from worker.token_masks import SlotMask
@@ -85,6 +86,12 @@ class Launch:
     drafts: tuple[Sequence[int], ...] = ()
     """The draft tokens of each of `rows`, in rows after it; empty if there are none at all."""
 
+    def timed_wait(self) -> StepWait:
+        """Wait for the copy; return the times of the wait."""
+        began_at = time.monotonic()
+        self.event.synchronize()
+        return StepWait(began_at, time.monotonic())
+
     def wait(self) -> np.ndarray[Any, Any]:
         """Wait for the copy and return the draws: at least one DRAWN for each of `rows`."""
         self.event.synchronize()
@@ -148,6 +155,7 @@ class Slots:
         """End generation in a slot; its draws that are not read yet are dropped. Idempotent."""
         generation = self._generations.pop(slot, None)
         self._drafts.pop(slot, None)
+        self._failed = [each for each in self._failed if each.slot != slot]
         if generation is not None:
             generation.live = False
             self._changed()

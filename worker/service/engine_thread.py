@@ -191,12 +191,11 @@ class EngineThread:
 
     def _delay_s(self, engine: Engine) -> float:
         """For how long to wait for work before the next step."""
-        return max(0.0, self._pacing.due_at - time.monotonic()) if engine.may_wait else 0.0
+        return max(0.0, self._pacing.due_at - time.monotonic()) if engine.has_room else 0.0
 
     def _step(self, engine: Engine) -> None:
-        self._pacing.began(time.monotonic())
         try:
-            tokens = engine.step(self._launched)
+            tokens = engine.first_tokens() or self._launch_step(engine)
         except BaseException as raised:
             error = as_exception(raised)
             # No started sequence can continue; each is aborted before its inbox gets the error.
@@ -207,12 +206,16 @@ class EngineThread:
                 inbox.fail(error)
             self._wake([inbox for _, inbox in failed])
             return
+        self.steps += 1
+        self._distribute(tokens, time.monotonic())
+
+    def _launch_step(self, engine: Engine) -> list[DrawnToken | FailedSequence]:
+        began_at = time.monotonic()
+        try:
+            return engine.step(self._run_launch_callbacks)
         finally:
             self._run_launch_callbacks()  # the step launched nothing, or failed before it launched
-        self.steps += 1
-        at = time.monotonic()
-        self._pacing.ended(at)
-        self._distribute(tokens, at)
+            self._pacing.stepped(began_at, engine.step_wait)
 
     def _distribute(self, tokens: Iterable[DrawnToken | FailedSequence], at: float) -> None:
         """Put what a step has drawn into the inboxes."""
@@ -250,11 +253,6 @@ class EngineThread:
             woken[self._woken.popleft()] = None
         for inbox in woken:
             inbox.wake()
-
-    def _launched(self) -> None:
-        """Called when a step begins to wait for the device."""
-        self._run_launch_callbacks()
-        self._pacing.launched(time.monotonic())
 
     def _run_launch_callbacks(self) -> None:
         while self._launch_callbacks:
