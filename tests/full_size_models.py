@@ -96,10 +96,16 @@ FULL_SIZE: dict[str, TinyShape] = {
 
 
 def make_full_size(name: str, path: Path, *, layers: int | None = None, seed: int = 0) -> Path:
-    """Write the model `FULL_SIZE[name]`, or its first `layers` layers, and return the file's path."""
+    """Write the model `FULL_SIZE[name]`, or its first `layers` layers, and return the file's path.
+
+    Raises ValueError for a number of layers that the model does not have.
+    """
     shape = FULL_SIZE[name]
     kind_of = q4_k_m(shape)
-    shape = replace(shape, layers=min(layers or shape.layers, shape.layers))
+    layers = shape.layers if layers is None else layers
+    if not 1 <= layers <= shape.layers:
+        raise ValueError(f"{name}: {layers} layers; expected 1 to {shape.layers}")
+    shape = replace(shape, layers=layers)
     return write_model(path, shape, f"random {name}", LlamaFileType.MOSTLY_Q4_K_M, kind_of, seed)
 
 
@@ -125,7 +131,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="write only the first N layers")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    make_full_size(chosen.model, chosen.path, layers=chosen.layers, seed=chosen.seed)
+    try:
+        make_full_size(chosen.model, chosen.path, layers=chosen.layers, seed=chosen.seed)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
