@@ -46,7 +46,10 @@ OPS = (
 )
 PARTS = {
     "ops": OPS,
-    "models": ("runner", "slots", "drafts", "grammars", "random_jobs", "smollm2", "determinism", "prefix_cache"),
+    "models": (
+        *("runner", "slots", "drafts", "grammars", "random_jobs", "smollm2", "determinism", "prefix_cache"),
+        "gpu_products",
+    ),
     "full": ("full_size", "full_logits", "full_worker"),
     "faults": ("faults", "memory_baseline", "worker_faults", "context"),
     "sanitize": OPS,

@@ -31,6 +31,7 @@ CHOSEN = {
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",
+    "gpu_products": "",
     "grammars": "(fault_of and 1) or fault_at or multiple or second_draw or end_token or log_prob or not_finite",
 }
 """Files, and the expression for `pytest -k`; an empty one selects all tests."""

@@ -165,7 +165,7 @@ class Bench:
         return Result(
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             version=__version__,
-            commit=_commit(),
+            commit=checkout_commit(),
             machine=_machine(self.backend),
             model=model,
             bandwidth_gb_s=bandwidth.gb_s,
@@ -328,7 +328,7 @@ def _read_bandwidth(backend: Backend, engine: EngineSection, nbytes: int) -> Ban
     return Bandwidth(*cpu.read_seconds(nbytes, RUNS))
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
     """Return the commit of the checkout of this file; None if it is an installed package."""
     git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
     if _first_line(*git, "ls-files", "--error-unmatch", here) is None:

@@ -4,7 +4,7 @@
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Figure:
     at: int | str
     """Tokens of context or of the prompt, or the name of what was varied."""
     unit: str
-    """tokens/s, ms or s."""
+    """tokens/s, s, ms or µs."""
     median: float
     low: float
     """Minimum of the runs; `high` is the maximum."""
@@ -57,6 +57,10 @@ class Figure:
         """Throughput: the speed as a share of that at the floor."""
         assert self.floor is not None, "only throughput has a floor"
         return 100 * self.median / self.floor
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are not None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +132,12 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """Nested dicts and lists; fields of a figure that are None are left out."""
-        return asdict(self) | {
-            "figures": {
-                name: [{key: value for key, value in asdict(figure).items() if value is not None} for figure in figures]
-                for name, figures in self.figures.items()
-            }
-        }
+        return asdict(self) | {"figures": figures_to_json(self.figures)}
+
+
+def figures_to_json(figures: Mapping[str, Sequence[Figure]]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of each measurement, without the fields that are None."""
+    return {name: [each.to_json() for each in group] for name, group in figures.items()}
 
 
 def number(value: float) -> str:
