@@ -3,19 +3,29 @@
     python -m benchmarks.models_report [--into docs/models.md]
 
 The rows are the registry of adapters, the tensor types and the pre-tokenizers of the code; the
-differences are those that `python -m tests.comparisons` has recorded, the speeds those of
-`worker bench` in `benchmarks/results/`. Without --into the tables are printed.
+differences are those that `python -m tests.comparisons` has recorded, the speeds of types those of
+`python -m benchmarks.gpu_products`, and those of files those of `worker bench`, all in
+`benchmarks/results/`. Without --into the tables are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.recorded import at, read
+from benchmarks.recorded import (
+    DECODE_ROWS,
+    PREFILL_ROWS,
+    RESULTS,
+    ProductSpeeds,
+    at,
+    read,
+    read_products,
+    read_rows,
+    write_rows,
+)
 from benchmarks.report import LONG, MIDDLE, NONE, SHORT, put_into, table
 from worker.adapters import ADAPTERS
 from worker.bench.result import Figure, Result, number
@@ -23,9 +33,7 @@ from worker.gpu.layouts import plane_bytes
 from worker.quants import QUANT_TYPES, QuantType
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
-RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "models" / "comparisons.json"
-SCHEMA = 1
 PART = "models"
 """The name of the marked part of the page."""
 ARCHITECTURE, TYPE, TOKENIZER = "architecture", "type", "pre-tokenizer"
@@ -69,26 +77,19 @@ class Comparison:
 
 def read_record(path: Path = RECORD) -> list[Comparison]:
     """The recorded comparisons. Exits with one sentence if the file has none."""
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        if fields["schema"] != SCHEMA:
-            raise SystemExit(f"{path}: schema {fields['schema']}; expected {SCHEMA}: measure again")
-        return [Comparison(**each) for each in fields["comparisons"]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SystemExit(f"{path}: {error}; expected what `python -m tests.comparisons` writes") from None
+    return read_rows(path, "comparisons", lambda each: Comparison(**each), "tests.comparisons")
 
 
 def write_record(path: Path, comparisons: Iterable[Comparison], date: str) -> None:
     """Write comparisons, the last one of each key; those without a date get this one."""
     by_key = {each.key: each if each.date else replace(each, date=date) for each in comparisons}
-    lines = (f"  {json.dumps(asdict(by_key[key]))}" for key in sorted(by_key))
-    text = ",\n".join(lines)
-    path.write_text(f'{{"schema": {SCHEMA}, "comparisons": [\n{text}\n]}}\n', "utf-8")
+    write_rows(path, "comparisons", (asdict(by_key[key]) for key in sorted(by_key)))
 
 
-def report(record: Sequence[Comparison], results: Sequence[Result]) -> str:
+def report(record: Sequence[Comparison], results: Sequence[Result], products: Sequence[ProductSpeeds] = ()) -> str:
     """Return all tables of the page."""
-    return "\n\n".join((_architectures(record), _types(record), _tokenizers(record), _speeds(results)))
+    parts = (_architectures(record), _types(record), _products(products), _tokenizers(record), _speeds(results))
+    return "\n\n".join(parts)
 
 
 def _architectures(record: Sequence[Comparison]) -> str:
@@ -109,11 +110,36 @@ def _types(record: Sequence[Comparison]) -> str:
     rows = []
     for kind in QUANT_TYPES:
         here = [each for each in record if (each.part, each.name) == (TYPE, kind.name)]
-        on_gpu = 8 * sum(plane_bytes(kind, _ELEMENTS)) / _ELEMENTS
-        bits = (f"{_bits(kind):.4g}", f"{on_gpu:.4g}")
+        bits = (f"{_bits(kind):.4g}", f"{_bits_on_gpu(kind):.4g}")
         rows.append((f"`{kind.name}`", *bits, *(_of(here, each) for each in (AS_F32, LLAMA_CPP)), *_gpu(here)))
     heads = ("type", "bits a weight", "on a GPU", "CPU against llama.cpp, weights as F32", "as they are", *_GPU_HEADS)
     return f"## Tensor types\n\n{table(heads, rows, left=1)}\n\n{_tests(record, TYPE)}"
+
+
+def _products(products: Sequence[ProductSpeeds]) -> str:
+    rows: list[Sequence[str]] = []
+    for kind in QUANT_TYPES:
+        measured = [each for each in products if each.type == kind.name]
+        title, on_gpu = f"`{kind.name}`", f"{_bits_on_gpu(kind):.4g}"
+        rows += [(title if row == 0 else "", on_gpu, *_speed(each)) for row, each in enumerate(measured)]
+        if not measured:
+            rows.append((title, on_gpu, NOT_MEASURED, *[""] * 9))
+    heads = ("type", "bits a weight on a GPU", "matrix", "MB", "decode of 1 row, µs", "GB/s", "of bandwidth",
+             *(f"{tokens} rows, µs" for tokens in DECODE_ROWS[1:]), f"prefill of {PREFILL_ROWS:,}, TFLOP/s",
+             "device", "commit")  # fmt: skip
+    return f"## Speed of tensor types\n\n{table(heads, rows, left=1)}"
+
+
+def _speed(each: ProductSpeeds) -> list[str]:
+    """Matrix, bytes, speeds, device and commit."""
+    one, *others = (at(each, DECODE, tokens) for tokens in DECODE_ROWS)
+    prefill = at(each, PREFILL, PREFILL_ROWS)
+    read_by_one = [NONE] * 4
+    if one is not None:
+        read_by_one = [f"{one.bytes / 1e6:.1f}", number(one.median), f"{one.gb_s:,.0f}", f"{one.percent:.0f} %"]
+    times = [NONE if figure is None else number(figure.median) for figure in others]
+    rate = NONE if prefill is None or prefill.tflops is None else number(prefill.tflops)
+    return [f"{each.rows:,} × {each.cols:,}", *read_by_one, *times, rate, each.device, each.commit or NONE]
 
 
 def _tokenizers(record: Sequence[Comparison]) -> str:
@@ -196,6 +222,11 @@ def _bits(kind: QuantType) -> float:
     return 8 * kind.block_bytes / kind.block_size
 
 
+def _bits_on_gpu(kind: QuantType) -> float:
+    """Bits of a weight in the layout of VRAM."""
+    return 8 * sum(plane_bytes(kind, _ELEMENTS)) / _ELEMENTS
+
+
 def _tests(record: Sequence[Comparison], part: str) -> str:
     """The tests of a part: what they compare, and the names of architectures."""
     tests: dict[tuple[str, str], dict[str, None]] = {}
@@ -219,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, metavar="PAGE", help="write into this page instead of stdout")
     chosen = parser.parse_args()
-    text = report(read_record(), results_of())
+    text = report(read_record(), results_of(), read_products())
     if chosen.into:
         put_into(chosen.into, text, PART)
     else:

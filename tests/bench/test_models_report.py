@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_products
 from benchmarks.models_report import (
     ARCHITECTURE,
     AS_F32,
@@ -25,9 +28,11 @@ from benchmarks.models_report import (
     results_of,
     write_record,
 )
+from benchmarks.recorded import ProductSpeeds, read_products, write_products
 from tests.adapters.test_gemma3 import F16_BOUND
 from tests.tiny_models import TINY
 from worker.adapters import ADAPTERS
+from worker.bench.result import Bandwidth
 from worker.quants import QUANT_TYPES
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -48,7 +53,9 @@ def names(record, part, device=CPU):
 def test_the_page_is_what_the_record_and_the_code_give(record):
     marked = re.search(r"<!-- models: begin -->\n\n(.*)\n\n<!-- models: end -->", PAGE.read_text("utf-8"), re.DOTALL)
     assert marked, "no marks"
-    assert marked[1] == report(record, results_of()), "run `python -m benchmarks.models_report --into docs/models.md`"
+    assert marked[1] == report(record, results_of(), read_products()), (
+        "run `python -m benchmarks.models_report --into docs/models.md`"
+    )
 
 
 def test_everything_that_the_code_has_was_compared_on_the_cpu(record):
@@ -66,6 +73,7 @@ def test_the_record_has_nothing_that_the_code_has_not(record):
     assert names(record, ARCHITECTURE) <= set(ADAPTERS)
     assert names(record, TYPE) <= {kind.name for kind in QUANT_TYPES}
     assert names(record, TOKENIZER) <= set(PRE_TOKENIZERS)
+    assert {each.type for each in read_products()} <= {kind.name for kind in QUANT_TYPES}
 
 
 def test_recorded_differences_are_within_the_bounds_of_the_tests(record):
@@ -109,9 +117,9 @@ def test_a_row_has_the_largest_difference_of_its_reference():
 
 def test_figures_of_a_card_replace_those_of_the_emulator():
     found = [some(TYPE, "Q8_0", device, phase, 1e-3) for device in (EMULATOR, "Card") for phase in (PREFILL, DECODE)]
-    (row,) = rows_of(report(found, []), "`Q8_0`")
+    row, _ = rows_of(report(found, []), "`Q8_0`")
     assert row.endswith("| 1.0e-03 | 1.0e-03 | Card |")
-    (row,) = rows_of(report(found[:2], []), "`Q8_0`")
+    row, _ = rows_of(report(found[:2], []), "`Q8_0`")
     assert row.endswith("| emulator |")
 
 
@@ -145,6 +153,63 @@ def test_a_speed_of_prefill_and_a_start_are_those_of_the_recorded_result():
     assert row.split(" | ")[3:7] == ["–", "–", "1,000 of 2,500", "1.23"]
 
 
+def speeds(name, device="Card", us=20.0, **fields):
+    """Of a matrix of 36 MB, with a read bandwidth of 3,000 GB/s."""
+
+    def figure(tokens, seconds, **more):
+        return Bandwidth(3000, [1e-9]).figure(tokens, "µs", lambda each: 1e6 * each, [seconds], 36_000_000, **more)
+
+    figures = {
+        "decode": [figure(1, us / 1e6), figure(8, 1.5 * us / 1e6), figure(64, 3 * us / 1e6)],
+        "prefill": [figure(1024, 2e-4, tflops=600.4)],
+    }
+    known = {"rows": 16000, "cols": 4096, "date": "2026-12-01", "commit": "c0ffee", "bandwidth_gb_s": 3000.0}
+    return ProductSpeeds(type=name, device=device, figures=figures, **known | fields)
+
+
+def speed_rows(products):
+    """The table of speeds by type, without its head."""
+    part = report([], [], products).partition("## Speed of tensor types")[2].partition("##")[0]
+    return part.strip().splitlines()[2:]
+
+
+def test_the_speeds_of_a_type_are_beside_its_bytes_on_the_gpu():
+    rows = speed_rows([speeds("IQ2_S"), speeds("IQ2_S", "Other", us=40.0, commit=None)])
+    at = next(i for i, row in enumerate(rows) if row.startswith("| `IQ2_S` "))
+    matrix, batches = "3.312 | 16,000 × 4,096 | 36.0", "30 | 60 | 600"
+    assert rows[at] == f"| `IQ2_S` | {matrix} | 20 | 1,800 | 60 % | {batches} | Card | c0ffee |"
+    assert rows[at + 1] == f"|  | {matrix} | 40 | 900 | 30 % | 60 | 120 | 600 | Other | – |"
+    assert len(rows) == len(QUANT_TYPES) + 1
+    assert sum(NOT_MEASURED in row for row in rows) == len(QUANT_TYPES) - 1
+
+
+def test_every_row_of_speeds_has_a_cell_for_each_head():
+    text = report([], [], [speeds("F16")]).partition("## Speed of tensor types")[2].partition("##")[0]
+    assert len({line.count("|") for line in text.strip().splitlines()}) == 1
+
+
+def test_speeds_replace_the_recorded_ones_of_their_key(tmp_path):
+    path = tmp_path / "products.json"
+    assert read_products(path) == []
+    write_products(path, [speeds("F16"), speeds("F16", "Other"), speeds("F16", rows=9), speeds("F16", us=50.0)])
+    assert read_products(path) == [speeds("F16", us=50.0), speeds("F16", rows=9), speeds("F16", "Other")]
+
+
+def test_a_measurement_without_a_gpu_ends_with_one_sentence(monkeypatch):
+    monkeypatch.setattr(gpu_products, "why_no_gpu", lambda: "CuPy is not installed here")
+    monkeypatch.setattr("sys.argv", ["gpu_products", "--only", "F16"])
+    with pytest.raises(SystemExit, match=r"^the speed of products needs a GPU: CuPy is not installed here$"):
+        gpu_products.main()
+
+
+@pytest.mark.parametrize("shape", [("0", "256"), ("64", "100")])
+def test_a_measurement_of_a_shape_that_a_type_cannot_have_is_refused(shape):
+    command = [sys.executable, "-m", "benchmarks.gpu_products", "--shape", *shape]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"--shape {' '.join(shape)}: expected rows, and columns that are a multiple of 256" in done.stderr
+
+
 def test_a_comparison_replaces_the_recorded_one_of_its_key(tmp_path):
     path = tmp_path / "models.json"
     old, other = some(TYPE, "F32", CPU, LLAMA_CPP, 0.5), some(TYPE, "F16", CPU, LLAMA_CPP, 0.25)
@@ -159,5 +224,6 @@ def test_a_comparison_replaces_the_recorded_one_of_its_key(tmp_path):
 def test_another_file_ends_the_report_with_one_sentence(content, tmp_path):
     path = tmp_path / "models.json"
     path.write_text(content)
-    with pytest.raises(SystemExit, match="expected"):
-        read_record(path)
+    for each in (read_record, read_products):
+        with pytest.raises(SystemExit, match="expected"):
+            each(path)
