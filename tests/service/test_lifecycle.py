@@ -17,7 +17,7 @@ from worker.errors import ConfigInvalid, InsufficientVram
 from worker.jobs.streams import Disconnected
 from worker.service.health import StatusServer, json_page
 
-SECRET = "the quick brown zebra"
+SECRET = "quokka umber zebra"
 
 
 async def wait_until_status(worker, path, status):
