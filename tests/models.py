@@ -40,8 +40,15 @@ def cpu_runner(
         with uploader(file) as upload:
             model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         hp = read_hparams(file)
-    cache = KvCache(hp, blocks_for(context) if kv_blocks is None else kv_blocks, kv_dtype)
+    layers = (layer.attention for layer in model.layers)
+    cache = KvCache(layers, blocks_for(context) if kv_blocks is None else kv_blocks, kv_dtype)
     return CpuRunner(model, cache, Sampler(hp.vocab_size, padding_ids, end_ids), slots)
+
+
+def fill_cache(runner: CpuRunner, value: float = np.nan) -> None:
+    """Set all keys and values, by default to what no result may depend on."""
+    for each in (*runner.cache.k, *runner.cache.v):
+        each.fill(value)
 
 
 def prefill(

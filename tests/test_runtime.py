@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from worker import runtime
+from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.config import EngineSection, ModelSection
 from worker.engine.kv_blocks import blocks_for
@@ -16,6 +17,7 @@ from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.gpu.backend import GpuBackend
 from worker.gpu.numerics import numerics
+from worker.model import ModelOptions
 from worker.ops import KV_BLOCK
 
 
@@ -157,10 +159,20 @@ def test_the_gpus_numerics_name_the_card_the_compiler_and_the_kernels():
     assert runtime.numerics_id(numerics("sm_80", "12.9")) != runtime.numerics_id(facts)
 
 
-@pytest.mark.parametrize("change", [{"head_dim": 32}, {"expert_count": 512}, {"expert_used_count": 17}])
-def test_the_gpu_refuses_shapes_without_a_kernel_before_a_weight_is_read(change, tiny):
+@pytest.mark.parametrize("change", [{"expert_count": 512}, {"expert_used_count": 17}])
+def test_the_gpu_refuses_experts_without_a_kernel_before_a_weight_is_read(change, tiny):
     with GgufFile.open(tiny("gpt-oss")) as file:
-        hparams = read_hparams(file)
-    GpuBackend.check(None, hparams)
+        hparams, (model, _) = read_hparams(file), bind(file, ModelOptions(512))
+    GpuBackend.check(None, model, hparams)
     with pytest.raises(ModelLoadFailed, match="the GPU's"):
-        GpuBackend.check(None, replace(hparams, **change))
+        GpuBackend.check(None, model, replace(hparams, **change))
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 32}, {"head_dim": 128}, {"n_kv_heads": 4}])
+def test_the_gpu_refuses_attention_without_a_kernel_and_layers_of_several_shapes(change, tiny):
+    with GgufFile.open(tiny("gpt-oss")) as file:
+        hparams, (model, _) = read_hparams(file), bind(file, ModelOptions(512))
+    last = model.layers[-1]
+    model.layers[-1] = replace(last, attention=replace(last.attention, **change))
+    with pytest.raises(ModelLoadFailed, match="the GPU's"):
+        GpuBackend.check(None, model, hparams)

@@ -18,7 +18,7 @@ import numpy as np
 from worker.errors import InsufficientVram
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model, ModelOptions, Runner
-from worker.ops import KV_BLOCK, QTensor
+from worker.ops import KV_BLOCK, Attention, QTensor
 
 
 class Upload(Protocol):
@@ -51,8 +51,8 @@ class Plan:
 
     hparams: Hparams
     options: ModelOptions
-    windows: tuple[int, ...]
-    """Sliding window of each layer, in tokens; 0 is none."""
+    attention: tuple[Attention, ...]
+    """Attention of each layer, without its weights."""
     choices: Mapping[str, str]
     """See `Model.choices`."""
     weights: tuple[TensorInfo, ...]
@@ -104,15 +104,15 @@ class Backend(Device, Protocol):
     kv_share: float
     """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
 
-    def check(self, hp: Hparams) -> None:
-        """Raise ModelLoadFailed for hyper-parameters that the device has no kernels for."""
+    def check(self, model: Model, hp: Hparams) -> None:
+        """Raise ModelLoadFailed for a model that the device has no kernels for."""
         ...
 
     def weight_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor on the device. Raises ModelLoadFailed for an unsupported shape."""
         ...
 
-    def kv_bytes_per_token(self, hp: Hparams) -> int:
+    def kv_bytes_per_token(self, model: Model) -> int:
         """Bytes of one token's K and V over all layers."""
         ...
 

@@ -5,7 +5,7 @@ with one model on it (`worker/cpu/runner.py`, `worker/gpu/runner.py`; `worker/ec
 model). Next: `worker/ops.py` for the shapes, `worker/engine/engine.py` for the caller.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -67,10 +67,6 @@ class Hparams:
         """Hk·D, the width of all KV heads."""
         return self.head_count_kv * self.head_dim
 
-    def kv_bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes of one token's K and V over all layers."""
-        return 2 * self.block_count * self.kv_width * element_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
@@ -103,6 +99,11 @@ class Model(Protocol):
 
     def forward(self, ops: Ops, batch: Batch) -> Array:
         """Logits [R, V] f32 of the batch's `logit_rows`; the ops write the KV cache."""
+
+
+def kv_bytes_per_token(layers: Iterable[Attention], element_bytes: int) -> int:
+    """Bytes of one token's K and V over all layers."""
+    return sum(2 * spec.kv_width * element_bytes for spec in layers)
 
 
 LEAST_DRAFT_ROWS = 4

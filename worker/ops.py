@@ -114,6 +114,16 @@ class Attention:
     query_scale: PositionScale | None = None
     """Multiplies the queries of a position, after their norm and before RoPE."""
 
+    @property
+    def q_width(self) -> int:
+        """H·D, the width of all query heads; not necessarily d."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Hk·D, the width of all KV heads."""
+        return self.n_kv_heads * self.head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class Activation:

@@ -92,16 +92,16 @@ def plan(
     hp = read_hparams(file)
     options = ModelOptions(min(hp.context_length, model.context or hp.context_length), model.sliding_window)
     bound, weights = bind(file, options)
-    backend.check(hp)
+    backend.check(bound, hp)
     claimed = tuple(weights.claimed())
     weight_bytes = sum(backend.weight_bytes(info) for info in claimed)
     overhead, available = backend.overhead_bytes(bound, hp, max_running, drafts=drafts), backend.available_bytes()
-    per_token = backend.kv_bytes_per_token(hp)
+    per_token = backend.kv_bytes_per_token(bound)
     share = backend.kv_share if kv_memory == "auto" else kv_memory
     return Plan(
         hparams=hp,
         options=options,
-        windows=tuple(layer.attention.window for layer in bound.layers),
+        attention=tuple(layer.attention for layer in bound.layers),
         choices=bound.choices,
         weights=claimed,
         unused=tuple(weights.unused()),

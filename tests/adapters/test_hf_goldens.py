@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.goldens import CASES, golden_model, load_golden, relative_error
-from tests.models import cpu_runner, decode, prefill
+from tests.models import cpu_runner, decode, fill_cache, prefill
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,7 +26,7 @@ def test_decode_gives_the_logits_of_one_full_forward(name, tmp_path):
     prompt, half = golden.prompt.tolist(), 96
     batch = prefill(prompt)
     whole = runner.logits(batch)
-    runner.cache.k[:], runner.cache.v[:] = float("nan"), float("nan")
+    fill_cache(runner)
     runner.logits(prefill(prompt[:half], table=batch.block_tables[0]))
     for position in range(half, len(prompt)):
         step = runner.logits(decode(prompt[position], position, batch.block_tables[0]))

@@ -13,10 +13,9 @@ from worker.cpu.attention import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, matmul, rms_norm, softmax, top_k
 from worker.cpu.threads import Threads
-from worker.model import Hparams
 from worker.ops import GELU_GLU, KV_BLOCK, Activation, Attention, Batch, Linear, Phase, QTensor, RmsNorm, Routes
 from worker.quants import F32
-from worker.rope import Rope, RopeScaling, frequencies
+from worker.rope import Rope, frequencies
 
 RNG = np.random.default_rng(7)
 
@@ -103,12 +102,7 @@ def test_routing_prefers_the_lower_expert_among_equals_and_applies_the_softmax_t
 
 def attention_case(heads, kv_heads, dim, window=0, sinks=None):
     rope = Rope(np.zeros(dim // 2), 64)  # angle 0 everywhere: other tests cover the rotation
-    spec = Attention(0, heads, kv_heads, dim, rope, window, None if sinks is None else tensor(sinks))
-    hp = Hparams(
-        *("llama", 1, heads * dim, 8, heads, kv_heads, dim, 16, 64, 1e-5, 1e4, dim),
-        rope_scaling=RopeScaling(),
-    )
-    return spec, hp
+    return Attention(0, heads, kv_heads, dim, rope, window, None if sinks is None else tensor(sinks))
 
 
 def attention_by_hand(q, k, v, heads, kv_heads, dim, window, sinks):
@@ -133,9 +127,9 @@ def attention_by_hand(q, k, v, heads, kv_heads, dim, window, sinks):
 def test_attention_equals_its_formula_over_shuffled_blocks_filled_with_nan(phase, heads, kv_heads, window, with_sinks):
     T, dim = 43, 8
     sinks = random(heads) if with_sinks else None
-    spec, hp = attention_case(heads, kv_heads, dim, window, sinks)
-    cache = KvCache(hp, 9)
-    cache.k[:], cache.v[:] = np.nan, np.nan
+    spec = attention_case(heads, kv_heads, dim, window, sinks)
+    cache = KvCache([spec], 9)
+    cache.k[0][:], cache.v[0][:] = np.nan, np.nan
     q, k, v = random(T, heads * dim), random(T, kv_heads * dim), random(T, kv_heads * dim)
     table = np.array([7, 2, 5], np.int32)
     positions, no_rows = np.arange(T, dtype=np.int32), np.empty(0, np.int32)
@@ -151,13 +145,13 @@ def test_attention_equals_its_formula_over_shuffled_blocks_filled_with_nan(phase
 
 
 def test_queries_and_keys_are_rotated_by_their_own_positions():
-    spec, hp = attention_case(2, 1, 8)
+    spec = attention_case(2, 1, 8)
     rotating = Attention(0, 2, 1, 8, Rope(frequencies(1e4, 8), 64))
     q, k, v = random(20, 16), random(20, 8), random(20, 8)
     positions = np.arange(20, dtype=np.int32)
     batch = Batch(Phase.PREFILL, positions, positions, (np.array([1, 0], np.int32),), np.empty(0, np.int32))
-    plain = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, spec, batch)
-    rotated = CpuOps(KvCache(hp, 2), Phase.PREFILL, Threads(1)).attention(q, k, v, rotating, batch)
+    plain = CpuOps(KvCache([spec], 2), Phase.PREFILL, Threads(1)).attention(q, k, v, spec, batch)
+    rotated = CpuOps(KvCache([spec], 2), Phase.PREFILL, Threads(1)).attention(q, k, v, rotating, batch)
     np.testing.assert_array_equal(plain[0], rotated[0])  # position 0 has angle 0
     assert np.abs(plain[1:] - rotated[1:]).max() > 0.05
 

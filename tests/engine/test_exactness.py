@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.models import GREEDY, cpu_runner, engine_of, ids, prefill, run
+from tests.models import GREEDY, cpu_runner, engine_of, fill_cache, ids, prefill, run
 from worker.engine import Sequence
 from worker.sampling import Sampling
 
@@ -19,11 +19,8 @@ PROMPT = (np.random.default_rng(3).integers(0, 280, 150)).tolist()
 def bits(runner, table):
     """K and V of the blocks that hold the prompt, in the order of its positions."""
     blocks = table[: -(-len(PROMPT) // 16)]
-    k, v = (
-        cache[:, blocks].reshape(len(cache), -1, *cache.shape[3:])[:, : len(PROMPT)]
-        for cache in (runner.cache.k, runner.cache.v)
-    )
-    return np.stack([k, v]).copy()
+    caches = (*runner.cache.k, *runner.cache.v)
+    return np.concatenate([cache[blocks].reshape(-1, *cache.shape[2:])[: len(PROMPT)].ravel() for cache in caches])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,7 +30,7 @@ def test_a_prompt_in_chunks_of_any_size_gives_equal_bits(name, tiny):
     whole = runner.logits(prefill(PROMPT, table=table, rows=[len(PROMPT) - 1]))
     expected = bits(runner, table)
     for chunk in (16, 64, 512):
-        runner.cache.k[:], runner.cache.v[:] = np.nan, np.nan
+        fill_cache(runner)
         for start in range(0, len(PROMPT), chunk):
             batch = prefill(PROMPT[: start + chunk], start, table=table)
             logits = runner.logits(replace(batch, logit_rows=batch.logit_rows[-1:]))

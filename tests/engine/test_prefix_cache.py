@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.ledger_runner import LedgerRunner
-from tests.models import cpu_runner, engine_of, ids, run
+from tests.models import cpu_runner, engine_of, fill_cache, ids, run
 from worker.cpu.slots import HostSlots
 from worker.engine import Sequence
 from worker.engine.kv_blocks import ROOT, KvBlocks, PrefixIndex, split_full_blocks
@@ -43,8 +43,9 @@ class RecordingRunner(HostSlots):
     def kv(self, tokens):
         """K and V of the last batch's sequence: the bits of its first `tokens` positions."""
         table = self.batches[-1].block_tables[0]
-        k, v = (c[:, table].reshape(len(c), -1, *c.shape[3:])[:, :tokens] for c in (self.cache.k, self.cache.v))
-        return np.stack([k, v]).view(np.uint32)
+        caches = (*self.cache.k, *self.cache.v)
+        rows = [cache[table].reshape(-1, *cache.shape[2:])[:tokens].ravel() for cache in caches]
+        return np.concatenate(rows).view(np.uint32)
 
 
 def prefilled(batches):
@@ -67,7 +68,7 @@ def test_after_a_hit_of_any_length_bits_and_tokens_equal_those_of_a_fresh_engine
     expected = ids(run(engine_of(fresh, chunk=512), sequence(PROMPT, max_tokens=6, sampling=WARM))["a"])
     bits = fresh.kv(len(PROMPT) + 5)
     for blocks in range(len(PROMPT) // 16 + 1):
-        inner.cache.k[:], inner.cache.v[:] = np.nan, np.nan
+        fill_cache(inner)
         engine = engine_of(RecordingRunner(inner), chunk=16, order=SHUFFLED)
         run(engine, sequence(PROMPT[: 16 * blocks] + OTHER[16 * blocks :], "before"))
         engine._runner = second = RecordingRunner(inner)

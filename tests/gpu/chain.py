@@ -5,6 +5,8 @@ Its logits are a row of a table for the newest token, plus what attention finds 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from worker.model import Hparams
@@ -37,6 +39,7 @@ class Chain:
         self.projections = [matrix(vocabulary, DIM, 1) for _ in range(3)]
         self.out = Linear(matrix(vocabulary, DIM, 1))
         self.spec = Attention(0, 1, 1, DIM, Rope(0.7 ** np.arange(DIM // 2), CONTEXT))
+        self.layers = [SimpleNamespace(attention=self.spec)]
 
     def forward(self, ops, batch):
         x = ops.embed(self.table, batch)

@@ -111,15 +111,17 @@ class References:
     The led twin starts each half of a layer with the GPU's own residual stream.
     """
 
-    def __init__(self, model, hparams, rows, *, blocks=16):
+    def __init__(self, model, rows, *, blocks=16):
         self._model = model
         self._rows = rows
-        self.caches = [KvCache(hparams, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
+        layers = [layer.attention for layer in model.layers]
+        self.caches = [KvCache(layers, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
 
     def set_cache(self, k, v):
         """Copy the GPU's KV cache [layers, blocks, B, Hk, D] into those of the two twins."""
         for cache in self.caches[1:]:
-            cache.k[:, : k.shape[1]], cache.v[:, : v.shape[1]] = k, v
+            for own, theirs in zip((*cache.k, *cache.v), (*k, *v), strict=True):
+                own[: len(theirs)] = theirs
 
     def answers(self, batch, trail):
         """The forward of a batch that follows the GPU's trail."""

@@ -18,10 +18,9 @@ from worker.cpu.attention import KvCache as TwinCache
 from worker.cpu.attention import attend
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
-from worker.model import Hparams
 from worker.ops import KV_BLOCK, Attention, Batch, Phase, PositionScale, QTensor
 from worker.quants import F32
-from worker.rope import Rope, RopeScaling
+from worker.rope import Rope
 
 PREFILL_BOUND, DECODE_BOUND = 1e-3, 1e-5
 BLOCKS = 80
@@ -87,7 +86,6 @@ class Scene:
         self.rope = Rope(0.7 ** np.arange(s.rotary // 2), BLOCKS * KV_BLOCK, 1.1, s.adjacent)
         self.sink_values = rng.normal(size=s.heads).astype(np.float32) * 3 if s.sinks else None
         self.table = rng.permutation(BLOCKS)[: -(-self.tokens // KV_BLOCK)].astype(np.int32)
-        self.hp = Hparams("x", 1, 8, 8, s.heads, s.kv_heads, s.dim, 8, 4096, 1e-5, 1e4, s.rotary, RopeScaling())
         self.expected = self._twin()
 
     def spec(self, wrap):
@@ -98,7 +96,7 @@ class Scene:
     def _twin(self):
         positions = np.arange(self.tokens, dtype=np.int32)
         batch = Batch(Phase.PREFILL, positions, positions, (self.table,), positions[:0])
-        cache = TwinCache(self.hp, BLOCKS, np.float16)
+        cache = TwinCache([self.spec(lambda sinks: sinks)], BLOCKS, np.float16)
         keys = rotate(self.k.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
         cache.write(0, batch, keys, self.v.reshape(keys.shape))
         queries = rotate(self.q.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
@@ -121,7 +119,7 @@ class Bench:
         from worker.gpu.state import KvCache
 
         self.pool = GuardedPool()
-        self.cache = KvCache(self.memory, self.scene.hp, BLOCKS)
+        self.cache = KvCache(self.memory, [self.scene.spec(self.pool.put)], BLOCKS)
         self.cache.array.view(np.uint8).fill(0xFF)
         self.launcher = AttentionLauncher(self.memory, self.cache, self.slots, self.processors)
         self.spec = self.scene.spec(self.pool.put)
@@ -155,7 +153,7 @@ class Bench:
         at = np.arange(tokens)
         blocks, offsets = self.scene.table[at // KV_BLOCK], at % KV_BLOCK
         for which, twin in enumerate((self.scene.cache.k, self.scene.cache.v)):
-            raw[0, which, blocks, :, offsets] = twin[0, blocks, offsets]
+            raw[0, which, blocks, :, offsets] = twin[0][blocks, offsets]
         self.cache.array.set(raw)
 
 

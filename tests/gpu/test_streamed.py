@@ -12,8 +12,6 @@ from tests.gpu import streamed
 from tests.gpu.loaded import rounding_twin
 from tests.gpu.trail import Trail, Trailed
 from tests.models import cpu_runner, decode, prefill
-from worker.adapters.hparams import read_hparams
-from worker.gguf_file import GgufFile
 
 PROMPT = np.random.default_rng(2).integers(0, 280, 50).tolist()
 TABLE = np.arange(8, dtype=np.int32)
@@ -44,8 +42,8 @@ def test_a_reference_that_follows_a_twin_s_trail_gives_the_twin_s_logits(name, r
     twin, exact = rounding_twin(tiny(name)), cpu_runner(tiny(name))
     walker = twin if rounds else exact
     ops = walker._ops
-    with GgufFile.open(tiny(name)) as file, HostRows() as rows:
-        references = streamed.References(exact._model, read_hparams(file), rows, blocks=32)
+    with HostRows() as rows:
+        references = streamed.References(exact._model, rows, blocks=32)
         for batch in BATCHES:
             trail = Trail()
             walker._ops = {batch.phase: Trailed(ops[batch.phase], trail)}

@@ -74,16 +74,17 @@ class Traffic:
 
     def _attention_flops(self, tokens: int) -> int:
         """Multiplications and additions of attention to the keys in each layer's window."""
-        keys = 0
-        for window in self.planned.windows:
-            most = min(tokens, window or tokens)
-            keys += most * (most + 1) // 2 + (tokens - most) * most
-        return 4 * self.planned.hparams.q_width * keys
+        operations = 0
+        for spec in self.planned.attention:
+            most = min(tokens, spec.window or tokens)
+            operations += 4 * spec.q_width * (most * (most + 1) // 2 + (tokens - most) * most)
+        return operations
 
     def _key_bytes(self, context: int) -> int:
         """Bytes of the keys and values that a token attends to, fewer in a layer with a window."""
-        keys = sum(min(context, window or context) for window in self.planned.windows)
-        return keys * self.planned.kv_bytes_per_token // self.planned.hparams.block_count
+        specs = self.planned.attention
+        elements = sum(min(context, spec.window or context) * spec.kv_width for spec in specs)
+        return elements * self.planned.kv_bytes_per_token // sum(spec.kv_width for spec in specs)
 
     def _step_weights(self, sequences: int) -> int:
         hp, total = self.planned.hparams, self._weights(sequences)

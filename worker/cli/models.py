@@ -82,7 +82,7 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
     problem = (planned.shortfall and planned.shortfall.message) or report["tokenizer"].get("error")
     return report | {
         "fingerprint": fingerprint(file, planned.choices),
-        "hparams": asdict(planned.hparams) | {"sliding_window": max(planned.windows)},
+        "hparams": asdict(planned.hparams) | {"sliding_window": max(spec.window for spec in planned.attention)},
         "backend": backend.name,
         "device": backend.device,
         "context": planned.context,

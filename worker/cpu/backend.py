@@ -14,7 +14,7 @@ from worker.cpu.attention import KvCache
 from worker.cpu.runner import CpuRunner
 from worker.cpu.sampler import Sampler
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import MAX_DRAFT_ROWS, Hparams, Model
+from worker.model import MAX_DRAFT_ROWS, Hparams, Model, kv_bytes_per_token
 from worker.ops import KV_BLOCK, QTensor
 from worker.quants import Floats, dequantize
 
@@ -54,19 +54,19 @@ class CpuBackend:
         self._runtime_bytes = psutil.Process().memory_info().rss
         self._plan: Plan | None = None
 
-    def check(self, hp: Hparams) -> None:
+    def check(self, model: Model, hp: Hparams) -> None:
         """See `Backend.check`. NumPy computes every shape."""
 
     def weight_bytes(self, info: TensorInfo) -> int:
         return int(np.prod(info.shape)) * WEIGHT_BYTES
 
-    def kv_bytes_per_token(self, hp: Hparams) -> int:
-        return hp.kv_bytes_per_token(np.dtype(self._kv_dtype).itemsize)
+    def kv_bytes_per_token(self, model: Model) -> int:
+        return kv_bytes_per_token((layer.attention for layer in model.layers), np.dtype(self._kv_dtype).itemsize)
 
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """See `Backend.overhead_bytes`: RoPE tables, logits and widest activations of a batch."""
         tables = sum(rope.nbytes for rope in {layer.attention.rope for layer in model.layers})
-        widest = max(hp.vocab_size, hp.q_width, hp.ffn_width)
+        widest = max(hp.vocab_size, hp.ffn_width, *(layer.attention.q_width for layer in model.layers))
         return tables + 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:
@@ -89,7 +89,7 @@ class CpuBackend:
         drafts: bool = False,
     ) -> CpuRunner:
         sampler = Sampler(plan.hparams.vocab_size, padding_ids, end_ids)
-        return CpuRunner(model, KvCache(plan.hparams, plan.kv_blocks, self._kv_dtype), sampler, max_running)
+        return CpuRunner(model, KvCache(plan.attention, plan.kv_blocks, self._kv_dtype), sampler, max_running)
 
     def memory(self) -> MemoryUse:
         """See `Backend.memory`. Activations are freed after a step; the KV pool counts in full."""

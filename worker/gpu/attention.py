@@ -7,7 +7,7 @@ sequence has several. `head_norms.cu` and `scale_queries.cu` precede them if hea
 and queries scaled. Twin: `worker/cpu/attention.py`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -403,6 +403,15 @@ def check_head_dim(dim: int) -> int:
     if dim not in HEAD_DIMS:
         raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", ", ".join(map(str, HEAD_DIMS)))
     return dim
+
+
+def check_attention(layers: Sequence[Attention]) -> None:
+    """Raise ModelLoadFailed for a layer without a kernel, and for layers of several shapes."""
+    for spec in layers:
+        check_head_dim(spec.head_dim)
+    if len({(spec.n_kv_heads, spec.head_dim) for spec in layers}) > 1:
+        what, expected = "layers with different numbers of KV heads or head widths", "one shape for all layers"
+        raise ModelLoadFailed(what, "the GPU's KV cache", expected)
 
 
 def _warps(dim: int, group: int) -> int:

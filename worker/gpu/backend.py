@@ -11,7 +11,7 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES, check_head_dim, decode_partial_bytes, table_bytes
+from worker.gpu.attention import MAX_PARTIAL_BYTES, check_attention, decode_partial_bytes, table_bytes
 from worker.gpu.compiler import Kernels
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
@@ -21,7 +21,7 @@ from worker.gpu.runner import GpuRunner, GpuSettings, rows_at_most
 from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES
 from worker.gpu.state import KV_ELEMENT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
-from worker.model import Hparams, Model
+from worker.model import Hparams, Model, kv_bytes_per_token
 from worker.ops import KV_BLOCK
 
 _MARGIN = 256 << 20
@@ -59,26 +59,28 @@ class GpuBackend:
         self._kernels = Kernels(kernel_cache)
         self._memory = DeviceMemory()
 
-    def check(self, hp: Hparams) -> None:
-        check_head_dim(hp.head_dim)
+    def check(self, model: Model, hp: Hparams) -> None:
+        check_attention([layer.attention for layer in model.layers])
         check_experts(hp.expert_count, hp.expert_used_count)
 
     def weight_bytes(self, info: TensorInfo) -> int:
         """See `Backend.weight_bytes`: the planes of `layouts.py`, aligned."""
         return weight_bytes(info)
 
-    def kv_bytes_per_token(self, hp: Hparams) -> int:
-        return hp.kv_bytes_per_token(KV_ELEMENT_BYTES)
+    def kv_bytes_per_token(self, model: Model) -> int:
+        return kv_bytes_per_token((layer.attention for layer in model.layers), KV_ELEMENT_BYTES)
 
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """Activations of a chunk and a decode step, slots, attention, its tables, the margin."""
-        a_token = 4 * hp.embedding_length + 3 * (hp.q_width + 2 * hp.kv_width) + 4 * hp.ffn_width + hp.experts_width
-        a_row = 6 * a_token + 5 * hp.vocab_size + decode_partial_bytes(hp.head_dim) + ROW_BYTES
+        specs = [layer.attention for layer in model.layers]
+        qkv = max(spec.q_width + 2 * spec.kv_width for spec in specs)
+        partials = max(decode_partial_bytes(spec.head_dim) for spec in specs)
+        a_token = 4 * hp.embedding_length + 3 * qkv + 4 * hp.ffn_width + hp.experts_width
+        a_row = 6 * a_token + 5 * hp.vocab_size + partials + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)
         step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
-        tables = table_bytes(layer.attention for layer in model.layers)
-        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + tables + _MARGIN
+        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + table_bytes(specs) + _MARGIN
 
     def available_bytes(self) -> int:
         return self._memory.free

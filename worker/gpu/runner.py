@@ -153,7 +153,7 @@ class GpuRunner:
         self.drafts = DraftSupport(1, times, _DRAFT_TIME) if settings.drafts else None
         self._stream = cupy.cuda.Stream(non_blocking=True)
         with device_errors(), self._stream:
-            self.cache = KvCache(memory, hp, settings.kv_blocks)
+            self.cache = KvCache(memory, [layer.attention for layer in model.layers], settings.kv_blocks)
             self._attention = AttentionLauncher(memory, self.cache, rows, processors, self._max_shared)
             self._state = StepState(memory, settings.slots, blocks, draft_slots)
             self._chunk = ChunkState(memory, settings.prefill_tokens, settings.logit_rows, blocks)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.model import Hparams, SlotStart
-from worker.ops import KV_BLOCK, Batch, Ints
+from worker.model import SlotStart, kv_bytes_per_token
+from worker.ops import KV_BLOCK, Attention, Batch, Ints
 from worker.sampling import DrawRequest, Sampling
 
 REQUEST = np.dtype(
@@ -43,14 +43,14 @@ _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 class KvCache:
     """The paged KV cache: K and V of each layer as [blocks, Hk, B, D] f16.
 
-    Unwritten slots are never read.
+    All layers have one shape. Unwritten slots are never read.
     """
 
-    def __init__(self, memory: DeviceMemory, hp: Hparams, blocks: int) -> None:
-        shape = (hp.block_count, 2, blocks, hp.head_count_kv, KV_BLOCK, hp.head_dim)
-        slab = memory.reserve(blocks * KV_BLOCK * hp.kv_bytes_per_token(KV_ELEMENT_BYTES), Purpose.KV)
+    def __init__(self, memory: DeviceMemory, layers: Sequence[Attention], blocks: int) -> None:
+        shape = (len(layers), 2, blocks, layers[0].n_kv_heads, KV_BLOCK, layers[0].head_dim)
+        slab = memory.reserve(blocks * KV_BLOCK * kv_bytes_per_token(layers, KV_ELEMENT_BYTES), Purpose.KV)
         self.array: DeviceArray = slab.array(shape, np.float16)
-        self._layers = [(self.array[layer, 0], self.array[layer, 1]) for layer in range(hp.block_count)]
+        self._layers = [(self.array[layer, 0], self.array[layer, 1]) for layer in range(len(layers))]
 
     def layer(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """The keys and values of one layer."""
