@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import InvalidRequest, ModelLoadFailed, WorkerError
-from worker.text.bpe import ByteBpe, SentencePieceBpe
+from worker.text.bpe import ByteBpe, CharacterBpe, Encoder, SentencePieceBpe
 from worker.text.chat import Chat
 from worker.text.special_tokens import SpecialTokens
 from worker.text.template_process import BoundedTemplate, TemplateProcess
@@ -38,7 +38,7 @@ class Tokenizer:
     def __init__(
         self,
         vocab: Vocabulary,
-        bpe: ByteBpe | SentencePieceBpe,
+        bpe: Encoder,
         template: BoundedTemplate | ModelLoadFailed,
         template_source: str = "",
     ) -> None:
@@ -176,11 +176,12 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def build_tokenizer(metadata: TokenizerMetadata, vocab: Vocabulary) -> Tokenizer:
     """Build the tokenizer of a vocabulary that was read from `metadata`."""
-    bpe: ByteBpe | SentencePieceBpe
-    if vocab.kind == "gpt2":
-        bpe = ByteBpe(vocab, metadata.strings("tokenizer.ggml.merges"))
-    else:
+    bpe: Encoder
+    if vocab.kind == "llama":
         bpe = SentencePieceBpe(vocab, metadata.numbers("tokenizer.ggml.scores", vocab.size, 0.0))
+    else:
+        merges = metadata.strings("tokenizer.ggml.merges")
+        bpe = CharacterBpe(vocab, merges) if vocab.kind == "gemma4" else ByteBpe(vocab, merges)
     source = ""
     try:
         source = metadata.get("tokenizer.chat_template", str, "")

@@ -26,6 +26,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _MAX_NAME = 1000
 _PADDING_NAME = re.compile(r"\[PAD\d+\]|<\|pad_\d+\|>")
+KINDS = ("gpt2", "llama", "gemma4")
 BYTE_NAMES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2}
 """Ids of a SentencePiece vocabulary whose metadata names none."""
@@ -109,7 +110,7 @@ class Vocabulary:
     """The tokens of a vocabulary and their roles; the index of `tokens` and `types` is the id."""
 
     kind: str
-    """`gpt2` (byte-level BPE) or `llama` (SentencePiece BPE)."""
+    """`gpt2` (byte-level BPE), `gemma4` (BPE of characters) or `llama` (SentencePiece BPE)."""
     pre: str
     """The pre-tokenizer's name; `default` if the file names none or an empty one."""
     tokens: list[str]
@@ -167,10 +168,10 @@ class Vocabulary:
 def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     """Read a file's vocabulary. ModelLoadFailed for an unsupported kind, pre-tokenizer or value."""
     kind = metadata.get("tokenizer.ggml.model", str, "")
-    pre = metadata.get("tokenizer.ggml.pre", str, "") or "default"
-    if kind not in ("gpt2", "llama"):
+    pre = "gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", str, "") or "default"
+    if kind not in KINDS:
         what = f"the tokenizer kind {kind[:60]!r} is unknown" if kind else "it is missing"
-        raise ModelLoadFailed(what, "tokenizer.ggml.model", "gpt2 or llama")
+        raise ModelLoadFailed(what, "tokenizer.ggml.model", " or ".join(KINDS))
     spm = kind == "llama"
     tokens = metadata.strings("tokenizer.ggml.tokens")
     names = control_tokens.CONTROL_NAMES.union(BYTE_NAMES, control_tokens.names_like_control(tokens))
@@ -198,7 +199,7 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
         end_ids=control_tokens.end_ids(roles, ids),
         bos_id=bos_id,
         eos_id=roles.get("eos"),
-        add_bos=_add_bos(metadata, bos_id, spm or pre_tokenizer(pre).add_bos),
+        add_bos=kind == "gemma4" or _add_bos(metadata, bos_id, spm or pre_tokenizer(pre).add_bos),
         add_space_prefix=spm and metadata.get("tokenizer.ggml.add_space_prefix", bool, True),
         strip_after_ids=_strip_after_ids(metadata, special) if spm else frozenset(),
     )
@@ -209,7 +210,7 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
 
     - CONTROL: tokens with known names, NORMAL ones that look like them, and those that metadata
       names, except words of ordinary text: a file may name `!` for padding.
-    - BYTE: the names of bytes in a SentencePiece vocabulary.
+    - BYTE: the names of bytes in a vocabulary with byte fallback.
     """
     control = {ids[name] for name in control_tokens.CONTROL_NAMES if name in ids}
     control |= {i for name, i in ids.items() if types[i] == NORMAL and name not in BYTE_NAMES}
@@ -218,7 +219,7 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
     for i in control:
         if types[i] != BYTE and not _PADDING_NAME.fullmatch(tokens[i]):
             types[i] = CONTROL
-    if metadata.get("tokenizer.ggml.model", str, "") == "llama":
+    if metadata.get("tokenizer.ggml.model", str, "") != "gpt2":
         for name in BYTE_NAMES:
             if name in ids:
                 types[ids[name]] = BYTE
