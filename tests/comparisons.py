@@ -42,7 +42,7 @@ from tests.llama_cpp import LlamaCpp, write_f32_copy
 from tests.models import cpu_runner, decode, prefill
 from tests.text.pre_tokenizer_cases import TIKTOKEN, ids_of_llama_cpp, ids_of_tiktoken, trained_metadata
 from tests.text.small import tokenizer_of
-from tests.tiny_models import TINY, make_tiny
+from tests.tiny_models import CPU_ONLY, TINY, make_tiny
 from worker.quants import QUANT_TYPES
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -93,8 +93,8 @@ def architecture_on_cpu(name: str, folder: Path) -> Iterator[Comparison]:
     if arch == "gpt-oss":
         path = changed_copy(path, folder / "no-yarn.gguf", metadata=NO_YARN)
         test = "tests/adapters/test_gpt_oss.py"
-    if arch == "gemma3":  # llama.cpp's GELU is a table of f16
-        test = "tests/adapters/test_gemma3.py"
+    if arch in ("gemma3", "gemma4"):  # llama.cpp's GELU is a table of f16
+        test = f"tests/adapters/test_{arch}.py"
     difference = from_llama_cpp(path)
     yield Comparison(ARCHITECTURE, arch, name, CPU, *llama_cpp(), difference, "nat", 20, test)
 
@@ -184,7 +184,7 @@ def tasks(on_gpu: bool) -> Iterator[Task]:
     """All comparisons of the CPU, or of the GPU."""
     if on_gpu:
         gpu = Gpu()
-        for name in TINY:
+        for name in (name for name in TINY if name not in CPU_ONLY):
             yield ARCHITECTURE, TINY[name].arch, name, gpu.device, lambda at, n=name: architecture_on_gpu(gpu, n, at)
         for kind in QUANT_TYPES:
             yield TYPE, kind.name, "llama", gpu.device, lambda at, n=kind.name: type_on_gpu(gpu, n, at)

@@ -32,6 +32,7 @@ _MISTRAL = Vocabulary(
         "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     ),
     rows=32768,
+    kind="llama",
     first={"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL},
     more=32_000,
 )

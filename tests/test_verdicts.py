@@ -89,7 +89,7 @@ def test_metadata_that_is_not_needed_refuses_no_file(name, key, value, tiny, tmp
         ({}, {"blk.0.attn_q.bias_scale": np.ones(4)}, "blk.0.attn_q.bias_scale"),
         ({"llama.logit_scale": 2.0}, {}, "llama.logit_scale is 2.0"),
         ({"general.type": "imatrix"}, {}, "importance matrix"),
-        ({"general.architecture": "mamba"}, {}, "'mamba' has no adapter; expected gemma3 or gpt-oss or"),
+        ({"general.architecture": "mamba"}, {}, "'mamba' has no adapter; expected gemma3 or gemma4 or gpt-oss or"),
         ({"tokenizer.ggml.model": "wordpiece"}, {}, "wordpiece"),
         ({}, {"token_embd.weight": np.ones((319, 256))}, "320 tokens for 319 embedding rows"),
     ],

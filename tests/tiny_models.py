@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from tests.tiny_vocabulary import VOCABULARIES, Vocabulary, add_vocabulary
 from tests.tiny_weights import RandomWeights
 
-Value = int | float | str
+Value = int | float | str | list[int] | list[bool]
 # The k-quants first: only rows that are a multiple of 256 can take them, the others fit nearly everywhere.
 K_QUANTS = ("Q4_K", "Q6_K", "Q5_K", "Q3_K", "Q2_K")
 MIXED = (*K_QUANTS, "Q8_0", "Q5_0", "Q4_0", "Q4_1", "Q5_1", "MXFP4", "F16", "BF16", "F32")
@@ -46,10 +46,20 @@ class TinyShape:
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     """Projections with a bias that most files of the architecture lack, such as `ffn_up`."""
+    windowed: tuple[bool, ...] = ()
+    """Which layers have the heads of `window_heads` instead of `kv_heads` of `head_dim`."""
+    window_heads: tuple[int, int] = (0, 0)
+    """Number of KV heads and head width."""
     post_norm: float = 0.0
     """Mean of the norms before an addition, if not that of `_after`."""
     big_vocabulary: Vocabulary | None = None
     """The vocabulary of a full-size file; a tiny one has that of its architecture."""
+
+    def of_layer(self, layer: int) -> TinyShape:
+        """The shape with the heads of one layer."""
+        if not any(self.windowed[layer : layer + 1]):
+            return self
+        return replace(self, kv_heads=self.window_heads[0], head_dim=self.window_heads[1])
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -171,6 +181,36 @@ _GEMMA3 = TinyShape(
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 8.0,
     },
+)
+_GEMMA4 = TinyShape(
+    arch="gemma4",
+    layers=4,
+    width=256,
+    heads=4,
+    kv_heads=1,
+    head_dim=512,
+    ffn=512,
+    tied=True,
+    windowed=(True, False, True, False),
+    window_heads=(2, 256),
+    metadata={
+        "rope.freq_base": 1e6,
+        "rope.freq_base_swa": 1e4,
+        "rope.dimension_count": 512,
+        "rope.dimension_count_swa": 256,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 512,
+        "attention.value_length": 512,
+        "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256,
+        "attention.head_count_kv": [2, 1, 2, 1],
+        "attention.sliding_window": 32,
+        "attention.sliding_window_pattern": [True, False, True, False],
+        "attention.shared_kv_layers": 0,
+        "embedding_length_per_layer_input": 0,
+        "final_logit_softcapping": 8.0,
+    },
+    rope_tensors={"rope_freqs.weight": (1.0,) * 64 + (1e30,) * 192},
 )
 _EXPERTS = {"expert_count": 8, "expert_used_count": 3}
 # All four differ from 1 and D^-0.5 as the published ones do, by less, so that each shows in the logits.
@@ -296,6 +336,7 @@ TINY: dict[str, TinyShape] = {
             "attention.value_length": 128,
         },
     ),
+    "gemma4": _GEMMA4,
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     ),
@@ -306,6 +347,10 @@ TINY: dict[str, TinyShape] = {
         rope_tensors={"rope_freqs.weight": llama3_divisors(5e5, 64, factor=8.0, low=1.0, high=4.0, original=128)},
     ),
 }
+
+
+CPU_ONLY = frozenset(name for name, shape in TINY.items() if shape.arch == "gemma4")
+"""Models that the GPU refuses."""
 
 
 def make_tiny(name: str, path: Path, *, seed: int = 0, quant: str | Mapping[str, str] = "mixed") -> Path:
@@ -378,6 +423,8 @@ def _add_hyper_parameters(writer: gguf.GGUFWriter, shape: TinyShape) -> None:
                 writer.add_float32(full, value)
             case str():
                 writer.add_string(full, value)
+            case list():
+                writer.add_array(full, value)
 
 
 def _kind(tensor: Tensor, quant: str | Mapping[str, str], order: list[str]) -> Type:
@@ -402,14 +449,16 @@ def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
     for layer in range(shape.layers):
         block = f"blk.{layer}."
         yield Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
-        yield from _attention(shape, block)
-        if shape.arch == "gemma3":
+        yield from _attention(shape.of_layer(layer), block)
+        if shape.arch in ("gemma3", "gemma4"):
             yield _after(shape, block + "post_attention_norm")
         norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
         yield Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
         yield from _experts(shape, block) if shape.experts else _feed_forward(shape, block)
-        if shape.arch == "gemma3":
+        if shape.arch in ("gemma3", "gemma4"):
             yield _after(shape, block + "post_ffw_norm")
+        if shape.arch == "gemma4":
+            yield Tensor(block + "layer_output_scale.weight", (1,), 0.1, mean=0.75)
     yield Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
         yield Tensor("output.weight", (V, d), 2 / math.sqrt(d))
@@ -434,14 +483,18 @@ def _attention(shape: TinyShape, block: str) -> Iterator[Tensor]:
     if shape.arch == "phi3":
         yield Tensor(block + "attn_qkv.weight", (q + 2 * kv, d), 1.3 / math.sqrt(d))
     else:
-        for part, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
+        parts = {"attn_q": q, "attn_k": kv, "attn_v": kv}
+        if shape.windowed and shape.head_dim != shape.window_heads[1]:
+            del parts["attn_v"]  # v is k
+        for part, rows in parts.items():
             yield Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
             if biased:
                 yield Tensor(f"{block}{part}.bias", (rows,), 0.5)
             yield from _bias(shape, block, part, rows)
-    if shape.arch.startswith(("qwen3", "gemma3")):
+    if shape.arch.startswith(("qwen3", "gemma")):
+        scale = shape.head_dim**-0.25 if shape.arch == "gemma4" else 1.0  # its scores are not divided by the root
         for part in ("attn_q_norm", "attn_k_norm"):
-            yield Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25, mean=1.5)
+            yield Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25 * scale, mean=1.5 * scale)
     yield Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
     yield from _bias(shape, block, "attn_output", d)
     if shape.arch == "gpt-oss":

@@ -1,4 +1,4 @@
-"""Vocabularies of a few hundred rows that work as their big models' do: byte-level BPE, and SentencePiece with bytes.
+"""Vocabularies of a few hundred rows that work as their big models' do: BPE of bytes or characters, or SentencePiece.
 
 Each has control tokens, a chat template of the model's own shape and padding rows, in metadata keys and token types as
 llama.cpp's converter writes them. Knows no weights; read `tests/tiny_models.py` next.
@@ -24,6 +24,25 @@ PIECES = (
     *("▁▁", "▁t", "er", "in", "▁a", "en", "on", "▁th", "es", "▁s", "▁the", "re", "he", "or", "▁w", "▁wor", "ld"),
     *("▁world", "el", "ll", "▁h", "▁he", "▁hell", "▁hello", "12", "123", "▁▁▁▁", "ein", "日本"),
 )
+CHARACTER_MERGES = (
+    *(
+        "\n \n",
+        "▁ ▁",
+        "▁▁ ▁▁",
+        "h e",
+        "▁ t",
+        "▁t he",
+        "l l",
+        "he ll",
+        "hell o",
+        "▁ w",
+        "o r",
+        "▁w or",
+        "l d",
+        "▁wor ld",
+    ),
+    *("1 2", "12 3", "日 本"),
+)
 LETTERS = "▁" + "".join(map(chr, range(33, 127))) + "éüßпрдя日本語"
 
 CHATML = (
@@ -46,6 +65,12 @@ GEMMA3 = (
     "{{ '<start_of_turn>' + role + '\n' + (begin if loop.first else '') + message['content'] | trim }}"
     "{{ '<end_of_turn>\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{%- endif %}"
+)
+GEMMA4 = (
+    "{{ bos_token }}{%- for message in messages %}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<|turn>' + role + '\n' + message['content'] | trim + '<turn|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|turn>model\n' }}{%- endif %}"
 )
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -79,9 +104,10 @@ HARMONY = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What sets one vocabulary apart from another of its kind; the special ids are given by token."""
+    """What sets one vocabulary apart from another; the special ids are given by token."""
 
     pre: str
+    """The name of the pre-tokenizer, which a vocabulary of characters lacks."""
     controls: tuple[str, ...]
     special: dict[str, str]
     add_bos: bool
@@ -89,7 +115,9 @@ class Vocabulary:
     rows: int
     padding_type: TokenType = TokenType.UNUSED
     first: Mapping[str, TokenType] = field(default_factory=dict)
-    """Tokens before the bytes of a SentencePiece vocabulary; a byte-level one has none."""
+    """Tokens before the bytes of a vocabulary with byte fallback; a byte-level one has none."""
+    kind: str = "gpt2"
+    """gpt2, llama or gemma4, as `tokenizer.ggml.model` names them."""
     add_space_prefix: bool = True
     more: int = 0
     """Tokens of two and three letters beside the listed ones, each with its merge or score."""
@@ -112,6 +140,7 @@ VOCABULARIES = {
         template=PHI3,
         rows=416,
         padding_type=TokenType.UNKNOWN,
+        kind="llama",
         first={"<unk>": TokenType.CONTROL, "<s>": TokenType.CONTROL, "</s>": TokenType.USER_DEFINED},
     ),
     "gemma3": Vocabulary(
@@ -121,8 +150,20 @@ VOCABULARIES = {
         add_bos=True,
         template=GEMMA3,
         rows=416,
+        kind="llama",
         first=dict.fromkeys(("<pad>", "<eos>", "<bos>", "<unk>"), TokenType.CONTROL)
         | dict.fromkeys(("<mask>", "\n", "\n\n"), TokenType.USER_DEFINED),
+        add_space_prefix=False,
+    ),
+    "gemma4": Vocabulary(
+        pre="",
+        controls=("<|turn>", "<turn|>"),
+        special={"bos": "<bos>", "eos": "<eos>", "unknown": "<unk>", "padding": "<pad>", "mask": "<mask>"},
+        add_bos=True,
+        template=GEMMA4,
+        rows=448,
+        kind="gemma4",
+        first=dict.fromkeys(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"), TokenType.CONTROL),
         add_space_prefix=False,
     ),
     "gpt-oss": Vocabulary(
@@ -163,8 +204,12 @@ def byte_alphabet() -> list[str]:
 def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     """Write the tokenizer's metadata."""
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in MERGES)]
-    if vocabulary.first:
+    if vocabulary.kind == "llama":
         rows = _sentencepiece_rows(vocabulary)
+    elif vocabulary.kind == "gemma4":
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in CHARACTER_MERGES)]
+        merges += _more(list(LETTERS), {left + right for left, right in merges}, vocabulary.more)
+        rows = _character_rows(vocabulary, merges)
     else:
         merges += _more(byte_alphabet(), {left + right for left, right in merges}, vocabulary.more)
         rows = _byte_level_rows(merges)
@@ -173,13 +218,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     tokens = [token for token, _, _ in rows]
     assert len(set(tokens)) == vocabulary.rows, f"{len(set(tokens))} different tokens in {vocabulary.rows} rows"
 
-    writer.add_tokenizer_model("llama" if vocabulary.first else "gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_tokenizer_model(vocabulary.kind)
+    if vocabulary.pre:
+        writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(tokens)
     if vocabulary.first:
         writer.add_token_scores([score for _, _, score in rows])
     writer.add_token_types([kind for _, kind, _ in rows])
-    if not vocabulary.first:
+    if vocabulary.kind != "llama":
         writer.add_token_merges([f"{left} {right}" for left, right in merges])
     for role, token in vocabulary.special.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", tokens.index(token))
@@ -194,10 +240,20 @@ def _byte_level_rows(merges: list[tuple[str, str]]) -> list[tuple[str, TokenType
     return [(token, TokenType.NORMAL, 0.0) for token in tokens]
 
 
+def _first_rows(vocabulary: Vocabulary) -> list[tuple[str, TokenType, float]]:
+    """Special tokens, and the 256 bytes."""
+    first = [(token, kind, -1000.0) for token, kind in vocabulary.first.items()]
+    return first + [(f"<0x{byte:02X}>", TokenType.BYTE, 0.0) for byte in range(256)]
+
+
+def _character_rows(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> list[tuple[str, TokenType, float]]:
+    tokens = [*LETTERS, "\n", *(left + right for left, right in merges)]
+    return _first_rows(vocabulary) + [(token, TokenType.NORMAL, 0.0) for token in tokens]
+
+
 def _sentencepiece_rows(vocabulary: Vocabulary) -> list[tuple[str, TokenType, float]]:
     """The order of published files: special tokens, the 256 bytes, the pieces, the single letters."""
-    first = [(token, kind, -1000.0) for token, kind in vocabulary.first.items()]
-    first += [(f"<0x{byte:02X}>", TokenType.BYTE, 0.0) for byte in range(256)]
+    first = _first_rows(vocabulary)
     more = _more(list(LETTERS), set(PIECES), vocabulary.more)
     normal = [*PIECES, *(left + right for left, right in more), *LETTERS]
     return first + [(token, TokenType.NORMAL, -float(i)) for i, token in enumerate(normal)]

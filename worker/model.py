@@ -21,7 +21,8 @@ from worker.sampling import Draw, Sampling
 class Hparams:
     """The shape of a model, with the names of GGUF metadata; read by `worker/adapters/hparams.py`.
 
-    Holds the keys that all architectures share. An adapter reads the others itself.
+    Holds the keys that all architectures share. An adapter reads the others itself. Where layers
+    differ, `feed_forward_length` and `head_count_kv` are the largest; `Model.layers` has them all.
     """
 
     architecture: str

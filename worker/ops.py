@@ -113,6 +113,8 @@ class Attention:
     """Norm [D] of each key head, before RoPE."""
     query_scale: PositionScale | None = None
     """Multiplies the queries of a position, after their norm and before RoPE."""
+    v_epsilon: float | None = None
+    """The epsilon of a norm of each value head, without a weight; None: values have no norm."""
 
     @property
     def q_width(self) -> int:
@@ -180,14 +182,15 @@ class Ops(Protocol):
     def attention(self, q: Array, k: Array, v: Array, spec: Attention, batch: Batch) -> Array:
         """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32.
 
-        The norms of `spec`, if any, come first. q and k may be overwritten.
+        The norms of `spec`, if any, come first. q and k may be overwritten. v may be k: the values
+        are then the keys before their norm and RoPE.
         """
 
     def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
         """residual + linear(y): x [T, d] f32."""
 
-    def linear_norm_add(self, y: Array, linear: Linear, norm: RmsNorm, residual: Array) -> Array:
-        """residual + norm(linear(y)): x [T, d] f32."""
+    def linear_norm_add(self, y: Array, linear: Linear, norm: RmsNorm, residual: Array, scale: float = 1.0) -> Array:
+        """(residual + norm(linear(y))) · scale: x [T, d] f32."""
 
     def norm_glu(self, x: Array, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Array:
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""
@@ -204,6 +207,9 @@ class Ops(Protocol):
         The op before is the `experts_glu` of h, and `residual` is older than that: a device may
         read it while `experts_glu` runs.
         """
+
+    def softcap(self, logits: Array, cap: float) -> Array:
+        """cap · tanh(logits / cap): [R, V] f32. `logits` may be overwritten."""
 
     def gather_rows(self, x: Array, batch: Batch) -> Array:
         """The batch's `logit_rows` of x [T, …], a residual or a result of `attention`: [R, …]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -91,6 +92,25 @@ def test_a_projection_is_normalized_before_it_is_added():
     norm = RmsNorm(tensor(random(6)), 1e-2)
     expected = residual + z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-2) * norm.weight.data
     np.testing.assert_allclose(ops.linear_norm_add(y, down, norm, residual), expected, atol=1e-5)
+    np.testing.assert_allclose(ops.linear_norm_add(y, down, norm, residual, 0.25), expected / 4, atol=1e-5)
+
+
+def test_a_softcap_limits_logits_and_changes_small_ones_little():
+    logits = np.array([[1e9, -1e9, 0.0, 1e-3, 12.0]], np.float32)
+    expected = 30 * np.tanh(logits.astype(np.float64) / 30)
+    np.testing.assert_allclose(CpuOps.softcap(None, logits, 30.0), expected, rtol=1e-6)
+
+
+def test_values_are_normalized_without_a_weight_and_may_be_the_keys_before_their_norm():
+    norm = RmsNorm(tensor(random(8)), 1e-2)
+    spec = replace(attention_case(2, 1, 8), q_norm=norm, k_norm=norm, v_epsilon=1e-2)
+    q, k, positions = random(20, 16), random(20, 8), np.arange(20, dtype=np.int32)
+    batch = Batch(Phase.PREFILL, positions, positions, (np.array([1, 0], np.int32),), np.empty(0, np.int32))
+    got = CpuOps(KvCache([spec], 2), Phase.PREFILL, Threads(1)).attention(q, k, k, spec, batch)
+    normed = [x.reshape(-1, 8).astype(np.float64) for x in (q, k)]
+    normed = [x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) for x in normed]
+    heads = [(x * norm.weight.data).reshape(20, -1) for x in normed]
+    np.testing.assert_allclose(got, attention_by_hand(*heads, normed[1], 2, 1, 8, 0, None), atol=2e-6)
 
 
 def test_routing_prefers_the_lower_expert_among_equals_and_applies_the_softmax_to_the_chosen():

@@ -11,7 +11,10 @@ from tests.models import GREEDY, cpu_runner, engine_of, fill_cache, ids, prefill
 from worker.engine import Sequence
 from worker.sampling import Sampling
 
-NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "granite", "granitemoe-shared", "mistral3", "gemma3")
+NAMES = (
+    *("qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "granite", "granitemoe-shared", "mistral3"),
+    *("gemma3", "gemma4"),
+)
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1)
 PROMPT = (np.random.default_rng(3).integers(0, 280, 150)).tolist()
 

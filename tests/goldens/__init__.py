@@ -49,6 +49,7 @@ CASES = {
     "granitemoe-shared": GoldenCase("granitemoe-shared"),
     "gemma3": GoldenCase("gemma3"),
     "gemma3-27b": GoldenCase("gemma3-27b"),
+    "gemma4": GoldenCase("gemma4"),
 }
 
 

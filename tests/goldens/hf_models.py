@@ -22,7 +22,7 @@ Metadata = dict[str, Any]
 Weights = dict[str, np.ndarray]
 
 CLASSES = (
-    *("gemma3", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "llama", "ministral3", "mistral"),
+    *("gemma3", "gemma4", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "llama", "ministral3", "mistral"),
     *("mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
 )
 MODULES = [import_module(f"transformers.models.{name}.modeling_{name}") for name in CLASSES]
@@ -49,6 +49,11 @@ NAMES = {
 }
 OTHER_NAMES = {
     "gemma3": {"ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "gemma4": {
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "layer_output_scale": "layer_scalar",
+    },
     "gpt-oss": {"ffn_gate_inp": "mlp.router"},
     "granitemoe": {"ffn_gate_inp": "block_sparse_moe.router"},
     "phi3": {"ffn_up": "mlp.gate_up_proj"},
@@ -251,6 +256,35 @@ def _gemma3(metadata: Metadata, weights: Weights) -> transformers.Gemma3TextConf
     )
 
 
+def _gemma4(metadata: Metadata, weights: Weights) -> transformers.Gemma4TextConfig:
+    """Values are keys in the layers without a window. HF computes `rope_freqs` from a factor."""
+    windowed = metadata["attention.sliding_window_pattern"]
+    kv_heads = dict(zip(windowed, metadata["attention.head_count_kv"], strict=True))
+    rotated = weights.pop("rope_freqs.weight") == 1
+    common = _common(metadata, weights) | {
+        "head_dim": metadata["attention.key_length_swa"],
+        "num_key_value_heads": kv_heads[True],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": metadata["rope.freq_base"],
+                "partial_rotary_factor": float(rotated.mean()),
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": metadata["rope.freq_base_swa"]},
+        },
+    }
+    return transformers.Gemma4TextConfig(
+        **common,
+        global_head_dim=metadata["attention.key_length"],
+        num_global_key_value_heads=kv_heads[False],
+        attention_k_eq_v=True,
+        layer_types=["sliding_attention" if each else "full_attention" for each in windowed],
+        sliding_window=metadata["attention.sliding_window"],
+        final_logit_softcapping=metadata["final_logit_softcapping"],
+        hidden_size_per_layer_input=metadata["embedding_length_per_layer_input"],
+    )
+
+
 def _gpt_oss(metadata: Metadata, weights: Weights) -> transformers.GptOssConfig:
     common = _common(metadata, weights)
     common["rope_parameters"]["truncate"] = False
@@ -261,6 +295,7 @@ def _gpt_oss(metadata: Metadata, weights: Weights) -> transformers.GptOssConfig:
 
 CONFIGS = {
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "gpt-oss": _gpt_oss,
     "granite": _granite,
     "granitemoe": _granitemoe,
@@ -284,7 +319,7 @@ def _state(arch: str, config: Any, weights: Weights) -> Iterator[tuple[str, np.n
         if part.endswith(("_exps", "_shexp")):
             continue
         prefix = f"model.layers.{block[1]}." if block else ""
-        full = prefix + names[part] + ("" if part == "attn_sinks" else f".{kind}")
+        full = prefix + names[part] + ("" if part in ("attn_sinks", "layer_output_scale") else f".{kind}")
         if arch in PERMUTED and part in ("attn_q", "attn_k"):
             heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             yield full, halves_from_pairs(data, heads)

@@ -161,8 +161,8 @@ class ThreeRuns(CpuOps):
     def linear_add(self, y, linear, residual):
         return self._led(super().linear_add(y, linear, residual), residual)
 
-    def linear_norm_add(self, y, linear, norm, residual):
-        return self._led(super().linear_norm_add(y, linear, norm, residual), residual)
+    def linear_norm_add(self, y, linear, norm, residual, scale=1.0):
+        return self._led(super().linear_norm_add(y, linear, norm, residual, scale), residual)
 
     def norm_route(self, x, norm, router, k):
         n = self._norm(x, norm)

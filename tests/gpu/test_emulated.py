@@ -25,6 +25,7 @@ CHOSEN = {
     "matvec_mma": "(no_tile and Q4_K and 40) or (gated and 160 and Q6_K) or (hold and 21) or gelu",
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or gelu",
     "norms": "",
+    "softcap": "",
     "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552)",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or (both_phases and gemma3)",

@@ -10,17 +10,18 @@ from tests.gpu.guarded import GuardedPool
 from worker.cpu.plain import rms_norm
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("cols", [4, 96, 1024, 2560, 5376, 9248])
-def test_normed_rows_are_added(kernels, cols):
+def test_normed_rows_are_added_and_the_sum_is_scaled(kernels, cols, scale):
     from worker.gpu.norms import norm_add
 
     pool, y, residual = GuardedPool(), rows_of(3, cols), np.random.default_rng(1).normal(size=(3, cols))
     residual = residual.astype(np.float32)
     weight, norm = norm_of(pool, cols, 1e-3)
-    x = norm_add(kernels, pool, pool.put(y), norm, pool.put(residual)).get()
+    x = norm_add(kernels, pool, pool.put(y), norm, pool.put(residual), scale=scale).get()
     pool.check()
-    np.testing.assert_allclose(x, residual + rms_norm(y, weight, 1e-3), rtol=1e-5, atol=1e-5)
-    alone = norm_add(kernels, pool, pool.put(y[1:2]), norm, pool.put(residual[1:2])).get()
+    np.testing.assert_allclose(x, (residual + rms_norm(y, weight, 1e-3)) * scale, rtol=1e-5, atol=1e-5)
+    alone = norm_add(kernels, pool, pool.put(y[1:2]), norm, pool.put(residual[1:2]), scale=scale).get()
     assert alone.tobytes() == x[1:2].tobytes()
 
 

@@ -6,6 +6,7 @@ A new architecture is a file like `llama.py`, a line in `ADAPTERS` and a row in 
 from typing import Protocol
 
 from worker.adapters.gemma3 import Gemma3
+from worker.adapters.gemma4 import Gemma4
 from worker.adapters.gpt_oss import GptOss
 from worker.adapters.granite import Granite
 from worker.adapters.granitemoe import GraniteMoe
@@ -39,6 +40,7 @@ def _llama(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOption
 
 ADAPTERS: dict[str, Adapter] = {
     "gemma3": Gemma3,
+    "gemma4": Gemma4,
     "gpt-oss": GptOss,
     "granite": Granite,
     "granitemoe": GraniteMoe,

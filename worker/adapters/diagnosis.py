@@ -116,8 +116,11 @@ class _TrialKeys(ArchitectureKeys):
         counts = [each for each in numbers if isinstance(each, int) and 0 < each <= _MAX_WIDTH]
         return max(counts, default=min(default or 1, _MAX_WIDTH))
 
-    def count_of_layers(self, key: str, layers: int, default: int | None = None) -> int:
-        return self.count(key, default)
+    def counts_of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        value = self.value(key)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value) >= layers:
+            return [min(max(1, int(count)), _MAX_WIDTH) for count in value[:layers]]
+        return [self.count(key, default)] * layers
 
     def positive(self, key: str, default: float | None = None) -> float:
         if default is None and key not in self:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.adapters.keys import ArchitectureKeys
+from worker.adapters.keys import ArchitectureKeys, shown_value
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.model import Hparams, ModelOptions
@@ -18,6 +18,8 @@ from worker.rope import RopeScaling
 _SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
 """Values of `expert_gating_func`; normalized over the chosen experts, both are the same."""
 _EXPERT_WIDTH = "expert_feed_forward_length"
+LAYERS_DIFFER = ("gemma4",)
+"""Architectures whose adapters read the numbers of KV heads and the FFN widths of each layer."""
 
 
 def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparams:
@@ -29,7 +31,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
     head_dim = keys.count("attention.key_length", default=width // heads)
     if (value_dim := keys.count("attention.value_length", default=head_dim)) != head_dim:
         raise keys.error("attention.value_length", f"is {value_dim}", str(head_dim))
-    heads_kv = keys.count_of_layers("attention.head_count_kv", layers, default=heads)
+    heads_kv = _largest_count(keys, "attention.head_count_kv", layers, default=heads)
     if heads % heads_kv:
         raise keys.error("attention.head_count_kv", f"is {heads_kv}", f"a divisor of the {heads} query heads")
     rope_dims = keys.count("rope.dimension_count", default=head_dim)
@@ -42,7 +44,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         architecture=keys.architecture,
         block_count=layers,
         embedding_length=width,
-        feed_forward_length=keys.count_of_layers("feed_forward_length", layers),
+        feed_forward_length=_largest_count(keys, "feed_forward_length", layers),
         head_count=heads,
         head_count_kv=heads_kv,
         head_dim=head_dim,
@@ -57,6 +59,13 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         expert_feed_forward_length=keys.count(_EXPERT_WIDTH) if experts and _EXPERT_WIDTH in keys else 0,
         expert_shared_feed_forward_length=shared,
     )
+
+
+def _largest_count(keys: ArchitectureKeys, key: str, layers: int, default: int | None = None) -> int:
+    """The number of all layers, or the largest if the architecture's layers may differ."""
+    if keys.architecture in LAYERS_DIFFER:
+        return max(keys.counts_of_layers(key, layers, default))
+    return keys.count_of_layers(key, layers, default)
 
 
 def neutral_values(hp: Hparams) -> dict[str, tuple[Any, ...]]:
@@ -93,10 +102,10 @@ def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, di
     return window, {"sliding_window": str(window)} if in_file else {}
 
 
-def windowed_layers(hp: Hparams, keys: ArchitectureKeys, *, period: int) -> list[bool]:
+def windowed_layers(hp: Hparams, keys: ArchitectureKeys, *, period: int | None) -> list[bool]:
     """Whether each layer has a window: a flag for each, or all but the last of every `n`.
 
-    `period`: the n of a file without the key.
+    `period`: the n of a file without the key; None if the file must have the flags.
     """
     name = "attention.sliding_window_pattern"
     flags = keys.value(name)
@@ -104,6 +113,9 @@ def windowed_layers(hp: Hparams, keys: ArchitectureKeys, *, period: int) -> list
         if flags.dtype != np.bool_ or len(flags) != hp.block_count:
             raise keys.error(name, f"is an array of {len(flags)} values", f"a number, or {hp.block_count} bools")
         return [bool(flag) for flag in flags]
+    if period is None:
+        problem = "is missing" if flags is None else f"is {shown_value(flags)}"
+        raise keys.error(name, problem, f"{hp.block_count} bools")
     period = keys.count(name, default=period)
     return [i % period < period - 1 for i in range(hp.block_count)]
 

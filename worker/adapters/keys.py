@@ -100,15 +100,23 @@ class ArchitectureKeys:
 
     def count_of_layers(self, key: str, layers: int, default: int | None = None) -> int:
         """Like `count`; the file may list the number once per layer, but not different numbers."""
+        counts = self.counts_of_layers(key, layers, default)
+        if len(set(counts)) > 1:
+            shown = ", ".join(map(str, counts[:8]))
+            raise self.error(key, f"is different in the layers: {shown}", f"equal numbers from 1 to {_MAX_COUNT}")
+        return counts[0]
+
+    def counts_of_layers(self, key: str, layers: int, default: int | None = None) -> list[int]:
+        """Like `count`, for each layer; the file may have one number for all."""
         value = self.value(key)
         if not isinstance(value, np.ndarray | list):
-            return self.count(key, default)
+            return [self.count(key, default)] * layers
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != layers:
-            raise self.error(key, f"is an array of {len(value)} values", f"a number, or {layers} equal numbers")
-        if not (value == value[0]).all() or not 0 < int(value[0]) <= _MAX_COUNT:
+            raise self.error(key, f"is an array of {len(value)} values", f"a number, or {layers} numbers")
+        if value.min() < 1 or value.max() > _MAX_COUNT:
             shown = ", ".join(map(str, value[:8].tolist()))
-            raise self.error(key, f"is different in the layers: {shown}", f"equal numbers from 1 to {_MAX_COUNT}")
-        return int(value[0])
+            raise self.error(key, f"is {shown}", f"numbers from 1 to {_MAX_COUNT}")
+        return [int(count) for count in value]
 
     def positive(self, key: str, default: float | None = None) -> float:
         """Finite number above 0; required if there is no default."""

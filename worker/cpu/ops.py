@@ -37,17 +37,20 @@ class CpuOps:
             queries = self._norm(queries, spec.q_norm)
         if spec.k_norm is not None:
             keys = self._norm(keys, spec.k_norm)
+        values = v.reshape(keys.shape)
+        if spec.v_epsilon is not None:
+            values = rms_norm(values, np.float32(1), spec.v_epsilon)
         if spec.query_scale is not None:
             queries = queries * spec.query_scale.at(batch.positions)[:, None, None]
         queries, keys = (rotate(heads, batch.positions, spec.rope) for heads in (queries, keys))
-        self._cache.write(spec.layer, batch, keys, v.reshape(keys.shape))
+        self._cache.write(spec.layer, batch, keys, values)
         return attend(queries, self._cache, spec, batch)
 
     def linear_add(self, y: F32, linear: Linear, residual: F32) -> F32:
         return residual + self._linear(y, linear)
 
-    def linear_norm_add(self, y: F32, linear: Linear, norm: RmsNorm, residual: F32) -> F32:
-        return residual + self._norm(self._linear(y, linear), norm)
+    def linear_norm_add(self, y: F32, linear: Linear, norm: RmsNorm, residual: F32, scale: float = 1.0) -> F32:
+        return (residual + self._norm(self._linear(y, linear), norm)) * np.float32(scale)
 
     def norm_glu(self, x: F32, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> F32:
         n = self._norm(x, norm)
@@ -70,6 +73,10 @@ class CpuOps:
         for t, j in np.ndindex(*routes.experts.shape):
             x[t] += routes.weights[t, j] * self._expert(h[t, j], down, routes.experts[t, j])
         return x
+
+    def softcap(self, logits: F32, cap: float) -> F32:
+        capped: F32 = np.float32(cap) * np.tanh(logits / np.float32(cap))
+        return capped
 
     def gather_rows(self, x: F32, batch: Batch) -> F32:
         return x[batch.logit_rows]

@@ -16,7 +16,7 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 
-def rms_norm(x: F32, weight: F32, eps: float) -> F32:
+def rms_norm(x: F32, weight: F32 | np.float32, eps: float) -> F32:
     """x / sqrt(mean(x²) + eps) · weight over the last axis: [T, d] f32."""
     mean: F32 = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
     result: F32 = x * (np.float32(1) / np.sqrt(mean + np.float32(eps))) * weight

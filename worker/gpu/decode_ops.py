@@ -16,6 +16,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import norm_add
+from worker.gpu.softcap import softcap
 from worker.gpu.state import StepState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
@@ -76,11 +77,11 @@ class DecodeOps:
         return x
 
     def linear_norm_add(
-        self, y: Q8Activations | Q8Tiles, linear: Linear, norm: RmsNorm, residual: DeviceArray
+        self, y: Q8Activations | Q8Tiles, linear: Linear, norm: RmsNorm, residual: DeviceArray, scale: float = 1.0
     ) -> DeviceArray:
         """See `Ops.linear_norm_add`; y is a result of `attention` or `norm_glu`."""
         (z,) = self._products.multiply(y, None, (linear,))
-        return norm_add(self._kernels, self._pool, z, norm, residual)
+        return norm_add(self._kernels, self._pool, z, norm, residual, scale=scale)
 
     def norm_glu(
         self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
@@ -111,6 +112,9 @@ class DecodeOps:
         if isinstance(h, PairRows):
             return decode_experts.experts_add(self._kernels, self._pool, h, routes, down, residual)
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
+
+    def softcap(self, logits: DeviceArray, cap: float) -> DeviceArray:
+        return softcap(self._kernels, logits, cap)
 
     def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:
         """See `Ops.gather_rows`: a decode step needs the logits of all its rows."""

@@ -14,7 +14,10 @@ from worker.ops import RmsNorm
 _THREADS = 256
 _QUADS_KEPT = (1, 2, 4, 8)  # float4s of each operand that a thread keeps in registers
 DEFINES = {"NORM_THREADS": _THREADS}
-INSTANTIATIONS: tuple[KernelName, ...] = tuple(("norm_add.cu", f"norm_add<{kept}>") for kept in _QUADS_KEPT)
+_FLAGS = ("false", "true")
+INSTANTIATIONS: tuple[KernelName, ...] = tuple(
+    ("norm_add.cu", f"norm_add<{kept}, {scaled}>") for kept in _QUADS_KEPT for scaled in _FLAGS
+)
 
 
 def norm_add(
@@ -24,11 +27,15 @@ def norm_add(
     norm: RmsNorm,
     residual: DeviceArray,
     count: DeviceArray | None = None,
+    scale: float = 1.0,
 ) -> DeviceArray:
-    """residual + norm(y): x [T, d] f32; the first `count` [1] i32 rows are valid, all if None."""
+    """(residual + norm(y)) · scale: x [T, d] f32.
+
+    The first `count` [1] i32 rows are valid, all if None.
+    """
     rows, cols = y.shape
     x = pool.empty((rows, cols), np.float32)
     kept = next((kept for kept in _QUADS_KEPT if cols <= 4 * _THREADS * kept), _QUADS_KEPT[-1])
-    args = (x, y, norm.weight.data, residual, count, np.int32(cols), np.float32(norm.eps))
-    kernels.get("norm_add.cu", f"norm_add<{kept}>")((rows,), (_THREADS,), args, pdl=True)
+    args = (x, y, norm.weight.data, residual, count, np.int32(cols), np.float32(norm.eps), np.float32(scale))
+    kernels.get("norm_add.cu", f"norm_add<{kept}, {_FLAGS[scale != 1.0]}>")((rows,), (_THREADS,), args, pdl=True)
     return x

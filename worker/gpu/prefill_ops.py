@@ -16,6 +16,7 @@ from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul import ExpertGroups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import norm_add
+from worker.gpu.softcap import softcap
 from worker.gpu.state import ChunkState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
 
@@ -61,10 +62,12 @@ class PrefillOps:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
         return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _array(residual)))
 
-    def linear_norm_add(self, y: Rows | ScaledF16, linear: Linear, norm: RmsNorm, residual: Rows) -> Rows:
+    def linear_norm_add(
+        self, y: Rows | ScaledF16, linear: Linear, norm: RmsNorm, residual: Rows, scale: float = 1.0
+    ) -> Rows:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
         z = matmul.matmul(self._kernels, self._pool, rows, linear)
-        x = norm_add(self._kernels, self._pool, z, norm, _array(residual), self._count(residual))
+        x = norm_add(self._kernels, self._pool, z, norm, _array(residual), self._count(residual), scale)
         return _like(residual, x)
 
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
@@ -87,6 +90,9 @@ class PrefillOps:
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
         added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _array(residual))
         return _like(residual, added)
+
+    def softcap(self, logits: DeviceArray, cap: float) -> DeviceArray:
+        return softcap(self._kernels, logits, cap)
 
     def gather_rows(self, x: DeviceArray | ScaledF16, batch: Batch) -> GatheredRows | ScaledF16:
         wanted = self._prompt.wanted[: len(batch.logit_rows)]

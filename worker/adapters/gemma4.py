@@ -1,0 +1,153 @@
+"""Gemma 4, text, dense: 31B. GGUF architecture `gemma4`.
+
+Model card: Google DeepMind 2026 (Gemma 4). Differences from gemma3:
+  * layers without a window have wider heads (`attention.key_length`) and fewer KV heads than those
+    with one (`attention.key_length_swa`), and no projection of v: v is k before its norm and RoPE;
+  * v heads are normalized, without a weight, and attention's scores are not scaled;
+  * in layers without a window `rope_freqs.weight` divides the frequencies; large divisors leave
+    three quarters of the pairs unrotated;
+  * a layer's result is multiplied by a number, logits are limited by cap·tanh(logits/cap).
+Files hold the norm weights as they are applied. Refused: embeddings for each layer, layers that
+share keys and values (E2B, E4B) and experts (26B-A4B).
+"""
+
+import math
+from dataclasses import dataclass
+
+from worker.adapters.hparams import refuse_experts, windowed_layers
+from worker.adapters.keys import ArchitectureKeys
+from worker.adapters.rotary import DIVISORS
+from worker.adapters.weights import Weights
+from worker.model import Hparams, ModelOptions
+from worker.ops import GELU_GLU, Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.rope import Rope, scaled_rope
+
+LOCAL_ROPE_BASE, LOGIT_CAP = 10000.0, 30.0
+"""Values of files without the keys, as in llama.cpp."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer. H, Hk and D may differ between layers, and f."""
+
+    attn_norm: RmsNorm  # [d]
+    projections: tuple[Linear, ...]  # q [H·D, d], k [Hk·D, d] and, if the layer has it, v [Hk·D, d]
+    attention: Attention
+    attn_output: Linear  # [d, H·D]
+    attn_post_norm: RmsNorm  # [d]
+    ffn_norm: RmsNorm  # [d]
+    gate: Linear  # [f, d]
+    up: Linear  # [f, d]
+    down: Linear  # [d, f]
+    ffn_post_norm: RmsNorm  # [d]
+    scale: float
+    """Multiplies the layer's result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What the attention of a layer depends on: its heads, its RoPE and its window."""
+
+    kv: int
+    dim: int
+    rope: Rope
+    window: int
+
+
+class Gemma4:
+    """The decoder of the `gemma4` architecture with its weights bound."""
+
+    def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
+        _refuse_parts(hp, keys)
+        self.choices: dict[str, str] = {}
+        self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
+        widths = keys.counts_of_layers("feed_forward_length", hp.block_count)
+        heads = _heads(hp, keys, w, options)
+        self.layers = [_layer(hp, w, i, *each) for i, each in enumerate(zip(heads, widths, strict=True))]
+        self.embedding_scale = math.sqrt(hp.embedding_length)
+        self.output_norm = w.norm("output_norm", hp.embedding_length, hp.rms_epsilon)
+        self.output = w.output(self.token_embd)
+        self.cap = keys.get("final_logit_softcapping", float, LOGIT_CAP)
+        if not 0 <= self.cap < math.inf:
+            raise keys.error("final_logit_softcapping", f"is {self.cap}", "0 for no cap, or a positive number")
+
+    def forward(self, ops: Ops, batch: Batch) -> Array:
+        """Logits [R, V] f32 of the batch's `logit_rows`."""
+        x = ops.embed(self.token_embd, batch, self.embedding_scale)
+        for layer in self.layers:
+            q, k, *v = ops.norm_linear(x, layer.attn_norm, *layer.projections)
+            attended = ops.attention(q, k, v[0] if v else k, layer.attention, batch)
+            if layer is self.layers[-1]:  # the rest is needed for the requested rows only
+                attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
+            x = ops.linear_norm_add(attended, layer.attn_output, layer.attn_post_norm, x)
+            h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up, GELU_GLU)
+            x = ops.linear_norm_add(h, layer.down, layer.ffn_post_norm, x, layer.scale)
+        (logits,) = ops.norm_linear(x, self.output_norm, self.output)
+        return ops.softcap(logits, self.cap) if self.cap else logits
+
+
+def _refuse_parts(hp: Hparams, keys: ArchitectureKeys) -> None:
+    """Raise ModelLoadFailed, which names the key, for a part of Gemma 4 that is not computed."""
+    refuse_experts(hp, keys)
+    for key in ("attention.shared_kv_layers", "embedding_length_per_layer_input"):
+        if value := keys.width(key):
+            raise keys.error(key, f"is {value}", "0: Gemma 4 E2B and E4B are not served, its dense 31B is")
+    scaling = hp.rope_scaling
+    if scaling.kind not in ("none", "linear") or scaling.factor != 1:
+        raise keys.error("rope.scaling.type", f"is {scaling.kind!r} by {scaling.factor}", "no scaling")
+
+
+def _heads(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> list[Heads]:
+    """The heads of each layer. Raises ModelLoadFailed for keys that no heads can have."""
+    counts = keys.counts_of_layers("attention.head_count_kv", hp.block_count, default=hp.head_count)
+    if any(hp.head_count % count for count in counts):
+        shown = ", ".join(map(str, counts[:8]))
+        raise keys.error("attention.head_count_kv", f"is {shown}", f"divisors of the {hp.head_count} query heads")
+    windowed = windowed_layers(hp, keys, period=None)
+    width, dims = _local_widths(keys)
+    base = keys.positive("rope.freq_base_swa", default=LOCAL_ROPE_BASE)
+    local = scaled_rope(base, dims, options.context, hp.rope_scaling)
+    divisors = None if all(windowed) else w.host_vector(DIVISORS, hp.rope_dims // 2)
+    everywhere = scaled_rope(hp.rope_freq_base, hp.rope_dims, options.context, hp.rope_scaling, divisors=divisors)
+    window = keys.count("attention.sliding_window")
+    return [
+        Heads(count, width, local, window) if local_layer else Heads(count, hp.head_dim, everywhere, 0)
+        for count, local_layer in zip(counts, windowed, strict=True)
+    ]
+
+
+def _local_widths(keys: ArchitectureKeys) -> tuple[int, int]:
+    """The head width of layers with a window, and how many elements of it are rotated."""
+    width = keys.count("attention.key_length_swa")
+    if (values := keys.count("attention.value_length_swa", default=width)) != width:
+        raise keys.error("attention.value_length_swa", f"is {values}", str(width))
+    dims = keys.count("rope.dimension_count_swa", default=width)
+    if dims % 2 or dims > width:
+        raise keys.error("rope.dimension_count_swa", f"is {dims}", f"an even number up to {width}")
+    return width, dims
+
+
+def _layer(hp: Hparams, w: Weights, i: int, heads: Heads, f: int) -> Layer:
+    d, eps, block = hp.embedding_length, hp.rms_epsilon, f"blk.{i}"
+    q, kv = hp.head_count * heads.dim, heads.kv * heads.dim
+    names = ("attn_q", q), ("attn_k", kv), *((("attn_v", kv),) if w.has(f"{block}.attn_v.weight") else ())
+    scale = f"{block}.layer_output_scale.weight"
+    return Layer(
+        attn_norm=w.norm(f"{block}.attn_norm", d, eps),
+        projections=tuple(w.linear(f"{block}.{name}", rows, d) for name, rows in names),
+        attention=Attention(
+            *(i, hp.head_count, heads.kv, heads.dim, heads.rope, heads.window),
+            # Attention divides the scores by the root that multiplies the queries here.
+            q_norm=w.norm(f"{block}.attn_q_norm", heads.dim, eps, scale=math.sqrt(heads.dim)),
+            k_norm=w.norm(f"{block}.attn_k_norm", heads.dim, eps),
+            v_epsilon=eps,
+        ),
+        attn_output=w.linear(f"{block}.attn_output", d, q),
+        attn_post_norm=w.norm(f"{block}.post_attention_norm", d, eps),
+        ffn_norm=w.norm(f"{block}.ffn_norm", d, eps),
+        gate=w.linear(f"{block}.ffn_gate", f, d),
+        up=w.linear(f"{block}.ffn_up", f, d),
+        down=w.linear(f"{block}.ffn_down", d, f),
+        ffn_post_norm=w.norm(f"{block}.post_ffw_norm", d, eps),
+        scale=float(w.host_vector(scale, 1)[0]) if w.has(scale) else 1.0,
+    )
