@@ -84,6 +84,8 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.stop_sequence: str | None = None
         """The stop string that ended the answer."""
+        self.stop_token: int | None = None
+        """The one of the job's `stop_token_ids` that ended the answer."""
         sampling, vocab = _sampling(job, resolved, grammar), tokenizer.vocab
         self.sequence = engine.Sequence(
             job.job_id,
@@ -123,6 +125,7 @@ class Answer:
         if self._text.is_plain:  # half of the time of the general case
             self.finish_reason = self.sequence.finish_at(index, token_id)
             text = self._text.decode(token_id, last=self.finish_reason is not None)
+            self._note_stop(token_id)
         else:
             text, place, _ = self._release(index, token_id)
         data = top_data = None
@@ -138,7 +141,12 @@ class Answer:
         piece = self._text.push(token_id, last=finish is not None or stop is not None)
         self.stop_sequence = stop if piece.stop is None else piece.stop
         self.finish_reason = finish if self.stop_sequence is None else "stop_sequence"
+        self._note_stop(token_id)
         return piece
+
+    def _note_stop(self, token_id: int) -> None:
+        if self.finish_reason == "stop" and token_id in self.sequence.sampling.stop_token_ids:
+            self.stop_token = token_id
 
 
 class AttemptStats:

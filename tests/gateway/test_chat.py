@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.gateways import chunks_of, events_of, gateway
 from tests.gateway.recorded_events import end, pages, started, texts
-from tests.gateway.scripted import last_user, scripted_model
+from tests.gateway.scripted import last_user, scripted_model, tokenizer_of
 from tests.service.serving import LONG_LEASE, serving
 from worker.gateway.answer import ChoiceReader
 from worker.gateway.chat_chunks import ChatChunks
@@ -163,6 +163,16 @@ async def test_a_stop_string_ends_the_answer_as_stop_and_is_named_beside_it(scri
     assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("one, ", "stop", "two")
     ended = (await scripted.http().post("/v1/chat/completions", json=request | {"stop": None})).json()
     assert (ended["choices"][0]["finish_reason"], ended["choices"][0]["stop_reason"]) == ("stop", None)
+
+
+async def test_a_stop_token_of_the_request_ends_the_answer_and_is_named_beside_it(scripted):
+    tokenizer = tokenizer_of("qwen3")
+    token = next(id for id in range(256) if tokenizer.token_bytes(id) == b",")
+    request = {"model": "scripted", "messages": [{"role": "user", "content": "stop"}], "stop_token_ids": [token]}
+    choice = (await scripted.http().post("/v1/chat/completions", json=request)).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == ("one", "stop", token)
+    response = await scripted.http().post("/v1/chat/completions", json=request | {"stream": True})
+    assert chunks_of(response.text)[-1]["choices"][0]["stop_reason"] == token
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -168,6 +168,13 @@ def test_tool_choices_of_every_form_become_the_job_s(choice, tools, expected):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "messages[0].weight"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "zzz": 1}]}]},
+            "messages[0].content[0].zzz",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "z"}]}, "messages[0].refusal"),
+        ({"tool_choice": 5}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed({"name": "now"}) | {"zzz": 1}}, "tool_choice.zzz"),
         ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),

@@ -22,7 +22,7 @@ from tests.text.small import byte_level, tokenizer_of
 from worker.errors import InvalidRequest
 from worker.text import grammar as grammar_module
 from worker.text import grammar_checker
-from worker.text.json_schema import MAX_DEPTH
+from worker.text.json_schema import MAX_DEPTH, MAX_EXACT, prepare
 
 SCHEMA = "response_format.json_schema.schema"
 PUBLIC_SCHEMAS = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
@@ -81,7 +81,13 @@ def test_an_unsupported_keyword_is_named_with_its_place(tokenizer, keyword, valu
         ({"items": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}, ".items", "anyOf in place of oneOf"),
         ({"properties": {"a": {"properties": 5}}}, ".properties.a", "properties must be an object"),
         ({"properties": {"a": 5}}, ".properties.a", "a schema: a map, true or false"),
-        ({"properties": {"a": {"type": "integer", "minimum": 1e19}}}, ".properties.a", "integer range"),
+        ({"properties": {"a": {"type": "integer", "minimum": 1e19}}}, ".properties.a.minimum", "2**53"),
+        ({"items": {"const": {"a": [1, -(2**53) - 1]}}}, ".items.const", "2**53"),
+        ({"enum": ["a", 2**53 + 1]}, ".enum", "2**53"),
+        ({"type": "integer", "exclusiveMaximum": -(2**53) - 1}, ".exclusiveMaximum", "2**53"),
+        ({"prefixItems": [{"type": "null"}], "additionalItems": False}, ".additionalItems", "beside prefixItems"),
+        ({"items": {"prefixItems": [{}], "items": [{}]}}, ".items.items", "beside prefixItems"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#", "type": "integer"}, ".$schema", "from 4 to 2020-12"),
         # Nothing satisfies these.
         ({"type": "string", "minLength": 3, "maxLength": 2}, "", "Unsatisfiable"),
         ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "", "Unsatisfiable"),
@@ -93,6 +99,14 @@ def test_what_is_wrong_in_a_schema_is_reported_with_its_place(tokenizer, schema,
     field, found = schema_error(tokenizer, schema)
     assert field == SCHEMA + place
     assert constraint in found
+
+
+def test_a_wide_limit_becomes_one_that_is_read_exactly():
+    wide = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1, "exclusiveMaximum": 1e300}
+    exact = {"minimum": -MAX_EXACT, "maximum": MAX_EXACT, "exclusiveMaximum": MAX_EXACT}
+    assert prepare({"properties": {"a": wide}}, "x") == ({"properties": {"a": wide | exact}}, [])
+    for dialect in ("http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"):
+        assert prepare({"$schema": dialect, "prefixItems": [True], "items": False}, "x")[1] == []
 
 
 def test_several_mistakes_are_reported_at_once(tokenizer):

@@ -64,5 +64,6 @@ def run_job(loaded: runtime.LoadedModel, job: Job, output: Terminal | JsonLines)
             ttft_ms=round(stats.ttft_s * 1000, 2),
             decode_ms=round(stats.decode_s * 1000, 2),
             stop_sequence=answer.stop_sequence,
+            stop_token=answer.stop_token,
         )
     )

@@ -71,6 +71,8 @@ def parse_line(line: int, raw: bytes, endpoint: str) -> LineRequest:
     custom_id, body = fields["custom_id"], fields["body"]
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512:
         raise Mistake(line, "invalid_value", "custom_id: text of 1 to 512 characters", "custom_id")
+    if any("\ud800" <= character <= "\udfff" for character in custom_id):
+        raise Mistake(line, "invalid_value", "custom_id: text without lone surrogates", "custom_id")
     if fields["method"] != "POST":
         raise Mistake(line, "invalid_method", "method: POST", "method")
     if fields["url"] != endpoint:

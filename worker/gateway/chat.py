@@ -21,6 +21,7 @@ from worker.gateway.request import VLLM_NEUTRAL, TextFields, choice_jobs, read_b
 from worker.gateway.response_format import format_names, job_format
 from worker.gateway.responses_request import Effort, with_effort
 from worker.gateway.sse import EventStream, unless_disconnected
+from worker.jobs.fields import MAP_TAG, TEXT_TAG, one_of
 
 
 class ChatRequest(TextFields):
@@ -51,7 +52,9 @@ class ChatRequest(TextFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: (
+        Annotated[Annotated[str, TEXT_TAG] | Annotated[dict[str, Any], MAP_TAG], one_of("text or a map")] | None
+    ) = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None

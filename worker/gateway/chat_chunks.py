@@ -42,7 +42,7 @@ class ChatChunks(Chunks):
             logprobs = to_json({"content": [chat_logprob(each) for each in delta.logprobs], "refusal": None})
         reason, stop = "null", "null"
         if delta.end is not None:
-            reason, stop = to_json(self.readers[index].finish_reason()), to_json(delta.end.stop_sequence)
+            reason, stop = to_json(self.readers[index].finish_reason()), to_json(delta.end.stopped_by)
         return (
             f'{{"index":{index},"delta":{to_json(delta_fields(delta))},"logprobs":{logprobs},'
             f'"finish_reason":{reason},"stop_reason":{stop}}}'
@@ -78,7 +78,7 @@ class CollectedChoice:
             "message": self._message(),
             "logprobs": {"content": self._logprobs, "refusal": None} if logprobs else None,
             "finish_reason": self.reader.finish_reason(),
-            "stop_reason": end.stop_sequence,
+            "stop_reason": end.stopped_by,
         }
 
     def _message(self) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from worker.gateway.errors import invalid
 _MESSAGE_FIELDS = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 _MESSAGE_IGNORED = frozenset({"annotations", "audio", "function_call", "refusal", "reasoning", "reasoning_details"})
 """Fields of the answers of OpenAI and vLLM, which clients send back."""
+_PART_FIELDS = {"text": ("type", "text"), "refusal": ("type", "refusal")}
+_PART_IGNORED = frozenset({"annotations", "cache_control", "id", "index", "prompt_cache_breakpoint"})
+"""Fields of parts of answers and of caches, which change no prompt."""
 _UNSUPPORTED = ("audio", "function_call")
 """Fields that must be null: the template would leave out what they hold."""
 
@@ -25,12 +28,14 @@ def job_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 def _message(message: Any, path: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise invalid(f"{path}: a map", path, "invalid_value")
-    if unknown := [str(name) for name in message if name not in _MESSAGE_FIELDS and name not in _MESSAGE_IGNORED]:
-        name = f"{path}.{unknown[0]}"
-        raise invalid(f"{name}: unknown field", name, "unknown_parameter")
+    _refuse_others(message, _MESSAGE_FIELDS, path, _MESSAGE_IGNORED)
     for name in _UNSUPPORTED:
         if message.get(name) is not None:
             raise invalid(f"{path}.{name}: not supported", f"{path}.{name}", "unsupported_value")
+    if message.get("role") != "assistant":
+        for name in _MESSAGE_IGNORED:
+            if message.get(name) is not None:
+                raise invalid(f"{path}.{name}: only of an assistant", f"{path}.{name}", "invalid_value")
     result = {name: message[name] for name in _MESSAGE_FIELDS if message.get(name) is not None}
     if "content" in result:
         result["content"] = _content(result["content"], f"{path}.content")
@@ -57,14 +62,20 @@ def _content(content: Any, path: str) -> Any:
     parts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            parts.append({"type": "text", "text": part.get("text")})
-        elif kind == "refusal":
-            parts.append({"type": "text", "text": part.get("refusal")})
-        else:
+        if kind not in ("text", "refusal"):
             message = f"{path}[{index}]: only parts of type text are supported"
             raise invalid(message, f"{path}[{index}].type", "unsupported_value")
+        _refuse_others(part, _PART_FIELDS[kind], f"{path}[{index}]", _PART_IGNORED)
+        parts.append({"type": "text", "text": part.get(kind)})
     return parts
+
+
+def _refuse_others(
+    given: Mapping[str, Any], names: Sequence[str], path: str, ignored: frozenset[str] = frozenset()
+) -> None:
+    """Raise status 400 for a field that is neither named nor ignored."""
+    if unknown := next((str(name) for name in given if name not in names and name not in ignored), None):
+        raise invalid(f"{path}.{unknown}: unknown field", f"{path}.{unknown}", "unknown_parameter")
 
 
 def _tool_calls(calls: Any, path: str) -> list[Any]:
@@ -99,6 +110,8 @@ def _allowed(tools: Sequence[Any], choice: Mapping[str, Any]) -> tuple[list[Any]
     listed = allowed.get("tools") if isinstance(allowed, Mapping) else None
     if not isinstance(allowed, Mapping) or not isinstance(listed, list) or not listed:
         raise invalid("tool_choice.allowed_tools.tools: a list of tools", "tool_choice.allowed_tools.tools")
+    _refuse_others(choice, ("type", "allowed_tools"), "tool_choice")
+    _refuse_others(allowed, ("mode", "tools"), "tool_choice.allowed_tools")
     functions = [each.get("function") if isinstance(each, Mapping) else None for each in listed]
     names = [each.get("name") if isinstance(each, Mapping) else None for each in functions]
     known = {tool["function"]["name"]: tool for tool in tools}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import model_validator
 from starlette.requests import Request
@@ -19,6 +19,7 @@ from worker.gateway.logprobs import Entry, alternatives, token_text
 from worker.gateway.request import VLLM_NEUTRAL, TextFields, choice_jobs, read_body
 from worker.gateway.response_format import format_names, job_format
 from worker.gateway.sse import EventStream, to_json, unless_disconnected
+from worker.jobs.fields import LIST_TAG, TEXT_TAG, one_of
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
@@ -35,7 +36,7 @@ class CompletionRequest(TextFields):
         "suffix": (),
     }
 
-    prompt: str | list[Any]
+    prompt: Annotated[Annotated[str, TEXT_TAG] | Annotated[list[Any], LIST_TAG], one_of("text or a list")]
     best_of: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
@@ -124,7 +125,7 @@ class TextChoice:
         """The last fields of an ended choice."""
         end = self.reader.end
         assert end is not None, "called at the end"
-        return {"finish_reason": self.reader.finish_reason(), "stop_reason": end.stop_sequence}
+        return {"finish_reason": self.reader.finish_reason(), "stop_reason": end.stopped_by}
 
 
 class TextChunks(Chunks):

@@ -271,7 +271,7 @@ class ResponsesRequest(SamplingFields):
         if self.tool_choice == "required" and not self.tools:
             raise contradiction("tool_choice", "auto or none: the request has no tools")
         form = self.text.format if self.text else None
-        if form and form.type == "json_schema" and not form.schema_:
+        if form and form.type == "json_schema" and form.schema_ is None:
             raise contradiction("text.format.schema", "required")
         if form and self.structured_outputs:
             raise contradiction("structured_outputs", "only without text.format")

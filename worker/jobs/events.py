@@ -206,6 +206,13 @@ class End(Event):
     decode_ms: float
     stop_sequence: str | None = None
     """The matched stop string if `finish_reason` is `stop_sequence`."""
+    stop_token: int | None = None
+    """The one of the job's `stop_token_ids` that ended the answer, with `finish_reason` `stop`."""
+
+    @property
+    def stopped_by(self) -> str | int | None:
+        """What the job named and ended the answer: a string, a token, or neither."""
+        return self.stop_token if self.stop_sequence is None else self.stop_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

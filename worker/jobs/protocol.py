@@ -321,7 +321,10 @@ def _field_errors(error: ValidationError) -> list[FieldError]:
         context = line.get("ctx", {})
         path = [part for part in line["loc"] if part not in _TAGS] + context.get("path", [])
         field = ".".join(field_name(part) for part in path)
-        template = _CONSTRAINTS.get(line["type"])
+        kind = line["type"]
+        if kind in ("too_long", "too_short") and isinstance(line["input"], str):
+            kind = f"string_{kind}"
+        template = _CONSTRAINTS.get(kind)
         message = line["msg"].removeprefix("Input should be ")
         constraint = template.format(**context) if template else message
         value = (

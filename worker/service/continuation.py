@@ -55,4 +55,5 @@ def end_of(job: Job, model: LoadedModel, history: History, enqueued: datetime) -
         ttft_ms=0.0,
         decode_ms=0.0,
         stop_sequence=answer.stop_sequence,
+        stop_token=answer.stop_token,
     )

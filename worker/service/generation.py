@@ -232,6 +232,7 @@ class Generation:
             ttft_ms=round(self.stats.ttft_s * 1000, 3),
             decode_ms=round(self.stats.decode_s * 1000, 3),
             stop_sequence=self._answer.stop_sequence,
+            stop_token=self._answer.stop_token,
         )
 
     async def _follow(self, answer: Answer) -> None:

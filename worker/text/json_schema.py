@@ -8,7 +8,12 @@ and refuses what llguidance accepts and does not enforce exactly:
 | `patternProperties` | overlapping patterns and properties are not distinguished reliably |
 | `minProperties` | additional keys may repeat, and count once when the text is parsed |
 | `const`, `enum` | of strings with most control characters, since these would be dropped |
+| `const`, `enum`, `minimum`, `multipleOf` … | of numbers beyond ±2**53, which would be rounded |
+| `prefixItems` | beside `additionalItems` or a list of `items`, since it would be ignored |
+| `$schema` | of other dialects than drafts 4 to 2020-12, whose keywords differ |
 | `x-guidance` | options of llguidance, one of which ignores unsupported keywords |
+
+A limit beyond ±2**53 that allows all numbers up to it becomes ±2**53, which is read exactly.
 
 Without `$schema` the dialect is Draft 2020-12. Properties are generated in the order of the schema.
 Unknown keywords are annotations, as in JSON Schema. Read next: grammar.py.
@@ -43,6 +48,11 @@ _NO_STRINGS = frozenset(("array", "boolean", "integer", "null", "number", "objec
 
 _DROPPED = re.compile(r"(?<!\\)(?:\\\\)*\\u00|\x7f")
 """In constants as JSON: characters that llguidance leaves out without escapes by code point."""
+
+MAX_EXACT = 2**53
+"""llguidance reads numbers as f64, which holds all integers up to here."""
+_LOWER, _UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_DIALECT = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/(2019-09|2020-12))/schema#?")
 
 _IN_MAP = ("properties", "$defs", "definitions")
 _IN_LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -114,6 +124,10 @@ def _prepared(schema: Any, place: str, depth: int, errors: list[Error]) -> Any:
             prepared[key] = [_prepared(v, f"{place}.{key}.{n}", depth + 1, errors) for n, v in enumerate(value)]
         elif key in _DIRECT:
             prepared[key] = _prepared(value, f"{place}.{key}", depth + 1, errors)
+        elif key in _LOWER and _is_number(value):
+            prepared[key] = max(value, -MAX_EXACT)
+        elif key in _UPPER and _is_number(value):
+            prepared[key] = min(value, MAX_EXACT)
         else:
             prepared[key] = value
     return prepared
@@ -125,6 +139,15 @@ def _unsupported(schema: Mapping[str, Any], place: str) -> Iterator[Error]:
             yield f"{place}.{key}", "not supported: a grammar can't enforce this keyword", None
         if key in ("const", "enum") and _DROPPED.search(json.dumps(value, ensure_ascii=False)):
             yield f"{place}.{key}", "strings without control characters, besides line ends and tabs", None
+        if _beyond_exact(key, value):
+            yield f"{place}.{key}", "numbers from -2**53 to 2**53, which are read exactly", None
+    if "prefixItems" in schema:
+        for key in ("additionalItems", "items"):
+            if key in schema and (key != "items" or isinstance(schema[key], list | tuple)):
+                yield f"{place}.{key}", "not supported beside prefixItems", None
+    dialect = schema.get("$schema")
+    if dialect is not None and not (isinstance(dialect, str) and _DIALECT.fullmatch(dialect)):
+        yield f"{place}.$schema", "a draft of JSON Schema from 4 to 2020-12", _shortened(dialect)
     form, kind = schema.get("format"), schema.get("type")
     types = kind if isinstance(kind, list | tuple) else [kind if isinstance(kind, str) else "string"]
     kinds = frozenset(each for each in types if isinstance(each, str))
@@ -140,6 +163,32 @@ def _unsupported(schema: Mapping[str, Any], place: str) -> Iterator[Error]:
     at_least = schema.get("minProperties")
     if isinstance(at_least, int | float) and at_least > names + 1:
         yield f"{place}.minProperties", f"at most {names + 1}: the required properties and one more", at_least
+
+
+def _beyond_exact(key: str, value: Any) -> bool:
+    """Whether the keyword has a number that would be rounded and can't be replaced."""
+    if key in ("const", "enum"):
+        return any(abs(number) > MAX_EXACT for number in _numbers(value))
+    if not _is_number(value):
+        return False
+    above, below = value > MAX_EXACT, value < -MAX_EXACT
+    return (key in _LOWER and above) or (key in _UPPER and below) or (key == "multipleOf" and above)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Yield the numbers in a JSON value."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        value = [value] if _is_number(value) else []
+        yield from value
+        return
+    for each in value:
+        yield from _numbers(each)
 
 
 def _subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
