@@ -42,7 +42,7 @@ from tests.llama_cpp import LlamaCpp, write_f32_copy
 from tests.models import cpu_runner, decode, prefill
 from tests.text.pre_tokenizer_cases import TIKTOKEN, ids_of_llama_cpp, ids_of_tiktoken, trained_metadata
 from tests.text.small import tokenizer_of
-from tests.tiny_models import CPU_ONLY, TINY, make_tiny
+from tests.tiny_models import TINY, make_tiny
 from worker.quants import QUANT_TYPES
 from worker.text.pre_tokenizers import PRE_TOKENIZERS
 
@@ -184,7 +184,7 @@ def tasks(on_gpu: bool) -> Iterator[Task]:
     """All comparisons of the CPU, or of the GPU."""
     if on_gpu:
         gpu = Gpu()
-        for name in (name for name in TINY if name not in CPU_ONLY):
+        for name in TINY:
             yield ARCHITECTURE, TINY[name].arch, name, gpu.device, lambda at, n=name: architecture_on_gpu(gpu, n, at)
         for kind in QUANT_TYPES:
             yield TYPE, kind.name, "llama", gpu.device, lambda at, n=kind.name: type_on_gpu(gpu, n, at)

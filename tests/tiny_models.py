@@ -349,10 +349,6 @@ TINY: dict[str, TinyShape] = {
 }
 
 
-CPU_ONLY = frozenset(name for name, shape in TINY.items() if shape.arch == "gemma4")
-"""Models that the GPU refuses."""
-
-
 def make_tiny(name: str, path: Path, *, seed: int = 0, quant: str | Mapping[str, str] = "mixed") -> Path:
     """Write the model `TINY[name]` as a GGUF v3 file and return its path.
 

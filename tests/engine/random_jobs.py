@@ -21,6 +21,7 @@ BATCHED_MODELS = (
     "qwen3moe",
     "smollm3",
     "gemma3",
+    "gemma4",
     "granite",
     "granitemoe-shared",
     "mistral3",

@@ -33,6 +33,13 @@ def gpu_runner(path, kernels, memory, *, context=512, sliding_window="auto", pad
     return GpuRunner(model, hp, memory, kernels, chosen, padding_ids=padding_ids, end_ids=end_ids)
 
 
+def copy_cache(runner, twin):
+    """Copy the keys and values of a GPU's runner to a twin."""
+    for layer, own in enumerate(zip(twin.cache.k, twin.cache.v, strict=True)):
+        for rows, theirs in zip(own, runner.cache.layer(layer), strict=True):
+            rows[:] = theirs.get().swapaxes(1, 2)
+
+
 def rounding_twin(path, **options):
     """The CPU's runner with an f16 cache whose products see their inputs as the GPU's do."""
     runner = cpu_runner(path, kv_dtype=np.float16, **options)

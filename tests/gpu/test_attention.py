@@ -55,6 +55,8 @@ SHAPES = [
     Shape(64, 5, 1),
     Shape(256, 4, 2, window=40),
     Shape(256, 8, 1, rotary_dims=128),
+    Shape(512, 8, 1),
+    Shape(512, 6, 2, window=140, sinks=True, rotary_dims=256),
 ]
 
 
@@ -66,6 +68,7 @@ LONG_SHAPES = [
     Shape(96, 3, 1, sinks=True),
     Shape(128, 2, 1),
     Shape(256, 2, 1, window=700),
+    Shape(512, 2, 1, window=700),
 ]
 
 

@@ -30,6 +30,7 @@ SHAPES = [
     Shape(128, 4, 2, window=100, sinks=True),
     Shape(256, 4, 2, window=140),
     Shape(256, 8, 1, sinks=True),
+    Shape(512, 4, 1, window=140),
 ]
 
 

@@ -144,7 +144,7 @@ def test_draft_tokens_of_a_replayed_slot_are_refused(chain):
 
 
 @pytest.mark.parametrize("newest", [3, 17, 130, 259])
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[9], SHAPES[11]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[9], SHAPES[11], SHAPES[14]], ids=str)
 def test_rows_of_one_sequence_have_the_bits_of_steps_one_after_another(kernels, memory, shape, newest):
     scene = Scene(shape, newest + 1)
     positions = list(range(newest - 3, newest + 1))
@@ -168,7 +168,7 @@ def test_rows_of_one_sequence_have_the_bits_of_steps_one_after_another(kernels, 
 
 
 @pytest.mark.parametrize("running", [1, 3])
-@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "gemma3", "gemma4"])
 def test_random_jobs_draw_the_same_bits_with_prompt_lookup(name, running, tiny, kernels, memory):
     def draws(speculation):
         runner = gpu_runner(tiny(name), kernels, memory, kv_blocks=60, slots=running, drafts=speculation != "off")

@@ -15,7 +15,8 @@ from tests.gpu.emulator.compiler import why_no_compiler
 from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
-    "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)",
+    "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)"
+    " or (prefill_equals and -77] and 512) or (8_bits and 512)",
     "attention_rows": "listed or windows",
     "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"
@@ -28,7 +29,7 @@ CHOSEN = {
     "softcap": "",
     "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552)",
     "routing": "",
-    "runner": "(prefill_logits and qwen2]) or (both_phases and gemma3)",
+    "runner": "(prefill_logits and qwen2]) or both_phases",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",

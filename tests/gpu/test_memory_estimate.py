@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.full_size_models import FULL_SIZE
-from tests.tiny_models import CPU_ONLY, TINY, tensors_of
+from tests.tiny_models import TINY, tensors_of
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
@@ -175,7 +175,7 @@ def test_the_plan_of_a_full_size_model_is_an_upper_bound_and_not_far_above(name,
 
 
 @pytest.mark.parametrize("max_running", [1, 8, 256])
-@pytest.mark.parametrize("name", sorted(set(TINY) - CPU_ONLY - {"llama3-rope", "phi3-longrope"}))
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama3-rope", "phi3-longrope"}))
 def test_the_plan_of_a_tiny_model_is_an_upper_bound(name, max_running, tiny):
     with GgufFile.open(tiny(name)) as file:
         assert need_of(file, max_running).in_all <= planned(file, max_running)
@@ -200,7 +200,7 @@ def test_the_plan_of_a_mixture_counts_a_wider_ffn_beside_the_experts(tiny):
 
 
 @pytest.mark.parametrize("context", [64, 448])
-@pytest.mark.parametrize("name", sorted(set(TINY) - CPU_ONLY - {"llama3-rope", "phi3-longrope"}))
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"llama3-rope", "phi3-longrope"}))
 def test_the_plan_counts_exactly_the_tables_that_attention_uploads(name, context, tiny, monkeypatch):
     uploaded = []
     monkeypatch.setattr(Absent, "set", lambda array, _: uploaded.append(array.nbytes))

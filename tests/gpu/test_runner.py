@@ -17,7 +17,7 @@ import pytest
 
 from tests.goldens import CASES, golden_model, load_golden, relative_error
 from tests.gpu import served
-from tests.gpu.loaded import gpu_runner, rounding_twin
+from tests.gpu.loaded import copy_cache, gpu_runner, rounding_twin
 from tests.models import GREEDY, cpu_runner, decode, engine_of, ids, prefill, run
 from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
@@ -26,7 +26,7 @@ from worker.model import Chunk, SlotStart
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
-NAMES += ("gemma3", "granite", "granitemoe-shared", "mistral3")
+NAMES += ("gemma3", "gemma4", "granite", "granitemoe-shared", "mistral3")
 # Rounding to f16 sends a token of mistral3-experts to another expert, in the CPU's twin too.
 GOLDENS = [name for name in CASES if name != "mistral3-experts"]
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
@@ -51,7 +51,7 @@ def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, m
     assert max(errors) < WORST_BOUND
 
 
-@pytest.mark.parametrize("name", ["gemma3"])  # short enough for the emulator
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])  # short enough for the emulator
 def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, load):
     runner, twin, table = load(name), cpu_runner(tiny(name)), np.arange(32, dtype=np.int32)
     batch = prefill(PROMPT[:40], table=table, rows=list(range(40)))
@@ -75,7 +75,7 @@ def test_decode_logits_equal_transformers_within_8_bits(name, tmp_path, kernels,
     expected = dict(zip(golden.positions.tolist(), golden.logits, strict=True))
     from_twin, from_golden = [], []
     for position in range(start, len(prompt)):
-        twin.cache.k[:], twin.cache.v[:] = np.moveaxis(runner.cache.array.get().swapaxes(3, 4), 1, 0)
+        copy_cache(runner, twin)
         logits, alike = (each.logits(decode(prompt[position], position, table)) for each in (runner, twin))
         from_twin.append(relative_error(logits, alike))
         if position in expected:
@@ -94,7 +94,7 @@ def test_biases_are_added_in_both_phases(name, tiny, load):
     expected = cpu_runner(tiny(name)).logits(prefill(prompt, table=table))
     errors = [relative_error(*pair) for pair in zip(runner.logits(prefill(prompt, table=table)), expected, strict=True)]
     for position in range(37, 45):
-        twin.cache.k[:], twin.cache.v[:] = np.moveaxis(runner.cache.array.get().swapaxes(3, 4), 1, 0)
+        copy_cache(runner, twin)
         pair = (each.logits(decode(PROMPT[position], position, table)) for each in (runner, twin))
         errors.append(relative_error(*pair))
     assert np.median(errors) < TWIN_BOUND
@@ -136,8 +136,10 @@ def test_a_chunk_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, loa
 
 def written(runner, table):
     """The bits of K and V at the prompt's positions."""
-    blocks = runner.cache.array.get()[:, :, table].view(np.uint16)
-    return np.moveaxis(blocks, 3, 4).reshape(*blocks.shape[:2], -1, *blocks.shape[3::2])[:, :, : len(PROMPT)]
+    layers = range(len(runner._model.layers))
+    caches = [rows.get()[table].swapaxes(1, 2) for layer in layers for rows in runner.cache.layer(layer)]
+    rows = [each.reshape(-1, *each.shape[2:])[: len(PROMPT)] for each in caches]
+    return np.concatenate([each.view(np.uint16).ravel() for each in rows])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -35,7 +35,7 @@ class HostRows(streamed.DeviceRows):
         return replace(weight, shape=weight.shape[1:], data=weight.data[expert])
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "phi3", "qwen2", "qwen3", "qwen3moe", "gemma3"])
+@pytest.mark.parametrize("name", ["gpt-oss", "phi3", "qwen2", "qwen3", "qwen3moe", "gemma3", "gemma4"])
 @pytest.mark.parametrize("rounds", [False, True])
 def test_a_reference_that_follows_a_twin_s_trail_gives_the_twin_s_logits(name, rounds, tiny, monkeypatch):
     monkeypatch.setattr(streamed, "SLAB", 40_000)  # several slabs a matrix, the last one shorter

@@ -3,15 +3,14 @@
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
 `rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
 `attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
-sequence has several. `head_norms.cu` and `scale_queries.cu` precede them if heads are normalized
-and queries scaled. Twin: `worker/cpu/attention.py`.
+sequence has several; `attention_512.cu` for heads of 512 elements, in both phases. `head_norms.py`
+and `query_scales.py` precede them. Twin: `worker/cpu/attention.py`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from worker.errors import ModelLoadFailed
 from worker.gpu.activations import (
     Q8_TILES,
     Q8Activations,
@@ -22,8 +21,11 @@ from worker.gpu.activations import (
     fills_tiles,
     padded,
     q8_tiles,
+    quantize_rows,
+    quantize_tiles,
 )
 from worker.gpu.compiler import KernelName
+from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
 from worker.gpu.query_scales import QueryScales, query_scale_bytes
@@ -31,11 +33,11 @@ from worker.gpu.state import ChunkState, KvCache, StepState
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
 
-HEAD_DIMS = (64, 96, 128, 256)
 MAX_PARTIAL_BYTES = 128 << 20
 """Limit on the partial results of a split chunk: enough for 128 tokens of 64 heads after 14,000."""
 
-_HEAD_WARPS = 4  # of a block of head_norms, a head each
+_TILED_DIMS = (64, 96, 128, 256)  # of kernels on tensor cores
+_WIDEST_DIM, _WIDEST_THREADS = 512, 256
 _ROPE_THREADS, _ROPE_BLOCKS = 128, 4  # blocks of a token
 _QUERY_TILE = 64
 _STRIPS = {64: 2, 96: 2, 128: 1, 256: 1}  # of 16 queries in a warp, in chunks that are not split
@@ -44,9 +46,9 @@ _ROW_PAD = 8  # elements after each row of a tile in shared memory
 _SEGMENT = 256  # positions of one online softmax
 _SPLIT_TOKENS = 128  # longer chunks have enough blocks without splitting their segments
 _BLOCKS_PER_PROCESSOR = 4  # of a split chunk's grid
-_PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in HEAD_DIMS}  # of 16 queries and one segment
+_PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in _TILED_DIMS}  # of 16 queries and one segment
 
-_MAX_GROUP = {64: 8, 96: 8, 128: 8, 256: 4}  # query heads of a decode block: their partial results fit 48 KB
+_MAX_GROUP = {64: 8, 96: 8, 128: 8, 256: 4, 512: 4}  # query heads of a decode block: their results fit 48 KB
 _DECODE_WARPS, _WIDE_WARPS = 8, 16
 _WIDE_DIM, _WIDE_GROUP = 64, 5  # wide blocks: heads of this size in groups of at least this many
 _DECODE_BLOCKS = 264  # blocks of one sequence's decode grid: two per multiprocessor of an H100
@@ -85,10 +87,10 @@ DEFINES: Mapping[str, int] = {
     "TEAM_WARPS": _TEAM_WARPS,
     "RING_SLOTS": _RING_SLOTS,
     "ITEMS_THREADS": _ITEMS_THREADS,
-    "HEAD_WARPS": _HEAD_WARPS,
 }
 FIXED_ORDERS: Mapping[str, str] = {
     "attention_segment": f"online softmax over {_SEGMENT} positions, segments oldest first",
+    "attention_512": "tiles of 128 positions, oldest first",
     "decode_splits": f"min({_MAX_DECODE_SPLITS}, {_DECODE_BLOCKS} // (heads / group)) splits, tiles dealt in turn",
 }
 """The orders of sums that `worker.gpu.numerics` reports."""
@@ -102,8 +104,8 @@ def _adjacent(dim: int) -> tuple[str, ...]:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("head_norms.cu", f"head_norms<{dim}>") for dim in HEAD_DIMS),
-    *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in HEAD_DIMS for split in _FLAGS),
+    *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in _TILED_DIMS for split in _FLAGS),
+    *(("attention_512.cu", f"attention_512_{part}<{group}>") for part in ("rows", "chunk") for group in range(1, 5)),
     *(
         (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}>")
         for kernel in ("rope_kv", "kv_rows")
@@ -114,7 +116,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(
         (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")
         for kernel in ("attention_decode", "attention_rows")
-        for dim in HEAD_DIMS
+        for dim in _TILED_DIMS
         for group in range(1, _MAX_GROUP[dim] + 1)
         for adjacent in _adjacent(dim)
     ),
@@ -157,21 +159,6 @@ def decode_tile(spec: Attention) -> int:
     return 256 if spec.head_dim == _WIDE_DIM else _DECODE_WARPS * KV_BLOCK
 
 
-def normalize_heads(kernels: Launcher, q: DeviceArray, k: DeviceArray, spec: Attention) -> None:
-    """Apply the norms of `spec`, if any, to the heads of q [T, H·D] and k [T, Hk·D], in place."""
-    norms = spec.q_norm, spec.k_norm
-    if norms == (None, None):
-        return
-    weights = (None if norm is None else norm.weight.data for norm in norms)
-    epsilons = (np.float32(0 if norm is None else norm.eps) for norm in norms)
-    kernels.get("head_norms.cu", f"head_norms<{check_head_dim(spec.head_dim)}>")(
-        (len(q), -(-(spec.n_heads + spec.n_kv_heads) // _HEAD_WARPS)),
-        (32 * _HEAD_WARPS,),
-        (q, k, *weights, *epsilons, np.int32(spec.n_heads), np.int32(spec.n_kv_heads)),
-        pdl=True,
-    )
-
-
 class AttentionLauncher:
     """Attention of all layers of a model, for at most `slots` rows in a decode step.
 
@@ -191,7 +178,7 @@ class AttentionLauncher:
         self.query_scales = QueryScales(memory)
         self._ropes: dict[int, tuple[Rope, DeviceArray, DeviceArray]] = {}
         self._most_rows = 1 << (slots - 1).bit_length()  # of a step: graphs have a power of two
-        self._work_lists: dict[int, tuple[int, DeviceArray]] = {}
+        self._work_lists: dict[tuple[int, int, int], tuple[int, DeviceArray]] = {}
         self._decode_scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray]] = {}
         self._prefill_scratch: dict[tuple[int, int, int], tuple[DeviceArray, DeviceArray, int]] = {}
 
@@ -219,6 +206,15 @@ class AttentionLauncher:
             pdl=True,
         )
         y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
+        if dim == _WIDEST_DIM:
+            group = group_size(spec)
+            kernels.get("attention_512.cu", f"attention_512_chunk<{group}>")(
+                (spec.n_heads // group, tokens),
+                (_WIDEST_THREADS,),
+                (y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span, *heads, np.int32(spec.window)),
+                pdl=True,
+            )
+            return y
         partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, len(chunk.table) * KV_BLOCK)
         split = tokens <= _SPLIT_TOKENS
         warps = _QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
@@ -253,6 +249,8 @@ class AttentionLauncher:
         no keys or values. With one slot, row 0 is slot 0.
         """
         dim, group = check_head_dim(spec.head_dim), group_size(spec)
+        if dim == _WIDEST_DIM:
+            return self._decode_512(kernels, pool, q, k, v, spec, state)
         rows, stored = len(q), self._stored_splits(spec, state)
         partials, arrivals = self._decode_split(spec, group, stored)
         groups = spec.n_heads // group
@@ -286,6 +284,35 @@ class AttentionLauncher:
             pdl=True,
         )
         return y
+
+    def _decode_512(
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        q: DeviceArray,
+        k: DeviceArray,
+        v: DeviceArray,
+        spec: Attention,
+        state: StepState,
+    ) -> Q8Activations | Q8Tiles:
+        """`decode` for heads of 512 elements; y is quantized by a launch of its own."""
+        group, stored, rows = group_size(spec), self._stored_splits(spec, state), len(q)
+        y = pool.empty(q.shape, np.float32)
+        row_slots = None if rows == 1 and self._slots == 1 else state.row_slots
+        kernels.get("attention_512.cu", f"attention_512_rows<{group}>")(
+            (stored, spec.n_heads // group, rows),
+            (_WIDEST_THREADS,),
+            (
+                *(y, q, k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope)),
+                *(row_slots, state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
+                *self._decode_split(spec, group, stored),
+                *map(np.int32, (spec.n_heads, spec.n_kv_heads, spec.window, decode_splits(spec))),
+            ),
+            pdl=True,
+        )
+        if fills_tiles(rows):
+            return quantize_tiles(kernels, pool, y, None)
+        return quantize_rows(kernels, pool, y, None, q8=True, f32=False)
 
     def _are_few(self, spec: Attention, rows: int, stored: int) -> bool:
         """Whether `attention_few_rows` computes a step of `rows` rows. It changes no bit."""
@@ -328,11 +355,12 @@ class AttentionLauncher:
     def _work_list(
         self, kernels: Launcher, spec: Attention, state: StepState, rows: int, stored: int, blocks: int
     ) -> DeviceArray:
-        """The splits of a step: written by the first layer with its window, for all such layers."""
-        if spec.window not in self._work_lists:
+        """The splits of a step: written by the first layer of its kind, for all such layers."""
+        key = spec.window, decode_tile(spec), decode_splits(spec)
+        if key not in self._work_lists:
             slab = self._memory.reserve(8 * (1 + self._most_rows * stored), Purpose.WORKSPACE)
-            self._work_lists[spec.window] = spec.layer, slab.array((1 + self._most_rows * stored, 2), np.int32)
-        layer, work = self._work_lists[spec.window]
+            self._work_lists[key] = spec.layer, slab.array((1 + self._most_rows * stored, 2), np.int32)
+        layer, work = self._work_lists[key]
         if spec.layer == layer:
             sizes = rows, state.tables.shape[1], spec.window, decode_tile(spec), decode_splits(spec), blocks
             kernels.get("attention_items.cu", "attention_items")(
@@ -396,22 +424,6 @@ class AttentionLauncher:
         zeros = self._memory.reserve(4 * counters, Purpose.WORKSPACE).array((counters,), np.uint32)
         zeros.fill(0)
         return floats, zeros
-
-
-def check_head_dim(dim: int) -> int:
-    """Return D. Raises ModelLoadFailed if no kernel is made for it."""
-    if dim not in HEAD_DIMS:
-        raise ModelLoadFailed(f"heads of {dim} elements", "the GPU's attention", ", ".join(map(str, HEAD_DIMS)))
-    return dim
-
-
-def check_attention(layers: Sequence[Attention]) -> None:
-    """Raise ModelLoadFailed for a layer without a kernel, and for layers of several shapes."""
-    for spec in layers:
-        check_head_dim(spec.head_dim)
-    if len({(spec.n_kv_heads, spec.head_dim) for spec in layers}) > 1:
-        what, expected = "layers with different numbers of KV heads or head widths", "one shape for all layers"
-        raise ModelLoadFailed(what, "the GPU's KV cache", expected)
 
 
 def _warps(dim: int, group: int) -> int:

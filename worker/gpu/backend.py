@@ -11,8 +11,9 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES, check_attention, decode_partial_bytes, table_bytes
+from worker.gpu.attention import MAX_PARTIAL_BYTES, decode_partial_bytes, table_bytes
 from worker.gpu.compiler import Kernels
+from worker.gpu.head_norms import check_head_dim
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
@@ -60,7 +61,8 @@ class GpuBackend:
         self._memory = DeviceMemory()
 
     def check(self, model: Model, hp: Hparams) -> None:
-        check_attention([layer.attention for layer in model.layers])
+        for layer in model.layers:
+            check_head_dim(layer.attention.head_dim)
         check_experts(hp.expert_count, hp.expert_used_count)
 
     def weight_bytes(self, info: TensorInfo) -> int:

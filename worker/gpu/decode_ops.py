@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from worker.gpu import decode_experts, matvec
 from worker.gpu.activations import Q8Activations, Q8Tiles
-from worker.gpu.attention import AttentionLauncher, normalize_heads
+from worker.gpu.attention import AttentionLauncher
 from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
+from worker.gpu.head_norms import normalize_heads, normalized_values
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
@@ -65,6 +66,7 @@ class DecodeOps:
         self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
+        v = normalized_values(self._kernels, self._pool, v, spec)
         normalize_heads(self._kernels, q, k, spec)
         self._attention.query_scales.decode(self._kernels, q, spec, self._state)
         if self._drafts:

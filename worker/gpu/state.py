@@ -6,8 +6,10 @@ slot once, when its sequence begins to generate. Kernel side: `kernels/kv_cache.
 `kernels/sampling.cuh`. Next: `slots.py`, `runner.py`.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -43,14 +45,21 @@ _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 class KvCache:
     """The paged KV cache: K and V of each layer as [blocks, Hk, B, D] f16.
 
-    All layers have one shape. Unwritten slots are never read.
+    Unwritten slots are never read.
     """
 
     def __init__(self, memory: DeviceMemory, layers: Sequence[Attention], blocks: int) -> None:
-        shape = (len(layers), 2, blocks, layers[0].n_kv_heads, KV_BLOCK, layers[0].head_dim)
-        slab = memory.reserve(blocks * KV_BLOCK * kv_bytes_per_token(layers, KV_ELEMENT_BYTES), Purpose.KV)
-        self.array: DeviceArray = slab.array(shape, np.float16)
-        self._layers = [(self.array[layer, 0], self.array[layer, 1]) for layer in range(len(layers))]
+        shapes = [(2, blocks, spec.n_kv_heads, KV_BLOCK, spec.head_dim) for spec in layers]
+        nbytes = blocks * KV_BLOCK * kv_bytes_per_token(layers, KV_ELEMENT_BYTES)
+        slab = memory.reserve(nbytes, Purpose.KV)
+        self.array: DeviceArray = slab.array((nbytes // KV_ELEMENT_BYTES,), np.float16)
+        """All layers: [layers, 2, blocks, Hk, B, D] if they have one shape, else flat."""
+        ends = list(accumulate(map(math.prod, shapes)))
+        parts = (self.array[end - math.prod(shape) : end] for shape, end in zip(shapes, ends, strict=True))
+        pairs = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self._layers = [(pair[0], pair[1]) for pair in pairs]
+        if len(set(shapes)) == 1:
+            self.array = self.array.reshape(len(layers), *shapes[0])
 
     def layer(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """The keys and values of one layer."""

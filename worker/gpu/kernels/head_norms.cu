@@ -6,7 +6,7 @@
 // in registers. Alignment: 4 bytes. Bytes: 8 an element.
 // Order and rounding: a lane's squares ascending by fused additions, then the warp's butterfly; as
 // in the twin, the factor 1/sqrt is rounded twice, and each product once.
-// Twin: `rms_norm` in worker/cpu/plain.py. Launcher: worker/gpu/attention.py.
+// Twin: `rms_norm` in worker/cpu/plain.py. Launcher: worker/gpu/head_norms.py.
 #include "pdl.cuh"
 #include "warp.cuh"
 

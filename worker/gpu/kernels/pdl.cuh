@@ -23,7 +23,8 @@
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
-// |                                 | group_routes, norm_add         |                            |
+// |                                 | group_routes, norm_add,        |                            |
+// |                                 | attention_512_chunk            |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
 // | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
