@@ -145,6 +145,7 @@ class Answer:
         return piece
 
     def _note_stop(self, token_id: int) -> None:
+        """Set `stop_token` if the answer has ended with this token and the job names it."""
         if self.finish_reason == "stop" and token_id in self.sequence.sampling.stop_token_ids:
             self.stop_token = token_id
 

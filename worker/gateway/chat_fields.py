@@ -33,8 +33,8 @@ def _message(message: Any, path: str) -> dict[str, Any]:
         if message.get(name) is not None:
             raise invalid(f"{path}.{name}: not supported", f"{path}.{name}", "unsupported_value")
     if message.get("role") != "assistant":
-        for name in _MESSAGE_IGNORED:
-            if message.get(name) is not None:
+        for name, value in message.items():
+            if name in _MESSAGE_IGNORED and value is not None:
                 raise invalid(f"{path}.{name}: only of an assistant", f"{path}.{name}", "invalid_value")
     result = {name: message[name] for name in _MESSAGE_FIELDS if message.get(name) is not None}
     if "content" in result:

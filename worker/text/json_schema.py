@@ -181,14 +181,11 @@ def _is_number(value: Any) -> bool:
 
 def _numbers(value: Any) -> Iterator[int | float]:
     """Yield the numbers in a JSON value."""
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        value = [value] if _is_number(value) else []
-        yield from value
-        return
-    for each in value:
-        yield from _numbers(each)
+    if _is_number(value):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(each)
 
 
 def _subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
