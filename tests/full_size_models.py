@@ -37,10 +37,41 @@ _MISTRAL = Vocabulary(
     more=32_000,
 )
 
+_GRANITE = replace(
+    VOCABULARIES["llama"],
+    pre="refact",
+    controls=("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"),
+    special=dict.fromkeys(("bos", "eos", "padding"), "<|end_of_text|>"),
+    add_bos=False,
+    template=(
+        "{% for message in messages %}{{ '<|start_of_role|>' + message['role'] + '<|end_of_role|>' }}"
+        "{{ message['content'] + '<|end_of_text|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+    ),
+    rows=49159,
+    more=48_800,
+)
+_SMOLLM3 = replace(VOCABULARIES["qwen2"], pre="smaug-bpe", rows=128256, more=127_900)
+_MINISTRAL3 = replace(
+    VOCABULARIES["llama"],
+    pre="tekken",
+    controls=("<unk>", "<s>", "</s>", *_MISTRAL.controls, "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[ARGS]"),
+    special={"bos": "<s>", "eos": "</s>", "unknown": "<unk>", "padding": "<pad>"},
+    template=_MISTRAL.template,
+    rows=131072,
+    more=130_000,
+)
+_GEMMA4 = replace(VOCABULARIES["gemma4"], rows=262144, more=261_000)
+# The last layer of every six sees all tokens.
+_GEMMA4_WINDOWED = (True, True, True, True, True, False) * 10
+
+# Published shapes, from config.json of the models that the comments name.
 FULL_SIZE: dict[str, TinyShape] = {
+    # Qwen/Qwen3-4B
     "qwen3-4b": replace(
         TINY["qwen3"], layers=36, width=2560, heads=32, kv_heads=8, ffn=9728, context=40960, big_vocabulary=_QWEN3
     ),
+    # Qwen/Qwen3-30B-A3B
     "qwen3-30b-a3b": replace(
         TINY["qwen3moe"],
         layers=48,
@@ -59,6 +90,7 @@ FULL_SIZE: dict[str, TinyShape] = {
         },
         big_vocabulary=_QWEN3,
     ),
+    # google/gemma-3-4b-it
     "gemma3-4b": replace(
         TINY["gemma3"],
         layers=34,
@@ -74,6 +106,7 @@ FULL_SIZE: dict[str, TinyShape] = {
         post_norm=3.0,  # the head is the embedding: what the layers add must outweigh the token's own row
         big_vocabulary=_GEMMA3,
     ),
+    # mistralai/Mistral-7B-Instruct-v0.3
     "mistral-7b": replace(
         TINY["llama"],
         layers=32,
@@ -92,8 +125,95 @@ FULL_SIZE: dict[str, TinyShape] = {
         },
         big_vocabulary=_MISTRAL,
     ),
+    # ibm-granite/granite-3.3-8b-instruct
+    "granite-3.3-8b": replace(
+        TINY["granite"],
+        layers=40,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn=12800,
+        context=131072,
+        metadata={
+            "rope.freq_base": 1e7,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 128,
+            "vocab_size": 49159,
+            "embedding_scale": 12.0,
+            "attention.scale": 0.0078125,
+            "residual_scale": 0.22,
+            "logit_scale": 16.0,
+        },
+        big_vocabulary=_GRANITE,
+    ),
+    # HuggingFaceTB/SmolLM3-3B
+    "smollm3-3b": replace(
+        TINY["smollm3"],
+        layers=36,
+        width=2048,
+        heads=16,
+        kv_heads=4,
+        head_dim=128,
+        ffn=11008,
+        context=65536,
+        metadata={
+            "rope.freq_base": 5e6,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.dimension_count": 128,
+            "vocab_size": 128256,
+        },
+        big_vocabulary=_SMOLLM3,
+    ),
+    # mistralai/Ministral-3-8B-Instruct-2512
+    "ministral-3-8b": replace(
+        TINY["mistral3"],
+        layers=34,
+        width=4096,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        ffn=14336,
+        context=262144,
+        metadata={
+            "rope.freq_base": 1e6,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 128,
+            "attention.key_length": 128,
+            "attention.value_length": 128,
+            "vocab_size": 131072,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 16.0,
+            "rope.scaling.original_context_length": 16384,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.1,
+        },
+        big_vocabulary=_MINISTRAL3,
+    ),
+    # google/gemma-4-31B-it
+    "gemma4-31b": replace(
+        TINY["gemma4"],
+        layers=60,
+        width=5376,
+        heads=32,
+        kv_heads=4,
+        ffn=21504,
+        context=262144,
+        windowed=_GEMMA4_WINDOWED,
+        window_heads=(16, 256),
+        metadata={
+            **TINY["gemma4"].metadata,
+            "attention.head_count_kv": [16 if windowed else 4 for windowed in _GEMMA4_WINDOWED],
+            "attention.sliding_window": 1024,
+            "attention.sliding_window_pattern": list(_GEMMA4_WINDOWED),
+            "final_logit_softcapping": 30.0,
+        },
+        big_vocabulary=_GEMMA4,
+    ),
 }
-"""Qwen3-4B, Qwen3-30B-A3B, the text model of Gemma-3-4B-it and Mistral-7B-v0.3."""
+"""Text models only: Gemma's and Ministral's files hold no image encoder either."""
 
 
 def make_full_size(name: str, path: Path, *, layers: int | None = None, seed: int = 0) -> Path:
@@ -106,7 +226,10 @@ def make_full_size(name: str, path: Path, *, layers: int | None = None, seed: in
     layers = shape.layers if layers is None else layers
     if not 1 <= layers <= shape.layers:
         raise ValueError(f"{name}: {layers} layers; expected 1 to {shape.layers}")
-    shape = replace(shape, layers=layers)
+    metadata = {key: each[:layers] if isinstance(each, list) else each for key, each in shape.metadata.items()}
+    # Only layers without a window use the divisors, and an adapter refuses a tensor that no layer uses.
+    rope_tensors = {} if all(shape.windowed[:layers]) else shape.rope_tensors
+    shape = replace(shape, layers=layers, metadata=metadata, rope_tensors=rope_tensors)
     return write_model(path, shape, f"random {name}", LlamaFileType.MOSTLY_Q4_K_M, kind_of, seed)
 
 
