@@ -158,6 +158,11 @@ FAMILIES = {
         ),
     ),
     "gemma-2": Family("<bos> <start_of_turn> <end_of_turn>", bos="<bos>", tools=False, system=False),
+    "gemma-4": Family(
+        '<bos> <|turn> <turn|> <|think|> <|channel> <channel|> <|tool> <tool|> <|tool_call> <tool_call|> '
+        '<|tool_response> <tool_response|> <|"|>',
+        bos="<bos>", thoughts=True, kwargs=THINKING,
+    ),
     "command-r7b": Family(
         "<BOS_TOKEN> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> "
         "<|START_ACTION|> <|END_ACTION|> <|START_RESPONSE|> <|END_RESPONSE|> <|START_TOOL_RESULT|> <|END_TOOL_RESULT|>",

@@ -85,6 +85,8 @@ class _Trial:
         # A map that is printed has Python's quotes, a text that is converted to JSON escaped ones.
         takes_map = _VALUE in as_map and f"'{_KEY}': '{_VALUE}'" not in as_map
         takes_text = _VALUE in as_text and f'\\"{_KEY}' not in as_text
+        # A template with a notation of its own for maps inserts a text, which is JSON, unchanged.
+        takes_text &= not takes_map or (f'"{_KEY}"' in as_map) == (f'"{_KEY}"' in as_text)
         return "both" if takes_map == takes_text else "map" if takes_map else "text"
 
     def null_content(self) -> bool:
