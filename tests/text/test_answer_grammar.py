@@ -16,12 +16,13 @@ from tests.text.small import CHATML, CONTROL, HARMONY_NAMES, USER_DEFINED, byte_
 from worker.errors import InvalidRequest
 from worker.text.answer_grammar import ContentFormat, answer_grammar
 from worker.text.detokenizer import IncrementalDetokenizer
-from worker.text.parsers import answer_parser
+from worker.text.parsers import answer_parser, tool_format
 from worker.text.parsers.tool_schema import STRING, parameter_types
 from worker.text.tokenizer import Tokenizer
 
 TEMPLATES = Path(__file__).parent.parent / "data" / "templates"
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+GEMMA4_MARKS = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>')
 WEATHER = {
     "type": "object",
     "properties": {
@@ -61,6 +62,9 @@ FAMILIES = {
     ),
     "qwen_xml": marked(USER_DEFINED, MARKS[2:], CHATML + "{# <function= #}"),
     "qwen_xml, thinking": marked(USER_DEFINED, MARKS, CHATML + "{# <function= #}"),
+    "gemma4": marked(USER_DEFINED, GEMMA4_MARKS),
+    "gemma4, control tokens": marked(CONTROL, GEMMA4_MARKS),
+    "gemma4, marks as text": marked(USER_DEFINED, (), CHATML + "{# <|tool_call>call: #}"),
     "harmony": tokenizer_of(byte_level(names=HARMONY_NAMES)),
 }
 
@@ -107,8 +111,10 @@ def answers(tokenizer: Tokenizer, prompt: list[int], content: Any, choice: Any, 
     grammar = grammar_of(tokenizer, prompt, content, choice, tools)
     vocab = tokenizer.vocab
     favour = [i for i in range(vocab.size) if tokenizer.token_bytes(i)[:1] in (b'"', b"}", b"<", b"\n")]
-    marks = [mark.encode() for mark in ("\n</parameter>", "</function>", "</tool_call>")]
-    favour += [i for name, i in vocab.special.items() if name.startswith(("</", "<|end|>", "<|m"))]
+    marks = [mark.encode() for mark in ("\n</parameter>", "</function>", "</tool_call>", '<|"|>', "<tool_call|>")]
+    favour += [
+        i for name, i in vocab.special.items() if name.startswith(("</", "<|end|>", "<|m", '<|"', "<tool_call|"))
+    ]
     begin = ids_of(tokenizer, start)
     mask = grammar.start()
     for token_id in begin:
@@ -140,8 +146,19 @@ def assert_calls_are_valid(answer: dict[Any, str], names: set[str]) -> int:
     return calls
 
 
+def is_gemma4(tokenizer: Tokenizer) -> bool:
+    return tool_format(tokenizer) == "gemma4"
+
+
+def opening(tokenizer: Tokenizer) -> str:
+    """The mark of a call."""
+    return "<|tool_call>" if is_gemma4(tokenizer) else "<tool_call>"
+
+
 def before_calls(tokenizer: Tokenizer) -> str:
     """What an answer begins with, so that random tokens do not go on reasoning for ever."""
+    if is_gemma4(tokenizer):
+        return "<|channel>thought\nhm <tool_cal <b><channel|>"
     thinks = "<think>" in tokenizer.vocab.special or "<think>" in tokenizer.template_source
     return "<think>hm <tool_cal <b></think>\n\n" if thinks else ""
 
@@ -153,7 +170,7 @@ def test_forced_calls_have_valid_arguments_and_nothing_else(tokenizer, choice):
     if "<|start|>" in tokenizer.vocab.special:
         start = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions."
     found = answers(tokenizer, prompt_of(tokenizer), None, choice, start)
-    assert len(found) > 20
+    assert len(found) > 15
     called = set()
     for answer in found:
         assert assert_calls_are_valid(answer, names) >= 1
@@ -164,7 +181,11 @@ def test_forced_calls_have_valid_arguments_and_nothing_else(tokenizer, choice):
 
 def test_with_tool_choice_auto_a_call_is_constrained_once_it_begins(tokenizer):
     harmony = "<|start|>" in tokenizer.vocab.special
-    start = "<|channel|>commentary to=functions." if harmony else before_calls(tokenizer) + "I look it up.<tool_call>"
+    start = (
+        "<|channel|>commentary to=functions."
+        if harmony
+        else before_calls(tokenizer) + "I look it up." + opening(tokenizer)
+    )
     for choice in (None, "auto"):
         found = answers(tokenizer, prompt_of(tokenizer), None, choice, start)
         assert len(found) > 20
@@ -198,7 +219,7 @@ def test_content_follows_its_format_after_free_reasoning(tokenizer):
 def test_content_or_calls_with_both_a_format_and_tools(tokenizer):
     harmony = "<|start|>" in tokenizer.vocab.special
     contents = calls = 0
-    starts = ("<|channel|>final<|message|>", " to=functions.") if harmony else ("", "<tool_call>")
+    starts = ("<|channel|>final<|message|>", " to=functions.") if harmony else ("", opening(tokenizer))
     for start in starts:
         for answer in answers(
             tokenizer, prompt_of(tokenizer), JSON, None, start if harmony else before_calls(tokenizer) + start
@@ -241,13 +262,17 @@ def test_reasoning_that_the_prompt_opened_is_free_until_its_end(name):
         ("qwen3.5", {"enable_thinking": False}, ""),
         ("deepseek-r1", {}, "hm\n</think>\n\n"),
         ("smollm3", {}, "<think>\nhm\n</think>\n"),
+        ("gemma-4", {"enable_thinking": True}, "<|channel>thought\nhm\n<channel|>"),
+        ("gemma-4", {"enable_thinking": True}, ""),
+        ("gemma-4", {}, ""),
         ("hermes-json", {}, ""),
         ("chatml", {}, ""),
     ],
 )
 def test_with_real_templates_content_begins_where_reasoning_ends(template, kwargs, answer):
     source = (TEMPLATES / f"{template}.jinja").read_text()
-    names = [*MARKS, "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
+    marks = GEMMA4_MARKS if template == "gemma-4" else MARKS
+    names = [*marks, "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
     tokenizer = marked(USER_DEFINED, tuple(names), source)
     messages = [{"role": "user", "content": "hi"}]
     prompt = tokenizer.encode_chat(messages, now=datetime(2026, 1, 1, tzinfo=UTC), kwargs=kwargs)
@@ -345,7 +370,7 @@ def test_parameters_that_cannot_be_enforced_are_refused_if_they_must_be(tokenize
 
 def test_otherwise_such_a_tool_takes_any_arguments(tokenizer):
     harmony = "<|start|>" in tokenizer.vocab.special
-    start = "<|channel|>commentary to=functions." if harmony else before_calls(tokenizer) + "<tool_call>"
+    start = "<|channel|>commentary to=functions." if harmony else before_calls(tokenizer) + opening(tokenizer)
     found = answers(tokenizer, prompt_of(tokenizer), None, None, start, odd_tool())
     calls = [text for answer in found for (channel, _, _), text in answer.items() if channel == "tool"]
     assert len(calls) > 5
@@ -390,7 +415,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("schema", MALFORMED, ids=json.dumps)
-@pytest.mark.parametrize("family", ["qwen_xml", "hermes"])
+@pytest.mark.parametrize("family", ["qwen_xml", "hermes", "gemma4"])
 def test_parameters_that_are_no_schema_are_refused_or_any_object(family, schema):
     tokenizer = FAMILIES[family]
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}

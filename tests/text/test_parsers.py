@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.text.parsers.hermes import HermesParser
+from worker.text.parsers.interface import Parser, Place
 from worker.text.parsers.qwen_xml import QwenXmlParser
 from worker.text.parsers.think import ThinkParser
 
@@ -44,8 +45,12 @@ PARSERS = {
 
 
 def parsed(name: str, *parts: str) -> list[tuple]:
+    return runs(PARSERS[name](), *parts)
+
+
+def runs(parser: Parser, *parts: str) -> list[tuple]:
     """(channel, recipient and call if any, text) of each run of text in one place."""
-    parser, found = PARSERS[name](), []
+    found: list[tuple[Place, str]] = []
     for pieces in [*(parser.push(0, part) for part in parts), parser.flush()]:
         for place, text in pieces:
             assert text

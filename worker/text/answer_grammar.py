@@ -5,9 +5,10 @@
            | [reasoning] calls                        tool_choice required, or a function's name
            | [reasoning] (text call)* text            tool_choice auto: only calls are constrained
 
-Reasoning and calls have the notation of the model, which `parsers/` reads and `tool_grammar.py`
-writes. With tool_choice auto nothing is refused unless a tool is `strict`: if the parameters of a
-tool can't be enforced, all take any JSON object, and if that does not compile, the answer is free.
+Reasoning and calls have the notation of the model, which `parsers/` reads and `tool_grammar.py`,
+`gemma4_grammar.py` and `harmony_grammar.py` write. With tool_choice auto nothing is refused unless
+a tool is `strict`: if the parameters of a tool can't be enforced, all take any JSON object, and if
+that does not compile, the answer is free.
 Read next: grammar.py.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from worker.errors import InvalidRequest
 from worker.text import lark
+from worker.text.gemma4_grammar import gemma4_rules
 from worker.text.grammar import CompiledGrammar, GrammarSource
 from worker.text.harmony_grammar import harmony_rules
 from worker.text.json_schema import prepare, schema_source
@@ -135,7 +137,8 @@ def _source(
     if tool_format(tokenizer) == "harmony":
         rules = harmony_rules(tokenizer, prompt_ids, tools, marks, forced, field, loose=loose, **_of_content(content))
     else:
-        rules = _plain_rules(tokenizer, prompt_ids, content is not None, tools, marks, forced, loose=loose)
+        of_answer = gemma4_rules if tool_format(tokenizer) == "gemma4" else _plain_rules
+        rules = of_answer(tokenizer, prompt_ids, content is not None, tools, marks, forced, loose=loose)
     lines = [lark.OPTIONS, *rules, *([content.rule] if content is not None else [])]
     text = "\n".join(lines) + "\n"
     schemas = content.schemas if content is not None else ()

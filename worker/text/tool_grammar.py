@@ -22,12 +22,12 @@ from worker.text.vocabulary import Vocabulary
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-_ANNOTATIONS = ("title", "description", "default", "examples", "$comment")
-_TEXT_KEYWORDS = ("type", "enum", "const", "minLength", "maxLength", *_ANNOTATIONS)
+ANNOTATIONS = ("title", "description", "default", "examples", "$comment")
+_TEXT_KEYWORDS = ("type", "enum", "const", "minLength", "maxLength", *ANNOTATIONS)
 """Keywords of a string that a value without quotes can have enforced, and annotations."""
 _OBJECT_KEYWORDS = (
     *("type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema"),
-    *_ANNOTATIONS,
+    *ANNOTATIONS,
 )
 """Keywords of the parameters that the notation with a tag for each of them can have enforced."""
 
@@ -156,7 +156,7 @@ def _xml_parameters(n: int, tool: Tool) -> Iterator[tuple[bool, list[str]]]:
     if wrong:
         rule = "not supported: parameters in tags of their own can't have this keyword enforced"
         raise InvalidRequest.of(*((f"{tool.field}.{key}", rule, None) for key in wrong))
-    _check_forms(schema, tool.field, ("properties", "required"))
+    check_forms(schema, tool.field, ("properties", "required"))
     properties, required = schema.get("properties", {}), schema.get("required", ())
     types = parameter_types([{"name": tool.name, "parameters": schema}], tool.name)
     definitions = {key: schema[key] for key in ("$defs", "definitions", "$schema") if key in schema}
@@ -172,7 +172,7 @@ def _xml_parameters(n: int, tool: Tool) -> Iterator[tuple[bool, list[str]]]:
         yield name in required, [rf"{rule}: {opening} value_{n}_{i} /\n?/", *value]
 
 
-def _check_forms(schema: Mapping[str, Any], field: str, keywords: Sequence[str]) -> None:
+def check_forms(schema: Mapping[str, Any], field: str, keywords: Sequence[str]) -> None:
     """Raise InvalidRequest for a keyword whose value has not the form that JSON Schema requires."""
     for key in keywords:
         value = schema.get(key)
@@ -183,8 +183,8 @@ def _check_forms(schema: Mapping[str, Any], field: str, keywords: Sequence[str])
         elif key == "required":
             is_valid = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
             rule = "a list of names"
-        elif key == "enum":
-            is_valid, rule = isinstance(value, list | tuple), "a list of values"
+        elif key in ("enum", "anyOf"):
+            is_valid, rule = isinstance(value, list | tuple) and len(value) > 0, "a list that is not empty"
         else:
             is_valid, rule = type(value) is int and value >= 0, "an integer, 0 or more"
         if not is_valid:
@@ -202,7 +202,7 @@ def _xml_value(
         return
     given = schema if isinstance(schema, Mapping) and types == STRING else {}
     field = f"{tool.field}.properties.{name}"
-    _check_forms(given, field, ("enum", "minLength", "maxLength"))
+    check_forms(given, field, ("enum", "minLength", "maxLength"))
     wrong = [key for key in given if key not in _TEXT_KEYWORDS]
     if wrong or schema is False:
         constraint = "not supported in a parameter whose value has no quotes"
@@ -227,5 +227,5 @@ def _is_text_or_null(schema: Any, types: frozenset[str]) -> bool:
         return False
     lists = [schema.get(key) for key in ("anyOf", "oneOf")]
     choices = [choice for choices in lists if isinstance(choices, list | tuple) for choice in choices]
-    allowed = {*_ANNOTATIONS, "type", *(("anyOf", "oneOf") if choices else ())}
+    allowed = {*ANNOTATIONS, "type", *(("anyOf", "oneOf") if choices else ())}
     return all(set(each) <= allowed for each in (schema, *choices) if isinstance(each, Mapping))

@@ -8,6 +8,7 @@ of the same formats.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from worker.text.parsers.gemma4 import CALL, Gemma4Parser, opens_channel
 from worker.text.parsers.harmony import HarmonyParser
 from worker.text.parsers.hermes import HermesParser
 from worker.text.parsers.interface import Parser
@@ -16,7 +17,7 @@ from worker.text.parsers.qwen_xml import QwenXmlParser
 from worker.text.parsers.think import ThinkParser, opens_thinking
 from worker.text.tokenizer import Tokenizer
 
-ToolFormat = Literal["harmony", "hermes", "qwen_xml"]
+ToolFormat = Literal["harmony", "gemma4", "hermes", "qwen_xml"]
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
@@ -24,6 +25,8 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     vocab, template = tokenizer.vocab, tokenizer.template_source
     if HarmonyParser.supported_by(vocab):
         return "harmony"
+    if CALL in vocab.special or CALL in template:
+        return "gemma4"
     if "<function=" in template:
         return "qwen_xml"
     if "<arg_key>" in template:  # GLM's notation has the same mark
@@ -51,6 +54,8 @@ def answer_parser(
     form = tool_format(tokenizer)
     if form == "harmony":
         return HarmonyParser(tokenizer.vocab, tokenizer.token_bytes, prompt_ids)
+    if form == "gemma4":
+        return Gemma4Parser(opened=opens_channel(tokenizer, prompt_ids), calls=bool(tools), structured=structured)
     calls: QwenXmlParser | HermesParser | None = None
     if tools and form is not None:
         calls = QwenXmlParser(tools) if form == "qwen_xml" else HermesParser()

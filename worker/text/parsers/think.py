@@ -111,13 +111,18 @@ class ThinkParser(TextParser):
 
 
 def opens_thinking(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
-    """Whether the prompt's last turn has an open `<think>`.
+    """Whether the prompt's last turn has an open `<think>`."""
+    return opens_reasoning(tokenizer, prompt_ids, _OPEN, (_CLOSE,))
+
+
+def opens_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int], opening: str, closing: Sequence[str]) -> bool:
+    """Whether the prompt's last turn has an `opening` mark without a `closing` one after it.
 
     The last turn follows the last control token. In a prompt without one, only a mark at the end
     counts: the text of users may contain marks.
     """
     vocab = tokenizer.vocab
-    marks = {vocab.special[mark]: mark.encode() for mark in (_OPEN, _CLOSE) if mark in vocab.special}
+    marks = {vocab.special[mark]: mark.encode() for mark in (opening, *closing) if mark in vocab.special}
     turn: list[bytes] = []
     has_turns = False
     for token_id in reversed(prompt_ids):
@@ -126,5 +131,5 @@ def opens_thinking(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
             has_turns = True
             break
         turn.append(data)
-    _, opened, rest = b"".join(reversed(turn)).decode(errors="replace").rpartition(_OPEN)
-    return bool(opened) and _CLOSE not in rest and (has_turns or not rest.strip())
+    _, opened, rest = b"".join(reversed(turn)).decode(errors="replace").rpartition(opening)
+    return bool(opened) and not any(mark in rest for mark in closing) and (has_turns or not rest.strip())

@@ -39,7 +39,7 @@ def json_value(text: str, types: frozenset[str]) -> str:
     for read in (_from_json, ast.literal_eval):
         try:
             parsed = read(value)
-            if _type_of(parsed) & types:
+            if type_of(parsed) & types:
                 return value if read is _from_json else json.dumps(parsed, allow_nan=False)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
@@ -69,17 +69,17 @@ def _types(schema: Any, root: Any, known: dict[str, frozenset[str]] | None = Non
     if not found and isinstance(reference := schema.get("$ref"), str):
         if reference not in known:
             known[reference] = frozenset()
-            known[reference] = _types(_referenced(root, reference), root, known, depth + 1)
+            known[reference] = _types(referenced(root, reference), root, known, depth + 1)
         found |= known[reference]
     if schema.get("nullable") is True and found:
         found.add("null")
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not found and isinstance(values, Sequence):
-        found.update(*map(_type_of, values))
+        found.update(*map(type_of, values))
     return frozenset(found)
 
 
-def _referenced(root: Any, reference: str) -> Any:
+def referenced(root: Any, reference: str) -> Any:
     """The schema at a JSON pointer such as `#/$defs/Item`, or None."""
     found = root
     for part in reference.removeprefix("#").split("/")[1:]:
@@ -88,7 +88,7 @@ def _referenced(root: Any, reference: str) -> Any:
     return found
 
 
-def _type_of(value: Any) -> frozenset[str]:
+def type_of(value: Any) -> frozenset[str]:
     """The JSON types of a Python value; an integral number has two."""
     if value is None or isinstance(value, bool | str):
         return frozenset(["null" if value is None else "boolean" if isinstance(value, bool) else "string"])
