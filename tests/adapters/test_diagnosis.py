@@ -130,6 +130,20 @@ def test_latent_attention_and_shared_experts_are_explained(file_of):
     assert "blk.*.attn_q.weight (4 layers)" in diagnosis.missing_tensors
 
 
+@pytest.mark.parametrize(
+    ("norms", "closest"), [({}, "llama"), ({"attn_q_norm": (32,), "attn_k_norm": (32,)}, "qwen3moe")]
+)
+def test_an_architecture_that_needs_keys_of_its_own_is_not_the_closest_without_them(norms, closest, file_of):
+    """GLM-4.5 shares the name of its second norm with gpt-oss, which has a window."""
+    attention = {part: shape for part, shape in DENSE.items() if part.startswith("attn")} | norms
+    attention |= {"post_attention_norm": (D,), "attn_q.bias": (128,), "attn_k.bias": (64,), "attn_v.bias": (64,)}
+    keys = KEYS | {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 32}
+    _, diagnosis = found_in(file_of("glm4moe", keys, layers(attention | EXPERTS)))
+    assert diagnosis.closest == closest
+    assert diagnosis.missing_tensors == ("blk.*.ffn_norm.weight (4 layers)",)
+    assert diagnosis.missing_keys == ()
+
+
 def test_norms_softcaps_and_windows_are_explained(file_of):
     keys = {"attn_logit_softcapping": 50.0, "attention.sliding_window": 64}
     shapes = layers(DENSE | {"layer_output_norm": (D,), "position_embd": (512, D)})

@@ -182,9 +182,9 @@ class _Trial:
 
 
 def _distance(trial: _Trial) -> tuple[bool, int, int, int]:
-    """Rank of a trial: complete ones first, then by unclaimed tensors, then by the rest."""
+    """Rank of a trial: complete ones first, then by missing keys, unclaimed tensors, the rest."""
     missing_names = len(_templates(trial.weights.missing))
-    return not trial.complete, len(trial.unclaimed), len(trial.keys.missing), len(trial.unread) + missing_names
+    return not trial.complete, len(trial.keys.missing), len(trial.unclaimed), len(trial.unread) + missing_names
 
 
 def _trials(file: GgufFile, name: str, adapter: Adapter) -> list[_Trial]:
