@@ -408,12 +408,11 @@ class MemoryStreams(Keyspace):
         owner, caller = (state.get("worker"), state.get("taken_ms")), (call.worker, str(call.taken_ms))
         if stream is None or (state.get("epoch") == str(call.epoch) and owner != caller):
             return START
-        written = bool(call.events) and stream.last_id == call.events[-1][0]
-        if not written and stream.last_id != call.expected:
+        if stream.last_id != call.expected:
             return stream.last_id
-        if not written and call.base_attempt not in ("", JobState(fields=state).attempt):
+        if call.base_attempt not in ("", JobState(fields=state).attempt):
             return START
-        for entry_id, event in () if written else call.events:
+        for entry_id, event in call.events:
             self._add(events_key(job_id), entry_id, {"type": event.kind.encode(), "p": event.packed})
         over = call.state in TERMINAL_KINDS
         fields: dict[str, str | int] = {

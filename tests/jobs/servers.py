@@ -33,7 +33,15 @@ def free_port() -> int:
 class Server:
     """A server on a loopback port. A restart keeps the port, and the data if `persistent`."""
 
-    def __init__(self, folder: str, *options: str, persistent: bool = False, config: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *options: str,
+        persistent: bool = False,
+        config: Path | None = None,
+        executable: str | None = None,
+    ) -> None:
+        self._executable = executable or str(binary())
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self._arguments = [str(config)] if config else []  # of a sentinel, which has no data
@@ -46,7 +54,7 @@ class Server:
     def start(self) -> None:
         libc = ctypes.CDLL(None)
         self._process = subprocess.Popen(
-            [str(binary()), *self._arguments],
+            [self._executable, *self._arguments],
             stdout=subprocess.DEVNULL,
             preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  # prctl must run in the child
         )
@@ -79,9 +87,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(*options: str, persistent: bool = False) -> Iterator[Server]:
+def running_server(*options: str, persistent: bool = False, executable: str | None = None) -> Iterator[Server]:
+    """`executable` is by default the wheel's."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(folder, *options, persistent=persistent)
+        server = Server(folder, *options, persistent=persistent, executable=executable)
         server.start()
         try:
             yield server

@@ -225,7 +225,7 @@ def test_the_file_and_its_description_hold_no_password() -> None:
 CALLS: dict[str, tuple[str, Callable[[RedisStreams], Awaitable[object]]]] = {
     "'xdel' on inf:{q:default}:dead": ("orchestrator", lambda s: s.delete(DEAD, "1-1")),
     "'xrange' on inf:{q:default}:jobs": ("worker", lambda s: s.range(QUEUE, "-", "+", 1)),
-    "'xinfo|stream' on inf:{job:a}:events and inf:{job:a}:state": ("gateway", lambda s: s.job_state("a")),
+    "'xinfo|stream' on inf:{job:a}:events": ("gateway", lambda s: s.job_state("a")),
     "'hset' on inf:{file:a}:meta": ("gateway", lambda s: s.documents.put("inf:{file:a}:meta", {"a": "b"}, 1000)),
     "'xgroup|create' on inf:{q:default}:jobs": ("worker", lambda s: s.open_queue("default")),
 }

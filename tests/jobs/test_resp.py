@@ -12,7 +12,7 @@ from redis.exceptions import InvalidResponse, ResponseError
 from redis.exceptions import TimeoutError as NoReply
 
 from worker.jobs.redis_pool import WaitingPool, new_connection
-from worker.jobs.redis_resp import Replies, pack_command, raise_if_all_failed
+from worker.jobs.redis_resp import Replies, pack_command
 from worker.redis_url import RedisUrl
 
 WIRE = b"$3\r\n1-5\r\n:7\r\n-NOSCRIPT none\r\n*2\r\n$-1\r\n*1\r\n+OK\r\n$4\r\na\r\nb\r\n*0\r\n*-1\r\n"
@@ -84,13 +84,6 @@ def test_a_reply_of_many_parts_is_parsed_once(monkeypatch):
 def test_a_command_is_packed_with_lengths_in_bytes():
     packed = pack_command(("SET", "ключ", 12, b"\r\n"))
     assert packed == b"*4\r\n$3\r\nSET\r\n$8\r\n" + "ключ".encode() + b"\r\n$2\r\n12\r\n$2\r\n\r\n\r\n"
-
-
-def test_only_a_failure_of_all_is_raised():
-    raise_if_all_failed([])
-    raise_if_all_failed([ResponseError("a"), 1])
-    with pytest.raises(ResponseError, match="a"):
-        raise_if_all_failed([ResponseError("a"), ResponseError("b")])
 
 
 async def serve(reply):

@@ -149,18 +149,15 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
 
 def _missing_right(own: str, command: Command) -> str:
     """Name the command and the keys that are refused; the user's name, in `own`, is not shown."""
-    refused = re.search("run the '([^']+)'|command '([^']+)'", own)
-    if refused:
-        name = f"'{next(filter(None, refused.groups()))}'"
-    elif "command or subcommand" in own or not command:  # Redis 7.0 does not name a script's command
-        name = "a command of the script"
-    else:
-        name = f"'{str(command[0]).lower()}'"
-    keys = keys_of(command)
-    if keys and not refused and " key" in own:
-        return f"the user may not access {' or '.join(keys)} ({str(command[0]).lower()}); {_RIGHTS}"
+    keys, name = keys_of(command), str(command[0]).lower() if command else ""
+    if refused := re.search("no right to run '([^']+)' on '([^']*)'", own):  # of `lua/rights.lua`
+        name, keys = refused[1], list(filter(None, [refused[2]]))
+    elif refused := re.search("run the '([^']+)'|command '([^']+)'", own):
+        name = refused[1] or refused[2]
+    elif keys and " key" in own:
+        return f"the user may not access {' or '.join(keys)} ({name}); {_RIGHTS}"
     on = f" on {' and '.join(keys)}" if keys else ""
-    return f"the user lacks the right to run {name}{on}; {_RIGHTS}"
+    return f"the user lacks the right to run '{name}'{on}; {_RIGHTS}" if name else _ACCESS["NOPERM"]
 
 
 def _lost_reason(error: exceptions.RedisError) -> str:

@@ -4,10 +4,10 @@ redis-py packs a command and parses its reply in about 12 µs, with a coroutine 
 module takes 3 µs. A worker writes the tokens of many jobs in one call.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from redis.exceptions import InvalidResponse, RedisError, ResponseError
+from redis.exceptions import InvalidResponse, ResponseError
 
 Value = str | int | bytes
 Command = Sequence[Value]
@@ -111,10 +111,3 @@ class Replies:
                 return
             value = self._open.pop()[0]
         self.values.append(value)
-
-
-def raise_if_all_failed(replies: Iterable[Any]) -> None:
-    """Raise the first reply if every reply is an error."""
-    errors = [reply if isinstance(reply, RedisError) else None for reply in replies]
-    if errors and errors[0] is not None and None not in errors:
-        raise errors[0]

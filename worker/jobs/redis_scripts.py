@@ -12,7 +12,7 @@ _PREPENDED = {
     "queue": ("renew", "settle"),
     "": ("reclaim", "pending", "enqueue", "find", "position", "depth", "overview", "remove_consumers"),
 }
-"""The scripts, by the file that is prepended to them."""
+"""The scripts, by the file that is prepended to them, after `rights.lua`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def load_scripts() -> Mapping[str, Script]:
     found = {}
     for prepended, names in _PREPENDED.items():
         for name in names:
-            source = (_lua(prepended) if prepended else "") + _lua(name)
+            source = _lua("rights") + (_lua(prepended) if prepended else "") + _lua(name)
             found[name] = Script(source, sha1(source.encode(), usedforsecurity=False).hexdigest())
     return found
 

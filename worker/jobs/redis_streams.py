@@ -33,7 +33,7 @@ from worker.jobs.redis_replies import (
     text_of,
     texts_of,
 )
-from worker.jobs.redis_resp import Command, Value, raise_if_all_failed
+from worker.jobs.redis_resp import Command, Value
 from worker.jobs.redis_scripts import load_scripts
 from worker.jobs.redis_server import MAX_BLOCK_MS, Exchange, Server, checked, run, run_transaction
 from worker.jobs.streams import (
@@ -269,7 +269,8 @@ class RedisStreams:
         only read: a server that refuses writes executes them.
         """
         replies = await self._server.exchange(commands)
-        raise_if_all_failed(replies[:writes])
+        if writes and all(isinstance(reply, exceptions.RedisError) for reply in replies[:writes]):
+            checked(replies[0], commands[0])
         return replies
 
     async def _run_script(

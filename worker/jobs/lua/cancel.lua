@@ -1,5 +1,9 @@
 -- Flag a running job; end a waiting or unknown one with the terminal event. A finished job is unchanged.
 -- KEYS: 1 events, 2 state. ARGV: 1 expected last id, 2 epoch, 3 now, 4 ttl, 5 type, 6 payload.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XINFO', 'STREAM', KEYS[1] }, { 'XADD', KEYS[1], '*', '', '' }, { 'PEXPIRE', KEYS[1], 1 },
+  { 'HGETALL', KEYS[2] }, { 'HSET', KEYS[2], '', '' }, { 'PEXPIRE', KEYS[2], 1 },
+})
 local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
 if is_over(state) then return state.error == 'CANCELLED' and 'CANCELLED' or 'OVER' end

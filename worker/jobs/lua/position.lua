@@ -1,6 +1,7 @@
 -- Return the place of the first entry that contains a text among the waiting entries, from 1, and the number of
 -- waiting entries; false if none of the first entries contains it, or if it is delivered.
 -- KEYS: 1 queue. ARGV: 1 group, 2 text, 3 entries to search.
+require_rights({ { 'XRANGE', KEYS[1], '-', '+' }, { 'XPENDING', KEYS[1], ARGV[1] }, { 'XLEN', KEYS[1] } })
 local function pending(...)
   local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], ...)
   return reply.err and { 0 } or reply

@@ -1,5 +1,8 @@
 -- Delete idle consumers without pending entries: DELCONSUMER would discard these, and lose jobs.
 -- KEYS: 1 queue. ARGV: 1 group, 2 minimum idle ms, 3 (optional) the only consumer to consider.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XINFO', 'CONSUMERS', KEYS[1], ARGV[1] }, { 'XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], '' },
+})
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local removed = 0
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do

@@ -2,6 +2,10 @@
 -- XCLAIM JUSTID does not count a delivery. With ARGV 4 and 5, give the entry back instead.
 -- Otherwise return 0, or -1 if the entry was deleted and is pending for no other consumer.
 -- KEYS: 1 queue. ARGV: 1 group, 2 consumer, 3 entry, 4 (optional) idle time and 5 delivery count to set.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XPENDING', KEYS[1], ARGV[1] }, { 'XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3] },
+  { 'XRANGE', KEYS[1], '-', '+' }, { 'XINFO', 'GROUPS', KEYS[1] },
+})
 if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
 local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)[1]
 if pending and pending[2] ~= ARGV[2] then return 0 end

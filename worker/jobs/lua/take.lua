@@ -3,6 +3,10 @@
 --       7 deliveries, 8 maximum deliveries, 9 maximum attempts without progress, 10-12 type, payload
 --       and error code of the opening event, 13 payload of the error CANCELLED, 14 of DEAD_LETTERED,
 --       15 the last attempt's worker and time: a server that lost writes may have other events under the same ids.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XINFO', 'STREAM', KEYS[1] }, { 'XADD', KEYS[1], '*', '', '' }, { 'PEXPIRE', KEYS[1], 1 },
+  { 'HGETALL', KEYS[2] }, { 'HSET', KEYS[2], '', '' }, { 'PEXPIRE', KEYS[2], 1 },
+})
 local entry, worker, expected, epoch, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local top, state = top_of(KEYS[1]), hash(KEYS[2])
 
