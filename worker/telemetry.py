@@ -122,7 +122,9 @@ class Metrics:
         wait = partial(histogram, buckets=(0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0))
 
         self._info = gauge("worker_info", "Always 1.", ["model", "device", "version"])
-        self.server_reached = gauge("worker_server_reached", "1 if the Redis server was reached a moment ago, else 0.")
+        self.server_reached = gauge(
+            "worker_server_reached", "1 if the Redis server replies and refuses nothing, else 0."
+        )
         self.degraded = gauge("worker_degraded", "1 after a failed allocation until the next completed job, else 0.")
         self.queues = QueueGauges(self._registry, "worker")
         self._vram = gauge("worker_vram_bytes", "Device memory by purpose.", ["purpose"])

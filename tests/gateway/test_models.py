@@ -9,6 +9,7 @@ from tests.jobs.harness import ServerHarness, wait_until
 from tests.jobs.servers import running_server
 from tests.service.models import SharedModel
 from tests.service.serving import LONG_LEASE, serving
+from worker.gateway.queue_watch import QueueWatch
 from worker.jobs.client import Client
 from worker.jobs.keys import queue_key, worker_key
 
@@ -137,6 +138,46 @@ async def test_health_reports_the_workers_and_a_lost_server():
             response = await running.http().post("/v1/chat/completions", json=body)
             assert (response.status_code, response.json()["error"]["code"]) == (503, "redis_unreachable")
             server.start()
+        await harness.close()
+
+
+async def test_a_full_server_is_not_taken_for_one_without_workers():
+    """The workers' statuses expire there, since no heartbeat can be written."""
+    with running_server() as server:
+        harness = ServerHarness(server.url)
+        async with gateway(harness, no_worker_s=0.2) as running:
+            worker = await fake_worker(harness, running)
+
+            async def shows(reached):
+                await QueueWatch(running.context).refresh()
+                return running.metric("gateway_server_reached") == reached
+
+            async def code_of(body):
+                response = await running.http().post("/v1/chat/completions", json={"messages": HELLO, **body})
+                return response.status_code, response.json()["error"]["code"]
+
+            assert await shows(1)
+            await harness.raw.config_set("maxmemory", 1)
+            await wait_until(lambda: shows(0))
+            await harness.drop(worker_key(worker.worker_id))
+            health = await running.http().get("/health")
+            assert (health.status_code, health.json()["status"], health.json()["workers"]) == (503, "redis_busy", 0)
+            page = (await running.http().get("/metrics")).text
+            assert 'gateway_queue_jobs{queue="default",state="waiting"} 0.0' in page
+            assert "gateway_queue_workers{" not in page
+            await asyncio.sleep(0.4)  # twice no_worker_s
+            assert await code_of({"model": "other"}) == (404, "model_not_found")
+            assert await code_of({"model": "echo"}) == (503, "redis_busy")
+            async with gateway(harness) as late:
+                response = await late.http().post("/v1/chat/completions", json={"messages": HELLO})
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "redis_busy")
+                assert "(OOM)" in response.json()["error"]["message"]
+            await harness.raw.config_set("maxmemory", 0)
+            await wait_until(lambda: shows(1))
+            await asyncio.sleep(0.4)
+            assert await code_of({"model": "echo"}) == (503, "no_worker")
+            assert (await running.http().get("/health")).status_code == 200
+            assert await harness.raw.exists("inf:{job:}:events") == 0
         await harness.close()
 
 

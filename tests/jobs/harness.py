@@ -292,7 +292,7 @@ class LossyStreams:
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._streams, name)
-        if name in ("reconnects", "documents", "max_separate_reads", "close"):
+        if name in ("reconnects", "documents", "contact", "max_separate_reads", "close"):
             return attribute
 
         async def call(*args: Any, **kwargs: Any) -> Any:

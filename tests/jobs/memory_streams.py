@@ -18,6 +18,7 @@ from worker.jobs.streams import (
     STATUS_TTL_MS,
     AppendCall,
     CancelCall,
+    Contact,
     Entry,
     Fields,
     JobState,
@@ -75,6 +76,7 @@ class Keyspace:
     max_separate_reads = 0
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.contact = Contact()
         self._clock = clock
         self._streams: dict[str, Stream] = {}
         self._hashes: dict[str, dict[str, str]] = {}
@@ -186,6 +188,9 @@ class Keyspace:
         """Write the hash, which is the registration as well."""
         self._hashes[worker_key(worker)] = dict(status)
         self._expiry_ms[worker_key(worker)] = self._now() + ttl_ms
+
+    async def check_writes(self) -> None:
+        pass
 
     async def drop_status(self, worker: str) -> None:
         self.drop(worker_key(worker))

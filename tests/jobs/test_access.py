@@ -112,6 +112,7 @@ async def test_a_gateway(server: Server) -> None:
     assert await gateway.is_known("a")
     assert await gateway.dead_letter_count() == 0
     assert await gateway.unclaimed() == 0
+    assert await gateway.write_refusal() is None
     documents = gateway.documents
     key = "inf:{file:f}:meta"
     await documents.put(key, {"a": "1"}, 60_000)

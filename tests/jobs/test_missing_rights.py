@@ -146,7 +146,7 @@ async def test_a_missing_right_refuses_a_script_before_its_first_effect(server: 
             admin.execute_command(*command)
 
     async def call() -> Any:
-        return await streams._call(streams._run_script(case.script, case.keys, case.args), write=case.script)
+        return await streams._call(case.script, streams._run_script(case.script, case.keys, case.args))
 
     async def refusal() -> str | None:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 
+from tests.jobs.harness import LONG_LEASE, NO_LEASE
+from tests.jobs.memory_streams import MemoryStreams
 from tests.jobs.servers import Server, free_port, running_server
+from worker.config import LeaseSection
 from worker.errors import ServerRefused
 from worker.jobs.keys import GROUP, events_key, queue_key, state_key
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_resp import Command
 from worker.jobs.redis_streams import RedisStreams
 from worker.jobs.streams import AppendCall, CancelCall, Contact, Disconnected, retry_until_connected
+from worker.jobs.transport import Transport
 
 PARSER = Connection()._parser
 XADD: Command = ("XADD", "inf:control", "*", "do", b"inf:x")
@@ -349,6 +354,38 @@ async def test_reads_that_succeed_do_not_end_a_refusal_of_writes(admin: Redis, o
     assert await streams.enqueue("default", {"p": b"x"}, 10)
     assert lines[1:] == ["back"]
     await streams.close()
+
+
+async def test_a_right_to_read_that_is_missing_is_one_line_until_it_is_granted(own_server: Server) -> None:
+    lines: list[str] = []
+    streams = RedisStreams.from_url(own_server.url, Contact(lines.append, lambda _: lines.append("back")))
+    streams.waits_for_access = True
+    async with Redis(port=own_server.port) as admin:
+        await admin.execute_command("ACL", "SETUSER", "default", "-xlen")
+        for _ in range(3):
+            with pytest.raises(Disconnected, match="'xlen' on inf:control"):
+                await streams.length("inf:control")
+            assert await streams.read("inf:control", "0-0", 0) == []
+            assert await streams.time_ms()
+        assert len(lines) == 1
+        assert streams.contact.refused_for_s > 0
+        await admin.execute_command("ACL", "SETUSER", "default", "+xlen")
+    assert await streams.length("inf:control") == 0
+    assert lines[1:] == ["back"]
+    assert streams.contact.refused_for_s == 0
+    await streams.close()
+
+
+@pytest.mark.parametrize(("lease", "counts"), [(NO_LEASE, True), (LONG_LEASE, False)])
+async def test_a_refusal_of_writes_counts_as_silence_after_a_lease(lease: LeaseSection, counts: bool) -> None:
+    streams = MemoryStreams()
+    transport = Transport(streams, "w", lease=lease)
+    streams.contact.failed("put_status", Disconnected("full", "OOM"))
+    streams.contact._lost_s -= 10
+    await transport.claim()
+    assert (transport.seconds_since_contact >= 10) == counts
+    streams.contact.succeeded("put_status", time.monotonic())
+    assert transport.seconds_since_contact < 10
 
 
 async def held_entry(streams: RedisStreams) -> str:

@@ -151,7 +151,7 @@ async def test_a_cancellation_that_arrives_with_the_reply_is_raised() -> None:
             return "the reply"
 
     calling = asyncio.create_task(
-        RedisStreams.from_url("redis://127.0.0.1:1")._call(reply_that_drops_the_cancellation())
+        RedisStreams.from_url("redis://127.0.0.1:1")._call("read", reply_that_drops_the_cancellation())
     )
     await waiting.wait()
     calling.cancel()

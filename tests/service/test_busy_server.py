@@ -14,7 +14,7 @@ from tests.jobs.harness import ServerHarness, wait_until
 from tests.jobs.servers import free_port, running_server
 from tests.jobs.stream_checker import assert_none, find_violations
 from tests.service.models import SharedModel, slow_model
-from tests.service.serving import read_job, serving, wait_until_queue_is_empty
+from tests.service.serving import http_get, read_job, serving, wait_until_queue_is_empty
 from worker.config import LeaseSection
 
 LEASE = LeaseSection(lease_s=0.6, renew_s=0.15, scan_s=0.1)
@@ -70,6 +70,12 @@ async def without_scripts(harness):
 async def without_writes(harness):
     """A script is begun, and refused in its middle."""
     async with without_rights(harness, ["hset", "xack"]):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def without_registry(harness):
+    async with without_rights(harness, ["zadd"]):
         yield
 
 
@@ -180,3 +186,20 @@ async def test_deliveries_and_attempts_are_not_counted_while_the_server_refuses(
                 await asyncio.sleep(PAUSE_S)
         assert (await read_job(client, "a")).text == "abc" * 16 + "ab"
         await assert_healthy(real, worker, texts={"a": "abc" * 16 + "ab"})
+
+
+@pytest.mark.parametrize("refusal", [out_of_memory, unable_to_save, without_registry])
+async def test_a_worker_whose_writes_are_refused_for_longer_than_a_lease_is_not_ready(real, refusal):
+    """Its polls succeed: without a heartbeat it is no longer registered, and it can take no job."""
+    async with serving(real, SharedModel.echo().fresh(), lease=LEASE) as worker:
+
+        async def shows(status, reached):
+            ready, _ = await http_get(worker.service.http_port, "/readyz")
+            _, page = await http_get(worker.service.http_port, "/metrics")
+            return ready == status and f"worker_server_reached {reached}" in page
+
+        await wait_until(lambda: shows(200, "1.0"))
+        async with refusal(real):
+            await wait_until(lambda: shows(503, "0.0"), 10)
+            assert (await http_get(worker.service.http_port, "/livez"))[0] == 200
+        await wait_until(lambda: shows(200, "1.0"), 10)

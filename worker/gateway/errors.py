@@ -124,8 +124,10 @@ def api_error(error: Exception) -> ApiError:
             known = _invalid_job(error.message, error.details)
         case QueueFull():
             known = too_many(error.message, error.retry_after_s, "queue_full")
-        case Disconnected():
+        case Disconnected(reply=""):
             known = unavailable("the Redis server is not reachable", code="redis_unreachable")
+        case Disconnected():
+            known = unavailable(f"the Redis server refuses commands for now ({error.reply})", code="redis_busy")
         case WorkerError(code="REDIS_REFUSED"):
             known = unavailable("the Redis server refuses the gateway's commands", 10.0, "redis_refused")
         case WorkerError(code="EVENTS_LOST"):

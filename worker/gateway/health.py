@@ -16,15 +16,15 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def health(request: Request) -> Response:
-    """Status 200 while the gateway takes requests and reaches the Redis server, else 503."""
+    """Status 200 while the gateway takes requests and the Redis server accepts writes, else 503."""
     context = context_of(request)
     try:
         await context.models.refresh()
-        reached = True
+        status = "ok" if context.models.refusal is None else "redis_busy"
     except (Disconnected, WorkerError):
-        reached = False
-    ok = reached and not context.draining
-    status = "ok" if ok else "draining" if context.draining else "redis_unreachable"
+        status = "redis_unreachable"
+    status = "draining" if context.draining else status
+    ok = status == "ok"
     report = {"status": status, "workers": len(context.models.workers), "open_requests": context.open_requests}
     return JSONResponse(report, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
 

@@ -23,7 +23,7 @@ class GatewayMetrics:
         counter, gauge = partial(Counter, registry=self._registry), partial(Gauge, registry=self._registry)
         histogram = partial(Histogram, registry=self._registry)
         self.server_reached = gauge(
-            "gateway_server_reached", "1 if the last read of the Redis server succeeded, else 0."
+            "gateway_server_reached", "1 if the Redis server was read and accepts writes, else 0."
         )
         self.queues = QueueGauges(self._registry, "gateway")
         self.queue_workers = gauge("gateway_queue_workers", "Workers that take jobs of a queue.", ["queue"])

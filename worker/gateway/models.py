@@ -75,6 +75,8 @@ class ModelRegistry:
         self._always = frozenset(always)
         now, created = time.monotonic(), int(time.time())
         self._registry = _Registry({name: ServedModel(name, now, created) for name in always})
+        self.refusal: Disconnected | None = None
+        """Why the server refused writes at the last read: then no worker can stay registered."""
         self._reading = asyncio.Lock()
 
     async def run(self, refusals: Refusals) -> NoReturn:
@@ -93,13 +95,16 @@ class ModelRegistry:
         async with self._reading:
             if newer_than_s is not None and self._registry.read_s > newer_than_s:
                 return
-            self._update(await self._client.workers())
+            workers, self.refusal = await self._client.workers(), await self._client.write_refusal()
+            self._update(workers)
 
     def _update(self, workers: Mapping[str, Mapping[str, str]]) -> None:
         now, registry = time.monotonic(), self._registry
         registry.workers, registry.read_s = workers, now
         for model in registry.models.values():
             model.workers = 0
+            if self.refusal is not None and self._is_available(model):
+                model.seen_s = now
         for status in workers.values():
             name = status.get("model", "")
             if not name or status.get("state") not in TAKES_JOBS:
@@ -131,7 +136,11 @@ class ModelRegistry:
         """Raise status 503 if the model has had no worker for longer than the setting."""
         model = self._registry.models.get(name)
         if model is None or not self._is_available(model):
-            raise unavailable(f"no worker serves the model {name}", self._no_worker_s, "no_worker")
+            raise self._no_worker(f"no worker serves the model {name}", self._no_worker_s)
+
+    def _no_worker(self, message: str, retry_after_s: float) -> ApiError | Disconnected:
+        """Status 503 for lack of a worker, or for the refusal that may be its cause."""
+        return self.refusal or unavailable(message, retry_after_s, "no_worker")
 
     async def require(self, name: str | None, caller: Caller) -> ServedModel:
         """The model that a request names; without a name the only served one.
@@ -139,6 +148,7 @@ class ModelRegistry:
         Raises:
             ApiError: 400 without a name, 403 if the key does not allow the model, 404 if it is
                 unknown, 503 if it has had no worker for longer than the setting.
+            Disconnected: the server refuses writes, so a worker may run and not be registered.
         """
         requested_s = time.monotonic()
         if name is None:
@@ -159,15 +169,15 @@ class ModelRegistry:
     def _only(self, caller: Caller) -> ServedModel:
         served = self.served(caller)
         if not served:
-            raise unavailable("no worker is running", self._no_worker_s, "no_worker")
+            raise self._no_worker("no worker is running", self._no_worker_s)
         if len(served) > 1:
             names = ", ".join(model.name for model in served)
             raise invalid(f"model: required, since several are served: {names}", "model", "missing")
         return served[0]
 
-    def _unknown(self, name: str) -> ApiError:
+    def _unknown(self, name: str) -> ApiError | Disconnected:
         registry = self._registry
         if registry.one_starts or not registry.models:
-            return unavailable(f"no worker serves the model {name} yet", _RETRY_STARTING_S, "no_worker")
+            return self._no_worker(f"no worker serves the model {name} yet", _RETRY_STARTING_S)
         message = f"the model {name} does not exist; GET /v1/models lists the served ones"
         return ApiError(HTTPStatus.NOT_FOUND, message, code="model_not_found", param="model")

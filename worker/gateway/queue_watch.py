@@ -27,6 +27,8 @@ _QUEUE = re.compile(QUEUE_NAME)
 class QueueWatch:
     """Keeps the metrics of queues and workers current. Without the server there are none.
 
+    While it refuses writes there are none of workers.
+
     A queue or model that a worker had stays: jobs may wait for it.
     """
 
@@ -61,17 +63,18 @@ class QueueWatch:
                 refusals.failed("workers", error)
             return
         metrics.clear_queues()
-        metrics.server_reached.set(1)
-        taking = [status for status in workers if status.get("state") in TAKES_JOBS]
-        self._set_queues(depths, taking)
-        self._set_models(taking)
-
-    def _set_queues(self, depths: Mapping[str, QueueDepth], workers: Iterable[Mapping[str, str]]) -> None:
-        metrics = self._context.metrics
-        serving = Counter(queue for status in workers for queue in queues_of(status))
         for queue, depth in depths.items():
             metrics.queues.set(queue, *astuple(depth))
-            metrics.queue_workers.labels(queue).set(serving[queue])
+        if self._context.models.refusal is None:  # otherwise workers may run and not be registered
+            metrics.server_reached.set(1)
+            taking = [status for status in workers if status.get("state") in TAKES_JOBS]
+            self._set_queue_workers(depths, taking)
+            self._set_models(taking)
+
+    def _set_queue_workers(self, queues: Iterable[str], workers: Iterable[Mapping[str, str]]) -> None:
+        serving = Counter(queue for status in workers for queue in queues_of(status))
+        for queue in queues:
+            self._context.metrics.queue_workers.labels(queue).set(serving[queue])
 
     def _set_models(self, workers: Iterable[Mapping[str, str]]) -> None:
         metrics = self._context.metrics

@@ -296,6 +296,16 @@ class Client:
         """The status of each live worker, by its id."""
         return await repeat_briefly(self._streams.workers)
 
+    async def write_refusal(self) -> Disconnected | None:
+        """Why the server refuses writes for now, such as a memory limit; None if it does not."""
+        try:
+            await self._streams.check_writes()
+        except Disconnected as error:
+            if not error.reply:
+                raise
+            return error
+        return None
+
     async def worker_events(self, worker: str, after: str = START) -> AsyncGenerator[StreamEvent, None]:
         """Yield a worker's own events above the id `after`. Never ends."""
         while True:

@@ -259,6 +259,11 @@ class Registration:
         """Start at the end of the control stream: earlier commands are ignored."""
         self._last_command_id = await retry_until_connected(self._streams.last_id, CONTROL)
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server refuses calls, such as heartbeats, for now."""
+        return self._streams.contact.refused_for_s > 0
+
     async def close(self) -> None:
         """Unregister."""
         await self._streams.drop_status(self._worker_id)

@@ -19,6 +19,7 @@ from worker.errors import ConfigInvalid, ServerRefused
 from worker.jobs.documents import Documents
 from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
+from worker.jobs.redis_commands import keys_of
 from worker.jobs.redis_documents import RedisDocuments
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_open import open_server
@@ -118,20 +119,21 @@ class RedisStreams:
             self._server.suspect_idle()
         self.contact.failed(call, error)
 
-    def _run(self, *command: Value, blocking: bool = False) -> Awaitable[Any]:
-        return run(self._server, *command, blocking=blocking)
+    async def _run(self, *command: Value, blocking: bool = False, no_group: Any = None) -> Any:
+        """The reply to one command, which `Contact` knows by its name and first key."""
+        name = " ".join([str(command[0]), *keys_of(command)])
+        return await self._call(name, run(self._server, *command, blocking=blocking), no_group)
 
     async def open_queue(self, queue: str) -> None:
         try:
-            create = self._run("XGROUP", "CREATE", queue_key(queue), GROUP, "0", "MKSTREAM")
-            await self._call(create, write="open_queue")
+            await self._run("XGROUP", "CREATE", queue_key(queue), GROUP, "0", "MKSTREAM")
         except ServerRefused as error:
             if error.details["reply"] != "BUSYGROUP":  # it exists
                 raise
 
     async def enqueue(self, queue: str, fields: Fields, bound: int) -> str | None:
         args = [bound, *flat(fields.items())]
-        reply = await self._call(self._run_script("enqueue", [queue_key(queue)], args), write="enqueue")
+        reply = await self._call("enqueue", self._run_script("enqueue", [queue_key(queue)], args))
         return None if reply is None else text_of(reply)
 
     async def read_new(self, queues: Sequence[str], consumer: str, block_ms: int) -> dict[str, Entry]:
@@ -143,7 +145,7 @@ class RedisStreams:
         options = ("BLOCK", block) if block > 0 else ()
         keys, ids = map(queue_key, queues), [">"] * len(queues)
         command = ("XREADGROUP", "GROUP", GROUP, consumer, "COUNT", 1, *options, "STREAMS", *keys, *ids)
-        reply = await self._call(self._run(*command, blocking=block > 0), no_group=_NO_GROUP, write="read_new")
+        reply = await self._run(*command, blocking=block > 0, no_group=_NO_GROUP)
         if reply is _NO_GROUP:  # the server lost the group's creation, or was flushed
             for queue in queues:
                 await self.open_queue(queue)
@@ -170,8 +172,8 @@ class RedisStreams:
     async def read_own(self, queue: str, consumer: str, above: str) -> Entry | None:
         """XPENDING and XRANGE; XREADGROUP with an id would count a delivery."""
         key = queue_key(queue)
-        pending = self._run("XPENDING", key, GROUP, next_id(above), "+", 1, consumer)
-        for entry, _, _, deliveries in await self._call(pending, no_group=[]):
+        pending = await self._run("XPENDING", key, GROUP, next_id(above), "+", 1, consumer, no_group=[])
+        for entry, _, _, deliveries in pending:
             entry_id = text_of(entry)
             records = await self.range(key, entry_id, entry_id, 1)
             return Entry(entry_id, records[0][1] if records else {}, deliveries)
@@ -196,7 +198,7 @@ class RedisStreams:
         jobs = [job_id for _, _, job_id in calls if job_id is not None]
         commands += [state.call(_job_keys(job_id), ()) for job_id in jobs]
         pipeline = self._pipeline(commands, len(calls))
-        replies = await self._call(pipeline, no_group=[], no_script=[], write="renew")
+        replies = await self._call("renew", pipeline, no_group=[], no_script=[])
         if not replies:
             return [None] * len(calls)
         states = dict(zip(jobs, replies[len(calls) :], strict=True))
@@ -209,7 +211,7 @@ class RedisStreams:
         return bool(await self._on_queue("renew", queue, consumer, entry_id, idle_ms, deliveries) == 1)
 
     async def settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None = None) -> bool:
-        return bool(await self._call(self._settle(queue, entry_id, dead, job_id), no_group=True, write="settle"))
+        return bool(await self._call("settle", self._settle(queue, entry_id, dead, job_id), no_group=True))
 
     async def _settle(self, queue: str, entry_id: str, dead: Fields | None, job_id: str | None) -> bool:
         """`state.lua` and `settle.lua` on one connection, so without a restart in between."""
@@ -229,7 +231,7 @@ class RedisStreams:
     async def _on_queue(self, script: str, queue: str, *args: Value) -> Any:
         """One key: while a cluster moves a slot, scripts need all of their keys to exist."""
         call = self._run_script(script, [queue_key(queue)], (GROUP, *args))
-        return await self._call(call, no_group=0, write=script)
+        return await self._call(script, call, no_group=0)
 
     async def pending(self, queue: str, count: int) -> list[PendingEntry]:
         """XPENDING and the server's clock, read at the same time."""
@@ -252,14 +254,14 @@ class RedisStreams:
         """WAIT follows a job's end on a cluster: settling its entry must not outlast the end."""
         after = [_WAIT] if call.state in TERMINAL_KINDS and self._server.fails_over_alone(events_key(job_id)) else []
         run_script = self._run_script("append", _job_keys(job_id), _append_args(call), after=after)
-        return text_of(await self._call(run_script, write="append"))
+        return text_of(await self._call("append", run_script))
 
     async def append_many(self, calls: Sequence[tuple[str, AppendCall]]) -> list[str | None]:
         """EVALSHA for each in one pipeline; `append` loads a script that the server lacks."""
         append = self._scripts["append"]
         commands = [append.call(_job_keys(job_id), _append_args(call)) for job_id, call in calls]
         pipeline = self._pipeline(commands, len(calls))
-        replies = await self._call(pipeline, no_script=[None] * len(calls), write="append")
+        replies = await self._call("append", pipeline, no_script=[None] * len(calls))
         return [text_of(reply) if isinstance(reply, bytes) else None for reply in replies]
 
     async def _pipeline(self, commands: Sequence[Command], writes: int) -> list[Any]:
@@ -296,7 +298,7 @@ class RedisStreams:
         return text_of(await self._on_job("cancel", job_id, *args))
 
     async def _on_job(self, script: str, job_id: str, *args: Value) -> Any:
-        return await self._call(self._run_script(script, _job_keys(job_id), args), write=script)
+        return await self._call(script, self._run_script(script, _job_keys(job_id), args))
 
     async def expire_job(self, job_id: str, ttl_ms: int) -> None:
         async def expire() -> None:
@@ -304,13 +306,16 @@ class RedisStreams:
             for reply, command in zip(await self._server.exchange(commands), commands, strict=True):
                 checked(reply, command)
 
-        await self._call(expire(), write="expire_job")
+        await self._call("expire_job", expire())
+
+    async def check_writes(self) -> None:
+        """XADD to a stream that never exists: no job has an empty id. On a cluster, at one node."""
+        await self._run("XADD", events_key(""), "NOMKSTREAM", "*", "p", "")
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
-        add = self._run("XADD", key, "MAXLEN", "~", keep, "*", *flat(fields.items()))
-        entry_id = await self._call(add, write="add")
+        entry_id = await self._run("XADD", key, "MAXLEN", "~", keep, "*", *flat(fields.items()))
         if ttl_ms is not None:
-            await self._call(self._run("PEXPIRE", key, ttl_ms))
+            await self._run("PEXPIRE", key, ttl_ms)
         return text_of(entry_id)
 
     async def read(self, key: str, after: str, block_ms: int, count: int = 100) -> list[Record]:
@@ -322,7 +327,7 @@ class RedisStreams:
         until_s = time.monotonic() + min(block_ms, MAX_BLOCK_MS) / 1000
         commands = [("XREAD", "COUNT", count, "STREAMS", key, entry_id) for key, entry_id in after.items()]
         while True:
-            found: dict[str, list[Record]] = await self._call(self._poll(commands))
+            found: dict[str, list[Record]] = await self._call("XREAD", self._poll(commands))
             if found or (left_s := until_s - time.monotonic()) <= 0:
                 return found
             await asyncio.sleep(min(POLL_MS / 1000, left_s))
@@ -344,10 +349,10 @@ class RedisStreams:
     async def _xread(self, after: Mapping[str, str], block_ms: int, count: int) -> dict[str, list[Record]]:
         options = ("BLOCK", block_ms) if block_ms > 0 else ()
         command = ("XREAD", "COUNT", count, *options, "STREAMS", *after, *after.values())
-        return streams_of(await self._call(self._run(*command, blocking=block_ms > 0)))
+        return streams_of(await self._run(*command, blocking=block_ms > 0))
 
     async def find(self, queue: str, job_id: str, first: str, count: int) -> tuple[str | None, list[Record]]:
-        last, found = await self._call(self._run_script("find", [queue_key(queue)], (job_id, first, count)))
+        last, found = await self._call("find", self._run_script("find", [queue_key(queue)], (job_id, first, count)))
         return next_id(text_of(last)) if last else None, records_of(found)
 
     async def position(self, queue: str, text: str, count: int) -> tuple[int, int] | None:
@@ -362,15 +367,15 @@ class RedisStreams:
         return overview_of(await self._on_queue("overview", queue, lease_ms, above or "", limit, OVERVIEW_BYTES))
 
     async def length(self, key: str) -> int:
-        return int(await self._call(self._run("XLEN", key)))
+        return int(await self._run("XLEN", key))
 
     async def range(self, key: str, first: str, last: str, count: int) -> list[Record]:
-        return records_of(await self._call(self._run("XRANGE", key, first, last, "COUNT", count)))
+        return records_of(await self._run("XRANGE", key, first, last, "COUNT", count))
 
     async def last_id(self, key: str) -> str:
         """`last-generated-id` of XINFO STREAM, which trimming does not change."""
         try:
-            info = await self._call(self._run("XINFO", "STREAM", key))
+            info = await self._run("XINFO", "STREAM", key)
         except ServerRefused as error:
             if "no such key" not in error.message:
                 raise
@@ -378,27 +383,27 @@ class RedisStreams:
         return text_of(info[info.index(b"last-generated-id") + 1])
 
     async def delete(self, key: str, entry_id: str) -> bool:
-        return bool(await self._call(self._run("XDEL", key, entry_id)))
+        return bool(await self._run("XDEL", key, entry_id))
 
     async def put_status(self, worker: str, status: Mapping[str, str], ttl_ms: int) -> None:
         """Write the status hash and the registry; members without a heartbeat are removed later."""
         key, now = worker_key(worker), await self.time_ms()
         put = run_transaction(self._server, ("HSET", key, *flat(status.items())), ("PEXPIRE", key, ttl_ms))
-        await self._call(put, write="put_status")
-        await self._call(self._run("ZADD", WORKERS, now, worker))
-        await self._call(self._run("ZREMRANGEBYSCORE", WORKERS, "-inf", now - 10 * ttl_ms))
+        await self._call("put_status", put)
+        await self._run("ZADD", WORKERS, now, worker)
+        await self._run("ZREMRANGEBYSCORE", WORKERS, "-inf", now - 10 * ttl_ms)
 
     async def drop_status(self, worker: str) -> None:
-        await self._call(self._run("ZREM", WORKERS, worker))
-        await self._call(self._run("DEL", worker_key(worker)))
+        await self._run("ZREM", WORKERS, worker)
+        await self._run("DEL", worker_key(worker))
 
     async def workers(self) -> dict[str, Mapping[str, str]]:
         """A time to live above STATUS_TTL_MS is a dead worker's: the clock went back.
 
         A status of another type is left out and logged: who may register may write such a key.
         """
-        names = [text_of(name) for name in await self._call(self._run("ZRANGE", WORKERS, 0, -1))]
-        listed = await self._call(self._statuses(names)) if names else []
+        names = [text_of(name) for name in await self._run("ZRANGE", WORKERS, 0, -1)]
+        listed = await self._call("HGETALL", self._statuses(names)) if names else []
         malformed = frozenset(name for name, status, _ in listed if isinstance(status, exceptions.RedisError))
         for name in sorted(malformed - self._malformed)[:_MAX_LOGGED]:
             logging.getLogger(__name__).warning("worker %r is not listed: %s is no hash", name, worker_key(name))
@@ -416,16 +421,16 @@ class RedisStreams:
         return list(zip(names, replies[::2], replies[1::2], strict=True))
 
     async def time_ms(self) -> int:
-        return ms_of(await self._call(self._run("TIME")))
+        return ms_of(await self._run("TIME"))
 
     async def close(self) -> None:
         await self._server.close()
 
-    async def _call(self, reply: Awaitable[Any], no_group: Any = None, no_script: Any = None, write: str = "") -> Any:
+    async def _call(self, name: str, reply: Awaitable[Any], no_group: Any = None, no_script: Any = None) -> Any:
         """Await the reply; return `no_group` if the queue has no consumer group.
 
-        `no_script`, if not None, is returned if the server lacks a script; `Contact` then records
-        neither a failure nor a success. `write` names a call that writes, for `Contact`.
+        `no_script`, if not None, is returned if the server lacks a script; `Contact`, which knows
+        the call by `name`, then records neither a failure nor a success.
 
         Raises Disconnected and ServerRefused. A cancellation that arrives with the reply is raised:
         `wait_for` of Python 3.11, used by redis-py, would drop it.
@@ -442,13 +447,13 @@ class RedisStreams:
                 return no_script
             translated = translate(error, self._address, waiting=self.waits_for_access, replied=self._replied)
             if isinstance(translated, Disconnected):
-                self._lost(write, translated)
+                self._lost(name, translated)
             raise translated from error
         finally:
             if task and task.cancelling() > cancellations:
                 raise asyncio.CancelledError
         self._replied = True
-        self.contact.succeeded(write, began_s)
+        self.contact.succeeded(name, began_s)
         return value
 
 

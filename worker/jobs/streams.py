@@ -31,6 +31,8 @@ STATUS_TTL_MS = 15_000
 """A worker without a heartbeat for this long is no longer listed."""
 REFUSAL_S = 10.0
 """A call that was refused and is not repeated counts as failing for this long."""
+REPEATED_S = 3.0
+"""Exceeds the time between repetitions of a refused call, and between heartbeats meanwhile."""
 
 Fields = Mapping[str, bytes]
 Record = tuple[str, Fields]
@@ -217,7 +219,7 @@ class Contact:
 
     The first `is_local` failure is reported too: before it, only the lost connection was.
 
-    A server may refuse writes and serve reads: a refused call must itself succeed, or not be
+    A server may refuse some calls and serve others: a refused call must itself succeed, or not be
     repeated for `REFUSAL_S`, before the server counts as back. A cluster counts as back when no
     node has failed for `REFUSAL_S`. Without `from_start`, failures before the first success are not
     reported.
@@ -239,6 +241,17 @@ class Contact:
         self._failed_s = 0.0
         self._refused: dict[str, float] = {}
         self._local_reported = False
+
+    @property
+    def refused_for_s(self) -> float:
+        """Seconds for which the server has refused calls, such as writes if it is full, else 0.
+
+        What matters is repeated at once: without a refusal for `REPEATED_S` it has succeeded.
+        """
+        now_s, refused = time.monotonic(), self.last_error is not None and self.last_error.reply
+        if self._lost_s is None or not refused or now_s - self._failed_s > REPEATED_S:
+            return 0.0
+        return now_s - self._lost_s
 
     def failed(self, call: str, error: Disconnected) -> None:
         """Record the failure of a call by that name."""
@@ -285,6 +298,8 @@ class Streams(Protocol):
     """
     documents: Documents
     """What the gateway stores on the same server."""
+    contact: Contact
+    """Whether calls succeed."""
 
     async def open_queue(self, queue: str) -> None:
         """Create the stream and its consumer group, from id 0, unless they exist."""
@@ -359,6 +374,9 @@ class Streams(Protocol):
 
     async def expire_job(self, job_id: str, ttl_ms: int) -> None:
         """Shorten the time to live of a job's two keys to `ttl_ms`; never lengthen it."""
+
+    async def check_writes(self) -> None:
+        """Raise Disconnected with `reply` if the server refuses writes for now. Writes nothing."""
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
         """Append to a stream trimmed to about `keep` entries. Not for job or queue streams."""

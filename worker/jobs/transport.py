@@ -89,8 +89,12 @@ class Transport:
 
     @property
     def seconds_since_contact(self) -> float:
-        """Seconds since the last successful poll or renewal; /readyz fails above 3 × `scan_s`."""
-        return time.monotonic() - self._consumers.last_contact_s
+        """Seconds since the last successful poll or renewal; /readyz fails above 3 × `scan_s`.
+
+        If the server has refused other calls for more than a lease, as a full one does, since then.
+        """
+        silent_s, refused_s = time.monotonic() - self._consumers.last_contact_s, self._streams.contact.refused_for_s
+        return max(silent_s, refused_s) if refused_s > self._settings.lease_s else silent_s
 
     async def other_workers(self) -> list[Mapping[str, str]]:
         """The status of the other living workers that serve a queue of this one."""

@@ -150,7 +150,8 @@ class Reporter:
             self._health.changed.clear()
             await self._registration.heartbeat(self._registry_fields | self._status())
             await asyncio.sleep(_MIN_HEARTBEAT_S)
-            limit_s = _BUSY_HEARTBEAT_S if self._health.running else self._section.heartbeat_s
+            often = self._health.running or self._registration.refused
+            limit_s = _BUSY_HEARTBEAT_S if often else self._section.heartbeat_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(limit_s, self._section.heartbeat_s) - _MIN_HEARTBEAT_S):
                     await self._health.changed.wait()
