@@ -89,8 +89,14 @@ CASES = {
     ),
     "pending": Case("pending", [QUEUE], (GROUP, 10), DELIVERED),
     "find": Case("find", [QUEUE], ("j", "-", 10), QUEUED),
+    "depth": Case("depth", [QUEUE], (GROUP, 1000), DELIVERED),
+    "overview": Case("overview", [QUEUE], (GROUP, 1000, "0-0", 10, 1000), DELIVERED),
     "position": Case("position", [QUEUE], (GROUP, "other", 10), DELIVERED),
 }
+
+
+TIMED = ("enqueue", "pending", "depth", "overview")
+"""Scripts whose replies depend on the server's clock."""
 
 
 def commands_of(source: str) -> set[str]:
@@ -133,6 +139,10 @@ def stream(admin: Redis, key: str) -> Any:
     return entries, groups
 
 
+def test_every_script_has_a_case() -> None:
+    assert {case.script for case in CASES.values()} == set(load_scripts())
+
+
 @pytest.mark.parametrize("name", CASES)
 async def test_a_missing_right_refuses_a_script_before_its_first_effect(server: Server, name: str) -> None:
     case = CASES[name]
@@ -167,7 +177,7 @@ async def test_a_missing_right_refuses_a_script_before_its_first_effect(server: 
             assert contents(admin) == before, right
             admin.execute_command("ACL", "SETUSER", "user", "+@all")
             again = await call()
-            assert again == reply or case.script in ("enqueue", "pending")  # these return the server's time
+            assert again == reply or case.script in TIMED
         assert contents(admin) == after, right
     assert refused >= own_commands(case.script) - set(case.unused)
     await streams.close()

@@ -1,6 +1,10 @@
 -- Return the numbers of waiting and running jobs of a queue, and the ms since the oldest waiting one was submitted (0
 -- if none waits). A job that was not renewed for a lease waits.
 -- KEYS: 1 queue. ARGV: 1 group, 2 lease in ms.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XINFO', 'GROUPS', KEYS[1] }, { 'XPENDING', KEYS[1], ARGV[1] }, { 'XRANGE', KEYS[1], '-', '+' },
+  { 'TIME' }, { 'XLEN', KEYS[1] },
+})
 local undelivered, pending, waiting = '-', 0, {}
 for _, reply in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO', 'GROUPS', KEYS[1]) or {}) do
   local group = {}

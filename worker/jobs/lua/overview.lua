@@ -3,6 +3,10 @@
 -- payload). As in depth.lua, an entry that was not renewed for a lease waits.
 -- KEYS: 1 queue. ARGV: 1 group, 2 lease in ms, 3 cursor or empty, 4 maximum number of entries and of pending entries,
 -- 5 bytes of payloads after which no further entry is returned.
+require_rights({
+  { 'EXISTS', KEYS[1] }, { 'XINFO', 'STREAM', KEYS[1] }, { 'XPENDING', KEYS[1], ARGV[1] }, { 'XRANGE', KEYS[1], '-', '+' },
+  { 'TIME' }, { 'XLEN', KEYS[1] },
+})
 local limit, budget = tonumber(ARGV[4]), tonumber(ARGV[5])
 local function fields_of(flat)
   local fields = {}
