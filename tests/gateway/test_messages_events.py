@@ -8,6 +8,7 @@ import pytest
 from anthropic.lib.streaming._messages import accumulate_event
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
+from starlette.responses import JSONResponse
 
 from tests.gateway.recorded import FAILED, METRICS, STARTED, call, stream, text, thoughts
 from tests.gateway.recorded_events import end
@@ -83,6 +84,14 @@ def test_an_answer_at_its_limit_reports_max_tokens():
 
     assert message["stop_reason"] == "max_tokens"
     assert message["content"][0]["input"] == {"raw_arguments": '{"a'}
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', r'{"a": "\ud800"}', r'{"\udfff": 1}', "[1]"])
+def test_arguments_that_no_response_can_have_are_kept_as_text(arguments):
+    _, message = translate(STARTED, call("f", arguments), end(1))
+
+    assert message["content"][0]["input"] == {"raw_arguments": arguments}
+    JSONResponse(message)
 
 
 def test_a_call_without_arguments_streams_an_empty_object():

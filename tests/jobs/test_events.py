@@ -72,6 +72,15 @@ def test_a_token_is_encoded_without_its_empty_fields() -> None:
     assert rich == {"i": 1, "id": 6, "t": "", "logprob": -0.5, "top": [[6, -0.5], [7, -1.5]], "channel": "reasoning"}
 
 
+@pytest.mark.parametrize("encoding", ["msgpack", "json"])
+def test_lone_surrogates_become_escapes_wherever_they_are(encoding) -> None:
+    details = {"\udc80": ["é\ud800", {"n": 5}]}
+    kind, packed = encode_event(ErrorEvent(code="X", message="a\udfff", details=details), ENVELOPE, encoding)
+    event, envelope = decode_event(kind, packed)
+    assert envelope == ENVELOPE
+    assert event == ErrorEvent(code="X", message=r"a\udfff", details={r"\udc80": [r"é\ud800", {"n": 5}]})
+
+
 def test_an_error_event_has_the_fields_of_its_exception() -> None:
     event = ErrorEvent.of(VramOom("full", {"required": 5}))
     assert (event.code, event.message, event.details, event.retriable) == ("VRAM_OOM", "full", {"required": 5}, True)

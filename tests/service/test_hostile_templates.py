@@ -11,14 +11,19 @@ import psutil
 import pytest
 
 from tests.jobs.harness import Harness, wait_until
-from tests.service.serving import LONG_LEASE, published_events, read_job, serving
+from tests.service.serving import LONG_LEASE, published_events, read_job, serving, worker_events
 from tests.text.small import tokenizer_of
 from worker.echo import load_echo
 from worker.runtime import LoadedModel
 from worker.text.template_process import TemplateProcess
 
 SLOW = "{% if messages[0].content == 'slow' %}" + "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3 + "{% endif %}"
-TEMPLATE = SLOW + "{% if messages[0].content == 'large' %}{{ 'a' * 10**10 }}{% endif %}{{ messages[0].content }}"
+TEMPLATE = (
+    SLOW
+    + "{% if messages[0].content == 'large' %}{{ 'a' * 10**10 }}{% endif %}"
+    + r"{% if messages[0].content == 'surrogate' %}{{ raise_exception('no \ud800') }}{% endif %}"
+    + "{{ messages[0].content }}"
+)
 
 
 def chat(text: str) -> dict:
@@ -72,6 +77,19 @@ async def test_a_chat_after_a_hostile_one_is_answered(fake: Harness) -> None:
         results = [await read_job(client, str(job_id)) for job_id in range(4)]
     assert [result.last.code for result in results[::2]] == ["INVALID_REQUEST"] * 2
     assert [result.text for result in results[1::2]] == ["abcd", "efgh"]
+
+
+@pytest.mark.parametrize("encoding", ["msgpack", "json"])
+async def test_a_template_that_rejects_a_chat_with_a_lone_surrogate_fails_the_job(harness: Harness, encoding) -> None:
+    client = harness.client()
+    async with serving(harness, model()) as worker:
+        await client.submit(job_id="a", encoding=encoding, **chat("surrogate"))
+        result = await read_job(client, "a")
+    assert (result.last.code, result.kinds) == ("INVALID_REQUEST", ["error"])
+    assert r"no \ud800" in result.last.message
+    assert [event.message for event in await worker_events(harness, worker.name) if event.kind == "error"] == [
+        result.last.message
+    ]
 
 
 async def test_a_job_whose_rendering_is_killed_is_answered(fake: Harness, template_process: TemplateProcess) -> None:

@@ -136,6 +136,7 @@ def _arguments(text: str) -> dict[str, Any]:
     """A call's arguments as a map. Text that is no JSON object is kept under `raw_arguments`."""
     try:
         value = json.loads(text)
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # `loads` takes NaN and lone surrogates
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"raw_arguments": text}

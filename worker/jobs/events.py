@@ -332,25 +332,38 @@ def encode_event(event: Event, envelope: Envelope, encoding: Encoding = "msgpack
 
 
 def encode_fields(kind: str, values: dict[str, Any], encoding: Encoding) -> EncodedEvent:
-    """Encode an event of that kind, given the fields of its envelope and its own."""
-    return EncodedEvent(kind, msgpack.packb(values) if encoding == "msgpack" else _compact_json(values))
+    """Encode an event of that kind, given the fields of its envelope and its own.
+
+    Lone surrogates, such as those of a template's own error, become escapes: `\\ud800`.
+    """
+    return EncodedEvent(kind, _packed(values) if encoding == "msgpack" else _compact_json(values))
+
+
+def _packed(values: dict[str, Any]) -> bytes:
+    try:
+        packed: bytes = msgpack.packb(values)
+    except UnicodeEncodeError:
+        packed = msgpack.packb(values, unicode_errors="backslashreplace")
+    return packed
 
 
 def _compact_json(values: dict[str, Any]) -> bytes:
-    """`values` as UTF-8 without spaces. Numbers that JSON lacks: see `_finite`."""
+    """`values` as UTF-8 without spaces. Values that JSON lacks: see `_json_value`."""
     options: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     try:
         return json.dumps(values, **options).encode()
     except ValueError:
-        return json.dumps(_finite(values), **options).encode(errors="replace")
+        return json.dumps(_json_value(values), **options).encode()
 
 
-def _finite(value: Any) -> Any:
-    """`value` with infinities as the largest numbers, and null for what is no number."""
+def _json_value(value: Any) -> Any:
+    """`value` with infinities as the largest numbers, null for what is no number, and escapes."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {_json_value(name): _json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
     return value
