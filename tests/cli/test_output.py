@@ -18,11 +18,22 @@ from tests.jobs.servers import Server
 from worker.cli.console import plain, progress_bar
 from worker.cli.table import print_table
 from worker.errors import InvalidRequest
-from worker.jobs.keys import dead_key, queue_key
+from worker.jobs.keys import dead_key, events_key, queue_key, state_key
 from worker.jobs.protocol import decode_job
 from worker.jobs.transport import Transport
 
-NAMES = ["x[/y]", "Llama [v2]", "[bold]", "[/b] oops", "a\\[b]", "[link=file:///etc]", ":smile:", "\x1b[31mred", "模型"]
+NAMES = [
+    "x[/y]",
+    "Llama [v2]",
+    "[bold]",
+    "[/b] oops",
+    "a\\[b]",
+    "[link=file:///etc]",
+    ":smile:",
+    "\x1b[31mred",
+    "模型",
+    "\x9b31m\u202e",
+]
 
 
 async def dead_letter(harness: ServerHarness, payload: bytes) -> None:
@@ -60,6 +71,7 @@ def test_dead_letters_with_odd_payloads_are_listed_and_shown(server: Server, com
         {b"p": b"\x91" * 5000 + b"\x00"},
         {b"p": b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"},
         {b"other": b"x"},
+        {b"attempts": b"9" * 5000},
     ],
 )
 def test_entries_of_any_writer_are_listed_and_shown(server: Server, command: Run, fields: dict[bytes, bytes]) -> None:
@@ -68,11 +80,27 @@ def test_entries_of_any_writer_are_listed_and_shown(server: Server, command: Run
             await harness.raw.xadd(key, fields, id="5-1")
 
     prepare(server, write)
-    for arguments in (("dead", "ls"), ("jobs",)):
+    for arguments in (("dead", "ls"), ("jobs",), ("top", "--once")):
         assert command(*arguments)[0] == 0
     code, out, _ = command("dead", "show", "5-1")
     assert code == 0
     json.loads(out, parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("ts_ms", [2**60, -(2**60), float("nan"), "soon", None, b"x"])
+def test_tail_shows_an_event_with_any_time_and_details(server: Server, command: Run, ts_ms: object) -> None:
+    envelope = {"job_id": "a", "epoch": 1, "ts_ms": ts_ms, "worker_id": "w"}
+    packed = msgpack.packb(envelope | {"code": "X", "message": "m", "details": {"d": b"\x9b"}})
+
+    async def write(harness: ServerHarness) -> None:
+        await harness.raw.xadd(events_key("a"), {"type": "error", "p": packed}, id="1-0")
+        await harness.raw.hset(state_key("a"), "state", "error")
+
+    prepare(server, write)
+    code, out, _ = command("tail", "a")
+    assert (code, out[:7]) == (0, "?  a  1")
+    code, out, _ = command("tail", "a", "--json")
+    assert json.loads(out)["code"] == "X"
 
 
 @pytest.mark.parametrize("malformed", ["x", "-", "+", "1-2-3", "[/b]", "99999999999999999999-0", ""])
@@ -94,6 +122,11 @@ def test_a_model_s_name_is_shown_as_it_is(server: Server, command: Run, name: st
     code, out, _ = command("workers")
     assert code == 0
     assert plain(name) in out
+    for arguments in (("workers", "--json"), ("top", "--once")):
+        code, out, _ = command(*arguments)
+        shown = json.loads(out)
+        assert (shown["workers"][0] if arguments[0] == "top" else shown)["model"] == name
+        assert out.rstrip("\n").isprintable()
     code, _, err = command("drain", "[/b]")
     assert (code, "[/b]" in err) == (1, True)
 

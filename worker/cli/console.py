@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +37,13 @@ def model_path(model: str) -> Path:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON object on one line and flush. Bytes that were no UTF-8 become escapes."""
-    print(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace").decode(), flush=True)
+    """Print one JSON object on one line and flush.
+
+    Unprintable characters of its texts are JSON escapes, as are bytes that were no UTF-8. Values
+    that JSON lacks, such as bytes, become text.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    print("".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text), flush=True)
 
 
 def plain(value: object) -> str:
@@ -46,6 +52,15 @@ def plain(value: object) -> str:
     Pass it to `print`, or to Rich as `Text`: Rich reads a string as markup.
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
+
+
+def clock(ts_ms: object) -> str:
+    """Local time of day of a time in ms since 1970, with ms; `?` for any other value."""
+    try:
+        at = datetime.fromtimestamp(ts_ms / 1000, UTC).astimezone()  # type: ignore[operator]
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"
+    return f"{at:%H:%M:%S}.{at.microsecond // 1000:03d}"
 
 
 def size(count: float) -> str:

@@ -5,14 +5,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from worker.cli.console import plain
+from worker.cli.console import clock, plain
 from worker.config import RedisSection, load_settings
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
@@ -64,11 +63,12 @@ def as_json(item: StreamEvent) -> dict[str, Any]:
 
 def as_line(item: StreamEvent) -> str:
     """One event as a line of text: time, job or worker, entry id, type, fields."""
-    at = datetime.fromtimestamp(item.envelope.ts_ms / 1000, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
     fields = " ".join(f"{name}={_format(value)}" for name, value in item.event.to_fields().items())
     source = item.envelope.job_id or item.envelope.worker_id
-    return plain(f"{at}  {source}  {item.entry_id}  {item.kind:<13} {fields}".rstrip())
+    return plain(f"{clock(item.envelope.ts_ms)}  {source}  {item.entry_id}  {item.kind:<13} {fields}".rstrip())
 
 
 def _format(value: Any) -> str:
-    return value if isinstance(value, str) and value.isalnum() else jsonlib.dumps(value, ensure_ascii=False)
+    return (
+        value if isinstance(value, str) and value.isalnum() else jsonlib.dumps(value, ensure_ascii=False, default=str)
+    )

@@ -25,7 +25,7 @@ class DeadLetter:
         entry_id, fields = record
         names = ("job_id", "reason", "attempts", "last_error")
         job_id, reason, attempts, last_error = (fields.get(name, b"").decode(errors="replace") for name in names)
-        count = int(attempts) if attempts.isascii() and attempts.isdigit() else 0
+        count = int(attempts) if re.fullmatch("[0-9]{1,18}", attempts) else 0
         return cls(entry_id, job_id, reason, count, last_error, fields.get("p", b""))
 
 

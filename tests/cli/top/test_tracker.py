@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 
 import msgpack
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.jobs.memory_streams import MemoryStreams
+from worker.cli.console import clock
 from worker.cli.top import source
 from worker.cli.top.format import age, count, latency
 from worker.cli.top.snapshot import ErrorRow, WorkerRow
@@ -191,12 +194,31 @@ def test_any_status_is_read_and_shown(status: dict[str, str]) -> None:
 
 @settings(suppress_health_check=[HealthCheck.too_slow], max_examples=50)
 @given(
-    st.recursive(st.none() | st.integers() | st.text(), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
+    st.recursive(
+        st.none() | st.integers() | st.integers(0, 2**53) | st.text(),
+        lambda each: st.lists(each) | st.dictionaries(st.text(), each),
+    )
 )
 def test_any_list_of_errors_is_read(value: object) -> None:
-    found = ErrorRow.all_of("w", {"last_errors": json.dumps([value, {"ts_ms": 5, "code": value}])})
+    listed = [{"ts_ms": value, "message": value}, value, {"ts_ms": 5, "code": value}]
+    found = ErrorRow.all_of("w", {"last_errors": json.dumps(listed)})
     assert found[-1].ts_ms == 5
-    assert all(str(column.text(found[-1], 20)).isprintable() for column in error_columns())
+    for row in found:
+        assert all(str(column.text(row, 20)).isprintable() for column in error_columns())
+        assert details_of(row, 70, color=False)
+
+
+YEAR_10000_MS = 253_402_300_800_000
+
+
+def test_a_time_that_is_none_is_a_question_mark() -> None:
+    listed = [{"ts_ms": ts_ms} for ts_ms in (0, YEAR_10000_MS, 2**53 - 1)]
+    rows = ErrorRow.all_of("w", {"last_errors": json.dumps(listed)})
+    times = [str(error_columns()[0].text(row, 8)) for row in rows]
+    assert times == [times[0], "?", "?"]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", times[0])
+    for value in (math.nan, math.inf, -1e300, 10**400, "5", None, b""):
+        assert clock(value) == "?"
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class TopApp(App[None]):
         speed = sum(worker.tokens_per_second or 0 for worker in shown.workers if not worker.stale)
         hidden = f", {shown.hidden_queues} more queues (--queue NAME)" if shown.hidden_queues else ""
         workers = f"{len(shown.workers)} worker{'s' * (len(shown.workers) != 1)}"
-        title = f" worker top  {views.clock(shown.now_ms)}  {workers}, {count(speed)} tokens/s"
+        title = f" worker top  {views.time_of_day(shown.now_ms)}  {workers}, {count(speed)} tokens/s"
         self._title.update(Text(f"{title}{hidden}  {plain(self._source.address)}"))
         self._show_panel()
         self._show_tabs()

@@ -1,11 +1,10 @@
 """Columns of the tables of `worker top`, and the details of one row."""
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 
 from rich.text import Text
 
-from worker.cli.console import size
+from worker.cli.console import clock, size
 from worker.cli.top.format import (
     COLORS,
     STATE_COLORS,
@@ -77,7 +76,7 @@ def letter_columns() -> Sequence[Column[LetterRow]]:
 def error_columns() -> Sequence[Column[ErrorRow]]:
     """Columns of errors."""
     return (
-        Column("TIME", 8, lambda row, _: clock(row.ts_ms)),
+        Column("TIME", 8, lambda row, _: time_of_day(row.ts_ms)),
         Column("ERROR", 17, lambda row, _: cell(row.code, STATE_COLORS["failed"])),
         Column("JOB", 14, lambda row, _: cell(row.job_id or "-"), grows=1),
         Column("WORKER", 12, lambda row, _: cell(row.worker), grows=1),
@@ -85,9 +84,9 @@ def error_columns() -> Sequence[Column[ErrorRow]]:
     )
 
 
-def clock(ts_ms: int) -> str:
-    """Local time of day of a time in ms since 1970."""
-    return datetime.fromtimestamp(ts_ms / 1000).astimezone().strftime("%H:%M:%S")
+def time_of_day(ts_ms: int) -> str:
+    """As `clock`, in seconds."""
+    return clock(ts_ms).partition(".")[0]
 
 
 def state_of(row: WorkerRow) -> str:
@@ -128,7 +127,7 @@ def details_of(row: object, width: int, *, color: bool) -> tuple[str, Text]:
             fields |= {"last error": row.last_error or "-"}
             return "Dead letter", _lines((name, cell(value)) for name, value in fields.items())
         case ErrorRow():
-            fields = {"time": clock(row.ts_ms), "code": row.code, "job": row.job_id or "-", "worker": row.worker}
+            fields = {"time": time_of_day(row.ts_ms), "code": row.code, "job": row.job_id or "-", "worker": row.worker}
             return "Error", _lines((name, cell(value)) for name, value in (fields | {"message": row.message}).items())
         case QueueRow():
             fields = {"queue": row.name, "waiting": f"{row.waiting:,}", "running": f"{row.running:,}"}
