@@ -87,7 +87,9 @@ def _otlp_url(given: str) -> str:
     """Check the base URL of an OTLP/HTTP endpoint; raises ValueError without quoting it."""
     try:
         url = urlsplit(given)
-        is_valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_valid = url.scheme in ("http", "https") and url.port != 0 and not url.query and not url.fragment
+        is_valid = is_valid and given.isprintable() and " " not in given  # urlsplit removes line breaks
+        is_valid = is_valid and re.fullmatch(r"[\w.:%-]+", url.hostname or "") is not None
     except ValueError:
         is_valid = False
     if given and not is_valid:
@@ -99,11 +101,40 @@ def otlp_endpoint_variable() -> str:
     """The endpoint of OTEL_EXPORTER_OTLP_ENDPOINT; empty if OTEL_SDK_DISABLED is true.
 
     Other programs read the variable too, so only the commands that trace check it. Raises
-    ValueError if it is no URL of OTLP over HTTP.
+    ValueError, with its name, if it is no URL of OTLP over HTTP.
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return ""
-    return _otlp_url(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip())
+    try:
+        return _otlp_url(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip())
+    except ValueError as error:
+        raise ValueError(f"OTEL_EXPORTER_OTLP_ENDPOINT {error}") from None
+
+
+_OTEL_LIMIT = re.compile(r"OTEL_.*_LIMIT")
+_OTEL_NUMBER = re.compile(r"OTEL_(BSP_.*|METRIC_EXPORT_(INTERVAL|TIMEOUT)|EXPORTER_OTLP_((TRACES|METRICS)_)?TIMEOUT)")
+_OTEL_MAX = 2**31 - 1
+_MAX_QUEUE, _MAX_BATCH = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
+_EXEMPLARS = ("always_on", "always_off", "trace_based")
+
+
+def check_otel_variables() -> None:
+    """Check the variables with which OpenTelemetry's SDK or its threads would fail.
+
+    Raises ValueError, with the name of the variable.
+    """
+    given = {name: text for name, value in os.environ.items() if (text := value.strip())}
+    for name, text in given.items():
+        if _OTEL_LIMIT.fullmatch(name) and not (re.fullmatch("[0-9]+", text) and int(text[:11]) <= _OTEL_MAX):
+            raise ValueError(f"{name} must be a whole number from 0 to {_OTEL_MAX}")
+        number = text if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else "0"
+        if _OTEL_NUMBER.fullmatch(name) and not 0 < float(number) <= _OTEL_MAX:
+            raise ValueError(f"{name} must be a number above 0 and up to {_OTEL_MAX}")
+    queue, batch = (given.get(name, default) for name, default in ((_MAX_QUEUE, "2048"), (_MAX_BATCH, "512")))
+    if float(batch) > float(queue):
+        raise ValueError(f"{_MAX_BATCH}, {batch}, must be at most {_MAX_QUEUE}, {queue}")
+    if given.get("OTEL_METRICS_EXEMPLAR_FILTER", _EXEMPLARS[0]).lower() not in _EXEMPLARS:
+        raise ValueError(f"OTEL_METRICS_EXEMPLAR_FILTER must be one of {', '.join(_EXEMPLARS)}")
 
 
 class _Section(BaseModel):

@@ -363,7 +363,11 @@ def test_a_variable_without_the_packages_is_one_warning(monkeypatch: pytest.Monk
     assert warnings_without_tracing() == [("tracing_off", f"OTEL_EXPORTER_OTLP_ENDPOINT {NO_PACKAGES}")]
 
 
-NO_URLS = ["localhost:4317", "grpc://h:4317", "http://", "http://[", "http://h:port", "secret"]
+NO_URLS = [
+    *("localhost:4317", "grpc://h:4317", "http://", "http://[", "http://h:port", "secret", "http://:4318"),
+    *("http://h:99999", "http://h:0", "http://a b:4318", "http://h:4318/a b", "http://h\n:4318", "http://h;x:1"),
+    *("http://h:4318?x", "http://h:4318#x", "http://h:4318 http://i:4318"),
+]
 
 
 @pytest.mark.parametrize("given", NO_URLS)
@@ -380,6 +384,55 @@ def test_a_setting_that_is_no_url_is_refused(given: str) -> None:
     with pytest.raises(ConfigInvalid) as found:
         load_settings(flags={"tracing.endpoint": given})
     assert found.value.message == "tracing.endpoint: must be a URL of OTLP over HTTP such as http://127.0.0.1:4318"
+
+
+WHOLE = "must be a whole number from 0 to 2147483647"
+NUMBER = "must be a number above 0 and up to 2147483647"
+OUT_OF_RANGE = [
+    *(("OTEL_BSP_MAX_QUEUE_SIZE", value, f"OTEL_BSP_MAX_QUEUE_SIZE {NUMBER}") for value in ("0", "-1", "1" * 30, "a")),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "0", f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE {NUMBER}"),
+    *(
+        (name, value, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE, {}, must be at most OTEL_BSP_MAX_QUEUE_SIZE, {}".format(*sizes))
+        for name, value, *sizes in (
+            ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "2049", 2049, 2048),
+            ("OTEL_BSP_MAX_QUEUE_SIZE", "511", 512, 511),
+        )
+    ),
+    *(("OTEL_BSP_SCHEDULE_DELAY", value, f"OTEL_BSP_SCHEDULE_DELAY {NUMBER}") for value in ("0", "-5", "1" + "0" * 30)),
+    *(("OTEL_METRIC_EXPORT_INTERVAL", value, f"OTEL_METRIC_EXPORT_INTERVAL {NUMBER}") for value in ("0", "1e30")),
+    ("OTEL_EXPORTER_OTLP_TIMEOUT", "nan", f"OTEL_EXPORTER_OTLP_TIMEOUT {NUMBER}"),
+    *(("OTEL_ATTRIBUTE_COUNT_LIMIT", value, f"OTEL_ATTRIBUTE_COUNT_LIMIT {WHOLE}") for value in ("-1", "x", "5.5")),
+    ("OTEL_SPAN_LINK_COUNT_LIMIT", "1" * 30, f"OTEL_SPAN_LINK_COUNT_LIMIT {WHOLE}"),
+    (
+        *("OTEL_METRICS_EXEMPLAR_FILTER", "some"),
+        "OTEL_METRICS_EXEMPLAR_FILTER must be one of always_on, always_off, trace_based",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "reason"), OUT_OF_RANGE)
+def test_a_variable_out_of_range_is_one_warning_or_refused_with_the_setting(
+    name: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://h:4318")
+    monkeypatch.setenv(name, value)
+    assert warnings_without_tracing() == [("tracing_off", reason)]
+    with pytest.raises(ConfigInvalid) as found, opened("http://h:4318"):
+        pass
+    assert found.value.message == reason
+
+
+def test_variables_at_the_ends_of_their_ranges_are_used(endpoint: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        *(("OTEL_BSP_MAX_QUEUE_SIZE", "1"), ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")),
+        *(("OTEL_BSP_SCHEDULE_DELAY", "2147483647"), ("OTEL_METRIC_EXPORT_INTERVAL", "2147483647")),
+        *(("OTEL_ATTRIBUTE_COUNT_LIMIT", "2147483647"), ("OTEL_SPAN_LINK_COUNT_LIMIT", "0")),
+        *(("OTEL_EXPORTER_OTLP_TIMEOUT", "0.5"), ("OTEL_BSP_EXPORT_TIMEOUT", " ")),
+    ):
+        monkeypatch.setenv(name, value)
+    with opened(endpoint.url) as found:
+        found.add("a", None, (1, 2), {"b": 5})
+    assert [span.name for span in endpoint.spans] == ["a"]
 
 
 def test_a_command_that_does_not_trace_ignores_the_variable(server: Server) -> None:
