@@ -223,7 +223,7 @@ def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) 
 class Refusals:
     """Logs calls that the server refuses: `redis_refused` with the reason, once for each change.
 
-    A missing right refuses the same call again and again.
+    A missing right, or a key of another type, refuses the same calls again and again.
     """
 
     def __init__(self, log: Log) -> None:
@@ -231,15 +231,23 @@ class Refusals:
         self._reasons: dict[str, str] = {}
 
     def failed(self, call: str, error: Exception) -> None:
-        """Log the error, unless the last call of that name was refused for the same reason."""
+        """Log the error, unless the last call of that or another name had the same reason."""
         reason = str(error)
-        if self._reasons.get(call) != reason:
+        if reason not in self._reasons.values():
             self._log.warning("redis_refused", reason=reason)
         self._reasons[call] = reason
 
+    def replied(self, call: str, error: Exception | None) -> None:
+        """Note the reply to a call: `failed` with an error, otherwise `succeeded`."""
+        if error is None:
+            self.succeeded(call)
+        else:
+            self.failed(call, error)
+
     def succeeded(self, call: str) -> None:
-        """Log the next refusal of that call, whatever its reason is."""
-        self._reasons.pop(call, None)
+        """Log the next refusal of that call, and of those that were refused for its reason."""
+        over = self._reasons.get(call)
+        self._reasons = {each: reason for each, reason in self._reasons.items() if reason != over}
 
 
 def _without_nulls(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -23,7 +23,7 @@ from tests.service.serving import (
 )
 from worker.config import LeaseSection
 from worker.jobs.client import SyncClient
-from worker.jobs.keys import queue_key
+from worker.jobs.keys import WORKERS, queue_key
 
 LEASE = LeaseSection(lease_s=60, renew_s=0.1, scan_s=0.05)
 
@@ -140,6 +140,22 @@ async def test_a_registry_without_this_worker_is_incomplete(fake):
         await one.wait_until_logged("job_released")
         async with serving(fake, model("two"), name="w2", lease=LEASE):
             assert (await read_job(client, job)).kinds == ["started", "token", "end"]
+
+
+async def test_a_job_of_another_model_waits_while_the_registry_has_another_type(fake):
+    client = fake.client()
+    async with serving(fake, model("one"), name="w1", lease=LEASE, heartbeat_s=0.3) as one:
+        await fake.raw.delete(WORKERS)
+        await fake.raw.set(WORKERS, "x")
+        payload = b'{"job_id": "a", "prompt": "abc", "model": "two", "max_tokens": 3}'
+        await fake.connect().enqueue("default", {"p": payload}, 10)  # `submit` would read the registry
+        await one.wait_until_logged("job_released")
+        await asyncio.sleep(10 * LEASE.scan_s)
+        assert (await client.state("a"), await client.queue_length()) == ({}, 1)
+        await fake.raw.delete(WORKERS)
+        async with serving(fake, model("two"), name="w2", lease=LEASE):
+            assert (await read_job(client, "a")).kinds == ["started", "token", "end"]
+        assert [line["reason"].count(WORKERS) for line in one.logged("redis_refused")] == [1]
 
 
 async def test_a_busy_worker_receives_its_jobs_afterwards_and_the_other_is_not_held_up(fake):

@@ -14,7 +14,7 @@ from tests.service.models import ScriptedRunner, SharedModel, StepBarrier
 from tests.service.serving import LONG_LEASE, SHORT_LEASE, published_events, read_job, run_job, serving
 from worker.config import LeaseSection
 from worker.jobs.events import End, Resumed, Started, encode_event
-from worker.jobs.keys import queue_key
+from worker.jobs.keys import WORKERS, queue_key
 from worker.jobs.protocol import Job, Trace
 from worker.jobs.reader import History
 from worker.service.prepared_job import PreparedJob
@@ -187,11 +187,27 @@ async def test_an_answer_that_exceeds_this_worker_s_context_is_left_to_a_larger_
         assert entry.deliveries <= 2, "giving it back counts as no delivery"
 
 
+async def test_an_answer_is_passed_on_while_the_registry_has_another_type(fake):
+    client, large, small = fake.client(), SharedModel.echo(4096), SharedModel.echo(64)
+    await client.submit(job_id="a", prompt="abc", max_tokens=100)
+    whole = reference_tokens(large, prompt="abc", max_tokens=100)
+    await crashed_attempt(fake, large.fresh(), whole[:3])
+    await fake.raw.set(WORKERS, "x")
+    async with serving(fake, small.fresh(), lease=LONG_LEASE) as worker:
+        await worker.wait_until_logged("job_released")
+        assert (worker.logged("job_released")[0]["outcome"], await client.dead_letters()) == ("other_worker", [])
+        await fake.raw.delete(WORKERS)
+        async with serving(fake, large.fresh(), name="w2", lease=LONG_LEASE):
+            assert (await read_job(client, "a")).ids == [token.id for token in whole]
+
+
 async def test_an_answer_that_only_a_dead_worker_could_continue_is_refused(fake):
     client, large, small = fake.client(), SharedModel.echo(4096), SharedModel.echo(64)
     await client.submit(job_id="a", prompt="abc", max_tokens=1000)
     await crashed_attempt(fake, large.fresh(), [])
-    for n, change in enumerate(({"state": "failed"}, {"context": "1002"}, {"queue": "other"}, {"model": "other"})):
+    for n, change in enumerate(
+        ({"state": "failed"}, {"context": "1002"}, {"context": "²"}, {"queue": "other"}, {"model": "other"})
+    ):
         status = {"state": "ready", "queue": "default", "model": "echo", "context": "4096", **change}
         await fake.connect().put_status(f"other{n}", status, 15_000)
     async with serving(fake, small.fresh()):

@@ -190,3 +190,58 @@ def test_a_server_that_runs_a_long_script_is_two_lines(server: Server, admin: re
         until_killed.join()
         assert_one_line_each(worker, "BUSY")
         assert works(server)
+
+
+KEYS = (
+    *("inf:control", "inf:workers", "inf:worker:{worker}", "inf:worker:{worker}:events"),
+    "inf:{{q:default}}:jobs",
+)
+
+
+def put_string(admin: redis.Redis, key: str) -> None:
+    with admin.pipeline(transaction=True) as pipeline:
+        pipeline.delete(key).set(key, "x").execute()
+
+
+def await_count(worker: Process, event: str, count: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(worker.logged(event)) < count:
+        assert worker.popen.poll() is None
+        assert time.monotonic() < deadline, worker.log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_another_type_is_one_line_until_it_is_mended(
+    server: Server, admin: redis.Redis, tmp_path, key: str
+) -> None:
+    settings = {"WORKER_SERVICE__HEARTBEAT_S": "0.3", "WORKER_SERVICE__QUEUE_S": "0.3", "WORKER_SERVICE__VRAM_S": "0.1"}
+    with workers(server.url, tmp_path, ("--echo", "--echo-step-ms", 20), **settings) as (worker,):
+        name = worker.logged("worker_ready")[0]["worker_id"]
+        broken = key.format(worker=name)
+        with SyncClient.from_url(server.url) as client:
+            for count in (1, 2):
+                running = client.submit(prompt="abc" * 30, max_tokens=90)
+                next(client.tokens(running, idle_s=10))
+                put_string(admin, broken)
+                assert client.result(running, idle_s=10)[0] == "abc" * 30
+                if not broken.endswith("jobs"):
+                    assert works(server)
+                await_count(worker, "redis_refused", count)
+                time.sleep(1.5)
+                lines = worker.logged("redis_refused")
+                assert len(lines) == count
+                assert f"{broken} holds a value of another type" in lines[-1]["reason"]
+                assert admin.delete(broken)
+                assert works(server)
+                await_listed(client, name)
+            client.drain(name)
+        assert worker.wait() == 0
+        assert not [line for line in worker.log.read_text().splitlines() if "_fault" in line]
+
+
+def await_listed(client: SyncClient, name: str) -> None:
+    deadline = time.monotonic() + 10
+    while name not in client.workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

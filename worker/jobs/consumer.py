@@ -5,13 +5,12 @@ jobs. `Registration` has heartbeat and status, the worker's own event stream, an
 """
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from worker.config import LeaseSection
 from worker.errors import Cancelled, ServerRefused
@@ -27,6 +26,8 @@ from worker.jobs.streams import (
     Streams,
     retry_until_connected,
 )
+
+T = TypeVar("T")
 
 READ_BLOCK_MS = 1000
 LAST_ERRORS = 5
@@ -248,6 +249,8 @@ class Registration:
     """The worker in the registry. No job waits for its writes; those that fail are dropped."""
 
     def __init__(self, streams: Streams, worker_id: str, lease: LeaseSection) -> None:
+        self.on_reply: Callable[[str, ServerRefused | None], None] | None = None
+        """Receives the name of each call that was answered, and the error if it was refused."""
         self._streams = streams
         self._worker_id = worker_id
         self._lease = lease
@@ -276,23 +279,34 @@ class Registration:
             self.last_errors.append({"ts_ms": envelope.ts_ms, "job_id": envelope.job_id, **error})
         kind, packed = encode_event(event, envelope)
         key, ttl_ms = worker_events_key(self._worker_id), int(self._lease.retention_s * 1000)
-        with contextlib.suppress(Disconnected, ServerRefused):
-            await self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms)
+        await self._attempt("publish", self._streams.add(key, {"type": kind.encode(), "p": packed}, MAX_EVENTS, ttl_ms))
 
     async def heartbeat(self, status: Mapping[str, str]) -> None:
         """Register, and write the status hash, which expires after STATUS_TTL_MS."""
-        with contextlib.suppress(Disconnected, ServerRefused):
-            await self._streams.put_status(self._worker_id, status, STATUS_TTL_MS)
+        await self._attempt("heartbeat", self._streams.put_status(self._worker_id, status, STATUS_TTL_MS))
 
     async def commands(self) -> AsyncIterator[Command]:
         """Yield commands to any worker that were sent since `open`. Never ends."""
         while True:
-            try:
-                records = await self._streams.read(CONTROL, self._last_command_id, READ_BLOCK_MS)
-            except Disconnected:
+            read = self._streams.read(CONTROL, self._last_command_id, READ_BLOCK_MS)
+            records = await self._attempt("commands", read)
+            if records is None:
                 await asyncio.sleep(self._lease.scan_s)
                 continue
             for self._last_command_id, fields in records:
                 do, target = (fields.get(name, b"").decode(errors="replace") for name in ("do", "target"))
                 if do in ("cancel", "drain"):
                     yield Command(cast("Literal['cancel', 'drain']", do), target)
+
+    async def _attempt(self, name: str, call: Awaitable[T]) -> T | None:
+        """The reply to a call, None if it failed."""
+        reply = refusal = None
+        try:
+            reply = await call
+        except Disconnected:
+            return None
+        except ServerRefused as error:
+            refusal = error
+        if self.on_reply is not None:
+            self.on_reply(name, refusal)
+        return reply

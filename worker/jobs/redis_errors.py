@@ -86,6 +86,9 @@ _TLS_ALERTS = {
 _WRAPPED = re.compile(r"(?:Error running script|Transaction discarded|Command #).*?(?:: ?-?|\(['\"])([A-Z]{2,}) ", re.S)
 """Another reply inside: of a script before Redis 7, of EXEC, of redis-py's pipeline."""
 
+_TYPES = {"X": "stream", "H": "hash", "Z": "sorted set"}
+"""Types of keys by the first letter of their commands."""
+
 
 _KNOWN = frozenset(("", "WRONGTYPE", *_BUSY, *_ACCESS, *_PERMANENT))
 _REPLIES = (exceptions.ResponseError, exceptions.AuthenticationError, exceptions.BusyLoadingError)
@@ -142,8 +145,10 @@ def _explanation(code: str, error: exceptions.RedisError) -> str:
     if code == "NOPERM":
         return _missing_right(own, getattr(error, "command", ()))
     if code == "WRONGTYPE":
-        keys = " or ".join(keys_of(getattr(error, "command", ()))) or "a key that the worker uses"
-        return f"{keys} holds a value of another type"
+        command = getattr(error, "command", ())
+        keys = " or ".join(keys_of(command)) or "a key that the worker uses"
+        needed = _TYPES.get(str(command[0])[0]) if command else None
+        return f"{keys} holds a value of another type{f' than a {needed}' if needed else ''}; delete or rename the key"
     return _BUSY.get(code) or _ACCESS.get(code) or _PERMANENT.get(code) or own
 
 

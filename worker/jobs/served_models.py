@@ -5,6 +5,7 @@ A worker that claims a job of another model gives it back if one of them serves 
 
 import time
 
+from worker.errors import ServerRefused
 from worker.jobs.streams import Streams, retry_until_connected
 from worker.queue_order import queues_of
 
@@ -27,10 +28,16 @@ class ServedModels:
         self._incomplete_until_s = 0.0
 
     async def refresh(self) -> None:
-        """Read the registry unless that was done within the last second."""
+        """Read the registry unless that was done within the last second.
+
+        While the server refuses to read it, any worker may serve any model.
+        """
         if time.monotonic() < self._valid_until_s:
             return
-        workers = await retry_until_connected(self._streams.workers)
+        try:
+            workers = await retry_until_connected(self._streams.workers)
+        except ServerRefused:
+            workers = {}
         now_s = time.monotonic()
         if self._worker_id not in workers or self._reconnects != self._streams.reconnects:
             self._reconnects, self._incomplete_until_s = self._streams.reconnects, now_s + _RELISTED_S

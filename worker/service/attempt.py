@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from worker.answer import AttemptStats
 from worker.errors import CudaError, Internal, InvalidRequest, ServerRefused, WorkerError, as_exception
-from worker.jobs.events import End, ErrorEvent, Event, Resumed
+from worker.jobs.events import End, ErrorEvent, Event, Resumed, Started
 from worker.jobs.lease import Claim, Closed, Fenced, Lease, Renewal
 from worker.jobs.payload import encoding_of
 from worker.jobs.protocol import Job, Trace, decode_job
@@ -277,8 +277,7 @@ class Attempt:
         enqueued, end = enqueued_at(claim.enqueued_ms), None
         if self._job is not None:
             end = await asyncio.to_thread(end_of, self._job, context.model, history, enqueued)
-        others = await context.transport.other_workers()
-        if end is None and any(can_continue(status, history.started) for status in others):
+        if end is None and await self._is_continued_elsewhere(history.started):
             await self._stop_renewing()
             await context.transport.release(claim, _AVOID_S)
             return self._released("other_worker")
@@ -293,6 +292,14 @@ class Attempt:
             return self._closed(lease)
         assert end is not None, "`take` grants no lease for an error"
         return await self._finish(lease, [end], AttemptStats(self._claimed))
+
+    async def _is_continued_elsewhere(self, started: Started) -> bool:
+        """Whether another worker can continue the job, or may while the registry is unreadable."""
+        try:
+            others = await self._context.transport.other_workers()
+        except ServerRefused:
+            return True
+        return any(can_continue(status, started) for status in others)
 
     def _ended(self, last: Event, stats: AttemptStats) -> str:
         fields = {"tokens": stats.tokens, "text_chars": stats.chars, "text_sha256": stats.text_digest.hexdigest()}

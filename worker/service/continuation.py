@@ -7,6 +7,7 @@
 | are a part, and no other worker can | ends the job with INVALID_REQUEST |
 """
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -31,8 +32,9 @@ class CannotContinue(Exception):
 def can_continue(status: Mapping[str, str], started: Started) -> bool:
     """Whether a worker with this status in the registry has the model and the context."""
     same = status.get("model") == started.model or status.get("fingerprint") == started.fingerprint
-    context = int(status.get("context", 0))
-    return same and status.get("state") in ("ready", "busy") and started.prompt_tokens + started.max_tokens <= context
+    context = status.get("context", "")
+    has_room = re.fullmatch("[0-9]{1,18}", context) and started.prompt_tokens + started.max_tokens <= int(context)
+    return same and status.get("state") in ("ready", "busy") and bool(has_room)
 
 
 def end_of(job: Job, model: LoadedModel, history: History, enqueued: datetime) -> End | None:

@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Protocol
 
+from worker.errors import ServerRefused
 from worker.jobs.lease import Claim, Lease, Renewal
 from worker.jobs.transport import Transport
-from worker.telemetry import Log, frames_of
+from worker.telemetry import Log, Refusals, frames_of
 
 _EARLY = 0.25
 """Part of `renew_s` by which a renewal may be early."""
@@ -40,10 +41,11 @@ class Renewed(Protocol):
 class RenewalLoop:
     """Renewals of a worker's leases. Used on the event loop."""
 
-    def __init__(self, transport: Transport, renew_s: float, log: Log) -> None:
+    def __init__(self, transport: Transport, renew_s: float, log: Log, refusals: Refusals | None = None) -> None:
         self._transport = transport
         self._renew_s = renew_s
         self._log = log
+        self._refusals = refusals or Refusals(log)
         self._due: dict[Renewed, float] = {}
         """When each attempt is renewed next, by the event loop's clock; without those in flight."""
         self._calls: dict[Renewed, asyncio.Task[None]] = {}
@@ -100,6 +102,9 @@ class RenewalLoop:
         (attempt,) = attempts
         try:
             attempt.on_renewal(await self._transport.renew(attempt.held))
+            self._refusals.succeeded("renew")
+        except ServerRefused as error:
+            self._refusals.failed("renew", error)
         except Exception as error:  # without renewals another worker takes over, and this one is fenced
             attempt.log.error("renewal_fault", frames=frames_of(error))
 

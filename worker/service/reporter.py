@@ -76,9 +76,12 @@ class Reporter:
         self, registration: Registration, health: Health, section: ServiceSection, metrics: Metrics, log: Log
     ) -> None:
         self.first_token_gate = FirstTokenGate()
+        self.refusals = Refusals(log)
+        """Of all calls that the worker repeats."""
         self.speed = RecentSpeed()
         self._registry_fields: dict[str, str] = {}
         self._registration = registration
+        registration.on_reply = self.refusals.replied
         self._health = health
         self._section = section
         self._metrics = metrics
@@ -211,16 +214,15 @@ class Reporter:
 
     async def watch_queues(self, read: Callable[[], Awaitable[Mapping[str, QueueDepth]]]) -> NoReturn:
         """Read the depths of the worker's queues periodically, for /metrics."""
-        refusals = Refusals(self._log)
         while True:
             await self.first_token_gate.wait_open()
             depths: Mapping[str, QueueDepth] = {}
             try:
                 depths = await read()
-                refusals.succeeded("depth")
+                self.refusals.succeeded("depth")
             except (Disconnected, ServerRefused) as error:
                 if isinstance(error, ServerRefused) or error.reply:
-                    refusals.failed("depth", error)
+                    self.refusals.failed("depth", error)
             self._metrics.queues.clear()
             for queue, depth in depths.items():
                 self._metrics.queues.set(queue, *astuple(depth))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from worker import __version__
 from worker.config import HttpSection, LeaseSection, ServiceSection
-from worker.errors import CudaError, Internal, WorkerError
+from worker.errors import CudaError, Internal, ServerRefused, WorkerError
 from worker.jobs import events
 from worker.jobs.lease import Claim
 from worker.jobs.streams import Disconnected
@@ -174,7 +174,7 @@ class Service:
             lambda: self._health.memory,
             self._reporter.first_token_gate,
             FlushLoop(self._transport, self._section.flush_ms),
-            RenewalLoop(self._transport, self._lease.renew_s, self._log),
+            RenewalLoop(self._transport, self._lease.renew_s, self._log, self._reporter.refusals),
             self._reporter.speed,
             self._tracing,
         )
@@ -284,11 +284,16 @@ class Service:
                 await asyncio.sleep(_ADMISSION_TICK_S)
                 return None
             try:
-                return await self._transport.claim()
+                claim = await self._transport.claim()
+            except ServerRefused as error:
+                self._reporter.refusals.failed("claim", error)
             except Exception as error:  # an unreadable entry must not end the worker: other entries may be readable
                 self._log.error("claim_fault", frames=frames_of(error))
-                await asyncio.sleep(self._lease.scan_s)
-                return None
+            else:
+                self._reporter.refusals.succeeded("claim")
+                return claim
+            await asyncio.sleep(self._lease.scan_s)
+            return None
 
     async def _run_job(self, context: WorkerContext, claim: Claim, lane: Lane) -> str:
         def begin_claim() -> None:
@@ -301,8 +306,12 @@ class Service:
         context.first_token_gate.close(on_open=self._reporter.busy)
         try:
             outcome = await attempt.run()
+            self._reporter.refusals.succeeded("attempt")
         except CudaError:
             raise
+        except ServerRefused as error:  # as below
+            self._reporter.refusals.failed("attempt", error)
+            outcome = "fault"
         except Exception as error:  # not even the release succeeded: the job's lease expires
             self._log.error("attempt_fault", job_id=attempt.job_id, frames=frames_of(error))
             outcome = "fault"
