@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import redis
 
 from tests.jobs.servers import running_server
 from tests.service.processes import workers
@@ -139,7 +140,7 @@ def test_health_queries_the_port(worker, port):
     assert worker("health", "--url", "nonsense")[0] == 2
 
 
-def test_dead_letters_are_listed_shown_retried_and_dropped(worker, url):
+def test_dead_letters_are_listed_shown_retried_and_deleted(worker, url):
     assert worker("dead", "ls")[:2] == (0, "no dead letters\n")
     with SyncClient.from_url(url) as client:
         for payload in (b"\xc1", b'{"job_id": "again", "prompt": "abc", "max_tokens": 3}'):
@@ -152,12 +153,32 @@ def test_dead_letters_are_listed_shown_retried_and_dropped(worker, url):
     assert worker("dead", "retry", second["id"])[:2] == (0, "again.r1\n")
     assert worker("tail", "again.r1")[0] == 0
     assert worker("dead", "retry", first["id"])[0] == 3
-    assert worker("dead", "drop", first["id"])[0] == 0
+    assert worker("dead", "rm", first["id"])[:2] == (0, f"{first['id']}\n")
     code, _, err = worker("dead", "show", first["id"])
     assert (code, err) == (
         1,
         f"worker: NOT_FOUND: no dead letter {first['id']}; `worker dead ls` lists them\n",
     )
+
+
+def test_dead_letters_are_deleted_by_id_and_all_of_the_queue(worker, url):
+    with redis.Redis.from_url(url) as client:
+        ids = [client.xadd("inf:{q:many}:dead", {"p": b"x"}, id=f"{number}-0").decode() for number in range(1, 26)]
+        other = client.xadd("inf:{q:other}:dead", {"p": b"x"}).decode()
+    many = ("--queue", "many")
+    assert worker("dead", "drop", *many, "3")[:2] == (0, "3\n"), "the former name"
+    code, out, err = worker("dead", "rm", *many, "1-0", "7-7", "2-0", "3-0", "\x1b")
+    assert (code, out) == (1, "1-0\n2-0\n")
+    assert err == "worker: NOT_FOUND: no dead letter 7-7, 3-0, \\x1b; `worker dead ls` lists them\n"
+    for arguments in ((), ("--all", "4-0")):
+        code, out, err = worker("dead", "rm", *many, *arguments)
+        assert (code, out) == (2, "")
+        assert "pass ids, or --all without ids" in err
+    assert worker("dead", "rm", *many, "--all")[:2] == (0, "".join(f"{each}\n" for each in ids[3:]))
+    assert worker("dead", "rm", *many, "--all")[:2] == (0, "")
+    assert worker("dead", "ls", *many)[1] == "no dead letters\n"
+    assert lines(worker("dead", "ls", "--queue", "other", "--json")[1])[0]["id"] == other
+    assert worker("dead", "rm", "--queue", "other", other)[0] == 0
 
 
 def test_tail_all_follows_workers_and_jobs_until_interrupted(worker, url, tmp_path):

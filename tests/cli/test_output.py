@@ -60,7 +60,7 @@ def test_dead_letters_with_odd_payloads_are_listed_and_shown(server: Server, com
     code, shown, _ = command("dead", "show", letter["id"])
     assert (code, json.loads(shown)["id"]) == (0, letter["id"])
     assert "\x1b" not in shown
-    assert command("dead", "drop", letter["id"])[0] == 0
+    assert command("dead", "rm", letter["id"])[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_tail_shows_an_event_with_any_time_and_details(server: Server, command: 
 @pytest.mark.parametrize("malformed", ["x", "-", "+", "1-2-3", "[/b]", "99999999999999999999-0", ""])
 def test_a_malformed_id_of_a_dead_letter_is_one_sentence(server: Server, command: Run, malformed: str) -> None:
     prepare(server, lambda harness: dead_letter(harness, b"\xc1"))
-    for action in ("show", "retry", "drop"):
+    for action in ("show", "retry", "rm"):
         code, out, err = command("dead", action, "--", malformed)
         assert (code, out, err.count("\n")) == (1, "", 1)
         assert err.startswith("worker: NOT_FOUND: no dead letter")

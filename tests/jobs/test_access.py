@@ -90,7 +90,11 @@ async def test_workers_that_take_over_and_an_operator(server: Server) -> None:
     letter = (await operator.dead_letters())[0]
     assert await operator.dead_letter(letter.entry_id)
     assert await operator.retry_dead_letter(letter) == "a.r1"
-    assert not await operator.drop_dead_letter(letter.entry_id)
+    assert not await operator.drop_dead_letter(letter.entry_id), "the retry has deleted it"
+    with admin_of(server) as admin:
+        admin.select(1)
+        entry_id = admin.xadd(DEAD, {"p": b"x"}).decode()
+    assert await operator.drop_dead_letter(entry_id)
     await operator.drain("w1")
     for transport in (first, barren, last):
         await transport.close()

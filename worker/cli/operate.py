@@ -4,6 +4,7 @@ import http.client
 import json as jsonlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,8 @@ LetterArgument = Annotated[str, typer.Argument(metavar="ID", help="Id from `work
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Id of a worker, or the --name of one or more.")]
 
 _HEALTH_TIMEOUT_S = 3.0
+_PAGE = 10
+"""Dead letters that are read at once, with their payloads."""
 
 
 class NotFound(WorkerError):
@@ -182,13 +185,35 @@ def dead_retry(
         print(connected.retry_dead_letter(_letter(connected, letter)))
 
 
-@dead.command("drop")
-def dead_drop(
-    letter: LetterArgument, config: ConfigOption = None, redis_url: UrlOption = None, queue: QueueOption = None
+@dead.command("rm")
+@dead.command("drop", hidden=True)  # its former name
+def dead_rm(
+    letters: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids from `worker dead ls`.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All dead letters of the queue that exist now.")] = False,
+    config: ConfigOption = None,
+    redis_url: UrlOption = None,
+    queue: QueueOption = None,
 ) -> None:
-    """Delete a dead letter."""
+    """Delete dead letters, with the jobs in them, and print their ids."""
+    if bool(letters) == every:
+        raise typer.BadParameter("pass ids, or --all without ids", param_hint="ID...")
+    missing = []
     with client(config, redis_url, queue) as connected:
-        connected.drop_dead_letter(_letter(connected, letter).entry_id)
+        for letter in letters or _letter_ids(connected):
+            if connected.drop_dead_letter(letter):
+                print(plain(letter))
+            else:
+                missing.append(plain(letter))
+    if letters and missing:
+        raise NotFound(f"no dead letter {', '.join(missing)}; `worker dead ls` lists them")
+
+
+def _letter_ids(connected: SyncClient) -> Iterator[str]:
+    """The ids of the dead letters that exist now, oldest first. Delete each before the next."""
+    left = connected.dead_letter_count()
+    while left > 0 and (page := connected.dead_letters(min(left, _PAGE))):
+        left -= len(page)
+        yield from (letter.entry_id for letter in page)
 
 
 def _letter(connected: SyncClient, entry_id: str) -> DeadLetter:
