@@ -250,7 +250,7 @@ class MemoryStreams(Keyspace):
             pending_count=len(stream.pending),
             running=len(stream.pending) - len(overdue),
             pending=await self.pending(queue, limit),
-            first_waiting=next(iter(waiting), ""),
+            first_waiting=next((i for i in waiting if i in stream.entries), ""),
             entries=[(i, fields.get("p", b"")) for i, fields in stream.above(above)[:limit]] if above else [],
         )
 

@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from tests.jobs.harness import Harness, MemoryHarness, ServerHarness
 from worker.jobs import redis_streams
-from worker.jobs.keys import START
+from worker.jobs.keys import START, queue_key
 
 LEASE_MS = 60_000
 
@@ -65,6 +65,19 @@ async def test_a_job_that_was_not_renewed_for_a_lease_waits_as_in_the_depth(harn
     assert (depth.running, depth.waiting) == (found.running, found.length - found.running) == (1, 2)
     found = await streams.overview("q", 100_000, None, 10)
     assert (found.running, found.first_waiting) == (2, ids[2])
+
+
+async def test_a_deleted_entry_of_a_dead_worker_does_not_wait(harness: Harness) -> None:
+    streams = harness.connect()
+    await streams.open_queue("q")
+    ids = [await streams.enqueue("q", {"p": b"x"}, 10) or "" for _ in range(3)]
+    for entry_id in ids[:2]:
+        await streams.read_new(["q"], "w", 0)
+        await streams.give_back("q", "w", entry_id, 90_000, 1)
+    for entry_id, first_waiting in zip(ids, (ids[1], ids[2], ""), strict=True):
+        assert await streams.delete(queue_key("q"), entry_id)
+        found = await streams.overview("q", LEASE_MS, None, 10)
+        assert (found.running, found.first_waiting) == (0, first_waiting)
 
 
 async def test_entries_end_after_a_number_of_bytes(server, monkeypatch: pytest.MonkeyPatch) -> None:

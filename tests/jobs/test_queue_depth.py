@@ -8,6 +8,7 @@ import time
 from tests.jobs.echo import claim_next, complete, take_next
 from tests.jobs.harness import Harness, lease_settings, wait_until
 from worker.errors import InvalidRequest
+from worker.jobs.keys import queue_key
 
 CLOCKS_MS = 20
 """Resolution of the clocks, and their difference."""
@@ -68,6 +69,24 @@ async def test_the_oldest_wait_is_that_of_the_first_job_without_a_worker(harness
     assert of_new_ms <= (time.monotonic() - began_s) * 1000 + CLOCKS_MS, "the job `old` runs"
     await worker.release(claim)
     assert (await client.queue_depth(lease_s=60.0)).oldest_wait_ms > 200 - CLOCKS_MS
+
+
+async def test_a_deleted_entry_of_a_dead_worker_does_not_wait(harness: Harness) -> None:
+    client, worker = harness.client(), await harness.transport("w1", LEASE)
+    for job_id in ("a", "b"):
+        await client.submit(job_id=job_id, prompt="x")
+    entries = [(await claim_next(worker)).entry_id for _ in range(2)]
+    await asyncio.sleep(0.2)
+    assert (await client.queue_depth(lease_s=0.05)).oldest_wait_ms > 200 - CLOCKS_MS
+    for entry_id in entries:
+        assert await harness.connect().delete(queue_key("default"), entry_id)
+    depth = await client.queue_depth(lease_s=0.05)
+    assert (depth.waiting, depth.running, depth.oldest_wait_ms) == (0, 0, 0)
+    began_s = time.monotonic()
+    await client.submit(job_id="c", prompt="x")
+    depth = await client.queue_depth(lease_s=0.05)
+    assert (depth.waiting, depth.running) == (1, 0)
+    assert depth.oldest_wait_ms <= (time.monotonic() - began_s) * 1000 + CLOCKS_MS
 
 
 async def test_dead_letters_are_counted_for_each_queue(harness: Harness) -> None:

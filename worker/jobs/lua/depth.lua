@@ -15,7 +15,11 @@ for _, reply in ipairs(redis.call('EXISTS', KEYS[1]) == 1 and redis.call('XINFO'
   end
 end
 local running = pending - #waiting
-local oldest = waiting[1] or redis.call('XRANGE', KEYS[1], undelivered, '+', 'COUNT', 1)[1]
+local oldest
+for _, entry in ipairs(waiting) do -- a deleted entry stays pending until a worker claims it
+  oldest = oldest or redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+end
+oldest = oldest or redis.call('XRANGE', KEYS[1], undelivered, '+', 'COUNT', 1)[1]
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local oldest_ms = oldest and tonumber(string.match(oldest[1], '^%d+')) or now_ms

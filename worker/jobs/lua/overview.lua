@@ -24,7 +24,11 @@ if redis.call('EXISTS', KEYS[1]) == 1 then
     end
   end
 end
-local waiting = overdue[1] or redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', 1)[1]
+local waiting
+for _, entry in ipairs(overdue) do -- a deleted entry stays pending until a worker claims it
+  waiting = waiting or redis.call('XRANGE', KEYS[1], entry[1], entry[1])[1]
+end
+waiting = waiting or redis.call('XRANGE', KEYS[1], '(' .. delivered, '+', 'COUNT', 1)[1]
 local entries, cursor = {}, ARGV[3]
 while cursor ~= '' and #entries < limit and budget > 0 do
   local page = redis.call('XRANGE', KEYS[1], '(' .. cursor, '+', 'COUNT', math.min(10, limit - #entries))
