@@ -127,6 +127,11 @@ def test_options_that_the_worker_sets_itself_are_refused_by_name(option: str) ->
     assert "s3cret" not in str(caught.value)
 
 
+def test_a_plus_in_an_option_stands_for_itself() -> None:
+    parsed = RedisUrl.parse("redis+sentinel://h/main?password_file=/a+b%2Bc%20d&sentinel_password=p+q")
+    assert (parsed.login.password_file, parsed.sentinel_login.password) == ("/a+b+c d", "p+q")
+
+
 @pytest.mark.parametrize("option", ["ssl_ca_certs", "ssl_certfile", "ssl_keyfile"])
 def test_a_missing_file_of_tls_is_named(option: str) -> None:
     with pytest.raises(ConfigInvalid, match=rf"^redis\.url: {option}: there is no file /missing/ca\.pem$"):

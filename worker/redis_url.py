@@ -184,7 +184,8 @@ def _split(url: str, kind: Kind, form: str) -> tuple[SplitResult, list[str], dic
     first, *others = [addresses] if kind == "server" else addresses.split(",")
     try:
         parts = urlsplit(f"{scheme}://{userinfo}{at}{first}{rest[end.start() :]}")
-        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict")
+        query = parts.query.replace("+", "%2B")  # it stands for itself, in passwords and names of files
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
     except ValueError:  # its text quotes the URL
         raise ValueError(f"is not a valid URL; {form}") from None
     if parts.fragment or url.endswith("#") or "@" in parts.path + parts.query:

@@ -16,6 +16,7 @@ import worker
 from tests.deploy.manifests import BASE, base, check, containers_of, dangling, find, name_of, pod_of
 from tests.deploy.test_deploy import accepted, tool
 from worker.jobs.keys import queue_key
+from worker.redis_url import PORT, SENTINEL_PORT
 
 OVERLAYS = BASE.parent / "overlays"
 PROMETHEUS = BASE.parents[1] / "prometheus"
@@ -246,6 +247,19 @@ def test_everything_is_denied_that_no_network_policy_allows():
         assert all("from" in rule for rule in policy["spec"].get("ingress", []))
     downloads = find(policies, "NetworkPolicy/model-downloads")["spec"]["egress"][0]
     assert "169.254.0.0/16" in downloads["to"][0]["ipBlock"]["except"]  # the cloud's metadata service
+
+
+def test_the_ports_of_each_server_that_a_setting_may_name_are_open():
+    policies = [document for document in DOCUMENTS if document["kind"] == "NetworkPolicy"]
+    opened = {
+        port["port"]
+        for policy in policies
+        if policy["spec"]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "worker-orcd"}}
+        for rule in policy["spec"].get("egress", [])
+        if "to" not in rule
+        for port in rule["ports"]
+    }
+    assert opened == {PORT, 6380, SENTINEL_PORT, 4318}  # of TLS, and of OTLP over HTTP
 
 
 def test_the_image_has_the_version_of_the_package():

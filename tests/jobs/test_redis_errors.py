@@ -139,6 +139,10 @@ def test_a_running_worker_waits_for_access(text: str) -> None:
     assert error.reply == text[:-2]
 
 
+def test_a_deleted_queue_is_no_change_of_role() -> None:
+    assert code_of(reply("UNBLOCKED the stream key no longer exists")) == "NOGROUP"
+
+
 def caused(error: exceptions.RedisError, cause: Exception) -> exceptions.RedisError:
     error.__cause__ = cause
     return error

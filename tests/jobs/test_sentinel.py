@@ -53,6 +53,16 @@ async def test_sentinels_that_are_down_are_named_as_the_cause() -> None:
     assert str(await failure_of(url)) == f"cannot reach {url} (no sentinel replied: connection refused)"
 
 
+async def test_a_server_in_place_of_the_sentinels_is_named_as_the_cause(monitored: MonitoredServers) -> None:
+    url = f"redis+sentinel://127.0.0.1:{monitored.servers[0].port}/{SERVICE}"
+    error = await failure_of(url)
+    assert isinstance(error, ServerRefused)
+    assert error.message == (
+        f"{url} refuses: it is no Sentinel; use redis://HOST for a server, "
+        "or the sentinels' ports, by default 26379 (NOSENTINEL)"
+    )
+
+
 async def test_one_sentinel_of_three_suffices(monitored: MonitoredServers) -> None:
     port = monitored.sentinels[2].port
     streams = RedisStreams.from_url(f"redis+sentinel://127.0.0.1:{free_port()},[::1]:{port},127.0.0.1:{port}/{SERVICE}")

@@ -53,6 +53,7 @@ _PERMANENT = {
     "DB": "it has no database of that number; name another at the end of the URL, such as /0",
     "MOVED": _CLUSTER,
     "NOCLUSTER": "it is not a node of a cluster; use a URL that begins with redis://",
+    "NOSENTINEL": "it is no Sentinel; use redis://HOST for a server, or the sentinels' ports, by default 26379",
     "NOSERVICE": "the sentinels monitor no service of the name in the URL",
 }
 _PLAIN = {
@@ -60,6 +61,7 @@ _PLAIN = {
     "in cluster mode": "CLUSTER",
     "cluster support disabled": "NOCLUSTER",
     "No such master": "NOSERVICE",
+    "unknown command 'SENTINEL'": "NOSENTINEL",
     "invalid username-password pair": "WRONGPASS",  # redis-py 6 removes the code of these in front of the text
     "Authentication required": "NOAUTH",
     "has no permissions": "NOPERM",
@@ -103,6 +105,8 @@ def code_of(error: exceptions.RedisError) -> str:
     if not code and isinstance(error, _REPLIES):
         first = re.match(r"-?([A-Z]{2,})(?: |$)", text)
         code = first[1] if first else "ERR"
+    if code == "UNBLOCKED" and "stream key no longer exists" in text:
+        return "NOGROUP"  # as of Redis 7.2: the queue that was waited for is deleted
     if code not in _KNOWN:  # ERR, or with redis-py 6 the first word behind it
         return next((named for part, named in _PLAIN.items() if part in text), code)
     return code
