@@ -3,6 +3,7 @@
 import pytest
 
 from worker.cli.console import Terminal
+from worker.errors import InvalidRequest
 from worker.jobs.events import End, Token
 
 ANSWER = (
@@ -48,3 +49,9 @@ def test_an_answer_without_final_text_is_an_empty_line(tokens, out, err, capsys)
 def test_the_name_of_a_tool_cannot_control_the_terminal(capsys):
     out, _ = shown([Token(0, 9, "{}", channel="tool", recipient="functions.\x1b[2J", call=0)], capsys)
     assert out == "functions.\\x1b[2J {}\n"
+
+
+def test_the_message_of_an_error_cannot_control_the_terminal(capsys):
+    """A chat template writes what it likes into the error that ends a job."""
+    Terminal().failed(InvalidRequest("no \x1b[2J\u202e\ud800"))
+    assert capsys.readouterr().err == "worker: INVALID_REQUEST: no \\x1b[2J\\u202e\\ud800\n"

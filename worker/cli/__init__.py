@@ -93,7 +93,9 @@ def main() -> None:
     try:
         command_line(next(iter(sys.argv[1:]), None))(prog_name="worker")
     except WorkerError as error:
-        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+        from worker.cli.console import plain  # noqa: PLC0415  # as above
+
+        print(f"worker: {error.code}: {plain(error.message)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

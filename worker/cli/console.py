@@ -140,7 +140,7 @@ class Terminal:
 
     def failed(self, error: WorkerError) -> None:
         """Print the error as one sentence."""
-        print(f"worker: {error.code}: {error.message}", file=sys.stderr)
+        print(f"worker: {error.code}: {plain(error.message)}", file=sys.stderr)
 
 
 class JsonLines:
