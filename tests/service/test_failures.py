@@ -14,6 +14,7 @@ from tests.models import free_kv_blocks
 from tests.service.models import FixedDevice, ScriptedRunner, SharedModel, StepBarrier, failing_model, slow_model
 from tests.service.serving import (
     LONG_LEASE,
+    SHORT_LEASE,
     published_events,
     read_job,
     run_job,
@@ -381,6 +382,24 @@ async def test_a_job_whose_key_holds_another_type_is_dead_lettered_with_the_reas
     assert (letter.job_id, letter.last_error) == ("a", "REDIS_REFUSED")
     assert "WRONGTYPE" in letter.reason
     assert_none(keys_without_ttl(await fake.keys()))
+
+
+async def test_a_dead_letter_waits_while_the_dead_letters_have_another_type(fake):
+    client, key = fake.client(), "inf:{q:default}:dead"
+    await fake.raw.set(key, "not a stream")
+    async with serving(fake, SharedModel.echo().fresh(), lease=SHORT_LEASE) as worker:
+        await fake.connect().enqueue("default", {"p": b"no payload"}, 10)
+        await worker.wait_until_logged("redis_refused")
+        for _ in range(3):
+            assert (await run_job(client, prompt="abc", max_tokens=3)).text == "abc"
+            await asyncio.sleep(1.2 * SHORT_LEASE.lease_s)
+        reasons = [line["reason"] for line in worker.logged("redis_refused")]
+        assert all(key in reason for reason in reasons)
+        assert len(reasons) == len(set(reasons)), "each is logged once"
+        assert not worker.logged("job_failed")
+        await fake.raw.delete(key)
+        await wait_until_queue_is_empty(client)
+    assert len(await client.dead_letters()) == 1
 
 
 async def test_memory_is_reported_as_the_device_measures_it(fake):

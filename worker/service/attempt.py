@@ -351,8 +351,8 @@ class Attempt:
         A key of the job that holds another type stops every attempt: the entry is dead-lettered.
         """
         if isinstance(error, ServerRefused) and error.details["reply"] == "WRONGTYPE":
-            self._log.warning("job_failed", code=error.code, reason=error.message)
             await self._context.transport.dead_letter(self._claim, error, self.job_id or "")
+            self._log.warning("job_failed", code=error.code, reason=error.message)
             return "dead_lettered"
         self._log.error("attempt_fault", job_id=self.job_id, frames=frames_of(error))
         await self._abandon(self._held, Internal(f"{type(error).__name__} in the attempt"))

@@ -306,11 +306,11 @@ class Service:
         context.first_token_gate.close(on_open=self._reporter.busy)
         try:
             outcome = await attempt.run()
-            self._reporter.refusals.succeeded("attempt")
+            self._reporter.refusals.succeeded(f"attempt {claim.entry_id}")
         except CudaError:
             raise
         except ServerRefused as error:  # as below
-            self._reporter.refusals.failed("attempt", error)
+            self._reporter.refusals.failed(f"attempt {claim.entry_id}", error)
             outcome = "fault"
         except Exception as error:  # not even the release succeeded: the job's lease expires
             self._log.error("attempt_fault", job_id=attempt.job_id, frames=frames_of(error))
