@@ -56,9 +56,9 @@ def q8_bytes(rows):
     return rows.q.get().tobytes(), rows.meta.get().tobytes()
 
 
-def norm_of(pool, cols, eps=1e-5):
+def norm_of(pool, cols, eps=1e-5, seed=1):
     """Random weights of a norm on the host, and the norm."""
-    weight = np.random.default_rng(1).normal(1, 0.25, cols).astype(np.float32)
+    weight = np.random.default_rng(seed).normal(1, 0.25, cols).astype(np.float32)
     return weight, RmsNorm(QTensor("norm", (cols,), F32, pool.put(weight)), eps)
 
 

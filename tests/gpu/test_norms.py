@@ -1,14 +1,15 @@
-"""The norm before an addition against its twin."""
+"""The norms before an addition and of heads: against their twin, and fused with attention."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from tests.gpu.activations import norm_of, rows_of
 from tests.gpu.guarded import GuardedPool
+from tests.gpu.test_attention import Bench, Scene, Shape
 from worker.cpu.plain import rms_norm
 from worker.ops import Attention
 from worker.rope import Rope
@@ -29,19 +30,95 @@ def test_normed_rows_are_added_and_the_sum_is_scaled(kernels, cols, scale):
     assert alone.tobytes() == x[1:2].tobytes()
 
 
-@pytest.mark.parametrize(("dim", "heads"), [(64, 3), (256, 5), (512, 1)])
-def test_values_are_normalized_into_a_copy(kernels, dim, heads):
-    from worker.gpu.head_norms import normalized_values
+@dataclass
+class Norms:
+    """The norms of the heads of D elements, with the weights of queries and keys."""
 
-    pool, v = GuardedPool(), rows_of(3, heads * dim)
-    rope = Rope(np.zeros(dim // 2), 4)
-    spec, values = Attention(0, heads, heads, dim, rope, v_epsilon=1e-3), pool.put(v)
-    assert normalized_values(kernels, pool, values, replace(spec, v_epsilon=None)) is values
-    got = normalized_values(kernels, pool, values, spec).get()
+    pool: GuardedPool
+    dim: int
+    values: bool
+
+    def __post_init__(self):
+        (self.q_weight, self.q_norm), (self.k_weight, self.k_norm) = (
+            norm_of(self.pool, self.dim, epsilon, seed) for epsilon, seed in ((1e-3, 1), (1e-6, 2))
+        )
+
+    def of(self, spec):
+        return replace(spec, q_norm=self.q_norm, k_norm=self.k_norm, v_epsilon=1e-2 if self.values else None)
+
+    def twin(self, q, k, v):
+        """q, k, v [T, heads·D], normalized."""
+        weights = ((self.q_weight, 1e-3), (self.k_weight, 1e-6), (np.float32(1), 1e-2))
+        normed = (
+            rms_norm(x.reshape(len(x), -1, self.dim), *norm).reshape(x.shape)
+            for x, norm in zip((q, k, v), weights, strict=True)
+        )
+        return normed if self.values else (*list(normed)[:2], v)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(64, 4, 1), (256, 5, 5), (512, 2, 1)])
+def test_heads_are_normalized_in_place_and_values_into_a_copy(kernels, dim, heads, kv_heads, values):
+    """Values may be the keys, which are read before they are normalized."""
+    from worker.gpu.head_norms import normalize_heads
+
+    pool, spec = GuardedPool(), Attention(0, heads, kv_heads, dim, Rope(np.zeros(dim // 2), 4))
+    norms, q, k = Norms(pool, dim, values), rows_of(3, heads * dim), rows_of(3, kv_heads * dim, seed=5)
+    on_device, keys = pool.put(q), pool.put(k)
+    assert normalize_heads(kernels, pool, on_device, keys, keys, spec) == (keys, spec)
+    got, without = normalize_heads(kernels, pool, on_device, keys, keys, norms.of(spec))
     pool.check()
-    expected = rms_norm(v.reshape(3, heads, dim), np.float32(1), 1e-3)
-    np.testing.assert_allclose(got, expected.reshape(3, -1), rtol=1e-5, atol=1e-6)
-    assert (values.get() == v).all()
+    for x, expected in zip((on_device, keys, got), norms.twin(q, k, k), strict=True):
+        np.testing.assert_allclose(x.get(), expected, rtol=1e-5, atol=1e-6)
+    assert without == spec
+
+
+class NormsFirst:
+    """A launcher of attention that normalizes the heads by a launch of their own."""
+
+    def __init__(self, launcher):
+        self._launcher = launcher
+
+    def prefill(self, *args):
+        return self._launcher.prefill(*self._normalized(*args))
+
+    def decode(self, *args):
+        return self._launcher.decode(*self._normalized(*args))
+
+    def _normalized(self, kernels, pool, q, k, v, spec, state):
+        from worker.gpu.head_norms import normalize_heads
+
+        v, spec = normalize_heads(kernels, pool, q, k, v, spec)
+        return kernels, pool, q, k, v, spec, state
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("shape", "values"),
+    [
+        (Shape(64, 8, 1, rotary_dims=32), True),
+        (Shape(96, 2, 2, adjacent=True), False),
+        (Shape(128, 8, 2), False),
+        (Shape(128, 8, 1, window=60), True),
+        (Shape(256, 4, 2, window=140), True),
+        (Shape(512, 4, 1, rotary_dims=128), True),
+    ],
+    ids=str,
+)
+def test_attention_that_normalizes_heads_gives_the_bits_of_a_launch_before(kernels, memory, shape, values, phase):
+    def results(wrap):
+        bench = Bench(Scene(shape, 150), kernels, memory, slots=1)
+        bench.spec = Norms(bench.pool, shape.dim, values).of(bench.spec)
+        bench.launcher = wrap(bench.launcher)
+        if phase == "prefill":
+            y = [bench.prefill(0, 64), bench.prefill(64, 150)]
+        else:
+            bench.fill(150)
+            y = [bench.decode([position]) for position in (0, 127, 128, 149)]
+        bench.pool.check()
+        return [each.tobytes() for each in (*y, bench.cache.array.get())]
+
+    assert results(lambda launcher: launcher) == results(NormsFirst)
 
 
 def test_rows_from_the_count_on_are_not_written(kernels):

@@ -4,7 +4,7 @@ The phase chooses the kernel; the arithmetic of a token depends on its position 
 `rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
 `attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
 sequence has several; `attention_512.cu` for heads of 512 elements, in both phases. `head_norms.py`
-and `query_scales.py` precede them. Twin: `worker/cpu/attention.py`.
+says where heads are normalized; `query_scales.py` precedes. Twin: `worker/cpu/attention.py`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ from worker.gpu.activations import (
     quantize_tiles,
 )
 from worker.gpu.compiler import KernelName
-from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, normalize_heads
+from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, may_fuse_norms, norm_arguments, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
 from worker.gpu.query_scales import QueryScales, query_scale_bytes
@@ -61,12 +61,8 @@ _FEW_ITEMS = 2  # of a multiprocessor, at the longest context: with more of them
 _RING_SLOTS = 2  # KV blocks that a warp copies ahead
 _BUSY_WARPS = 16  # of a multiprocessor: more warps a team than these need only cost time
 _TEAM_WARPS = 8  # the most warps of a team
-_LEAST_WARPS = {
-    64: 4,
-    96: 1,
-    128: 4,
-    256: 1,
-}  # of a team, by head size; small partial results leave room for many teams
+# Of a team, by head size: small partial results leave room for many teams.
+_LEAST_WARPS = {64: 4, 96: 1, 128: 4, 256: 1}
 _MAX_SHARED = 227 << 10  # bytes of shared memory of a block of sm_90
 _SYSTEM_SHARED = 1 << 10  # what the system takes from each block's share of a multiprocessor
 _ITEMS_THREADS = 256
@@ -194,15 +190,18 @@ class AttentionLauncher:
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = check_head_dim(spec.head_dim), len(q)
-        normalize_heads(kernels, q, k, spec)
+        if not may_fuse_norms(spec):
+            v, spec = normalize_heads(kernels, pool, q, k, v, spec)
         self.query_scales.prefill(kernels, q, spec, chunk)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
-        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}>")(
-            (tokens, _ROPE_BLOCKS),
+        suffix, norms = norm_arguments(spec)
+        blocks = -(-32 * (spec.n_heads + spec.n_kv_heads) // _ROPE_THREADS) if norms else _ROPE_BLOCKS
+        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}{suffix}>")(
+            (tokens, blocks),
             (_ROPE_THREADS,),
-            (rotated, q, k, v, keys, values, *self._rope(spec.rope), chunk.table, chunk.span, *heads),
+            (rotated, q, k, v, keys, values, *self._rope(spec.rope), chunk.table, chunk.span, *heads, *norms),
             pdl=True,
         )
         y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
@@ -242,8 +241,8 @@ class AttentionLauncher:
     ) -> Q8Activations | Q8Tiles:
         """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8.
 
-        The caller has normalized the heads and scaled the queries. Rows that are whole tiles are
-        stored as tiles.
+        The caller has scaled the queries, and normalized the heads of several rows. Rows that are
+        whole tiles are stored as tiles.
 
         Row r is the next token of slot `state.row_slots[r]`; inactive rows return zeros and write
         no keys or values. With one slot, row 0 is slot 0.
@@ -251,9 +250,8 @@ class AttentionLauncher:
         dim, group = check_head_dim(spec.head_dim), group_size(spec)
         if dim == _WIDEST_DIM:
             return self._decode_512(kernels, pool, q, k, v, spec, state)
-        rows, stored = len(q), self._stored_splits(spec, state)
+        rows, groups, stored = len(q), spec.n_heads // group, self._stored_splits(spec, state)
         partials, arrivals = self._decode_split(spec, group, stored)
-        groups = spec.n_heads // group
         y: Q8Activations | Q8Tiles = empty_q8_tiles(pool, *q.shape) if fills_tiles(rows) else empty_q8(pool, *q.shape)
         adjacent, heads = _FLAGS[spec.rope.adjacent], (np.int32(spec.n_heads), np.int32(spec.n_kv_heads))
         in_rows = (None, None) if isinstance(y, Q8Tiles) else (y.q, y.meta)
@@ -262,10 +260,11 @@ class AttentionLauncher:
         scratch = (partials, arrivals, *heads, np.int32(spec.window))
         if rows == 1:
             row_slots = None if self._slots == 1 else state.row_slots
-            kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}>")(
+            suffix, norms = norm_arguments(spec)
+            kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}{suffix}>")(
                 (decode_splits(spec), groups // spec.n_kv_heads, spec.n_kv_heads),
                 (32 * _warps(dim, group),),
-                (*inputs, row_slots, state.positions, *tables, *scratch),
+                (*inputs, row_slots, state.positions, *tables, *scratch, *norms),
                 pdl=True,
             )
             return y
@@ -299,7 +298,8 @@ class AttentionLauncher:
         group, stored, rows = group_size(spec), self._stored_splits(spec, state), len(q)
         y = pool.empty(q.shape, np.float32)
         row_slots = None if rows == 1 and self._slots == 1 else state.row_slots
-        kernels.get("attention_512.cu", f"attention_512_rows<{group}>")(
+        suffix, norms = norm_arguments(spec)
+        kernels.get("attention_512.cu", f"attention_512_rows<{group}{suffix}>")(
             (stored, spec.n_heads // group, rows),
             (_WIDEST_THREADS,),
             (
@@ -307,6 +307,7 @@ class AttentionLauncher:
                 *(row_slots, state.positions, state.tables, np.int32(state.tables.shape[1]), _sinks(spec)),
                 *self._decode_split(spec, group, stored),
                 *map(np.int32, (spec.n_heads, spec.n_kv_heads, spec.window, decode_splits(spec))),
+                *norms,
             ),
             pdl=True,
         )
@@ -376,8 +377,7 @@ class AttentionLauncher:
     def _rope(self, rope: Rope) -> tuple[DeviceArray, DeviceArray, np.int32]:
         """The device copy of a Rope's tables, uploaded on first use and shared by the layers."""
         if id(rope) not in self._ropes:
-            slab = self._memory.reserve(rope.nbytes, Purpose.WORKSPACE)
-            cos, sin = slab.array((2, *rope.cos.shape), np.float32)
+            cos, sin = self._memory.reserve(rope.nbytes, Purpose.WORKSPACE).array((2, *rope.cos.shape), np.float32)
             cos.set(rope.cos)
             sin.set(rope.sin)
             self._ropes[id(rope)] = (rope, cos, sin)  # keeps the Rope alive, so its id stays unique

@@ -12,7 +12,7 @@ from worker.gpu.activations import Q8Activations, Q8Tiles
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
-from worker.gpu.head_norms import normalize_heads, normalized_values
+from worker.gpu.head_norms import may_fuse_norms, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
@@ -66,8 +66,8 @@ class DecodeOps:
         self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
-        v = normalized_values(self._kernels, self._pool, v, spec)
-        normalize_heads(self._kernels, q, k, spec)
+        if len(q) > 1 or self._drafts or not may_fuse_norms(spec):
+            v, spec = normalize_heads(self._kernels, self._pool, q, k, v, spec)
         self._attention.query_scales.decode(self._kernels, q, spec, self._state)
         if self._drafts:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)

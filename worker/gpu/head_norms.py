@@ -1,23 +1,44 @@
-"""Launchers of the norms of heads, in both phases, before RoPE; the head widths of all kernels.
+"""The norms of heads before RoPE, as a part of attention's kernels or a launch; all head widths.
 
-Kernels: `head_norms.cu`, `value_norms.cu`. Twin: `CpuOps.attention` in `worker/cpu/ops.py`. Models
-without such norms have no launch. Next: `attention.py`.
+In prefill `rope_kv.cu` applies them, in decode of one row the kernel of attention: these have
+`HeadNorms` (`kernels/head_norm.cuh`) as their last template argument and parameter. In decode of
+several rows each split of a row would repeat them: they are a launch, `head_norms.cu`, with the
+same bits. Twin: `CpuOps.attention` in `worker/cpu/ops.py`. Next: `attention.py`.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from worker.errors import ModelLoadFailed
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layouts import address
 from worker.gpu.memory import DeviceArray
 from worker.ops import Attention
 
 HEAD_DIMS = (64, 96, 128, 256, 512)
 _HEAD_WARPS = 4  # of a block, a head each
 DEFINES = {"HEAD_WARPS": _HEAD_WARPS}
-INSTANTIATIONS: tuple[KernelName, ...] = tuple(
-    (f"{kernel}.cu", f"{kernel}<{dim}>") for kernel in ("head_norms", "value_norms") for dim in HEAD_DIMS
+_GROUPS = {128: (2, 4, 5, 8), 256: (2, 4), 512: (4,)}
+"""Sizes of heads that have norms, and of their groups; kernels of others are compiled on demand."""
+INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(("head_norms.cu", f"head_norms<{dim}>") for dim in HEAD_DIMS),
+    *(("rope_kv.cu", f"rope_kv<{dim}, false, HeadNorms>") for dim in _GROUPS),
+    *(
+        ("attention_512.cu", f"attention_512_rows<{group}, HeadNorms>")
+        if dim == 512
+        else ("attention_decode.cu", f"attention_decode<{dim}, {group}, false, HeadNorms>")
+        for dim, groups in _GROUPS.items()
+        for group in groups
+    ),
 )
+
+_HEAD_NORMS = np.dtype([(kind, [("weight", "u8"), ("eps", "f4"), ("padding", "i4")]) for kind in "qkv"])
+"""`HeadNorms` of head_norm.cuh."""
+_NO_EPSILON = -1.0  # a kind of heads without a norm
 
 
 def check_head_dim(dim: int) -> int:
@@ -27,33 +48,43 @@ def check_head_dim(dim: int) -> int:
     return dim
 
 
-def normalize_heads(kernels: Launcher, q: DeviceArray, k: DeviceArray, spec: Attention) -> None:
-    """Apply the norms of `spec`, if any, to the heads of q [T, H·D] and k [T, Hk·D], in place."""
-    norms = spec.q_norm, spec.k_norm
-    if norms == (None, None):
-        return
-    weights = (None if norm is None else norm.weight.data for norm in norms)
-    epsilons = (np.float32(0 if norm is None else norm.eps) for norm in norms)
+def norm_arguments(spec: Attention) -> tuple[str, Sequence[Any]]:
+    """The last template argument and parameter of a kernel that applies the norms of `spec`."""
+    return (", HeadNorms", (_head_norms(spec),)) if _has_norms(spec) else ("", ())
+
+
+def may_fuse_norms(spec: Attention) -> bool:
+    """Whether attention's kernels may apply the norms: no launch comes between them and RoPE."""
+    return spec.query_scale is None
+
+
+def normalize_heads(
+    kernels: Launcher, pool: Allocator, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention
+) -> tuple[DeviceArray, Attention]:
+    """Apply the norms to q [T, H·D] and k [T, Hk·D] in place, and to v [T, Hk·D], which may be k.
+
+    Returns v, a copy unless it stays as it is, and `spec` without norms.
+    """
+    if not _has_norms(spec):
+        return v, spec
+    values = v if spec.v_epsilon is None and v is not k else pool.empty(v.shape, np.float32)
     kernels.get("head_norms.cu", f"head_norms<{check_head_dim(spec.head_dim)}>")(
         (len(q), -(-(spec.n_heads + spec.n_kv_heads) // _HEAD_WARPS)),
         (32 * _HEAD_WARPS,),
-        (q, k, *weights, *epsilons, np.int32(spec.n_heads), np.int32(spec.n_kv_heads)),
+        (q, k, v, values, _head_norms(spec), np.int32(spec.n_heads), np.int32(spec.n_kv_heads)),
         pdl=True,
     )
+    return values, replace(spec, q_norm=None, k_norm=None, v_epsilon=None)
 
 
-def normalized_values(kernels: Launcher, pool: Allocator, v: DeviceArray, spec: Attention) -> DeviceArray:
-    """v [T, Hk·D] f32, or a normalized copy if `spec` has a norm of values.
+def _has_norms(spec: Attention) -> bool:
+    return (spec.q_norm, spec.k_norm, spec.v_epsilon) != (None, None, None)
 
-    It comes before `normalize_heads`, since v may be k.
-    """
-    if spec.v_epsilon is None:
-        return v
-    y = pool.empty(v.shape, np.float32)
-    kernels.get("value_norms.cu", f"value_norms<{check_head_dim(spec.head_dim)}>")(
-        (len(v), -(-spec.n_kv_heads // _HEAD_WARPS)),
-        (32 * _HEAD_WARPS,),
-        (y, v, np.float32(spec.v_epsilon), np.int32(spec.n_kv_heads)),
-        pdl=True,
-    )
-    return y
+
+def _head_norms(spec: Attention) -> np.ndarray[Any, Any]:
+    """The kernel parameter `HeadNorms`: a value of _HEAD_NORMS."""
+    weighted = [
+        (0, _NO_EPSILON, 0) if norm is None else (address(norm.weight.data), norm.eps, 0)
+        for norm in (spec.q_norm, spec.k_norm)
+    ]
+    return np.array((*weighted, (0, _NO_EPSILON if spec.v_epsilon is None else spec.v_epsilon, 0)), _HEAD_NORMS)

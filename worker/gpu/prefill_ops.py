@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from worker.gpu import matmul, matvec
 from worker.gpu.activations import ScaledF16, scale_to_f16
 from worker.gpu.attention import AttentionLauncher
-from worker.gpu.head_norms import normalized_values
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul import ExpertGroups
@@ -57,7 +56,6 @@ class PrefillOps:
 
     def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> ScaledF16:
         """See `Ops.attention`; y is the input of `linear_add`."""
-        v = normalized_values(self._kernels, self._pool, v, spec)
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:

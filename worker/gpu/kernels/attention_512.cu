@@ -7,9 +7,10 @@
 // online softmax in base 2, then each thread two columns of the sums. The order of all sums follows
 // from the row's position alone.
 //
-// attention_512_rows (decode): one new token a row. RoPE of q and k, KV write, and the split of
-// attention_decode.cu: block g of a row computes the tiles g, g + splits, … after the oldest one; the
-// block that arrives last adds the partial results, the oldest first.
+// attention_512_rows (decode): one new token a row. With Norms (HeadNorms) norms of q, k and v; RoPE
+// of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the tiles g,
+// g + splits, … after the oldest one; the block that arrives last adds the partial results, the oldest
+// first.
 //   q [R, H·512], k, v [R, Hk·512] f32; row_slots [R] i32, or null: slot 0; of the slots, positions
 //   [S] i32 and tables [S, table_stride] i32. y [R, H·512] f32; zeros for an inactive row
 //   (attention_items.cu). The keys of other rows of a sequence are in the cache (kv_rows.cu).
@@ -26,6 +27,7 @@
 #include "decode_splits.cuh"
 #include "fragments.cuh"
 #include "half.cuh"
+#include "head_norm.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
 #include "warp.cuh"
@@ -50,23 +52,6 @@ struct Shared {
     int blocks[kTile / kKvBlock];
     __device__ __forceinline__ float& weight(int i, int g) { return reinterpret_cast<float*>(weights)[4 * i + g]; }
 };
-
-// One step of a sum over the warp: lanes with the bit HALF keep the upper half of 2·HALF values.
-template <int HALF>
-__device__ __forceinline__ void add_halves(float (&v)[32]) {
-    const bool upper = threadIdx.x & HALF;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-        const float low = v[i], high = v[i + HALF];
-        v[i] = __fadd_rn(upper ? high : low, __shfl_xor_sync(0xffffffffu, upper ? low : high, HALF));
-    }
-}
-
-// Add the 32 values of each lane over the warp: lane i returns the sum of the values i.
-__device__ __forceinline__ float transposed_sum(float (&v)[32]) {
-    add_halves<16>(v), add_halves<8>(v), add_halves<4>(v), add_halves<2>(v), add_halves<1>(v);
-    return v[0];
-}
 
 template <int GROUP>
 struct State {
@@ -175,12 +160,13 @@ private:
     }
 };
 
-template <int GROUP>
+template <int GROUP, class... Norms>
 __global__ void __launch_bounds__(kThreads)
     attention_512_rows(float* y, const float* q, const float* k, const float* v, unsigned short* k_cache,
                        unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* row_slots,
                        const int* positions, const int* tables, int table_stride, const float* sinks, float* partials,
-                       unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits) {
+                       unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits,
+                       Norms... norms) {
     constexpr int kPartial = GROUP * (kDim + 2);
     __shared__ Shared<GROUP> shared;
     grid_dependency_wait();
@@ -202,23 +188,27 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
     const size_t kv_row = ((size_t)blockIdx.z * n_kv_heads + kv_head) * kDim;
     const bool own = tiles.has_newest();
+    q += ((size_t)blockIdx.z * n_heads + head) * kDim, k += kv_row, v += kv_row;
+    if constexpr (sizeof...(Norms) > 0) {
+        __shared__ __align__(16) float heads[GROUP + 2][kDim];
+        NormedGroup<kDim, GROUP, kThreads / 32> normed;
+        normed.load_weights(own, norms...);
+        normed.normalize(own, q, k, v, heads[0], norms...);
+        q = heads[0], k = heads[normed.kKey], v = heads[normed.kValue];
+    }
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < (GROUP + own) * kDim / 4; unit += kThreads) {
         const int g = unit / (kDim / 4), e = unit % (kDim / 4) * 4;
-        const float* from = g < GROUP ? q + ((size_t)blockIdx.z * n_heads + head + g) * kDim : k + kv_row;
-        const float4 x = rotated<false>(from, e, position, rope);
+        const float4 x = rotated<false>(g < GROUP ? q + g * kDim : k, e, position, rope);
         if (g < GROUP) {
             *reinterpret_cast<float4*>(&shared.queries[g][e]) =
                 make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale), __fmul_rn(x.z, scale), __fmul_rn(x.w, scale));
             continue;
         }
         const size_t to = caches.row(caches.table[position / kKvBlock], position) + e;
-        const float key[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            k_cache[to + i] = shared.key[e + i] = float_to_half(clamp_to_half_range(key[i]));
-            v_cache[to + i] = shared.value[e + i] = float_to_half(clamp_to_half_range(v[kv_row + e + i]));
-        }
+        const uint2 key = halves_of(x), value = halves_of(*reinterpret_cast<const float4*>(v + e));
+        *reinterpret_cast<uint2*>(k_cache + to) = *reinterpret_cast<uint2*>(shared.key + e) = key;
+        *reinterpret_cast<uint2*>(v_cache + to) = *reinterpret_cast<uint2*>(shared.value + e) = value;
     }
     __syncthreads();
 

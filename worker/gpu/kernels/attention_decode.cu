@@ -1,7 +1,8 @@
-// Decode attention of one new token: RoPE of q and k, KV write, split-KV attention.
+// Decode attention of one new token: norms of heads, RoPE of q and k, KV write, split-KV attention.
 //
 //   y_h = Σ_p softmax_p(q_h · k_p / √D) v_p   over positions max(0, t-window+1) … t
-// A sink logit, if any, joins the denominator.
+// A sink logit, if any, joins the denominator. With Norms (HeadNorms) the heads of q, k and v are
+// normalized first (head_norm.cuh), in each block that reads them; v may be k.
 // Flash-decoding (Dao et al. 2023, https://pytorch.org/blog/flash-decoding): the positions are cut
 // into tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the
 // tiles s ≡ g (mod G) by online softmax; the block that arrives last adds the blocks' partial
@@ -28,18 +29,20 @@
 #include "arrival.cuh"
 #include "decode_heads.cuh"
 #include "decode_splits.cuh"
+#include "head_norm.cuh"
 #include "pdl.cuh"
 #include "rope.cuh"
 
-template <int D, int GROUP, bool ADJACENT>
+template <int D, int GROUP, bool ADJACENT, class... Norms>
 __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     attention_decode(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
                      unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
                      const int* row_slot, const int* positions, const int* tables, int table_stride,
                      const float* sinks, float* partials, unsigned int* arrivals, int n_heads, int n_kv_heads,
-                     int window) {
+                     int window, Norms... norms) {
     constexpr int kPartial = partial_floats(D, GROUP), kWarps = warps_of(D, GROUP), kThreads = 32 * kWarps;
     constexpr int kBlocks = kv_blocks_of(D, GROUP), kOfWarp = kBlocks * kKvBlock, kTile = kWarps * kOfWarp;
+    constexpr bool kNormed = sizeof...(Norms) > 0;
     static_assert(GROUP <= kWarps, "combine computes the weights of a head in one warp");
     __shared__ uint4 queries[Heads<D>::kSteps][32];
     __shared__ __align__(16) float warp_partials[kWarps][kPartial];
@@ -82,19 +85,27 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     const bool rotates = warp < Heads<D>::kSteps;
     const int row = lane / 4, e = Heads<D>::query_element(warp, lane);
     const int element = tiles.has_newest() ? (int)threadIdx.x - (kThreads - D) : -1;
-    Rotation rotations[4], key_rotation;
-    if (rotates) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, newest, rope);
-    }
+    constexpr bool kTwoSteps = Heads<D>::kSteps > kWarps;  // of each warp
+    const int second = Heads<D>::query_element(warp + kWarps, lane);
+    Rotation rotations[4], second_rotations[4], key_rotation;
+    if (rotates) load_rotations<ADJACENT>(rotations, e, newest, rope);
+    if constexpr (kTwoSteps) load_rotations<ADJACENT>(second_rotations, second, newest, rope);
     if (element >= 0) key_rotation = rotation_of<ADJACENT>(element, newest, rope);
     const size_t new_row = kv_offset<D>(tables[newest / kKvBlock], n_kv_heads, kv_head, newest);
+    NormedGroup<D, GROUP, kWarps> normed;
+    if constexpr (kNormed) normed.load_weights(tiles.has_newest(), norms...);
     launch_dependents();
     grid_dependency_wait();
+    const int first = kNormed ? 0 : head;
+    if constexpr (kNormed) {
+        float* const heads = warp_partials[0];  // until the next barrier
+        normed.normalize(tiles.has_newest(), q + head * D, k + kv_head * D, v + kv_head * D, heads, norms...);
+        q = heads, k = heads + normed.kKey * D, v = heads + normed.kValue * D;
+    }
     if (rotates) {
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f), other = x;
         if (row < GROUP) {
-            const float* from = q + (head + row) * D;
+            const float* from = q + (first + row) * D;
             x = *reinterpret_cast<const float4*>(from + e);
             other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
                              : make_float4(from[rotations[0].partner], from[rotations[1].partner],
@@ -107,16 +118,16 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         queries[warp][lane] = Heads<D>::query(make_float4(scaled(x.x, other.x, 0), scaled(x.y, other.y, 1),
                                                           scaled(x.z, other.z, 2), scaled(x.w, other.w, 3)));
     }
-    if constexpr (Heads<D>::kSteps > kWarps) {  // a second step for each warp
+    if constexpr (kTwoSteps) {
         static_assert(Heads<D>::kSteps == 2 * kWarps && GROUP <= 8);
         float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (row < GROUP) x = rotated<ADJACENT>(q + (head + row) * D, Heads<D>::query_element(warp + kWarps, lane), newest, rope);
+        if (row < GROUP) x = rotated<ADJACENT>(q + (first + row) * D, second, second_rotations);
         const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
         queries[warp + kWarps][lane] = Heads<D>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
                                                                    __fmul_rn(x.z, scale), __fmul_rn(x.w, scale)));
     }
     if (element >= 0) {
-        const int at = kv_head * D;
+        const int at = kNormed ? 0 : kv_head * D;
         const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
         k_cache[new_row + element] = new_key[element] = float_to_half(clamp_to_half_range(key));
         v_cache[new_row + element] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));

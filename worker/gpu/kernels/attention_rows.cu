@@ -28,12 +28,6 @@
 #include "rope.cuh"
 #include "team_parts.cuh"
 
-// Four halves of a key or value.
-__device__ __forceinline__ uint2 halves_of(const float4 x) {
-    return make_uint2(floats_to_half2(clamp_to_half_range(x.x), clamp_to_half_range(x.y)),
-                      floats_to_half2(clamp_to_half_range(x.z), clamp_to_half_range(x.w)));
-}
-
 // Add one KV block of the ring. `fresh`: no sums before it.
 template <int D, int GROUP>
 __device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned short* staged,

@@ -47,3 +47,9 @@ __device__ __forceinline__ void unpack8(const uint4 packed, float (&out)[8]) {
         out[2 * i + 1] = f.y;
     }
 }
+
+// Four halves of a key or value.
+__device__ __forceinline__ uint2 halves_of(const float4 x) {
+    return make_uint2(floats_to_half2(clamp_to_half_range(x.x), clamp_to_half_range(x.y)),
+                      floats_to_half2(clamp_to_half_range(x.z), clamp_to_half_range(x.w)));
+}

@@ -1,36 +1,33 @@
-// RMSNorm of each query and key head, in place, before RoPE.
+// RMSNorm of each query and key head, in place, and of each value head, into a copy, before RoPE.
 //
-//   q[t, h] = q[t, h] / sqrt(mean(q[t, h]²) + eps) · weight, and k alike
-// Shapes: q [T, H·D], k [T, Hk·D] f32; q_weight, k_weight [D] f32, null for heads without a norm.
-// Grid (T, ⌈(H + Hk) / HEAD_WARPS⌉), block 32·HEAD_WARPS: a warp a head, elements lane, lane + 32, …
-// in registers. Alignment: 4 bytes. Bytes: 8 an element.
-// Order and rounding: a lane's squares ascending by fused additions, then the warp's butterfly; as
-// in the twin, the factor 1/sqrt is rounded twice, and each product once.
-// Twin: `rms_norm` in worker/cpu/plain.py. Launcher: worker/gpu/head_norms.py.
+// head_norm.cuh has the formula. Shapes: q [T, H·D], k, v and values [T, Hk·D] f32. v may be k: the
+// values are then the keys before their norm. Nothing is written if values is v.
+// Grid (T, ⌈(H + Hk) / HEAD_WARPS⌉), block 32·HEAD_WARPS: a warp a query head, or a key head and its
+// value head. Alignment: 4 bytes. Bytes: 8 an element.
+// Twin: `CpuOps.attention` in worker/cpu/ops.py. Launcher: worker/gpu/head_norms.py.
+#include "head_norm.cuh"
 #include "pdl.cuh"
-#include "warp.cuh"
 
 template <int D>
 __global__ void __launch_bounds__(32 * HEAD_WARPS)
-    head_norms(float* q, float* k, const float* q_weight, const float* k_weight, float q_eps, float k_eps, int n_heads,
-               int n_kv_heads) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y * HEAD_WARPS + warp;
-    const bool is_key = head >= n_heads, any = head < n_heads + n_kv_heads;
-    const float* const weight = is_key ? k_weight : q_weight;
-    float w[D / 32];
-    if (any && weight) {  // constant during a step: read before the wait (pdl.cuh)
-#pragma unroll
-        for (int i = 0; i < D / 32; ++i) w[i] = weight[lane + 32 * i];
-    }
+    head_norms(float* q, float* k, const float* v, float* values, const HeadNorms norms, int n_heads, int n_kv_heads) {
+    const int head = blockIdx.y * HEAD_WARPS + threadIdx.x / 32, kv_head = head - n_heads;
+    const bool is_key = kv_head >= 0, any = kv_head < n_kv_heads;
+    const HeadNorm norm = is_key ? norms.k : norms.q;
+    WarpHead<D> x;
+    if (any) x.load_weight(norm);  // before the wait (pdl.cuh)
     grid_dependency_wait();
-    if (!any || !weight) return;
-    float* const x = is_key ? k + ((size_t)blockIdx.x * n_kv_heads + head - n_heads) * D
-                            : q + ((size_t)blockIdx.x * n_heads + head) * D;
-    float v[D / 32], squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < D / 32; ++i) v[i] = x[lane + 32 * i], squares = __fmaf_rn(v[i], v[i], squares);
-    const float mean = __fdiv_rn(warp_sum(squares), (float)D);
-    const float factor = __frcp_rn(__fsqrt_rn(__fadd_rn(mean, is_key ? k_eps : q_eps)));
-#pragma unroll
-    for (int i = 0; i < D / 32; ++i) x[lane + 32 * i] = __fmul_rn(__fmul_rn(v[i], factor), w[i]);
+    if (!any) return;
+    const size_t kv = ((size_t)blockIdx.x * n_kv_heads + kv_head) * D;
+    float* const in_place = is_key ? k + kv : q + ((size_t)blockIdx.x * n_heads + head) * D;
+    x.load(in_place);
+    if (is_key && values != v) {
+        WarpHead<D> value;
+        value.load_weight(norms.v);
+        value.load(v + kv);
+        value.normalize(norms.v);
+        value.store(values + kv);
+    }
+    x.normalize(norm);
+    x.store(in_place);
 }

@@ -14,7 +14,8 @@
 // |                                 | matmul, scale_to_f16,          |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
 // |                                 | experts_mma, quantize_rows,    |                            |
-// |                                 | head_norms, norm_add           |                            |
+// |                                 | head_norms, norm_add,          |                            |
+// |                                 | attention_decode               |                            |
 // | RoPE tables                     | attention_decode, _few_rows,   | written at load only       |
 // |                                 | _rows                          |                            |
 // | row slots, positions, tables    | attention_decode, _few_rows,   | before this graph (1)      |

@@ -37,18 +37,30 @@ __device__ __forceinline__ float rotate(float x, float partner, const Rotation r
     return fmaf(x, r.cos, partner * r.sin);
 }
 
-// Elements e … e + 3 of a head, rotated to `position`.
+// Elements e … e + 3 of a head, rotated by their rotations.
 template <bool ADJACENT>
-__device__ __forceinline__ float4 rotated(const float* head, int e, int position, const RopeTables rope) {
-    Rotation rotations[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, position, rope);
+__device__ __forceinline__ float4 rotated(const float* head, int e, const Rotation (&rotations)[4]) {
     const float4 x = *reinterpret_cast<const float4*>(head + e);
     const float4 other = ADJACENT ? make_float4(x.y, x.x, x.w, x.z)
                                   : make_float4(head[rotations[0].partner], head[rotations[1].partner],
                                                 head[rotations[2].partner], head[rotations[3].partner]);
     return make_float4(rotate(x.x, other.x, rotations[0]), rotate(x.y, other.y, rotations[1]),
                        rotate(x.z, other.z, rotations[2]), rotate(x.w, other.w, rotations[3]));
+}
+
+// The rotations of elements e … e + 3 at `position`.
+template <bool ADJACENT>
+__device__ __forceinline__ void load_rotations(Rotation (&rotations)[4], int e, int position, const RopeTables rope) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rotations[i] = rotation_of<ADJACENT>(e + i, position, rope);
+}
+
+// Elements e … e + 3 of a head, rotated to `position`.
+template <bool ADJACENT>
+__device__ __forceinline__ float4 rotated(const float* head, int e, int position, const RopeTables rope) {
+    Rotation rotations[4];
+    load_rotations<ADJACENT>(rotations, e, position, rope);
+    return rotated<ADJACENT>(head, e, rotations);
 }
 
 // The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.

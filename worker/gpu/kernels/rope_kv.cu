@@ -2,18 +2,22 @@
 // KV cache.
 //
 //   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t] (f16)
+// With NORMS (HeadNorms) the heads of q, k and v are normalized first (head_norm.cuh); v may be k.
 // Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device;
 // cos, sin [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16
 // values are clamped to ±65504 (half.cuh).
-// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. Alignment: 4 bytes, 2
-// for f16.
+// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. With norms a token has a
+// warp for each query head, and for each key head with its value. Alignment: 4 bytes, 2 for f16.
 // Bytes: 6 a query element, 6 a KV element.
 // Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/attention.py with an f16
 // cache.
 #include "pdl.cuh"
 #include "half.cuh"
+#include "head_norm.cuh"
 #include "kv_cache.cuh"
 #include "rope.cuh"
+
+constexpr int kThreads = 128;
 
 template <int D, bool ADJACENT>
 __device__ __forceinline__ void store(unsigned short* head, const RopePair<D, ADJACENT> pair, const float2 v) {
@@ -21,11 +25,42 @@ __device__ __forceinline__ void store(unsigned short* head, const RopePair<D, AD
     head[pair.second] = float_to_half(clamp_to_half_range(v.y));
 }
 
-template <int D, bool ADJACENT>
-__global__ void __launch_bounds__(128)
+// What a warp computes with norms: a query head, or a key head and its value.
+template <int D>
+struct NormedHead {
+    const float *from, *value;  // value: null for a query head
+    unsigned short *to, *value_to;
+
+    template <bool ADJACENT>
+    __device__ __forceinline__ void write(int position, const RopeTables rope, const HeadNorms& norms) const {
+        __shared__ float normed[kThreads / 32][D];
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const HeadNorm norm = value ? norms.k : norms.q;
+        WarpHead<D> x;
+        x.load_weight(norm);
+        x.load(from);
+        x.normalize(norm);
+        x.store(normed[warp]);
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < D / 2; i += 32) {
+            const RopePair<D, ADJACENT> pair(i, rope.dims);
+            store(to, pair, pair.rotate(normed[warp], position, rope));
+        }
+        if (!value) return;
+        x.load_weight(norms.v);
+        x.load(value);
+        x.normalize(norms.v);
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) value_to[lane + 32 * i] = float_to_half(clamp_to_half_range(x.x[i]));
+    }
+};
+
+template <int D, bool ADJACENT, class... Norms>
+__global__ void __launch_bounds__(kThreads)
     rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, unsigned short* k_cache,
             unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* span,
-            int n_heads, int n_kv_heads) {
+            int n_heads, int n_kv_heads, Norms... norms) {
     const int t = blockIdx.x, position = span[0] + t;
     if (t >= span[1]) return;
     grid_dependency_wait();
@@ -33,6 +68,18 @@ __global__ void __launch_bounds__(128)
     const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
     const RopeTables rope = {cos, sin, dims};
     const size_t queries = (size_t)t * n_heads * D, kvs = (size_t)t * n_kv_heads * D;
+    if constexpr (sizeof...(Norms) > 0) {
+        const int head = first / 32, kv_head = head - n_heads;
+        if (kv_head >= n_kv_heads) return;
+        const size_t query = queries + head * D, kv = kvs + kv_head * D;
+        NormedHead<D> normed = {q + query, nullptr, rotated + query, nullptr};
+        if (kv_head >= 0) {
+            const size_t to = kv_offset<D>(block, n_kv_heads, kv_head, position);
+            normed = {k + kv, v + kv, k_cache + to, v_cache + to};
+        }
+        normed.template write<ADJACENT>(position, rope, norms...);
+        return;
+    }
     constexpr int kPairs = D / 2;
     for (int at = first; at < n_heads * kPairs; at += stride) {
         const RopePair<D, ADJACENT> pair(at % kPairs, dims);

@@ -1,6 +1,6 @@
-// Warp reductions by butterfly shuffles: every lane gets the result with the same bits, since the
-// order is fixed. Also the sum of squares of an RMSNorm. Every addition is written with its
-// rounding.
+// Warp reductions by butterfly shuffles, in a fixed order: every lane gets the result with the same
+// bits, of `transposed_sum` a result of its own. Also the sum of squares of an RMSNorm. Every addition
+// is written with its rounding.
 #pragma once
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);  // NVRTC's wheels carry no math_constants.h
@@ -21,4 +21,21 @@ __device__ __forceinline__ float warp_max(float v) {
 // fma(x, x, y²) + fma(z, z, w²).
 __device__ __forceinline__ float sum_of_squares(float4 v) {
     return __fadd_rn(__fmaf_rn(v.x, v.x, __fmul_rn(v.y, v.y)), __fmaf_rn(v.z, v.z, __fmul_rn(v.w, v.w)));
+}
+
+// One step of a sum over the warp: lanes with the bit HALF keep the upper half of 2·HALF values.
+template <int HALF>
+__device__ __forceinline__ void add_halves(float (&v)[32]) {
+    const bool upper = threadIdx.x & HALF;
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) {
+        const float low = v[i], high = v[i + HALF];
+        v[i] = __fadd_rn(upper ? high : low, __shfl_xor_sync(0xffffffffu, upper ? low : high, HALF));
+    }
+}
+
+// Add the 32 values of each lane over the warp: lane i returns the sum of the values i.
+__device__ __forceinline__ float transposed_sum(float (&v)[32]) {
+    add_halves<16>(v), add_halves<8>(v), add_halves<4>(v), add_halves<2>(v), add_halves<1>(v);
+    return v[0];
 }
