@@ -151,6 +151,40 @@ def test_a_product_applies_the_norm_to_its_input(kernels, memory, kind, cols):
     pool.check()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("kinds", "cols"),
+    [((Q4_K, Q4_K, Q4_K), 2560), ((Q4_K, Q4_K, Q6_K), 256), ((Q6_K,), 5376), ((F32, Q8_0), 96), ((Q8_0,), 9248)],
+)
+def test_a_product_that_adds_a_normed_result_first_has_the_bits_of_a_launch_before(kernels, memory, kinds, cols, scale):
+    from worker.gpu.activations import Q8Activations
+    from worker.gpu.matvec import glu, matvec
+    from worker.gpu.norms import NormedSum, norm_add
+
+    parts = [Projection(kernels, memory, kind, (64, cols), f"w{i}") for i, kind in enumerate(kinds)]
+    linears = [part.linear for part in parts]
+    pool, added = GuardedPool(), norm_of(GuardedPool(), cols, 1e-2, seed=2)[1]
+    (_, norm), y, residual = norm_of(pool, cols), pool.put(rows_of(1, cols)), pool.put(rows_of(1, cols, seed=4))
+
+    def pending():
+        return NormedSum(pool.empty((1, cols), np.float32), y, added, residual, scale)
+
+    x = norm_add(kernels, pool, y, added, residual, scale=scale)
+    expected = matvec(kernels, pool, Q8Activations(x), norm, linears)
+    summed = pending()
+    got = matvec(kernels, pool, Q8Activations(summed.x, sum=summed), norm, linears)
+    assert summed.stored
+    for a, b in zip((x, *expected), (summed.x, *got), strict=True):
+        assert a.get().tobytes() == b.get().tobytes()
+    for activation in (SWIGLU, GELU_GLU):
+        h = glu(kernels, pool, Q8Activations(x), norm, linears[0], linears[-1], activation)
+        summed = pending()
+        own = glu(kernels, pool, Q8Activations(summed.x, sum=summed), norm, linears[0], linears[-1], activation)
+        assert (own.x.get().tobytes(), *q8_bytes(own)) == (h.x.get().tobytes(), *q8_bytes(h))
+        assert summed.x.get().tobytes() == x.get().tobytes()
+    pool.check()
+
+
 # ---- several rows, each of which has the bits of a product of one row
 
 TOGETHER = pytest.mark.parametrize("tokens", [2, 3, 8, 17])

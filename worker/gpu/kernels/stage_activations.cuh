@@ -36,21 +36,24 @@ struct StagedRows {
     }
 };
 
-// Prefetch the norm's weights to L2, a line of 128 bytes a thread: they were last read one step
-// ago.
-__device__ __forceinline__ void prefetch_norm(const InputRows& rows) {
-    if (!rows.norm) return;
+// Prefetch weights of a norm to L2, a line of 128 bytes a thread: they were last read one step ago.
+__device__ __forceinline__ void prefetch_row(const void* row, int cols) {
 #pragma unroll 1
-    for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * blockDim.x)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.norm + i));
+    for (int i = 32 * threadIdx.x; i < cols; i += 32 * blockDim.x)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const float*>(row) + i));
+}
+__device__ __forceinline__ void prefetch_norm(const InputRows& rows) {
+    if (rows.norm) prefetch_row(rows.norm, rows.cols);
 }
 
 // Stage rows [first, first + count) as Q8 blocks, as f32, or as both, and return the factor for the
 // sums of the product. Called by all WARPS warps of the block; ends with a barrier. `shared` is
 // 16-byte aligned and holds count·cols·(4·STAGE_F32 + 1.25·STAGE_Q8) bytes. With a norm, count must
-// be 1: weights are indexed by column and the factor is one row's.
-template <bool STAGE_Q8, bool STAGE_F32, int WARPS = kWarps>
-__device__ __forceinline__ float stage(const InputRows& rows, int first, int count, u8* shared, StagedRows& staged) {
+// be 1: weights are indexed by column and the factor is one row's. With `sum` (normed_sum.cuh) the row
+// is that sum instead of rows.x.
+template <bool STAGE_Q8, bool STAGE_F32, int WARPS = kWarps, class... Sum>
+__device__ __forceinline__ float stage(const InputRows& rows, int first, int count, u8* shared, StagedRows& staged,
+                                       const Sum&... sum) {
     constexpr int kThreads = 32 * WARPS;
     __shared__ float warp_squares[WARPS];
     const int cols = rows.cols, elements = count * cols, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -62,13 +65,17 @@ __device__ __forceinline__ float stage(const InputRows& rows, int first, int cou
     if (STAGE_F32 || quantize) {
         const float4* x = reinterpret_cast<const float4*>(rows.x + (size_t)first * cols);
         const float4* weight = reinterpret_cast<const float4*>(rows.norm);
-        float squares = 0.f;
+        float squares = 0.f, sum_factor = 1.f;
+        if constexpr (sizeof...(Sum) > 0) sum_factor = (sum.factor(cols), ...);
 #pragma unroll 1
         for (int base = 64 * warp; base < elements / 4; base += 2 * kThreads) {  // whole warps, for store_quantized
             const int i = base + 2 * lane;
             float4 v[2] = {};
             if (i < elements / 4) {
-                v[0] = x[i], v[1] = x[i + 1];
+                if constexpr (sizeof...(Sum) > 0)
+                    (sum.load(v, i / 2, sum_factor), ...);
+                else
+                    v[0] = x[i], v[1] = x[i + 1];
                 if (weight) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
