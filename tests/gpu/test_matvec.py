@@ -185,6 +185,29 @@ def test_a_product_that_adds_a_normed_result_first_has_the_bits_of_a_launch_befo
     pool.check()
 
 
+@pytest.mark.parametrize(("kind", "cols"), [(Q4_K, 2560), (Q4_K, 5376), (F32, 96), (Q8_0, 1152)])
+def test_a_gated_product_in_small_blocks_has_the_bits_of_large_ones(kernels, memory, monkeypatch, kind, cols):
+    """The order of the norm's sum of squares included."""
+    from worker.gpu.matvec import glu
+
+    gate, up = (Projection(kernels, memory, kind, (70, cols), name, bias=True).linear for name in "gu")
+    pool, x, results = GuardedPool(), rows_of(1, cols), {}
+    (_, norm), launched = norm_of(pool, cols), []
+
+    class Watched:
+        def get(self, file, expression):
+            launched.append(expression.partition(",")[0])
+            return kernels.get(file, expression)
+
+    for resident in (3, 2):  # of 3 blocks
+        monkeypatch.setattr("worker.gpu.matvec._RESIDENT_GLU_BLOCKS", resident)
+        h = glu(Watched(), pool, f32_activations(pool, x), norm, gate, up, SWIGLU)
+        results[resident] = h.x.get().tobytes()
+    pool.check()
+    assert launched == ["glu<16", "glu<8"]
+    assert results[3] == results[2]
+
+
 # ---- several rows, each of which has the bits of a product of one row
 
 TOGETHER = pytest.mark.parametrize("tokens", [2, 3, 8, 17])

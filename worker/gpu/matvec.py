@@ -25,7 +25,8 @@ from worker.gpu.memory import DeviceArray
 from worker.ops import GELU_GLU, Activation, Linear, RmsNorm, Routes
 from worker.quants import Q4_K, Q6_K, QuantType
 
-_EXPERT_WARPS = 8  # of a block of glu for experts
+_SMALL_GLU_WARPS = 8  # of a block of glu for experts, and where larger blocks would not all be resident
+_RESIDENT_GLU_BLOCKS = 264  # of DECODE_WARPS warps, two for each of an H100's multiprocessors
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
 _ROUTE_TOKENS = 4  # tokens of a block of route.cu, a warp each
 _ROUTE_PER_LANE = (1, 2, 4, 8)  # experts of a lane
@@ -101,11 +102,15 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     ),
     *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in STORED_TYPES for tile in _GLU_TILES),
     *(
-        ("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}, {kind.name}, true{summed}>")
+        ("glu.cu", f"glu<{warps}, {tile}, {kind.name}, {kind.name}, {gelu}, {DECODE_WARPS}{summed}>")
         for kind in GELU_TYPES
         for tile in _GLU_TILES
-        for summed in ("", ", NormedSum")
+        for warps, gelu, summed in (
+            *((DECODE_WARPS, "true", ", NormedSum"), (_SMALL_GLU_WARPS, "true", ", NormedSum")),
+            *((_SMALL_GLU_WARPS, "true", ""), (_SMALL_GLU_WARPS, "false", "")),
+        )
     ),
+    *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {k.name}, {k.name}, true>") for k in GELU_TYPES for tile in _GLU_TILES),
     *(
         ("matvec.cu", f"matvec<{_ANY_TILE}, {', '.join(kind.name for kind in kinds)}, NormedSum>")
         for kinds in ((Q4_K, Q4_K, Q4_K), (Q4_K, Q4_K, Q6_K), (Q6_K, Q6_K, Q6_K))
@@ -115,7 +120,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for rows, tile in _GLU_ROWS_TILES.items()
         for k in GELU_TYPES
     ),
-    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_SMALL_GLU_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
 )
@@ -243,22 +248,24 @@ def glu(
         grid, shared = (-(-rows // _GLU_ELEMENTS), -(-tokens // row_tile)), row_tile * _staged_bytes(cols, kinds)
         kernel(grid, (32 * int(_GLU_ROWS_TILES[row_tile].split(",")[0]),), args, shared_mem=shared, pdl=True)
         return h
-    experts, warps = (None, DECODE_WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
-    if x.sum is not None:
-        names = ", ".join((*(kind.name for kind in kinds), _FLAGS[gelu], "NormedSum"))
+    blocks = -(-rows // _GLU_ELEMENTS)
+    small = routes is not None or blocks > _RESIDENT_GLU_BLOCKS
+    warps = _SMALL_GLU_WARPS if small else DECODE_WARPS
+    if routes is None and (small or x.sum is not None):  # the norm's order of sums is that of DECODE_WARPS
+        summed = () if x.sum is None else ("NormedSum",)
+        names = ", ".join((*(kind.name for kind in kinds), _FLAGS[gelu], str(DECODE_WARPS), *summed))
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {names}>")
     args = (
         *branches,
         input_rows(x, norm),
         gate_of(activation, gelu=gelu),
-        experts,
+        None if routes is None else routes.experts,
         np.int32(k),
         np.int32(rows),
         hidden,
         *_sums(x),
     )
-    grid = (-(-rows // _GLU_ELEMENTS), tokens * k)
-    kernel(grid, (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
+    kernel((blocks, tokens * k), (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return h
 
 

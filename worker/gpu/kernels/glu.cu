@@ -10,7 +10,8 @@
 // Grid: x over ⌈rows/32⌉, y over T·k; 32·WARPS threads. A block computes 32 adjacent elements of
 // one h, so that it can store them as one Q8 block; a warp computes 32/WARPS of them, that is twice
 // as many rows in the order gate, up, gate, up, TILE_M at a time. WARPS is 16 for a dense FFN, 8
-// for experts: they have many blocks, and small ones end closer together.
+// for experts and where blocks of 16 would not all be resident: small ones end closer together. The
+// norm of a dense FFN has the order of 16 warps in any case (NORM_WARPS).
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: the weights of
 // each chosen expert once a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
@@ -24,7 +25,7 @@
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 
-template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false, class... Sum>
+template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false, int NORM_WARPS = WARPS, class... Sum>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
         const int* __restrict__ experts, const int k, const int rows, const Hidden out, Sum... sum) {
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
     }
     StagedRows x;
-    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(
+    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS, NORM_WARPS>(
         input, blockIdx.y / k, 1, shared, x, sum...);
 #pragma unroll 1
     for (int v = 0; v < kWarpRows; v += TILE_M) {
