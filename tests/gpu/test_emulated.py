@@ -22,7 +22,7 @@ CHOSEN = {
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"
     " or (embedded and 0.1 and (Q4_K or Q6_K or BF16))",
     "memory": "",
-    "matvec": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or residual or gelu or (of_a_launch_before and 256)",
+    "matvec": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or residual or gelu",
     "matvec_mma": "(no_tile and Q4_K and 40) or (gated and 160 and Q6_K) or (hold and 21) or gelu",
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or gelu",
     "norms": "",

@@ -151,63 +151,6 @@ def test_a_product_applies_the_norm_to_its_input(kernels, memory, kind, cols):
     pool.check()
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize(
-    ("kinds", "cols"),
-    [((Q4_K, Q4_K, Q4_K), 2560), ((Q4_K, Q4_K, Q6_K), 256), ((Q6_K,), 5376), ((F32, Q8_0), 96), ((Q8_0,), 9248)],
-)
-def test_a_product_that_adds_a_normed_result_first_has_the_bits_of_a_launch_before(kernels, memory, kinds, cols, scale):
-    from worker.gpu.activations import Q8Activations
-    from worker.gpu.matvec import glu, matvec
-    from worker.gpu.norms import NormedSum, norm_add
-
-    parts = [Projection(kernels, memory, kind, (64, cols), f"w{i}") for i, kind in enumerate(kinds)]
-    linears = [part.linear for part in parts]
-    pool, added = GuardedPool(), norm_of(GuardedPool(), cols, 1e-2, seed=2)[1]
-    (_, norm), y, residual = norm_of(pool, cols), pool.put(rows_of(1, cols)), pool.put(rows_of(1, cols, seed=4))
-
-    def pending():
-        return NormedSum(pool.empty((1, cols), np.float32), y, added, residual, scale)
-
-    x = norm_add(kernels, pool, y, added, residual, scale=scale)
-    expected = matvec(kernels, pool, Q8Activations(x), norm, linears)
-    summed = pending()
-    got = matvec(kernels, pool, Q8Activations(summed.x, sum=summed), norm, linears)
-    assert summed.stored
-    for a, b in zip((x, *expected), (summed.x, *got), strict=True):
-        assert a.get().tobytes() == b.get().tobytes()
-    for activation in (SWIGLU, GELU_GLU):
-        h = glu(kernels, pool, Q8Activations(x), norm, linears[0], linears[-1], activation)
-        summed = pending()
-        own = glu(kernels, pool, Q8Activations(summed.x, sum=summed), norm, linears[0], linears[-1], activation)
-        assert (own.x.get().tobytes(), *q8_bytes(own)) == (h.x.get().tobytes(), *q8_bytes(h))
-        assert summed.x.get().tobytes() == x.get().tobytes()
-    pool.check()
-
-
-@pytest.mark.parametrize(("kind", "cols"), [(Q4_K, 2560), (Q4_K, 5376), (F32, 96), (Q8_0, 1152)])
-def test_a_gated_product_in_small_blocks_has_the_bits_of_large_ones(kernels, memory, monkeypatch, kind, cols):
-    """The order of the norm's sum of squares included."""
-    from worker.gpu.matvec import glu
-
-    gate, up = (Projection(kernels, memory, kind, (70, cols), name, bias=True).linear for name in "gu")
-    pool, x, results = GuardedPool(), rows_of(1, cols), {}
-    (_, norm), launched = norm_of(pool, cols), []
-
-    class Watched:
-        def get(self, file, expression):
-            launched.append(expression.partition(",")[0])
-            return kernels.get(file, expression)
-
-    for resident in (3, 2):  # of 3 blocks
-        monkeypatch.setattr("worker.gpu.matvec._RESIDENT_GLU_BLOCKS", resident)
-        h = glu(Watched(), pool, f32_activations(pool, x), norm, gate, up, SWIGLU)
-        results[resident] = h.x.get().tobytes()
-    pool.check()
-    assert launched == ["glu<16", "glu<8"]
-    assert results[3] == results[2]
-
-
 # ---- several rows, each of which has the bits of a product of one row
 
 TOGETHER = pytest.mark.parametrize("tokens", [2, 3, 8, 17])

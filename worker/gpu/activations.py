@@ -13,7 +13,6 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import address
 from worker.gpu.memory import DeviceArray
-from worker.gpu.norms import NormedSum
 from worker.ops import RmsNorm
 
 Q8_BLOCK = 32
@@ -43,15 +42,13 @@ class Q8Activations:
 
     `q` [T, cols] i8 and `meta` [T, cols/32], 8 bytes a block: an f32 scale and two i16 sums. A
     product of one row whose input has no Q8 blocks quantizes `x` itself. `factor` [T] f32, 1 if
-    None, multiplies the rows' products: 1/rms of a norm that `quantize_rows` has applied. With
-    `sum` the product of one row computes and stores `x` first.
+    None, multiplies the rows' products: 1/rms of a norm that `quantize_rows` has applied.
     """
 
     x: DeviceArray
     q: DeviceArray | None = None
     meta: DeviceArray | None = None
     factor: DeviceArray | None = None
-    sum: NormedSum | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

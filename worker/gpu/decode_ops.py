@@ -7,8 +7,6 @@ Twin: `worker/cpu/ops.py`. Prompts: `prefill_ops.py`.
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from worker.gpu import decode_experts, matvec
 from worker.gpu.activations import Q8Activations, Q8Tiles
 from worker.gpu.attention import AttentionLauncher
@@ -18,7 +16,7 @@ from worker.gpu.head_norms import may_fuse_norms, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
-from worker.gpu.norms import NormedSum, norm_add
+from worker.gpu.norms import norm_add
 from worker.gpu.softcap import softcap
 from worker.gpu.state import StepState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
@@ -32,9 +30,6 @@ class LazyNorm:
 
     x: DeviceArray
     norm: RmsNorm
-
-
-Rows = DeviceArray | NormedSum
 
 
 class DecodeOps:
@@ -62,9 +57,10 @@ class DecodeOps:
         tokens = self._state.tokens[: self._state.slots] if slots is None else self._state.tokens
         return embed(self._kernels, self._pool, table, tokens, slots, scale)
 
-    def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
+    def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
-        return tuple(y for group in groups for y in self._products.multiply(_input(x), norm, group))
+        rows = Q8Activations(x)
+        return tuple(y for group in groups for y in self._products.multiply(rows, norm, group))
 
     def attention(
         self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
@@ -77,33 +73,26 @@ class DecodeOps:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 
-    def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: Rows) -> DeviceArray:
+    def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray) -> DeviceArray:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
-        (x,) = self._products.multiply(y, None, (linear,), self._stored(residual))
+        (x,) = self._products.multiply(y, None, (linear,), residual)
         return x
 
     def linear_norm_add(
-        self, y: Q8Activations | Q8Tiles, linear: Linear, norm: RmsNorm, residual: Rows, scale: float = 1.0
-    ) -> Rows:
-        """See `Ops.linear_norm_add`; y is a result of `attention` or `norm_glu`.
-
-        One row is left to the next product, which needs all of it in each of its blocks anyway.
-        """
+        self, y: Q8Activations | Q8Tiles, linear: Linear, norm: RmsNorm, residual: DeviceArray, scale: float = 1.0
+    ) -> DeviceArray:
+        """See `Ops.linear_norm_add`; y is a result of `attention` or `norm_glu`."""
         (z,) = self._products.multiply(y, None, (linear,))
-        added = self._stored(residual)
-        if len(z) > 1:
-            return norm_add(self._kernels, self._pool, z, norm, added, scale=scale)
-        return NormedSum(self._pool.empty(z.shape, np.float32), z, norm, added, scale)
+        return norm_add(self._kernels, self._pool, z, norm, residual, scale=scale)
 
     def norm_glu(
-        self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
+        self, x: DeviceArray, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
-        return self._products.gated(_input(x), norm, gate, up, activation)
+        return self._products.gated(Q8Activations(x), norm, gate, up, activation)
 
-    def norm_route(self, x: Rows, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
+    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
         """See `Ops.norm_route`; for one row `experts_glu` computes the norm."""
-        x = self._stored(x)
         if len(x) == 1:
             return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
         slots = self._state.slots_of_rows(len(x))
@@ -119,8 +108,9 @@ class DecodeOps:
             return decode_experts.experts_glu(self._kernels, self._pool, n, routes, gate, up, activation)
         return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
-    def experts_add(self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: Rows) -> DeviceArray:
-        residual = self._stored(residual)
+    def experts_add(
+        self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: DeviceArray
+    ) -> DeviceArray:
         if isinstance(h, PairRows):
             return decode_experts.experts_add(self._kernels, self._pool, h, routes, down, residual)
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
@@ -128,19 +118,6 @@ class DecodeOps:
     def softcap(self, logits: DeviceArray, cap: float) -> DeviceArray:
         return softcap(self._kernels, logits, cap)
 
-    def gather_rows(self, x: Rows, batch: Batch) -> Rows:
+    def gather_rows(self, x: DeviceArray, batch: Batch) -> DeviceArray:
         """See `Ops.gather_rows`: a decode step needs the logits of all its rows."""
         return x
-
-    def _stored(self, x: Rows) -> DeviceArray:
-        """x, computed by a launch of its own if no product has stored it."""
-        if isinstance(x, NormedSum) and not x.stored:
-            return norm_add(self._kernels, self._pool, x.y, x.norm, x.residual, scale=x.scale)
-        return x.x if isinstance(x, NormedSum) else x
-
-
-def _input(x: Rows) -> Q8Activations:
-    """x as the input of a product, which computes it first if no product has stored it."""
-    if isinstance(x, NormedSum):
-        return Q8Activations(x.x, sum=None if x.stored else x)
-    return Q8Activations(x)

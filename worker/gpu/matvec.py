@@ -1,11 +1,10 @@
 """Launchers of decode's products: matrix-vector kernels that read each weight once a token.
 
-A norm, the products and their epilogue are one launch, and so is the sum before the norm
-(`norms.py`). Weights of the block types meet Q8 activations, F32, F16 and BF16 meet f32
-(`kernels/stage_activations.cuh`). The distribution of a matrix over warps follows from its shape
-and type alone, so a token's bits do not depend on the rest of the batch. Kernels: `matvec.cu`,
-`glu.cu`, `experts_add.cu`, `route.cu`. Twins: the ops of `worker/cpu/ops.py`,
-`tests/quantized_ops.py`.
+A norm, the products and their epilogue are one launch. Weights of the block types meet Q8
+activations, F32, F16 and BF16 meet f32 (`kernels/stage_activations.cuh`). The distribution of a
+matrix over warps follows from its shape and type alone, so a token's bits do not depend on the rest
+of the batch. Kernels: `matvec.cu`, `glu.cu`, `experts_add.cu`, `route.cu`. Twins: the ops of
+`worker/cpu/ops.py`, `tests/quantized_ops.py`.
 """
 
 import math
@@ -16,21 +15,19 @@ from typing import Any
 import numpy as np
 
 from worker.errors import ModelLoadFailed
-from worker.gpu import norms
 from worker.gpu.activations import DECODE_WARPS, Q8Activations, empty_q8, input_rows, quantize_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
 from worker.ops import GELU_GLU, Activation, Linear, RmsNorm, Routes
-from worker.quants import Q4_K, Q6_K, QuantType
+from worker.quants import Q4_K, QuantType
 
-_SMALL_GLU_WARPS = 8  # of a block of glu for experts, and where larger blocks would not all be resident
-_RESIDENT_GLU_BLOCKS = 264  # of DECODE_WARPS warps, two for each of an H100's multiprocessors
+_EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
 _ROUTE_TOKENS = 4  # tokens of a block of route.cu, a warp each
 _ROUTE_PER_LANE = (1, 2, 4, 8)  # experts of a lane
-DEFINES = {"DECODE_WARPS": DECODE_WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS, **norms.DEFINES}
+DEFINES = {"DECODE_WARPS": DECODE_WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS}
 
 _THREADS = 32 * DECODE_WARPS
 _GRID_BLOCKS = 264  # two for each of an H100's multiprocessors; the rest of a larger grid waits its turn
@@ -38,7 +35,6 @@ _SMALL_GRID_BLOCKS = 132
 _LARGE_BYTES = 4 << 20  # matrices of more bytes get the full grid
 _MIN_BUSY_WARPS = 10  # of a block's warps
 _MAX_PROJECTIONS = 3  # of one launch
-_FLAGS = ("false", "true")
 
 _MATRIX = np.dtype(
     [
@@ -101,26 +97,13 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for tile in (_ANY_TILE, _SHORT_TILE)
     ),
     *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {kind.name}>") for kind in STORED_TYPES for tile in _GLU_TILES),
-    *(
-        ("glu.cu", f"glu<{warps}, {tile}, {kind.name}, {kind.name}, {gelu}, {DECODE_WARPS}{summed}>")
-        for kind in GELU_TYPES
-        for tile in _GLU_TILES
-        for warps, gelu, summed in (
-            *((DECODE_WARPS, "true", ", NormedSum"), (_SMALL_GLU_WARPS, "true", ", NormedSum")),
-            *((_SMALL_GLU_WARPS, "true", ""), (_SMALL_GLU_WARPS, "false", "")),
-        )
-    ),
     *(("glu.cu", f"glu<{DECODE_WARPS}, {tile}, {k.name}, {k.name}, true>") for k in GELU_TYPES for tile in _GLU_TILES),
-    *(
-        ("matvec.cu", f"matvec<{_ANY_TILE}, {', '.join(kind.name for kind in kinds)}, NormedSum>")
-        for kinds in ((Q4_K, Q4_K, Q4_K), (Q4_K, Q4_K, Q6_K), (Q6_K, Q6_K, Q6_K))
-    ),
     *(
         ("glu_rows.cu", f"glu_rows<{rows}, {tile}, {k.name}, {k.name}, true>")
         for rows, tile in _GLU_ROWS_TILES.items()
         for k in GELU_TYPES
     ),
-    *(("glu.cu", f"glu<{_SMALL_GLU_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
+    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
 )
@@ -177,7 +160,7 @@ def matvec(
 ) -> tuple[DeviceArray, ...]:
     """y_j = W_j·norm(x) + b_j for up to three projections of one input: y_j [T, rows_j] f32.
 
-    `residual` [T, rows] is added to the result of a single projection. x may be the sum of one row.
+    `residual` [T, rows] is added to the result of a single projection.
     """
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]
@@ -197,14 +180,12 @@ def matvec(
     matrices += [absent] * (_MAX_PROJECTIONS - len(linears))
     shared = tile * _staged_bytes(cols, kinds)
     if tile == 1:
-        if x.sum is not None:
-            names = ", ".join([*(kind.name for kind in (kinds + kinds[-1:] * 2)[:_MAX_PROJECTIONS]), "NormedSum"])
         kernel, rows_in = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {names}>"), input_rows(x, norm)
     else:
         kernel = kernels.get("matvec_rows.cu", f"matvec_rows<{tile}, {weights}, {names}>")
         own_norm = norm is not None and tile * cols <= _MAX_NORMED
         rows_in = _rows_in(x, norm) if own_norm else _rows_in(prepared(kernels, pool, x, norm, kinds))
-    args: tuple[Any, ...] = (*matrices, rows_in, np.int32(schedule.split_k), *_sums(x))
+    args: tuple[Any, ...] = (*matrices, rows_in, np.int32(schedule.split_k))
     kernel((first, -(-tokens // tile)), (_THREADS,), args, shared_mem=shared, pdl=True)
     return tuple(results)
 
@@ -219,10 +200,7 @@ def glu(
     activation: Activation,
     routes: Routes | None = None,
 ) -> Q8Activations:
-    """activation(gate(n), up(n)) of n = norm(x): h [T, f], or [T·k, f] with routes, f32 and Q8.
-
-    x may be the sum of one row.
-    """
+    """activation(gate(n), up(n)) of n = norm(x): h [T, f], or [T·k, f] with routes, f32 and Q8."""
     tokens, cols = x.shape
     rows = gate.weight.shape[-2]
     k = 1 if routes is None else routes.experts.shape[1]
@@ -248,24 +226,19 @@ def glu(
         grid, shared = (-(-rows // _GLU_ELEMENTS), -(-tokens // row_tile)), row_tile * _staged_bytes(cols, kinds)
         kernel(grid, (32 * int(_GLU_ROWS_TILES[row_tile].split(",")[0]),), args, shared_mem=shared, pdl=True)
         return h
-    blocks = -(-rows // _GLU_ELEMENTS)
-    small = routes is not None or blocks > _RESIDENT_GLU_BLOCKS
-    warps = _SMALL_GLU_WARPS if small else DECODE_WARPS
-    if routes is None and (small or x.sum is not None):  # the norm's order of sums is that of DECODE_WARPS
-        summed = () if x.sum is None else ("NormedSum",)
-        names = ", ".join((*(kind.name for kind in kinds), _FLAGS[gelu], str(DECODE_WARPS), *summed))
+    experts, warps = (None, DECODE_WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {names}>")
     args = (
         *branches,
         input_rows(x, norm),
         gate_of(activation, gelu=gelu),
-        None if routes is None else routes.experts,
+        experts,
         np.int32(k),
         np.int32(rows),
         hidden,
-        *_sums(x),
     )
-    kernel((blocks, tokens * k), (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
+    grid = (-(-rows // _GLU_ELEMENTS), tokens * k)
+    kernel(grid, (32 * warps,), args, shared_mem=_staged_bytes(cols, kinds), pdl=True)
     return h
 
 
@@ -385,11 +358,6 @@ def _staged_bytes(elements: int, kinds: Iterable[QuantType]) -> int:
     """Bytes of shared memory of a block's input, in the forms that weights of these types read."""
     reads_q8 = {kind.block_size > 1 for kind in kinds}
     return elements * 4 * (False in reads_q8) + elements * 5 // 4 * (True in reads_q8)
-
-
-def _sums(x: Q8Activations) -> tuple[np.ndarray[Any, Any], ...]:
-    """The last parameter of a product that computes its input row; nothing of other products."""
-    return () if x.sum is None else (x.sum.argument(),)
 
 
 def _bias(linear: Linear) -> DeviceArray | None:

@@ -1,7 +1,6 @@
 // Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate
 // in one launch.
 //
-// With Sum (NormedSum, T = 1) each block computes the input first and the first one stores it.
 // For a dense FFN, or for each of the k experts of a token (`experts` [T, k]; null and k = 1 for a
 // dense FFN).
 // Shapes: W [E, rows, cols] in planes, types G (gate) and U (up); biases [E, rows] f32 or null; h
@@ -10,25 +9,23 @@
 // Grid: x over ⌈rows/32⌉, y over T·k; 32·WARPS threads. A block computes 32 adjacent elements of
 // one h, so that it can store them as one Q8 block; a warp computes 32/WARPS of them, that is twice
 // as many rows in the order gate, up, gate, up, TILE_M at a time. WARPS is 16 for a dense FFN, 8
-// for experts and where blocks of 16 would not all be resident: small ones end closer together. The
-// norm of a dense FFN has the order of 16 warps in any case (NORM_WARPS).
+// for experts: they have many blocks, and small ones end closer together.
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: the weights of
 // each chosen expert once a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
 // Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
 #include "vec_dot.cuh"
-#include "normed_sum.cuh"
 #include "pdl.cuh"
 #include "gated.cuh"
 #include "glu_params.cuh"
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 
-template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false, int NORM_WARPS = WARPS, class... Sum>
+template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
-        const int* __restrict__ experts, const int k, const int rows, const Hidden out, Sum... sum) {
+        const int* __restrict__ experts, const int k, const int rows, const Hidden out) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr int kElements = kElementsPerBlock / WARPS, kWarpRows = 2 * kElements;
     __shared__ float row_sums[WARPS][kWarpRows], biases[2][kElementsPerBlock];
@@ -51,7 +48,6 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step.
     if (!experts) load_first(0);
     prefetch_norm(input);
-    if constexpr (sizeof...(Sum) > 0) prefetch_row((sum.weight, ...), input.cols);
     // With experts the dependent (experts_add.cu) reads the routes before its own wait: they must
     // be complete first.
     if (!experts) launch_dependents();
@@ -65,8 +61,8 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
     }
     StagedRows x;
-    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS, NORM_WARPS>(
-        input, blockIdx.y / k, 1, shared, x, sum...);
+    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(
+        input, blockIdx.y / k, 1, shared, x);
 #pragma unroll 1
     for (int v = 0; v < kWarpRows; v += TILE_M) {
         float sums[TILE_M] = {};

@@ -1,8 +1,7 @@
 // Decode: y_j[t] = W_j·n[t] + b_j + residual[t], up to three matrices with one input in one launch
 // (q, k and v).
 //
-// n is x or its RMSNorm, staged in shared memory by each block (stage_activations.cuh). With Sum
-// (NormedSum, T = 1) each block computes x first and the first one stores it.
+// n is x or its RMSNorm, staged in shared memory by each block (stage_activations.cuh).
 // Shapes: W_j [rows_j, cols] in planes, types A, B, C; b_j [rows_j], residual [T, rows] and y_j [T,
 // rows_j] f32.
 // Grid: x over the blocks of the first, second and third matrix, y over T; 512 threads. A matrix
@@ -15,13 +14,11 @@
 // Twins: `norm_linear`, `linear_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
 #include "vec_dot.cuh"
-#include "normed_sum.cuh"
 #include "pdl.cuh"
 #include "matrix.cuh"
 
-template <class Block, int TILE_M, int UNROLL_K, bool STAGE_Q8, bool STAGE_F32, class... Sum>
-__device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& input, int split_k, u8* shared,
-                                              const Sum&... sum) {
+template <class Block, int TILE_M, int UNROLL_K, bool STAGE_Q8, bool STAGE_F32>
+__device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& input, int split_k, u8* shared) {
     __shared__ float partial[2][kWarps][TILE_M];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_groups = kWarps / split_k, row_group = warp / split_k;
@@ -44,12 +41,11 @@ __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& 
     // Before the wait (pdl.cuh): weights and norm weights, constant during a step.
     if (row < end) weights.load_first(span_from(row));
     prefetch_norm(input);
-    if constexpr (sizeof...(Sum) > 0) prefetch_row((sum.weight, ...), input.cols);
     StagedRows x;
     launch_dependents();
     grid_dependency_wait();
     float next_addend = load_addend(row);
-    const float factor = stage<STAGE_Q8, STAGE_F32>(input, blockIdx.y, 1, shared, x, sum...);
+    const float factor = stage<STAGE_Q8, STAGE_F32>(input, blockIdx.y, 1, shared, x);
     for (int at = begin, buffer = 0; at < end; at += row_groups * TILE_M, row += row_groups * TILE_M, buffer ^= 1) {
         const float addend = next_addend;
         float sums[TILE_M] = {};
@@ -71,9 +67,9 @@ __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& 
     }
 }
 
-template <int TILE_M, int UNROLL_K, class A, class B = A, class C = B, class... Sum>
+template <int TILE_M, int UNROLL_K, class A, class B = A, class C = B>
 __global__ void __launch_bounds__(kThreads, 2)
-    matvec(const Matrix a, const Matrix b, const Matrix c, const InputRows input, const int split_k, Sum... sum) {
+    matvec(const Matrix a, const Matrix b, const Matrix c, const InputRows input, const int split_k) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr bool kQ8 = kReadsQ8<A> || kReadsQ8<B> || kReadsQ8<C>;
     constexpr bool kF32 = !kReadsQ8<A> || !kReadsQ8<B> || !kReadsQ8<C>;
@@ -82,14 +78,14 @@ __global__ void __launch_bounds__(kThreads, 2)
         Matrix m = a;
         if (block >= b.first_block) m = b;
         if (block >= c.first_block) m = c;
-        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared, sum...);
+        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared);
     } else if (block < (kSame<A, B> ? c : b).first_block) {
         Matrix m = a;
         if (kSame<A, B> && block >= b.first_block) m = b;
-        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared, sum...);
+        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared);
     } else if (!kSame<A, B> && block < c.first_block) {
-        multiply_rows<B, TILE_M, UNROLL_K, kQ8, kF32>(b, input, split_k, shared, sum...);
+        multiply_rows<B, TILE_M, UNROLL_K, kQ8, kF32>(b, input, split_k, shared);
     } else {
-        multiply_rows<C, TILE_M, UNROLL_K, kQ8, kF32>(c, input, split_k, shared, sum...);
+        multiply_rows<C, TILE_M, UNROLL_K, kQ8, kF32>(c, input, split_k, shared);
     }
 }

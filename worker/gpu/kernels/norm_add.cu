@@ -7,15 +7,18 @@
 // Grid: (T), NORM_THREADS threads: a block a row, four adjacent elements a thread, KEPT times in
 // registers (4·NORM_THREADS·KEPT columns); further columns are read twice. Alignment: 16 bytes.
 // Bytes: 12·cols a row.
-// Order and rounding: normed_sum.cuh.
+// Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then warps
+// ascending; as in the twin, the factor 1/sqrt is rounded twice, each product and sum once.
 // Twin: `linear_norm_add` in worker/cpu/ops.py. Launcher: worker/gpu/norms.py.
-#include "normed_sum.cuh"
 #include "pdl.cuh"
+#include "warp.cuh"
 
 template <int KEPT, bool SCALED>
 __global__ void __launch_bounds__(NORM_THREADS)
     norm_add(float4* x, const float4* y, const float4* weight, const float4* residual, const int* count, int cols,
              float eps, float scale) {
+    constexpr int kWarps = NORM_THREADS / 32;
+    __shared__ float warp_squares[kWarps];
     // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during a
     // step.
     if (count && blockIdx.x >= *count) return;
@@ -38,10 +41,19 @@ __global__ void __launch_bounds__(NORM_THREADS)
 #pragma unroll 1
     for (int i = threadIdx.x + KEPT * NORM_THREADS; i < quads; i += NORM_THREADS)
         squares = __fadd_rn(squares, sum_of_squares(y[row + i]));
-    const float factor = norm_factor(squares, cols, eps);
+    squares = warp_sum(squares);
+    if (threadIdx.x % 32 == 0) warp_squares[threadIdx.x / 32] = squares;
+    __syncthreads();
+    squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) squares = __fadd_rn(squares, warp_squares[i]);
+    const float factor = __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, (float)cols), eps)));
+    const auto add = [&](float residual, float y, float weight) {
+        const float sum = __fadd_rn(residual, __fmul_rn(__fmul_rn(y, factor), weight));
+        return SCALED ? __fmul_rn(sum, scale) : sum;
+    };
     const auto store = [&](int i, float4 v, float4 w, float4 r) {
-        const float4 sum = add_normed(r, v, factor, w);
-        x[row + i] = SCALED ? scaled(sum, scale) : sum;
+        x[row + i] = make_float4(add(r.x, v.x, w.x), add(r.y, v.y, w.y), add(r.z, v.z, w.z), add(r.w, v.w, w.w));
     };
 #pragma unroll
     for (int j = 0; j < KEPT; ++j)

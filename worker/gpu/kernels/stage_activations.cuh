@@ -36,27 +36,23 @@ struct StagedRows {
     }
 };
 
-// Prefetch weights of a norm to L2, a line of 128 bytes a thread: they were last read one step ago.
-__device__ __forceinline__ void prefetch_row(const void* row, int cols) {
-#pragma unroll 1
-    for (int i = 32 * threadIdx.x; i < cols; i += 32 * blockDim.x)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const float*>(row) + i));
-}
+// Prefetch the norm's weights to L2, a line of 128 bytes a thread: they were last read one step
+// ago.
 __device__ __forceinline__ void prefetch_norm(const InputRows& rows) {
-    if (rows.norm) prefetch_row(rows.norm, rows.cols);
+    if (!rows.norm) return;
+#pragma unroll 1
+    for (int i = 32 * threadIdx.x; i < rows.cols; i += 32 * blockDim.x)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(rows.norm + i));
 }
 
 // Stage rows [first, first + count) as Q8 blocks, as f32, or as both, and return the factor for the
 // sums of the product. Called by all WARPS warps of the block; ends with a barrier. `shared` is
 // 16-byte aligned and holds count·cols·(4·STAGE_F32 + 1.25·STAGE_Q8) bytes. With a norm, count must
-// be 1: weights are indexed by column and the factor is one row's. With `sum` (normed_sum.cuh) the row
-// is that sum instead of rows.x. NORM_WARPS, WARPS or twice as many: the warps that divide the norm's
-// sum of squares.
-template <bool STAGE_Q8, bool STAGE_F32, int WARPS = kWarps, int NORM_WARPS = WARPS, class... Sum>
-__device__ __forceinline__ float stage(const InputRows& rows, int first, int count, u8* shared, StagedRows& staged,
-                                       const Sum&... sum) {
+// be 1: weights are indexed by column and the factor is one row's.
+template <bool STAGE_Q8, bool STAGE_F32, int WARPS = kWarps>
+__device__ __forceinline__ float stage(const InputRows& rows, int first, int count, u8* shared, StagedRows& staged) {
     constexpr int kThreads = 32 * WARPS;
-    __shared__ float warp_squares[NORM_WARPS];
+    __shared__ float warp_squares[WARPS];
     const int cols = rows.cols, elements = count * cols, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* plain = reinterpret_cast<float*>(shared);
     u8* q = shared + (STAGE_F32 ? 4 * elements : 0);
@@ -66,23 +62,18 @@ __device__ __forceinline__ float stage(const InputRows& rows, int first, int cou
     if (STAGE_F32 || quantize) {
         const float4* x = reinterpret_cast<const float4*>(rows.x + (size_t)first * cols);
         const float4* weight = reinterpret_cast<const float4*>(rows.norm);
-        float squares = 0.f, next_squares = 0.f, sum_factor = 1.f;
-        if constexpr (sizeof...(Sum) > 0) sum_factor = (sum.factor(cols), ...);
+        float squares = 0.f;
 #pragma unroll 1
         for (int base = 64 * warp; base < elements / 4; base += 2 * kThreads) {  // whole warps, for store_quantized
             const int i = base + 2 * lane;
             float4 v[2] = {};
             if (i < elements / 4) {
-                if constexpr (sizeof...(Sum) > 0)
-                    (sum.load(v, i / 2, sum_factor), ...);
-                else
-                    v[0] = x[i], v[1] = x[i + 1];
+                v[0] = x[i], v[1] = x[i + 1];
                 if (weight) {
 #pragma unroll
                     for (int j = 0; j < 2; ++j) {
                         const float4 w = __ldg(weight + i + j);
-                        float& added = NORM_WARPS > WARPS && base / (2 * kThreads) % 2 ? next_squares : squares;
-                        added = __fadd_rn(added, sum_of_squares(v[j]));
+                        squares = __fadd_rn(squares, sum_of_squares(v[j]));
                         v[j] = make_float4(v[j].x * w.x, v[j].y * w.y, v[j].z * w.z, v[j].w * w.w);
                     }
                 }
@@ -95,10 +86,6 @@ __device__ __forceinline__ float stage(const InputRows& rows, int first, int cou
         }
         squares = warp_sum(squares);
         if (lane == 0) warp_squares[warp] = squares;
-        if constexpr (NORM_WARPS > WARPS) {
-            next_squares = warp_sum(next_squares);
-            if (lane == 0) warp_squares[warp + WARPS] = next_squares;
-        }
     }
     if (STAGE_Q8 && !quantize) {
         const uint4* codes = reinterpret_cast<const uint4*>(rows.q + (size_t)first * cols);
@@ -110,6 +97,6 @@ __device__ __forceinline__ float stage(const InputRows& rows, int first, int cou
     }
     __syncthreads();
     if (!rows.norm) return 1.f;
-    const float mean = __fdiv_rn(warp_sum<NORM_WARPS>(warp_squares[lane % NORM_WARPS]), (float)cols);
+    const float mean = __fdiv_rn(warp_sum<WARPS>(warp_squares[lane % WARPS]), (float)cols);
     return rsqrtf(__fadd_rn(mean, rows.eps));
 }
