@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 
@@ -89,7 +90,7 @@ async def test_a_hostile_schema_is_refused_while_another_job_runs(fake, model, t
         assert time.monotonic() - began < 1.9, "it waited for the other job's grammar"
         refused = await hostile
     assert free.last.finish_reason == "length"
-    assert "more than 2 s" in refused.last.message
+    assert re.search("more than (2 s|256 MB)", refused.last.message), "the first limit depends on the machine's speed"
 
 
 async def test_a_dead_end_ends_its_job_alone(fake, model):
