@@ -116,6 +116,8 @@ async def test_a_gateway(server: Server) -> None:
     assert await gateway.is_known("a")
     assert await gateway.dead_letter_count() == 0
     assert await gateway.unclaimed() == 0
+    with redis.Redis(port=server.port, db=1, username="orchestrator", password=password_of("orchestrator")) as other:
+        other.execute_command("HSET", "inf:{job:}:events", "of", "another type")
     assert await gateway.write_refusal() is None
     documents = gateway.documents
     key = "inf:{file:f}:meta"

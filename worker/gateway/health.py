@@ -16,7 +16,10 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def health(request: Request) -> Response:
-    """Status 200 while the gateway takes requests and the Redis server accepts writes, else 503."""
+    """Status 200 while the gateway takes requests and reaches the Redis server, else 503.
+
+    While the server refuses writes, reads are served, and requests get the error `redis_busy`.
+    """
     context = context_of(request)
     try:
         await context.models.refresh()
@@ -24,7 +27,7 @@ async def health(request: Request) -> Response:
     except (Disconnected, WorkerError):
         status = "redis_unreachable"
     status = "draining" if context.draining else status
-    ok = status == "ok"
+    ok = status in ("ok", "redis_busy")
     report = {"status": status, "workers": len(context.models.workers), "open_requests": context.open_requests}
     return JSONResponse(report, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
 

@@ -95,7 +95,11 @@ class ModelRegistry:
         async with self._reading:
             if newer_than_s is not None and self._registry.read_s > newer_than_s:
                 return
-            workers, self.refusal = await self._client.workers(), await self._client.write_refusal()
+            workers = await self._client.workers()
+            try:
+                self.refusal = await self._client.write_refusal()
+            except Disconnected:  # on a cluster the nodes of the registry may be reached, but not this one
+                self.refusal = None
             self._update(workers)
 
     def _update(self, workers: Mapping[str, Mapping[str, str]]) -> None:
@@ -103,7 +107,7 @@ class ModelRegistry:
         registry.workers, registry.read_s = workers, now
         for model in registry.models.values():
             model.workers = 0
-            if self.refusal is not None and self._is_available(model):
+            if self.refusal is not None and self._is_available(model):  # its workers cannot register
                 model.seen_s = now
         for status in workers.values():
             name = status.get("model", "")

@@ -16,7 +16,7 @@ from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
 
 from worker.errors import ConfigInvalid, ServerRefused
-from worker.jobs.documents import Documents
+from worker.jobs.documents import Documents, response_key
 from worker.jobs.events import TERMINAL_KINDS
 from worker.jobs.keys import GROUP, START, WORKERS, dead_key, events_key, next_id, queue_key, state_key, worker_key
 from worker.jobs.redis_commands import keys_of
@@ -309,8 +309,11 @@ class RedisStreams:
         await self._call("expire_job", expire())
 
     async def check_writes(self) -> None:
-        """XADD to a stream that never exists: no job has an empty id. On a cluster, at one node."""
-        await self._run("XADD", events_key(""), "NOMKSTREAM", "*", "p", "")
+        """SET a key only if it exists, which it never does: no job has an empty id.
+
+        SET has no wrong type, and only gateways may write this key. On a cluster, at one node.
+        """
+        await self._run("SET", response_key(""), "", "XX")
 
     async def add(self, key: str, fields: Fields, keep: int, ttl_ms: int | None) -> str:
         entry_id = await self._run("XADD", key, "MAXLEN", "~", keep, "*", *flat(fields.items()))
@@ -361,7 +364,8 @@ class RedisStreams:
 
     async def depth(self, queue: str, lease_ms: int) -> QueueDepth:
         waiting, running, oldest_wait_ms = await self._on_queue("depth", queue, lease_ms)
-        return QueueDepth(waiting, running, oldest_wait_ms, await self.length(dead_key(queue)))
+        dead = await self._call("depth", run(self._server, "XLEN", dead_key(queue)))
+        return QueueDepth(waiting, running, oldest_wait_ms, int(dead))
 
     async def overview(self, queue: str, lease_ms: int, above: str | None, limit: int) -> QueueOverview:
         return overview_of(await self._on_queue("overview", queue, lease_ms, above or "", limit, OVERVIEW_BYTES))
