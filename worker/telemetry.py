@@ -220,6 +220,10 @@ def open_log(section: LogSection, worker_id: str, stream: TextIO | None = None) 
     return log
 
 
+REFUSED_S = 60.0
+"""A refusal is logged again if its call was not refused for this long: its cause may have ended."""
+
+
 class Refusals:
     """Logs calls that the server refuses: `redis_refused` with the reason, once for each change.
 
@@ -228,14 +232,16 @@ class Refusals:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._reasons: dict[str, str] = {}
+        self._reasons: dict[str, tuple[str, float]] = {}
+        """By call, the reason and the time (`time.monotonic`) of its last refusal."""
 
     def failed(self, call: str, error: Exception) -> None:
         """Log the error, unless the last call of that or another name had the same reason."""
-        reason = str(error)
-        if reason not in self._reasons.values():
+        reason, now = str(error), time.monotonic()
+        self._reasons = {each: known for each, known in self._reasons.items() if now - known[1] <= REFUSED_S}
+        if reason not in (known for known, _ in self._reasons.values()):
             self._log.warning("redis_refused", reason=reason)
-        self._reasons[call] = reason
+        self._reasons[call] = reason, now
 
     def replied(self, call: str, error: Exception | None) -> None:
         """Note the reply to a call: `failed` with an error, otherwise `succeeded`."""
@@ -246,8 +252,8 @@ class Refusals:
 
     def succeeded(self, call: str) -> None:
         """Log the next refusal of that call, and of those that were refused for its reason."""
-        over = self._reasons.get(call)
-        self._reasons = {each: reason for each, reason in self._reasons.items() if reason != over}
+        over, _ = self._reasons.get(call, (None, 0.0))
+        self._reasons = {each: known for each, known in self._reasons.items() if known[0] != over}
 
 
 def _without_nulls(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

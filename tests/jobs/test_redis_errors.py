@@ -25,7 +25,7 @@ from worker.jobs.keys import GROUP, events_key, queue_key, state_key
 from worker.jobs.redis_errors import code_of, translate
 from worker.jobs.redis_resp import Command
 from worker.jobs.redis_streams import RedisStreams
-from worker.jobs.streams import AppendCall, CancelCall, Contact, Disconnected, retry_until_connected
+from worker.jobs.streams import REFUSAL_S, AppendCall, CancelCall, Contact, Disconnected, retry_until_connected
 from worker.jobs.transport import Transport
 
 PARSER = Connection()._parser
@@ -380,12 +380,34 @@ async def test_a_right_to_read_that_is_missing_is_one_line_until_it_is_granted(o
     await streams.close()
 
 
+def test_a_call_that_is_refused_now_and_then_counts_until_it_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("worker.jobs.streams.time.monotonic", lambda: now)
+    contact, refused = Contact(lambda _: None, lambda _: None), Disconnected("refused", reply="NOPERM")
+    for second in range(20):
+        now = 100.0 + second
+        if second % 5 == 0:
+            contact.failed("depth", refused)
+            assert contact.refused_for_s == second  # of the other call
+            contact.failed("HSET inf:worker:w", refused)
+        contact.succeeded("renew", now)
+        assert contact.refused_for_s == second
+    contact.succeeded("HSET inf:worker:w", now)
+    assert contact.refused_for_s == 0
+    contact.failed("append", refused)
+    now += REFUSAL_S + 1
+    assert contact.refused_for_s == 0
+    contact.failed("append", refused)
+    assert contact.refused_for_s == 0
+
+
 @pytest.mark.parametrize(("lease", "counts"), [(NO_LEASE, True), (LONG_LEASE, False)])
 async def test_a_refusal_of_writes_counts_as_silence_after_a_lease(lease: LeaseSection, counts: bool) -> None:
     streams = MemoryStreams()
     transport = Transport(streams, "w", lease=lease)
     streams.contact.failed("put_status", Disconnected("full", "OOM"))
-    streams.contact._lost_s -= 10
+    first_s, last_s = streams.contact._refusals["put_status"]
+    streams.contact._refusals["put_status"] = first_s - 10, last_s
     await transport.claim()
     assert (transport.seconds_since_contact >= 10) == counts
     streams.contact.succeeded("put_status", time.monotonic())

@@ -9,6 +9,7 @@ import pytest
 
 from tests.jobs.echo import claim_next, complete, take_next
 from tests.jobs.harness import LONG_LEASE, Harness
+from worker.errors import ServerRefused
 from worker.jobs.client import Client
 from worker.jobs.lease import Claim, Lease
 from worker.jobs.transport import Transport
@@ -113,3 +114,22 @@ async def test_a_client_reports_the_place_of_a_waiting_job(harness: Harness) -> 
     assert await submitter.position("request-2") == (2, 3)
     assert await submitter.position("request-9") is None
     assert await client(harness, "empty").position("request-0") is None
+
+
+async def test_a_refused_queue_holds_up_no_other_queue(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await serving(harness, "broken", "whole")
+
+    async def refused(_: int) -> None:
+        raise ServerRefused("broken has another type")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(worker._consumers["broken"], "next", refused)
+        for _ in range(2):
+            await client(harness, "whole").submit(prompt="x")
+        assert await claimed_queues(worker, 2) == ["whole", "whole"]
+        assert "another type" in str(worker.queue_refusal)
+        with pytest.raises(ServerRefused, match="another type"):
+            await worker.claim()
+    await client(harness, "broken").submit(prompt="x")
+    assert await claimed_queues(worker, 1) == ["broken"]
+    assert worker.queue_refusal is None

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from worker.config import LeaseSection
+from worker.errors import ServerRefused
 from worker.jobs.consumer import Consumer
 from worker.jobs.streams import Disconnected, Entry, Streams
 from worker.queue_order import QueueOrder
@@ -19,6 +20,8 @@ class Consumers:
         self._order = QueueOrder(queues)
         self.names = self._order.names
         self._of = {name: Consumer(streams, name, worker_id, lease) for name in self.names}
+        self._refusals: dict[str, ServerRefused] = {}
+        """The refusal of each queue that was refused when it was last read."""
 
     def __getitem__(self, queue: str) -> Consumer:
         return self._of[queue]
@@ -38,17 +41,32 @@ class Consumers:
         for consumer in self._of.values():
             await consumer.close()
 
+    @property
+    def refusal(self) -> ServerRefused | None:
+        """Why a queue cannot be read, such as a key of another type."""
+        return next(iter(self._refusals.values()), None)
+
     async def next(self) -> tuple[str, Entry] | None:
-        """Claim an entry of the first queue that has one; None after about `scan_s`."""
+        """Claim an entry of the first queue that has one; None after about `scan_s`.
+
+        Raises: ServerRefused if a queue is refused and no other one has an entry.
+        """
         order = self._order.next_order()
         if len(order) == 1:
             entry = await self._of[order[0]].next(self._block_ms)
             return None if entry is None else (order[0], entry)
         for tried, name in enumerate(order):
-            entry = await self._of[name].next(0)
+            try:
+                entry = await self._of[name].next(0)
+            except ServerRefused as error:
+                self._refusals[name] = error
+                continue
+            self._refusals.pop(name, None)
             if entry is not None:
                 self._order.claimed(name, order[:tried])
                 return name, entry
+        if self.refusal is not None:
+            raise self.refusal
         return await self._wait(order)
 
     async def _wait(self, order: list[str]) -> tuple[str, Entry] | None:

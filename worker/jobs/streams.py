@@ -29,10 +29,10 @@ BUSY_S = 5.0
 """Time for which a client's command is repeated while the server refuses it for now."""
 STATUS_TTL_MS = 15_000
 """A worker without a heartbeat for this long is no longer listed."""
+FIGURES = frozenset({"depth", "overview"})
+"""Calls for metrics and views."""
 REFUSAL_S = 10.0
 """A call that was refused and is not repeated counts as failing for this long."""
-REPEATED_S = 3.0
-"""Exceeds the time between repetitions of a refused call, and between heartbeats meanwhile."""
 
 Fields = Mapping[str, bytes]
 Record = tuple[str, Fields]
@@ -240,24 +240,29 @@ class Contact:
         self._lost_s: float | None = None
         self._failed_s = 0.0
         self._refused: dict[str, float] = {}
+        self._refusals: dict[str, tuple[float, float]] = {}
+        """By call, the times of the first and the last refusal since it last succeeded."""
         self._local_reported = False
 
     @property
     def refused_for_s(self) -> float:
-        """Seconds for which the server has refused calls, such as writes if it is full, else 0.
+        """Seconds for which the server has refused a call, such as writes if it is full, else 0.
 
-        What matters is repeated at once: without a refusal for `REPEATED_S` it has succeeded.
+        A call counts until it succeeds, or has not been refused for `REFUSAL_S`. Figures for
+        metrics do not count: no job waits for them.
         """
-        now_s, refused = time.monotonic(), self.last_error is not None and self.last_error.reply
-        if self._lost_s is None or not refused or now_s - self._failed_s > REPEATED_S:
-            return 0.0
-        return now_s - self._lost_s
+        now_s = time.monotonic()
+        refused = (times for call, times in self._refusals.items() if call not in FIGURES)
+        return max((now_s - first_s for first_s, last_s in refused if now_s - last_s <= REFUSAL_S), default=0.0)
 
     def failed(self, call: str, error: Disconnected) -> None:
         """Record the failure of a call by that name."""
         self.last_error, self._failed_s = error, time.monotonic()
         if error.reply or error.node:
             self._refused[error.node or call] = self._failed_s
+        if error.reply:
+            first_s, last_s = self._refusals.get(call, (self._failed_s, self._failed_s))
+            self._refusals[call] = (first_s if self._failed_s - last_s <= REFUSAL_S else self._failed_s, self._failed_s)
         if not self._reporting:
             return
         if self._lost_s is None or (error.is_local and not self._local_reported):
@@ -268,6 +273,8 @@ class Contact:
     def succeeded(self, call: str, began_s: float) -> None:
         """Record the success of a call that began at the monotonic time `began_s`."""
         self._reporting = True
+        if call in self._refusals and began_s >= self._refusals[call][1]:
+            del self._refusals[call]
         if self._lost_s is None or began_s < self._failed_s:
             return
         self._refused.pop(call, None)

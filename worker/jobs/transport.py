@@ -107,6 +107,11 @@ class Transport:
         lease_ms = int(self._settings.lease_s * 1000)
         return {name: await self._streams.depth(name, lease_ms) for name in self._consumers.names}
 
+    @property
+    def queue_refusal(self) -> ServerRefused | None:
+        """Why one of several queues could not be read last, while others were."""
+        return self._consumers.refusal
+
     async def server_time_ms(self) -> int:
         """The server's clock, by which deadlines count."""
         return await self._server_clock.now_ms()

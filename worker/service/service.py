@@ -290,7 +290,7 @@ class Service:
             except Exception as error:  # an unreadable entry must not end the worker: other entries may be readable
                 self._log.error("claim_fault", frames=frames_of(error))
             else:
-                self._reporter.refusals.succeeded("claim")
+                self._reporter.refusals.replied("claim", self._transport.queue_refusal)
                 return claim
             await asyncio.sleep(self._lease.scan_s)
             return None
