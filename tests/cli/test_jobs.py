@@ -167,18 +167,37 @@ def test_dead_letters_are_deleted_by_id_and_all_of_the_queue(worker, url):
         other = client.xadd("inf:{q:other}:dead", {"p": b"x"}).decode()
     many = ("--queue", "many")
     assert worker("dead", "drop", *many, "3")[:2] == (0, "3\n"), "the former name"
-    code, out, err = worker("dead", "rm", *many, "1-0", "7-7", "2-0", "3-0", "\x1b")
-    assert (code, out) == (1, "1-0\n2-0\n")
-    assert err == "worker: NOT_FOUND: no dead letter 7-7, 3-0, \\x1b; `worker dead ls` lists them\n"
+    code, out, err = worker("dead", "rm", *many, "1-0", "1-0", "7-7", "2", "3-0", "2-0", "\x1b")
+    assert (code, out) == (1, "1-0\n2-0\n"), "each id once"
+    missing = "no dead letter 7-7, 3-0, \\x1b: unknown or deleted already; `worker dead ls` lists them"
+    assert err == f"worker: NOT_FOUND: {missing}\n"
     for arguments in ((), ("--all", "4-0")):
         code, out, err = worker("dead", "rm", *many, *arguments)
         assert (code, out) == (2, "")
         assert "pass ids, or --all without ids" in err
     assert worker("dead", "rm", *many, "--all")[:2] == (0, "".join(f"{each}\n" for each in ids[3:]))
-    assert worker("dead", "rm", *many, "--all")[:2] == (0, "")
+    assert worker("dead", "rm", *many, "--all") == (0, "", "no dead letters\n")
     assert worker("dead", "ls", *many)[1] == "no dead letters\n"
     assert lines(worker("dead", "ls", "--queue", "other", "--json")[1])[0]["id"] == other
     assert worker("dead", "rm", "--queue", "other", other)[0] == 0
+
+
+def test_rm_all_keeps_letters_that_arrive_while_another_operator_deletes(worker, url, monkeypatch):
+    key, drop = "inf:{q:shared}:dead", SyncClient.drop_dead_letter
+    with redis.Redis.from_url(url) as server:
+        ids = [server.xadd(key, {"p": b"x"}, id=f"{number}-0").decode() for number in range(1, 31)]
+
+        def drop_beside_another(self, letter):
+            if letter == ids[0]:
+                server.xdel(key, *ids[15:25])
+                for number in range(31, 41):
+                    server.xadd(key, {"p": b"x"}, id=f"{number}-0")
+            return drop(self, letter)
+
+        monkeypatch.setattr(SyncClient, "drop_dead_letter", drop_beside_another)
+        code, out, err = worker("dead", "rm", "--queue", "shared", "--all")
+        assert (code, out.split(), err) == (0, ids[:15] + ids[25:], "")
+        assert [entry_id.decode() for entry_id, _ in server.xrange(key)] == [f"{n}-0" for n in range(31, 41)]
 
 
 def test_tail_all_follows_workers_and_jobs_until_interrupted(worker, url, tmp_path):

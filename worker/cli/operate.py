@@ -4,7 +4,6 @@ import http.client
 import json as jsonlib
 import sys
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +14,7 @@ from worker.cli.table import print_table
 from worker.config import load_settings
 from worker.errors import InvalidRequest, WorkerError
 from worker.jobs.client import SyncClient
+from worker.jobs.keys import START, is_entry_id, split_id
 from worker.jobs.payload import read_map
 from worker.jobs.queue_entries import DeadLetter, entry_state
 
@@ -199,21 +199,30 @@ def dead_rm(
         raise typer.BadParameter("pass ids, or --all without ids", param_hint="ID...")
     missing = []
     with client(config, redis_url, queue) as connected:
-        for letter in letters or _letter_ids(connected):
+        ids = _distinct(letters) if letters else _letter_ids(connected)
+        for letter in ids:
             if connected.drop_dead_letter(letter):
                 print(plain(letter))
             else:
                 missing.append(plain(letter))
     if letters and missing:
-        raise NotFound(f"no dead letter {', '.join(missing)}; `worker dead ls` lists them")
+        raise NotFound(f"no dead letter {', '.join(missing)}: unknown or deleted already; `worker dead ls` lists them")
+    if not ids:
+        print("no dead letters", file=sys.stderr)
 
 
-def _letter_ids(connected: SyncClient) -> Iterator[str]:
-    """The ids of the dead letters that exist now, oldest first. Delete each before the next."""
-    left = connected.dead_letter_count()
-    while left > 0 and (page := connected.dead_letters(min(left, _PAGE))):
-        left -= len(page)
-        yield from (letter.entry_id for letter in page)
+def _distinct(letters: list[str]) -> list[str]:
+    """Each id once: `5` is 5-0."""
+    return list({split_id(each) if is_entry_id(each) else each: each for each in letters}.values())
+
+
+def _letter_ids(connected: SyncClient) -> list[str]:
+    """The ids of the dead letters that exist now, oldest first."""
+    ids: list[str] = []
+    count = connected.dead_letter_count()
+    while len(ids) < count and (page := connected.dead_letters(_PAGE, ids[-1] if ids else START)):
+        ids += [letter.entry_id for letter in page]
+    return ids[:count]
 
 
 def _letter(connected: SyncClient, entry_id: str) -> DeadLetter:

@@ -314,9 +314,10 @@ class Client:
                     yield item
                 after = record[0]
 
-    async def dead_letters(self, count: int = 100) -> list[DeadLetter]:
-        """The oldest `count` dead letters."""
-        return [DeadLetter.of(record) for record in await self._range(dead_key(self._queue), "-", "+", count)]
+    async def dead_letters(self, count: int = 100, after: str = START) -> list[DeadLetter]:
+        """The oldest `count` dead letters above the id `after`."""
+        records = await self._range(dead_key(self._queue), next_id(after), "+", count)
+        return [DeadLetter.of(record) for record in records]
 
     async def dead_letter_count(self, queue: str | None = None) -> int:
         """Number of dead letters of a queue, by default this client's."""
@@ -346,7 +347,7 @@ class Client:
         return job_id
 
     async def drop_dead_letter(self, entry_id: str) -> bool:
-        """Delete a dead letter."""
+        """Delete a dead letter. False: there is none, or a call whose reply was lost deleted it."""
         return is_entry_id(entry_id) and await repeat_briefly(self._streams.delete, dead_key(self._queue), entry_id)
 
     async def _range(self, key: str, first: str, last: str, count: int) -> list[Record]:
