@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+from typing import Any
 
 import msgpack
 import pytest
@@ -87,20 +89,56 @@ def test_entries_of_any_writer_are_listed_and_shown(server: Server, command: Run
     json.loads(out, parse_constant=pytest.fail)
 
 
+async def failed_job(harness: ServerHarness, details: dict[Any, Any], ts_ms: object = 1) -> None:
+    """Write the events of the job `a`: one error, with any details and time."""
+    envelope = {"job_id": "a", "epoch": 1, "ts_ms": ts_ms, "worker_id": "w"}
+    packed = msgpack.packb(envelope | {"code": "X", "message": "m", "details": details})
+    await harness.raw.xadd(events_key("a"), {"type": "error", "p": packed}, id="1-0")
+    await harness.raw.hset(state_key("a"), "state", "error")
+
+
 @pytest.mark.parametrize("ts_ms", [2**60, -(2**60), float("nan"), "soon", None, b"x"])
 def test_tail_shows_an_event_with_any_time_and_details(server: Server, command: Run, ts_ms: object) -> None:
-    envelope = {"job_id": "a", "epoch": 1, "ts_ms": ts_ms, "worker_id": "w"}
-    packed = msgpack.packb(envelope | {"code": "X", "message": "m", "details": {"d": b"\x9b"}})
-
-    async def write(harness: ServerHarness) -> None:
-        await harness.raw.xadd(events_key("a"), {"type": "error", "p": packed}, id="1-0")
-        await harness.raw.hset(state_key("a"), "state", "error")
-
-    prepare(server, write)
+    prepare(server, lambda harness: failed_job(harness, {"d": b"\x9b"}, ts_ms))
     code, out, _ = command("tail", "a")
     assert (code, out[:7]) == (0, "?  a  1")
     code, out, _ = command("tail", "a", "--json")
     assert json.loads(out)["code"] == "X"
+
+
+@pytest.mark.parametrize(
+    ("details", "shown"),
+    [
+        ({b"x": 1, "y": [{msgpack.ExtType(1, b"z"): b"z"}]}, {"b'x'": 1, "y": [{"[1, b'z']": "b'z'"}]}),
+        ({"x": math.nan, "y": [math.inf]}, {"x": None, "y": [sys.float_info.max]}),
+        ({math.nan: {None: 1, 2: 3}}, {"null": {"null": 1, "2": 3}}),
+    ],
+)
+def test_an_event_with_keys_and_numbers_that_json_lacks_is_shown(
+    server: Server, command: Run, details: dict[object, object], shown: dict[str, object]
+) -> None:
+    prepare(server, lambda harness: failed_job(harness, details))
+    code, out, _ = command("tail", "a", "--json")
+    assert (code, json.loads(out, parse_constant=pytest.fail)["details"]) == (0, shown)
+    code, out, _ = command("tail", "a")
+    assert (code, f"details={json.dumps(shown)}" in out) == (0, True)
+
+
+@pytest.mark.parametrize(("key", "levels"), [("x", 1010), (b"x", 500)])
+def test_an_event_nested_deeper_than_the_recursion_limit_is_cut(
+    server: Server, command: Run, key: str | bytes, levels: int
+) -> None:
+    details: Any = 1
+    for _ in range(levels):
+        details = {key: details}
+    prepare(server, lambda harness: failed_job(harness, details))
+    code, out, _ = command("tail", "a", "--json")
+    shown, depth = json.loads(out)["details"], 0
+    while isinstance(shown, dict):
+        (shown,), depth = shown.values(), depth + 1
+    assert (code, shown, depth) == (0, "...", 99)
+    code, out, _ = command("tail", "a")
+    assert (code, out.count('"...')) == (0, 1)
 
 
 @pytest.mark.parametrize("malformed", ["x", "-", "+", "1-2-3", "[/b]", "99999999999999999999-0", ""])

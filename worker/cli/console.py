@@ -13,7 +13,7 @@ import typer
 from worker.config import load_settings
 from worker.errors import ConfigInvalid, WorkerError
 from worker.gpu import create_context_in_background
-from worker.jobs.events import End, ErrorEvent, Token
+from worker.jobs.events import End, ErrorEvent, Token, json_value
 from worker.jobs.protocol import Resolved
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, or the name of a pulled model.")]
@@ -40,10 +40,19 @@ def print_json(value: Any) -> None:
     """Print one JSON object on one line and flush.
 
     Unprintable characters of its texts are JSON escapes, as are bytes that were no UTF-8. Values
-    that JSON lacks, such as bytes, become text.
+    that JSON lacks: see `json_text`.
     """
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json_text(value)
     print("".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text), flush=True)
+
+
+def json_text(value: Any) -> str:
+    """JSON of any value: bytes and other types become text; the rest is as in `json_value`."""
+    options: dict[str, Any] = {"ensure_ascii": False, "allow_nan": False, "default": str}
+    try:
+        return json.dumps(value, **options)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(json_value(value), **options)
 
 
 def plain(value: object) -> str:

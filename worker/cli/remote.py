@@ -1,6 +1,5 @@
 """Shared by the commands that connect to a server: options, a client, events as JSON or text."""
 
-import json as jsonlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.console import clock, plain
+from worker.cli.console import clock, json_text, plain
 from worker.config import RedisSection, load_settings
 from worker.jobs.client import Client, SyncClient
 from worker.jobs.reader import StreamEvent
@@ -69,6 +68,4 @@ def as_line(item: StreamEvent) -> str:
 
 
 def _format(value: Any) -> str:
-    return (
-        value if isinstance(value, str) and value.isalnum() else jsonlib.dumps(value, ensure_ascii=False, default=str)
-    )
+    return value if isinstance(value, str) and value.isalnum() else json_text(value)

@@ -348,25 +348,37 @@ def _packed(values: dict[str, Any]) -> bytes:
 
 
 def _compact_json(values: dict[str, Any]) -> bytes:
-    """`values` as UTF-8 without spaces. Values that JSON lacks: see `_json_value`."""
+    """`values` as UTF-8 without spaces. Values that JSON lacks: see `json_value`."""
     options: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     try:
         return json.dumps(values, **options).encode()
     except ValueError:
-        return json.dumps(_json_value(values), **options).encode()
+        return json.dumps(json_value(values), **options).encode()
 
 
-def _json_value(value: Any) -> Any:
-    """`value` with infinities as the largest numbers, null for what is no number, and escapes."""
+def json_value(value: Any, levels: int = 100) -> Any:
+    """`value` as JSON can represent it.
+
+    Infinities become the largest numbers, NaN null, lone surrogates escapes, keys that JSON lacks
+    (such as bytes) text, maps and lists below the given number of levels the text `...`. Other
+    values remain.
+    """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict | list | tuple) and not levels:
+        return "..."
     if isinstance(value, dict):
-        return {_json_value(name): _json_value(item) for name, item in value.items()}
+        return {_json_key(name): json_value(item, levels - 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item, levels - 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
     return value
+
+
+def _json_key(name: Any) -> Any:
+    key = json_value(name)
+    return key if isinstance(key, str | int | float | None) else str(key)
 
 
 def decode_event(kind: str, packed: bytes) -> tuple[Event, Envelope] | None:
