@@ -14,6 +14,7 @@ import redis
 from tests.jobs.servers import Server, running_server
 from tests.service.test_server_states import run_until_killed
 from worker import cli
+from worker.jobs.keys import events_key, state_key
 
 COMMANDS = [
     ("submit", "hello"),
@@ -70,11 +71,20 @@ def test_a_wrong_password_fails_within_a_second(server, admin, worker, command) 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_right_is_named(server, admin, worker, command) -> None:
-    admin.execute_command("ACL", "SETUSER", "default", "-evalsha", "-zrange", "-xread")
+    admin.execute_command("ACL", "SETUSER", "default", "-evalsha", "-zrange", "-xread", "-xlen")
     code, err = worker(server.url, *command)
     assert code == 5
     assert err.startswith("worker: REDIS_REFUSED: ")
     assert "deploy/redis/users.acl" in err
+
+
+def test_a_key_of_a_job_without_an_id_does_not_matter(server, admin, monkeypatch, capsys) -> None:
+    for key in (state_key(""), events_key("")):
+        admin.set(key, "another type")
+    monkeypatch.setattr(sys, "argv", ["worker", "dead", "ls", "--redis-url", server.url])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code or 0, capsys.readouterr().out) == (0, "no dead letters\n")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ async def test_a_worker_and_an_orchestrator(server: Server) -> None:
     assert set(await program.workers()) == {"w1"}
     await program.submit(job_id="a", prompt="hello")
     assert await program.position("a") == (1, 1)
+    assert await program.server_time_ms(), "every command calls it first"
     lease = await take_next(running)
     assert await program.cancel("a") == "requested"
     assert (await running.renew(lease)).value == "cancel_requested"

@@ -50,7 +50,7 @@ def client(config: Path | None, url: str | None, queue: str | None) -> Iterator[
     """A client whose server has replied once. Raises Disconnected if it does not."""
     section = redis_section(config, url, queue)
     with SyncClient(Client(connect(section), section.queue, section.queue_bound)) as connected:
-        connected.state("")
+        connected.server_time_ms()
         yield connected
 
 

@@ -306,6 +306,10 @@ class Client:
             return error
         return None
 
+    async def server_time_ms(self) -> int:
+        """The server's clock, ms since 1970. Reads no key: it succeeds if the server replies."""
+        return await repeat_briefly(self._streams.time_ms)
+
     async def worker_events(self, worker: str, after: str = START) -> AsyncGenerator[StreamEvent, None]:
         """Yield a worker's own events above the id `after`. Never ends."""
         while True:
@@ -400,6 +404,7 @@ class SyncClient:
     queue_depth = _sync(Client.queue_depth)
     position = _sync(Client.position)
     workers = _sync(Client.workers)
+    server_time_ms = _sync(Client.server_time_ms)
     worker_events = _sync_iterator(Client.worker_events)
     dead_letters = _sync(Client.dead_letters)
     dead_letter_count = _sync(Client.dead_letter_count)
