@@ -27,7 +27,7 @@ _QUEUE = re.compile(QUEUE_NAME)
 class QueueWatch:
     """Keeps the metrics of queues and workers current. Without the server there are none.
 
-    While it refuses writes there are none of workers.
+    While the server refuses writes, there are no metrics of workers.
 
     A queue or model that a worker had stays: jobs may wait for it.
     """

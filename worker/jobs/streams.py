@@ -239,7 +239,8 @@ class Contact:
         self._reporting = from_start
         self._lost_s: float | None = None
         self._failed_s = 0.0
-        self._refused: dict[str, float] = {}
+        self._failing: dict[str, float] = {}
+        """Times of the last failure, by refused call and by node without a reply (cluster)."""
         self._refusals: dict[str, tuple[float, float]] = {}
         """By call, the times of the first and the last refusal since it last succeeded."""
         self._local_reported = False
@@ -259,7 +260,7 @@ class Contact:
         """Record the failure of a call by that name."""
         self.last_error, self._failed_s = error, time.monotonic()
         if error.reply or error.node:
-            self._refused[error.node or call] = self._failed_s
+            self._failing[error.node or call] = self._failed_s
         if error.reply:
             first_s, last_s = self._refusals.get(call, (self._failed_s, self._failed_s))
             self._refusals[call] = (first_s if self._failed_s - last_s <= REFUSAL_S else self._failed_s, self._failed_s)
@@ -277,11 +278,11 @@ class Contact:
             del self._refusals[call]
         if self._lost_s is None or began_s < self._failed_s:
             return
-        self._refused.pop(call, None)
-        if all(began_s - refused_s > REFUSAL_S for refused_s in self._refused.values()):
+        self._failing.pop(call, None)
+        if all(began_s - failed_s > REFUSAL_S for failed_s in self._failing.values()):
             self._on_back(time.monotonic() - self._lost_s)
             self._lost_s = None
-            self._refused.clear()
+            self._failing.clear()
             self._local_reported = False
 
 

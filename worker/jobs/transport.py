@@ -91,7 +91,8 @@ class Transport:
     def seconds_since_contact(self) -> float:
         """Seconds since the last successful poll or renewal; /readyz fails above 3 × `scan_s`.
 
-        If the server has refused other calls for more than a lease, as a full one does, since then.
+        While the server has refused a call for longer than a lease, as a full server does, at least
+        the seconds since the first refusal.
         """
         silent_s, refused_s = time.monotonic() - self._consumers.last_contact_s, self._streams.contact.refused_for_s
         return max(silent_s, refused_s) if refused_s > self._settings.lease_s else silent_s
