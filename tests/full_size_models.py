@@ -212,6 +212,31 @@ FULL_SIZE: dict[str, TinyShape] = {
         },
         big_vocabulary=_GEMMA4,
     ),
+    # google/gemma-4-26B-A4B-it
+    "gemma4-26b-a4b": replace(
+        TINY["gemma4-experts"],
+        layers=30,
+        width=2816,
+        heads=16,
+        kv_heads=2,
+        ffn=2112,
+        experts=128,
+        expert_ffn=704,
+        context=262144,
+        windowed=_GEMMA4_WINDOWED[:30],
+        window_heads=(8, 256),
+        metadata={
+            **TINY["gemma4-experts"].metadata,
+            "attention.head_count_kv": [8 if windowed else 2 for windowed in _GEMMA4_WINDOWED[:30]],
+            "attention.sliding_window": 1024,
+            "attention.sliding_window_pattern": list(_GEMMA4_WINDOWED[:30]),
+            "final_logit_softcapping": 30.0,
+            "expert_count": 128,
+            "expert_used_count": 8,
+            "expert_feed_forward_length": 704,
+        },
+        big_vocabulary=_GEMMA4,
+    ),
 }
 """Text models only: Gemma's and Ministral's files hold no image encoder either."""
 
@@ -240,10 +265,12 @@ def q4_k_m(shape: TinyShape) -> Callable[[Tensor], Type]:
     def kind(tensor: Tensor) -> Type:
         if tensor.name == head:
             return Type.Q6_K
-        if not any(part in tensor.name for part in ("attn_v", "ffn_down")):
-            return Type.Q4_K
-        i = int(tensor.name.split(".")[1])
-        return Type.Q6_K if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2 else Type.Q4_K
+        i = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else 0
+        more = any(part in tensor.name for part in ("attn_v", "ffn_down"))
+        more = more and (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2)
+        if tensor.shape[-1] % 256:  # rows that are no whole blocks of these types
+            return Type.Q8_0 if more else Type.Q5_0
+        return Type.Q6_K if more else Type.Q4_K
 
     return kind
 

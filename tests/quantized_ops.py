@@ -12,9 +12,8 @@ import numpy.typing as npt
 
 from worker.cpu.attention import KvCache
 from worker.cpu.ops import CpuOps
-from worker.cpu.plain import top_k
 from worker.cpu.threads import Threads
-from worker.ops import Linear, Phase, RmsNorm, Routes
+from worker.ops import Linear, Phase
 
 F32 = npt.NDArray[np.float32]
 I8 = npt.NDArray[np.int8]
@@ -64,10 +63,9 @@ class QuantizedOps(CpuOps):
         super().__init__(cache, phase, threads)
         self._phase = phase
 
-    def norm_route(self, x: F32, norm: RmsNorm, router: Linear, k: int) -> tuple[F32, Routes]:
-        """See `Ops.norm_route`. The router's input is not rounded, which would flip near ties."""
-        n = self._norm(x, norm)
-        return n, Routes(*top_k(super()._linear(n, router), k))
+    def _router_linear(self, n: F32, linear: Linear) -> F32:
+        """See `CpuOps`. The router's input is not rounded, which would flip near ties."""
+        return super()._linear(n, linear)
 
     def _linear(self, x: F32, linear: Linear) -> F32:
         return super()._linear(self._rounded(x, linear), linear)

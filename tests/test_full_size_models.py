@@ -26,6 +26,7 @@ PUBLISHED_GB = {
     "smollm3-3b": 1.915,
     "ministral-3-8b": 5.199,
     "gemma4-31b": 18.7,
+    "gemma4-26b-a4b": 16.8,
 }
 """Sizes of the Q4_K_M files on Hugging Face."""
 TEXT = "Hello world, 123 ünïcode 日本"

@@ -41,6 +41,8 @@ class TinyShape:
     experts: int = 0
     expert_ffn: int = 0
     """Width of an expert's FFN where it is not `ffn`."""
+    beside_dense: bool = False
+    """The experts are beside a dense FFN of width `ffn`, each branch with norms of its own."""
     shared_ffn: int = 0
     """Width of a dense FFN beside the experts."""
     rope_tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -337,6 +339,14 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "gemma4": _GEMMA4,
+    # 160 columns are no multiple of 256, as 26B-A4B's 704.
+    "gemma4-experts": replace(
+        _GEMMA4,
+        experts=8,
+        expert_ffn=160,
+        beside_dense=True,
+        metadata={**_GEMMA4.metadata, **_EXPERTS, "expert_feed_forward_length": 160},
+    ),
     "llama-biased": replace(
         _LLAMA, biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
     ),
@@ -450,7 +460,12 @@ def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
             yield _after(shape, block + "post_attention_norm")
         norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
         yield Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
-        yield from _experts(shape, block) if shape.experts else _feed_forward(shape, block)
+        if shape.beside_dense or not shape.experts:
+            yield from _feed_forward(shape, block)
+        if shape.beside_dense:
+            yield from _experts_beside(shape, block)
+        elif shape.experts:
+            yield from _experts(shape, block)
         if shape.arch in ("gemma3", "gemma4"):
             yield _after(shape, block + "post_ffw_norm")
         if shape.arch == "gemma4":
@@ -508,6 +523,18 @@ def _feed_forward(shape: TinyShape, block: str) -> Iterator[Tensor]:
             yield from _bias(shape, block, part, f)
     yield Tensor(block + "ffn_down.weight", (d, f), 1.3 / math.sqrt(f))
     yield from _bias(shape, block, "ffn_down", d)
+
+
+def _experts_beside(shape: TinyShape, block: str) -> Iterator[Tensor]:
+    """Experts beside a dense FFN, whose router has a norm; gate above up in one tensor."""
+    d, f, E = shape.width, shape.expert_ffn, shape.experts
+    for norm in ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2"):
+        yield Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
+    yield Tensor(block + "ffn_gate_inp.weight", (E, d), 2 / math.sqrt(d))
+    yield Tensor(block + "ffn_gate_inp.scale", (d,), 0.25 * math.sqrt(d), mean=math.sqrt(d))
+    yield Tensor(block + "ffn_gate_up_exps.weight", (E, 2 * f, d), 1.3 / math.sqrt(d))
+    yield Tensor(block + "ffn_down_exps.weight", (E, d, f), 1.3 / math.sqrt(f))
+    yield Tensor(block + "ffn_down_exps.scale", (E,), 0.25, mean=1.0)
 
 
 def _experts(shape: TinyShape, block: str) -> Iterator[Tensor]:

@@ -112,8 +112,16 @@ class GgufFile:
 
     def data(self, tensor: TensorInfo) -> Bytes:
         """The tensor's blocks [rows, row_bytes] u8, read-only; rows are all dims but the last."""
-        flat = np.frombuffer(self._shards[tensor.shard].bytes, np.uint8, tensor.nbytes, tensor.offset)
-        return flat.reshape(-1, tensor.kind.row_bytes(tensor.shape[-1]))
+        (whole,) = self.pieces(tensor)
+        return whole
+
+    def pieces(self, tensor: TensorInfo) -> Iterator[Bytes]:
+        """The tensor's blocks as `data`, in pieces if it is a part: one for each item."""
+        count = tensor.shape[0] if tensor.stride else 1
+        for i in range(count):
+            at, nbytes = tensor.offset + i * tensor.stride, tensor.nbytes // count
+            flat = np.frombuffer(self._shards[tensor.shard].bytes, np.uint8, nbytes, at)
+            yield flat.reshape(-1, tensor.kind.row_bytes(tensor.shape[-1]))
 
     @property
     def tensor_bytes(self) -> int:

@@ -6,6 +6,8 @@ meaning of metadata are not handled here, nor whether a tensor's type is support
 where an adapter needs them. Format: ggml's `docs/gguf.md`. Next: `gguf_file.py`.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import struct
@@ -51,6 +53,21 @@ class TensorInfo:
     offset: int
     nbytes: int
     shard: int = 0
+    stride: int = 0
+    """Bytes from one item of the first axis to the next in a part of a tensor; 0: no part."""
+
+    def part(self, start: int, stop: int) -> TensorInfo:
+        """Rows [start, stop) of each item of a tensor [E, rows, cols], as a tensor of its own."""
+        items, rows, cols = self.shape
+        row = self.kind.row_bytes(cols)
+        return replace(
+            self,
+            name=f"{self.name}[:, {start}:{stop}]",
+            shape=(items, stop - start, cols),
+            offset=self.offset + start * row,
+            nbytes=items * (stop - start) * row,
+            stride=rows * row,
+        )
 
 
 @dataclass(frozen=True, slots=True)

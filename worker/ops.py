@@ -146,6 +146,21 @@ GELU_GLU = Activation(alpha=2 * math.sqrt(2 / math.pi), cubic=0.044715)
 
 
 @dataclass(frozen=True, slots=True)
+class Router:
+    """The choice of a token's experts: those with the highest logits of linear(norm(x))."""
+
+    linear: Linear  # [E, d]
+    norm: RmsNorm | None = None
+    """None: the norm of the experts' input."""
+    scales: QTensor | None = None
+    """[E] f32: multiplies the weight of each expert."""
+
+
+Branch: TypeAlias = tuple[Array, RmsNorm]
+"""One of several results of a layer [T, d] f32 that are added, and its norm."""
+
+
+@dataclass(frozen=True, slots=True)
 class Routes:
     """Each token's experts [T, k] i32, by falling logit (ties: lower id); weights [T, k] f32."""
 
@@ -186,8 +201,8 @@ class Ops(Protocol):
         are then the keys before their norm and RoPE.
         """
 
-    def linear_add(self, y: Array, linear: Linear, residual: Array) -> Array:
-        """residual + linear(y): x [T, d] f32."""
+    def linear_add(self, y: Array, linear: Linear, residual: Array | None) -> Array:
+        """residual + linear(y): x [T, d] f32. Without a residual, y is a result of `norm_glu`."""
 
     def linear_norm_add(self, y: Array, linear: Linear, norm: RmsNorm, residual: Array, scale: float = 1.0) -> Array:
         """(residual + norm(linear(y))) · scale: x [T, d] f32."""
@@ -195,17 +210,25 @@ class Ops(Protocol):
     def norm_glu(self, x: Array, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Array:
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""
 
-    def norm_route(self, x: Array, norm: RmsNorm, router: Linear, k: int) -> tuple[Array, Routes]:
+    def norm_route(self, x: Array, norm: RmsNorm, router: Router, k: int) -> tuple[Array, Routes]:
         """n = norm(x) [T, d] and its `k` experts, weighted by the softmax of their logits."""
 
     def experts_glu(self, n: Array, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Array:
         """Each token's gated FFN in each of its experts: h [T, k, f] f32."""
 
-    def experts_add(self, h: Array, routes: Routes, down: Linear, residual: Array) -> Array:
+    def experts_add(self, h: Array, routes: Routes, down: Linear, residual: Array | None) -> Array:
         """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32.
 
         The op before is the `experts_glu` of h, and `residual` is older than that: a device may
         read it while `experts_glu` runs.
+        """
+
+    def branches_norm_add(
+        self, branches: tuple[Branch, Branch], norm: RmsNorm, residual: Array, scale: float = 1.0
+    ) -> Array:
+        """(residual + norm(Σ_i norm_i(y_i))) · scale of the branches (y_i, norm_i): x [T, d] f32.
+
+        y_i are results of `linear_add` and `experts_add` without a residual.
         """
 
     def softcap(self, logits: Array, cap: float) -> Array:

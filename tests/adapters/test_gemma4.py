@@ -12,21 +12,24 @@ from tests.adapters.variants import logprobs, refusal
 from tests.changed_files import changed_copy
 from tests.llama_cpp import LlamaCpp
 from worker.adapters import bind
+from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
 from worker.text.tokenizer import load_tokenizer
 
+GLU = ("gate", "up")
 ROTATED = np.where(np.arange(256) < 32, 1.0, 1e30)
 
 
-def changed(exact, folder, keys, **parts):
+def changed(exact, folder, keys, name="gemma4", **parts):
     metadata = {f"gemma4.{key}": value for key, value in keys.items()}
-    return changed_copy(exact("gemma4"), folder / "g.gguf", metadata=metadata, **parts)
+    return changed_copy(exact(name), folder / "g.gguf", metadata=metadata, **parts)
 
 
-def test_a_tiny_model_has_llama_cpp_s_log_probabilities(exact, monkeypatch):
-    assert_as_llama_cpp(exact("gemma4"), monkeypatch)
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-experts"])
+def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, exact, monkeypatch):
+    assert_as_llama_cpp(exact(name), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_ffn_widths_may_differ_between_layers(exact, tmp_path, monkeypatch):
     [
         ("attention.shared_kv_layers", 2),
         ("embedding_length_per_layer_input", 256),
-        ("expert_count", 4),
+        ("expert_used_count", 2),
         ("attention.sliding_window_pattern", None),
         ("attention.sliding_window_pattern", 2),
         ("attention.sliding_window_pattern", [True, False]),
@@ -107,9 +110,10 @@ def test_a_key_that_is_not_handled_is_refused_by_name(key, value, exact, tmp_pat
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"attention.shared_kv_layers": 20}, "Gemma 4 E2B and E4B are not served, its dense 31B is"),
-        ({"embedding_length_per_layer_input": 256}, "Gemma 4 E2B and E4B are not served, its dense 31B is"),
-        ({"expert_count": 128, "expert_used_count": 8}, "gemma4 models are served without experts"),
+        ({"attention.shared_kv_layers": 20}, "Gemma 4 E2B and E4B are not served, 31B and 26B-A4B are"),
+        ({"embedding_length_per_layer_input": 256}, "Gemma 4 E2B and E4B are not served, 31B and 26B-A4B are"),
+        ({"expert_count": 8}, "gemma4.expert_used_count is 0; expected 1 to 8 experts"),
+        ({"expert_count": 8, "expert_used_count": 3}, "gemma4.expert_feed_forward_length' is missing"),
         ({"rope.scaling.factor": 8.0}, "gemma4.rope.scaling.type is 'linear' by 8.0; expected no scaling"),
     ],
 )
@@ -134,6 +138,90 @@ def test_values_that_change_nothing_are_accepted(keys, exact, tmp_path, monkeypa
     path = changed(exact, tmp_path, keys)
     assert (logprobs(path) == logprobs(exact("gemma4"))).all()
     assert_as_llama_cpp(path, monkeypatch)
+
+
+def experts_changed(exact, folder, **parts):
+    return changed(exact, folder, {}, "gemma4-experts", **parts)
+
+
+def test_gate_and_up_of_the_experts_may_be_two_tensors(exact, tmp_path, monkeypatch):
+    whole = exact("gemma4-experts")
+    with GgufFile.open(whole) as file:
+        fused = {i: file.data(file.tensors[f"blk.{i}.ffn_gate_up_exps.weight"]).view("<f4") for i in range(4)}
+    both = {i: values.reshape(8, 2, 160, 256) for i, values in fused.items()}
+    parts = {f"blk.{i}.ffn_{part}_exps.weight": each[:, j] for i, each in both.items() for j, part in enumerate(GLU)}
+    path = experts_changed(exact, tmp_path, tensors=parts, drop=[f"blk.{i}.ffn_gate_up_exps.weight" for i in fused])
+    assert (logprobs(path) == logprobs(whole)).all()
+    assert_as_llama_cpp(path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"drop": ["blk.1.ffn_down_exps.scale"]},
+        {"tensors": {"blk.1.ffn_down_exps.scale": np.arange(8.0)}},
+        {"tensors": {"blk.2.ffn_gate_inp.scale": np.linspace(-30, 30, 256)}},
+        {"tensors": {"blk.0.pre_ffw_norm_2.weight": np.linspace(0, 3, 256)}},
+        {"tensors": {"blk.0.post_ffw_norm_1.weight": np.linspace(0, 3, 256)}},
+        {"tensors": {"blk.0.post_ffw_norm_2.weight": np.linspace(0, 3, 256)}},
+    ],
+    ids=["no factors", "factors", "router's norm", "experts' norm", "dense result", "experts' result"],
+)
+def test_norms_and_factors_of_the_experts_are_applied_as_in_llama_cpp(parts, exact, tmp_path, monkeypatch):
+    path = experts_changed(exact, tmp_path, **parts)
+    assert_as_llama_cpp(path, monkeypatch)
+    assert np.abs(logprobs_of(path) - logprobs_of(exact("gemma4-experts"))).max() > 1e-2
+
+
+EXPERT_TENSORS = [
+    *("ffn_gate_inp.weight", "ffn_gate_inp.scale", "ffn_gate_up_exps.weight", "ffn_down_exps.weight"),
+    *("pre_ffw_norm_2.weight", "post_ffw_norm_1.weight", "post_ffw_norm_2.weight", "ffn_gate.weight"),
+]
+
+
+@pytest.mark.parametrize("tensor", EXPERT_TENSORS)
+@pytest.mark.parametrize("change", ["missing", "of another shape"])
+def test_experts_without_one_of_their_tensors_are_refused_by_name(tensor, change, exact, tmp_path):
+    name = f"blk.2.{tensor}"
+    parts = {"drop": [name]} if change == "missing" else {"tensors": {name: np.ones((8, 7, 32))}}
+    sought = name.replace("gate_up", "gate") if change == "missing" else name
+    assert sought in refusal(experts_changed(exact, tmp_path, **parts))
+
+
+@pytest.mark.parametrize("tensor", ["ffn_up_exps.weight", "ffn_gate_exps.scale", "ffn_norm_exps.weight", "exp_probs_b"])
+def test_a_tensor_that_the_experts_do_not_use_is_refused_by_name(tensor, exact, tmp_path):
+    path = experts_changed(exact, tmp_path, tensors={f"blk.1.{tensor}": np.ones((8, 160, 256))})
+    assert f"blk.1.{tensor}" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expert_used_count", 9),
+        ("expert_used_count", 0),
+        ("expert_feed_forward_length", None),
+        ("expert_feed_forward_length", 96),
+        ("expert_gating_func", 2),
+        ("expert_weights_scale", 2.5),
+        ("expert_shared_feed_forward_length", 64),
+        ("expert_group_count", 4),
+    ],
+)
+def test_a_key_of_experts_that_is_not_handled_is_refused(key, value, exact, tmp_path):
+    found = refusal(changed(exact, tmp_path, {key: value}, "gemma4-experts"))
+    assert (f"gemma4.{key}" in found) or (key == "expert_feed_forward_length" and "ffn_gate_up_exps" in found)
+
+
+def test_the_plan_counts_the_dense_ffn_beside_the_experts_and_each_part_of_a_tensor_once(exact):
+    with GgufFile.open(exact("gemma4-experts")) as file:
+        hp, (_, weights) = read_hparams(file), bind(file, ModelOptions(512))
+        claimed = list(weights.claimed())
+        assert sum(info.nbytes for info in claimed) == file.tensor_bytes
+    assert (hp.feed_forward_length, hp.expert_shared_feed_forward_length, hp.ffn_width) == (512, 512, 512)
+    halves = [info for info in claimed if "gate_up" in info.name]
+    assert [(half.name, half.shape) for half in halves[:2]] == [
+        (f"blk.0.ffn_gate_up_exps.weight[:, {rows}]", (8, 160, 256)) for rows in ("0:160", "160:320")
+    ]
 
 
 def test_the_cache_has_the_shape_of_each_layer(exact):

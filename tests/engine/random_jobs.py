@@ -22,6 +22,7 @@ BATCHED_MODELS = (
     "smollm3",
     "gemma3",
     "gemma4",
+    "gemma4-experts",
     "granite",
     "granitemoe-shared",
     "mistral3",

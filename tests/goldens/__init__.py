@@ -50,6 +50,7 @@ CASES = {
     "gemma3": GoldenCase("gemma3"),
     "gemma3-27b": GoldenCase("gemma3-27b"),
     "gemma4": GoldenCase("gemma4"),
+    "gemma4-experts": GoldenCase("gemma4-experts"),
 }
 
 

@@ -52,6 +52,10 @@ OTHER_NAMES = {
     "gemma4": {
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
+        "post_ffw_norm_1": "post_feedforward_layernorm_1",
+        "post_ffw_norm_2": "post_feedforward_layernorm_2",
+        "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+        "ffn_gate_inp": "router.proj",
         "layer_output_scale": "layer_scalar",
     },
     "gpt-oss": {"ffn_gate_inp": "mlp.router"},
@@ -273,6 +277,13 @@ def _gemma4(metadata: Metadata, weights: Weights) -> transformers.Gemma4TextConf
             "sliding_attention": {"rope_type": "default", "rope_theta": metadata["rope.freq_base_swa"]},
         },
     }
+    if "expert_count" in metadata:
+        common |= {
+            "enable_moe_block": True,
+            "num_experts": metadata["expert_count"],
+            "top_k_experts": metadata["expert_used_count"],
+            "moe_intermediate_size": metadata["expert_feed_forward_length"],
+        }
     return transformers.Gemma4TextConfig(
         **common,
         global_head_dim=metadata["attention.key_length"],
@@ -316,7 +327,7 @@ def _state(arch: str, config: Any, weights: Weights) -> Iterator[tuple[str, np.n
         yield "lm_head.weight", weights["token_embd.weight"]
     for name, data in weights.items():
         *block, part, kind = name.split(".")
-        if part.endswith(("_exps", "_shexp")):
+        if part.endswith(("_exps", "_shexp")) or kind == "scale":
             continue
         prefix = f"model.layers.{block[1]}." if block else ""
         full = prefix + names[part] + ("" if part in ("attn_sinks", "layer_output_scale") else f".{kind}")
@@ -327,7 +338,7 @@ def _state(arch: str, config: Any, weights: Weights) -> Iterator[tuple[str, np.n
             yield full, data.astype(np.float64) - 1  # HF adds the 1 that files include
         else:
             yield full, data
-    if "blk.0.ffn_gate_exps.weight" in weights:
+    if "blk.0.ffn_down_exps.weight" in weights:
         for layer in range(config.num_hidden_layers):
             yield from EXPERTS.get(arch, _experts)(weights, layer)
 
@@ -355,6 +366,14 @@ def _granitemoe_experts(weights: Weights, layer: int) -> Iterator[tuple[str, np.
         yield f"{target}output_linear.weight", weights[f"{source}down_shexp.weight"]
 
 
+def _gemma4_experts(weights: Weights, layer: int) -> Iterator[tuple[str, np.ndarray]]:
+    source, target = f"blk.{layer}.ffn_", f"model.layers.{layer}."
+    yield f"{target}router.scale", weights[f"{source}gate_inp.scale"]
+    yield f"{target}router.per_expert_scale", weights[f"{source}down_exps.scale"]
+    yield f"{target}experts.gate_up_proj", weights[f"{source}gate_up_exps.weight"]
+    yield f"{target}experts.down_proj", weights[f"{source}down_exps.weight"]
+
+
 def _gpt_oss_experts(weights: Weights, layer: int) -> Iterator[tuple[str, np.ndarray]]:
     """HF stores experts as [E, in, out]: gate in the even columns, up in the odd ones."""
     source, target = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp.experts."
@@ -367,4 +386,4 @@ def _gpt_oss_experts(weights: Weights, layer: int) -> Iterator[tuple[str, np.nda
 
 
 EXPERTS: dict[str, Callable[[Weights, int], Iterator[tuple[str, np.ndarray]]]]
-EXPERTS = {"gpt-oss": _gpt_oss_experts, "granitemoe": _granitemoe_experts}
+EXPERTS = {"gemma4": _gemma4_experts, "gpt-oss": _gpt_oss_experts, "granitemoe": _granitemoe_experts}

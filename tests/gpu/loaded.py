@@ -24,7 +24,8 @@ def gpu_runner(path, kernels, memory, *, context=512, sliding_window="auto", pad
 
     with GgufFile.open(path) as file:
         hp = read_hparams(file)
-        pool = Pool(memory, sum(weight_bytes(info) for info in file.tensors.values()), Purpose.WEIGHTS)
+        claimed = bind(file, ModelOptions(context, sliding_window))[1].claimed()
+        pool = Pool(memory, sum(map(weight_bytes, claimed)), Purpose.WEIGHTS)
         upload = Upload(file, kernels, memory, pool)
         model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         upload.close()

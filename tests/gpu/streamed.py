@@ -159,19 +159,26 @@ class ThreeRuns(CpuOps):
         return np.concatenate([ops.attention(*qkv, spec, batch) for ops, *qkv in each])
 
     def linear_add(self, y, linear, residual):
-        return self._led(super().linear_add(y, linear, residual), residual)
+        x = super().linear_add(y, linear, residual)
+        return x if residual is None else self._led(x, residual)
 
     def linear_norm_add(self, y, linear, norm, residual, scale=1.0):
         return self._led(super().linear_norm_add(y, linear, norm, residual, scale), residual)
 
+    def branches_norm_add(self, branches, norm, residual, scale=1.0):
+        return self._led(super().branches_norm_add(branches, norm, residual, scale), residual)
+
     def norm_route(self, x, norm, router, k):
         n = self._norm(x, norm)
-        logits = self._product(n, router)
+        logits = self._product(self._norm(x, router.norm or norm), router.linear)
         experts = np.concatenate([next(self._experts)] * RUNS)
         chosen = np.take_along_axis(logits, experts, axis=-1)
         behind = np.sort(logits, axis=-1)[:, -k] - chosen.min(axis=-1)
         self.tie = max(self.tie, float(np.split(behind, RUNS)[-1].max()))
-        return n, Routes(experts, softmax(chosen))
+        weights = softmax(chosen)
+        if router.scales is not None:
+            weights = weights * self._rows.vector(router.scales)[experts]
+        return n, Routes(experts, weights)
 
     def experts_glu(self, n, routes, gate, up, activation):
         n = self._rounded(n, gate)
@@ -186,7 +193,8 @@ class ThreeRuns(CpuOps):
         y = np.empty((*routes.experts.shape, down.weight.shape[1]), np.float32)
         for expert, at in by_expert(routes):
             y[at] = self._expert(h[at], down, expert)
-        return self._led(residual + (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32), residual)
+        sums = (routes.weights[:, :, None] * y).sum(axis=1, dtype=np.float32)
+        return sums if residual is None else self._led(residual + sums, residual)
 
     def gather_rows(self, x, batch):
         return np.concatenate([run[batch.logit_rows] for run in np.split(x, RUNS)])

@@ -27,7 +27,7 @@ CHOSEN = {
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or gelu",
     "norms": "",
     "softcap": "",
-    "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552)",
+    "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or both_phases",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",

@@ -19,7 +19,7 @@ from tests.quantized_ops import in_f16
 from worker.cpu.plain import gated
 from worker.gpu.activations import Q8Activations
 from worker.gpu.matvec_mma import MAX_SHARED
-from worker.ops import Routes
+from worker.ops import GELU_GLU, QTensor, Router, Routes
 from worker.quants import F32, IQ4_NL, MXFP4, Q4_K, Q6_K, Q8_0, QUANT_TYPES
 
 
@@ -127,13 +127,13 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
 class Layer:
     """The experts of a layer, their router and norm, and one step of decode through them."""
 
-    def __init__(self, kernels, memory, kinds, experts, k, f, d, bias=True):
+    def __init__(self, kernels, memory, kinds, experts, k, f, d, bias=True, activation=CLAMPED):
         gate, up, down = kinds
-        self.kernels, self.k = kernels, k
+        self.kernels, self.k, self.activation = kernels, k, activation
         self.gate = Projection(kernels, memory, gate, (experts, f, d), "gate", bias=bias).linear
         self.up = Projection(kernels, memory, up, (experts, f, d), "up", bias=bias).linear
         self.down = Projection(kernels, memory, down, (experts, d, f), "down", bias=bias).linear
-        self.router = Projection(kernels, memory, F32, (experts, d), "router", bias=bias).linear
+        self.router = Router(Projection(kernels, memory, F32, (experts, d), "router", bias=bias).linear)
         self.norm = norm_of(GuardedPool(), d)[1]
 
     def alone(self, x, residual, chosen=None, weights=None):
@@ -146,8 +146,9 @@ class Layer:
             routes = matvec.norm_route(self.kernels, pool, rows.x, self.norm, self.router, self.k)
         else:
             routes = Routes(pool.put(chosen[None]), pool.put(weights[None]))
-        h = matvec.glu(self.kernels, pool, rows, self.norm, self.gate, self.up, CLAMPED, routes)
-        y = matvec.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual[None]))
+        h = matvec.glu(self.kernels, pool, rows, self.norm, self.gate, self.up, self.activation, routes)
+        added = None if residual is None else pool.put(residual[None])
+        y = matvec.experts_add(self.kernels, pool, h, routes, self.down, added)
         return routes, h, y
 
     def together(self, x, residual, chosen=None, weights=None, active=None, wide_pairs=0, max_shared=MAX_SHARED):
@@ -166,11 +167,12 @@ class Layer:
         )
         if chosen is not None:
             routes = Routes(pool.put(chosen), pool.put(weights))
-            experts = self.router.weight.shape[0]
+            experts = self.router.linear.weight.shape[0]
             tiles = decode_experts.group_pairs(self.kernels, pool, routes, experts, active, wide_pairs, max_shared)
             n = replace(n, tiles=tiles)
-        h = decode_experts.experts_glu(self.kernels, pool, n, routes, self.gate, self.up, CLAMPED)
-        y = decode_experts.experts_add(self.kernels, pool, h, routes, self.down, pool.put(residual))
+        h = decode_experts.experts_glu(self.kernels, pool, n, routes, self.gate, self.up, self.activation)
+        added = None if residual is None else pool.put(residual)
+        y = decode_experts.experts_add(self.kernels, pool, h, routes, self.down, added)
         pool.check()
         return routes, h.rows, y
 
@@ -180,7 +182,7 @@ def assert_rows_equal(layer, together, x, residual, rows, chosen=None, weights=N
     routes, h, y = together
     for r in rows:
         mine = (None, None) if chosen is None else (chosen[r], weights[r])
-        alone_routes, alone_h, alone_y = layer.alone(x[r], residual[r], *mine)
+        alone_routes, alone_h, alone_y = layer.alone(x[r], None if residual is None else residual[r], *mine)
         pairs = slice(r * layer.k, (r + 1) * layer.k)
         assert routes.experts.get()[r].tolist() == alone_routes.experts.get()[0].tolist()
         assert routes.weights.get()[r].tobytes() == alone_routes.weights.get()[0].tobytes()
@@ -285,6 +287,52 @@ def test_rows_choose_and_compute_their_experts_as_each_does_alone(kernels, memor
     layer = Layer(kernels, memory, kinds, 5, 3, 256, 256, bias=False)
     x, residual = inputs_of(7, 256)
     assert_rows_equal(layer, layer.together(x, residual), x, residual, range(7))
+
+
+@pytest.mark.parametrize("kind", [Q4_K, Q8_0, MXFP4, F32], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [2, 7, 40])
+def test_rows_of_a_router_with_its_own_norm_and_scales_compute_as_each_does_alone(kernels, memory, kind, rows):
+    layer = Layer(kernels, memory, (kind,) * 3, 5, 3, 256, 512, bias=False, activation=GELU_GLU)
+    pool = GuardedPool()
+    norm, scales = norm_of(pool, 512, 1e-3)[1], pool.put(np.linspace(0.25, 2, 5, dtype=np.float32))
+    layer.router = replace(layer.router, norm=norm, scales=QTensor("scales", (5,), F32, scales))
+    x, _ = inputs_of(rows, 512)
+    assert_rows_equal(layer, layer.together(x, None), x, None, range(0, rows, 3))
+
+
+@pytest.mark.parametrize("kind", [Q4_K, Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_experts_of_one_row_with_gelu_and_no_residual(kernels, memory, kind, tokens):
+    from worker.gpu.matvec import experts_add, glu
+
+    gate, up = (Projection(kernels, memory, kind, (8, 64, 256), name) for name in ("gate", "up"))
+    down = Projection(kernels, memory, kind, (8, 40, 256), "down")
+    pool, x, wide = GuardedPool(), rows_of(tokens, 256) * np.float32(0.3), rows_of(4 * tokens, 256)
+    chosen, weights, routes = routes_of(pool, tokens, 8, 4)
+    h = glu(kernels, pool, q8_activations(pool, x), None, gate.linear, up.linear, GELU_GLU, routes).x.get()
+    exact = exact_glu(rounded(x, kind), chosen, gate, up, GELU_GLU)
+    assert error(h.reshape(tokens, 4, 64), exact) < 1e-5
+    out = experts_add(kernels, pool, q8_activations(pool, wide), routes, down.linear, None)
+    pool.check()
+    assert error(out.get(), exact_add(rounded(wide, kind).reshape(tokens, 4, -1), chosen, weights, down, 0)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Q4_K, Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_prefill_experts_with_gelu_and_no_residual(kernels, memory, kind, tokens):
+    from worker.gpu.matmul import experts_add, glu, group_routes
+
+    gate, up = (Projection(kernels, memory, kind, (8, 48, 256), name) for name in ("gate", "up"))
+    down = Projection(kernels, memory, kind, (8, 40, 256), "down")
+    pool, x, wide = GuardedPool(), rows_of(tokens, 256) * np.float32(0.3), rows_of(3 * tokens, 256)
+    chosen, weights, routes = routes_of(pool, tokens, 8, 3)
+    groups = group_routes(kernels, pool, routes, 8)
+    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, GELU_GLU, groups).get()
+    assert error(h, exact_glu(in_f16(x), chosen, gate, up, GELU_GLU)) < 2 * PREFILL_OWN
+    out = experts_add(kernels, pool, scaled_f16(pool, wide), routes, groups, down.linear, None)
+    pool.check()
+    inputs = in_f16(wide).reshape(tokens, 3, -1)
+    assert error(out.get(), exact_add(inputs, chosen, weights, down, 0)) < PREFILL_OWN
 
 
 @pytest.mark.parametrize(("f", "d"), [(128, 2880), (2880, 96), (64, 512), (64, 544), (32, 1056)])

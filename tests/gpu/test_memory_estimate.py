@@ -35,6 +35,7 @@ FULL = {
     "qwen3moe": FULL_SIZE["qwen3-30b-a3b"],
     "qwen3": FULL_SIZE["qwen3-4b"],
     "gemma3": FULL_SIZE["gemma3-4b"],
+    "gemma4-experts": FULL_SIZE["gemma4-26b-a4b"],
     "mistral": FULL_SIZE["mistral-7b"],
     "mixtral": replace(  # 8x7B
         FULL_SIZE["mistral-7b"], experts=8, metadata={**TINY["mixtral"].metadata, "expert_used_count": 2}
@@ -43,7 +44,8 @@ FULL = {
     "llama": replace(TINY["llama"], width=2048, heads=32, kv_heads=8, ffn=8192),  # 3.2 1B
     "qwen2": replace(TINY["qwen2"], width=896, heads=14, kv_heads=2, ffn=4864),  # 2.5 0.5B
 }
-"""Shapes by the tiny model with the same metadata. Two layers are bound, whose memory all layers use in turn."""
+"""Shapes by the tiny model with the same metadata. Two layers are bound, or six if they differ: all layers use the
+memory of these in turn."""
 
 
 class Memory:
@@ -103,20 +105,27 @@ def upload(info, scale=1.0):
 def full_size(name, tiny):
     """The tiny file's metadata with the names and shapes of `FULL[name]`."""
     file = GgufFile.open(tiny(name))
-    shape = replace(FULL[name], layers=2, context=CONTEXT)
+    shape = replace(FULL[name], layers=6 if FULL[name].windowed else 2, context=CONTEXT)
     numbers = {
-        **shape.metadata,
-        **{"block_count": 2, "context_length": CONTEXT, "embedding_length": shape.width},
+        **{"attention.head_count_kv": shape.kv_heads},
+        **{
+            key: np.array(each)[: shape.layers] if isinstance(each, list) else each
+            for key, each in shape.metadata.items()
+        },
+        **{"block_count": shape.layers, "context_length": CONTEXT, "embedding_length": shape.width},
         **{"feed_forward_length": shape.ffn, "attention.head_count": shape.heads},
-        **{"attention.head_count_kv": shape.kv_heads, "attention.key_length": shape.head_dim},
-        **{"attention.value_length": shape.head_dim, "rope.dimension_count": shape.head_dim},
+        **{"attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim},
+        **{"rope.dimension_count": shape.head_dim},
     }
     if shape.experts:
         numbers |= {"expert_count": shape.experts, "expert_feed_forward_length": shape.expert_ffn or shape.ffn}
     file.metadata.update({f"{shape.arch}.{key}": value for key, value in numbers.items()})
     norm = file.tensors["output_norm.weight"]
-    file.tensors = {}
+    divisors = {each: file.tensors[each] for each in shape.rope_tensors}
+    file.tensors = divisors if shape.windowed else {}
     for tensor in tensors_of(shape):
+        if tensor.shape == (1,):  # optional scales of layers, which loading reads
+            continue
         is_tiny = tensor.name in ("token_embd.weight", "output.weight") and not shape.big_vocabulary
         rows = VOCABULARY if is_tiny else tensor.shape[0]
         kind = Q8_0 if tensor.quantized else norm.kind

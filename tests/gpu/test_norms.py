@@ -30,6 +30,26 @@ def test_normed_rows_are_added_and_the_sum_is_scaled(kernels, cols, scale):
     assert alone.tobytes() == x[1:2].tobytes()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("cols", [4, 96, 1024, 2816, 9248])
+def test_normed_branches_are_added_normed_and_added(kernels, cols, scale):
+    from worker.gpu.norms import branches_norm_add
+
+    pool, residual = GuardedPool(), np.random.default_rng(1).normal(size=(3, cols)).astype(np.float32)
+    a, b = rows_of(3, cols, 1), rows_of(3, cols, 2)
+    weights, norms = zip(*(norm_of(pool, cols, eps) for eps in (1e-3, 1e-2, 0.1)), strict=True)
+
+    def on_gpu(rows):
+        branches = (pool.put(a[rows]), norms[0]), (pool.put(b[rows]), norms[1])
+        return branches_norm_add(kernels, pool, branches, norms[2], pool.put(residual[rows]), scale=scale).get()
+
+    x = on_gpu(slice(3))
+    pool.check()
+    both = rms_norm(a, weights[0], 1e-3) + rms_norm(b, weights[1], 1e-2)
+    np.testing.assert_allclose(x, (residual + rms_norm(both, weights[2], 0.1)) * scale, rtol=1e-5, atol=1e-5)
+    assert on_gpu(slice(1, 2)).tobytes() == x[1:2].tobytes()
+
+
 @dataclass
 class Norms:
     """The norms of the heads of D elements, with the weights of queries and keys."""
@@ -122,10 +142,14 @@ def test_attention_that_normalizes_heads_gives_the_bits_of_a_launch_before(kerne
 
 
 def test_rows_from_the_count_on_are_not_written(kernels):
-    from worker.gpu.norms import norm_add
+    from worker.gpu.norms import branches_norm_add, norm_add
 
     pool, y = GuardedPool(), rows_of(5, 96)
-    count = pool.put(np.array([2], np.int32))
-    x = norm_add(kernels, pool, pool.put(y), norm_of(pool, 96, 1e-3)[1], pool.put(y), count).get()
-    assert np.isfinite(x[:2]).all()
-    assert (x[2:].view(np.uint32) == 0xFFFFFFFF).all()
+    count, norm = pool.put(np.array([2], np.int32)), norm_of(pool, 96, 1e-3)[1]
+    branches = (pool.put(y), norm), (pool.put(y), norm)
+    for x in (
+        norm_add(kernels, pool, pool.put(y), norm, pool.put(y), count).get(),
+        branches_norm_add(kernels, pool, branches, norm, pool.put(y), count).get(),
+    ):
+        assert np.isfinite(x[:2]).all()
+        assert (x[2:].view(np.uint32) == 0xFFFFFFFF).all()

@@ -7,6 +7,8 @@ import pytest
 
 from tests.gpu.guarded import GuardedPool
 from worker.cpu.plain import top_k
+from worker.ops import QTensor
+from worker.quants import F32
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,17 @@ def test_the_choice_and_its_weights_equal_their_twin(kernels, tokens, experts, k
     assert np.array_equal(routes.experts.get(), chosen)
     np.testing.assert_allclose(routes.weights.get(), weights, rtol=2e-6)
     pool.check()
+
+
+def test_weights_are_multiplied_by_the_scales_of_their_experts(kernels):
+    from worker.gpu.matvec import route
+
+    rng, pool = np.random.default_rng(1), GuardedPool()
+    logits, scales = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 33), (33,)))
+    routes = route(kernels, pool, pool.put(logits), 4, QTensor("s", (33,), F32, pool.put(scales)))
+    chosen, weights = top_k(logits, 4)
+    assert np.array_equal(routes.experts.get(), chosen)
+    np.testing.assert_allclose(routes.weights.get(), weights * scales[chosen], rtol=2e-6)
 
 
 def test_negative_and_positive_zero_are_a_tie(kernels):

@@ -26,7 +26,7 @@ from worker.model import Chunk, SlotStart
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
-NAMES += ("gemma3", "gemma4", "granite", "granitemoe-shared", "mistral3")
+NAMES += ("gemma3", "gemma4", "gemma4-experts", "granite", "granitemoe-shared", "mistral3")
 # Rounding to f16 sends a token of mistral3-experts to another expert, in the CPU's twin too.
 GOLDENS = [name for name in CASES if name != "mistral3-experts"]
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
@@ -51,15 +51,16 @@ def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, m
     assert max(errors) < WORST_BOUND
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])  # short enough for the emulator
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4-experts"])  # short enough for the emulator
 def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, load):
     runner, twin, table = load(name), cpu_runner(tiny(name)), np.arange(32, dtype=np.int32)
-    batch = prefill(PROMPT[:40], table=table, rows=list(range(40)))
+    prompt = PROMPT[40:]  # no token of its beginning is near a tie of two experts
+    batch = prefill(prompt[:40], table=table, rows=list(range(40)))
     pairs = zip(*(each.logits(batch)[:, None] for each in (runner, twin)), strict=True)
     errors = [relative_error(*pair) for pair in pairs]
     assert np.median(errors) < PREFILL_BOUND
     assert max(errors) < WORST_BOUND
-    steps = [[each.logits(decode(PROMPT[at], at, table)) for each in (runner, twin)] for at in range(40, 48)]
+    steps = [[each.logits(decode(prompt[at], at, table)) for each in (runner, twin)] for at in range(40, 48)]
     assert max(relative_error(*pair) for pair in steps) < DECODE_BOUND
 
 

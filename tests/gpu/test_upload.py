@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,8 +39,23 @@ def tensor(kind, rows, cols, name="w.weight"):
 
 def uploading(tensors, memory, heard=lambda _: None):
     data = {info.name: blocks for info, blocks in tensors}
-    file = SimpleNamespace(data=lambda info: data[info.name])
+    file = SimpleNamespace(
+        data=lambda info: data[info.name],
+        pieces=lambda info: np.split(data[info.name], info.shape[0] if info.stride else 1),
+    )
     return Upload(file, FakeKernels(), memory, FakePool(), heard)
+
+
+@EACH_KIND
+def test_the_pieces_of_a_part_are_adjacent_in_every_plane(cupy, kind):
+    """Items of 3 rows, as of the experts of a tensor with gate and up, against the same rows in one piece."""
+    info, blocks = tensor(kind, 36, 256)
+    part = replace(info, shape=(12, 3, 256), stride=2 * blocks.nbytes // 12)
+    whole, pieces = (uploading([(each, blocks)], FakeMemory()) for each in (info, part))
+    expected, found = whole(info).data.planes, pieces(part).data.planes
+    whole.close(), pieces.close()
+    for one, other in zip(expected, found, strict=True):
+        assert one is other is None or np.array_equal(one.host.reshape(-1), other.host.reshape(-1))
 
 
 @EACH_KIND
@@ -101,7 +117,7 @@ def test_lanes_end_by_themselves_after_the_last_byte_expected(cupy, monkeypatch)
 
     monkeypatch.setattr(module._Lane, "end", end)
     info, blocks = tensor(Q8_0, 61, 1280)
-    file = SimpleNamespace(data=lambda info: blocks)
+    file = SimpleNamespace(pieces=lambda info: [blocks])
     upload = Upload(file, FakeKernels(), FakeMemory(), FakePool(), expected=2 * info.nbytes)
     upload(info)
     assert not ended
@@ -122,7 +138,7 @@ def test_a_small_file_pins_no_more_than_it_has_chunks(cupy):
 def test_a_tensor_that_its_model_drops_keeps_its_memory_until_its_bytes_have_arrived(cupy):
     """Frequency divisors are claimed and then read on the host: their place must not be the next tensor's meanwhile."""
     pool, (info, blocks) = FakePool(), tensor(Q8_0, 61, 1280)
-    upload = Upload(SimpleNamespace(data=lambda info: blocks), FakeKernels(), FakeMemory(), pool)
+    upload = Upload(SimpleNamespace(pieces=lambda info: [blocks]), FakeKernels(), FakeMemory(), pool)
     upload(info)
     gc.collect()
     assert pool.alive == 3  # Q8_0's planes

@@ -38,14 +38,19 @@ class Trailed:
         self._trail.experts.append(on_host(routes.experts))
         return n, routes
 
-    def linear_add(self, *args):
-        return self._recorded(self._ops.linear_add(*args))
+    def linear_add(self, y, linear, residual):
+        x = self._ops.linear_add(y, linear, residual)
+        return x if residual is None else self._recorded(x)
 
     def linear_norm_add(self, *args):
         return self._recorded(self._ops.linear_norm_add(*args))
 
-    def experts_add(self, *args):
-        return self._recorded(self._ops.experts_add(*args))
+    def experts_add(self, h, routes, down, residual):
+        x = self._ops.experts_add(h, routes, down, residual)
+        return x if residual is None else self._recorded(x)
+
+    def branches_norm_add(self, *args):
+        return self._recorded(self._ops.branches_norm_add(*args))
 
     def _recorded(self, x):
         self._trail.residuals.append(on_host(x))

@@ -32,7 +32,8 @@ def upload(kernels, memory, kind, shape, blocks, name="w.weight", on_bytes=lambd
     """The tensor on the device, uploaded by the loader."""
     info = TensorInfo(name=name, shape=shape, kind=kind, offset=0, nbytes=blocks.nbytes, shard=0)
     pool = Pool(memory, 4 * aligned(blocks.nbytes) + 4 * math.prod(shape), Purpose.WEIGHTS)
-    uploading = Upload(SimpleNamespace(data=lambda _: blocks), kernels, memory, pool, on_bytes)
+    file = SimpleNamespace(data=lambda _: blocks, pieces=lambda _: [blocks])
+    uploading = Upload(file, kernels, memory, pool, on_bytes)
     tensor = uploading(info)
     uploading.close()
     return tensor

@@ -21,9 +21,8 @@ from worker.adapters.hparams import neutral_values
 from worker.adapters.keys import ArchitectureKeys, shown_value
 from worker.adapters.weights import HARMLESS, Weights, describe
 from worker.errors import ModelLoadFailed
-from worker.gguf_file import GgufFile
+from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams, Model, ModelOptions
-from worker.ops import QTensor
 from worker.quants import F32, QUANT_TYPES
 from worker.rope import RopeScaling
 
@@ -146,13 +145,13 @@ class _TrialWeights(Weights):
         super().__init__(file, describe)
         self.missing: list[str] = []
 
-    def tensor(self, name: str, *shape: int, scale: float = 1.0) -> QTensor:
+    def _claim(self, name: str, *shape: int) -> TensorInfo:
         info = self._file.tensors.get(name)
         if info is not None:
-            self._claimed.add(name)
+            self._claimed[name] = (info,)
         if info is None or info.shape != shape:
             self.missing.append(name)
-        return QTensor(name, shape, F32, None)
+        return TensorInfo(name, shape, F32, 0, 0)
 
     def host_vector(self, name: str, n: int) -> npt.NDArray[np.float64]:
         self.vector(name, n)

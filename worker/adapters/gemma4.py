@@ -1,4 +1,4 @@
-"""Gemma 4, text, dense: 31B. GGUF architecture `gemma4`.
+"""Gemma 4, text: 31B and 26B-A4B. GGUF architecture `gemma4`.
 
 Model card: Google DeepMind 2026 (Gemma 4). Differences from gemma3:
   * layers without a window have wider heads (`attention.key_length`) and fewer KV heads than those
@@ -6,24 +6,39 @@ Model card: Google DeepMind 2026 (Gemma 4). Differences from gemma3:
   * v heads are normalized, without a weight, and attention's scores are not scaled;
   * in layers without a window `rope_freqs.weight` divides the frequencies; large divisors leave
     three quarters of the pairs unrotated;
-  * a layer's result is multiplied by a number, logits are limited by cap·tanh(logits/cap).
-Files hold the norm weights as they are applied. Refused: embeddings for each layer, layers that
-share keys and values (E2B, E4B) and experts (26B-A4B).
+  * a layer's result is multiplied by a number, logits are limited by cap·tanh(logits/cap);
+  * 26B-A4B: routed experts beside the dense FFN of every layer, each branch with a norm after it,
+    then the norm of their sum. The router has a norm of its own; each expert's weight has a factor.
+Files hold the norm weights as they are applied. Refused: embeddings for each layer and layers that
+share keys and values (E2B, E4B).
 """
 
 import math
 from dataclasses import dataclass
 
-from worker.adapters.hparams import refuse_experts, windowed_layers
+from worker.adapters.hparams import refuse_experts, require_experts, windowed_layers
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.rotary import DIVISORS
 from worker.adapters.weights import Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import GELU_GLU, Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.ops import GELU_GLU, Array, Attention, Batch, Linear, Ops, RmsNorm, Router
 from worker.rope import Rope, scaled_rope
 
 LOCAL_ROPE_BASE, LOGIT_CAP = 10000.0, 30.0
 """Values of files without the keys, as in llama.cpp."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Weights of the routed experts beside the dense FFN of a layer."""
+
+    dense_post_norm: RmsNorm  # [d], of the dense FFN's result
+    norm: RmsNorm  # [d], of the experts' input
+    post_norm: RmsNorm  # [d], of their sum
+    router: Router  # [E, d]
+    gate: Linear  # [E, f, d]
+    up: Linear  # [E, f, d]
+    down: Linear  # [E, d, f]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,7 @@ class Layer:
     up: Linear  # [f, d]
     down: Linear  # [d, f]
     ffn_post_norm: RmsNorm  # [d]
+    experts: Experts | None
     scale: float
     """Multiplies the layer's result."""
 
@@ -59,6 +75,12 @@ class Gemma4:
 
     def __init__(self, hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOptions) -> None:
         _refuse_parts(hp, keys)
+        if hp.expert_count:
+            require_experts(hp, keys)
+            keys.count("expert_feed_forward_length")  # in `hp`, where it may be missing
+        else:
+            refuse_experts(hp, keys)
+        self.experts_used = hp.expert_used_count
         self.choices: dict[str, str] = {}
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
         widths = keys.counts_of_layers("feed_forward_length", hp.block_count)
@@ -80,18 +102,29 @@ class Gemma4:
             if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_norm_add(attended, layer.attn_output, layer.attn_post_norm, x)
-            h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up, GELU_GLU)
-            x = ops.linear_norm_add(h, layer.down, layer.ffn_post_norm, x, layer.scale)
+            x = _feed_forward(ops, x, layer, self.experts_used)
         (logits,) = ops.norm_linear(x, self.output_norm, self.output)
         return ops.softcap(logits, self.cap) if self.cap else logits
 
 
+def _feed_forward(ops: Ops, x: Array, layer: Layer, k: int) -> Array:
+    """The layer's result from the residual x after attention: dense FFN and `k` experts, if any."""
+    h = ops.norm_glu(x, layer.ffn_norm, layer.gate, layer.up, GELU_GLU)
+    if (experts := layer.experts) is None:
+        return ops.linear_norm_add(h, layer.down, layer.ffn_post_norm, x, layer.scale)
+    dense = ops.linear_add(h, layer.down, None)
+    n, routes = ops.norm_route(x, experts.norm, experts.router, k)
+    h = ops.experts_glu(n, routes, experts.gate, experts.up, GELU_GLU)
+    routed = ops.experts_add(h, routes, experts.down, None)
+    branches = (dense, experts.dense_post_norm), (routed, experts.post_norm)
+    return ops.branches_norm_add(branches, layer.ffn_post_norm, x, layer.scale)
+
+
 def _refuse_parts(hp: Hparams, keys: ArchitectureKeys) -> None:
     """Raise ModelLoadFailed, which names the key, for a part of Gemma 4 that is not computed."""
-    refuse_experts(hp, keys)
     for key in ("attention.shared_kv_layers", "embedding_length_per_layer_input"):
         if value := keys.width(key):
-            raise keys.error(key, f"is {value}", "0: Gemma 4 E2B and E4B are not served, its dense 31B is")
+            raise keys.error(key, f"is {value}", "0: Gemma 4 E2B and E4B are not served, 31B and 26B-A4B are")
     scaling = hp.rope_scaling
     if scaling.kind not in ("none", "linear") or scaling.factor != 1:
         raise keys.error("rope.scaling.type", f"is {scaling.kind!r} by {scaling.factor}", "no scaling")
@@ -149,5 +182,25 @@ def _layer(hp: Hparams, w: Weights, i: int, heads: Heads, f: int) -> Layer:
         up=w.linear(f"{block}.ffn_up", f, d),
         down=w.linear(f"{block}.ffn_down", d, f),
         ffn_post_norm=w.norm(f"{block}.post_ffw_norm", d, eps),
+        experts=_experts(hp, w, block) if hp.expert_count else None,
         scale=float(w.host_vector(scale, 1)[0]) if w.has(scale) else 1.0,
+    )
+
+
+def _experts(hp: Hparams, w: Weights, block: str) -> Experts:
+    d, eps, experts, f = hp.embedding_length, hp.rms_epsilon, hp.expert_count, hp.expert_feed_forward_length
+    gate, up = w.experts_gate_up(block, experts, f, d)
+    scales = f"{block}.ffn_down_exps.scale"
+    return Experts(
+        dense_post_norm=w.norm(f"{block}.post_ffw_norm_1", d, eps),
+        norm=w.norm(f"{block}.pre_ffw_norm_2", d, eps),
+        post_norm=w.norm(f"{block}.post_ffw_norm_2", d, eps),
+        router=Router(
+            w.linear(f"{block}.ffn_gate_inp", experts, d),
+            RmsNorm(w.vector(f"{block}.ffn_gate_inp.scale", d, scale=1 / math.sqrt(d)), eps),
+            w.vector(scales, experts) if w.has(scales) else None,
+        ),
+        gate=gate,
+        up=up,
+        down=w.experts(f"{block}.ffn_down_exps", experts, d, f),
     )

@@ -17,7 +17,7 @@ from worker.adapters.hparams import require_experts, windowed_layers
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.weights import Bias, Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm
+from worker.ops import Activation, Array, Attention, Batch, Linear, Ops, RmsNorm, Router
 from worker.rope import Rope, scaled_rope
 
 CLAMPED_SWIGLU = Activation(limit=7.0, alpha=1.702)
@@ -34,7 +34,7 @@ class Layer:
     attention: Attention  # sinks [H]
     attn_output: Linear  # [d, H·D], bias
     ffn_norm: RmsNorm  # [d]
-    router: Linear  # [E, d], bias
+    router: Router  # [E, d], bias
     gate: Linear  # [E, f, d], bias
     up: Linear  # [E, f, d], bias
     down: Linear  # [E, d, f], bias
@@ -93,7 +93,7 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, f: int, window: int) -> 
         attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window, sinks),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=Bias.REQUIRED),
         ffn_norm=w.norm(f"{block}.post_attention_norm", d, hp.rms_epsilon),
-        router=w.linear(f"{block}.ffn_gate_inp", experts, d, bias=Bias.REQUIRED),
+        router=Router(w.linear(f"{block}.ffn_gate_inp", experts, d, bias=Bias.REQUIRED)),
         gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d, bias=Bias.REQUIRED),
         up=w.experts(f"{block}.ffn_up_exps", experts, f, d, bias=Bias.REQUIRED),
         down=w.experts(f"{block}.ffn_down_exps", experts, d, f, bias=Bias.REQUIRED),

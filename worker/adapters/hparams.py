@@ -20,6 +20,8 @@ _SOFTMAX, _SOFTMAX_OF_CHOSEN = 1, 3
 _EXPERT_WIDTH = "expert_feed_forward_length"
 LAYERS_DIFFER = ("gemma4",)
 """Architectures whose adapters read the numbers of KV heads and the FFN widths of each layer."""
+DENSE_BESIDE_EXPERTS = ("gemma4",)
+"""Architectures whose `feed_forward_length` is the width of a dense FFN beside the experts."""
 
 
 def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparams:
@@ -40,11 +42,14 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
     experts = keys.get("expert_count", int, 0)
     # Not with `keys`: check_rest must refuse the width if the adapter does not read it.
     shared = ArchitectureKeys(file).width("expert_shared_feed_forward_length")
+    ffn = _largest_count(keys, "feed_forward_length", layers)
+    if experts and keys.architecture in DENSE_BESIDE_EXPERTS:
+        shared = ffn
     return Hparams(
         architecture=keys.architecture,
         block_count=layers,
         embedding_length=width,
-        feed_forward_length=_largest_count(keys, "feed_forward_length", layers),
+        feed_forward_length=ffn,
         head_count=heads,
         head_count_kv=heads_kv,
         head_dim=head_dim,

@@ -9,7 +9,7 @@ from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.rotary import file_rope
 from worker.adapters.weights import Bias, ExpertLayer, Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import SWIGLU, Array, Attention, Batch, Ops
+from worker.ops import SWIGLU, Array, Attention, Batch, Ops, Router
 from worker.rope import Rope
 
 
@@ -56,7 +56,7 @@ def mixtral_layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int) -> E
         attention=Attention(i, hp.head_count, hp.head_count_kv, hp.head_dim, rope, window),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width, bias=Bias.OPTIONAL),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
-        router=w.linear(f"{block}.ffn_gate_inp", experts, d),
+        router=Router(w.linear(f"{block}.ffn_gate_inp", experts, d)),
         gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d),
         up=w.experts(f"{block}.ffn_up_exps", experts, f, d),
         down=w.experts(f"{block}.ffn_down_exps", experts, d, f),

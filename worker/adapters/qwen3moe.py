@@ -13,7 +13,7 @@ from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.rotary import file_rope
 from worker.adapters.weights import ExpertLayer, Weights
 from worker.model import Hparams, ModelOptions
-from worker.ops import SWIGLU, Array, Attention, Batch, Ops
+from worker.ops import SWIGLU, Array, Attention, Batch, Ops, Router
 from worker.rope import Rope
 
 
@@ -63,7 +63,7 @@ def _layer(hp: Hparams, w: Weights, i: int, rope: Rope, window: int, f: int) -> 
         ),
         attn_output=w.linear(f"{block}.attn_output", d, hp.q_width),
         ffn_norm=w.norm(f"{block}.ffn_norm", d, hp.rms_epsilon),
-        router=w.linear(f"{block}.ffn_gate_inp", experts, d),
+        router=Router(w.linear(f"{block}.ffn_gate_inp", experts, d)),
         gate=w.experts(f"{block}.ffn_gate_exps", experts, f, d),
         up=w.experts(f"{block}.ffn_up_exps", experts, f, d),
         down=w.experts(f"{block}.ffn_down_exps", experts, d, f),

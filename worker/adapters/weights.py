@@ -16,7 +16,7 @@ from worker.backend import Upload
 from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import Hparams
-from worker.ops import Attention, Linear, QTensor, RmsNorm
+from worker.ops import Attention, Linear, QTensor, RmsNorm, Router
 from worker.quants import QUANT_TYPES, dequantize
 
 HARMLESS = re.compile(
@@ -67,7 +67,7 @@ class ExpertLayer:
     attention: Attention
     attn_output: Linear  # [d, H·D]
     ffn_norm: RmsNorm  # [d]
-    router: Linear  # [E, d]
+    router: Router  # [E, d]
     gate: Linear  # [E, f, d]
     up: Linear  # [E, f, d]
     down: Linear  # [E, d, f]
@@ -79,7 +79,8 @@ class Weights:
     def __init__(self, file: GgufFile, upload: Upload) -> None:
         self._file = file
         self._upload = upload
-        self._claimed: set[str] = set()
+        self._claimed: dict[str, tuple[TensorInfo, ...]] = {}
+        """Claimed tensors, or the parts in which they are uploaded."""
 
     def has(self, name: str) -> bool:
         """Whether the file has the tensor."""
@@ -91,6 +92,10 @@ class Weights:
         `scale` multiplies the values of a vector.
         """
         assert scale == 1.0 or len(shape) == 1, "only vectors are scaled at their upload"
+        return self._upload(self._claim(name, *shape), scale)
+
+    def _claim(self, name: str, *shape: int) -> TensorInfo:
+        """Mark a tensor as claimed. Raises as `tensor` does."""
         info = self._file.tensors.get(name)
         expected = f"{name} of shape {list(shape)}"
         if info is None:
@@ -103,8 +108,8 @@ class Weights:
             raise ModelLoadFailed(problem, str(self._file.path), f"one of {supported}")
         if name in self._claimed:
             raise ModelLoadFailed(f"tensor {name} is claimed twice", str(self._file.path), "one use of each tensor")
-        self._claimed.add(name)
-        return self._upload(info, scale)
+        self._claimed[name] = (info,)
+        return info
 
     def vector(self, name: str, n: int, scale: float = 1.0) -> QTensor:
         """Claim a bias, norm weight or sinks [n], times `scale`.
@@ -152,6 +157,17 @@ class Weights:
         has_bias = bias is Bias.REQUIRED or (bias is Bias.OPTIONAL and self.has(f"{name}.bias"))
         return Linear(weight, self.tensor(f"{name}.bias", experts, rows) if has_bias else None)
 
+    def experts_gate_up(self, block: str, experts: int, rows: int, cols: int) -> tuple[Linear, Linear]:
+        """Gate and up [E, rows, cols] of a layer's experts, of two tensors or one, gate first."""
+        fused = f"{block}.ffn_gate_up_exps.weight"
+        if not self.has(fused):
+            gate, up = (self.experts(f"{block}.ffn_{part}_exps", experts, rows, cols) for part in ("gate", "up"))
+            return gate, up
+        whole = self._claim(fused, experts, 2 * rows, cols)
+        halves = self._claimed[fused] = whole.part(0, rows), whole.part(rows, 2 * rows)
+        gate, up = (Linear(self._upload(half)) for half in halves)
+        return gate, up
+
     def output(self, embedding: QTensor, *, biased: bool = False) -> Linear:
         """The output head: `output.weight` [V, d], or the embedding if the file ties them.
 
@@ -174,5 +190,5 @@ class Weights:
         return unclaimed
 
     def claimed(self) -> Iterable[TensorInfo]:
-        """Claimed tensors, in the file's order."""
-        return (info for name, info in self._file.tensors.items() if name in self._claimed)
+        """Claimed tensors, or the parts in which they are uploaded, in the file's order."""
+        return (info for name in self._file.tensors for info in self._claimed.get(name, ()))

@@ -34,7 +34,9 @@ def uploader(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -
 
     yield upload
     for info, values, scale in targets:
-        dequantize(file.data(info), info.kind, out=values)
+        pieces = list(file.pieces(info))
+        for piece, out in zip(pieces, values.reshape(len(pieces), -1), strict=True):
+            dequantize(piece, info.kind, out=out)
         if scale != 1.0:
             np.multiply(values, np.float32(scale), out=values)
         on_bytes(info.nbytes)

@@ -9,7 +9,20 @@ import numpy.typing as npt
 from worker.cpu.attention import KvCache, attend
 from worker.cpu.plain import gated, matmul, rms_norm, rotate, top_k
 from worker.cpu.threads import Threads
-from worker.ops import KV_BLOCK, SWIGLU, Activation, Attention, Batch, Linear, Phase, QTensor, RmsNorm, Routes
+from worker.ops import (
+    KV_BLOCK,
+    SWIGLU,
+    Activation,
+    Attention,
+    Batch,
+    Branch,
+    Linear,
+    Phase,
+    QTensor,
+    RmsNorm,
+    Router,
+    Routes,
+)
 
 F32 = npt.NDArray[np.float32]
 
@@ -46,8 +59,9 @@ class CpuOps:
         self._cache.write(spec.layer, batch, keys, values)
         return attend(queries, self._cache, spec, batch)
 
-    def linear_add(self, y: F32, linear: Linear, residual: F32) -> F32:
-        return residual + self._linear(y, linear)
+    def linear_add(self, y: F32, linear: Linear, residual: F32 | None) -> F32:
+        z = self._linear(y, linear)
+        return z if residual is None else residual + z
 
     def linear_norm_add(self, y: F32, linear: Linear, norm: RmsNorm, residual: F32, scale: float = 1.0) -> F32:
         return (residual + self._norm(self._linear(y, linear), norm)) * np.float32(scale)
@@ -56,9 +70,12 @@ class CpuOps:
         n = self._norm(x, norm)
         return gated(self._linear(n, gate), self._linear(n, up), activation)
 
-    def norm_route(self, x: F32, norm: RmsNorm, router: Linear, k: int) -> tuple[F32, Routes]:
-        n = self._norm(x, norm)
-        return n, Routes(*top_k(self._linear(n, router), k))
+    def norm_route(self, x: F32, norm: RmsNorm, router: Router, k: int) -> tuple[F32, Routes]:
+        logits = self._router_linear(self._norm(x, router.norm or norm), router.linear)
+        experts, weights = top_k(logits, k)
+        if router.scales is not None:
+            weights = weights * router.scales.data[experts]
+        return self._norm(x, norm), Routes(experts, weights)
 
     def experts_glu(self, n: F32, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> F32:
         h = np.empty((*routes.experts.shape, gate.weight.shape[1]), np.float32)
@@ -67,12 +84,18 @@ class CpuOps:
             h[t, j] = gated(g, u, activation)
         return h
 
-    def experts_add(self, h: F32, routes: Routes, down: Linear, residual: F32) -> F32:
+    def experts_add(self, h: F32, routes: Routes, down: Linear, residual: F32 | None) -> F32:
         """See `Ops.experts_add`. The experts are added in the order of the routes."""
-        x = residual.copy()
+        x = np.zeros((len(h), down.weight.shape[1]), np.float32) if residual is None else residual.copy()
         for t, j in np.ndindex(*routes.experts.shape):
             x[t] += routes.weights[t, j] * self._expert(h[t, j], down, routes.experts[t, j])
         return x
+
+    def branches_norm_add(
+        self, branches: tuple[Branch, Branch], norm: RmsNorm, residual: F32, scale: float = 1.0
+    ) -> F32:
+        first, second = (self._norm(y, own) for y, own in branches)
+        return (residual + self._norm(first + second, norm)) * np.float32(scale)
 
     def softcap(self, logits: F32, cap: float) -> F32:
         capped: F32 = np.float32(cap) * np.tanh(logits / np.float32(cap))
@@ -87,6 +110,10 @@ class CpuOps:
     def _linear(self, x: F32, linear: Linear) -> F32:
         bias = None if linear.bias is None else linear.bias.data
         return matmul(x, linear.weight.data, bias, self._tile, self._threads)
+
+    def _router_linear(self, n: F32, linear: Linear) -> F32:
+        """Logits of a router; apart from `_linear` for tests whose products round their inputs."""
+        return self._linear(n, linear)
 
     def _expert(self, x: F32, linear: Linear, expert: int) -> F32:
         """One expert's projection of one token, in both phases, so that routing changes no bits."""

@@ -76,12 +76,19 @@ def input_rows(x: Q8Activations, norm: RmsNorm | None) -> np.ndarray[Any, Any]:
 
 
 def quantize_rows(
-    kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm | None, *, q8: bool, f32: bool
+    kernels: Launcher,
+    pool: Allocator,
+    x: DeviceArray,
+    norm: RmsNorm | None,
+    *,
+    q8: bool,
+    f32: bool,
+    warps: int = DECODE_WARPS,
 ) -> Q8Activations:
     """x·norm weight (or x) of x [R, cols] f32, as Q8 blocks, as f32 or both, with the factors.
 
-    The bits are those that a product of one row computes for itself. Without `f32`, the result's
-    `x` is not for products.
+    The bits are those that a product of one row with `warps` warps computes for itself. Without
+    `f32`, the result's `x` is not for products.
     """
     rows, cols = x.shape
     plain = pool.empty((rows, cols), np.float32) if f32 and norm is not None else None
@@ -91,19 +98,20 @@ def quantize_rows(
         pool.empty((rows, cols // Q8_BLOCK), np.int64) if q8 else None,
         None if norm is None else pool.empty((rows,), np.float32),
     )
-    kernel = kernels.get(
-        "quantize_rows.cu", f"quantize_rows<{_FLAGS[q8]}, {_FLAGS[plain is not None]}, {DECODE_WARPS}>"
-    )
+    kernel = kernels.get("quantize_rows.cu", f"quantize_rows<{_FLAGS[q8]}, {_FLAGS[plain is not None]}, {warps}>")
     args = (input_rows(Q8Activations(x), norm), y.q, y.meta, plain, y.factor)
-    blocks, threads = _quantization_blocks(cols, norm)
+    blocks, threads = _quantization_blocks(cols, norm, warps)
     kernel((rows, blocks), (threads,), args, pdl=True)
     return y
 
 
-def _quantization_blocks(cols: int, norm: RmsNorm | None) -> tuple[int, int]:
-    """Blocks of a row, one with a norm, and threads of a block of `quantize_rows.cu`."""
+def _quantization_blocks(cols: int, norm: RmsNorm | None, normed: int = DECODE_WARPS) -> tuple[int, int]:
+    """Blocks of a row and threads of a block of `quantize_rows.cu`.
+
+    With a norm: one block of at most `normed` warps.
+    """
     warps = -(-cols // _WARP_COLUMNS)
-    most = _WARPS_WITHOUT_NORM if norm is None else DECODE_WARPS
+    most = _WARPS_WITHOUT_NORM if norm is None else normed
     return (1 if norm else -(-warps // most)), 32 * min(warps, most)
 
 

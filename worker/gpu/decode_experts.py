@@ -5,7 +5,7 @@ The pairs of a row and one of its experts are sorted by expert on the device and
 | pairs an expert, on average | weights | kernel | pairs of a tile |
 | --- | --- | --- | --- |
 | fewer than 1 | block types | `grouped_experts.cu` (dp4a) | 8 |
-| 1 and more | MXFP4 | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
+| 1 and more | MXFP4, no GELU | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
 | any | others, or rows too long for shared memory | those of `matvec.py`, a row at a time | – |
 
 Every row has the bits of the launchers in `matvec.py` for that row alone. Other kernels:
@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from worker.gpu import matvec
-from worker.gpu.activations import DECODE_WARPS, Q8_BLOCK, Q8Activations, empty_q8, input_rows
+from worker.gpu.activations import DECODE_WARPS, Q8_BLOCK, Q8Activations, empty_q8, input_rows, quantize_rows
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, PLANES, address
-from worker.gpu.matvec import GATE, check_experts, gate_of, split_k_of
+from worker.gpu.matvec import GATE, GELU_TYPES, check_experts, gate_of, is_gelu, split_k_of
 from worker.gpu.matvec_mma import MAX_SHARED
 from worker.gpu.memory import DeviceArray
-from worker.ops import SWIGLU, Activation, Linear, RmsNorm, Routes
+from worker.ops import SWIGLU, Activation, Linear, RmsNorm, Router, Routes
 from worker.quants import F32, MXFP4, QuantType
 
 _EXPERT_WARPS = 8  # those of glu for experts in matvec.py, since the sum of a norm's squares depends on it
@@ -81,8 +81,8 @@ def _router_name(experts: int, kind: QuantType) -> KernelName:
     return "route_rows.cu", f"route_rows<{per_lane}, {kind.name}>"
 
 
-def _product_name(kind: QuantType, *, gated: bool) -> KernelName:
-    return "grouped_experts.cu", f"grouped_experts<{kind.name}, {str(gated).lower()}>"
+def _product_name(kind: QuantType, *, gated: bool, gelu: bool = False) -> KernelName:
+    return "grouped_experts.cu", f"grouped_experts<{kind.name}, {str(gated).lower()}{', true' if gelu else ''}>"
 
 
 def _mma_name(mmas: int, *, gated: bool) -> KernelName:
@@ -92,7 +92,9 @@ def _mma_name(mmas: int, *, gated: bool) -> KernelName:
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_router_name(32 * n, F32) for n in _PER_LANE),
     *(_product_name(kind, gated=gated) for kind in EXPERT_TYPES for gated in (True, False)),
+    *(_product_name(kind, gated=True, gelu=True) for kind in GELU_TYPES),
     *(_mma_name(mmas, gated=gated) for mmas, _ in _MMA_TILES for gated in (True, False)),
+    ("quantize_rows.cu", f"quantize_rows<true, false, {_EXPERT_WARPS}>"),
     ("group_pairs.cu", "group_pairs"),
     ("add_experts.cu", "add_experts"),
 )
@@ -164,7 +166,7 @@ def norm_route(
     pool: Allocator,
     x: DeviceArray,
     norm: RmsNorm,
-    router: Linear,
+    router: Router,
     k: int,
     active: ActiveRows | None = None,
     max_shared: int = MAX_SHARED,
@@ -174,6 +176,21 @@ def norm_route(
     Inactive rows have valid routes but are in no group. `max_shared`: bytes of shared memory of a
     block on the device. Raises: ModelLoadFailed.
     """
+    (rows, cols), experts = x.shape, router.linear.weight.shape[0]
+    if router.norm is None and router.scales is None:
+        n, routes = _normed_and_routed(kernels, pool, x, norm, router.linear, k)
+    else:
+        n = quantize_rows(kernels, pool, x, norm, q8=True, f32=False, warps=_EXPERT_WARPS)
+        routes = matvec.norm_route(kernels, pool, x, norm, router, k)
+    wide_pairs = _wide_pairs(rows * k / experts, cols, max_shared)
+    tiles = group_pairs(kernels, pool, routes, experts, active, wide_pairs, max_shared)
+    return RoutedRows(n, norm, tiles), routes
+
+
+def _normed_and_routed(
+    kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Linear, k: int
+) -> tuple[Q8Activations, Routes]:
+    """norm(x) as Q8 blocks and the k experts of each row, both of one norm, in one launch."""
     (rows, cols), experts = x.shape, router.weight.shape[0]
     check_experts(experts, k, 32)
     q, meta = pool.empty((rows, cols), np.int8), pool.empty((rows, cols // Q8_BLOCK), np.int64)
@@ -188,9 +205,7 @@ def norm_route(
     shared = staged + 4 * experts * (split_k + 1)
     args = (source, weights, _bias(router), np.int32(experts), np.int32(split_k), out, choices)
     kernels.get(*_router_name(experts, kind))((rows,), (32 * DECODE_WARPS,), args, shared_mem=shared, pdl=True)
-    wide_pairs = _wide_pairs(rows * k / experts, cols, max_shared)
-    tiles = group_pairs(kernels, pool, routes, experts, active, wide_pairs, max_shared)
-    return RoutedRows(n, norm, tiles), routes
+    return n, routes
 
 
 def group_pairs(
@@ -242,7 +257,7 @@ def experts_glu(
 
 
 def experts_add(
-    kernels: Launcher, pool: Allocator, h: PairRows, routes: Routes, down: Linear, residual: DeviceArray
+    kernels: Launcher, pool: Allocator, h: PairRows, routes: Routes, down: Linear, residual: DeviceArray | None
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [R, d] f32, zeros in inactive rows.
 
@@ -291,14 +306,15 @@ def _launch(
     for name, array in (("out", out.x), ("out_q", out.q), ("out_meta", out.meta)):
         product[name] = address(array)
     product["rows"], product["cols"], product["pairs_per_row"] = *first.weight.shape[1:], pairs_per_row
-    product["gate"] = gate_of(activation)
-    gated = len(linears) > 1
-    if tiles.wide is not None and _has_mma(linears, tiles.wide.mmas, tiles.max_shared):
+    gelu, gated = is_gelu(activation), len(linears) > 1
+    product["gate"] = gate_of(activation, gelu=gelu)
+    if tiles.wide is not None and not gelu and _has_mma(linears, tiles.wide.mmas, tiles.max_shared):
         shared = _mma_bytes(first.weight.shape[-1] // Q8_BLOCK, tiles.wide.mmas)
         kernel, args = kernels.get(*_mma_name(tiles.wide.mmas, gated=gated)), (product, tiles.parameter(wide=True))
         kernel((_MMA_BLOCKS,), (_MMA_THREADS,), args, shared_mem=shared, pdl=True)
     else:
-        kernel, args = kernels.get(*_product_name(first.weight.kind, gated=gated)), (product, tiles.parameter())
+        kernel = kernels.get(*_product_name(first.weight.kind, gated=gated, gelu=gelu))
+        args = (product, tiles.parameter())
         kernel((_GRID_BLOCKS,), (_THREADS,), args, shared_mem=_shared_bytes(linears), pdl=True)
 
 

@@ -16,10 +16,10 @@ from worker.gpu.head_norms import may_fuse_norms, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
-from worker.gpu.norms import norm_add
+from worker.gpu.norms import branches_norm_add, norm_add
 from worker.gpu.softcap import softcap
 from worker.gpu.state import StepState
-from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
+from worker.ops import SWIGLU, Activation, Attention, Batch, Branch, Linear, QTensor, RmsNorm, Router, Routes
 
 _MAX_PROJECTIONS = 3  # of one launch
 
@@ -73,7 +73,7 @@ class DecodeOps:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 
-    def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray) -> DeviceArray:
+    def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray | None) -> DeviceArray:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""
         (x,) = self._products.multiply(y, None, (linear,), residual)
         return x
@@ -91,7 +91,7 @@ class DecodeOps:
         """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
         return self._products.gated(Q8Activations(x), norm, gate, up, activation)
 
-    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
+    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Router, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
         """See `Ops.norm_route`; for one row `experts_glu` computes the norm."""
         if len(x) == 1:
             return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
@@ -109,11 +109,16 @@ class DecodeOps:
         return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
     def experts_add(
-        self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: DeviceArray
+        self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: DeviceArray | None
     ) -> DeviceArray:
         if isinstance(h, PairRows):
             return decode_experts.experts_add(self._kernels, self._pool, h, routes, down, residual)
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
+
+    def branches_norm_add(
+        self, branches: tuple[Branch, Branch], norm: RmsNorm, residual: DeviceArray, scale: float = 1.0
+    ) -> DeviceArray:
+        return branches_norm_add(self._kernels, self._pool, branches, norm, residual, scale=scale)
 
     def softcap(self, logits: DeviceArray, cap: float) -> DeviceArray:
         return softcap(self._kernels, logits, cap)

@@ -115,6 +115,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for _, tile in _EXPERT_TILES
         for gated in (False, True)
     ),
+    *(_name(kind, tile, experts=True, gated=True, gelu=True) for kind in GELU_TYPES for _, tile in _EXPERT_TILES),
     ("group_routes.cu", "group_routes"),
     *(("gated.cu", f"gated_elements<{gelu}>") for gelu in ("false", "true")),
     ("combine.cu", "combine"),
@@ -209,7 +210,7 @@ def experts_add(
     routes: Routes,
     groups: ExpertGroups,
     down: Linear,
-    residual: DeviceArray,
+    residual: DeviceArray | None,
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f]."""
     tokens, k = routes.experts.shape
@@ -240,7 +241,7 @@ def _launch(
     rows = [linear.weight.shape[-2] for linear in linears]
     tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
     first, last = linears[0].weight.kind, linears[-1].weight.kind
-    gelu = is_gelu(activation) and groups is None  # gate_of refuses GELU of experts
+    gelu = is_gelu(activation)
     kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
     n_tiles = -(-tokens // tile.tile_n)
     if groups is not None:

@@ -20,7 +20,7 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address, plane_bytes, unit_elements
 from worker.gpu.memory import DeviceArray
-from worker.ops import GELU_GLU, Activation, Linear, RmsNorm, Routes
+from worker.ops import GELU_GLU, Activation, Linear, QTensor, RmsNorm, Router, Routes
 from worker.quants import Q4_K, QuantType
 
 _EXPERT_WARPS = 8  # of a block of glu for experts
@@ -104,6 +104,11 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for k in GELU_TYPES
     ),
     *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
+    *(
+        ("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}, {kind.name}, true>")
+        for kind in GELU_TYPES
+        for tile in _GLU_TILES
+    ),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
 )
@@ -243,7 +248,7 @@ def glu(
 
 
 def experts_add(
-    kernels: Launcher, pool: Allocator, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray
+    kernels: Launcher, pool: Allocator, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray | None
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f].
 
@@ -266,16 +271,16 @@ def experts_add(
     return x
 
 
-def norm_route(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Linear, k: int) -> Routes:
+def norm_route(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Router, k: int) -> Routes:
     """The router's choice for norm(x) [T, d]: the same launches in decode and prefill."""
-    (logits,) = matvec(kernels, pool, Q8Activations(x), norm, (router,))
-    return route(kernels, pool, logits, k)
+    (logits,) = matvec(kernels, pool, Q8Activations(x), router.norm or norm, (router.linear,))
+    return route(kernels, pool, logits, k, router.scales)
 
 
-def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Routes:
+def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int, scales: QTensor | None = None) -> Routes:
     """The k highest of logits [T, E] f32, ties to the lower id, and the softmax over them.
 
-    Raises: ModelLoadFailed.
+    `scales`: see `Router`. Raises: ModelLoadFailed.
     """
     tokens, experts = logits.shape
     check_experts(experts, k, 32)
@@ -284,7 +289,10 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int) -> Ro
     kernels.get("route.cu", f"route<{per_lane}>")(
         (-(-tokens // _ROUTE_TOKENS),),
         (32 * _ROUTE_TOKENS,),
-        (routes.experts, routes.weights, logits, np.int32(tokens), np.int32(experts), np.int32(k)),
+        (
+            *(routes.experts, routes.weights, logits, scales and scales.data),
+            *map(np.int32, (tokens, experts, k)),
+        ),
         pdl=True,
     )
     return routes

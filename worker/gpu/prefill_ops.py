@@ -15,10 +15,10 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul import ExpertGroups
 from worker.gpu.memory import DeviceArray
-from worker.gpu.norms import norm_add
+from worker.gpu.norms import branches_norm_add, norm_add
 from worker.gpu.softcap import softcap
 from worker.gpu.state import ChunkState
-from worker.ops import SWIGLU, Activation, Attention, Batch, Linear, QTensor, RmsNorm, Routes
+from worker.ops import SWIGLU, Activation, Attention, Batch, Branch, Linear, QTensor, RmsNorm, Router, Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,10 @@ class PrefillOps:
         """See `Ops.attention`; y is the input of `linear_add`."""
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 
-    def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows) -> Rows:
+    def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows | None) -> Rows:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
-        return _like(residual, matmul.matmul(self._kernels, self._pool, rows, linear, _array(residual)))
+        x = matmul.matmul(self._kernels, self._pool, rows, linear, None if residual is None else _array(residual))
+        return _like(y if residual is None else residual, x)
 
     def linear_norm_add(
         self, y: Rows | ScaledF16, linear: Linear, norm: RmsNorm, residual: Rows, scale: float = 1.0
@@ -70,13 +71,23 @@ class PrefillOps:
         x = norm_add(self._kernels, self._pool, z, norm, _array(residual), self._count(residual), scale)
         return _like(residual, x)
 
+    def branches_norm_add(
+        self, branches: tuple[Branch, Branch], norm: RmsNorm, residual: Rows, scale: float = 1.0
+    ) -> Rows:
+        (a, a_norm), (b, b_norm) = branches
+        arrays = (_array(a), a_norm), (_array(b), b_norm)
+        count = self._count(residual)
+        x = branches_norm_add(self._kernels, self._pool, arrays, norm, _array(residual), count, scale)
+        return _like(residual, x)
+
     def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
         return _like(x, matmul.glu(self._kernels, self._pool, self._scaled(x, norm), gate, up, activation))
 
-    def norm_route(self, x: Rows, norm: RmsNorm, router: Linear, k: int) -> tuple[RoutedRows, Routes]:
+    def norm_route(self, x: Rows, norm: RmsNorm, router: Router, k: int) -> tuple[RoutedRows, Routes]:
         """See `Ops.norm_route`; n is the input of `experts_glu`."""
         routes = matvec.norm_route(self._kernels, self._pool, _array(x), norm, router, k)
-        groups = matmul.group_routes(self._kernels, self._pool, routes, router.weight.shape[0], self._count(x))
+        experts = router.linear.weight.shape[0]
+        groups = matmul.group_routes(self._kernels, self._pool, routes, experts, self._count(x))
         return RoutedRows(self._scaled(x, norm), groups), routes
 
     def experts_glu(
@@ -87,8 +98,10 @@ class PrefillOps:
         slots = h.reshape(-1, h.shape[-1])
         return RoutedRows(scale_to_f16(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
 
-    def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows) -> Rows:
-        added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, _array(residual))
+    def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows | None) -> Rows:
+        """See `Ops.experts_add`; without a residual, the input of `branches_norm_add`."""
+        array = None if residual is None else _array(residual)
+        added = matmul.experts_add(self._kernels, self._pool, h.rows, routes, h.groups, down, array)
         return _like(residual, added)
 
     def softcap(self, logits: DeviceArray, cap: float) -> DeviceArray:
@@ -113,6 +126,6 @@ def _array(x: Rows) -> DeviceArray:
     return x.x if isinstance(x, GatheredRows) else x
 
 
-def _like(x: Rows, y: DeviceArray) -> Rows:
+def _like(x: Rows | ScaledF16 | None, y: DeviceArray) -> Rows:
     """y as rows of the same tokens as x."""
     return GatheredRows(y) if isinstance(x, GatheredRows) else y

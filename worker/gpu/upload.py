@@ -6,7 +6,6 @@ blocks (`kernels/repack.cu`). Reading, copying and repacking overlap with each o
 caller's work until `close`. Allocations are bounded for any file size. Next: `layouts.py`.
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -142,13 +141,15 @@ class Upload:
         sizes = plane_bytes(info.kind, info.shape[-1])
         planes = tuple(self._pool.empty((*info.shape[:-1], size), np.uint8) if size else None for size in sizes)
         matrix = BlockMatrix(stored_type(info.kind), planes)
-        blocks = self._file.data(info).reshape(-1)
-        step = _chunk_elements(info.kind)
-        for start in range(0, math.prod(info.shape), step):
-            part = blocks[info.kind.row_bytes(start) : info.kind.row_bytes(start + step)]
-            offsets = plane_bytes(info.kind, start)
-            to = tuple(at and at + offset for at, offset in zip(matrix.addresses(), offsets, strict=True))
-            self._add(_Transfer(part, self._unpacking(info.kind, part.size, to)))
+        step, first = _chunk_elements(info.kind), 0
+        for piece in self._file.pieces(info):
+            blocks, elements = piece.reshape(-1), len(piece) * info.shape[-1]
+            for start in range(0, elements, step):
+                part = blocks[info.kind.row_bytes(start) : info.kind.row_bytes(start + step)]
+                offsets = plane_bytes(info.kind, first + start)
+                to = tuple(at and at + offset for at, offset in zip(matrix.addresses(), offsets, strict=True))
+                self._add(_Transfer(part, self._unpacking(info.kind, part.size, to)))
+            first += elements
         return matrix
 
     def _unpacking(self, kind: QuantType, nbytes: int, to: tuple[int, ...]) -> Callable[[int, Any], None]:

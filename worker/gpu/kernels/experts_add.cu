@@ -2,7 +2,7 @@
 // projection and sum of experts.
 //
 // Shapes: W [E, rows, f] in planes of type W; bias [E, rows] f32 or null; h [T·k, f], k ≤ 16;
-// experts, weights [T, k]; residual, x [T, rows] f32. The k rows of h are staged in shared memory
+// experts, weights [T, k]; residual (or null), x [T, rows] f32. The k rows of h are staged in shared memory
 // (stage_activations.cuh).
 // Grid: x over contiguous ranges of rows, y over T; 512 threads. Of each k warps warp j takes the
 // row of the j-th expert; the k results are added in the order of the routes.
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (computes(row)) fragment.load_first(span_from(row));
     const auto load_bias = [&](int at) { return computes(at) && bias ? bias[(size_t)expert * rows + at] : 0.f; };
     const auto load_residual = [&](int at) {
-        return computes(at) && j == 0 ? residual[(size_t)blockIdx.y * rows + at] : 0.f;
+        return computes(at) && j == 0 && residual ? residual[(size_t)blockIdx.y * rows + at] : 0.f;
     };
     float next_bias = load_bias(row), next_residual = load_residual(row);
     StagedRows x;

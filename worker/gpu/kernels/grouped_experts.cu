@@ -121,7 +121,7 @@ __device__ __forceinline__ void multiply_chunk(const PairProduct& p, WeightStrea
     }
 }
 
-template <class W, bool GATED>
+template <class W, bool GATED, bool GELU = false>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     grouped_experts(const __grid_constant__ PairProduct p, const ExpertTiles tiles) {
     extern __shared__ __align__(16) u8 shared[];
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         if (!finishes) continue;
         const float sum = sums.rows[buffer][warp][lane];
         if (GATED)
-            store_gated(p, pair, column, sum, sums.rows[buffer][warp][kChunk * GATED + lane], factor, bias[0], bias[1]);
+            store_gated<GELU>(p, pair, column, sum, sums.rows[buffer][warp][kChunk * GATED + lane], factor, bias[0], bias[1]);
         else
             store_weighted(p, pair, column, sum, factor, bias[0]);
     }

@@ -26,10 +26,11 @@ struct PairProduct {
 };
 
 // h of one element a lane: the warp holds 32 elements of a pair, the first one a multiple of 32.
+template <bool GELU = false>
 __device__ __forceinline__ void store_gated(const PairProduct& p, size_t pair, int column, float gate, float up,
                                             float factor, float gate_bias, float up_bias) {
     const bool stored = column < p.rows;
-    const float h = stored ? gated(__fmaf_rn(gate, factor, gate_bias), __fmaf_rn(up, factor, up_bias), p.gate) : 0.f;
+    const float h = stored ? gated<GELU>(__fmaf_rn(gate, factor, gate_bias), __fmaf_rn(up, factor, up_bias), p.gate) : 0.f;
     if (stored) p.out[pair * p.rows + column] = h;
     if (p.out_q)
         store_quantized_lane(h, column, p.rows, p.out_q + pair * p.rows, p.out_meta + pair * (p.rows / 32));

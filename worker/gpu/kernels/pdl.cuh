@@ -25,6 +25,7 @@
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
 // |                                 | group_routes, norm_add,        |                            |
+// |                                 | branches_norm_add,             |                            |
 // |                                 | attention_512_chunk            |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
