@@ -52,16 +52,25 @@ class TinyShape:
     """Which layers have the heads of `window_heads` instead of `kv_heads` of `head_dim`."""
     window_heads: tuple[int, int] = (0, 0)
     """Number of KV heads and head width."""
+    own_values: bool = False
+    """Layers without a window have a projection of v, where others take k."""
+    shared_kv: int = 0
+    """Last layers without keys and values of their own, whose FFN is twice as wide."""
+    layer_input: int = 0
+    """Elements of a token's input to each layer beside the residual."""
     post_norm: float = 0.0
     """Mean of the norms before an addition, if not that of `_after`."""
     big_vocabulary: Vocabulary | None = None
     """The vocabulary of a full-size file; a tiny one has that of its architecture."""
 
     def of_layer(self, layer: int) -> TinyShape:
-        """The shape with the heads of one layer."""
-        if not any(self.windowed[layer : layer + 1]):
-            return self
-        return replace(self, kv_heads=self.window_heads[0], head_dim=self.window_heads[1])
+        """The shape with the heads and the FFN of one layer; without KV heads if it has no keys and values."""
+        shape = self
+        if any(self.windowed[layer : layer + 1]):
+            shape = replace(self, kv_heads=self.window_heads[0], head_dim=self.window_heads[1])
+        if layer >= self.layers - self.shared_kv:
+            shape = replace(shape, kv_heads=0, ffn=2 * self.ffn)
+        return shape
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -339,6 +348,24 @@ TINY: dict[str, TinyShape] = {
         },
     ),
     "gemma4": _GEMMA4,
+    # The last layer of each kind before the shared ones is one of the two before these, as llama.cpp has it.
+    "gemma4-shared": replace(
+        _GEMMA4,
+        layers=6,
+        windowed=(True, False) * 3,
+        window_heads=(1, 256),
+        own_values=True,
+        shared_kv=2,
+        layer_input=64,
+        metadata={
+            **_GEMMA4.metadata,
+            "attention.head_count_kv": 1,
+            "attention.sliding_window_pattern": [True, False] * 3,
+            "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 64,
+            "feed_forward_length": [512, 512, 512, 512, 1024, 1024],
+        },
+    ),
     # 160 columns are no multiple of 256, as 26B-A4B's 704.
     "gemma4-experts": replace(
         _GEMMA4,
@@ -452,6 +479,10 @@ def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
     """Every tensor in a file's order. The spreads make attention sharp and logits wide, so that mistakes show."""
     d, V = shape.width, shape.vocab
     yield Tensor("token_embd.weight", (V, d), 2 / math.sqrt(d))
+    if P := shape.layer_input:
+        yield Tensor("per_layer_token_embd.weight", (V, shape.layers * P), 1 / math.sqrt(P))
+        yield Tensor("per_layer_model_proj.weight", (shape.layers * P, d), 1.3 / math.sqrt(d))
+        yield Tensor("per_layer_proj_norm.weight", (P,), 0.25, mean=1.0)
     for layer in range(shape.layers):
         block = f"blk.{layer}."
         yield Tensor(block + "attn_norm.weight", (d,), 0.25, mean=1.0)
@@ -461,7 +492,7 @@ def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
         norm = "post_attention_norm" if shape.arch == "gpt-oss" else "ffn_norm"
         yield Tensor(f"{block}{norm}.weight", (d,), 0.25, mean=1.0)
         if shape.beside_dense or not shape.experts:
-            yield from _feed_forward(shape, block)
+            yield from _feed_forward(shape.of_layer(layer), block)
         if shape.beside_dense:
             yield from _experts_beside(shape, block)
         elif shape.experts:
@@ -470,10 +501,20 @@ def tensors_of(shape: TinyShape) -> Iterator[Tensor]:
             yield _after(shape, block + "post_ffw_norm")
         if shape.arch == "gemma4":
             yield Tensor(block + "layer_output_scale.weight", (1,), 0.1, mean=0.75)
+        if shape.layer_input:
+            yield from _own_input(shape, block)
     yield Tensor("output_norm.weight", (d,), 0.25, mean=1.0)
     if not shape.tied:
         yield Tensor("output.weight", (V, d), 2 / math.sqrt(d))
     yield from _bias(shape, "", "output", V)
+
+
+def _own_input(shape: TinyShape, block: str) -> Iterator[Tensor]:
+    """The gate, the projection and the norm of a layer's own input."""
+    d, P = shape.width, shape.layer_input
+    yield Tensor(block + "inp_gate.weight", (P, d), 1.3 / math.sqrt(d))
+    yield Tensor(block + "proj.weight", (d, P), 1.3 / math.sqrt(P))
+    yield _after(shape, block + "post_norm")
 
 
 def _after(shape: TinyShape, norm: str) -> Tensor:
@@ -494,8 +535,8 @@ def _attention(shape: TinyShape, block: str) -> Iterator[Tensor]:
     if shape.arch == "phi3":
         yield Tensor(block + "attn_qkv.weight", (q + 2 * kv, d), 1.3 / math.sqrt(d))
     else:
-        parts = {"attn_q": q, "attn_k": kv, "attn_v": kv}
-        if shape.windowed and shape.head_dim != shape.window_heads[1]:
+        parts = {"attn_q": q, "attn_k": kv, "attn_v": kv} if kv else {"attn_q": q}
+        if shape.windowed and shape.head_dim != shape.window_heads[1] and not shape.own_values:
             del parts["attn_v"]  # v is k
         for part, rows in parts.items():
             yield Tensor(f"{block}{part}.weight", (rows, d), 1.3 / math.sqrt(d))
@@ -504,7 +545,7 @@ def _attention(shape: TinyShape, block: str) -> Iterator[Tensor]:
             yield from _bias(shape, block, part, rows)
     if shape.arch.startswith(("qwen3", "gemma")):
         scale = shape.head_dim**-0.25 if shape.arch == "gemma4" else 1.0  # its scores are not divided by the root
-        for part in ("attn_q_norm", "attn_k_norm"):
+        for part in ("attn_q_norm", "attn_k_norm")[: 2 if kv else 1]:
             yield Tensor(f"{block}{part}.weight", (shape.head_dim,), 0.25 * scale, mean=1.5 * scale)
     yield Tensor(block + "attn_output.weight", (d, q), 1.5 / math.sqrt(q))
     yield from _bias(shape, block, "attn_output", d)

@@ -55,6 +55,8 @@ class TensorInfo:
     shard: int = 0
     stride: int = 0
     """Bytes from one item of the first axis to the next in a part of a tensor; 0: no part."""
+    is_table: bool = False
+    """The adapter gathers rows by token ids, and no product reads the tensor."""
 
     def part(self, start: int, stop: int) -> TensorInfo:
         """Rows [start, stop) of each item of a tensor [E, rows, cols], as a tensor of its own."""

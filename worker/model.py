@@ -45,6 +45,14 @@ class Hparams:
     expert_shared_feed_forward_length: int = 0
     """Width of the dense FFN beside the experts; 0 without one."""
 
+    layer_input_length: int = 0
+    """P, elements of a token's input to each layer beside the residual; 0 without one."""
+
+    @property
+    def layer_inputs_width(self) -> int:
+        """Elements of a token's inputs to all layers: layers·P."""
+        return self.block_count * self.layer_input_length
+
     @property
     def ffn_width(self) -> int:
         """Elements of a token's widest FFN between up and down: f; or k·f of its experts, or s."""
@@ -102,9 +110,14 @@ class Model(Protocol):
         """Logits [R, V] f32 of the batch's `logit_rows`; the ops write the KV cache."""
 
 
+def cached(layers: Iterable[Attention]) -> list[Attention]:
+    """The layers that have keys and values of their own."""
+    return [spec for spec in layers if not spec.reads_only]
+
+
 def kv_bytes_per_token(layers: Iterable[Attention], element_bytes: int) -> int:
     """Bytes of one token's K and V over all layers."""
-    return sum(2 * spec.kv_width * element_bytes for spec in layers)
+    return sum(2 * spec.kv_width * element_bytes for spec in cached(layers))
 
 
 LEAST_DRAFT_ROWS = 4

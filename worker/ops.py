@@ -99,6 +99,7 @@ class Attention:
     """A layer's causal attention, scaled by D^-0.5. Query head h reads KV head h // (H/Hk)."""
 
     layer: int
+    """The layer whose keys and values are read: its own, or with `reads_only` an earlier one."""
     n_heads: int
     n_kv_heads: int
     head_dim: int
@@ -115,6 +116,13 @@ class Attention:
     """Multiplies the queries of a position, after their norm and before RoPE."""
     v_epsilon: float | None = None
     """The epsilon of a norm of each value head, without a weight; None: values have no norm."""
+    reads_only: bool = False
+    """The layer has no keys and values of its own. Such layers come after all others."""
+
+    @property
+    def n_written(self) -> int:
+        """KV heads that the layer writes."""
+        return 0 if self.reads_only else self.n_kv_heads
 
     @property
     def q_width(self) -> int:
@@ -191,14 +199,23 @@ class Ops(Protocol):
     def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> Array:
         """Rows of `table` [V, d] for the batch's tokens, times `scale`: x [T, d] f32."""
 
+    def layer_inputs(self, x: Array, linear: Linear, norm: RmsNorm, rows: Array) -> Array:
+        """rows + norm(linear(x)) by groups of P elements, the norm's width: [T, layers·P] f32.
+
+        `rows` is a result of `embed`, and may be overwritten.
+        """
+
+    def linear_gate(self, x: Array, gate: Linear, inputs: Array, layer: int, activation: Activation) -> Array:
+        """activation(gate(x), up) with the layer's group of `inputs` for up: h [T, P] f32."""
+
     def norm_linear(self, x: Array, norm: RmsNorm, *linears: Linear) -> tuple[Array, ...]:
         """Several projections of one norm: y_j [T, rows_j] f32."""
 
-    def attention(self, q: Array, k: Array, v: Array, spec: Attention, batch: Batch) -> Array:
+    def attention(self, q: Array, k: Array | None, v: Array | None, spec: Attention, batch: Batch) -> Array:
         """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32.
 
         The norms of `spec`, if any, come first. q and k may be overwritten. v may be k: the values
-        are then the keys before their norm and RoPE.
+        are then the keys before their norm and RoPE. k and v are None if `spec` reads only.
         """
 
     def linear_add(self, y: Array, linear: Linear, residual: Array | None) -> Array:

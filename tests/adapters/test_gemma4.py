@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -13,9 +14,10 @@ from tests.changed_files import changed_copy
 from tests.llama_cpp import LlamaCpp
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.cpu.backend import CpuBackend
+from worker.cpu.backend import CpuBackend, uploader
 from worker.gguf_file import GgufFile
 from worker.model import ModelOptions
+from worker.quants import dequantize
 from worker.text.tokenizer import load_tokenizer
 
 GLU = ("gate", "up")
@@ -27,9 +29,9 @@ def changed(exact, folder, keys, name="gemma4", **parts):
     return changed_copy(exact(name), folder / "g.gguf", metadata=metadata, **parts)
 
 
-@pytest.mark.parametrize("name", ["gemma4", "gemma4-experts"])
-def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, exact, monkeypatch):
-    assert_as_llama_cpp(exact(name), monkeypatch)
+@pytest.mark.parametrize(("name", "bound"), [("gemma4", 1e-3), ("gemma4-experts", 1e-3), ("gemma4-shared", 2e-3)])
+def test_a_tiny_model_has_llama_cpp_s_log_probabilities(name, bound, exact, monkeypatch):
+    assert_as_llama_cpp(exact(name), monkeypatch, bound)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +83,11 @@ def test_ffn_widths_may_differ_between_layers(exact, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("attention.shared_kv_layers", 2),
-        ("embedding_length_per_layer_input", 256),
+        ("attention.shared_kv_layers", 3),
+        ("attention.shared_kv_layers", 4),
+        ("attention.shared_kv_layers", 5),
+        ("attention.shared_kv_layers", 1 << 25),
+        ("embedding_length_per_layer_input", 1 << 25),
         ("expert_used_count", 2),
         ("attention.sliding_window_pattern", None),
         ("attention.sliding_window_pattern", 2),
@@ -110,8 +115,8 @@ def test_a_key_that_is_not_handled_is_refused_by_name(key, value, exact, tmp_pat
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"attention.shared_kv_layers": 20}, "Gemma 4 E2B and E4B are not served, 31B and 26B-A4B are"),
-        ({"embedding_length_per_layer_input": 256}, "Gemma 4 E2B and E4B are not served, 31B and 26B-A4B are"),
+        ({"attention.shared_kv_layers": 3}, "is 3; expected fewer than 4, with an earlier layer of each kind"),
+        ({"embedding_length_per_layer_input": 256}, "tensor blk.0.inp_gate.weight is missing"),
         ({"expert_count": 8}, "gemma4.expert_used_count is 0; expected 1 to 8 experts"),
         ({"expert_count": 8, "expert_used_count": 3}, "gemma4.expert_feed_forward_length' is missing"),
         ({"rope.scaling.factor": 8.0}, "gemma4.rope.scaling.type is 'linear' by 8.0; expected no scaling"),
@@ -138,6 +143,136 @@ def test_values_that_change_nothing_are_accepted(keys, exact, tmp_path, monkeypa
     path = changed(exact, tmp_path, keys)
     assert (logprobs(path) == logprobs(exact("gemma4"))).all()
     assert_as_llama_cpp(path, monkeypatch)
+
+
+def shared_changed(exact, folder, keys=(), **parts):
+    return changed(exact, folder, dict(keys), "gemma4-shared", **parts)
+
+
+SHARED = {
+    "table": {"per_layer_token_embd.weight": np.random.default_rng(0).normal(size=(448, 384)) / 4},
+    "projection": {"per_layer_model_proj.weight": np.random.default_rng(0).normal(size=(384, 256)) / 99},
+    "norm": {"per_layer_proj_norm.weight": np.linspace(-1, 3, 64)},
+    "gate": {"blk.3.inp_gate.weight": np.random.default_rng(0).normal(size=(64, 256)) / 8},
+    "its norm": {"blk.5.post_norm.weight": np.linspace(-1, 3, 256)},
+    "scale": {"blk.4.layer_output_scale.weight": np.ones(1) / 3},
+}
+
+
+@pytest.mark.parametrize("tensors", SHARED.values(), ids=SHARED)
+def test_inputs_of_layers_are_applied_as_in_llama_cpp(tensors, exact, tmp_path, monkeypatch):
+    path = shared_changed(exact, tmp_path, tensors=tensors)
+    assert_as_llama_cpp(path, monkeypatch, 2e-3)
+    assert np.abs(logprobs_of(path) - logprobs_of(exact("gemma4-shared"))).max() > 1e-2
+
+
+def test_a_window_applies_in_layers_that_share_keys_and_values(exact, tmp_path, monkeypatch):
+    path = shared_changed(exact, tmp_path, {"attention.sliding_window": 21})
+    assert_as_llama_cpp(path, monkeypatch, 2e-3)
+    assert np.abs(logprobs_of(path) - logprobs_of(exact("gemma4-shared"))).max() > 1e-2
+
+
+def test_layers_that_share_keys_and_values_need_not_be_wider(exact, tmp_path, monkeypatch):
+    """E4B."""
+    with GgufFile.open(exact("gemma4-shared")) as file:
+        parts = {name: file.data(info).view("<f4") for name, info in file.tensors.items() if ".ffn_" in name}
+    narrow = {name: parts[name][:512] for i in (4, 5) for part in GLU for name in [f"blk.{i}.ffn_{part}.weight"]}
+    narrow |= {name: parts[name][:, :512] for i in (4, 5) for name in [f"blk.{i}.ffn_down.weight"]}
+    path = shared_changed(exact, tmp_path, {"feed_forward_length": 512}, tensors=narrow)
+    assert_as_llama_cpp(path, monkeypatch, 2e-3)
+
+
+def test_inputs_of_layers_and_shared_keys_do_not_need_each_other(exact, tmp_path, monkeypatch):
+    inputs = [name for name in parts_of(exact("gemma4-shared")) if "per_layer" in name]
+    inputs += [f"blk.{i}.{part}.weight" for i in range(6) for part in ("inp_gate", "proj", "post_norm")]
+    alone = shared_changed(exact, tmp_path, {"embedding_length_per_layer_input": 0}, drop=inputs)
+    assert_as_llama_cpp(alone, monkeypatch, 2e-3)
+    assert np.abs(logprobs_of(alone) - logprobs_of(exact("gemma4-shared"))).max() > 1e-2
+
+
+def parts_of(path):
+    with GgufFile.open(path) as file:
+        return list(file.tensors)
+
+
+def test_keys_and_values_of_layers_that_do_not_use_them_are_left_out(exact, tmp_path, monkeypatch):
+    """Published files have them, as the checkpoints do."""
+    rng = np.random.default_rng(0)
+    unused = {
+        f"blk.{i}.attn_{part}.weight": rng.normal(size=(d, 256)) for i, d in ((4, 256), (5, 512)) for part in "kv"
+    }
+    unused |= {f"blk.{i}.attn_k_norm.weight": rng.normal(size=d) for i, d in ((4, 256), (5, 512))}
+    path = shared_changed(exact, tmp_path, tensors=unused)
+    assert (logprobs(path) == logprobs(exact("gemma4-shared"))).all()
+    assert_as_llama_cpp(path, monkeypatch, 2e-3)
+    with GgufFile.open(path) as file:
+        _, weights = bind(file, ModelOptions(512))
+        assert set(weights.unused()) == set(unused)
+        assert not set(unused) & {info.name for info in weights.claimed()}
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        *("per_layer_token_embd.weight", "per_layer_model_proj.weight", "per_layer_proj_norm.weight"),
+        *("blk.1.inp_gate.weight", "blk.5.proj.weight", "blk.4.post_norm.weight", "blk.3.attn_k.weight"),
+    ],
+)
+@pytest.mark.parametrize("change", ["missing", "of another shape"])
+def test_inputs_of_layers_without_one_of_their_tensors_are_refused_by_name(tensor, change, exact, tmp_path):
+    parts = {"drop": [tensor]} if change == "missing" else {"tensors": {tensor: np.ones((7, 32))}}
+    assert tensor in refusal(shared_changed(exact, tmp_path, **parts))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"attention.shared_kv_layers": 5}, "gemma4.attention.shared_kv_layers is 5; expected fewer than 6"),
+        ({"attention.shared_kv_layers": 0}, "tensor blk.4.attn_k.weight is missing"),
+        (
+            {"attention.head_count_kv": [1, 1, 1, 1, 2, 1]},
+            "gemma4.attention.head_count_kv is 2 in layer 4; expected that",
+        ),
+        ({"embedding_length_per_layer_input": 0}, "tensor 'per_layer_token_embd.weight' has no place"),
+        ({"embedding_length_per_layer_input": 32}, "tensor blk.0.inp_gate.weight has shape [64, 256]"),
+    ],
+)
+def test_shared_keys_and_values_that_cannot_be_are_refused_in_a_sentence(keys, sentence, exact, tmp_path):
+    assert sentence in refusal(shared_changed(exact, tmp_path, keys))
+
+
+def test_the_plan_counts_keys_of_the_layers_that_have_them_and_a_table_as_it_is_stored(tiny):
+    with GgufFile.open(tiny("gemma4-shared")) as file:
+        (model, weights), hp = bind(file, ModelOptions(512)), read_hparams(file)
+        (table,) = (info for info in weights.claimed() if info.is_table)
+        backend = CpuBackend()
+        sizes = {info.name: backend.weight_bytes(info) for info in weights.claimed()}
+    assert table.name == "per_layer_token_embd.weight"
+    assert (hp.layer_input_length, hp.layer_inputs_width) == (64, 384)
+    assert sizes[table.name] == table.nbytes < 4 * 448 * 384
+    assert [layer.attention.layer for layer in model.layers] == [0, 1, 2, 3, 2, 3]
+    assert [layer.attention.reads_only for layer in model.layers] == [False] * 4 + [True] * 2
+    assert backend.kv_bytes_per_token(model) == 4 * 2 * (2 * 256 + 2 * 512)
+    narrow = backend.overhead_bytes(model, replace(hp, vocab_size=1, layer_input_length=0), 1)
+    wide = backend.overhead_bytes(model, replace(hp, vocab_size=1, layer_input_length=2048), 1)
+    assert wide - narrow == 4 * 64 * 4 * (6 * 2048 - 4 * 512)
+
+
+def test_rows_of_a_table_are_dequantized_as_those_of_the_whole_matrix(tiny, monkeypatch):
+    """The whole table of E4B would take 11 GB on the CPU."""
+    with GgufFile.open(tiny("gemma4-shared")) as file:
+        info = file.tensors["per_layer_token_embd.weight"]
+        whole = dequantize(file.data(info), info.kind)
+        with uploader(file) as upload:
+            table = upload(replace(info, is_table=True))
+    ids = np.array([7, 447, 7, 0], np.int32)
+    elements = []
+    monkeypatch.setattr(
+        "worker.cpu.backend.dequantize", lambda data, kind: elements.append(len(data)) or dequantize(data, kind)
+    )
+    assert (table.data[ids] == whole[ids]).all()
+    assert (table.rows(3, 5).data == whole[3:5]).all()
+    assert elements == [4, 2]
 
 
 def experts_changed(exact, folder, **parts):

@@ -23,6 +23,7 @@ BATCHED_MODELS = (
     "gemma3",
     "gemma4",
     "gemma4-experts",
+    "gemma4-shared",
     "granite",
     "granitemoe-shared",
     "mistral3",

@@ -13,7 +13,7 @@ from worker.sampling import Sampling
 
 NAMES = (
     *("qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "granite", "granitemoe-shared", "mistral3"),
-    *("gemma3", "gemma4", "gemma4-experts"),
+    *("gemma3", "gemma4", "gemma4-experts", "gemma4-shared"),
 )
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1)
 PROMPT = (np.random.default_rng(3).integers(0, 280, 150)).tolist()

@@ -51,6 +51,7 @@ CASES = {
     "gemma3-27b": GoldenCase("gemma3-27b"),
     "gemma4": GoldenCase("gemma4"),
     "gemma4-experts": GoldenCase("gemma4-experts"),
+    "gemma4-shared": GoldenCase("gemma4-shared"),
 }
 
 

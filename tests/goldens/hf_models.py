@@ -57,6 +57,12 @@ OTHER_NAMES = {
         "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
         "ffn_gate_inp": "router.proj",
         "layer_output_scale": "layer_scalar",
+        "per_layer_token_embd": "model.embed_tokens_per_layer",
+        "per_layer_model_proj": "model.per_layer_model_projection",
+        "per_layer_proj_norm": "model.per_layer_projection_norm",
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
     },
     "gpt-oss": {"ffn_gate_inp": "mlp.router"},
     "granitemoe": {"ffn_gate_inp": "block_sparse_moe.router"},
@@ -261,11 +267,14 @@ def _gemma3(metadata: Metadata, weights: Weights) -> transformers.Gemma3TextConf
 
 
 def _gemma4(metadata: Metadata, weights: Weights) -> transformers.Gemma4TextConfig:
-    """Values are keys in the layers without a window. HF computes `rope_freqs` from a factor."""
-    windowed = metadata["attention.sliding_window_pattern"]
-    kv_heads = dict(zip(windowed, metadata["attention.head_count_kv"], strict=True))
+    """Values are keys where a file has none. HF computes `rope_freqs` from a factor."""
+    windowed, shared = metadata["attention.sliding_window_pattern"], metadata["attention.shared_kv_layers"]
+    counts = metadata["attention.head_count_kv"]
+    kv_heads = dict(zip(windowed, counts if isinstance(counts, list) else [counts] * len(windowed), strict=True))
     rotated = weights.pop("rope_freqs.weight") == 1
+    widths = metadata["feed_forward_length"]
     common = _common(metadata, weights) | {
+        "intermediate_size": widths[0] if isinstance(widths, list) else widths,
         "head_dim": metadata["attention.key_length_swa"],
         "num_key_value_heads": kv_heads[True],
         "rope_parameters": {
@@ -288,7 +297,10 @@ def _gemma4(metadata: Metadata, weights: Weights) -> transformers.Gemma4TextConf
         **common,
         global_head_dim=metadata["attention.key_length"],
         num_global_key_value_heads=kv_heads[False],
-        attention_k_eq_v=True,
+        attention_k_eq_v=f"blk.{windowed.index(False)}.attn_v.weight" not in weights,
+        num_kv_shared_layers=shared,
+        use_double_wide_mlp=shared > 0,
+        vocab_size_per_layer_input=common["vocab_size"],
         layer_types=["sliding_attention" if each else "full_attention" for each in windowed],
         sliding_window=metadata["attention.sliding_window"],
         final_logit_softcapping=metadata["final_logit_softcapping"],

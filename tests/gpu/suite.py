@@ -39,6 +39,7 @@ OPS = (
     "matmul",
     "norms",
     "softcap",
+    "layer_inputs",
     "experts",
     "layouts",
     "memory",
@@ -66,10 +67,11 @@ SMALLEST = (
     *("draws_equal and 5-60", "draws_with_masks and 5-60", "advances_its_state", "forced", "not_finite", "listed"),
     # Eight rows of each kernel of several rows, then 33 of the tensor cores' products.
     *("True-37-256-8", "glu_rows and 64-256-8", "of_one_launch and 8-5-2", "grouped and random-8"),
-    *("True-37-256-17", "inactive_rows_leave", "inactive_rows_are"),
+    *("True-37-256-17", "inactive_rows_leave", "inactive_rows_are", "own_norm and 2-Q4_K", "reads_only and 512 and 31"),
     *("67-512-33 and Q4_K", "67-512-33 and Q5_0", "67-512-33 and Q6_K", "160-1280-33 and Q8_0", "small_rows"),
     *("quantized_like_the_twin and 896", "from_the_count", "gelu", "queries_are_scaled"),
-    *("limited and 7", "into_a_copy and 64", "of_a_launch_before and 256"),
+    *("limited and 7", "into_a_copy and 64", "of_a_launch_before and 256", "branches and 96", "groups and 64"),
+    *("group_of and 64",),
 )
 """Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""
 

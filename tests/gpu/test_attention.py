@@ -6,7 +6,7 @@ norm; decode computes in f32 throughout, so 1e-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,8 +128,12 @@ class Bench:
         self.spec = self.scene.spec(self.pool.put)
         self.table = self.pool.put(self.scene.table)
 
+    def _inputs(self, tokens):
+        q, k, v = (self.pool.put(x[tokens]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        return (q, None, None) if self.spec.reads_only else (q, k, v)
+
     def prefill(self, start, stop):
-        q, k, v = (self.pool.put(x[start:stop]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        q, k, v = self._inputs(slice(start, stop))
         chunk = Chunk(self.pool.put(np.array([start, stop - start], np.int32)), self.table)
         y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, chunk)
         return values_of(y, q.shape[1])
@@ -139,7 +143,7 @@ class Bench:
         at = np.asarray(positions, np.int32)
         slots = np.arange(len(at), dtype=np.int32) if row_slots is None else np.asarray(row_slots, np.int32)
         tokens = np.clip(np.where(slots < 0, 0, at[slots]), 0, self.scene.tokens - 1)
-        q, k, v = (self.pool.put(x[tokens]) for x in (self.scene.q, self.scene.k, self.scene.v))
+        q, k, v = self._inputs(tokens)
         tables = np.tile(self.scene.table, (len(at), 1))
         state = DeviceState(self.pool.put(slots), self.pool.put(at), self.pool.put(tables))
         self.rows = self.launcher.decode(self.kernels, self.pool, q, k, v, self.spec, state)
@@ -196,6 +200,35 @@ def test_prefill_in_chunks_gives_the_bits_of_the_whole_prompt(kernels, memory, s
         chunks = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
         assert np.array_equal(np.concatenate(chunks).view(np.uint32), y.view(np.uint32))
         assert np.array_equal(bench.cache.array.get().view(np.uint16), written.view(np.uint16))
+
+
+READING = [
+    *(Shape(64, 8, 2, window=60, sinks=True), Shape(64, 16, 2), Shape(96, 4, 2, adjacent=True), Shape(128, 4, 1)),
+    *(Shape(256, 8, 1), Shape(256, 4, 2, window=60), Shape(512, 8, 1), Shape(512, 4, 2)),
+]
+
+
+@pytest.mark.parametrize("positions", [[300], [0], [150, 300, 31, 0]], ids=str)
+@pytest.mark.parametrize("shape", READING, ids=str)
+def test_a_layer_that_reads_only_has_the_bits_of_the_layer_that_has_written(kernels, memory, shape, positions):
+    scene = Scene(shape, 301)
+    bench = Bench(scene, kernels, memory, slots=len(positions))
+    bench.fill(301)
+    expected, cache = bench.decode(positions), bench.cache.array.get()
+    bench.spec = replace(bench.spec, reads_only=True)
+    assert bench.decode(positions).tobytes() == expected.tobytes()
+    assert bench.cache.array.get().tobytes() == cache.tobytes()
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("shape", READING, ids=str)
+def test_a_chunk_of_a_layer_that_reads_only_has_the_bits_of_the_layer_that_has_written(kernels, memory, shape):
+    bench = Bench(Scene(shape, 77), kernels, memory)
+    expected, cache = bench.prefill(0, 77), bench.cache.array.get()
+    bench.spec = replace(bench.spec, reads_only=True)
+    assert bench.prefill(0, 77).tobytes() == expected.tobytes()
+    assert bench.cache.array.get().tobytes() == cache.tobytes()
+    bench.pool.check()
 
 
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)

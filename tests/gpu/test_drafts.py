@@ -169,7 +169,8 @@ def test_rows_of_one_sequence_have_the_bits_of_steps_one_after_another(kernels, 
 
 @pytest.mark.parametrize("running", [1, 3])
 @pytest.mark.parametrize(
-    "name", ["qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "gemma3", "gemma4", "gemma4-experts"]
+    "name",
+    ["qwen2", "phi3", "gpt-oss", "llama3-rope", "qwen3moe", "gemma3", "gemma4", "gemma4-experts", "gemma4-shared"],
 )
 def test_random_jobs_draw_the_same_bits_with_prompt_lookup(name, running, tiny, kernels, memory):
     def draws(speculation):

@@ -16,7 +16,7 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)"
-    " or (prefill_equals and -77] and 512) or (8_bits and 512)",
+    " or (prefill_equals and -77] and 512) or (8_bits and 512) or (reads_only and 256)",
     "attention_rows": "listed or windows",
     "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"
@@ -27,6 +27,7 @@ CHOSEN = {
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or gelu",
     "norms": "",
     "softcap": "",
+    "layer_inputs": "",
     "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or both_phases",

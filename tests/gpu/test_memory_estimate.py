@@ -36,6 +36,25 @@ FULL = {
     "qwen3": FULL_SIZE["qwen3-4b"],
     "gemma3": FULL_SIZE["gemma3-4b"],
     "gemma4-experts": FULL_SIZE["gemma4-26b-a4b"],
+    "gemma4-shared": replace(  # E2B
+        TINY["gemma4-shared"],
+        layers=35,
+        width=1536,
+        heads=8,
+        ffn=6144,
+        windowed=(True, True, True, True, False) * 7,
+        shared_kv=20,
+        layer_input=256,
+        big_vocabulary=FULL_SIZE["gemma4-31b"].vocabulary,
+        metadata={
+            **TINY["gemma4-shared"].metadata,
+            "attention.sliding_window": 512,
+            "attention.sliding_window_pattern": [True, True, True, True, False] * 7,
+            "attention.shared_kv_layers": 20,
+            "embedding_length_per_layer_input": 256,
+            "feed_forward_length": [6144] * 15 + [12288] * 20,
+        },
+    ),
     "mistral": FULL_SIZE["mistral-7b"],
     "mixtral": replace(  # 8x7B
         FULL_SIZE["mistral-7b"], experts=8, metadata={**TINY["mixtral"].metadata, "expert_used_count": 2}
@@ -44,8 +63,8 @@ FULL = {
     "llama": replace(TINY["llama"], width=2048, heads=32, kv_heads=8, ffn=8192),  # 3.2 1B
     "qwen2": replace(TINY["qwen2"], width=896, heads=14, kv_heads=2, ffn=4864),  # 2.5 0.5B
 }
-"""Shapes by the tiny model with the same metadata. Two layers are bound, or six if they differ: all layers use the
-memory of these in turn."""
+"""Shapes by the tiny model with the same metadata. Two layers are bound, six if they differ, or all if they have
+inputs of their own: all layers use the memory of these in turn."""
 
 
 class Memory:
@@ -105,15 +124,19 @@ def upload(info, scale=1.0):
 def full_size(name, tiny):
     """The tiny file's metadata with the names and shapes of `FULL[name]`."""
     file = GgufFile.open(tiny(name))
-    shape = replace(FULL[name], layers=6 if FULL[name].windowed else 2, context=CONTEXT)
+    shape = replace(
+        FULL[name],
+        layers=FULL[name].layers if FULL[name].shared_kv else 6 if FULL[name].windowed else 2,
+        context=CONTEXT,
+    )
     numbers = {
-        **{"attention.head_count_kv": shape.kv_heads},
+        **{"attention.head_count_kv": shape.kv_heads, "feed_forward_length": shape.ffn},
         **{
             key: np.array(each)[: shape.layers] if isinstance(each, list) else each
             for key, each in shape.metadata.items()
         },
         **{"block_count": shape.layers, "context_length": CONTEXT, "embedding_length": shape.width},
-        **{"feed_forward_length": shape.ffn, "attention.head_count": shape.heads},
+        **{"attention.head_count": shape.heads},
         **{"attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim},
         **{"rope.dimension_count": shape.head_dim},
     }

@@ -22,11 +22,11 @@ from tests.models import GREEDY, cpu_runner, decode, engine_of, ids, prefill, ru
 from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
 from worker.errors import VramOom
-from worker.model import Chunk, SlotStart
+from worker.model import Chunk, SlotStart, cached
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
-NAMES += ("gemma3", "gemma4", "gemma4-experts", "granite", "granitemoe-shared", "mistral3")
+NAMES += ("gemma3", "gemma4", "gemma4-experts", "gemma4-shared", "granite", "granitemoe-shared", "mistral3")
 # Rounding to f16 sends a token of mistral3-experts to another expert, in the CPU's twin too.
 GOLDENS = [name for name in CASES if name != "mistral3-experts"]
 WARM = Sampling(temperature=0.8, seed=1234, top_p=0.95, repetition_penalty=1.1, logprobs=3)
@@ -51,7 +51,9 @@ def test_prefill_logits_equal_transformers_within_f16(name, tmp_path, kernels, m
     assert max(errors) < WORST_BOUND
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4-experts"])  # short enough for the emulator
+@pytest.mark.parametrize(
+    "name", ["gemma3", "gemma4", "gemma4-experts", "gemma4-shared"]
+)  # short enough for the emulator
 def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, load):
     runner, twin, table = load(name), cpu_runner(tiny(name)), np.arange(32, dtype=np.int32)
     prompt = PROMPT[40:]  # no token of its beginning is near a tie of two experts
@@ -137,7 +139,7 @@ def test_a_chunk_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, loa
 
 def written(runner, table):
     """The bits of K and V at the prompt's positions."""
-    layers = range(len(runner._model.layers))
+    layers = range(len(cached(layer.attention for layer in runner._model.layers)))
     caches = [rows.get()[table].swapaxes(1, 2) for layer in layers for rows in runner.cache.layer(layer)]
     rows = [each.reshape(-1, *each.shape[2:])[: len(PROMPT)] for each in caches]
     return np.concatenate([each.view(np.uint16).ravel() for each in rows])

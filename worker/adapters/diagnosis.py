@@ -158,8 +158,8 @@ class _TrialWeights(Weights):
         return np.ones(n)
 
     def uses(self, name: str) -> bool:
-        """Whether the adapter has claimed the tensor."""
-        return name in self._claimed
+        """Whether the adapter has claimed the tensor, or left it out."""
+        return name in self._claimed or name in self._left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +248,8 @@ def _hparams(file: GgufFile, keys: _TrialKeys, name: str, experts: tuple[int, in
         expert_feed_forward_length=keys.count("expert_feed_forward_length")
         if "expert_feed_forward_length" in keys
         else 0,
+        # Not with `keys`: it is left over if the adapter does not read it.
+        layer_input_length=max(0, min(_TrialKeys(file).get("embedding_length_per_layer_input", int, 0), _MAX_WIDTH)),
     )
     _forget_unusable(keys, hp)
     return hp

@@ -63,6 +63,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         expert_used_count=keys.get("expert_used_count", int, 0),
         expert_feed_forward_length=keys.count(_EXPERT_WIDTH) if experts and _EXPERT_WIDTH in keys else 0,
         expert_shared_feed_forward_length=shared,
+        layer_input_length=ArchitectureKeys(file).width("embedding_length_per_layer_input"),
     )
 
 

@@ -6,7 +6,7 @@ work, and then with the backend's upload. Knows no architecture and no device.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -81,6 +81,7 @@ class Weights:
         self._upload = upload
         self._claimed: dict[str, tuple[TensorInfo, ...]] = {}
         """Claimed tensors, or the parts in which they are uploaded."""
+        self._left_out: set[str] = set()
 
     def has(self, name: str) -> bool:
         """Whether the file has the tensor."""
@@ -110,6 +111,16 @@ class Weights:
             raise ModelLoadFailed(f"tensor {name} is claimed twice", str(self._file.path), "one use of each tensor")
         self._claimed[name] = (info,)
         return info
+
+    def table(self, name: str, rows: int, cols: int) -> QTensor:
+        """Claim a matrix of which only `Ops.embed` reads, rows by token ids. Raises as `tensor`."""
+        info = replace(self._claim(name, rows, cols), is_table=True)
+        self._claimed[name] = (info,)
+        return self._upload(info)
+
+    def leave_out(self, *names: str) -> None:
+        """Accept tensors that files of the architecture may have and that it does not use."""
+        self._left_out.update(names)
 
     def vector(self, name: str, n: int, scale: float = 1.0) -> QTensor:
         """Claim a bias, norm weight or sinks [n], times `scale`.
@@ -180,11 +191,12 @@ class Weights:
     def unused(self) -> list[str]:
         """Names of unclaimed tensors, in the file's order.
 
-        Raises ModelLoadFailed for one that may change the computation: `HARMLESS` has no match.
+        Raises ModelLoadFailed for one that may change the computation: `HARMLESS` has no match, and
+        the adapter has not left it out.
         """
         unclaimed = [name for name in self._file.tensors if name not in self._claimed]
         for name in unclaimed:
-            if not HARMLESS.fullmatch(name):
+            if name not in self._left_out and not HARMLESS.fullmatch(name):
                 problem = f"tensor {name!r} has no place in a model of architecture {self._file.architecture}"
                 raise ModelLoadFailed(problem, str(self._file.path), "only tensors that the architecture uses")
         return unclaimed

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from worker.backend import Plan
 from worker.gguf_file import TensorInfo
+from worker.model import cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Traffic:
         for info in self.planned.weights:
             if len(info.shape) < 2 or info.name.endswith(".bias") or info.name == "token_embd.weight" != head:
                 continue
+            if info.is_table:
+                continue
             elements = math.prod(info.shape)
             if "_exps." in info.name:
                 elements = elements * hp.expert_used_count // hp.expert_count
@@ -84,7 +87,7 @@ class Traffic:
         """Bytes of the keys and values that a token attends to, fewer in a layer with a window."""
         specs = self.planned.attention
         elements = sum(min(context, spec.window or context) * spec.kv_width for spec in specs)
-        return elements * self.planned.kv_bytes_per_token // sum(spec.kv_width for spec in specs)
+        return elements * self.planned.kv_bytes_per_token // sum(spec.kv_width for spec in cached(specs))
 
     def _step_weights(self, sequences: int) -> int:
         hp, total = self.planned.hparams, self._weights(sequences)
@@ -100,7 +103,7 @@ class Traffic:
         hp, untied, total = self.planned.hparams, self._untied, 0
         for info in self.planned.weights:
             nbytes = self.weight_bytes(info)
-            if untied and info.name == "token_embd.weight":
+            if info.is_table or (untied and info.name == "token_embd.weight"):
                 total += min(tokens, info.shape[0]) * nbytes // info.shape[0]
             elif "_exps." in info.name:
                 total += min(tokens * hp.expert_used_count, hp.expert_count) * nbytes // hp.expert_count

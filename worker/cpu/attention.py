@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.cpu.plain import softmax
+from worker.model import cached
 from worker.ops import KV_BLOCK, Attention, Batch, Ints, Phase
 
 F32 = npt.NDArray[np.float32]
@@ -25,7 +26,7 @@ class KvCache:
 
     def __init__(self, layers: Iterable[Attention], blocks: int, dtype: type[np.floating[Any]] = np.float32) -> None:
         self.blocks = blocks
-        shapes = [(blocks, KV_BLOCK, spec.n_kv_heads, spec.head_dim) for spec in layers]
+        shapes = [(blocks, KV_BLOCK, spec.n_kv_heads, spec.head_dim) for spec in cached(layers)]
         self.k, self.v = ([np.zeros(shape, dtype) for shape in shapes] for _ in range(2))
 
     def write(self, layer: int, batch: Batch, k: F32, v: F32) -> None:

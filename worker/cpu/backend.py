@@ -1,8 +1,9 @@
-"""The CPU as a device: weights are f32 arrays in the host's memory. Next: `runner.py`."""
+"""The CPU as a device: weights, but for tables, are f32 arrays. Next: `runner.py`."""
 
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,33 @@ from worker.cpu.sampler import Sampler
 from worker.gguf_file import GgufFile, TensorInfo
 from worker.model import MAX_DRAFT_ROWS, Hparams, Model, kv_bytes_per_token
 from worker.ops import KV_BLOCK, QTensor
-from worker.quants import Floats, dequantize
+from worker.quants import Bytes, Floats, QuantType, dequantize
 
 WEIGHT_BYTES = 4
-"""Bytes of a weight on the CPU, for every type in the file."""
+"""Bytes of a weight on the CPU, for every type in the file, but for tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """Rows of a table as blocks of the file, [rows, row_bytes] u8; an index gives them as f32."""
+
+    kind: QuantType
+    blocks: Bytes
+
+    def __getitem__(self, rows: Any) -> Floats:
+        return dequantize(np.atleast_2d(self.blocks[rows]), self.kind)
 
 
 @contextmanager
 def uploader(file: GgufFile, on_bytes: Callable[[int], None] = lambda _: None) -> Iterator[Upload]:
-    """See `Backend.uploader`. The tensors are f32 arrays that are filled when the context exits."""
+    """See `Backend.uploader`. Tensors but tables are f32 arrays, filled when the context exits."""
     targets: list[tuple[TensorInfo, Floats, float]] = []
 
     def upload(info: TensorInfo, scale: float = 1.0) -> QTensor:
+        if info.is_table:
+            blocks = np.array(file.data(info))
+            on_bytes(info.nbytes)
+            return QTensor(info.name, info.shape, info.kind, BlockRows(info.kind, blocks))
         values = np.empty(info.shape, np.float32)
         targets.append((info, values, scale))
         return QTensor(info.name, info.shape, info.kind, values)
@@ -60,7 +76,8 @@ class CpuBackend:
         """See `Backend.check`. NumPy computes every shape."""
 
     def weight_bytes(self, info: TensorInfo) -> int:
-        return int(np.prod(info.shape)) * WEIGHT_BYTES
+        """See `Backend.weight_bytes`: f32, or the blocks of a table."""
+        return info.nbytes if info.is_table else int(np.prod(info.shape)) * WEIGHT_BYTES
 
     def kv_bytes_per_token(self, model: Model) -> int:
         return kv_bytes_per_token((layer.attention for layer in model.layers), np.dtype(self._kv_dtype).itemsize)
@@ -68,7 +85,9 @@ class CpuBackend:
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """See `Backend.overhead_bytes`: RoPE tables, logits and widest activations of a batch."""
         tables = sum(rope.nbytes for rope in {layer.attention.rope for layer in model.layers})
-        widest = max(hp.vocab_size, hp.ffn_width, *(layer.attention.q_width for layer in model.layers))
+        widest = max(
+            hp.vocab_size, hp.ffn_width, hp.layer_inputs_width, *(layer.attention.q_width for layer in model.layers)
+        )
         return tables + 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:

@@ -39,25 +39,37 @@ class CpuOps:
         x: F32 = table.data[batch.tokens]
         return x if scale == 1.0 else x * np.float32(scale)
 
+    def layer_inputs(self, x: F32, linear: Linear, norm: RmsNorm, rows: F32) -> F32:
+        groups = self._linear(x, linear).reshape(len(x), -1, norm.weight.shape[0])
+        return rows + self._norm(groups, norm).reshape(rows.shape)
+
+    def linear_gate(self, x: F32, gate: Linear, inputs: F32, layer: int, activation: Activation) -> F32:
+        width = gate.weight.shape[0]
+        return gated(self._linear(x, gate), inputs[:, layer * width : (layer + 1) * width], activation)
+
     def norm_linear(self, x: F32, norm: RmsNorm, *linears: Linear) -> tuple[F32, ...]:
         n = self._norm(x, norm)
         return tuple(self._linear(n, linear) for linear in linears)
 
-    def attention(self, q: F32, k: F32, v: F32, spec: Attention, batch: Batch) -> F32:
+    def attention(self, q: F32, k: F32 | None, v: F32 | None, spec: Attention, batch: Batch) -> F32:
         queries = q.reshape(len(q), spec.n_heads, spec.head_dim)
-        keys = k.reshape(len(k), spec.n_kv_heads, spec.head_dim)
         if spec.q_norm is not None:
             queries = self._norm(queries, spec.q_norm)
-        if spec.k_norm is not None:
-            keys = self._norm(keys, spec.k_norm)
-        values = v.reshape(keys.shape)
-        if spec.v_epsilon is not None:
-            values = rms_norm(values, np.float32(1), spec.v_epsilon)
         if spec.query_scale is not None:
             queries = queries * spec.query_scale.at(batch.positions)[:, None, None]
-        queries, keys = (rotate(heads, batch.positions, spec.rope) for heads in (queries, keys))
-        self._cache.write(spec.layer, batch, keys, values)
-        return attend(queries, self._cache, spec, batch)
+        if k is not None and v is not None:
+            self._write(k, v, spec, batch)
+        return attend(rotate(queries, batch.positions, spec.rope), self._cache, spec, batch)
+
+    def _write(self, k: F32, v: F32, spec: Attention, batch: Batch) -> None:
+        """Normalize and rotate the keys and write them and the values to the cache."""
+        keys = k.reshape(len(k), spec.n_kv_heads, spec.head_dim)
+        values = v.reshape(keys.shape)
+        if spec.k_norm is not None:
+            keys = self._norm(keys, spec.k_norm)
+        if spec.v_epsilon is not None:
+            values = rms_norm(values, np.float32(1), spec.v_epsilon)
+        self._cache.write(spec.layer, batch, rotate(keys, batch.positions, spec.rope), values)
 
     def linear_add(self, y: F32, linear: Linear, residual: F32 | None) -> F32:
         z = self._linear(y, linear)

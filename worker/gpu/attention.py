@@ -183,25 +183,38 @@ class AttentionLauncher:
         kernels: Launcher,
         pool: Allocator,
         q: DeviceArray,
-        k: DeviceArray,
-        v: DeviceArray,
+        k: DeviceArray | None,
+        v: DeviceArray | None,
         spec: Attention,
         chunk: ChunkState,
     ) -> ScaledF16:
-        """Write k, v [T, Hk·D] f32 to the cache, then return y [T, H·D] of q [T, H·D] f32."""
+        """Write k, v [T, Hk·D] f32, if any, to the cache; return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = check_head_dim(spec.head_dim), len(q)
         if not may_fuse_norms(spec):
             v, spec = normalize_heads(kernels, pool, q, k, v, spec)
         self.query_scales.prefill(kernels, q, spec, chunk)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
-        heads = np.int32(spec.n_heads), np.int32(spec.n_kv_heads)
+        heads, written = (np.int32(spec.n_heads), np.int32(spec.n_kv_heads)), np.int32(spec.n_written)
         suffix, norms = norm_arguments(spec)
         blocks = -(-32 * (spec.n_heads + spec.n_kv_heads) // _ROPE_THREADS) if norms else _ROPE_BLOCKS
         kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}{suffix}>")(
             (tokens, blocks),
             (_ROPE_THREADS,),
-            (rotated, q, k, v, keys, values, *self._rope(spec.rope), chunk.table, chunk.span, *heads, *norms),
+            (
+                rotated,
+                q,
+                k,
+                v,
+                keys,
+                values,
+                *self._rope(spec.rope),
+                chunk.table,
+                chunk.span,
+                heads[0],
+                written,
+                *norms,
+            ),
             pdl=True,
         )
         y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
@@ -234,12 +247,12 @@ class AttentionLauncher:
         kernels: Launcher,
         pool: Allocator,
         q: DeviceArray,
-        k: DeviceArray,
-        v: DeviceArray,
+        k: DeviceArray | None,
+        v: DeviceArray | None,
         spec: Attention,
         state: StepState,
     ) -> Q8Activations | Q8Tiles:
-        """Write k, v [R, Hk·D] to the cache and return y of q [R, H·D] f32, as f32 and Q8.
+        """Write k, v [R, Hk·D], if any, to the cache and return y of q [R, H·D] f32, as f32 and Q8.
 
         The caller has scaled the queries, and normalized the heads of several rows. Rows that are
         whole tiles are stored as tiles.
@@ -289,8 +302,8 @@ class AttentionLauncher:
         kernels: Launcher,
         pool: Allocator,
         q: DeviceArray,
-        k: DeviceArray,
-        v: DeviceArray,
+        k: DeviceArray | None,
+        v: DeviceArray | None,
         spec: Attention,
         state: StepState,
     ) -> Q8Activations | Q8Tiles:
@@ -319,7 +332,7 @@ class AttentionLauncher:
         """Whether `attention_few_rows` computes a step of `rows` rows. It changes no bit."""
         dim, group = spec.head_dim, group_size(spec)
         items = rows * (spec.n_heads // group) * stored
-        return _warps(dim, group) == _WIDE_WARPS and items <= _FEW_ITEMS * self._processors
+        return _warps(dim, group) == _WIDE_WARPS and items <= _FEW_ITEMS * self._processors and not spec.reads_only
 
     def _team_warps(self, spec: Attention, rows: int) -> int:
         """Warps of a team of `attention_rows`: more of them shorten an item, fewer cost less."""
@@ -362,7 +375,7 @@ class AttentionLauncher:
             slab = self._memory.reserve(8 * (1 + self._most_rows * stored), Purpose.WORKSPACE)
             self._work_lists[key] = spec.layer, slab.array((1 + self._most_rows * stored, 2), np.int32)
         layer, work = self._work_lists[key]
-        if spec.layer == layer:
+        if spec.layer == layer and not spec.reads_only:
             sizes = rows, state.tables.shape[1], spec.window, decode_tile(spec), decode_splits(spec), blocks
             kernels.get("attention_items.cu", "attention_items")(
                 (1,), (_ITEMS_THREADS,), (work, state.row_slots, state.positions, *map(np.int32, sizes)), pdl=True

@@ -77,7 +77,7 @@ class GpuBackend:
         specs = [layer.attention for layer in model.layers]
         qkv = max(spec.q_width + 2 * spec.kv_width for spec in specs)
         partials = max(decode_partial_bytes(spec.head_dim) for spec in specs)
-        a_token = 4 * hp.embedding_length + 3 * qkv + 4 * hp.ffn_width + hp.experts_width
+        a_token = 4 * hp.embedding_length + 3 * qkv + 4 * hp.ffn_width + hp.experts_width + 2 * hp.layer_inputs_width
         a_row = 6 * a_token + 5 * hp.vocab_size + partials + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)

@@ -14,6 +14,7 @@ from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
 from worker.gpu.head_norms import may_fuse_norms, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import branches_norm_add, norm_add
@@ -57,19 +58,30 @@ class DecodeOps:
         tokens = self._state.tokens[: self._state.slots] if slots is None else self._state.tokens
         return embed(self._kernels, self._pool, table, tokens, slots, scale)
 
+    def layer_inputs(self, x: DeviceArray, linear: Linear, norm: RmsNorm, rows: DeviceArray) -> DeviceArray:
+        (y,) = self._products.multiply(Q8Activations(x), None, (linear,))
+        return add_normed_groups(self._kernels, y, norm, rows)
+
+    def linear_gate(
+        self, x: DeviceArray, gate: Linear, inputs: DeviceArray, layer: int, activation: Activation
+    ) -> Q8Activations:
+        """See `Ops.linear_gate`; h is the input of `linear_norm_add`."""
+        (y,) = self._products.multiply(Q8Activations(x), None, (gate,))
+        return Q8Activations(gate_group(self._kernels, y, inputs, layer, activation))
+
     def norm_linear(self, x: DeviceArray, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         groups = (linears[at : at + _MAX_PROJECTIONS] for at in range(0, len(linears), _MAX_PROJECTIONS))
         rows = Q8Activations(x)
         return tuple(y for group in groups for y in self._products.multiply(rows, norm, group))
 
     def attention(
-        self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch
+        self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
     ) -> Q8Activations | Q8Tiles:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
         if len(q) > 1 or self._drafts or not may_fuse_norms(spec):
             v, spec = normalize_heads(self._kernels, self._pool, q, k, v, spec)
         self._attention.query_scales.decode(self._kernels, q, spec, self._state)
-        if self._drafts:
+        if self._drafts and not spec.reads_only:
             self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 

@@ -54,24 +54,31 @@ def norm_arguments(spec: Attention) -> tuple[str, Sequence[Any]]:
 
 
 def may_fuse_norms(spec: Attention) -> bool:
-    """Whether attention's kernels may apply the norms: no launch comes between them and RoPE."""
-    return spec.query_scale is None
+    """Whether attention's kernels may apply the norms: to q, k and v, and right before RoPE."""
+    return spec.query_scale is None and not spec.reads_only
 
 
 def normalize_heads(
-    kernels: Launcher, pool: Allocator, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention
-) -> tuple[DeviceArray, Attention]:
+    kernels: Launcher,
+    pool: Allocator,
+    q: DeviceArray,
+    k: DeviceArray | None,
+    v: DeviceArray | None,
+    spec: Attention,
+) -> tuple[DeviceArray | None, Attention]:
     """Apply the norms to q [T, H·D] and k [T, Hk·D] in place, and to v [T, Hk·D], which may be k.
 
     Returns v, a copy unless it stays as it is, and `spec` without norms.
     """
     if not _has_norms(spec):
         return v, spec
-    values = v if spec.v_epsilon is None and v is not k else pool.empty(v.shape, np.float32)
+    values = v
+    if v is not None and (spec.v_epsilon is not None or v is k):
+        values = pool.empty(v.shape, np.float32)
     kernels.get("head_norms.cu", f"head_norms<{check_head_dim(spec.head_dim)}>")(
-        (len(q), -(-(spec.n_heads + spec.n_kv_heads) // _HEAD_WARPS)),
+        (len(q), -(-(spec.n_heads + spec.n_written) // _HEAD_WARPS)),
         (32 * _HEAD_WARPS,),
-        (q, k, v, values, _head_norms(spec), np.int32(spec.n_heads), np.int32(spec.n_kv_heads)),
+        (q, k, v, values, _head_norms(spec), np.int32(spec.n_heads), np.int32(spec.n_written)),
         pdl=True,
     )
     return values, replace(spec, q_norm=None, k_norm=None, v_epsilon=None)

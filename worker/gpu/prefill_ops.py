@@ -12,6 +12,7 @@ from worker.gpu import matmul, matvec
 from worker.gpu.activations import ScaledF16, scale_to_f16
 from worker.gpu.attention import AttentionLauncher
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul import ExpertGroups
 from worker.gpu.memory import DeviceArray
@@ -51,10 +52,20 @@ class PrefillOps:
     def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> DeviceArray:
         return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)], scale=scale)
 
+    def layer_inputs(self, x: DeviceArray, linear: Linear, norm: RmsNorm, rows: DeviceArray) -> DeviceArray:
+        y = matmul.matmul(self._kernels, self._pool, self._scaled(x), linear)
+        return add_normed_groups(self._kernels, y, norm, rows, self._prompt.count)
+
+    def linear_gate(self, x: Rows, gate: Linear, inputs: Rows, layer: int, activation: Activation) -> Rows:
+        y = matmul.matmul(self._kernels, self._pool, self._scaled(x), gate)
+        return _like(x, gate_group(self._kernels, y, _array(inputs), layer, activation, self._count(x)))
+
     def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         return matmul.projections(self._kernels, self._pool, self._scaled(x, norm), linears)
 
-    def attention(self, q: DeviceArray, k: DeviceArray, v: DeviceArray, spec: Attention, batch: Batch) -> ScaledF16:
+    def attention(
+        self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
+    ) -> ScaledF16:
         """See `Ops.attention`; y is the input of `linear_add`."""
         return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
 

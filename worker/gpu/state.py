@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.model import SlotStart, kv_bytes_per_token
+from worker.model import SlotStart, cached, kv_bytes_per_token
 from worker.ops import KV_BLOCK, Attention, Batch, Ints
 from worker.sampling import DrawRequest, Sampling
 
@@ -49,7 +49,7 @@ class KvCache:
     """
 
     def __init__(self, memory: DeviceMemory, layers: Sequence[Attention], blocks: int) -> None:
-        shapes = [(2, blocks, spec.n_kv_heads, KV_BLOCK, spec.head_dim) for spec in layers]
+        shapes = [(2, blocks, spec.n_kv_heads, KV_BLOCK, spec.head_dim) for spec in cached(layers)]
         nbytes = blocks * KV_BLOCK * kv_bytes_per_token(layers, KV_ELEMENT_BYTES)
         slab = memory.reserve(nbytes, Purpose.KV)
         self.array: DeviceArray = slab.array((nbytes // KV_ELEMENT_BYTES,), np.float16)
@@ -59,7 +59,7 @@ class KvCache:
         pairs = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
         self._layers = [(pair[0], pair[1]) for pair in pairs]
         if len(set(shapes)) == 1:
-            self.array = self.array.reshape(len(layers), *shapes[0])
+            self.array = self.array.reshape(len(shapes), *shapes[0])
 
     def layer(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """The keys and values of one layer."""

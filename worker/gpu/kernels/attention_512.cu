@@ -11,7 +11,8 @@
 // of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the tiles g,
 // g + splits, … after the oldest one; the block that arrives last adds the partial results, the oldest
 // first.
-//   q [R, H·512], k, v [R, Hk·512] f32; row_slots [R] i32, or null: slot 0; of the slots, positions
+//   q [R, H·512], k, v [R, Hk·512] f32, or null: an earlier layer has written them to the cache;
+//   row_slots [R] i32, or null: slot 0; of the slots, positions
 //   [S] i32 and tables [S, table_stride] i32. y [R, H·512] f32; zeros for an inactive row
 //   (attention_items.cu). The keys of other rows of a sequence are in the cache (kv_rows.cu).
 //   Grid (stored, H/GROUP, R), stored ≤ splits: those that the longest context can need.
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     const RopeTables rope = {cos, sin, dims};
     const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
     const size_t kv_row = ((size_t)blockIdx.z * n_kv_heads + kv_head) * kDim;
-    const bool own = tiles.has_newest();
+    const bool own = k && tiles.has_newest();  // without k, the newest row is read from the cache
     q += ((size_t)blockIdx.z * n_heads + head) * kDim, k += kv_row, v += kv_row;
     if constexpr (sizeof...(Norms) > 0) {
         __shared__ __align__(16) float heads[GROUP + 2][kDim];

@@ -10,9 +10,9 @@
 // (worker/gpu/attention.py: decode_splits), so the order of the sums depends on the position alone,
 // never on the device.
 //
-// Inputs: q [H·D], k, v [Hk·D] f32; caches as in kv_cache.cuh; row_slot i32, or null: slot 0; of the
-// slots, positions [S] i32 and tables [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks
-// [H] f32 or null.
+// Inputs: q [H·D], k, v [Hk·D] f32, or null: an earlier layer has written them to the cache; caches as
+// in kv_cache.cuh; row_slot i32, or null: slot 0; of the slots, positions [S] i32 and tables
+// [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
 // Outputs: y [H·D] f32, and the same row quantized as q8, meta (q8_activations.cuh); the new key and
 // value. The row is inactive if its slot or the slot's position is negative, or if the position lies
 // beyond the table: nothing is written then.
@@ -126,7 +126,10 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
         queries[warp + kWarps][lane] = Heads<D>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
                                                                    __fmul_rn(x.z, scale), __fmul_rn(x.w, scale)));
     }
-    if (element >= 0) {
+    if (element >= 0 && !k) {  // written by an earlier layer
+        new_key[element] = __ldcg(k_cache + new_row + element);
+        new_value[element] = __ldcg(v_cache + new_row + element);
+    } else if (element >= 0) {
         const int at = kNormed ? 0 : kv_head * D;
         const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
         k_cache[new_row + element] = new_key[element] = float_to_half(clamp_to_half_range(key));

@@ -110,6 +110,13 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
 #pragma unroll 1
             for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
                 const int g = unit / kQuads, e = unit % kQuads * 4;
+                if (g == GROUP && !k) {  // written by an earlier layer
+                    const int block = tables[entry.slot() * table_stride + span.newest / kKvBlock];
+                    const size_t at = kv_offset<D>(block, n_kv_heads, kv_head, span.newest) + e;
+                    *reinterpret_cast<uint2*>(new_key + e) = __ldcg(reinterpret_cast<const uint2*>(k_cache + at));
+                    *reinterpret_cast<uint2*>(new_value + e) = __ldcg(reinterpret_cast<const uint2*>(v_cache + at));
+                    continue;
+                }
                 const size_t kv_row = ((size_t)entry.row() * n_kv_heads + kv_head) * D;
                 const float* from = g < GROUP ? q + ((size_t)entry.row() * n_heads + head + g) * D : k + kv_row;
                 const float4 x = rotated<ADJACENT>(from, e, span.newest, rope);

@@ -25,12 +25,14 @@
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, scale_to_f16, combine, |                            |
 // |                                 | group_routes, norm_add,        |                            |
-// |                                 | branches_norm_add,             |                            |
+// |                                 | branches_norm_add, gate_group, |                            |
+// |                                 | add_normed_groups,             |                            |
 // |                                 | attention_512_chunk            |                            |
 // | block table of a chunk          | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
 // | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
-// |                                 | _rows, attention_prefill       | own tokens' slots          |
+// |                                 | _rows, attention_prefill       | own tokens' slots, whose   |
+// |                                 |                                | KV is read after the wait  |
 // | KV of this step's other rows    | attention_rows, _few_rows      | fence before launch (5)    |
 // | routes and residual             | experts_add                    | two launches earlier (3)   |
 // | tiles of pairs                  | grouped_experts and            | two launches earlier (3)   |
