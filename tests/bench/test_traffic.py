@@ -83,6 +83,21 @@ def test_phi3s_window_counts_only_if_the_settings_apply_it(tmp_path):
     assert applied.token_bytes(50) == applied.token_bytes(47) == without.token_bytes(47)
 
 
+def test_of_a_table_the_tokens_rows_are_read_and_no_product_has_it(tmp_path):
+    """gemma4-shared: a table of 6 layers' 64 elements, with 2 of 6 layers that read others' keys and values."""
+    shared, row = traffic(tmp_path, "gemma4-shared"), 6 * 64
+    (table,) = (info for info in shared.planned.weights if info.is_table)
+    without = replace(shared, planned=replace(shared.planned, weights=tuple(
+        info for info in shared.planned.weights if info is not table
+    )))  # fmt: skip
+    assert shared.token_bytes(0) - without.token_bytes(0) == 4 * row
+    assert shared.prompt_bytes(10) - without.prompt_bytes(10) == 10 * 4 * row
+    assert shared.prompt_flops(10) == without.prompt_flops(10)
+    assert shared.planned.kv_bytes_per_token == 4 * 2 * 2 * (256 + 512)
+    read = 4 * 2 * 3 * (32 * 256 + 100 * 512)  # by all layers; those with a window of 32 read so many
+    assert shared.token_bytes(100) - shared.token_bytes(0) == read
+
+
 def test_weight_sizes_are_those_of_the_backend(tmp_path):
     halved = replace(traffic(tmp_path, "qwen2"), weight_bytes=lambda info: info.nbytes // 2)
     assert 2 * halved.token_bytes(0) == traffic(tmp_path, "qwen2").token_bytes(0)

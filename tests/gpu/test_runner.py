@@ -23,6 +23,7 @@ from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
 from worker.errors import VramOom
 from worker.model import Chunk, SlotStart, cached
+from worker.ops import Batch, Phase
 from worker.sampling import DrawRequest, Sampling
 
 NAMES = ("qwen2", "phi3", "gpt-oss", "llama3-rope", "llama-biased", "mixtral", "qwen3", "qwen3moe", "smollm3")
@@ -64,6 +65,23 @@ def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, load)
     assert max(errors) < WORST_BOUND
     steps = [[each.logits(decode(prompt[at], at, table)) for each in (runner, twin)] for at in range(40, 48)]
     assert max(relative_error(*pair) for pair in steps) < DECODE_BOUND
+
+
+@pytest.mark.parametrize("name", ["gemma4-experts", "gemma4-shared"])
+@pytest.mark.parametrize("rows", [3, 17])  # on CUDA cores, and on tensor cores
+def test_rows_of_a_step_have_the_bits_of_each_row_alone(name, rows, load):
+    tables = np.arange(2 * rows, dtype=np.int32).reshape(rows, 2)
+    lengths = [1 + 7 * row % 31 for row in range(rows)]
+    together, alone = load(name, context=32, kv_blocks=2 * rows, slots=rows), load(name, context=32, kv_blocks=2 * rows)
+    for table, length in zip(tables, lengths, strict=True):
+        for runner in (together, alone):
+            runner.logits(prefill(PROMPT[:length], table=table, rows=[]))
+    ids = np.array(PROMPT[:rows], np.int32)
+    step = Batch(Phase.DECODE, ids, np.array(lengths, np.int32), tuple(tables), np.arange(rows, dtype=np.int32))
+    found = together.logits(step)
+    for row in range(0, rows, 4):
+        expected = alone.logits(decode(int(ids[row]), lengths[row], tables[row]))
+        np.testing.assert_array_equal(found[row : row + 1], expected)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
