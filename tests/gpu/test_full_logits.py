@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from tests.gpu.full import random_ids, relative
+from tests.gpu.full import CONTEXT, random_ids, relative
 from tests.gpu.streamed import DeviceRows, References
 from tests.gpu.trail import logits_and_trail
 from tests.models import decode, prefill
+from worker.adapters import bind
+from worker.adapters.weights import describe
 from worker.gguf_file import GgufFile
+from worker.model import ModelOptions
 from worker.ops import QTensor
 from worker.quants import dequantize
 
@@ -34,23 +37,38 @@ def test_the_device_holds_the_files_values(full, rows):
     """Compare each matrix's first and last row, and rows at upload chunk boundaries, bitwise."""
     from worker.gpu.upload import CHUNK
 
-    compared = 0
+    compared, model = 0, full.loaded.engine._runner._model
     with GgufFile.open(full.path) as file:
-        for tensor in held(full.loaded.engine._runner._model):
+        factors = vector_factors(file)
+        for tensor in held(model):
             name, _, part = tensor.name.partition("[")
             info = file.tensors[name]
             if not hasattr(tensor.data, "planes"):
-                assert rows.vector(tensor).tobytes() == dequantize(file.data(info), info.kind).tobytes(), name
+                expected = dequantize(file.data(info), info.kind) * np.float32(factors[name])
+                assert rows.vector(tensor).tobytes() == expected.tobytes(), name
                 continue
             blocks = file.data(info).reshape(-1, info.kind.row_bytes(info.shape[-1]))
-            first = int(part.partition(":")[0] or 0)
+            first = int(part.removeprefix(":, ").partition(":")[0] or 0)
+            height, in_file = tensor.shape[-2], info.shape[-2]  # rows of one expert, or all of a dense matrix
             flat = flattened(tensor)
             ends = range(CHUNK // blocks.shape[1], flat.shape[0], max(1, CHUNK // blocks.shape[1]))
             for row in {0, flat.shape[0] - 1, *ends, *(end - 1 for end in ends)}:
-                expected = dequantize(blocks[first + row][None], info.kind)
+                expected = dequantize(blocks[row // height * in_file + first + row % height][None], info.kind)
                 assert rows.fetch(flat.rows(row, row + 1)).tobytes() == expected.tobytes(), (tensor.name, row)
                 compared += 1
-    assert compared >= 2 * len(full.loaded.engine._runner._model.layers)
+    assert compared >= 2 * len(model.layers)
+
+
+def vector_factors(file):
+    """The factor by which the adapter scales each tensor at its upload, by name."""
+    factors = {}
+
+    def record(info, scale=1.0):
+        factors[info.name] = scale
+        return describe(info)
+
+    bind(file, ModelOptions(CONTEXT), record)
+    return factors
 
 
 def held(value):

@@ -14,7 +14,7 @@ from tests.gpu.trail import Trail, Trailed
 from tests.models import cpu_runner, decode, prefill
 
 PROMPT = np.random.default_rng(2).integers(0, 280, 50).tolist()
-NAMES = ("gpt-oss", "phi3", "qwen2", "qwen3", "qwen3moe", "gemma3", "gemma4")
+NAMES = ("gpt-oss", "phi3", "qwen2", "qwen3", "qwen3moe", "gemma3", "gemma4", "granite", "smollm3", "mistral3")
 TABLE = np.arange(8, dtype=np.int32)
 BATCHES = [prefill(PROMPT, table=TABLE, rows=[0, 49]), decode(7, 50, TABLE), decode(9, 51, TABLE)]
 ORDER_OF_SUMS, ROUNDING_BOUNDARY, NEAR_TIE = 1e-5, 2e-3, 1e-3
