@@ -61,6 +61,7 @@ class DeviceRows:
         rows, cols = matrix.shape
         y = np.empty((len(x), rows), np.float32)
         step = SLAB // (4 * cols)
+        self.fetch(matrix.rows(0, 1))  # compiles the kernel, which only one thread may do
 
         def fill(start):
             slab = self.fetch(matrix.rows(start, min(start + step, rows)))
