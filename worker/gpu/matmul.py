@@ -8,16 +8,17 @@ without their norms, `tests/quantized_ops.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import EXPERT_TYPES, MIXED, PLANES, STORED_TYPES, address
-from worker.gpu.matvec import GATE, GELU_TYPES, gate_of, is_gelu
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES, address
+from worker.gpu.matmul_params import MAX_PROJECTIONS, matmul_params
+from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
 from worker.quants import QuantType
@@ -75,20 +76,9 @@ _TILES_BY_ROWS = ((8192, _TILES_1_SPLIT), (4096, _TILES_2_SPLITS), (1536, _TILES
 _DENSE_TILES = tuple(tile for _, tiles in _TILES_BY_ROWS for tile in tiles)
 _EXPERT_TILES = ((24, _Tile(4, 1, 64)), (8, _Tile(4, 1, 32)), (0, _Tile(8, 1, 16, frags_m=1)))
 """Slots an expert that a tile needs more of, and the tile."""
-_MAX_PROJECTIONS = 3  # of one launch
 _GROUP_THREADS = 1024
 _THREADS = 256
 
-_PROJECTION = np.dtype([("planes", PLANES), ("bias", "u8"), ("out", "u8"), ("rows", "i4"), ("first_block", "u4")])
-"""`Projection` of matmul_params.cuh."""
-_PARAMS = np.dtype(
-    [
-        *(("projections", _PROJECTION, 3), ("residual", "u8"), ("scale", "u8"), ("count", "u8")),
-        *(("cols", "i4"), ("gate", GATE)),
-    ],
-    align=True,
-)
-"""`MatmulParams` of matmul_params.cuh."""
 _SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("slots_per_row", "i4")], align=True)
 """`SlotTiles` of slot_tiles.cuh."""
 _NO_SLOT_TILES = np.array((0, 0, 1), _SLOT_TILES)
@@ -170,7 +160,7 @@ def projections(kernels: Launcher, pool: Allocator, x: ScaledF16, linears: Seque
     mixed = tuple(linear.weight.kind for linear in linears) in MIXED
     for _, same in groupby(linears, key=lambda linear: mixed or linear.weight.kind.name):
         group = list(same)
-        for launched in (group[at : at + _MAX_PROJECTIONS] for at in range(0, len(group), _MAX_PROJECTIONS)):
+        for launched in (group[at : at + MAX_PROJECTIONS] for at in range(0, len(group), MAX_PROJECTIONS)):
             ys = [pool.empty((x.x.shape[0], linear.weight.shape[0]), np.float32) for linear in launched]
             _launch(kernels, x, launched, ys)
             results += ys
@@ -248,13 +238,7 @@ def _launch(
         lists = (address(groups.order), address(groups.table), groups.k if shared_x else 1)
         n_tiles, slot_tiles = len(groups.table), np.array(lists, _SLOT_TILES)
     blocks = [_blocks(tile, n, gated=gated) for n in rows]
-    first_blocks = (0, 0) if gated else accumulate(blocks, initial=0)
-    outs = ys if not gated else (ys[0], ys[0])
-    projections = [_projection(*each) for each in zip(linears, outs, first_blocks, strict=False)]
-    absent = np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PROJECTION)
-    projections += [absent] * (_MAX_PROJECTIONS - len(projections))
-    pointers = (address(residual), address(x.scale), address(x.count))
-    params = np.array((projections, *pointers, linears[0].weight.shape[-1], gate_of(activation, gelu=gelu)), _PARAMS)
+    params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
     grid, threads = (blocks[0] if gated else sum(blocks), n_tiles), 32 * tile.warps_m * tile.split_k
     args = (params, x.x, np.int32(tokens), slot_tiles)
     kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, pdl=True)
@@ -281,11 +265,3 @@ def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
     """Blocks along the rows of a matrix; a gated one interleaves two matrices."""
     return -(-rows // (tile.warps_m * tile.frags_m * (8 if gated else 16)))
-
-
-def _projection(linear: Linear, y: DeviceArray, first_block: int) -> np.ndarray[Any, Any]:
-    """A value of _PROJECTION."""
-    bias = address(None if linear.bias is None else linear.bias.data)
-    return np.array(
-        (linear.weight.data.addresses(), bias, address(y), linear.weight.shape[-2], first_block), _PROJECTION
-    )
