@@ -39,9 +39,14 @@ PTX = {
     "ldmatrix.sync.aligned.m8n8.x4.shared": "ldmatrix<false>",
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared": "ldmatrix<true>",
     "cp.async.cg.shared.global": "cp_async_16",
+    "cp.async.bulk.tensor.2d": "copy_box",
     "cp.async.bulk": "nothing",
-    "mbarrier": "nothing",
-    "{ .reg .pred p; mbarrier": "nothing",
+    "mbarrier.init": "mbarrier_init",
+    "mbarrier.arrive.expect_tx": "mbarrier_expect",
+    "mbarrier.arrive": "mbarrier_arrive",
+    "{ .reg .pred p; mbarrier.try_wait": "mbarrier_try_wait",
+    "bar.sync": "bar_sync",
+    "st.shared.u32": "st_shared_u32",
     "fence.proxy.async": "nothing",
     "cp.async.commit_group": "nothing",
     "cp.async.wait_group": "nothing",
@@ -54,6 +59,7 @@ PTX = {
 """Prefixes of PTX statements, and the functions of `ptx.h` that implement them."""
 
 GRID_BARRIER = "grid_barrier("
+_WGMMA = re.compile(r'#line 1 "wgmma\.cuh"\n.*?(?=^#line )', re.S | re.M)  # replaced by wgmma.h
 _ASM = re.compile(r'asm(?:\s+volatile)?\s*\(\s*"(?P<text>[^"]*)"(?P<rest>.*?)\);', re.S)
 _CONSTRAINT = re.compile(r'"[=+]?\w"\s*\(')
 _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(?P<type>[\w ]+?) (?P<name>\w+)\[\];")
@@ -69,6 +75,7 @@ def why_no_compiler() -> str | None:
 def on_host(text: str) -> str:
     """CUDA C++ converted for g++. Raises: ValueError for PTX that `ptx.h` does not implement."""
     shared = r"\g<type>* const \g<name> = (\g<type>*)emu::dynamic_shared;"
+    text = _WGMMA.sub('#include "wgmma.h"\n', text)
     return _SHARED.sub(shared, _ASM.sub(_call, text)).replace('extern "C"', "")
 
 
@@ -120,7 +127,9 @@ class GxxNvrtc:
                 f'extern "C" const int meets_across_blocks = {int(GRID_BARRIER in prog.text)};\n',
             ]
         )
-        prog.image, prog.log = compiled(source, [option for option in options if option.startswith("-D")])
+        defines = [option for option in options if option.startswith("-D")]
+        arch = "900" if options[-1].endswith("a") else "800"  # sm_…a: the kernels with wgmma
+        prog.image, prog.log = compiled(source, [*defines, f"-D__CUDA_ARCH__={arch}"])
         if not prog.image:
             raise GxxError(prog.expression)
 

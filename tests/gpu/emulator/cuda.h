@@ -2,7 +2,7 @@
 //
 // CUDA C++ Programming Guide, "C/C++ Language Extensions"; CUDA Math API, "Integer", "Single and Double Precision
 // Intrinsics". Vector types have CUDA's alignment, and -fsanitize=alignment stops at an access that breaks it. Masks of
-// lanes are ignored: an exchange is always the whole warp's. The device is an sm_80. Next: ptx.h.
+// lanes are ignored: an exchange is always the whole warp's. The device is an sm_80, but for kernels with wgmma. Next: ptx.h.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,7 +21,6 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-#define __CUDA_ARCH__ 800
 #define threadIdx (emu::current->index)
 #define blockIdx (emu::block_index)
 #define blockDim (emu::block_size)

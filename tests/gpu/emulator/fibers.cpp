@@ -36,7 +36,7 @@ alignas(256) char dynamic_shared[kShared];
 static bool backwards;
 static std::vector<Warp> warps;
 static std::deque<Fiber*> ready;
-static std::vector<Fiber*> at_block;
+static std::vector<Fiber*> at_block, at_named;
 static int live;
 static jmp_buf scheduler;
 static void (*body)(void*);
@@ -60,6 +60,17 @@ static void go_on_if_complete(std::vector<Fiber*>& waiting, int expected) {
 void block_barrier() {
     at_block.push_back(fiber());
     go_on_if_complete(at_block, live);
+    wait();
+}
+
+void named_barrier(int threads) {
+    at_named.push_back(fiber());
+    go_on_if_complete(at_named, threads);
+    wait();
+}
+
+void yield() {
+    backwards ? ready.push_front(fiber()) : ready.push_back(fiber());
     wait();
 }
 
@@ -125,7 +136,7 @@ int run(Shape grid, Shape block, size_t shared, void (*kernel)(void*), void* ker
         run_block(fibers, threads, shared);
     }
     _mm_setcsr(rounding);
-    if (live) fibers.clear(), at_block.clear();  // they stand half-way
+    if (live) fibers.clear(), at_block.clear(), at_named.clear();  // they stand half-way
     return live;
 }
 }  // namespace emu

@@ -2,7 +2,8 @@
 //
 // A barrier of the warp or the block hands the CPU to the next fiber; an exchange of a warp (shuffle, ballot, ldmatrix,
 // mma) is: leave your operands, meet the warp, read the others'. Blocks run one after another, so a barrier of the grid
-// would wait for ever, and a race shows only where the order of fibers decides it. Next: cuda.h, ptx.h, fibers.cpp.
+// would wait for ever, and a race shows only where the order of fibers decides it. A loop that waits for another thread
+// yields, and goes on for ever if that never comes. Next: cuda.h, ptx.h, fibers.cpp.
 #pragma once
 #include <cstddef>
 #include <cstring>
@@ -31,6 +32,8 @@ extern Shape block_index, block_size, grid_size;
 alignas(256) extern char dynamic_shared[kShared];
 
 void block_barrier();
+void named_barrier(int threads);  // one of a block at a time
+void yield();                     // to all others that can run
 void warp_barrier();
 Post* posts_of_warp(unsigned exchange);
 
@@ -56,9 +59,16 @@ T from(const Post* posts, int lane) {
     return value;
 }
 
+template <class A>
+std::remove_cv_t<std::remove_reference_t<A>> argument(const void* at) {  // which need not be aligned
+    std::remove_cv_t<std::remove_reference_t<A>> value;
+    std::memcpy(&value, at, sizeof value);
+    return value;
+}
+
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
-    kernel(*(std::remove_cv_t<std::remove_reference_t<A>>*)args[I]...);
+    kernel(argument<A>(args[I])...);
 }
 
 // `shape` is grid and block, six numbers.

@@ -157,6 +157,7 @@ def installed(cache, *, backwards=False):
     device = Device()
     cuda = _module("cupy.cuda", **_cuda(device))
     names = {
+        "emulated": True,
         "cuda": cuda,
         "ndarray": HostArray,
         "RawModule": partial(HostModule, device),
@@ -166,7 +167,36 @@ def installed(cache, *, backwards=False):
         "asnumpy": np.array,
         "get_default_memory_pool": lambda: SimpleNamespace(free_all_blocks=lambda: None),
     }
-    return {"cupy": _module("cupy", **names), "cupy.cuda": cuda}
+    bindings = _module("cuda.bindings", driver=_driver())
+    return {
+        "cupy": _module("cupy", **names),
+        "cupy.cuda": cuda,
+        "cuda": _module("cuda", bindings=bindings),
+        "cuda.bindings": bindings,
+        "cuda.bindings.driver": bindings.driver,
+    }
+
+
+def _driver():
+    """`cuda.bindings.driver`: tensor maps of f16 matrices, as `ptx_copy_box` of ptx.h reads them."""
+
+    def encode(dtype, rank, address, sizes, strides, box, *options):
+        opaque = [address, *sizes, *box]
+        return 0, SimpleNamespace(opaque=opaque + [0] * (16 - len(opaque)))
+
+    names = ("DataType", "Interleave", "Swizzle", "L2promotion", "FloatOOBfill")
+    enums = {f"CUtensorMap{name}": _AnyName() for name in names}
+    success = SimpleNamespace(CUDA_SUCCESS=0)
+    return _module(
+        "cuda.bindings.driver", cuTensorMapEncodeTiled=encode, CUresult=success, cuuint64_t=int, cuuint32_t=int, **enums
+    )
+
+
+class _AnyName:
+    """An enumeration whose values do not matter."""
+
+    def __getattr__(self, name):
+        return name
 
 
 def _cuda(device):

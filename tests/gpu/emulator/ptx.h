@@ -4,6 +4,8 @@
 // happen at once, so a missing wait stays unseen. The tensor cores' sum is exact to f64 and rounded once, a little better
 // than any card's. An address of shared memory is its distance to the memory that is asked for at launch.
 #pragma once
+#include <immintrin.h>
+
 #include "cuda.h"
 
 inline size_t __cvta_generic_to_shared(const void* at) {
@@ -76,6 +78,48 @@ void ptx_ldmatrix(unsigned& r0, unsigned& r1, unsigned& r2, unsigned& r3, unsign
         }
         *out[matrix] = halves[0] | (unsigned)halves[1] << 16;
     }
+}
+
+// ---- barriers and copies of sm_90
+
+// A barrier of shared memory: a phase ends with its last arrival and the last of its bytes.
+struct Barrier {
+    unsigned short expected, pending, phase;
+    short chunks;  // of 16 bytes, that are still to be copied
+};
+inline Barrier& ptx_barrier(unsigned at) { return *(Barrier*)(emu::dynamic_shared + (int)at); }
+inline void ptx_update(unsigned at, int arrivals, int bytes) {
+    Barrier& barrier = ptx_barrier(at);
+    barrier.pending -= arrivals, barrier.chunks += bytes / 16;
+    if (barrier.pending == 0 && barrier.chunks == 0) barrier.pending = barrier.expected, ++barrier.phase;
+}
+inline void ptx_mbarrier_init(unsigned at, int arrivals) {
+    ptx_barrier(at) = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0};
+}
+inline void ptx_mbarrier_expect(unsigned at, int bytes) { ptx_update(at, 1, bytes); }
+inline void ptx_mbarrier_arrive(unsigned at, int arrivals) { ptx_update(at, arrivals, 0); }
+inline void ptx_mbarrier_try_wait(unsigned& complete, unsigned at, int parity) {
+    complete = ptx_barrier(at).phase % 2 != parity;
+    if (!complete) emu::yield();
+}
+inline void ptx_bar_sync(int threads) { emu::named_barrier(threads); }
+inline void ptx_st_shared_u32(unsigned to, unsigned value) { std::memcpy(emu::dynamic_shared + (int)to, &value, 4); }
+
+// Address with the swizzle of 128 bytes: 16-byte chunks of eight rows, exclusive or with the row.
+inline char* ptx_swizzled(unsigned at) { return emu::dynamic_shared + (int)(at ^ (at >> 7 & 7) << 4); }
+
+// A box of a matrix of f16; elements beyond the matrix are zeros. `map` as host_cupy.py encodes it.
+inline void ptx_copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
+    const unsigned long long* m = (const unsigned long long*)map;
+    const unsigned short* const from = (const unsigned short*)m[0];
+    const int cols = (int)m[1], rows = (int)m[2], box_cols = (int)m[3], box_rows = (int)m[4];
+    if (to % 1024) __builtin_trap();
+    for (int i = 0; i < box_rows * box_cols; ++i) {
+        const int r = row + i / box_cols, c = column + i % box_cols;
+        const unsigned short value = r < rows && c < cols ? from[(size_t)r * cols + c] : 0;
+        std::memcpy(ptx_swizzled(to + 2 * i), &value, 2);
+    }
+    ptx_update(barrier, 0, -2 * box_rows * box_cols);
 }
 
 // ---- tensor cores
