@@ -91,7 +91,7 @@ def product(launcher: Launcher, pool: Allocator, phase: str, x: DeviceArray, max
     return lambda linear: products.multiply(rows, None, (linear,))[0]
 
 
-def requirements(kind: QuantType, sizes: Sizes, max_shared: int) -> Requirements:
+def requirements(kind: QuantType, sizes: Sizes, max_shared: int, *, wgmma: bool) -> Requirements:
     """Kernels of all products of a type, and bytes of the pool for activations."""
     planes = BlockMatrix(stored_type(kind), (None,) * 4)
     linear = Linear(QTensor("w", sizes.shape, stored_type(kind), planes))
@@ -101,7 +101,7 @@ def requirements(kind: QuantType, sizes: Sizes, max_shared: int) -> Requirements
             x = pool.empty((tokens, sizes.cols))
             product(launcher, pool, phase, x, max_shared)(linear)
 
-    return dry_run(forward)
+    return dry_run(forward, wgmma=wgmma)
 
 
 class ProductBench:
@@ -115,7 +115,9 @@ class ProductBench:
         self._max_shared: int = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         self._stream = cupy.cuda.Stream(non_blocking=True)
         memory = DeviceMemory()
-        self._pool = Pool(memory, requirements(kind, sizes, self._max_shared).pool_bytes, Purpose.ACTIVATIONS)
+        self._pool = Pool(
+            memory, requirements(kind, sizes, self._max_shared, wgmma=kernels.wgmma).pool_bytes, Purpose.ACTIVATIONS
+        )
         self._distinct = Projection(kernels, memory, kind, (math.gcd(sizes.rows, DISTINCT_ROWS), sizes.cols), kind.name)
         self._copies = self._filled_copies(memory)
 
@@ -205,7 +207,7 @@ def run(kinds: Sequence[QuantType], sizes: Sizes, record: Path, commit: str | No
     max_shared = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
     device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     bandwidth, kernels = Bandwidth(*read_seconds(CACHE, READ_BYTES, sizes.runs)), Kernels(CACHE)
-    products = (name for kind in kinds for name in requirements(kind, sizes, max_shared).kernels)
+    products = (name for kind in kinds for name in requirements(kind, sizes, max_shared, wgmma=kernels.wgmma).kernels)
     kernels.prepare((*upload.INSTANTIATIONS, *products))
     print(f"{device}, {bandwidth.gb_s:,.0f} GB/s; matrices of {sizes.rows:,} × {sizes.cols:,}", flush=True)
     commit = commit or checkout_commit()

@@ -37,6 +37,14 @@ def kernels(gpu):
 
 
 @pytest.fixture
+def wgmma(gpu, kernels, monkeypatch):
+    """Prefill's dense products with `wgmma`, on devices that have it."""
+    if not (kernels.wgmma or getattr(gpu, "emulated", False)):
+        pytest.skip("wgmma needs a device of compute capability 9.0, and cuda-bindings")
+    monkeypatch.setattr(kernels, "wgmma", True)
+
+
+@pytest.fixture
 def memory(gpu):
     """Device memory without any allocation."""
     from worker.gpu.memory import DeviceMemory

@@ -37,6 +37,7 @@ OPS = (
     "matvec",
     "matvec_mma",
     "matmul",
+    "matmul_wgmma",
     "norms",
     "softcap",
     "layer_inputs",

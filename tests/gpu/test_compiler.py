@@ -15,7 +15,18 @@ import pytest
 
 from tests.gpu.nvrtc_wheel import NvrtcWheel, library
 from worker.errors import Internal
-from worker.gpu.compiler import OPTIONS, Compiled, Kernels, compile_kernel, defines_of, inlined, launcher_modules
+from worker.gpu.compiler import (
+    OPTIONS,
+    WGMMA_ARCH,
+    WGMMA_FILES,
+    Compiled,
+    Kernels,
+    compile_kernel,
+    defines_of,
+    inlined,
+    launcher_modules,
+    target,
+)
 from worker.gpu.kernel import Kernel, supports_pdl
 from worker.gpu.launch import PdlInMatmulOnly
 
@@ -67,10 +78,15 @@ def test_every_kernel_compiles_within_its_registers(nvrtc, arch):
     def compiled(name):
         return name, compile_kernel(nvrtc, name, arch, (*OPTIONS, *REPORT))
 
-    chosen = [name for name in INSTANTIATIONS if arch == "sm_90" or not SM_90_ONLY.search(name[1])]
+    chosen = [
+        name
+        for name in INSTANTIATIONS
+        if arch == WGMMA_ARCH or not (SM_90_ONLY.search(name[1]) or name[0] in WGMMA_FILES)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         results = list(threads.map(compiled, chosen))
     assert all("registers" in result.log for _, result in results)
+    assert [name for name, result in results if "serialized" in result.log] == []
     spilling = {name: local_bytes(result.log) for name, result in results}
 
     def allowance(name):
@@ -288,7 +304,13 @@ def test_in_long_chunks_only_matmul_launches_with_pdl():
     def kernel(file):
         return lambda *shapes, **options: launched.append((file, options.get("pdl", False)))
 
-    kernels = PdlInMatmulOnly(SimpleNamespace(get=lambda file, _: kernel(file)))
-    for file in ("scale_to_f16.cu", "matmul.cu"):
+    kernels = PdlInMatmulOnly(SimpleNamespace(get=lambda file, _: kernel(file), wgmma=True))
+    for file in ("scale_to_f16.cu", "matmul.cu", "matmul_wgmma.cu"):
         kernels.get(file, "name")((1,), (32,), (), shared_mem=16, pdl=True)
-    assert launched == [("scale_to_f16.cu", False), ("matmul.cu", True)]
+    assert launched == [("scale_to_f16.cu", False), ("matmul.cu", True), ("matmul_wgmma.cu", True)]
+    assert kernels.wgmma
+
+
+def test_only_files_with_wgmma_are_compiled_for_one_architecture():
+    assert target("matmul_wgmma.cu", "sm_90") == "sm_90a"
+    assert target("matmul.cu", "sm_90") == "sm_90"

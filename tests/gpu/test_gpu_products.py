@@ -77,12 +77,14 @@ def test_the_kernels_are_those_that_a_measurement_launches(kernels):
     got = []
 
     class Listed:
+        wgmma = kernels.wgmma
+
         def get(self, file, expression):
             got.append((file, expression))
             return kernels.get(file, expression)
 
     measure(Listed(), IQ2_XS, TINY, Bandwidth(1, [1.0]))
-    expected = {("repack.cu", "repack<IQ2_XS>"), *requirements(IQ2_XS, TINY, 227 << 10).kernels}
+    expected = {("repack.cu", "repack<IQ2_XS>"), *requirements(IQ2_XS, TINY, 227 << 10, wgmma=kernels.wgmma).kernels}
     assert set(got) == expected
 
 

@@ -20,12 +20,27 @@ from worker.gpu.layouts import MIXED
 from worker.ops import GELU_GLU, SWIGLU
 from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0, QUANT_TYPES
 
+BOTH = pytest.mark.usefixtures("products")
+"""For tests of every kind of kernels that the device has."""
+
+
+@pytest.fixture
+def mma_sync(kernels, monkeypatch):
+    """Products of `matmul.cu`."""
+    monkeypatch.setattr(kernels, "wgmma", False)
+
+
+@pytest.fixture(params=["mma_sync", "wgmma"])
+def products(request):
+    request.getfixturevalue(request.param)
+
 
 def force_tile(monkeypatch, choose):
     """Make `choose` select the tile of every matrix, regardless of the number of blocks."""
-    from worker.gpu import matmul
+    from worker.gpu import matmul, matmul_wgmma
 
     monkeypatch.setattr(matmul, "_tile", lambda rows, tokens, *, gated: choose(matmul._tiles(rows, gated=gated)))
+    monkeypatch.setattr(matmul_wgmma, "_tile", lambda kind, *sizes, gated: choose(matmul_wgmma._tiles(kind)))
 
 
 @pytest.fixture(params=[0, -1], ids=["largest", "smallest"])
@@ -34,6 +49,7 @@ def tiles(request, monkeypatch):
     force_tile(monkeypatch, itemgetter(request.param))
 
 
+@BOTH
 @EACH_TYPE
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
@@ -50,6 +66,7 @@ def test_prefill_products(kernels, memory, kind, rows, cols, tokens):
     assert error(y.get(), projection.exact(x)) < WHOLE
 
 
+@BOTH
 @pytest.mark.parametrize("kind", [kind for kind in QUANT_TYPES if kind.block_size <= 32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("cols", [32, 96, 160])
 def test_columns_that_are_not_a_multiple_of_a_step(kernels, memory, kind, cols):
@@ -65,6 +82,7 @@ def test_columns_that_are_not_a_multiple_of_a_step(kernels, memory, kind, cols):
     assert error(z.get(), projection.exact(rounded(x, kind))) < DECODE_OWN
 
 
+@BOTH
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])  # each number of splits
 def test_prefill_rows_have_the_same_bits_for_every_chunking(kernels, memory, kind, rows):
@@ -82,6 +100,7 @@ def test_prefill_rows_have_the_same_bits_for_every_chunking(kernels, memory, kin
             assert y.get().tobytes() == whole[part].tobytes()
 
 
+@pytest.mark.usefixtures("mma_sync")
 @EACH_TYPE
 def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
     from worker.gpu import matmul
@@ -109,6 +128,7 @@ def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch
         assert len(found) == 1
 
 
+@BOTH
 @pytest.mark.parametrize("kind", [Q4_K, MXFP4, F32], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [200, 1600, 4100, 8200])
 def test_padding_tokens_of_a_prefill_product_change_no_bit_and_are_not_written(kernels, memory, tiles, kind, rows):
@@ -124,6 +144,7 @@ def test_padding_tokens_of_a_prefill_product_change_no_bit_and_are_not_written(k
         assert (y[count:].view(np.uint32) == 0xFFFFFFFF).all()
 
 
+@pytest.mark.usefixtures("mma_sync")
 @pytest.mark.parametrize(
     "rows", [(67, 9, 130), (1500, 64, 64), (4000, 100, 100), (8100, 64, 64)]
 )  # each number of splits
@@ -149,6 +170,7 @@ def test_q_k_and_v_of_two_types_have_the_same_bits_in_every_tile(kernels, memory
     assert len(found) == 1
 
 
+@BOTH
 @pytest.mark.parametrize("kinds", [(Q5_0, Q5_0, Q8_0), (Q4_K, Q4_K, Q4_K, Q4_K), (Q8_0, F32)])
 def test_prefill_projections_of_one_input(kernels, memory, kinds):
     from worker.gpu.matmul import projections
@@ -165,6 +187,7 @@ def test_prefill_projections_of_one_input(kernels, memory, kinds):
         assert error(y.get(), part.exact(in_f16(x))) < PREFILL_OWN
 
 
+@BOTH
 @EACH_TYPE
 @pytest.mark.parametrize("activation", [SWIGLU, CLAMPED], ids=["swiglu", "clamped"])
 def test_prefill_glu(kernels, memory, activation, kind):
@@ -178,6 +201,7 @@ def test_prefill_glu(kernels, memory, activation, kind):
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
 
 
+@BOTH
 @pytest.mark.parametrize("tokens", [3, 133])
 def test_prefill_glu_with_gelu(kernels, memory, tokens):
     from worker.gpu.matmul import glu
@@ -189,6 +213,7 @@ def test_prefill_glu_with_gelu(kernels, memory, tokens):
     assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), GELU_GLU)) < 2 * PREFILL_OWN
 
 
+@BOTH
 @pytest.mark.parametrize("activation", [SWIGLU, GELU_GLU], ids=["swiglu", "gelu"])
 def test_prefill_glu_of_two_types(kernels, memory, activation):
     from worker.gpu.matmul import glu

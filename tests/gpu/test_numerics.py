@@ -9,8 +9,8 @@ from worker.gpu.numerics import numerics
 
 
 def test_the_facts_are_flat_strings_equal_for_equal_workers():
-    facts = numerics("sm_90", "13.0")
-    assert facts == numerics("sm_90", "13.0")
+    facts = numerics("sm_90", "13.0", wgmma=False)
+    assert facts == numerics("sm_90", "13.0", wgmma=False)
     assert all(isinstance(value, str) and value for value in facts.values())
     assert (facts["backend"], facts["compute_capability"], facts["nvrtc"]) == ("cuda", "90", "13.0")
     assert "attention_prefill.cu" in facts["defines"]
@@ -19,14 +19,15 @@ def test_the_facts_are_flat_strings_equal_for_equal_workers():
 
 
 def test_another_device_compiler_order_or_source_has_other_facts(monkeypatch):
-    first = numerics("sm_90", "13.0")
-    assert numerics("sm_100", "13.0") != first
-    assert numerics("sm_90", "13.1") != first
+    first = numerics("sm_90", "13.0", wgmma=False)
+    assert numerics("sm_100", "13.0", wgmma=False) != first
+    assert numerics("sm_90", "13.1", wgmma=False) != first
+    assert numerics("sm_90", "13.0", wgmma=True) != first
     module = SimpleNamespace(INSTANTIATIONS=(("k.cu", "k"),), FIXED_ORDERS={"k": "in turn"})
     monkeypatch.setattr("worker.gpu.numerics.launcher_modules", lambda: (module,))
-    assert numerics("sm_90", "13.0")["k"] == "in turn"
+    assert numerics("sm_90", "13.0", wgmma=False)["k"] == "in turn"
     monkeypatch.setattr("worker.gpu.numerics.source_digest", lambda package: f"edited {package}")
-    assert numerics("sm_90", "13.0")["sources"] == "edited gpu"
+    assert numerics("sm_90", "13.0", wgmma=False)["sources"] == "edited gpu"
 
 
 def test_the_digest_covers_kernels_launchers_adapters_and_rope_and_nothing_else(tmp_path):

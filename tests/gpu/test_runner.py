@@ -177,13 +177,15 @@ def test_lookahead_draws_equal_those_of_single_steps(name, load):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_launches_with_pdl_give_the_bits_of_ordinary_launches(name, tiny, load, memory, monkeypatch):
+def test_launches_with_pdl_give_the_bits_of_ordinary_launches(name, tiny, load, memory, kernels, monkeypatch):
     from worker.gpu.compiler import Kernels
 
     job = Sequence("a", PROMPT, 40, WARM)
     with_pdl = run(engine_of(load(name)), replace(job))["a"]
     monkeypatch.setattr("worker.gpu.compiler.supports_pdl", lambda arch: False)
-    ordinary = gpu_runner(tiny(name), Kernels(served.KERNEL_CACHE), memory)
+    without = Kernels(served.KERNEL_CACHE)
+    without.wgmma = kernels.wgmma  # needs cuda-bindings, as PDL does, but not PDL
+    ordinary = gpu_runner(tiny(name), without, memory)
     assert run(engine_of(ordinary), replace(job))["a"] == with_pdl
 
 

@@ -137,4 +137,4 @@ class GpuBackend:
     def numerics(self) -> dict[str, str]:
         from cupy.cuda import nvrtc  # noqa: PLC0415
 
-        return numerics(self._kernels.arch, "{}.{}".format(*nvrtc.getVersion()))
+        return numerics(self._kernels.arch, "{}.{}".format(*nvrtc.getVersion()), wgmma=self._kernels.wgmma)

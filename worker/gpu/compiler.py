@@ -28,6 +28,10 @@ from worker.gpu.kernel import Kernel, supports_pdl
 KernelName = tuple[str, str]
 """A file of `kernels/` and a name expression in it."""
 
+WGMMA_ARCH = "sm_90"
+WGMMA_FILES = ("matmul_wgmma.cu", "matmul_wgmma_short.cu")
+"""Files for devices of WGMMA_ARCH alone: `wgmma` is compiled for sm_90a."""
+
 OPTIONS = ("-std=c++17", "-ftz=true", "-lineinfo")
 _INCLUDE = re.compile(r'^#include "(?P<file>[\w.]+)"\s*$')
 
@@ -98,6 +102,11 @@ def defines_of(file: str) -> tuple[str, ...]:
     return tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
 
 
+def target(file: str, arch: str) -> str:
+    """The architecture that a file's kernels are compiled for, on a device of `arch`."""
+    return f"{arch}a" if file in WGMMA_FILES else arch
+
+
 def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str, ...] = OPTIONS) -> Compiled:
     """Compile one kernel for `arch` (such as sm_90), with the DEFINES of its file.
 
@@ -108,7 +117,7 @@ def compile_kernel(nvrtc: Nvrtc, name: KernelName, arch: str, options: tuple[str
     try:
         nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(program, (*options, *defines_of(file), f"-arch={arch}"))
+            nvrtc.compileProgram(program, (*options, *defines_of(file), f"-arch={target(file, arch)}"))
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise Internal(f"kernel {expression} of {file} does not compile for {arch}:\n{log}") from error
@@ -135,6 +144,7 @@ class Kernels:
         self._cache.mkdir(parents=True, exist_ok=True)
         self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
         self._pdl = supports_pdl(self.arch)
+        self.wgmma = self.arch == WGMMA_ARCH and self._pdl
         self._loaded: dict[KernelName, Any] = {}
         self._pending: dict[KernelName, Future[Any]] = {}
         self._digests: dict[str, str] = {}

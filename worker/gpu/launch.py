@@ -13,14 +13,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from worker.gpu.compiler import KernelName
+from worker.gpu.compiler import WGMMA_FILES, KernelName
 from worker.gpu.memory import DeviceArray, FreeList, aligned
 
 _UNLIMITED = 1 << 50
+_PRODUCTS = ("matmul.cu", *WGMMA_FILES)
 
 
 class Launcher(Protocol):
     """Kernels by name: `worker.gpu.compiler.Kernels`, or the recorder of a dry run."""
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether dense products of prefill use `wgmma`, which sm_90 has."""
+        ...
 
     def get(self, file: str, expression: str) -> Any:
         """A kernel, called as `Kernel` is: (grid, block, args)."""
@@ -36,14 +42,15 @@ class Allocator(Protocol):
 
 
 class PdlInMatmulOnly:
-    """Kernels of which only matmul.cu launches with PDL: in long chunks the fastest choice."""
+    """Kernels of which only matrix products launch with PDL: in long chunks the fastest choice."""
 
     def __init__(self, kernels: Launcher) -> None:
         self._kernels = kernels
+        self.wgmma = kernels.wgmma
 
     def get(self, file: str, expression: str) -> Any:
         kernel = self._kernels.get(file, expression)
-        return kernel if file == "matmul.cu" else partial(_without_pdl, kernel)
+        return kernel if file in _PRODUCTS else partial(_without_pdl, kernel)
 
 
 def _without_pdl(kernel: Any, grid: Any, block: Any, args: Any, *, shared_mem: int = 0, pdl: bool = False) -> None:
@@ -59,13 +66,16 @@ class Requirements:
 
 
 def dry_run(
-    forward: Callable[[Launcher, Allocator], object], on_kernel: Callable[[KernelName], None] = lambda _: None
+    forward: Callable[[Launcher, Allocator], object],
+    on_kernel: Callable[[KernelName], None] = lambda _: None,
+    *,
+    wgmma: bool = False,
 ) -> Requirements:
-    """Run `forward` without a device.
+    """Run `forward` without a device, but as on one that has `wgmma` or not.
 
     `on_kernel` is called with each kernel's name at its first use.
     """
-    kernels, pool = _Recorder(on_kernel), _DryPool()
+    kernels, pool = _Recorder(on_kernel, wgmma=wgmma), _DryPool()
     forward(kernels, pool)
     return Requirements(tuple(kernels.names), pool.peak)
 
@@ -73,8 +83,9 @@ def dry_run(
 class _Recorder:
     """Kernels that do nothing; their names are recorded."""
 
-    def __init__(self, on_kernel: Callable[[KernelName], None]) -> None:
+    def __init__(self, on_kernel: Callable[[KernelName], None], *, wgmma: bool) -> None:
         self.names: dict[KernelName, None] = {}
+        self.wgmma = wgmma
         self._on_kernel = on_kernel
 
     def get(self, file: str, expression: str) -> Callable[..., None]:

@@ -1,9 +1,10 @@
 """Launchers of prefill's products: f16 MMAs on tensor cores, weights dequantized in registers.
 
 The split of a row's sum along K follows from the matrix alone. The tile also follows from the
-number of tokens, which does not change a bit: each element is one chain of MMAs a split. Kernels:
-`matmul.cu`, `group_routes.cu`, `gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py`
-without their norms, `tests/quantized_ops.py`.
+number of tokens, which does not change a bit: each element is one chain of MMAs a split. On sm_90
+`matmul_wgmma.py` launches the products of dense matrices. Kernels: `matmul.cu`, `group_routes.cu`,
+`gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py` without their norms,
+`tests/quantized_ops.py`.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from worker.gpu import matmul_wgmma
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
@@ -228,6 +230,9 @@ def _launch(
     `shared_x`: the k slots of a token read one row of x.
     """
     gated, tokens, slot_tiles = len(ys) < len(linears), x.x.shape[0], _NO_SLOT_TILES
+    if kernels.wgmma and groups is None:
+        matmul_wgmma.launch(kernels, x, linears, ys, residual=residual, activation=activation)
+        return
     rows = [linear.weight.shape[-2] for linear in linears]
     tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
     first, last = linears[0].weight.kind, linears[-1].weight.kind

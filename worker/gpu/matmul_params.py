@@ -1,4 +1,4 @@
-"""Parameters of a launch of `matmul.cu`: `kernels/matmul_params.cuh`."""
+"""Parameters of a launch of `matmul.cu` or `matmul_wgmma.cu`: `kernels/matmul_params.cuh`."""
 
 from collections.abc import Sequence
 from itertools import accumulate

@@ -9,11 +9,11 @@ from worker.backend import host_facts, source_digest
 from worker.gpu.compiler import OPTIONS, defines_of, launcher_modules
 
 
-def numerics(arch: str, nvrtc_version: str) -> dict[str, str]:
+def numerics(arch: str, nvrtc_version: str, *, wgmma: bool) -> dict[str, str]:
     """Flat facts, by name, of a device of compute capability `arch` (such as sm_90).
 
     `sources` covers kernels, launchers and adapters. FIXED_ORDERS of launcher modules are reported
-    by name.
+    by name. `wgmma`: see `Launcher`.
     """
     files = {file for module in launcher_modules() for file, _ in module.INSTANTIATIONS}
     orders = {name: order for module in launcher_modules() for name, order in _fixed_orders(module).items()}
@@ -26,6 +26,7 @@ def numerics(arch: str, nvrtc_version: str) -> dict[str, str]:
         "sources": source_digest("gpu"),
         **host_facts(),
         "product_splits": "split of K and order of its sums by the shape of the matrix",
+        "prefill_products": "wgmma, one chain of sums" if wgmma else "mma.sync, split by the shape",
         **dict(sorted(orders.items())),
     }
 

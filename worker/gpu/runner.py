@@ -270,7 +270,8 @@ class GpuRunner:
                     self._draft_step(kernels, pool, self._draft_rows, rows)
 
         begin = self._kernels.begin  # kernels compile while the dry runs continue
-        needs = {Phase.PREFILL: dry_run(prefill, begin), Phase.DECODE: dry_run(decode, begin)}
+        forwards = {Phase.PREFILL: prefill, Phase.DECODE: decode}
+        needs = {phase: dry_run(forward, begin, wgmma=self._kernels.wgmma) for phase, forward in forwards.items()}
         self._kernels.prepare(name for need in needs.values() for name in need.kernels)
         # First fit may fragment the pool slightly more with fewer sequences than with the maximum.
         sizes = {phase: need.pool_bytes + need.pool_bytes // 8 for phase, need in needs.items()}

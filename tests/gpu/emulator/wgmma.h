@@ -3,7 +3,6 @@
 // Waits do nothing, so a missing one stays unseen, as does a register that changes too early. Operands
 // in shared memory are read with the swizzle of 128 bytes by address, as the hardware does.
 inline void begin_mmas() {}
-inline unsigned copied(unsigned value) { return value; }
 template <class T>
 void settle(T (&)[4]) {}
 inline void commit_mmas() {}

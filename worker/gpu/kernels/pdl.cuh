@@ -11,7 +11,8 @@
 // | data                            | kernels                        | why                        |
 // | ------------------------------- | ------------------------------ | -------------------------- |
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
-// |                                 | matmul, scale_to_f16,          |                            |
+// |                                 | matmul, matmul_wgmma, _short,  |                            |
+// |                                 | scale_to_f16,                  |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
 // |                                 | experts_mma, quantize_rows,    |                            |
 // |                                 | head_norms, norm_add,          |                            |
@@ -23,7 +24,8 @@
 // | requests, positions, end ids    | sample, sample_rows            | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
-// |                                 | matmul, scale_to_f16, combine, |                            |
+// |                                 | matmul, matmul_wgmma, _short,  |                            |
+// |                                 | scale_to_f16, combine,         |                            |
 // |                                 | group_routes, norm_add,        |                            |
 // |                                 | branches_norm_add, gate_group, |                            |
 // |                                 | add_normed_groups,             |                            |

@@ -1,0 +1,139 @@
+// Prefill on sm_90: y[t] = W·x[t] + b + residual[t] on tensor cores by `wgmma`; each weight is
+// converted to f16 in registers once a tile.
+//
+// W is A, from registers, and x is B, from shared memory, of m64nNk16 MMAs. A block computes 128
+// rows (with GLU 64 of a gate and the same 64 of its `up`, gated in registers) × TILE_N tokens of
+// y: two warpgroups with half of the rows each, and a producer that copies panels of 64 columns of x
+// by a tensor map into a ring of STAGES. Barriers count a panel's bytes, and the warps that have
+// read it. A lane loads whole units of its two rows of weights a step of 128 columns ahead, and
+// converts a panel's while the tensor cores work on the panel before (column order: fragments.cuh).
+// Each y[t, r] is one chain of MMAs over ascending columns, whatever TILE_N and whatever else is in
+// the launch: its bits depend on token t alone. matmul_wgmma_short.cu computes the same chain.
+// Fragments must be computed values: not F16, whose fragments would be the loaded registers, which
+// the compiler overwrites while MMAs read them.
+// Shapes, projections, Last, *count: as in matmul.cu without experts; x as a tensor map of [T, padded
+// cols] in boxes of TILE_N rows × 64 columns with SWIZZLE_128B.
+// Grid: x over the rows of up to three projections of one x, y over tokens/TILE_N; 384 threads.
+// Alignment: planes and x 16 bytes. Dynamic shared memory: 128·TILE_N·STAGES + 1,024 bytes.
+// Bytes: weights once a tile of tokens, x once a tile of rows.
+// Twins: `matmul`, `gated` in worker/cpu/plain.py; tests/quantized_ops.py. Launcher:
+// worker/gpu/matmul_wgmma.py.
+#include "pdl.cuh"
+#include "wgmma_tile.cuh"
+
+constexpr int kConsumers = 256;          // threads that multiply; the producer's warpgroup follows
+constexpr int kPanelMmas = kPanel / 16;  // MMAs of a panel
+
+// The producer: copy the panels of the tokens from `first` on.
+template <int TILE_N, int STAGES>
+__device__ __forceinline__ void fill(const Stages<STAGES>& ring, const TensorMap& x, int n_panels, int first) {
+    for (int i = 0, stage = 0, lap = 0; i < n_panels; ++i) {
+        if (lap) wait_for_phase(ring.empty(stage), lap - 1 & 1);
+        expect_bytes(ring.full(stage), TILE_N * kPanelBytes);
+        copy_box(ring.memory + stage * TILE_N * kPanelBytes, x, i * kPanel, first, ring.full(stage));
+        if (++stage == STAGES) stage = 0, ++lap;
+    }
+}
+
+// The fragments of A of panel HALF of a step, from a lane's 32 columns of two rows.
+template <int HALF, class Block, int GLU, int UNITS>
+__device__ __forceinline__ void to_fragments(const WeightIterator<Block, 1, GLU>& weights, const Unit<Block> (&units)[UNITS][2],
+                                             int step, u32 (&a)[kPanelMmas][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        u32 h[16];
+        to_half2(weights, units, i, step, h);
+#pragma unroll
+        for (int s = 0; s < kPanelMmas; ++s) {
+            const int pair = 8 * HALF + 2 * s;
+            a[s][i] = h[pair], a[s][i + 2] = h[pair + 1];
+        }
+    }
+}
+
+// acc += the product of a warpgroup's rows. `wait_for_x` is called after the first loads of weights.
+template <class Block, int TILE_N, int STAGES, int GLU, class Wait>
+__device__ __forceinline__ void accumulate(const Projection* projections, int cols, int row0, const Stages<STAGES>& ring,
+                                           Accumulator<1, TILE_N>& acc, Wait wait_for_x) {
+    using Weights = WeightIterator<Block, 1, GLU>;
+    const int steps = (cols + kColumnGroup - 1) / kColumnGroup;
+    const Weights weights(projections, cols, 0, row0);
+    Unit<Block> current[Weights::kUnits][2], next[Weights::kUnits][2];
+    const auto load_next = [&](int step) {
+#pragma unroll
+        for (int k = 0; k < Weights::kUnits; ++k) weights.load(projections, min(step, steps - 1), k, next[k]);
+    };
+    load_next(0);
+    wait_for_x();
+    u32 a[2][kPanelMmas][4];
+    int stage = 0, parity = 0, released = 0;
+    const auto multiply_panel = [&](u32 (&fragments)[kPanelMmas][4]) {
+        wait_for_phase(ring.full(stage), parity);
+#pragma unroll
+        for (int s = 0; s < kPanelMmas; ++s) settle(fragments[s]);
+        begin_mmas();
+#pragma unroll
+        for (int s = 0; s < kPanelMmas; ++s)
+            mma_64xNx16(acc[0], fragments[s], descriptor(ring.memory + stage * TILE_N * kPanelBytes + 32 * s));
+        commit_mmas();
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    };
+    const auto release_panel = [&] {
+        if (threadIdx.x % 32 == 0) arrive(ring.empty(released), 1);
+        if (++released == STAGES) released = 0;
+    };
+    to_fragments<0>(weights, next, 0, a[0]);
+#pragma unroll
+    for (int n = 0; n < TILE_N / 8; ++n) settle(acc[0][n]);
+    begin_mmas();
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+#pragma unroll
+        for (int k = 0; k < 2 * Weights::kUnits; ++k) current[k / 2][k % 2] = next[k / 2][k % 2];
+        load_next(step + 1);
+        multiply_panel(a[0]);
+        wait_for_mmas<1>();  // the MMAs of the panel before are complete: its stage and registers are free
+        if (step > 0) release_panel();
+        to_fragments<1>(weights, current, step, a[1]);
+        multiply_panel(a[1]);
+        wait_for_mmas<1>();
+        release_panel();
+        to_fragments<0>(weights, next, min(step + 1, steps - 1), a[0]);
+    }
+    wait_for_mmas<0>();
+#pragma unroll
+    for (int n = 0; n < TILE_N / 8; ++n) settle(acc[0][n]);
+}
+
+template <class Block, int TILE_N, int STAGES, int GLU, class Last = Block>
+__global__ void __launch_bounds__(kConsumers + 128, 1)
+    matmul_wgmma(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens) {
+    extern __shared__ u8 shared[];
+    __shared__ TokenTile<TILE_N> tokens;
+    __shared__ unsigned long long barriers[2 * STAGES];
+    const int first = blockIdx.y * TILE_N, count = valid_tokens<TILE_N>(p, n_tokens);
+    if (count <= 0) return;
+    const Stages<STAGES> ring(shared, barriers);
+    if (threadIdx.x == 0) ring.init(1, kConsumers / 32);
+    __syncthreads();
+    if (threadIdx.x >= kConsumers) {
+        lower_registers<24>();
+        grid_dependency_wait();
+        if (threadIdx.x == kConsumers) fill<TILE_N>(ring, x, padded(p.cols) / kPanel, first);
+    } else {
+        raise_registers<240>();
+        const auto wait_for_x = [&] {
+            grid_dependency_wait();
+            read_tokens<kConsumers>(p, first, count, tokens);
+        };
+        const Projection* projections = projection_of<GLU>(p);
+        const int row0 = ((blockIdx.x - projections->first_block) * 8 + threadIdx.x / 32) * (GLU ? 8 : 16);
+        Accumulator<1, TILE_N> acc = {};
+        if (kSame<Block, Last> || projections != p.projections + 2)
+            accumulate<Block, TILE_N, STAGES, GLU>(projections, p.cols, row0, ring, acc, wait_for_x);
+        else
+            accumulate<Last, TILE_N, STAGES, GLU>(projections, p.cols, row0, ring, acc, wait_for_x);
+        wait_for_tokens<kConsumers>();
+        write<TILE_N, 1, TILE_N, GLU>(p, projections, tokens, 0, row0, acc);
+    }
+}

@@ -1,0 +1,66 @@
+// What matmul_wgmma.cu and matmul_wgmma_short.cu share: stages of shared memory with their barriers,
+// the tokens of a block, and weights of a step.
+#pragma once
+#include "bulk_copy.cuh"
+#include "wgmma.cuh"
+#include "matmul_tile.cuh"
+
+constexpr int kPanel = 64, kPanelBytes = 2 * kPanel;  // columns of a panel, and bytes of its rows
+
+// A ring of stages in dynamic shared memory. A stage is full, then empty again, once each lap.
+template <int STAGES>
+struct Stages {
+    u32 memory, barriers;  // addresses; the memory is aligned to 1,024 bytes
+
+    __device__ __forceinline__ Stages(u8* shared, unsigned long long (&barriers)[2 * STAGES])
+        : memory(((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u),
+          barriers((u32)__cvta_generic_to_shared(barriers)) {}
+    __device__ __forceinline__ u32 full(int stage) const { return barriers + 8 * stage; }
+    __device__ __forceinline__ u32 empty(int stage) const { return barriers + 8 * (STAGES + stage); }
+    // Arrivals that make a stage full (with the bytes of its copies) and empty. A barrier of the block
+    // must follow.
+    __device__ __forceinline__ void init(int arrivals_full, int arrivals_empty) const {
+        for (int i = 0; i < STAGES; ++i) {
+            init_barrier(full(i), arrivals_full);
+            init_barrier(empty(i), arrivals_empty);
+        }
+        fence_barriers();
+    }
+};
+
+// The number of tokens of this block. *count is read before the wait (pdl.cuh): no kernel writes it.
+template <int TILE_N>
+__device__ __forceinline__ int valid_tokens(const MatmulParams& p, int n_tokens) {
+    return min(TILE_N, (p.count ? *p.count : n_tokens) - (int)blockIdx.y * TILE_N);
+}
+
+// Fill in `tokens`. The first THREADS threads call it after the wait, and `wait_for_tokens` before
+// they read them.
+template <int THREADS, int TILE_N>
+__device__ __forceinline__ void read_tokens(const MatmulParams& p, int first, int count, TokenTile<TILE_N>& tokens) {
+    if (threadIdx.x == 0) tokens.tile = SlotTile{0, first, count};
+    for (int i = threadIdx.x; i < TILE_N; i += THREADS) {
+        tokens.slots[i] = first + min(i, count - 1);
+        tokens.scales[i] = p.scale ? p.scale[tokens.slots[i]] : 1.f;
+    }
+}
+template <int THREADS>
+__device__ __forceinline__ void wait_for_tokens() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// The projection of this block, or gate and up.
+template <int GLU>
+__device__ __forceinline__ const Projection* projection_of(const MatmulParams& p) {
+    return GLU ? p.projections : p.projections + (blockIdx.x >= p.projections[1].first_block) + (blockIdx.x >= p.projections[2].first_block);
+}
+
+// A lane's 32 columns of a step of row i as pairs of f16.
+template <class Block, int GLU, int UNITS>
+__device__ __forceinline__ void to_half2(const WeightIterator<Block, 1, GLU>& weights, const Unit<Block> (&units)[UNITS][2],
+                                         int i, int step, u32 (&h)[16]) {
+    constexpr int kPairs = 16 / UNITS;  // of a unit
+#pragma unroll
+    for (int k = 0; k < UNITS; ++k)
+        units[k][i].to_half2(weights.unit(i, step, k), reinterpret_cast<u32(&)[kPairs]>(h[kPairs * k]));
+}

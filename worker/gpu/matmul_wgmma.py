@@ -1,0 +1,163 @@
+"""Launcher of prefill's dense products on sm_90: `wgmma`, weights dequantized in registers.
+
+Each element is one chain of MMAs over ascending columns, so no bit depends on the tile, which is
+chosen by the number of tokens. Kernel: `matmul_wgmma.cu`. Callers: `matmul.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from worker.gpu.activations import ScaledF16
+from worker.gpu.compiler import KernelName
+from worker.gpu.launch import Launcher
+from worker.gpu.layouts import MIXED, STORED_TYPES, address
+from worker.gpu.matmul_params import matmul_params
+from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
+from worker.gpu.memory import DeviceArray
+from worker.ops import Activation, Linear
+from worker.quants import BF16, F16, F32, Q4_K, QuantType
+
+
+class _Tile(NamedTuple):
+    """Tile of a block: 128 rows, or 64 with `short` (half of them with GLU) × tile_n tokens."""
+
+    short: bool
+    """Whether it is one of matmul_wgmma_short.cu."""
+    tile_n: int
+    stages: int
+    """Panels of 64 columns of x in shared memory; with `short`, steps of 128 columns."""
+    step_us: float
+    wave_us: float
+    """Measured on an H100: a block takes about wave_us + step_us a step of 128 columns."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block, those of gate and up together."""
+        return 64 if self.short else 128
+
+    @property
+    def threads(self) -> int:
+        """Two warpgroups and their producer; one warpgroup and its converters."""
+        return 768 if self.short else 384
+
+    @property
+    def shared_bytes(self) -> int:
+        """The stages, and what their alignment takes."""
+        stage = 256 * (self.tile_n + 64) if self.short else 128 * self.tile_n
+        return stage * self.stages + 1024
+
+
+_TILES = (
+    _Tile(False, 256, 6, 1.45, 10),
+    _Tile(False, 192, 8, 1.25, 12),
+    _Tile(False, 128, 12, 1.05, 8),
+    _Tile(True, 64, 6, 0.5, 2.5),
+    _Tile(True, 32, 8, 0.45, 2.5),
+    _Tile(True, 16, 10, 0.4, 2.5),
+)
+_PROCESSORS = 132  # of an H100; with others, another tile may be a little faster
+_STEP = 128
+_PANEL = 64
+_TENSOR_MAP = np.dtype([("opaque", "u8", 16)])
+"""`TensorMap` of bulk_copy.cuh."""
+DEFINES = {"WEIGHTS_BYPASS_L1": 1}
+"""Such loads stay where they are written, behind a fence that waits for all loads before it."""
+
+
+def _name(
+    kind: QuantType, tile: _Tile, *, gated: bool, gelu: bool = False, last: QuantType | None = None
+) -> KernelName:
+    kernel = "matmul_wgmma_short" if tile.short else "matmul_wgmma"
+    arguments = [kind.name, str(tile.tile_n), str(tile.stages), "2" if gelu else str(int(gated))]
+    if last not in (None, kind):
+        arguments.append(last.name)
+    return f"{kernel}.cu", f"{kernel}<{', '.join(arguments)}>"
+
+
+def _tiles(kind: QuantType) -> tuple[_Tile, ...]:
+    """Tiles of a type: weights of F32 and BF16 take registers, F16 must not be in registers."""
+    most = {F32: 64, F16: 64, BF16: 128}.get(kind, 256)
+    return tuple(tile for tile in _TILES if tile.tile_n <= most)
+
+
+def _largest_tiles(kind: QuantType) -> tuple[_Tile, ...]:
+    """The largest tile of each kernel, which needs the most registers."""
+    return next(tile for tile in _tiles(kind)), next(tile for tile in _tiles(kind) if tile.short)
+
+
+INSTANTIATIONS: tuple[KernelName, ...] = (
+    *(
+        _name(kind, tile, gated=gated)
+        for kind in STORED_TYPES
+        for tile in _largest_tiles(kind)
+        for gated in (False, True)
+    ),
+    *(_name(Q4_K, tile, gated=gated) for tile in _TILES for gated in (False, True)),
+    *(_name(first, tile, gated=False, last=last) for first, _, last in MIXED for tile in _TILES),
+    *(_name(kind, tile, gated=True, gelu=True) for kind in GELU_TYPES for tile in _largest_tiles(kind)),
+)
+"""Kernels that are compiled in tests; others are compiled on first use."""
+
+
+def launch(
+    kernels: Launcher,
+    x: ScaledF16,
+    linears: Sequence[Linear],
+    ys: Sequence[DeviceArray],
+    *,
+    residual: DeviceArray | None,
+    activation: Activation,
+) -> None:
+    """Launch the products of one x: a y for each of up to three, or one y of two that are gated."""
+    gated, tokens = len(ys) < len(linears), x.x.shape[0]
+    rows = [linear.weight.shape[-2] for linear in linears]
+    first, last = linears[0].weight.kind, linears[-1].weight.kind
+    cols, gelu = linears[0].weight.shape[-1], is_gelu(activation)
+    tile = _tile(first, rows, cols, tokens, gated=gated)
+    kernel = kernels.get(*_name(first, tile, gated=gated, gelu=gelu, last=last))
+    blocks = _blocks(tile, rows, gated=gated)
+    params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
+    args = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens))
+    grid = (sum(blocks), -(-tokens // tile.tile_n))
+    kernel(grid, (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
+
+
+def _tile(kind: QuantType, rows: Sequence[int], cols: int, tokens: int, *, gated: bool) -> _Tile:
+    """The tile that takes least time, as far as waves of blocks and steps of a block explain it."""
+
+    def microseconds(tile: _Tile) -> float:
+        blocks = sum(_blocks(tile, rows, gated=gated)) * -(-tokens // tile.tile_n)
+        return -(-blocks // _PROCESSORS) * (tile.wave_us + -(-cols // _STEP) * tile.step_us)
+
+    return min(_tiles(kind), key=microseconds)
+
+
+def _blocks(tile: _Tile, rows: Sequence[int], *, gated: bool) -> list[int]:
+    """Blocks along the rows of each matrix, or of gate and up, which are interleaved."""
+    return [-(-2 * rows[0] // tile.rows)] if gated else [-(-each // tile.rows) for each in rows]
+
+
+def _tensor_map(x: DeviceArray, rows: int) -> np.ndarray[Any, Any]:
+    """A tensor map of x [T, cols] f16 in boxes of `rows` × 64 columns; zeros in a dry run."""
+    if not address(x):
+        return np.zeros((), _TENSOR_MAP)
+    from cuda.bindings import driver  # noqa: PLC0415
+
+    tokens, cols = x.shape
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        2,
+        address(x),
+        [driver.cuuint64_t(cols), driver.cuuint64_t(tokens)],
+        [driver.cuuint64_t(2 * cols)],
+        [driver.cuuint32_t(_PANEL), driver.cuuint32_t(rows)],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    assert status == driver.CUresult.CUDA_SUCCESS, status
+    return np.array(([int(word) for word in encoded.opaque],), _TENSOR_MAP)
