@@ -45,6 +45,18 @@ def wgmma(gpu, kernels, monkeypatch):
 
 
 @pytest.fixture
+def mma_sync(kernels, monkeypatch):
+    """Prefill's products of `matmul.cu` only."""
+    monkeypatch.setattr(kernels, "wgmma", False)
+
+
+@pytest.fixture(params=["mma_sync", "wgmma"])
+def products(request):
+    """Each kind of kernels of prefill's products that the device has."""
+    request.getfixturevalue(request.param)
+
+
+@pytest.fixture
 def memory(gpu):
     """Device memory without any allocation."""
     from worker.gpu.memory import DeviceMemory

@@ -25,7 +25,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 PART_S, ALL_S = 8 * 60, 25 * 60
 # API errors are not reported: the worker checks its calls, and cuda-bindings probes for functions.
-TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": ()}
+TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "synccheck": (), "initcheck": ()}
 _FOUND = 9  # exit code of compute-sanitizer after a finding
 
 OPS = (
@@ -61,7 +61,15 @@ PARTS = {
 SMALLEST = (
     *("decode_products and 37-256-3", "products and 37-256-16", "products and 37-256-17", "19-256-2"),
     *("several_types", "residual", "not_a_multiple_of_a_step and 96"),
-    *("decode_experts", "prefill_experts and 3-5-3", "prefill_experts and 17-64-6", "embed", "the_choice", "tie"),
+    *(
+        "decode_experts",
+        "prefill_experts and 3-5-3",
+        "prefill_experts and 17-64-6",
+        "70-2-2 and MXFP4",
+        "embed",
+        "the_choice",
+        "tie",
+    ),
     *("every_tile and Q4_K", "every_tile and MXFP4", "q_k_and_v and rows0", "several_segments and 505-535"),
     *("prefill_equals and 77", "several_sequences", "beyond_f16", "also_writes_its_rows", "scaled_f16"),
     *("q8_blocks and 256", "glu_of_two_types", "quantizes_its_input and 32", "the_norm_to_its_input and 256"),

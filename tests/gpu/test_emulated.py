@@ -29,7 +29,8 @@ CHOSEN = {
     "norms": "",
     "softcap": "",
     "layer_inputs": "",
-    "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu",
+    "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu"
+    " or (prefill_experts and MXFP4 and 300) or alone_and_together",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or both_phases",
     "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",

@@ -20,7 +20,7 @@ from worker.cpu.plain import gated
 from worker.gpu.activations import Q8Activations
 from worker.gpu.matvec_mma import MAX_SHARED
 from worker.ops import GELU_GLU, QTensor, Router, Routes
-from worker.quants import F32, IQ4_NL, MXFP4, Q4_K, Q6_K, Q8_0, QUANT_TYPES
+from worker.quants import BF16, F32, IQ4_NL, MXFP4, Q4_K, Q6_K, Q8_0, QUANT_TYPES
 
 
 def routes_of(pool, tokens, experts, k, *, only=None):
@@ -32,6 +32,18 @@ def routes_of(pool, tokens, experts, k, *, only=None):
     weights = rng.dirichlet(np.ones(k), tokens).astype(np.float32)
     chosen = chosen.astype(np.int32)
     return chosen, weights, Routes(pool.put(chosen), pool.put(weights))
+
+
+def sorted_rows(pool, groups, slots):
+    """Rows of slots [T·k, cols] in the groups' order, as the input of their products."""
+    return scaled_f16(pool, slots[groups.order.get()])
+
+
+def in_slot_order(groups, rows):
+    """The groups' rows [T·k, cols] on the host in order of slots: [T, k, cols]."""
+    slots = np.empty_like(rows)
+    slots[groups.order.get()] = rows
+    return slots.reshape(-1, groups.k, rows.shape[1])
 
 
 def exact_glu(x, chosen, gate, up, activation):
@@ -54,6 +66,9 @@ MANY = [
     (300, 8, 4, 66, 96, None),
     (150, 8, 2, 40, 64, (6, 1)),
     (17, 64, 6, 36, 32, None),
+    (300, 4, 2, 40, 64, (3, 1)),
+    (70, 2, 2, 34, 96, None),
+    (280, 2, 2, 34, 160, None),
 ]
 
 
@@ -76,7 +91,8 @@ def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32], ids=lambda kind: kind.name)
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32, BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
 def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     from worker.gpu.matmul import experts_add, glu, group_routes
@@ -85,17 +101,19 @@ def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
     groups = group_routes(kernels, pool, routes, experts)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, CLAMPED, groups).get()
-    assert error(h, exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
+    h = glu(kernels, pool, sorted_rows(pool, groups, x.repeat(k, axis=0)), gate.linear, up.linear, CLAMPED, groups)
+    assert error(in_slot_order(groups, h.get()), exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
     wide = rows_of(tokens * k, 64)
     down = Projection(kernels, memory, kind, (experts, d, 64), "down", bias=True)
     residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
-    out = experts_add(kernels, pool, scaled_f16(pool, wide), routes, groups, down.linear, pool.put(residual))
+    rows = sorted_rows(pool, groups, wide)
+    out = experts_add(kernels, pool, rows, routes, groups, down.linear, pool.put(residual))
     pool.check()
     inputs = in_f16(wide).reshape(tokens, k, -1)
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < PREFILL_OWN
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("tokens", [16, 40])  # the smallest tiles and the middle ones, beside the largest
 def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, tokens):
     from worker.gpu.matmul import experts_add, glu, group_routes
@@ -109,12 +127,11 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
     def both(part):
         routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
         groups = group_routes(kernels, pool, routes, 8)
-        h = glu(kernels, pool, scaled_f16(pool, x[part]), gate.linear, up.linear, CLAMPED, groups)
-        slots = slice(4 * part.start, 4 * part.stop)
-        y = experts_add(
-            kernels, pool, scaled_f16(pool, wide[slots]), routes, groups, down.linear, pool.put(residual[part])
-        )
-        return h.get(), y.get()
+        rows = sorted_rows(pool, groups, x[part].repeat(4, axis=0))
+        h = glu(kernels, pool, rows, gate.linear, up.linear, CLAMPED, groups)
+        rows = sorted_rows(pool, groups, wide[4 * part.start : 4 * part.stop])
+        y = experts_add(kernels, pool, rows, routes, groups, down.linear, pool.put(residual[part]))
+        return in_slot_order(groups, h.get()), y.get()
 
     h, y = both(slice(0, 200))
     for at in range(0, 200, tokens):
@@ -317,8 +334,9 @@ def test_experts_of_one_row_with_gelu_and_no_residual(kernels, memory, kind, tok
     assert error(out.get(), exact_add(rounded(wide, kind).reshape(tokens, 4, -1), chosen, weights, down, 0)) < 1e-5
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", [Q4_K, Q8_0], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 240])
 def test_prefill_experts_with_gelu_and_no_residual(kernels, memory, kind, tokens):
     from worker.gpu.matmul import experts_add, glu, group_routes
 
@@ -327,9 +345,9 @@ def test_prefill_experts_with_gelu_and_no_residual(kernels, memory, kind, tokens
     pool, x, wide = GuardedPool(), rows_of(tokens, 256) * np.float32(0.3), rows_of(3 * tokens, 256)
     chosen, weights, routes = routes_of(pool, tokens, 8, 3)
     groups = group_routes(kernels, pool, routes, 8)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, GELU_GLU, groups).get()
-    assert error(h, exact_glu(in_f16(x), chosen, gate, up, GELU_GLU)) < 2 * PREFILL_OWN
-    out = experts_add(kernels, pool, scaled_f16(pool, wide), routes, groups, down.linear, None)
+    h = glu(kernels, pool, sorted_rows(pool, groups, x.repeat(3, axis=0)), gate.linear, up.linear, GELU_GLU, groups)
+    assert error(in_slot_order(groups, h.get()), exact_glu(in_f16(x), chosen, gate, up, GELU_GLU)) < 2 * PREFILL_OWN
+    out = experts_add(kernels, pool, sorted_rows(pool, groups, wide), routes, groups, down.linear, None)
     pool.check()
     inputs = in_f16(wide).reshape(tokens, 3, -1)
     assert error(out.get(), exact_add(inputs, chosen, weights, down, 0)) < PREFILL_OWN

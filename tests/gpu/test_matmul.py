@@ -24,17 +24,6 @@ BOTH = pytest.mark.usefixtures("products")
 """For tests of every kind of kernels that the device has."""
 
 
-@pytest.fixture
-def mma_sync(kernels, monkeypatch):
-    """Products of `matmul.cu`."""
-    monkeypatch.setattr(kernels, "wgmma", False)
-
-
-@pytest.fixture(params=["mma_sync", "wgmma"])
-def products(request):
-    request.getfixturevalue(request.param)
-
-
 def force_tile(monkeypatch, choose):
     """Make `choose` select the tile of every matrix, regardless of the number of blocks."""
     from worker.gpu import matmul, matmul_wgmma

@@ -118,6 +118,13 @@ def test_the_chosen_tile_is_the_one_that_was_fastest_on_an_h100(kind, rows, cols
     assert (tile.short, tile.tile_n) == fastest
 
 
+@pytest.mark.parametrize(("tokens", "fastest"), [(128, None), (256, None), (512, 128), (1024, 192), (2048, 256)])
+def test_the_tile_of_gpt_oss_experts_is_the_one_that_was_fastest_on_an_h100(tokens, fastest):
+    from worker.gpu import matmul_wgmma
+
+    assert matmul_wgmma.rows_of_expert_tiles(tokens * 4 / 32) == fastest
+
+
 def test_all_stages_of_a_tile_fit_the_shared_memory_of_a_block():
     from worker.gpu import matmul_wgmma
 

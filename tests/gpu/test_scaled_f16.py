@@ -49,6 +49,21 @@ def test_padding_rows_are_not_written(kernels):
     assert (rows.x.get()[4:].view(np.uint16) == 0xFFFF).all()
 
 
+def test_rows_in_the_order_of_experts_are_those_of_their_tokens(kernels):
+    from worker.gpu.activations import scale_to_f16
+
+    pool, x = GuardedPool(), rows_of((5, 96))
+    _, norm = norm_of(pool, 96, EPS)
+    order = np.random.default_rng(0).permutation(10).astype(np.int32)
+    count = pool.put(np.array([4], np.int32))
+    plain = scale_to_f16(kernels, pool, pool.put(x), norm)
+    rows = scale_to_f16(kernels, pool, pool.put(x), norm, count, 2, pool.put(order))
+    pool.check()
+    assert rows.x.get()[:8].tobytes() == plain.x.get()[order[:8] // 2].tobytes()
+    assert rows.scale.get()[:8].tobytes() == plain.scale.get()[order[:8] // 2].tobytes()
+    assert (rows.x.get()[8:].view(np.uint16) == 0xFFFF).all()
+
+
 def test_a_row_of_zeros_stays_zeros(kernels):
     from worker.gpu.activations import scale_to_f16
 

@@ -211,12 +211,16 @@ def scale_to_f16(
     norm: RmsNorm | None = None,
     count: DeviceArray | None = None,
     rows_per_token: int = 1,
+    order: DeviceArray | None = None,
 ) -> ScaledF16:
-    """norm(x), or x, of x [T, cols] f32; the first `count`·`rows_per_token` rows are valid."""
-    rows, cols = x.shape
+    """norm(x), or x, of x [T, cols] f32; the first `count`·`rows_per_token` rows are valid.
+
+    With `order` [T·rows_per_token] i32, row i is that of token order[i] / rows_per_token.
+    """
+    rows, cols = x.shape if order is None else (len(order), x.shape[1])
     y = ScaledF16(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    args = (y.x, y.scale, x, weight, count, np.int32(rows_per_token), np.int32(cols), np.float32(eps))
+    args = (y.x, y.scale, x, weight, count, np.int32(rows_per_token), order, np.int32(cols), np.float32(eps))
     kept = next((kept for kept in _QUADS_KEPT if padded(cols) <= 4 * _THREADS * kept), _QUADS_KEPT[-1])
     kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((rows,), (_THREADS,), args, pdl=True)
     return y

@@ -25,7 +25,7 @@ class Launcher(Protocol):
 
     @property
     def wgmma(self) -> bool:
-        """Whether dense products of prefill use `wgmma`, which sm_90 has."""
+        """Whether products of prefill use `wgmma`, which sm_90 has."""
         ...
 
     def get(self, file: str, expression: str) -> Any:

@@ -2,13 +2,12 @@
 
 The split of a row's sum along K follows from the matrix alone. The tile also follows from the
 number of tokens, which does not change a bit: each element is one chain of MMAs a split. On sm_90
-`matmul_wgmma.py` launches the products of dense matrices. Kernels: `matmul.cu`, `group_routes.cu`,
-`gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py` without their norms,
-`tests/quantized_ops.py`.
+`matmul_wgmma.py` launches the products of dense matrices, and of experts with many rows. Kernels:
+`matmul.cu`, `group_routes.cu`, `gated.cu`, `combine.cu`. Twins: the ops of `worker/cpu/ops.py`
+without their norms, `tests/quantized_ops.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
@@ -18,8 +17,8 @@ from worker.gpu import matmul_wgmma
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
-from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES, address
-from worker.gpu.matmul_params import MAX_PROJECTIONS, matmul_params
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES
+from worker.gpu.matmul_params import MAX_PROJECTIONS, ExpertGroups, matmul_params, slot_tiles
 from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
 from worker.ops import SWIGLU, Activation, Linear, Routes
@@ -81,10 +80,6 @@ _EXPERT_TILES = ((24, _Tile(4, 1, 64)), (8, _Tile(4, 1, 32)), (0, _Tile(8, 1, 16
 _GROUP_THREADS = 1024
 _THREADS = 256
 
-_SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("slots_per_row", "i4")], align=True)
-"""`SlotTiles` of slot_tiles.cuh."""
-_NO_SLOT_TILES = np.array((0, 0, 1), _SLOT_TILES)
-
 
 def _name(
     kind: QuantType, tile: _Tile, *, experts: bool, gated: bool, gelu: bool = False, last: QuantType | None = None
@@ -114,33 +109,21 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertGroups:
-    """The T·k slots of routes sorted by expert (`order` [T·k]) and cut into tiles (`table`).
-
-    `count` [1] i32 is the number of valid tokens; None means all.
-    """
-
-    k: int
-    tile: _Tile
-    order: DeviceArray
-    table: DeviceArray
-    count: DeviceArray | None
-
-
 def group_routes(
     kernels: Launcher, pool: Allocator, routes: Routes, n_experts: int, count: DeviceArray | None = None
 ) -> ExpertGroups:
     """Sort the routes' slots by expert."""
     tokens, k = routes.experts.shape
     slots = tokens * k
-    tile = next(tile for min_slots, tile in _EXPERT_TILES if slots > min_slots * n_experts)
-    tiles = slots // tile.tile_n + min(n_experts, slots)
+    tile_rows = next(tile.tile_n for min_slots, tile in _EXPERT_TILES if slots > min_slots * n_experts)
+    if kernels.wgmma:
+        tile_rows = matmul_wgmma.rows_of_expert_tiles(slots / n_experts) or tile_rows
+    tiles = slots // tile_rows + min(n_experts, slots)
     order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
-    sizes = (np.int32(k), np.int32(n_experts), np.int32(tile.tile_n), np.int32(tiles))
+    sizes = (np.int32(k), np.int32(n_experts), np.int32(tile_rows), np.int32(tiles))
     args = (routes.experts, np.int32(slots), count, *sizes, order, table)
     kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, pdl=True)
-    return ExpertGroups(k, tile, order, table, count)
+    return ExpertGroups(k, tile_rows, order, table, count)
 
 
 def matmul(
@@ -178,15 +161,14 @@ def glu(
     activation: Activation,
     groups: ExpertGroups | None = None,
 ) -> DeviceArray:
-    """activation(gate(x), up(x)): h [T, f] f32; with groups, of each token's experts [T, k, f]."""
-    tokens, rows = x.x.shape[0], gate.weight.shape[-2]
-    h = pool.empty((tokens, rows) if groups is None else (tokens, groups.k, rows), np.float32)
+    """activation(gate(x), up(x)): h [T, f] f32; with groups, of their rows [T·k, f]."""
+    h = pool.empty((x.x.shape[0], gate.weight.shape[-2]), np.float32)
     if gate.weight.kind == up.weight.kind:
-        _launch(kernels, x, (gate, up), (h,), activation=activation, groups=groups, shared_x=True)
+        _launch(kernels, x, (gate, up), (h,), activation=activation, groups=groups)
         return h
     other = pool.empty(h.shape, np.float32)
-    _launch(kernels, x, (gate,), (h,), groups=groups, shared_x=True)
-    _launch(kernels, x, (up,), (other,), groups=groups, shared_x=True)
+    _launch(kernels, x, (gate,), (h,), groups=groups)
+    _launch(kernels, x, (up,), (other,), groups=groups)
     gelu = is_gelu(activation)
     args = (h, other, gate_of(activation, gelu=gelu), np.uint64(h.size), h)
     kernels.get("gated.cu", f"gated_elements<{str(gelu).lower()}>")(
@@ -204,11 +186,11 @@ def experts_add(
     down: Linear,
     residual: DeviceArray | None,
 ) -> DeviceArray:
-    """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f]."""
+    """residual + Σ_j weights[:, j]·down_e(h_j): x [T, d] f32 from the groups' rows h [T·k, f]."""
     tokens, k = routes.experts.shape
     d = down.weight.shape[1]
     x, y = pool.empty((tokens, d), np.float32), pool.empty((tokens * k, d), np.float32)
-    _launch(kernels, h, (down,), (y,), groups=groups)
+    _launch(kernels, h, (down,), (y,), groups=groups, order=groups.order)
     args = (y, routes.weights, groups.count, np.int32(k), np.int32(d), residual, x)
     kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args, pdl=True)
     return x
@@ -223,29 +205,33 @@ def _launch(
     residual: DeviceArray | None = None,
     activation: Activation = SWIGLU,
     groups: ExpertGroups | None = None,
-    shared_x: bool = False,
+    order: DeviceArray | None = None,
 ) -> None:
     """Launch the products of one x: a y for each, or one y of two that are gated.
 
-    `shared_x`: the k slots of a token read one row of x.
+    With groups, y is in order of their rows, or with their `order` in order of slots.
     """
-    gated, tokens, slot_tiles = len(ys) < len(linears), x.x.shape[0], _NO_SLOT_TILES
-    if kernels.wgmma and groups is None:
-        matmul_wgmma.launch(kernels, x, linears, ys, residual=residual, activation=activation)
-        return
+    gated, tokens = len(ys) < len(linears), x.x.shape[0]
     rows = [linear.weight.shape[-2] for linear in linears]
-    tile = _tile(rows, tokens, gated=gated) if groups is None else groups.tile
     first, last = linears[0].weight.kind, linears[-1].weight.kind
+    if kernels.wgmma and (groups is None or matmul_wgmma.multiplies_groups(first, groups)):
+        matmul_wgmma.launch(
+            kernels, x, linears, ys, residual=residual, activation=activation, groups=groups, order=order
+        )
+        return
+    if groups is None:
+        tile = _tile(rows, tokens, gated=gated)
+        n_tiles, slots = -(-tokens // tile.tile_n), slot_tiles(None)
+    else:
+        tile = next(tile for _, tile in _EXPERT_TILES if groups.tile_rows % tile.tile_n == 0)
+        parts = groups.tile_rows // tile.tile_n
+        n_tiles, slots = parts * len(groups.table), slot_tiles(groups.table, order, parts)
     gelu = is_gelu(activation)
     kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
-    n_tiles = -(-tokens // tile.tile_n)
-    if groups is not None:
-        lists = (address(groups.order), address(groups.table), groups.k if shared_x else 1)
-        n_tiles, slot_tiles = len(groups.table), np.array(lists, _SLOT_TILES)
     blocks = [_blocks(tile, n, gated=gated) for n in rows]
     params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
     grid, threads = (blocks[0] if gated else sum(blocks), n_tiles), 32 * tile.warps_m * tile.split_k
-    args = (params, x.x, np.int32(tokens), slot_tiles)
+    args = (params, x.x, np.int32(tokens), slots)
     kernel(grid, (threads,), args, shared_mem=tile.shared_bytes, pdl=True)
 
 

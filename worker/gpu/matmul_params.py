@@ -1,6 +1,7 @@
 """Parameters of a launch of `matmul.cu` or `matmul_wgmma.cu`: `kernels/matmul_params.cuh`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,23 @@ _PARAMS = np.dtype(
     align=True,
 )
 """`MatmulParams` of matmul_params.cuh."""
+_SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("parts", "i4")], align=True)
+"""`SlotTiles` of slot_tiles.cuh."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """The T·k slots of routes sorted by expert (`order` [T·k]): the rows of the experts' products.
+
+    `table` has their tiles, each of at most `tile_rows` rows of one expert. `count` [1] i32 is the
+    number of valid tokens; None means all.
+    """
+
+    k: int
+    tile_rows: int
+    order: DeviceArray
+    table: DeviceArray
+    count: DeviceArray | None
 
 
 def matmul_params(
@@ -46,6 +64,14 @@ def matmul_params(
     projections += [absent] * (MAX_PROJECTIONS - len(projections))
     pointers = (address(residual), address(x.scale), address(x.count))
     return np.array((projections, *pointers, linears[0].weight.shape[-1], gate), _PARAMS)
+
+
+def slot_tiles(table: DeviceArray | None, order: DeviceArray | None = None, parts: int = 1) -> np.ndarray[Any, Any]:
+    """A value of _SLOT_TILES: y in order of rows, or with `order` of slots. No table: dense.
+
+    `parts`: tiles of the launch for each one of the table.
+    """
+    return np.array((address(order), address(table), parts), _SLOT_TILES)
 
 
 def _projection(linear: Linear, y: DeviceArray, first_block: int) -> np.ndarray[Any, Any]:

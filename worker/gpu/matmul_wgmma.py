@@ -1,7 +1,9 @@
-"""Launcher of prefill's dense products on sm_90: `wgmma`, weights dequantized in registers.
+"""Launcher of prefill's products on sm_90: `wgmma`, weights dequantized in registers.
 
 Each element is one chain of MMAs over ascending columns, so no bit depends on the tile, which is
-chosen by the number of tokens. Kernel: `matmul_wgmma.cu`. Callers: `matmul.py`.
+chosen by the number of tokens. Experts with few rows take matmul.cu, whose chain of MMAs without a
+split of K gives the same bits. Kernels: `matmul_wgmma.cu`, `matmul_wgmma_short.cu`. Caller:
+`matmul.py`.
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,8 @@ import numpy as np
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
-from worker.gpu.layouts import MIXED, STORED_TYPES, address
-from worker.gpu.matmul_params import matmul_params
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES, address
+from worker.gpu.matmul_params import ExpertGroups, matmul_params, slot_tiles
 from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
 from worker.ops import Activation, Linear
@@ -58,6 +60,8 @@ _TILES = (
     _Tile(True, 16, 10, 0.4, 2.5),
 )
 _PROCESSORS = 132  # of an H100; with others, another tile may be a little faster
+_MANY_ROWS = 64
+"""Rows an expert from which `wgmma` is faster than the smaller tiles of matmul.cu."""
 _STEP = 128
 _PANEL = 64
 _TENSOR_MAP = np.dtype([("opaque", "u8", 16)])
@@ -67,10 +71,19 @@ DEFINES = {"WEIGHTS_BYPASS_L1": 1}
 
 
 def _name(
-    kind: QuantType, tile: _Tile, *, gated: bool, gelu: bool = False, last: QuantType | None = None
+    kind: QuantType,
+    tile: _Tile,
+    *,
+    gated: bool,
+    experts: bool = False,
+    gelu: bool = False,
+    last: QuantType | None = None,
 ) -> KernelName:
     kernel = "matmul_wgmma_short" if tile.short else "matmul_wgmma"
-    arguments = [kind.name, str(tile.tile_n), str(tile.stages), "2" if gelu else str(int(gated))]
+    arguments = [kind.name, str(tile.tile_n), str(tile.stages)]
+    if not tile.short:
+        arguments.append(str(experts).lower())
+    arguments.append("2" if gelu else str(int(gated)))
     if last not in (None, kind):
         arguments.append(last.name)
     return f"{kernel}.cu", f"{kernel}<{', '.join(arguments)}>"
@@ -97,6 +110,8 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
     *(_name(Q4_K, tile, gated=gated) for tile in _TILES for gated in (False, True)),
     *(_name(first, tile, gated=False, last=last) for first, _, last in MIXED for tile in _TILES),
     *(_name(kind, tile, gated=True, gelu=True) for kind in GELU_TYPES for tile in _largest_tiles(kind)),
+    *(_name(kind, _TILES[0], experts=True, gated=gated) for kind in EXPERT_TYPES for gated in (False, True)),
+    *(_name(kind, _TILES[0], experts=True, gated=True, gelu=True) for kind in GELU_TYPES),
 )
 """Kernels that are compiled in tests; others are compiled on first use."""
 
@@ -109,19 +124,46 @@ def launch(
     *,
     residual: DeviceArray | None,
     activation: Activation,
+    groups: ExpertGroups | None = None,
+    order: DeviceArray | None = None,
 ) -> None:
-    """Launch the products of one x: a y for each of up to three, or one y of two that are gated."""
+    """Launch the products of one x: a y for each of up to three, or one y of two that are gated.
+
+    With groups, y is in order of their rows, or with their `order` in order of slots.
+    """
     gated, tokens = len(ys) < len(linears), x.x.shape[0]
     rows = [linear.weight.shape[-2] for linear in linears]
     first, last = linears[0].weight.kind, linears[-1].weight.kind
     cols, gelu = linears[0].weight.shape[-1], is_gelu(activation)
-    tile = _tile(first, rows, cols, tokens, gated=gated)
-    kernel = kernels.get(*_name(first, tile, gated=gated, gelu=gelu, last=last))
+    if groups is None:
+        tile = _tile(first, rows, cols, tokens, gated=gated)
+        n_tiles, slots = -(-tokens // tile.tile_n), slot_tiles(None)
+    else:
+        (tile,) = _expert_tiles(first, groups)
+        n_tiles, slots = len(groups.table), slot_tiles(groups.table, order)
+    kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
     blocks = _blocks(tile, rows, gated=gated)
     params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
-    args = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens))
-    grid = (sum(blocks), -(-tokens // tile.tile_n))
-    kernel(grid, (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
+    args = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens), slots)
+    kernel((sum(blocks), n_tiles), (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
+
+
+def rows_of_expert_tiles(rows_per_expert: float) -> int | None:
+    """Rows that a tile of experts has at most, or None where they are too few for `wgmma`."""
+    if rows_per_expert < _MANY_ROWS:
+        return None
+    tiles = [tile.tile_n for tile in _TILES if not tile.short]
+    return min((rows for rows in tiles if rows >= 1.2 * rows_per_expert), default=max(tiles))
+
+
+def multiplies_groups(kind: QuantType, groups: ExpertGroups) -> bool:
+    """Whether these groups are tiles of `wgmma`, and experts of this type have such a kernel."""
+    return bool(_expert_tiles(kind, groups))
+
+
+def _expert_tiles(kind: QuantType, groups: ExpertGroups) -> list[_Tile]:
+    """The tile of a type for these groups, if there is one."""
+    return [tile for tile in _tiles(kind) if tile.tile_n == groups.tile_rows and not tile.short]
 
 
 def _tile(kind: QuantType, rows: Sequence[int], cols: int, tokens: int, *, gated: bool) -> _Tile:

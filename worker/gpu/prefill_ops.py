@@ -14,7 +14,7 @@ from worker.gpu.attention import AttentionLauncher
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed, gather_rows
-from worker.gpu.matmul import ExpertGroups
+from worker.gpu.matmul_params import ExpertGroups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import branches_norm_add, norm_add
 from worker.gpu.softcap import softcap
@@ -34,7 +34,7 @@ Rows = DeviceArray | GatheredRows
 
 @dataclass(frozen=True, slots=True)
 class RoutedRows:
-    """Input rows of the experts' products, and their slots sorted by expert."""
+    """Input rows of the experts' products, a row a slot, sorted by expert."""
 
     rows: ScaledF16
     groups: ExpertGroups
@@ -99,15 +99,15 @@ class PrefillOps:
         routes = matvec.norm_route(self._kernels, self._pool, _array(x), norm, router, k)
         experts = router.linear.weight.shape[0]
         groups = matmul.group_routes(self._kernels, self._pool, routes, experts, self._count(x))
-        return RoutedRows(self._scaled(x, norm), groups), routes
+        rows = scale_to_f16(self._kernels, self._pool, _array(x), norm, groups.count, k, groups.order)
+        return RoutedRows(rows, groups), routes
 
     def experts_glu(
         self, n: RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation
     ) -> RoutedRows:
         """See `Ops.experts_glu`; h is the input of `experts_add`."""
         h = matmul.glu(self._kernels, self._pool, n.rows, gate, up, activation, n.groups)
-        slots = h.reshape(-1, h.shape[-1])
-        return RoutedRows(scale_to_f16(self._kernels, self._pool, slots, None, n.groups.count, n.groups.k), n.groups)
+        return RoutedRows(scale_to_f16(self._kernels, self._pool, h, None, n.groups.count, n.groups.k), n.groups)
 
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows | None) -> Rows:
         """See `Ops.experts_add`; without a residual, the input of `branches_norm_add`."""

@@ -14,8 +14,8 @@
 // f32; residual [T, rows] or null. cols is a multiple of 32. Of the T tokens the first *count are
 // valid (null: all); results of the others are not written.
 // Last: type of the third projection where the first two have another.
-// EXPERTS: grid y over tiles of slots of one expert each (slot_tiles.cuh, written by
-// group_routes.cu); slot s reads x[s / slots_per_row] and writes y[s]; W is [E, rows, cols], b [E,
+// EXPERTS: grid y over tiles of rows of one expert each (slot_tiles.cuh, written by
+// group_routes.cu); row i reads x[i] and writes y[i] or y[order[i]]; W is [E, rows, cols], b [E,
 // rows].
 // Grid: x over the rows of up to three projections of one x, y over tokens/TILE_N;
 // 32·WARPS_M·SPLIT_K threads.
@@ -164,25 +164,25 @@ __global__ void __launch_bounds__(32 * WARPS_M * SPLIT_K, min_blocks<Block>(TILE
            const SlotTiles tiles) {
     extern __shared__ __align__(256) u8 shared[];
     __shared__ TokenTile<TILE_N> tokens;
-    const int slots_per_row = EXPERTS ? tiles.slots_per_row : 1, first = blockIdx.y * TILE_N;
+    const int first = blockIdx.y * TILE_N;
     // Before the wait (pdl.cuh), for a dense matrix: *count, which no kernel writes, and weights,
     // constant during a step.
     if (EXPERTS) grid_dependency_wait();
-    const SlotTile tile = EXPERTS ? tiles.table[blockIdx.y]
+    const SlotTile tile = EXPERTS ? tile_of<TILE_N>(tiles, blockIdx.y)
                                   : SlotTile{0, first, min(TILE_N, (p.count ? *p.count : n_tokens) - first)};
     if (tile.count <= 0) return;
     if (threadIdx.x == 0) tokens.tile = tile;
     for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K) {
-        const int at = tile.first + min(i, tile.count - 1), slot = EXPERTS ? tiles.order[at] : at;
-        tokens.slots[i] = slot;
-        tokens.x_rows[i] = (u32)(slot / slots_per_row) * padded(p.cols);
+        const int row = tile.first + min(i, tile.count - 1);
+        tokens.slots[i] = EXPERTS && tiles.order ? tiles.order[row] : row;
+        tokens.x_rows[i] = (u32)row * padded(p.cols);
     }
     __syncthreads();
     const auto wait_for_x = [&](int pass) {
         if (pass > 0) return;
         if (!EXPERTS) grid_dependency_wait();
         for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K)
-            tokens.scales[i] = p.scale ? p.scale[tokens.slots[i] / slots_per_row] : 1.f;
+            tokens.scales[i] = p.scale ? p.scale[tile.first + min(i, tile.count - 1)] : 1.f;
     };
     const Projection* projections = p.projections;
     if (!GLU && !EXPERTS)

@@ -11,8 +11,10 @@
 // the launch: its bits depend on token t alone. matmul_wgmma_short.cu computes the same chain.
 // Fragments must be computed values: not F16, whose fragments would be the loaded registers, which
 // the compiler overwrites while MMAs read them.
-// Shapes, projections, Last, *count: as in matmul.cu without experts; x as a tensor map of [T, padded
-// cols] in boxes of TILE_N rows × 64 columns with SWIZZLE_128B.
+// Shapes, projections, Last, *count: as in matmul.cu; x as a tensor map of [T, padded cols] in boxes of
+// TILE_N rows × 64 columns with SWIZZLE_128B.
+// EXPERTS: as in matmul.cu, with a table of tiles (slot_tiles.cuh); the MMAs of a block have as few
+// columns as hold its rows.
 // Grid: x over the rows of up to three projections of one x, y over tokens/TILE_N; 384 threads.
 // Alignment: planes and x 16 bytes. Dynamic shared memory: 128·TILE_N·STAGES + 1,024 bytes.
 // Bytes: weights once a tile of tokens, x once a tile of rows.
@@ -51,13 +53,14 @@ __device__ __forceinline__ void to_fragments(const WeightIterator<Block, 1, GLU>
     }
 }
 
-// acc += the product of a warpgroup's rows. `wait_for_x` is called after the first loads of weights.
-template <class Block, int TILE_N, int STAGES, int GLU, class Wait>
-__device__ __forceinline__ void accumulate(const Projection* projections, int cols, int row0, const Stages<STAGES>& ring,
-                                           Accumulator<1, TILE_N>& acc, Wait wait_for_x) {
+// acc += the product of a warpgroup's rows and the first 8·FRAGS_N tokens of the tile. `wait_for_x` is
+// called after the first loads of weights.
+template <class Block, int TILE_N, int STAGES, int GLU, int FRAGS_N, class Wait>
+__device__ __forceinline__ void accumulate(const Projection* projections, int cols, int expert, int row0,
+                                           const Stages<STAGES>& ring, float (&acc)[1][FRAGS_N][4], Wait wait_for_x) {
     using Weights = WeightIterator<Block, 1, GLU>;
     const int steps = (cols + kColumnGroup - 1) / kColumnGroup;
-    const Weights weights(projections, cols, 0, row0);
+    const Weights weights(projections, cols, expert, row0);
     Unit<Block> current[Weights::kUnits][2], next[Weights::kUnits][2];
     const auto load_next = [&](int step) {
 #pragma unroll
@@ -84,7 +87,7 @@ __device__ __forceinline__ void accumulate(const Projection* projections, int co
     };
     to_fragments<0>(weights, next, 0, a[0]);
 #pragma unroll
-    for (int n = 0; n < TILE_N / 8; ++n) settle(acc[0][n]);
+    for (int n = 0; n < FRAGS_N; ++n) settle(acc[0][n]);
     begin_mmas();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -102,38 +105,51 @@ __device__ __forceinline__ void accumulate(const Projection* projections, int co
     }
     wait_for_mmas<0>();
 #pragma unroll
-    for (int n = 0; n < TILE_N / 8; ++n) settle(acc[0][n]);
+    for (int n = 0; n < FRAGS_N; ++n) settle(acc[0][n]);
 }
 
-template <class Block, int TILE_N, int STAGES, int GLU, class Last = Block>
+// The tile of y of a warpgroup's rows, with MMAs of the fewest columns, from WIDTH on, that hold its
+// tokens.
+template <class Block, int TILE_N, int WIDTH, int STAGES, int GLU>
+__device__ __forceinline__ void compute_tile(const MatmulParams& p, const SlotTiles& tiles, const SlotTile& tile,
+                                             const Stages<STAGES>& ring, TokenTile<TILE_N>& tokens) {
+    if constexpr (WIDTH < TILE_N) {
+        constexpr int kWider = WIDTH < 192 ? WIDTH + 32 : 256;
+        if (tile.count > WIDTH) return compute_tile<Block, TILE_N, kWider, STAGES, GLU>(p, tiles, tile, ring, tokens);
+    }
+    const Projection* projections = projection_of<GLU>(p);
+    const int row0 = ((blockIdx.x - projections->first_block) * 8 + threadIdx.x / 32) * (GLU ? 8 : 16);
+    Accumulator<1, WIDTH> acc = {};
+    accumulate<Block, TILE_N, STAGES, GLU>(projections, p.cols, tile.expert, row0, ring, acc, [&] {
+        grid_dependency_wait();
+        read_tokens<kConsumers>(p, tiles, tile, tokens);
+    });
+    wait_for_tokens<kConsumers>();
+    write<TILE_N, 1, WIDTH, GLU>(p, projections, tokens, 0, row0, acc);
+}
+
+template <class Block, int TILE_N, int STAGES, bool EXPERTS, int GLU, class Last = Block>
 __global__ void __launch_bounds__(kConsumers + 128, 1)
-    matmul_wgmma(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens) {
+    matmul_wgmma(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens,
+                 const SlotTiles tiles) {
     extern __shared__ u8 shared[];
     __shared__ TokenTile<TILE_N> tokens;
     __shared__ unsigned long long barriers[2 * STAGES];
-    const int first = blockIdx.y * TILE_N, count = valid_tokens<TILE_N>(p, n_tokens);
-    if (count <= 0) return;
+    const SlotTile tile = tile_of_block<TILE_N>(p, tiles, n_tokens);
+    if (tile.count <= 0) return;
     const Stages<STAGES> ring(shared, barriers);
     if (threadIdx.x == 0) ring.init(1, kConsumers / 32);
     __syncthreads();
     if (threadIdx.x >= kConsumers) {
         lower_registers<24>();
         grid_dependency_wait();
-        if (threadIdx.x == kConsumers) fill<TILE_N>(ring, x, padded(p.cols) / kPanel, first);
+        if (threadIdx.x == kConsumers) fill<TILE_N>(ring, x, padded(p.cols) / kPanel, tile.first);
     } else {
         raise_registers<240>();
-        const auto wait_for_x = [&] {
-            grid_dependency_wait();
-            read_tokens<kConsumers>(p, first, count, tokens);
-        };
-        const Projection* projections = projection_of<GLU>(p);
-        const int row0 = ((blockIdx.x - projections->first_block) * 8 + threadIdx.x / 32) * (GLU ? 8 : 16);
-        Accumulator<1, TILE_N> acc = {};
-        if (kSame<Block, Last> || projections != p.projections + 2)
-            accumulate<Block, TILE_N, STAGES, GLU>(projections, p.cols, row0, ring, acc, wait_for_x);
+        constexpr int kWidth = EXPERTS ? 64 : TILE_N;
+        if (kSame<Block, Last> || projection_of<GLU>(p) != p.projections + 2)
+            compute_tile<Block, TILE_N, kWidth, STAGES, GLU>(p, tiles, tile, ring, tokens);
         else
-            accumulate<Last, TILE_N, STAGES, GLU>(projections, p.cols, row0, ring, acc, wait_for_x);
-        wait_for_tokens<kConsumers>();
-        write<TILE_N, 1, TILE_N, GLU>(p, projections, tokens, 0, row0, acc);
+            compute_tile<Last, TILE_N, kWidth, STAGES, GLU>(p, tiles, tile, ring, tokens);
     }
 }

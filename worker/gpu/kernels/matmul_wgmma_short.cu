@@ -38,11 +38,11 @@ __device__ __forceinline__ void store_row(u32 panels, int row, const u32 (&h)[16
 
 // Fill the stages of the steps converter, converter + kConverters, …
 template <class Block, int TILE_N, int STAGES, int GLU>
-__device__ __forceinline__ void convert(const Projection* projections, const TensorMap& x, int cols, int steps, int first,
+__device__ __forceinline__ void convert(const Projection* projections, const TensorMap& x, int cols, int steps, const SlotTile& tile,
                                         int row0, const Stages<STAGES>& ring) {
     using Weights = WeightIterator<Block, 1, GLU>;
     const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, converter = threadIdx.x / 128 - 1;
-    const Weights weights(projections, cols, 0, row0);
+    const Weights weights(projections, cols, tile.expert, row0);
     Unit<Block> units[Weights::kUnits][2];
     const auto load = [&](int step) {
 #pragma unroll
@@ -56,7 +56,7 @@ __device__ __forceinline__ void convert(const Projection* projections, const Ten
         if (threadIdx.x % 128 == 0) {
             expect_bytes(ring.full(stage), 2 * TILE_N * kPanelBytes);
             for (int panel = 0; panel < 2; ++panel)
-                copy_box(x_at<TILE_N>(ring.memory, stage, panel), x, (2 * step + panel) * kPanel, first, ring.full(stage));
+                copy_box(x_at<TILE_N>(ring.memory, stage, panel), x, (2 * step + panel) * kPanel, tile.first, ring.full(stage));
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -98,14 +98,15 @@ __device__ __forceinline__ void multiply(int steps, const Stages<STAGES>& ring, 
 
 template <class Block, int TILE_N, int STAGES, int GLU, class Last = Block>
 __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
-    matmul_wgmma_short(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens) {
+    matmul_wgmma_short(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens,
+          const SlotTiles tiles) {
     // A converter that waits for a stage is at most one lap ahead of it: two would have the same parity.
     static_assert(STAGES >= kConverters, "");
     extern __shared__ u8 shared[];
     __shared__ TokenTile<TILE_N> tokens;
     __shared__ unsigned long long barriers[2 * STAGES];
-    const int first = blockIdx.y * TILE_N, count = valid_tokens<TILE_N>(p, n_tokens);
-    if (count <= 0) return;
+    const SlotTile tile = tile_of_block<TILE_N>(p, tiles, n_tokens);
+    if (tile.count <= 0) return;
     const Stages<STAGES> ring(shared, barriers);
     if (threadIdx.x == 0) ring.init(5, 4);  // a converter's warps and its copy of x; the warps that multiply
     __syncthreads();
@@ -114,12 +115,12 @@ __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
     const int row0 = ((blockIdx.x - projections->first_block) * 4 + threadIdx.x / 32 % 4) * (GLU ? 8 : 16);
     if (threadIdx.x >= 128) {
         if (kSame<Block, Last> || projections != p.projections + 2)
-            convert<Block, TILE_N, STAGES, GLU>(projections, x, p.cols, steps, first, row0, ring);
+            convert<Block, TILE_N, STAGES, GLU>(projections, x, p.cols, steps, tile, row0, ring);
         else
-            convert<Last, TILE_N, STAGES, GLU>(projections, x, p.cols, steps, first, row0, ring);
+            convert<Last, TILE_N, STAGES, GLU>(projections, x, p.cols, steps, tile, row0, ring);
     } else {
         grid_dependency_wait();
-        read_tokens<128>(p, first, count, tokens);
+        read_tokens<128>(p, tiles, tile, tokens);
         Accumulator<1, TILE_N> acc = {};
         multiply<TILE_N>(steps, ring, acc);
         wait_for_tokens<128>();

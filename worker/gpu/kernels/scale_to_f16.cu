@@ -5,8 +5,9 @@
 // Shapes: x [T, cols] f32, weight [cols] f32 or null; y [T, padded cols] f16 of n / scale; scale
 // [T] f32, the power of two that brings the row's largest element into [1024, 2048), so that f16
 // keeps 11 bits down to 2^-24 of it. cols is a multiple of 32. Rows from *count · rows_per_token on
-// are not written; count may be null.
-// Grid: (T), 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
+// are not written; count may be null. With `order` [T·rows_per_token] (slot_tiles.cuh) row i of y
+// and scale is that of token order[i] / rows_per_token.
+// Grid: rows of y, 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
 // (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 6·cols a row.
 // Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
 // warps ascending.
@@ -26,7 +27,7 @@ __device__ __forceinline__ float max_abs(float4 v) {
 template <int KEPT>
 __global__ void __launch_bounds__(kThreads)
     scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int rows_per_token,
-                 int cols, float eps) {
+                 const int* order, int cols, float eps) {
     __shared__ float2 warp_results[kWarps];  // sum of squares, peak
     if (count && blockIdx.x >= *count * rows_per_token) return;
     const int quads = cols / 4, padded_quads = padded(cols) / 4;
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     if (weight && 8 * threadIdx.x < quads)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
     grid_dependency_wait();
-    x += (size_t)blockIdx.x * quads;
+    x += (size_t)(order ? order[blockIdx.x] / rows_per_token : blockIdx.x) * quads;
     float peak = 0.f, squares = 0.f;
     const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), one = make_float4(1.f, 1.f, 1.f, 1.f);
     float4 kept[KEPT];

@@ -53,9 +53,11 @@ __device__ __forceinline__ void raise_registers() {
 #define S_16 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define S_32 S_16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define S_64 S_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define S_96 S_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define S_128                                                                                     \
     S_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52"    \
          ",%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define S_160 S_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define S_192                                                                                     \
     S_128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84"   \
           ",%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
@@ -73,11 +75,13 @@ __device__ __forceinline__ void raise_registers() {
 // c += a·b of N/8 fragments of 8 columns, with A in registers.
 template <int FRAGS_N>
 __device__ __forceinline__ void mma_64xNx16(float (&c)[FRAGS_N][4], const unsigned int (&a)[4], unsigned long long b) {
-    static_assert(FRAGS_N == 2 || FRAGS_N == 4 || FRAGS_N == 8 || FRAGS_N == 16 || FRAGS_N == 24 || FRAGS_N == 32, "N");
+    static_assert(FRAGS_N == 2 || FRAGS_N % 4 == 0 && FRAGS_N <= 24 || FRAGS_N == 32, "N");
     if constexpr (FRAGS_N == 2) WGMMA(16, S_16, "{%8,%9,%10,%11}", "%12" FLAGS, C_16(0) : A_REGISTERS);
     if constexpr (FRAGS_N == 4) WGMMA(32, S_32, "{%16,%17,%18,%19}", "%20" FLAGS, C_32(0) : A_REGISTERS);
     if constexpr (FRAGS_N == 8) WGMMA(64, S_64, "{%32,%33,%34,%35}", "%36" FLAGS, C_64(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 12) WGMMA(96, S_96, "{%48,%49,%50,%51}", "%52" FLAGS, C_64(0), C_32(8) : A_REGISTERS);
     if constexpr (FRAGS_N == 16) WGMMA(128, S_128, "{%64,%65,%66,%67}", "%68" FLAGS, C_128(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 20) WGMMA(160, S_160, "{%80,%81,%82,%83}", "%84" FLAGS, C_128(0), C_32(16) : A_REGISTERS);
     if constexpr (FRAGS_N == 24) WGMMA(192, S_192, "{%96,%97,%98,%99}", "%100" FLAGS, C_128(0), C_64(16) : A_REGISTERS);
     if constexpr (FRAGS_N == 32)
         WGMMA(256, S_256, "{%128,%129,%130,%131}", "%132" FLAGS, C_128(0), C_128(16) : A_REGISTERS);

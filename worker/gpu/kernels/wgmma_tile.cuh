@@ -1,6 +1,7 @@
 // What matmul_wgmma.cu and matmul_wgmma_short.cu share: stages of shared memory with their barriers,
 // the tokens of a block, and weights of a step.
 #pragma once
+#include "pdl.cuh"
 #include "bulk_copy.cuh"
 #include "wgmma.cuh"
 #include "matmul_tile.cuh"
@@ -28,20 +29,26 @@ struct Stages {
     }
 };
 
-// The number of tokens of this block. *count is read before the wait (pdl.cuh): no kernel writes it.
+// The tokens of this block, or the rows of its expert. *count is read before the wait (pdl.cuh): no
+// kernel writes it; the table is read after it.
 template <int TILE_N>
-__device__ __forceinline__ int valid_tokens(const MatmulParams& p, int n_tokens) {
-    return min(TILE_N, (p.count ? *p.count : n_tokens) - (int)blockIdx.y * TILE_N);
+__device__ __forceinline__ SlotTile tile_of_block(const MatmulParams& p, const SlotTiles& tiles, int n_tokens) {
+    const int first = blockIdx.y * TILE_N;
+    if (!tiles.table) return {0, first, min(TILE_N, (p.count ? *p.count : n_tokens) - first)};
+    grid_dependency_wait();
+    return tile_of<TILE_N>(tiles, blockIdx.y);
 }
 
 // Fill in `tokens`. The first THREADS threads call it after the wait, and `wait_for_tokens` before
 // they read them.
 template <int THREADS, int TILE_N>
-__device__ __forceinline__ void read_tokens(const MatmulParams& p, int first, int count, TokenTile<TILE_N>& tokens) {
-    if (threadIdx.x == 0) tokens.tile = SlotTile{0, first, count};
+__device__ __forceinline__ void read_tokens(const MatmulParams& p, const SlotTiles& tiles, const SlotTile& tile,
+                                            TokenTile<TILE_N>& tokens) {
+    if (threadIdx.x == 0) tokens.tile = tile;
     for (int i = threadIdx.x; i < TILE_N; i += THREADS) {
-        tokens.slots[i] = first + min(i, count - 1);
-        tokens.scales[i] = p.scale ? p.scale[tokens.slots[i]] : 1.f;
+        const int row = tile.first + min(i, tile.count - 1);
+        tokens.slots[i] = tiles.order ? tiles.order[row] : row;
+        tokens.scales[i] = p.scale ? p.scale[row] : 1.f;
     }
 }
 template <int THREADS>
