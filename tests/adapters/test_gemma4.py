@@ -118,6 +118,17 @@ def test_a_key_that_is_not_handled_is_refused_by_name(key, value, exact, tmp_pat
         ({"attention.shared_kv_layers": 3}, "is 3; expected fewer than 4, with an earlier layer of each kind"),
         ({"embedding_length_per_layer_input": 256}, "tensor blk.0.inp_gate.weight is missing"),
         ({"expert_count": 8}, "gemma4.expert_used_count is 0; expected 1 to 8 experts"),
+        (
+            {"expert_used_count": 3},
+            "expert_count is missing; expected the experts of which gemma4.expert_used_count uses 3",
+        ),
+        ({"expert_count": 1 << 25}, "gemma4.expert_count is 33554432; expected 0 to 16777216"),
+        ({"attention.scale": 1 / 512**0.5}, "expected 0.0 or 1.0, which changes nothing"),
+        ({"attention.sliding_window_pattern": [1, 2, 1, 0]}, "is an array of 4 integers; expected 4 bools"),
+        (
+            {"attention.head_count_kv": [2.0, 1.0, 2.0, 1.0]},
+            "is an array of 4 floats; expected an integer, or 4 integers",
+        ),
         ({"expert_count": 8, "expert_used_count": 3}, "gemma4.expert_feed_forward_length' is missing"),
         ({"rope.scaling.factor": 8.0}, "gemma4.rope.scaling.type is 'linear' by 8.0; expected no scaling"),
     ],
@@ -131,13 +142,35 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tensor, exact, tmp_path):
     assert tensor in refusal(changed(exact, tmp_path, {}, tensors={tensor: np.ones(7)}))
 
 
+@pytest.mark.parametrize(
+    ("tensor", "value", "sentence"),
+    [
+        ("rope_freqs.weight", 0.0, "tensor rope_freqs.weight has the value 0.0; expected numbers above 0"),
+        ("rope_freqs.weight", np.nan, "tensor rope_freqs.weight has a value that is not finite"),
+        ("blk.0.layer_output_scale.weight", np.inf, "tensor blk.0.layer_output_scale.weight has a value that is not"),
+    ],
+)
+def test_a_number_that_loading_cannot_use_is_refused(tensor, value, sentence, exact, tmp_path):
+    values = ROTATED.copy() if tensor == "rope_freqs.weight" else np.ones(1)
+    values[-1] = value
+    assert sentence in refusal(changed(exact, tmp_path, {}, tensors={tensor: values}))
+
+
 @pytest.mark.parametrize("tensor", ["rope_freqs.weight", "blk.1.attn_k.weight", "blk.3.post_ffw_norm.weight"])
 def test_a_missing_tensor_is_refused_by_name(tensor, exact, tmp_path):
     assert tensor in refusal(changed(exact, tmp_path, {}, drop=[tensor]))
 
 
 @pytest.mark.parametrize(
-    "keys", [{"rope.freq_base_swa": None}, {"attention.shared_kv_layers": None}, {"feed_forward_length": [512] * 4}]
+    "keys",
+    [
+        {"rope.freq_base_swa": None},
+        {"attention.shared_kv_layers": None},
+        {"feed_forward_length": [512] * 4},
+        {"attention.scale": 1.0},
+        {"attention.sliding_window_pattern": [1, 0, 1, 0]},
+        {"vision.block_count": 16, "audio.embedding_length": 1024},
+    ],
 )
 def test_values_that_change_nothing_are_accepted(keys, exact, tmp_path, monkeypatch):
     path = changed(exact, tmp_path, keys)
@@ -371,6 +404,17 @@ CHATS = [
     [{"role": "user", "content": " hello world "}],
     [{"role": "system", "content": "the"}, {"role": "user", "content": "hello\n\n\n12"}],
 ]
+
+
+def test_a_vocabulary_that_only_pre_names_is_gemma4_s(exact, tmp_path):
+    """Ollama's converter writes the kind `llama`, no BOS and no `add_space_prefix`, and merges."""
+    keys = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "gemma4", "tokenizer.ggml.add_bos_token": False}
+    path = changed_copy(exact("gemma4"), tmp_path / "g.gguf", metadata=keys)
+    with GgufFile.open(exact("gemma4")) as file, GgufFile.open(path) as theirs:
+        own, same = load_tokenizer(file.metadata), load_tokenizer(theirs.metadata)
+    assert own.vocab == same.vocab
+    for text in ("the other", "theother", " hello", "a  b\n\nc\n"):
+        assert own.encode_prompt(text) == same.encode_prompt(text), text
 
 
 def test_texts_chats_and_end_tokens_are_those_of_llama_cpp(exact):

@@ -11,7 +11,7 @@ Model card: Google DeepMind 2026 (Gemma 4). Differences from gemma3:
   * 26B-A4B: routed experts beside the dense FFN of every layer, each branch with a norm after it,
     then the norm of their sum. The router has a norm of its own; each expert's weight has a factor;
   * E2B, E4B: the last `attention.shared_kv_layers` layers read the keys and values of the last
-    earlier layer of their kind. A second embedding has a row of P elements for each layer
+    earlier layer of their kind. Per-layer embeddings: a second table has P elements for each layer
     (`embedding_length_per_layer_input`); a projection of the first one is added to it. After its
     FFN, a layer gates its row by the residual, projects it and adds its norm to the residual.
 Files hold the norm weights as they are applied.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from worker.adapters.hparams import refuse_experts, require_experts, windowed_layers
+from worker.adapters.hparams import require_experts, windowed_layers
 from worker.adapters.keys import ArchitectureKeys
 from worker.adapters.rotary import DIVISORS
 from worker.adapters.weights import Weights
@@ -106,8 +106,10 @@ class Gemma4:
         if hp.expert_count:
             require_experts(hp, keys)
             keys.count("expert_feed_forward_length")  # in `hp`, where it may be missing
-        else:
-            refuse_experts(hp, keys)
+        elif used := hp.expert_used_count:
+            problem = "is 0" if "expert_count" in keys else "is missing"
+            used_by = keys.name("expert_used_count")
+            raise keys.error("expert_count", problem, f"the experts of which {used_by} uses {used}")
         self.experts_used = hp.expert_used_count
         self.choices: dict[str, str] = {}
         self.token_embd = w.tensor("token_embd.weight", hp.vocab_size, hp.embedding_length)
@@ -176,7 +178,7 @@ def _heads(hp: Hparams, keys: ArchitectureKeys, w: Weights, options: ModelOption
     width, dims = _local_widths(keys)
     base = keys.positive("rope.freq_base_swa", default=LOCAL_ROPE_BASE)
     local = scaled_rope(base, dims, options.context, hp.rope_scaling)
-    divisors = None if all(windowed) else w.host_vector(DIVISORS, hp.rope_dims // 2)
+    divisors = None if all(windowed) else w.divisors(DIVISORS, hp.rope_dims // 2)
     everywhere = scaled_rope(hp.rope_freq_base, hp.rope_dims, options.context, hp.rope_scaling, divisors=divisors)
     window = keys.count("attention.sliding_window")
     sources = _sources(hp, keys, windowed)

@@ -39,7 +39,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
     rope_dims = keys.count("rope.dimension_count", default=head_dim)
     if rope_dims % 2 or rope_dims > head_dim:
         raise keys.error("rope.dimension_count", f"is {rope_dims}", f"an even number up to {head_dim}")
-    experts = keys.get("expert_count", int, 0)
+    experts = keys.width("expert_count")
     # Not with `keys`: check_rest must refuse the width if the adapter does not read it.
     shared = ArchitectureKeys(file).width("expert_shared_feed_forward_length")
     ffn = _largest_count(keys, "feed_forward_length", layers)
@@ -60,7 +60,7 @@ def read_hparams(file: GgufFile, keys: ArchitectureKeys | None = None) -> Hparam
         rope_dims=rope_dims,
         rope_scaling=_rope_scaling(keys),
         expert_count=experts,
-        expert_used_count=keys.get("expert_used_count", int, 0),
+        expert_used_count=keys.width("expert_used_count"),
         expert_feed_forward_length=keys.count(_EXPERT_WIDTH) if experts and _EXPERT_WIDTH in keys else 0,
         expert_shared_feed_forward_length=shared,
         layer_input_length=ArchitectureKeys(file).width("embedding_length_per_layer_input"),
@@ -82,11 +82,13 @@ def neutral_values(hp: Hparams) -> dict[str, tuple[Any, ...]]:
     layout = {"tensor_data_layout": ("Meta AI original pth",)} if hp.architecture == "llama" else {}
     gating = (0, _SOFTMAX_OF_CHOSEN) if hp.architecture == "gpt-oss" else (0, _SOFTMAX, _SOFTMAX_OF_CHOSEN)
     experts = {"expert_gating_func": gating, "expert_weights_norm": (True,)} if hp.expert_count else {}
+    # Gemma 4's scores are not scaled.
+    score_scale = 1.0 if hp.architecture == "gemma4" else 1 / math.sqrt(hp.head_dim)
     return {
         **layout,
         **experts,
         "attention.key_length_swa": (hp.head_dim,),
-        "attention.scale": (0.0, 1 / math.sqrt(hp.head_dim)),
+        "attention.scale": (0.0, score_scale),
         "attention.value_length_swa": (hp.head_dim,),
         "rope.dimension_count_swa": (hp.rope_dims,),
         "rope.freq_base_swa": (hp.rope_freq_base,),
@@ -109,19 +111,19 @@ def dense_window(keys: ArchitectureKeys, options: ModelOptions) -> tuple[int, di
 
 
 def windowed_layers(hp: Hparams, keys: ArchitectureKeys, *, period: int | None) -> list[bool]:
-    """Whether each layer has a window: a flag for each, or all but the last of every `n`.
+    """Whether each layer has a window: a bool, 0 or 1 for each, or all but the last of every `n`.
 
     `period`: the n of a file without the key; None if the file must have the flags.
     """
     name = "attention.sliding_window_pattern"
     flags = keys.value(name)
+    expected = f"{hp.block_count} bools" if period is None else f"a number, or {hp.block_count} bools"
     if isinstance(flags, np.ndarray):
-        if flags.dtype != np.bool_ or len(flags) != hp.block_count:
-            raise keys.error(name, f"is an array of {len(flags)} values", f"a number, or {hp.block_count} bools")
+        if len(flags) != hp.block_count or flags.dtype.kind not in "biu" or not np.isin(flags, (0, 1)).all():
+            raise keys.error(name, f"is {shown_value(flags)}", expected)
         return [bool(flag) for flag in flags]
     if period is None:
-        problem = "is missing" if flags is None else f"is {shown_value(flags)}"
-        raise keys.error(name, problem, f"{hp.block_count} bools")
+        raise keys.error(name, "is missing" if flags is None else f"is {shown_value(flags)}", expected)
     period = keys.count(name, default=period)
     return [i % period < period - 1 for i in range(hp.block_count)]
 

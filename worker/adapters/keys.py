@@ -1,9 +1,9 @@
 """Metadata keys of a file's architecture: read once, and refused if none reads them.
 
 A key may change the computation, so `ArchitectureKeys.check_rest` refuses each key `ARCH.*` that no
-adapter has read, except values that change nothing: `NEUTRAL`, `IRRELEVANT`, and zero, false and
-empty values, which mean that a feature is off. Keys outside `ARCH.` never change the computation;
-`unknown_keys` lists those that are not known to be harmless.
+adapter has read, except values that change nothing: `NEUTRAL`, `IRRELEVANT`, keys of vision and
+audio parts, and zero, false and empty values, which mean that a feature is off. Keys outside
+`ARCH.` never change the computation; `unknown_keys` lists those that are not known to be harmless.
 """
 
 import math
@@ -35,6 +35,9 @@ IRRELEVANT = frozenset(
     }
 )
 """Keys that change nothing, whatever their value."""
+
+_OTHER_PARTS = ("vision.", "audio.")
+"""Keys of parts that do not see text; `HARMLESS` of weights.py names their tensors."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -112,7 +115,7 @@ class ArchitectureKeys:
         if not isinstance(value, np.ndarray | list):
             return [self.count(key, default)] * layers
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != layers:
-            raise self.error(key, f"is an array of {len(value)} values", f"a number, or {layers} numbers")
+            raise self.error(key, f"is {shown_value(value)}", f"an integer, or {layers} integers")
         if value.min() < 1 or value.max() > _MAX_COUNT:
             shown = ", ".join(map(str, value[:8].tolist()))
             raise self.error(key, f"is {shown}", f"numbers from 1 to {_MAX_COUNT}")
@@ -153,7 +156,7 @@ class ArchitectureKeys:
         prefix = f"{self.architecture}."
         for name, value in self._file.metadata.items():
             key = name.removeprefix(prefix)
-            if key == name or key in self._read or key in IRRELEVANT:
+            if key == name or key in self._read or key in IRRELEVANT or key.startswith(_OTHER_PARTS):
                 continue
             values = neutral.get(key) or NEUTRAL.get(key, ())
             if not (any(_equal(value, each) for each in values) if values else _is_off(value)):
@@ -197,5 +200,8 @@ def _equal(value: Any, neutral: Any) -> bool:
 
 
 def shown_value(value: Any) -> str:
-    """A value for a message: numbers and strings as they are, arrays by their length."""
-    return f"an array of {len(value)} values" if isinstance(value, np.ndarray | list) else repr(value)[:60]
+    """A value for a message: numbers and strings as they are, arrays by type and length."""
+    if not isinstance(value, np.ndarray | list):
+        return repr(value)[:60]
+    kinds = {"b": "bools", "f": "floats", "i": "integers", "u": "integers"}
+    return f"an array of {len(value)} {kinds[value.dtype.kind] if isinstance(value, np.ndarray) else 'values'}"

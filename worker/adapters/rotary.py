@@ -28,11 +28,11 @@ def file_rope(
     scaling, pairs = hp.rope_scaling, hp.rope_dims // 2
     divisors, choices = None, {}
     if longrope or scaling.kind == "longrope":
-        factors = {"long": w.host_vector(LONG_FACTORS, pairs), "short": w.host_vector(SHORT_FACTORS, pairs)}
+        factors = {"long": w.divisors(LONG_FACTORS, pairs), "short": w.divisors(SHORT_FACTORS, pairs)}
         choices = {"rope_factors": "long" if context > scaling.original_context else "short"}
         divisors = factors[choices["rope_factors"]]
     elif w.has(DIVISORS):
-        divisors = w.host_vector(DIVISORS, pairs)
+        divisors = w.divisors(DIVISORS, pairs)
     rope = scaled_rope(hp.rope_freq_base, hp.rope_dims, context, scaling, divisors=divisors, adjacent=adjacent)
     return rope, choices
 

@@ -134,10 +134,24 @@ class Weights:
         return vector
 
     def host_vector(self, name: str, n: int) -> npt.NDArray[np.float64]:
-        """Claim a vector [n] that loading reads on the host, such as frequency divisors, as f64."""
+        """Claim a vector [n] that loading reads on the host, as f64.
+
+        Raises ModelLoadFailed if a value is not finite.
+        """
         self.vector(name, n)
         info = self._file.tensors[name]
-        return dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
+        values = dequantize(self._file.data(info), info.kind).reshape(n).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ModelLoadFailed(f"tensor {name} has a value that is not finite", str(self._file.path), "numbers")
+        return values
+
+    def divisors(self, name: str, n: int) -> npt.NDArray[np.float64]:
+        """Claim divisors [n] of RoPE's frequencies. Raises ModelLoadFailed for one not above 0."""
+        values = self.host_vector(name, n)
+        if not (values > 0).all():
+            problem = f"tensor {name} has the value {values.min()}"
+            raise ModelLoadFailed(problem, str(self._file.path), "numbers above 0, which divide frequencies")
+        return values
 
     def norm(self, name: str, d: int, eps: float, scale: float = 1.0) -> RmsNorm:
         """`name`.weight [d], times `scale`: the norm's result is multiplied by it."""

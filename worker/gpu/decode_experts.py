@@ -4,8 +4,8 @@ The pairs of a row and one of its experts are sorted by expert on the device and
 
 | pairs an expert, on average | weights | kernel | pairs of a tile |
 | --- | --- | --- | --- |
-| fewer than 1 | block types | `grouped_experts.cu` (dp4a) | 8 |
-| 1 and more | MXFP4, no GELU | `experts_mma.cu` (int8 tensor cores) | 16, above 8 pairs 32 |
+| 1 and more | MXFP4, gate and up without GELU | `experts_mma.cu` (int8 MMAs) | 16, above 8: 32 |
+| any | block types, but for the row above | `grouped_experts.cu` (dp4a) | 8 |
 | any | others, or rows too long for shared memory | those of `matvec.py`, a row at a time | – |
 
 Every row has the bits of the launchers in `matvec.py` for that row alone. Other kernels:

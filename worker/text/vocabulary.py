@@ -167,7 +167,7 @@ class Vocabulary:
 
 def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     """Read a file's vocabulary. ModelLoadFailed for an unsupported kind, pre-tokenizer or value."""
-    kind = metadata.get("tokenizer.ggml.model", str, "")
+    kind = _kind(metadata)
     pre = "gemma4" if kind == "gemma4" else metadata.get("tokenizer.ggml.pre", str, "") or "default"
     if kind not in KINDS:
         what = f"the tokenizer kind {kind[:60]!r} is unknown" if kind else "it is missing"
@@ -205,6 +205,12 @@ def read_vocabulary(metadata: TokenizerMetadata) -> Vocabulary:
     )
 
 
+def _kind(metadata: TokenizerMetadata) -> str:
+    """`tokenizer.ggml.model`, or `gemma4` if only `pre` says so, as in Ollama's files."""
+    kind = metadata.get("tokenizer.ggml.model", str, "")
+    return "gemma4" if kind == "llama" and metadata.get("tokenizer.ggml.pre", str, "") == "gemma4" else kind
+
+
 def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], ids: Mapping[str, int]) -> None:
     """Correct the file's types, which are known to be wrong in some files.
 
@@ -219,7 +225,7 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
     for i in control:
         if types[i] != BYTE and not _PADDING_NAME.fullmatch(tokens[i]):
             types[i] = CONTROL
-    if metadata.get("tokenizer.ggml.model", str, "") != "gpt2":
+    if _kind(metadata) != "gpt2":
         for name in BYTE_NAMES:
             if name in ids:
                 types[ids[name]] = BYTE
@@ -230,7 +236,7 @@ def _retype(metadata: TokenizerMetadata, types: list[int], tokens: list[str], id
 def _is_word(metadata: TokenizerMetadata, token: str, tokens: list[str]) -> bool:
     """Whether ordinary text may be encoded to this token: a character, or two merged tokens."""
     pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
-    if not pairs or metadata.get("tokenizer.ggml.model", str, "") == "llama":
+    if not pairs or _kind(metadata) == "llama":
         return not pairs or any(left in tokens and right in tokens for left, right in pairs)
     merges = metadata.strings("tokenizer.ggml.merges")
     return any(f"{left} {right}" in merges for left, right in pairs)
