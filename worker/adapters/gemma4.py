@@ -49,7 +49,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class OwnInput:
-    """Weights with which a layer adds its own input of P elements a token to the residual."""
+    """Weights with which a layer adds its per-layer embedding [T, P] to the residual."""
 
     gate: Linear  # [P, d]
     projection: Linear  # [d, P]
@@ -58,7 +58,7 @@ class OwnInput:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Weights of the inputs of all layers."""
+    """Weights from which the per-layer embeddings of all layers are computed."""
 
     table: QTensor  # [V, layers·P]
     scale: float
