@@ -10,14 +10,14 @@ import numpy as np
 
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
-from worker.cpu.attention import KvCache
 from worker.cpu.backend import uploader
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.runner import CpuRunner
 from worker.cpu.sampler import Sampler
 from worker.engine import DrawnToken, Engine, EngineSettings, Sequence
 from worker.engine.kv_blocks import KvBlocks, blocks_for
 from worker.gguf_file import GgufFile
-from worker.model import ModelOptions
+from worker.model import KvType, ModelOptions
 from worker.ops import KV_BLOCK, Batch, Phase
 from worker.sampling import Sampling
 
@@ -30,7 +30,7 @@ def cpu_runner(
     context: int = 512,
     sliding_window: Any = "auto",
     kv_blocks: int | None = None,
-    kv_dtype: Any = np.float32,
+    kv_type: KvType = "f32",
     padding_ids: Iterable[int] = (),
     end_ids: Iterable[int] = (),
     slots: int = 8,
@@ -41,7 +41,7 @@ def cpu_runner(
             model, _ = bind(file, ModelOptions(context, sliding_window), upload)
         hp = read_hparams(file)
     layers = (layer.attention for layer in model.layers)
-    cache = KvCache(layers, blocks_for(context) if kv_blocks is None else kv_blocks, kv_dtype)
+    cache = KvCache(layers, blocks_for(context) if kv_blocks is None else kv_blocks, kv_type)
     return CpuRunner(model, cache, Sampler(hp.vocab_size, padding_ids, end_ids), slots)
 
 

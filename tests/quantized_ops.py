@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from worker.cpu.attention import KvCache
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.threads import Threads
 from worker.ops import Linear, Phase

@@ -12,8 +12,9 @@ from worker import runtime
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.config import EngineSection, ModelSection
+from worker.cpu.backend import CpuBackend
 from worker.engine.kv_blocks import blocks_for
-from worker.errors import ModelLoadFailed
+from worker.errors import ConfigInvalid, ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.gpu.backend import GpuBackend
 from worker.gpu.numerics import numerics
@@ -102,6 +103,26 @@ def test_auto_is_one_context_on_the_cpu_and_a_share_of_free_memory_on_a_gpu(tiny
     free = on_gpu.available - on_gpu.weight_bytes - on_gpu.overhead_bytes
     assert on_gpu.kv_blocks == int(0.9 * free) // (on_gpu.kv_bytes_per_token * KV_BLOCK)
     assert on_gpu.context == on_cpu.context
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma4"])
+def test_q8_needs_a_byte_an_element_and_two_a_row(name, tiny):
+    with GgufFile.open(tiny(name)) as file:
+        model, _ = bind(file, ModelOptions(512))
+        f32, f16, q8 = (CpuBackend(kv_type).kv_bytes_per_token(model) for kv_type in ("f32", "f16", "q8"))
+    specs = [layer.attention for layer in model.layers]
+    assert q8 == sum(2 * spec.n_kv_heads * (spec.head_dim + 2) for spec in specs)
+    assert f32 == 2 * f16 == 4 * sum(2 * spec.n_kv_heads * spec.head_dim for spec in specs)
+    backend = object.__new__(GpuBackend)
+    for kv_type, expected in (("f16", f16), ("q8", q8)):
+        backend.kv_type = kv_type
+        assert backend.kv_bytes_per_token(model) == expected
+
+
+def test_f32_keys_and_values_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    with pytest.raises(ConfigInvalid, match="kv_type f32 is for the CPU alone"):
+        runtime.open_backend(EngineSection(backend="gpu", kv_type="f32"))
 
 
 def test_max_running_is_the_number_of_slots_and_counts_in_the_memory_plan(tiny):

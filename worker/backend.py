@@ -17,7 +17,7 @@ import numpy as np
 
 from worker.errors import InsufficientVram
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import Hparams, Model, ModelOptions, Runner
+from worker.model import Hparams, KvType, Model, ModelOptions, Runner
 from worker.ops import KV_BLOCK, Attention, QTensor
 
 
@@ -101,6 +101,8 @@ class Backend(Device, Protocol):
     """cpu or gpu."""
     prefill_chunk: int
     """Default number of prompt tokens per step, which bounds the delay of a cancellation."""
+    kv_type: KvType
+    """How keys and values are stored."""
     kv_share: float
     """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
 

@@ -115,9 +115,18 @@ def cached(layers: Iterable[Attention]) -> list[Attention]:
     return [spec for spec in layers if not spec.reads_only]
 
 
-def kv_bytes_per_token(layers: Iterable[Attention], element_bytes: int) -> int:
+KvType = Literal["f32", "f16", "q8"]
+"""How keys and values are stored; q8: codes of 8 bits, a scale for each key or value of a head."""
+
+
+def kv_row_bytes(dim: int, kv_type: KvType) -> int:
+    """Bytes of one key or value of a head of D elements."""
+    return {"f32": 4 * dim, "f16": 2 * dim, "q8": dim + 2}[kv_type]
+
+
+def kv_bytes_per_token(layers: Iterable[Attention], kv_type: KvType) -> int:
     """Bytes of one token's K and V over all layers."""
-    return sum(2 * spec.kv_width * element_bytes for spec in cached(layers))
+    return sum(2 * spec.n_kv_heads * kv_row_bytes(spec.head_dim, kv_type) for spec in cached(layers))
 
 
 LEAST_DRAFT_ROWS = 4

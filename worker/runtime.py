@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from worker.adapters import adapter_for, bind
 from worker.adapters.hparams import read_hparams
 from worker.adapters.keys import ignored_keys, unknown_keys
@@ -62,7 +60,7 @@ def open_backend(engine: EngineSection) -> Backend:
     """The device of the settings; auto is a GPU if CuPy is installed and a GPU is present.
 
     Raises:
-        ConfigInvalid: The backend is gpu and CuPy is not installed.
+        ConfigInvalid: The backend is gpu without CuPy, or a GPU with kv_type f32.
         CudaError: The GPU cannot be used.
     """
     cupy = importlib.util.find_spec("cupy") is not None
@@ -72,10 +70,12 @@ def open_backend(engine: EngineSection) -> Backend:
         from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (importing CuPy takes time)
 
         if engine.backend == "gpu" or has_gpu():
-            return GpuBackend(engine.kernel_cache)
+            if engine.kv_type == "f32":
+                raise ConfigInvalid("engine.kv_type f32 is for the CPU alone: take f16 or q8, or backend cpu")
+            return GpuBackend(engine.kernel_cache, "f16" if engine.kv_type == "auto" else engine.kv_type)
     from worker.cpu.backend import CpuBackend  # noqa: PLC0415
 
-    return CpuBackend(np.float16 if engine.kv_type == "f16" else np.float32)
+    return CpuBackend("f32" if engine.kv_type == "auto" else engine.kv_type)
 
 
 def plan(

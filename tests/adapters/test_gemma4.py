@@ -397,7 +397,7 @@ def test_the_cache_has_the_shape_of_each_layer(exact):
         model, _ = bind(file, ModelOptions(512))
     specs = [layer.attention for layer in model.layers]
     assert [(spec.n_kv_heads, spec.head_dim, spec.window) for spec in specs] == [(2, 256, 32), (1, 512, 0)] * 2
-    assert CpuBackend(np.float16).kv_bytes_per_token(model) == 4 * 2 * 2 * 512
+    assert CpuBackend("f16").kv_bytes_per_token(model) == 4 * 2 * 2 * 512
 
 
 CHATS = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import cpu_runner, prefill
-from worker.cpu.attention import KvCache
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, matmul, rms_norm, softmax, top_k
 from worker.cpu.threads import Threads

@@ -87,6 +87,6 @@ def test_a_worker_that_replays_the_published_ids_draws_the_next_ones(name, publi
 
 def test_logits_with_an_f16_cache_are_near_those_with_f32(tiny):
     exact = cpu_runner(tiny("qwen2")).logits(prefill(PROMPT))
-    halved = cpu_runner(tiny("qwen2"), kv_dtype=np.float16).logits(prefill(PROMPT))
+    halved = cpu_runner(tiny("qwen2"), kv_type="f16").logits(prefill(PROMPT))
     error = np.linalg.norm(halved - exact) / np.linalg.norm(exact)
     assert 0 < error < 5e-3

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from tests.models import cpu_runner
 from tests.quantized_ops import QuantizedOps
 from worker.adapters import bind
@@ -43,6 +41,6 @@ def copy_cache(runner, twin):
 
 def rounding_twin(path, **options):
     """The CPU's runner with an f16 cache whose products see their inputs as the GPU's do."""
-    runner = cpu_runner(path, kv_dtype=np.float16, **options)
+    runner = cpu_runner(path, kv_type="f16", **options)
     runner._ops = {phase: QuantizedOps(runner.cache, phase, Threads()) for phase in Phase}
     return runner

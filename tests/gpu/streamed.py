@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tests.quantized_ops import QuantizedOps
-from worker.cpu.attention import KvCache
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.plain import gated, rms_norm, softmax
 from worker.cpu.threads import Threads
@@ -116,7 +116,7 @@ class References:
         self._model = model
         self._rows = rows
         layers = [layer.attention for layer in model.layers]
-        self.caches = [KvCache(layers, blocks, dtype) for dtype in (np.float32, np.float16, np.float16)]
+        self.caches = [KvCache(layers, blocks, kind) for kind in ("f32", "f16", "f16")]
 
     def set_cache(self, k, v):
         """Copy the GPU's KV cache [layers, blocks, B, Hk, D] into those of the two twins."""

@@ -31,6 +31,7 @@ _FOUND = 9  # exit code of compute-sanitizer after a finding
 OPS = (
     "attention",
     "attention_rows",
+    "q8_cache",
     "scaled_f16",
     "routing",
     "sampler",

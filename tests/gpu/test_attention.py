@@ -14,8 +14,8 @@ import pytest
 
 from tests.gpu.activations import q8_activations, q8_tiles, values_of
 from tests.gpu.guarded import GuardedPool
-from worker.cpu.attention import KvCache as TwinCache
 from worker.cpu.attention import attend
+from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
 from worker.ops import KV_BLOCK, Attention, Batch, Phase, PositionScale, QTensor
@@ -79,6 +79,7 @@ class Scene:
     shape: Shape
     tokens: int
     seed: int = 0
+    kv_type: str = "f16"
     expected: np.ndarray = field(init=False)
 
     def __post_init__(self):
@@ -99,7 +100,7 @@ class Scene:
     def _twin(self):
         positions = np.arange(self.tokens, dtype=np.int32)
         batch = Batch(Phase.PREFILL, positions, positions, (self.table,), positions[:0])
-        cache = TwinCache([self.spec(lambda sinks: sinks)], BLOCKS, np.float16)
+        cache = TwinCache([self.spec(lambda sinks: sinks)], BLOCKS, self.kv_type)
         keys = rotate(self.k.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
         cache.write(0, batch, keys, self.v.reshape(keys.shape))
         queries = rotate(self.q.reshape(self.tokens, -1, self.shape.dim), positions, self.rope)
@@ -122,7 +123,7 @@ class Bench:
         from worker.gpu.state import KvCache
 
         self.pool = GuardedPool()
-        self.cache = KvCache(self.memory, [self.scene.spec(self.pool.put)], BLOCKS)
+        self.cache = KvCache(self.memory, [self.scene.spec(self.pool.put)], BLOCKS, self.scene.kv_type)
         self.cache.array.view(np.uint8).fill(0xFF)
         self.launcher = AttentionLauncher(self.memory, self.cache, self.slots, self.processors)
         self.spec = self.scene.spec(self.pool.put)
@@ -160,8 +161,28 @@ class Bench:
         at = np.arange(tokens)
         blocks, offsets = self.scene.table[at // KV_BLOCK], at % KV_BLOCK
         for which, twin in enumerate((self.scene.cache.k, self.scene.cache.v)):
-            raw[0, which, blocks, :, offsets] = twin[0][blocks, offsets]
+            stored = twin[0][blocks, offsets]
+            if self.scene.kv_type == "f16":
+                raw[0, which, blocks, :, offsets] = stored
+            else:
+                codes, scales = q8_parts(raw[0, which], self.scene.shape.dim)
+                codes[blocks, :, offsets] = stored["codes"]
+                scales[blocks, :, SCALE_INDEX[offsets]] = stored["scale"]
         self.cache.array.set(raw)
+
+
+SCALE_INDEX = np.array([0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15])
+"""Where the scale of each row of a KV block lies among its scales (kernels/kv_cache.cuh)."""
+
+
+def q8_parts(cache, dim):
+    """Views of codes [blocks, Hk, B, D] u8 and scales [blocks, Hk, B] f16, as they lie, of one half of a q8 cache."""
+    shape, size = cache.shape[:2], KV_BLOCK * dim
+    codes = np.lib.stride_tricks.as_strided(cache, (*shape, KV_BLOCK, dim), (*cache.strides[:2], dim, 1))
+    words = cache.view(np.float16)
+    strides = (*words.strides[:2], 2)
+    scales = np.lib.stride_tricks.as_strided(words[:, :, size // 2 :], (*shape, KV_BLOCK), strides)
+    return codes, scales
 
 
 @dataclass

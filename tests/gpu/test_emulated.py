@@ -18,6 +18,7 @@ CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)"
     " or (prefill_equals and -77] and 512) or (8_bits and 512) or (reads_only and 256)",
     "attention_rows": "listed or windows",
+    "q8_cache": "norms or (single_rows and 96 and 40) or nan",
     "scaled_f16": "",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"
     " or (embedded and 0.1 and (Q4_K or Q6_K or BF16))",

@@ -98,6 +98,8 @@ class State:
 
 
 class Cache:
+    kv_type = "f16"
+
     def layer(self, layer):
         return None, None
 

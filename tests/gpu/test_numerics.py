@@ -23,6 +23,8 @@ def test_another_device_compiler_order_or_source_has_other_facts(monkeypatch):
     assert numerics("sm_100", "13.0", wgmma=False) != first
     assert numerics("sm_90", "13.1", wgmma=False) != first
     assert numerics("sm_90", "13.0", wgmma=True) != first
+    assert first["kv_type"] == "f16"
+    assert numerics("sm_90", "13.0", "q8", wgmma=False) == {**first, "kv_type": "q8"}
     module = SimpleNamespace(INSTANTIATIONS=(("k.cu", "k"),), FIXED_ORDERS={"k": "in turn"})
     monkeypatch.setattr("worker.gpu.numerics.launcher_modules", lambda: (module,))
     assert numerics("sm_90", "13.0", wgmma=False)["k"] == "in turn"

@@ -1,54 +1,16 @@
-"""The CPU's KV cache and causal grouped attention over it; twin of the GPU's attention kernels.
+"""Causal grouped attention over the KV cache on the CPU; twin of the GPU's attention kernels.
 
 Prefill computes tiles of B queries that start at multiples of B. The shapes of a tile follow from
 its position alone, so its bits do not depend on the chunks of the prompt. Decode computes one query
-at a time.
+at a time. Next: `kv_cache.py`.
 """
-
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from worker.cpu.kv_cache import F32, KvCache
 from worker.cpu.plain import softmax
-from worker.model import cached
 from worker.ops import KV_BLOCK, Attention, Batch, Ints, Phase
-
-F32 = npt.NDArray[np.float32]
-
-
-class KvCache:
-    """K and V [blocks, B, Hk, D] of each layer. f32 is the exact reference, f16 is the GPU's type.
-
-    The operating system provides memory as blocks are written, not before.
-    """
-
-    def __init__(self, layers: Iterable[Attention], blocks: int, dtype: type[np.floating[Any]] = np.float32) -> None:
-        self.blocks = blocks
-        shapes = [(blocks, KV_BLOCK, spec.n_kv_heads, spec.head_dim) for spec in cached(layers)]
-        self.k, self.v = ([np.zeros(shape, dtype) for shape in shapes] for _ in range(2))
-
-    def write(self, layer: int, batch: Batch, k: F32, v: F32) -> None:
-        """Store k, v [T, Hk, D] at the batch's positions."""
-        tables = batch.block_tables if len(batch.block_tables) == len(k) else batch.block_tables * len(k)
-        offsets = batch.positions % KV_BLOCK
-        blocks = [table[i] for table, i in zip(tables, batch.positions // KV_BLOCK, strict=True)]
-        self.k[layer][blocks, offsets] = k
-        self.v[layer][blocks, offsets] = v
-
-    def read(self, layer: int, table: Ints, start: int, stop: int, valid: int) -> tuple[F32, F32]:
-        """K and V [stop - start, Hk, D] f32 of positions [start, stop), both multiples of B.
-
-        Positions from `valid` on are zeros, since an unwritten slot may hold a NaN.
-        """
-        blocks = table[start // KV_BLOCK : stop // KV_BLOCK]
-        k, v = (
-            cache[blocks].reshape(-1, *cache.shape[2:]).astype(np.float32) for cache in (self.k[layer], self.v[layer])
-        )
-        k[valid - start :] = 0
-        v[valid - start :] = 0
-        return k, v
 
 
 def attend(q: F32, cache: KvCache, spec: Attention, batch: Batch) -> F32:

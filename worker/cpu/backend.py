@@ -11,11 +11,11 @@ import psutil
 from threadpoolctl import threadpool_info
 
 from worker.backend import MemoryUse, Plan, Upload, host_facts, source_digest
-from worker.cpu.attention import KvCache
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.runner import CpuRunner
 from worker.cpu.sampler import Sampler
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.model import MAX_DRAFT_ROWS, Hparams, Model, kv_bytes_per_token
+from worker.model import MAX_DRAFT_ROWS, Hparams, KvType, Model, kv_bytes_per_token
 from worker.ops import KV_BLOCK, QTensor
 from worker.quants import Bytes, Floats, QuantType, dequantize
 
@@ -66,9 +66,9 @@ class CpuBackend:
     kv_share = 0.0
     """The KV pool holds one context: the host's memory is shared with other programs."""
 
-    def __init__(self, kv_dtype: type[np.floating[Any]] = np.float32) -> None:
+    def __init__(self, kv_type: KvType = "f32") -> None:
         self.device = platform.processor() or platform.machine()
-        self._kv_dtype = kv_dtype
+        self.kv_type: KvType = kv_type
         self._runtime_bytes = psutil.Process().memory_info().rss
         self._plan: Plan | None = None
 
@@ -80,7 +80,7 @@ class CpuBackend:
         return info.nbytes if info.is_table else int(np.prod(info.shape)) * WEIGHT_BYTES
 
     def kv_bytes_per_token(self, model: Model) -> int:
-        return kv_bytes_per_token((layer.attention for layer in model.layers), np.dtype(self._kv_dtype).itemsize)
+        return kv_bytes_per_token((layer.attention for layer in model.layers), self.kv_type)
 
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """See `Backend.overhead_bytes`: RoPE tables, logits and widest activations of a batch."""
@@ -110,7 +110,7 @@ class CpuBackend:
         drafts: bool = False,
     ) -> CpuRunner:
         sampler = Sampler(plan.hparams.vocab_size, padding_ids, end_ids)
-        return CpuRunner(model, KvCache(plan.attention, plan.kv_blocks, self._kv_dtype), sampler, max_running)
+        return CpuRunner(model, KvCache(plan.attention, plan.kv_blocks, self.kv_type), sampler, max_running)
 
     def memory(self) -> MemoryUse:
         """See `Backend.memory`. Activations are freed after a step; the KV pool counts in full."""
@@ -134,7 +134,7 @@ class CpuBackend:
         return {
             "backend": self.name,
             "blas": ", ".join(libraries),
-            "kv_type": np.dtype(self._kv_dtype).name,
+            "kv_type": self.kv_type,
             "sources": source_digest("cpu"),
             **host_facts(),
         }

@@ -6,7 +6,8 @@ The phases differ in the height of a matrix product's tile alone. Weights are f3
 import numpy as np
 import numpy.typing as npt
 
-from worker.cpu.attention import KvCache, attend
+from worker.cpu.attention import attend
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.plain import gated, matmul, rms_norm, rotate, top_k
 from worker.cpu.threads import Threads
 from worker.ops import (

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.cpu.attention import KvCache
+from worker.cpu.kv_cache import KvCache
 from worker.cpu.ops import CpuOps
 from worker.cpu.sampler import Sampler
 from worker.cpu.slots import HostSlots

@@ -30,6 +30,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
 from worker.gpu.query_scales import QueryScales, query_scale_bytes
 from worker.gpu.state import ChunkState, KvCache, StepState
+from worker.model import KvType, kv_row_bytes
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
 
@@ -66,6 +67,7 @@ _LEAST_WARPS = {64: 4, 96: 1, 128: 4, 256: 1}
 _MAX_SHARED = 227 << 10  # bytes of shared memory of a block of sm_90
 _SYSTEM_SHARED = 1 << 10  # what the system takes from each block's share of a multiprocessor
 _ITEMS_THREADS = 256
+_Q8_ROW_THREADS = 64  # of kv_rows with codes: a warp for a key and one for a value
 
 DEFINES: Mapping[str, int] = {
     "KV_BLOCK": KV_BLOCK,
@@ -92,6 +94,8 @@ FIXED_ORDERS: Mapping[str, str] = {
 """The orders of sums that `worker.gpu.numerics` reports."""
 
 _FLAGS = ("false", "true")
+KV_FORMS: Mapping[KvType, str] = {"f16": "F16Kv", "q8": "Q8Kv"}
+"""Kv, a template argument: kernels/kv_cache.cuh."""
 
 
 def _adjacent(dim: int) -> tuple[str, ...]:
@@ -100,17 +104,26 @@ def _adjacent(dim: int) -> tuple[str, ...]:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("attention_prefill.cu", f"attention_prefill<{dim}, {split}>") for dim in _TILED_DIMS for split in _FLAGS),
-    *(("attention_512.cu", f"attention_512_{part}<{group}>") for part in ("rows", "chunk") for group in range(1, 5)),
     *(
-        (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}>")
+        ("attention_prefill.cu", f"attention_prefill<{dim}, {split}, {kv}>")
+        for dim in _TILED_DIMS
+        for split in _FLAGS
+        for kv in KV_FORMS.values()
+    ),
+    *(
+        ("attention_512.cu", f"attention_512_{part}<{group}, F16Kv>")
+        for part in ("rows", "chunk")
+        for group in range(1, 5)
+    ),
+    *(
+        (f"{kernel}.cu", f"{kernel}<{dim}, {adjacent}, F16Kv>")
         for kernel in ("rope_kv", "kv_rows")
         for dim in HEAD_DIMS
         for adjacent in _adjacent(dim)
     ),
     ("attention_items.cu", "attention_items"),
     *(
-        (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")
+        (f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}, F16Kv>")
         for kernel in ("attention_decode", "attention_rows")
         for dim in _TILED_DIMS
         for group in range(1, _MAX_GROUP[dim] + 1)
@@ -120,6 +133,16 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         ("attention_few_rows.cu", f"attention_few_rows<{_WIDE_DIM}, {group}, {adjacent}>")
         for group in range(_WIDE_GROUP, _MAX_GROUP[_WIDE_DIM] + 1)
         for adjacent in _FLAGS
+    ),
+    # With codes, which few workers use, those of the smallest and the largest groups.
+    *(("kv_rows.cu", f"kv_rows<{dim}, false, Q8Kv>") for dim in HEAD_DIMS),
+    *(("rope_kv.cu", f"rope_kv<{dim}, false, Q8Kv, HeadNorms>") for dim in HEAD_DIMS),
+    *(("attention_512.cu", f"attention_512_{part}<4, Q8Kv>") for part in ("rows", "chunk")),
+    *(
+        (f"{kernel}.cu", f"{kernel}<{dim}, {group}, false, Q8Kv>")
+        for kernel in ("attention_decode", "attention_rows")
+        for dim in _TILED_DIMS
+        for group in (1, _MAX_GROUP[dim])
     ),
 )
 
@@ -169,6 +192,7 @@ class AttentionLauncher:
         self._memory = memory
         self._max_shared = max_shared
         self._cache = cache
+        self._kv, self._quantized = KV_FORMS[cache.kv_type], cache.kv_type == "q8"
         self._slots = slots
         self._processors = processors
         self.query_scales = QueryScales(memory)
@@ -196,9 +220,9 @@ class AttentionLauncher:
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads, written = (np.int32(spec.n_heads), np.int32(spec.n_kv_heads)), np.int32(spec.n_written)
-        suffix, norms = norm_arguments(spec)
+        suffix, norms = norm_arguments(spec, always=self._quantized)
         blocks = -(-32 * (spec.n_heads + spec.n_kv_heads) // _ROPE_THREADS) if norms else _ROPE_BLOCKS
-        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}{suffix}>")(
+        kernels.get("rope_kv.cu", f"rope_kv<{dim}, {_FLAGS[spec.rope.adjacent]}, {self._kv}{suffix}>")(
             (tokens, blocks),
             (_ROPE_THREADS,),
             (
@@ -220,7 +244,7 @@ class AttentionLauncher:
         y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
         if dim == _WIDEST_DIM:
             group = group_size(spec)
-            kernels.get("attention_512.cu", f"attention_512_chunk<{group}>")(
+            kernels.get("attention_512.cu", f"attention_512_chunk<{group}, {self._kv}>")(
                 (spec.n_heads // group, tokens),
                 (_WIDEST_THREADS,),
                 (y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span, *heads, np.int32(spec.window)),
@@ -230,14 +254,14 @@ class AttentionLauncher:
         partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, len(chunk.table) * KV_BLOCK)
         split = tokens <= _SPLIT_TOKENS
         warps = _QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
-        kernels.get("attention_prefill.cu", f"attention_prefill<{dim}, {_FLAGS[split]}>")(
+        kernels.get("attention_prefill.cu", f"attention_prefill<{dim}, {_FLAGS[split]}, {self._kv}>")(
             (-(-tokens // _QUERY_TILE), spec.n_heads, layers),
             (32 * warps,),
             (
                 *(y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span),
                 *(partials, arrivals, np.int32(capacity), *heads, np.int32(spec.window)),
             ),
-            shared_mem=4 * _TILE_KEYS[dim] * (dim + _ROW_PAD) * 2 + _QUERY_TILE // 16 * _PARTIAL_BYTES[dim],
+            shared_mem=_tile_bytes(dim, self._cache.kv_type) + _QUERY_TILE // 16 * _PARTIAL_BYTES[dim],
             pdl=True,
         )
         return y
@@ -261,6 +285,9 @@ class AttentionLauncher:
         no keys or values. With one slot, row 0 is slot 0.
         """
         dim, group = check_head_dim(spec.head_dim), group_size(spec)
+        if self._quantized and (len(q) > 1 or dim == _WIDEST_DIM) and k is not None and v is not None:
+            v, spec = normalize_heads(kernels, pool, q, k, v, spec)
+            k, v = self.write_rows(kernels, k, v, spec, state)
         if dim == _WIDEST_DIM:
             return self._decode_512(kernels, pool, q, k, v, spec, state)
         rows, groups, stored = len(q), spec.n_heads // group, self._stored_splits(spec, state)
@@ -274,7 +301,7 @@ class AttentionLauncher:
         if rows == 1:
             row_slots = None if self._slots == 1 else state.row_slots
             suffix, norms = norm_arguments(spec)
-            kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}{suffix}>")(
+            kernels.get("attention_decode.cu", f"attention_decode<{dim}, {group}, {adjacent}, {self._kv}{suffix}>")(
                 (decode_splits(spec), groups // spec.n_kv_heads, spec.n_kv_heads),
                 (32 * _warps(dim, group),),
                 (*inputs, row_slots, state.positions, *tables, *scratch, *norms),
@@ -288,11 +315,12 @@ class AttentionLauncher:
         blocks = min(max(1, resident * self._processors // groups), rows * stored)
         work = self._work_list(kernels, spec, state, rows, stored, blocks)
         kernel = "attention_few_rows" if few else "attention_rows"
-        kernels.get(f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}>")(
+        kv = "" if few else f", {self._kv}"
+        kernels.get(f"{kernel}.cu", f"{kernel}<{dim}, {group}, {adjacent}{kv}>")(
             (groups // spec.n_kv_heads, spec.n_kv_heads, blocks),
             (32 * warps,),
             (*inputs, work, *tables, *scratch, np.int32(decode_splits(spec)), np.int32(stored), tiles),
-            shared_mem=0 if few else _ring_bytes(dim, warps),
+            shared_mem=0 if few else self._ring_bytes(dim, warps),
             pdl=True,
         )
         return y
@@ -312,7 +340,7 @@ class AttentionLauncher:
         y = pool.empty(q.shape, np.float32)
         row_slots = None if rows == 1 and self._slots == 1 else state.row_slots
         suffix, norms = norm_arguments(spec)
-        kernels.get("attention_512.cu", f"attention_512_rows<{group}{suffix}>")(
+        kernels.get("attention_512.cu", f"attention_512_rows<{group}, {self._kv}{suffix}>")(
             (stored, spec.n_heads // group, rows),
             (_WIDEST_THREADS,),
             (
@@ -332,7 +360,8 @@ class AttentionLauncher:
         """Whether `attention_few_rows` computes a step of `rows` rows. It changes no bit."""
         dim, group = spec.head_dim, group_size(spec)
         items = rows * (spec.n_heads // group) * stored
-        return _warps(dim, group) == _WIDE_WARPS and items <= _FEW_ITEMS * self._processors and not spec.reads_only
+        wide = _warps(dim, group) == _WIDE_WARPS and not spec.reads_only and not self._quantized
+        return wide and items <= _FEW_ITEMS * self._processors
 
     def _team_warps(self, spec: Attention, rows: int) -> int:
         """Warps of a team of `attention_rows`: more of them shorten an item, fewer cost less."""
@@ -349,22 +378,32 @@ class AttentionLauncher:
         """Teams that fit on a multiprocessor at once, by shared memory and registers."""
         queries, newest, weights = 4 * group * dim, 4 * dim, 4 * group * _MAX_DECODE_SPLITS
         results = 4 * _warps(dim, group) * _part_floats(dim, group)
-        team = queries + newest + weights + results + _ring_bytes(dim, warps) + _SYSTEM_SHARED
+        team = queries + newest + weights + results + self._ring_bytes(dim, warps) + _SYSTEM_SHARED
         warps_by_registers = 8 if dim >= 128 else 16
         return min((self._max_shared + _SYSTEM_SHARED) // team, warps_by_registers // warps)
 
-    def write_rows(self, kernels: Launcher, k: DeviceArray, v: DeviceArray, spec: Attention, state: StepState) -> None:
-        """Write k, v [R, Hk·D] to the cache, before `decode` if a sequence has several rows."""
+    def write_rows(
+        self, kernels: Launcher, k: DeviceArray, v: DeviceArray, spec: Attention, state: StepState
+    ) -> tuple[DeviceArray | None, DeviceArray | None]:
+        """Write k, v [R, Hk·D] to the cache, before `decode` if a sequence has several rows.
+
+        Returns the k and v of that `decode`: None if it reads the cache alone.
+        """
         dim = check_head_dim(spec.head_dim)
-        kernels.get("kv_rows.cu", f"kv_rows<{dim}, {_FLAGS[spec.rope.adjacent]}>")(
+        kernels.get("kv_rows.cu", f"kv_rows<{dim}, {_FLAGS[spec.rope.adjacent]}, {self._kv}>")(
             (len(k), spec.n_kv_heads),
-            (dim,),
+            (_Q8_ROW_THREADS if self._quantized else dim,),
             (
                 *(k, v, *self._cache.layer(spec.layer), *self._rope(spec.rope)),
                 *(state.row_slots, state.positions, state.tables, np.int32(state.tables.shape[1])),
             ),
             pdl=True,
         )
+        return (None, None) if self._quantized else (k, v)
+
+    def _ring_bytes(self, dim: int, warps: int) -> int:
+        """Dynamic shared memory of a team: the rings of its warps (kv_ring.cuh)."""
+        return warps * _RING_SLOTS * 2 * KV_BLOCK * kv_row_bytes(dim, self._cache.kv_type)
 
     def _work_list(
         self, kernels: Launcher, spec: Attention, state: StepState, rows: int, stored: int, blocks: int
@@ -454,9 +493,10 @@ def _part_floats(dim: int, group: int) -> int:
     return _partial_floats(dim + 8, group)
 
 
-def _ring_bytes(dim: int, warps: int) -> int:
-    """Dynamic shared memory of a team: the rings of its warps (kv_ring.cuh)."""
-    return warps * _RING_SLOTS * 4 * KV_BLOCK * dim
+def _tile_bytes(dim: int, kv_type: KvType) -> int:
+    """Shared memory of the tiles of a block in prefill: TileStages of attention_tiles.cuh."""
+    tile, copied = _TILE_KEYS[dim] * (dim + _ROW_PAD) * 2, _TILE_KEYS[dim] * kv_row_bytes(dim, kv_type)
+    return 2 * tile + 4 * copied if kv_type == "q8" else 4 * tile
 
 
 def _sinks(spec: Attention) -> DeviceArray | None:

@@ -20,9 +20,8 @@ from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
 from worker.gpu.runner import GpuRunner, GpuSettings, rows_at_most
 from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES
-from worker.gpu.state import KV_ELEMENT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
-from worker.model import Hparams, Model, kv_bytes_per_token
+from worker.model import Hparams, KvType, Model, kv_bytes_per_token
 from worker.ops import KV_BLOCK
 
 _MARGIN = 256 << 20
@@ -44,10 +43,11 @@ class GpuBackend:
 
     name = "gpu"
     prefill_chunk = 1024
+    kv_type: KvType = "f16"
     kv_share = 0.9
     """The rest is for fragmentation and CUDA graphs, whose size is known after capture."""
 
-    def __init__(self, kernel_cache: Path) -> None:
+    def __init__(self, kernel_cache: Path, kv_type: KvType = "f16") -> None:
         import cupy  # noqa: PLC0415
 
         runtime = cupy.cuda.runtime
@@ -57,6 +57,7 @@ class GpuBackend:
         except runtime.CUDARuntimeError as error:
             raise CudaError(f"the GPU cannot be used: {error}") from error
         self._runtime_bytes = int(total - free)
+        self.kv_type = kv_type
         self._kernels = Kernels(kernel_cache)
         self._memory = DeviceMemory()
 
@@ -70,7 +71,7 @@ class GpuBackend:
         return weight_bytes(info)
 
     def kv_bytes_per_token(self, model: Model) -> int:
-        return kv_bytes_per_token((layer.attention for layer in model.layers), KV_ELEMENT_BYTES)
+        return kv_bytes_per_token((layer.attention for layer in model.layers), self.kv_type)
 
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
         """Activations of a chunk and a decode step, slots, attention, its tables, the margin."""
@@ -113,7 +114,10 @@ class GpuBackend:
     ) -> GpuRunner:
         """See `Backend.runner`: graphs are captured, which reads no weights."""
         settings = GpuSettings(
-            plan.kv_blocks, plan.context, prefill_tokens=self.prefill_chunk, slots=max_running, drafts=drafts
+            *(plan.kv_blocks, plan.context, self.prefill_chunk),
+            slots=max_running,
+            drafts=drafts,
+            kv_type=self.kv_type,
         )
         return GpuRunner(
             model, plan.hparams, self._memory, self._kernels, settings, padding_ids=padding_ids, end_ids=end_ids
@@ -137,4 +141,5 @@ class GpuBackend:
     def numerics(self) -> dict[str, str]:
         from cupy.cuda import nvrtc  # noqa: PLC0415
 
-        return numerics(self._kernels.arch, "{}.{}".format(*nvrtc.getVersion()), wgmma=self._kernels.wgmma)
+        version = "{}.{}".format(*nvrtc.getVersion())
+        return numerics(self._kernels.arch, version, self.kv_type, wgmma=self._kernels.wgmma)

@@ -81,8 +81,8 @@ class DecodeOps:
         if len(q) > 1 or self._drafts or not may_fuse_norms(spec):
             v, spec = normalize_heads(self._kernels, self._pool, q, k, v, spec)
         self._attention.query_scales.decode(self._kernels, q, spec, self._state)
-        if self._drafts and not spec.reads_only:
-            self._attention.write_rows(self._kernels, k, v, spec, self._state)
+        if self._drafts and k is not None and v is not None:
+            k, v = self._attention.write_rows(self._kernels, k, v, spec, self._state)
         return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
 
     def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray | None) -> DeviceArray:

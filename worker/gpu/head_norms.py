@@ -26,11 +26,11 @@ _GROUPS = {128: (2, 4, 5, 8), 256: (2, 4), 512: (4,)}
 """Sizes of heads that have norms, and of their groups; kernels of others are compiled on demand."""
 INSTANTIATIONS: tuple[KernelName, ...] = (
     *(("head_norms.cu", f"head_norms<{dim}>") for dim in HEAD_DIMS),
-    *(("rope_kv.cu", f"rope_kv<{dim}, false, HeadNorms>") for dim in _GROUPS),
+    *(("rope_kv.cu", f"rope_kv<{dim}, false, F16Kv, HeadNorms>") for dim in _GROUPS),
     *(
-        ("attention_512.cu", f"attention_512_rows<{group}, HeadNorms>")
+        ("attention_512.cu", f"attention_512_rows<{group}, F16Kv, HeadNorms>")
         if dim == 512
-        else ("attention_decode.cu", f"attention_decode<{dim}, {group}, false, HeadNorms>")
+        else ("attention_decode.cu", f"attention_decode<{dim}, {group}, false, F16Kv, HeadNorms>")
         for dim, groups in _GROUPS.items()
         for group in groups
     ),
@@ -48,9 +48,12 @@ def check_head_dim(dim: int) -> int:
     return dim
 
 
-def norm_arguments(spec: Attention) -> tuple[str, Sequence[Any]]:
-    """The last template argument and parameter of a kernel that applies the norms of `spec`."""
-    return (", HeadNorms", (_head_norms(spec),)) if _has_norms(spec) else ("", ())
+def norm_arguments(spec: Attention, *, always: bool = False) -> tuple[str, Sequence[Any]]:
+    """The last template argument and parameter of a kernel that applies the norms of `spec`.
+
+    None if there are no norms, unless `always`.
+    """
+    return (", HeadNorms", (_head_norms(spec),)) if always or _has_norms(spec) else ("", ())
 
 
 def may_fuse_norms(spec: Attention) -> bool:

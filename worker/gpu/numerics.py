@@ -7,9 +7,10 @@ number of multiprocessors is not among them: no order of sums depends on it. Nex
 
 from worker.backend import host_facts, source_digest
 from worker.gpu.compiler import OPTIONS, defines_of, launcher_modules
+from worker.model import KvType
 
 
-def numerics(arch: str, nvrtc_version: str, *, wgmma: bool) -> dict[str, str]:
+def numerics(arch: str, nvrtc_version: str, kv_type: KvType = "f16", *, wgmma: bool) -> dict[str, str]:
     """Flat facts, by name, of a device of compute capability `arch` (such as sm_90).
 
     `sources` covers kernels, launchers and adapters. FIXED_ORDERS of launcher modules are reported
@@ -21,6 +22,7 @@ def numerics(arch: str, nvrtc_version: str, *, wgmma: bool) -> dict[str, str]:
         "backend": "cuda",
         "compute_capability": arch.removeprefix("sm_"),
         "nvrtc": nvrtc_version,
+        "kv_type": kv_type,
         "options": " ".join(OPTIONS),
         "defines": "; ".join(f"{file} {' '.join(options)}" for file in sorted(files) if (options := defines_of(file))),
         "sources": source_digest("gpu"),

@@ -40,6 +40,7 @@ from worker.model import (
     Chunk,
     DraftSupport,
     Hparams,
+    KvType,
     Model,
     OnLaunched,
     SlotDraw,
@@ -83,6 +84,7 @@ class GpuSettings:
     """Maximum number of rows of a chunk whose logits are requested."""
     drafts: bool = False
     """Whether decode steps may have draft tokens."""
+    kv_type: KvType = "f16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,8 @@ class GpuRunner:
         self.drafts = DraftSupport(1, times, _DRAFT_TIME) if settings.drafts else None
         self._stream = cupy.cuda.Stream(non_blocking=True)
         with device_errors(), self._stream:
-            self.cache = KvCache(memory, [layer.attention for layer in model.layers], settings.kv_blocks)
+            layers = [layer.attention for layer in model.layers]
+            self.cache = KvCache(memory, layers, settings.kv_blocks, settings.kv_type)
             self._attention = AttentionLauncher(memory, self.cache, rows, processors, self._max_shared)
             self._state = StepState(memory, settings.slots, blocks, draft_slots)
             self._chunk = ChunkState(memory, settings.prefill_tokens, settings.logit_rows, blocks)

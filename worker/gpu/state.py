@@ -7,7 +7,7 @@ slot once, when its sequence begins to generate. Kernel side: `kernels/kv_cache.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.model import SlotStart, cached, kv_bytes_per_token
+from worker.model import KvType, SlotStart, cached, kv_bytes_per_token, kv_row_bytes
 from worker.ops import KV_BLOCK, Attention, Batch, Ints
 from worker.sampling import DrawRequest, Sampling
 
@@ -32,28 +32,28 @@ REQUEST = np.dtype(
 ENDS = 16
 """End ids of a slot that the device knows."""
 
-KV_ELEMENT_BYTES = 2
-"""Bytes of an f16."""
-
 PINNED_SLOTS = 4
 """Uploads that may be in flight before the next one waits."""
 
+_DTYPES: Mapping[KvType, type[np.generic]] = {"f16": np.float16, "q8": np.uint8}
 _NO_LIMIT = np.iinfo(np.int32).max
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 
 
 class KvCache:
-    """The paged KV cache: K and V of each layer as [blocks, Hk, B, D] f16.
+    """The paged KV cache: K and V of each layer as [blocks, Hk, B, D] f16 or, if `kv_type` is q8,
+    [blocks, Hk, B·(D + 2)] u8.
 
-    Unwritten slots are never read.
+    No result depends on unwritten slots.
     """
 
-    def __init__(self, memory: DeviceMemory, layers: Sequence[Attention], blocks: int) -> None:
-        shapes = [(2, blocks, spec.n_kv_heads, KV_BLOCK, spec.head_dim) for spec in cached(layers)]
-        nbytes = blocks * KV_BLOCK * kv_bytes_per_token(layers, KV_ELEMENT_BYTES)
+    def __init__(self, memory: DeviceMemory, layers: Sequence[Attention], blocks: int, kv_type: KvType = "f16") -> None:
+        self.kv_type = kv_type
+        shapes = [(2, blocks, spec.n_kv_heads, *head_block_shape(spec.head_dim, kv_type)) for spec in cached(layers)]
+        nbytes, dtype = blocks * KV_BLOCK * kv_bytes_per_token(layers, kv_type), _DTYPES[kv_type]
         slab = memory.reserve(nbytes, Purpose.KV)
-        self.array: DeviceArray = slab.array((nbytes // KV_ELEMENT_BYTES,), np.float16)
-        """All layers: [layers, 2, blocks, Hk, B, D] if they have one shape, else flat."""
+        self.array: DeviceArray = slab.array((nbytes // np.dtype(dtype).itemsize,), dtype)
+        """All layers: [layers, 2, blocks, Hk, …] if they have one shape, else flat."""
         ends = list(accumulate(map(math.prod, shapes)))
         parts = (self.array[end - math.prod(shape) : end] for shape, end in zip(shapes, ends, strict=True))
         pairs = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -64,6 +64,11 @@ class KvCache:
     def layer(self, layer: int) -> tuple[DeviceArray, DeviceArray]:
         """The keys and values of one layer."""
         return self._layers[layer]
+
+
+def head_block_shape(dim: int, kv_type: KvType) -> tuple[int, ...]:
+    """The shape of one head in one KV block."""
+    return (KV_BLOCK * kv_row_bytes(dim, kv_type),) if kv_type == "q8" else (KV_BLOCK, dim)
 
 
 class PinnedRing:

@@ -11,7 +11,8 @@
 // of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the tiles g,
 // g + splits, … after the oldest one; the block that arrives last adds the partial results, the oldest
 // first.
-//   q [R, H·512], k, v [R, Hk·512] f32, or null: an earlier layer has written them to the cache;
+//   q [R, H·512], k, v [R, Hk·512] f32, or null: they are in the cache,
+//   by an earlier layer or, always with Q8Kv, by kv_rows.cu;
 //   row_slots [R] i32, or null: slot 0; of the slots, positions
 //   [S] i32 and tables [S, table_stride] i32. y [R, H·512] f32; zeros for an inactive row
 //   (attention_items.cu). The keys of other rows of a sequence are in the cache (kv_rows.cu).
@@ -36,12 +37,13 @@
 constexpr int kDim = 512, kThreads = 256, kTile = kThreads / 32 * kKvBlock;
 constexpr float kLog2e = 1.4426950408889634f;
 
+template <class Kv>
 struct Caches {
-    const unsigned short *keys, *values;
+    const typename Kv::Element *keys, *values;
     const int* table;
     int n_kv_heads, kv_head;
     __device__ __forceinline__ size_t row(int block, int position) const {
-        return kv_offset<kDim>(block, n_kv_heads, kv_head, position);
+        return Kv::template row<kDim>(block, n_kv_heads, kv_head, position);
     }
 };
 
@@ -49,7 +51,7 @@ template <int GROUP>
 struct Shared {
     float4 weights[kTile];  // of a position: its scores, then weights, of the heads
     float queries[GROUP][kDim], factors[GROUP];
-    __align__(16) unsigned short key[kDim], value[kDim];  // of the newest position
+    __align__(16) unsigned short key[kDim], value[kDim];  // of the newest position, in f16
     int blocks[kTile / kKvBlock];
     __device__ __forceinline__ float& weight(int i, int g) { return reinterpret_cast<float*>(weights)[4 * i + g]; }
 };
@@ -73,8 +75,9 @@ struct State {
 
     // Add one tile, of which at least one position is visible. The newest row of keys and values is
     // in `shared` if `own`.
-    __device__ __forceinline__ void add(Shared<GROUP>& shared, const Caches& caches, int tile, int oldest, int newest,
-                                        bool own) {
+    template <class Kv>
+    __device__ __forceinline__ void add(Shared<GROUP>& shared, const Caches<Kv>& caches, int tile, int oldest,
+                                        int newest, bool own) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, start = tile * kTile + warp * kKvBlock;
         const int block = start <= newest ? caches.table[start / kKvBlock] : 0;
         if (lane == 0) shared.blocks[warp] = block;
@@ -86,9 +89,12 @@ struct State {
                 const int p = first + i;
                 float low[8] = {}, high[8] = {};
                 if (p >= oldest && p <= newest) {
-                    const unsigned short* row = own && p == newest ? shared.key : caches.keys + caches.row(block, p);
-                    unpack8(*reinterpret_cast<const uint4*>(row + 8 * lane), low);
-                    unpack8(*reinterpret_cast<const uint4*>(row + 256 + 8 * lane), high);
+                    const typename Kv::Element* row;
+                    if constexpr (Kv::kQuantized) row = caches.keys + caches.row(block, p);
+                    else row = own && p == newest ? shared.key : caches.keys + caches.row(block, p);
+                    const float scale = Kv::template row_scale<kDim>(row, p);
+                    Kv::load_eight(row + 8 * lane, scale, low);
+                    Kv::load_eight(row + 256 + 8 * lane, scale, high);
                 }
 #pragma unroll
                 for (int g = 0; g < 4; ++g) {
@@ -115,9 +121,10 @@ struct State {
 #pragma unroll 4
         for (int p = max(oldest, tile * kTile); p <= last; ++p) {
             const int i = p % kTile;
-            const unsigned short* row =
-                own && p == newest ? shared.value : caches.values + caches.row(shared.blocks[i / kKvBlock], p);
-            add_row(half2_to_float2(*reinterpret_cast<const unsigned int*>(row + 2 * threadIdx.x)), shared.weights[i]);
+            const typename Kv::Element* row;
+            if constexpr (Kv::kQuantized) row = caches.values + caches.row(shared.blocks[i / kKvBlock], p);
+            else row = own && p == newest ? shared.value : caches.values + caches.row(shared.blocks[i / kKvBlock], p);
+            add_row(Kv::load_two(row + 2 * threadIdx.x, Kv::template row_scale<kDim>(row, p)), shared.weights[i]);
         }
         __syncthreads();
     }
@@ -161,10 +168,10 @@ private:
     }
 };
 
-template <int GROUP, class... Norms>
+template <int GROUP, class Kv, class... Norms>
 __global__ void __launch_bounds__(kThreads)
-    attention_512_rows(float* y, const float* q, const float* k, const float* v, unsigned short* k_cache,
-                       unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* row_slots,
+    attention_512_rows(float* y, const float* q, const float* k, const float* v, typename Kv::Element* k_cache,
+                       typename Kv::Element* v_cache, const float* cos, const float* sin, int dims, const int* row_slots,
                        const int* positions, const int* tables, int table_stride, const float* sinks, float* partials,
                        unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits,
                        Norms... norms) {
@@ -183,12 +190,12 @@ __global__ void __launch_bounds__(kThreads)
     const SplitTiles tiles(position, window, kTile, splits, blockIdx.x);
     const int active = tiles.active();
     if (tiles.mine >= active) return;
-    const Caches caches = {k_cache, v_cache, tables + (size_t)slot * table_stride, n_kv_heads, kv_head};
+    const Caches<Kv> caches = {k_cache, v_cache, tables + (size_t)slot * table_stride, n_kv_heads, kv_head};
 
     const RopeTables rope = {cos, sin, dims};
     const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
     const size_t kv_row = ((size_t)blockIdx.z * n_kv_heads + kv_head) * kDim;
-    const bool own = k && tiles.has_newest();  // without k, the newest row is read from the cache
+    const bool own = !Kv::kQuantized && k && tiles.has_newest();  // without k, the newest row is read from the cache
     q += ((size_t)blockIdx.z * n_heads + head) * kDim, k += kv_row, v += kv_row;
     if constexpr (sizeof...(Norms) > 0) {
         __shared__ __align__(16) float heads[GROUP + 2][kDim];
@@ -206,10 +213,12 @@ __global__ void __launch_bounds__(kThreads)
                 make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale), __fmul_rn(x.z, scale), __fmul_rn(x.w, scale));
             continue;
         }
-        const size_t to = caches.row(caches.table[position / kKvBlock], position) + e;
-        const uint2 key = halves_of(x), value = halves_of(*reinterpret_cast<const float4*>(v + e));
-        *reinterpret_cast<uint2*>(k_cache + to) = *reinterpret_cast<uint2*>(shared.key + e) = key;
-        *reinterpret_cast<uint2*>(v_cache + to) = *reinterpret_cast<uint2*>(shared.value + e) = value;
+        if constexpr (!Kv::kQuantized) {
+            const size_t to = caches.row(caches.table[position / kKvBlock], position) + e;
+            const uint2 key = halves_of(x), value = halves_of(*reinterpret_cast<const float4*>(v + e));
+            *reinterpret_cast<uint2*>(k_cache + to) = *reinterpret_cast<uint2*>(shared.key + e) = key;
+            *reinterpret_cast<uint2*>(v_cache + to) = *reinterpret_cast<uint2*>(shared.value + e) = value;
+        }
     }
     __syncthreads();
 
@@ -261,16 +270,16 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <int GROUP>
+template <int GROUP, class Kv>
 __global__ void __launch_bounds__(kThreads)
-    attention_512_chunk(unsigned int* y, const unsigned short* q, const unsigned short* k_cache,
-                        const unsigned short* v_cache, const int* table, const float* sinks, const int* span,
+    attention_512_chunk(unsigned int* y, const unsigned short* q, const typename Kv::Element* k_cache,
+                        const typename Kv::Element* v_cache, const int* table, const float* sinks, const int* span,
                         int n_heads, int n_kv_heads, int window) {
     __shared__ Shared<GROUP> shared;
     const int row = blockIdx.y, position = span[0] + row, head = blockIdx.x * GROUP;
     if (row >= span[1]) return;
     grid_dependency_wait();
-    const Caches caches = {k_cache, v_cache, table, n_kv_heads, head / (n_heads / n_kv_heads)};
+    const Caches<Kv> caches = {k_cache, v_cache, table, n_kv_heads, head / (n_heads / n_kv_heads)};
     const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
     for (int at = threadIdx.x; at < GROUP * kDim; at += kThreads)
         shared.queries[at / kDim][at % kDim] = __fmul_rn(half_to_float(q[((size_t)row * n_heads + head) * kDim + at]), scale);

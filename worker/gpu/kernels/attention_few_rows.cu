@@ -7,7 +7,7 @@
 // before the results of an item are combined. An item takes less time, so this kernel is for so few
 // items that a block has one or two; with more, the teams of attention_rows.cu read faster.
 //
-// Inputs, outputs and scratch as in attention_rows.cu. Shapes: those with 16 parts of one KV block.
+// Inputs, outputs and scratch as in attention_rows.cu, with an F16Kv cache. Shapes: those with 16 parts of one KV block.
 // Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best at most one a multiprocessor; block 32
 // threads a part.
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
     using Part = Parts<D, GROUP>;
     using Span = ItemSpan<D, GROUP>;
     constexpr int kThreads = 32 * Shape::kParts;
-    static_assert(Shape::kBlocks == 1 && kThreads >= 32 * Heads<D>::kSteps + 32 + D, "see `rotates`, `element`");
-    __shared__ uint4 queries[Heads<D>::kSteps][32];
+    static_assert(Shape::kBlocks == 1 && kThreads >= 32 * Heads<D, F16Kv>::kSteps + 32 + D, "see `rotates`, `element`");
+    __shared__ uint4 queries[Heads<D, F16Kv>::kSteps][32];
     __shared__ __align__(16) float parts[Shape::kParts][Part::kFloats];
     __shared__ float weights[GROUP][MAX_DECODE_SPLITS];
-    __shared__ __align__(16) unsigned short new_key[D], new_value[D];
+    __shared__ __align__(16) F16Kv::Row<D> new_key, new_value;
     __shared__ int arrived_row, arrived_splits;  // of the previous item
     __shared__ bool complete;                    // this block has arrived last at its group
     const int kv_head = blockIdx.y, group = kv_head * gridDim.x + blockIdx.x, groups = gridDim.x * gridDim.y;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
     // Read before the wait: the list, block tables and KV of earlier tokens, as in attention_rows.cu.
     const DecodeEntries entries(list);
     if ((int)blockIdx.z >= entries.stride) return;
-    KvFragments<D> kv;
+    KvFragments<D, F16Kv> kv;
     // The KV block of this warp's part of a tile, negative if no position of it is visible.
     const auto find = [=](const Entry entry, const Span& span, int tile) {
         const int start = tile + warp * kKvBlock;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
     };
     const auto load = [&](int block, const Span& span, int tile) {
         if (block < 0) return;
-        const size_t at = kv_offset<D>(block, n_kv_heads, kv_head, 0);
+        const size_t at = F16Kv::row<D>(block, n_kv_heads, kv_head, 0);
         kv.template load<true>(k_cache + at, v_cache + at, tile + warp * kKvBlock, span.oldest, span.newest);
     };
     Entry upcoming = entries.first;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
     bool pending = false;                                    // the previous item has partial results of its row
     const bool arriving = threadIdx.x == kThreads - D - 32;  // its warp has nothing to rotate
     unsigned int arrived_before = 0;                         // of that thread
-    const int query_row = lane / 4, e = Heads<D>::query_element(warp, lane);
+    const int query_row = lane / 4, e = Heads<D, F16Kv>::query_element(warp, lane);
     Rotation rotations[4], key_rotation;
     size_t new_row = 0;
 #pragma unroll 1
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
         const Span span(entry, window), next(upcoming, window);
         const bool active = more && entry.active();
         // The first warps rotate the queries, the last ones write the newest key and value.
-        const bool rotates = active && warp < Heads<D>::kSteps;
+        const bool rotates = active && warp < Heads<D, F16Kv>::kSteps;
         const int element = active && span.has_newest(splits) ? (int)threadIdx.x - (kThreads - D) : -1;
         if (rotates) {
 #pragma unroll
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
         if (element >= 0) {
             key_rotation = rotation_of<ADJACENT>(element, span.newest, rope);
             const int block = tables[entry.slot() * table_stride + span.newest / kKvBlock];
-            new_row = kv_offset<D>(block, n_kv_heads, kv_head, span.newest) + element;
+            new_row = F16Kv::row<D>(block, n_kv_heads, kv_head, span.newest) + element;
         }
         if (index == (int)blockIdx.z) {
             launch_dependents();
@@ -115,18 +115,18 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
             const auto scaled = [&](float from, float partner, int i) {
                 return __fmul_rn(rotate(from, partner, rotations[i]), scale);
             };
-            queries[warp][lane] = Heads<D>::query(make_float4(scaled(x.x, other.x, 0), scaled(x.y, other.y, 1),
+            queries[warp][lane] = Heads<D, F16Kv>::query(make_float4(scaled(x.x, other.x, 0), scaled(x.y, other.y, 1),
                                                               scaled(x.z, other.z, 2), scaled(x.w, other.w, 3)));
         }
         if (element >= 0) {
             const size_t at = ((size_t)entry.row() * n_kv_heads + kv_head) * D;
             const float key = rotate(k[at + element], k[at + key_rotation.partner], key_rotation);
-            k_cache[new_row] = new_key[element] = float_to_half(clamp_to_half_range(key));
-            v_cache[new_row] = new_value[element] = float_to_half(clamp_to_half_range(v[at + element]));
+            k_cache[new_row] = new_key.elements[element] = float_to_half(clamp_to_half_range(key));
+            v_cache[new_row] = new_value.elements[element] = float_to_half(clamp_to_half_range(v[at + element]));
         }
         __syncthreads();
         if (more) {
-            Heads<D> heads;
+            Heads<D, F16Kv> heads;
             heads.reset();
 #pragma unroll 1
             for (int tile = span.first; tile <= span.newest; tile += splits * Shape::kTile) {

@@ -22,11 +22,11 @@
 // Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero
 // before and after each launch; both null where Z is 1. D is 64, 96, 128 or 256.
 // Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic
-// shared memory: 4·keys_per_tile(D)·(D + ROW_PAD)·2 bytes of tiles, 256·(D+8) of partial results.
+// shared memory: TileStages (attention_tiles.cuh), and 256·(D+8) bytes of partial results.
 // Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an
 // element; keys and values of all visible tiles once per 64 queries and head, mostly from L2; with
 // SPLIT also 4·(D+8) per query, head and segment, written and read.
-// Twin: `attend` in worker/cpu/attention.py with an f16 cache.
+// Twin: `attend` in worker/cpu/attention.py with a cache of the same type; codes are decoded to f16.
 #include "arrival.cuh"
 #include "pdl.cuh"
 #include "fragments.cuh"
@@ -86,17 +86,17 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
     }
 }
 
-template <int D, bool SPLIT>
+template <int D, bool SPLIT, class Kv>
 __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT))
-    attention_prefill(unsigned int* y, const unsigned short* q, const unsigned short* k_cache,
-                      const unsigned short* v_cache, const int* table, const float* sinks, const int* span,
+    attention_prefill(unsigned int* y, const unsigned short* q, const typename Kv::Element* k_cache,
+                      const typename Kv::Element* v_cache, const int* table, const float* sinks, const int* span,
                       float4* partials, unsigned int* arrivals, int capacity, int n_heads, int n_kv_heads, int window) {
     constexpr int STRIPS = strips(D, SPLIT), kRows = 16 * STRIPS, kPartial = partial_quads(D, STRIPS);
     constexpr int kKeys = keys_per_tile(D), kTiles = SEGMENT / kKeys;
     extern __shared__ __align__(16) unsigned short shared[];
-    Tile<D>* keys = reinterpret_cast<Tile<D>*>(shared);
-    Tile<D>* values = keys + 2;
-    float4* kept = reinterpret_cast<float4*>(values + 2) + threadIdx.x / 32 * kPartial;
+    using Tiles = TileStages<D, STRIPS, Kv>;
+    Tiles& tiles = *reinterpret_cast<Tiles*>(shared);
+    float4* kept = reinterpret_cast<float4*>(&tiles + 1) + threadIdx.x / 32 * kPartial;
     const int start = span[0], n_tokens = span[1];
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
     const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // longest rows first
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         return at * kKvBlock < valid ? table[at] : 0;
     };
     const auto fetch = [&](int stage, int tile, int blocks) {
-        fetch_tile<D, STRIPS, kLanes>(keys[stage], k_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
-        fetch_tile<D, STRIPS, kLanes>(values[stage], v_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
+        tiles.template fetch<kLanes>(stage, 0, k_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
+        tiles.template fetch<kLanes>(stage, 1, v_cache, blocks, n_kv_heads, kv_head, tile * kKeys, valid);
         commit_copies();
     };
     const int last_tile = newest / kKeys, last_segment = newest / SEGMENT;
@@ -151,13 +151,14 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
             } else {
                 wait_for_copies<0>();
             }
+            tiles.arrive(stage, tile * kKeys, valid);
             __syncthreads();
             Scores<D, STRIPS> scores = {};
-            score<D, STRIPS>(scores, queries, keys[stage]);
+            score<D, STRIPS>(scores, queries, tiles.keys(stage));
             if ((tile + 1) * kKeys > seen_by_all + 1 || (window && tile * kKeys < seen_by_all + kRows - window))
                 apply_mask<D, STRIPS>(scores, start + row, tile * kKeys, window);
             state.update(scores, scale);
-            add_values<D, STRIPS>(state.sums, scores, values[stage]);
+            add_values<D, STRIPS>(state.sums, scores, tiles.values(stage));
             __syncthreads();
             tile = next;
         }

@@ -30,7 +30,7 @@
 
 // Add one KV block of the ring. `fresh`: no sums before it.
 template <int D, int GROUP>
-__device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned short* staged,
+__device__ __forceinline__ void attend_staged(Heads<D, F16Kv>& heads, const unsigned short* staged,
                                               const uint4 (*queries)[4 * GROUP], int start, int oldest, int newest,
                                               bool fresh) {
     const StagedFragments<D> kv(staged);
@@ -40,10 +40,10 @@ __device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned sh
     const float scale = heads.weigh(kv, query_at, start, oldest, newest, a);
     if (!fresh) {
 #pragma unroll
-        for (int i = 0; i < 4 * Heads<D>::kTiles; ++i) heads.sums[i / 4][i % 4] = __fmul_rn(heads.sums[i / 4][i % 4], scale);
+        for (int i = 0; i < 4 * Heads<D, F16Kv>::kTiles; ++i) heads.sums[i / 4][i % 4] = __fmul_rn(heads.sums[i / 4][i % 4], scale);
     }
 #pragma unroll
-    for (int j = 0; j < Heads<D>::kTiles / 2; ++j) {
+    for (int j = 0; j < Heads<D, F16Kv>::kTiles / 2; ++j) {
         unsigned int b[4];
         kv.load_values(b, j);
         mma_16x8x16(heads.sums[2 * j], a, b[0], b[1]);
@@ -51,20 +51,32 @@ __device__ __forceinline__ void attend_staged(Heads<D>& heads, const unsigned sh
     }
 }
 
-template <int D, int GROUP, bool ADJACENT>
+template <int D, int GROUP>
+__device__ __forceinline__ void attend_staged(Heads<D, Q8Kv>& heads, const unsigned char* staged,
+                                              const uint4 (*queries)[4 * GROUP], int start, int oldest, int newest,
+                                              bool) {
+    KvFragments<D, Q8Kv> kv;
+    kv.load(staged, staged + Q8Kv::kHeadBlock<D>, start, oldest, newest + 1);
+    const int lane = threadIdx.x % 32;
+    const auto query_at = [=](int s) { return lane < 4 * GROUP ? queries[s][lane] : make_uint4(0, 0, 0, 0); };
+    heads.attend_to(kv, query_at, start, oldest, newest);
+}
+
+template <int D, int GROUP, bool ADJACENT, class Kv>
 __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
     attention_rows(float* y, u8* q8, Meta* meta, const float* q, const float* k, const float* v,
-                   unsigned short* k_cache, unsigned short* v_cache, const float* cos, const float* sin, int dims,
-                   const int2* list, const int* tables, int table_stride, const float* sinks, float* partials,
+                   typename Kv::Element* k_cache, typename Kv::Element* v_cache, const float* cos, const float* sin,
+                   int dims, const int2* list, const int* tables, int table_stride, const float* sinks, float* partials,
                    unsigned int* arrivals, int n_heads, int n_kv_heads, int window, int splits, int stored,
                    const Q8Tiles tiles) {
     using Shape = RowShape<D, GROUP>;
     using Part = Parts<D, GROUP>;
     constexpr int kQuads = D / 4;  // of a head
-    __shared__ uint4 queries[Heads<D>::kSteps][4 * GROUP];
+    using Fragments = KvFragments<D, Kv>;
+    __shared__ uint4 queries[Heads<D, Kv>::kSteps][4 * GROUP];
     __shared__ __align__(16) float parts[Shape::kParts][Part::kFloats];
     __shared__ float weights[GROUP][MAX_DECODE_SPLITS];
-    __shared__ __align__(16) unsigned short new_key[D], new_value[D];
+    __shared__ __align__(16) F16Kv::Row<D> new_key, new_value;  // with codes, kv_rows.cu has written them
     __shared__ int arrived_row, arrived_splits;  // of the previous item
     __shared__ bool complete;                    // this block has arrived last at its group
     const int kv_head = blockIdx.y, group = kv_head * gridDim.x + blockIdx.x, groups = gridDim.x * gridDim.y;
@@ -74,8 +86,8 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
     // earlier tokens.
     const DecodeEntries entries(list);
     if ((int)blockIdx.z >= entries.stride) return;
-    KvRing<D, GROUP> ring = {k_cache,    v_cache, tables, table_stride,
-                             n_kv_heads, kv_head, KvWalk<D, GROUP>(entries, window, splits)};
+    KvRing<D, GROUP, Kv> ring = {k_cache,    v_cache, tables, table_stride,
+                                 n_kv_heads, kv_head, KvWalk<D, GROUP>(entries, window, splits)};
     ring.fill();
 
     const RopeTables rope = {cos, sin, dims};
@@ -84,6 +96,7 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
         return FinalRows{y + first, q8 + first,      meta + first / 32, sinks ? sinks + head : nullptr,
                          head * D,  n_heads * D, tiles,             row};
     };
+    const auto four_of = [](F16Kv::Row<D>& row, int e) { return reinterpret_cast<uint2*>(row.elements + e); };
     const auto partials_of = [=](int row) {
         return partials + ((size_t)row * groups + group) * stored * Part::kFloats;
     };
@@ -106,15 +119,15 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
         const ItemSpan<D, GROUP> span(entry, window);
         if (more) {
             // Rotate the queries, and write the newest key and value: four elements a thread.
-            const int units = (GROUP + span.has_newest(splits)) * kQuads;
+            const int units = (Kv::kQuantized ? GROUP : GROUP + span.has_newest(splits)) * kQuads;
 #pragma unroll 1
             for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
                 const int g = unit / kQuads, e = unit % kQuads * 4;
                 if (g == GROUP && !k) {  // written by an earlier layer
                     const int block = tables[entry.slot() * table_stride + span.newest / kKvBlock];
-                    const size_t at = kv_offset<D>(block, n_kv_heads, kv_head, span.newest) + e;
-                    *reinterpret_cast<uint2*>(new_key + e) = __ldcg(reinterpret_cast<const uint2*>(k_cache + at));
-                    *reinterpret_cast<uint2*>(new_value + e) = __ldcg(reinterpret_cast<const uint2*>(v_cache + at));
+                    const size_t at = Kv::template row<D>(block, n_kv_heads, kv_head, span.newest) + e;
+                    *four_of(new_key, e) = __ldcg(reinterpret_cast<const uint2*>(k_cache + at));
+                    *four_of(new_value, e) = __ldcg(reinterpret_cast<const uint2*>(v_cache + at));
                     continue;
                 }
                 const size_t kv_row = ((size_t)entry.row() * n_kv_heads + kv_head) * D;
@@ -122,23 +135,23 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
                 const float4 x = rotated<ADJACENT>(from, e, span.newest, rope);
                 if (g < GROUP) {
                     const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
-                    queries[e / 32 * 2 + e % 8 / 4][4 * g + e % 32 / 8] =
-                        Heads<D>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
+                    queries[Fragments::step_of(e)][4 * g + Fragments::column_of(e)] =
+                        Heads<D, Kv>::query(make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale),
                                                     __fmul_rn(x.z, scale), __fmul_rn(x.w, scale)));
                     continue;
                 }
                 const int block = tables[entry.slot() * table_stride + span.newest / kKvBlock];
-                const size_t to = kv_offset<D>(block, n_kv_heads, kv_head, span.newest) + e;
+                const size_t to = Kv::template row<D>(block, n_kv_heads, kv_head, span.newest) + e;
                 const uint2 key = halves_of(x), value = halves_of(*reinterpret_cast<const float4*>(v + kv_row + e));
-                *reinterpret_cast<uint2*>(k_cache + to) = *reinterpret_cast<uint2*>(new_key + e) = key;
-                *reinterpret_cast<uint2*>(v_cache + to) = *reinterpret_cast<uint2*>(new_value + e) = value;
+                *reinterpret_cast<uint2*>(k_cache + to) = *four_of(new_key, e) = key;
+                *reinterpret_cast<uint2*>(v_cache + to) = *four_of(new_value, e) = value;
             }
         }
         __syncthreads();
         if (more) {
 #pragma unroll 1
             for (int part = warp; part < span.parts; part += blockDim.x / 32) {
-                Heads<D> heads;
+                Heads<D, Kv> heads;
                 heads.reset();
                 bool fresh = true;
 #pragma unroll 1
@@ -148,9 +161,12 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
                         if (!span.sees(start)) continue;
                         ring.find();
                         wait_for_copies<RING_SLOTS - 1>();
-                        if (span.newest - start < kKvBlock) {
-                            __syncwarp();
-                            StagedKv<D>::insert(ring.first(), new_key, new_value, span.newest - start);
+                        if constexpr (!Kv::kQuantized) {
+                            if (span.newest - start < kKvBlock) {
+                                __syncwarp();
+                                StagedKv<D, Kv>::insert(ring.first(), new_key.elements, new_value.elements,
+                                                    span.newest - start);
+                            }
                         }
                         __syncwarp();
                         attend_staged<D, GROUP>(heads, ring.first(), queries, start, span.oldest, span.newest, fresh);
@@ -159,7 +175,8 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
                         ring.push();
                     }
                 }
-                Part::store(heads, parts[part]);
+                if constexpr (Kv::kQuantized) heads.template store_partial<Part::kRow>(parts[part], GROUP);
+                else Part::store(heads, parts[part]);
             }
         }
         // The result of the atomic is needed only here: the thread does not wait for it before.

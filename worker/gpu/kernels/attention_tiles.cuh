@@ -34,7 +34,7 @@ __device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* 
     for (int b = 0; b < keys_per_tile(D) / kKvBlock; ++b) {
         const int first = tile + b * kKvBlock;
         const int block = __shfl_sync(0xffffffffu, blocks, first / kKvBlock % LANES);
-        const unsigned short* from = cache + kv_offset<D>(block, n_kv_heads, kv_head, 0);
+        const unsigned short* from = cache + F16Kv::row<D>(block, n_kv_heads, kv_head, 0);
 #pragma unroll
         for (int i = 0; i < (kEach + threads(STRIPS) - 1) / threads(STRIPS); ++i) {
             const int at = threadIdx.x + i * threads(STRIPS), row = at / kUnits;
@@ -43,6 +43,71 @@ __device__ __forceinline__ void fetch_tile(Tile<D>& rows, const unsigned short* 
         }
     }
 }
+
+// The tiles of keys and values in shared memory: copied to stage 0 or 1, each by `fetch`, and read
+// there after a barrier that follows `arrive`.
+template <int D, int STRIPS, class Kv>
+struct TileStages {
+    static_assert(!Kv::kQuantized);
+    Tile<D> stages[2][2];  // keys, values
+
+    template <int LANES>
+    __device__ __forceinline__ void fetch(int stage, int of, const unsigned short* cache, int blocks, int n_kv_heads,
+                                          int kv_head, int tile, int valid) {
+        fetch_tile<D, STRIPS, LANES>(stages[of][stage], cache, blocks, n_kv_heads, kv_head, tile, valid);
+    }
+    __device__ __forceinline__ void arrive(int, int, int) {}
+    __device__ __forceinline__ const Tile<D>& keys(int stage) const { return stages[0][stage]; }
+    __device__ __forceinline__ const Tile<D>& values(int stage) const { return stages[1][stage]; }
+};
+
+// With codes: head blocks are copied as they are, and elements are decoded, rounded to f16, before a
+// tile is read.
+template <int D, int STRIPS>
+struct TileStages<D, STRIPS, Q8Kv> {
+    static constexpr int kKeys = keys_per_tile(D), kBlocks = kKeys / kKvBlock;
+    Tile<D> decoded[2];  // keys, values
+    __align__(16) unsigned char copied[2][2][kBlocks][Q8Kv::kHeadBlock<D>];
+
+    template <int LANES>
+    __device__ __forceinline__ void fetch(int stage, int of, const unsigned char* cache, int blocks, int n_kv_heads,
+                                          int kv_head, int tile, int valid) {
+        constexpr int kUnits = Q8Kv::kHeadBlock<D> / 16, kThreads = threads(STRIPS);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const int first = tile + b * kKvBlock;
+            const int block = __shfl_sync(0xffffffffu, blocks, first / kKvBlock % LANES);
+            const unsigned char* from = cache + Q8Kv::row<D>(block, n_kv_heads, kv_head, 0);
+#pragma unroll
+            for (int i = 0; i < (kUnits + kThreads - 1) / kThreads; ++i) {
+                const int at = threadIdx.x + i * kThreads;
+                if (at < kUnits) copy_16_async(copied[of][stage][b] + 16 * at, from + 16 * at, first < valid);
+            }
+        }
+    }
+    // Called after the wait for the stage's copies, and by all threads. Rows from `valid` on become zeros.
+    __device__ __forceinline__ void arrive(int stage, int tile, int valid) {
+        constexpr int kUnits = D / 16;  // 16 codes each
+        __syncthreads();
+#pragma unroll 1
+        for (int at = threadIdx.x; at < 2 * kKeys * kUnits; at += threads(STRIPS)) {
+            const int of = at / (kKeys * kUnits), row = at / kUnits % kKeys, unit = at % kUnits * 16;
+            const unsigned char* block = copied[of][stage][row / kKvBlock];
+            const unsigned int scale = tile + row < valid ? __byte_perm(Q8Kv::scale_bits<D>(block, row), 0, 0x1010) : 0;
+            const uint4 codes = *reinterpret_cast<const uint4*>(block + row % kKvBlock * D + unit);
+            uint4* const to = reinterpret_cast<uint4*>(&decoded[of][row][unit]);
+            to[0] = eight(codes.x, codes.y, scale), to[1] = eight(codes.z, codes.w, scale);
+        }
+    }
+    __device__ __forceinline__ const Tile<D>& keys(int) const { return decoded[0]; }
+    __device__ __forceinline__ const Tile<D>& values(int) const { return decoded[1]; }
+
+private:
+    __device__ __forceinline__ static uint4 eight(unsigned int first, unsigned int last, unsigned int scale) {
+        const uint2 a = Q8Kv::halves(first), b = Q8Kv::halves(last);
+        return make_uint4(half2_mul(a.x, scale), half2_mul(a.y, scale), half2_mul(b.x, scale), half2_mul(b.y, scale));
+    }
+};
 
 template <int D, int STRIPS>
 using Scores = float[STRIPS][keys_per_tile(D) / 8][4];  // 16 queries × 8 keys: four values a lane

@@ -9,22 +9,6 @@
 #pragma once
 #include "scales.cuh"
 
-__device__ __forceinline__ u32 half2_sub(u32 a, u32 b) {
-    u32 r;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-__device__ __forceinline__ u32 half2_mul(u32 a, u32 b) {
-    u32 r;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
-    return r;
-}
-__device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
-    u32 r;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-    return r;
-}
-
 // CODES and SCALES as loaded. HAS_MIN: values have a minimum. TWO_SCALES: each half of a unit has
 // its own scale.
 template <class CODES, class SCALES, int ZERO, bool HAS_MIN = false, bool TWO_SCALES = false>

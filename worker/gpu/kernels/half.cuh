@@ -1,4 +1,5 @@
-// Conversions between f16 and f32 in PTX: NVRTC's wheels carry no cuda_fp16.h.
+// Conversions between f16 and f32, and arithmetic on pairs of f16, in PTX: NVRTC's wheels carry no
+// cuda_fp16.h.
 //
 // An f16 is an unsigned short, a pair an unsigned int with the lower index in the lower bits.
 // Rounding is to nearest even. f16 subnormals are kept: -ftz=true applies to f32 only, and every
@@ -29,6 +30,22 @@ __device__ __forceinline__ unsigned int floats_to_half2(float lower, float upper
     unsigned int pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
     return pair;
+}
+
+__device__ __forceinline__ unsigned int half2_sub(unsigned int a, unsigned int b) {
+    unsigned int r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ unsigned int half2_mul(unsigned int a, unsigned int b) {
+    unsigned int r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ unsigned int half2_fma(unsigned int a, unsigned int b, unsigned int c) {
+    unsigned int r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
 }
 
 // Clamp to ±65504: an infinity in the KV cache or in an operand would turn a masked product 0·∞

@@ -62,12 +62,15 @@ struct ItemSpan {
     __device__ __forceinline__ bool sees(int start) const { return start <= newest && start + kKvBlock > oldest; }
 };
 
-// One KV block of one head in shared memory. Keys: the 16-byte chunks that a lane needs for scores
+// One KV block of one head in shared memory. Keys in f16: the 16-byte chunks that a lane needs for scores
 // (decode_heads.cuh), [2][D / 32][32 lanes]; each lane copies its own. Values [16][D]: the chunks of a
 // row are permuted so that `ldmatrix` reads a column of eight chunks from all banks.
+template <int D, class Kv>
+struct StagedKv;
+
 template <int D>
-struct StagedKv {
-    static constexpr int kSections = D / 32, kChunks = D / 8, kValues = kKvBlock * D, kHalves = 2 * kValues;
+struct StagedKv<D, F16Kv> {
+    static constexpr int kSections = D / 32, kChunks = D / 8, kValues = kKvBlock * D, kElements = 2 * kValues;
 
     __device__ __forceinline__ static int key_at(int t, int section) {
         return 8 * (32 * (t * kSections + section) + threadIdx.x % 32);
@@ -110,10 +113,28 @@ struct StagedKv {
     }
 };
 
-// The same in registers: keys, and the values of two tiles at a time.
+// With codes: the two head blocks as they are. Also the newest key and value are in the cache, since
+// kv_rows.cu has written them.
+template <int D>
+struct StagedKv<D, Q8Kv> {
+    static constexpr int kValues = Q8Kv::kHeadBlock<D>, kElements = 2 * kValues;
+
+    __device__ __forceinline__ static void copy(unsigned int to, const unsigned char* keys, const unsigned char* values,
+                                                int, int, int) {
+#pragma unroll
+        for (int i = 0; i < (kValues + 511) / 512; ++i) {
+            const int at = 512 * i + 16 * (threadIdx.x % 32);
+            if (at >= kValues) continue;
+            copy_16_async(to + at, keys + at, true);
+            copy_16_async(to + kValues + at, values + at, true);
+        }
+    }
+};
+
+// Staged f16 in registers: keys, and the values of two tiles at a time.
 template <int D>
 struct StagedFragments {
-    using Staged = StagedKv<D>;
+    using Staged = StagedKv<D, F16Kv>;
     uint4 keys[2][Staged::kSections];
     const unsigned short* staged;
 
@@ -125,6 +146,12 @@ struct StagedFragments {
                 keys[t][i] = *reinterpret_cast<const uint4*>(staged + Staged::key_at(t, i));
         }
     }
+    __device__ __forceinline__ uint2 key(int t, int s) const {
+        const uint4 k = keys[t][s / 2];
+        return s % 2 ? make_uint2(k.z, k.w) : make_uint2(k.x, k.y);
+    }
+    __device__ __forceinline__ static float score(int, int, float sum) { return sum; }
+    __device__ __forceinline__ static float factor(int, int, float weight) { return weight; }
     // Elements 16j … 16j + 15 as fragments of B: {first eight | last eight} of two words.
     __device__ __forceinline__ void load_values(unsigned int (&b)[4], int j) const {
         const int matrix = threadIdx.x % 32 / 8, row = matrix % 2 * 8 + threadIdx.x % 8;
@@ -177,9 +204,10 @@ private:
     }
 };
 
-template <int D, int GROUP>
+template <int D, int GROUP, class Kv>
 struct KvRing {
-    const unsigned short *k_cache, *v_cache;
+    using Staged = StagedKv<D, Kv>;
+    const typename Kv::Element *k_cache, *v_cache;
     const int* tables;
     int table_stride, n_kv_heads, kv_head;
     KvWalk<D, GROUP> walk;
@@ -192,9 +220,9 @@ struct KvRing {
     // Copy it to the slot at the front, which becomes the last one.
     __device__ __forceinline__ void push() {
         if (block >= 0) {
-            const size_t at = kv_offset<D>(block, n_kv_heads, kv_head, 0);
+            const size_t at = Kv::template row<D>(block, n_kv_heads, kv_head, 0);
             const unsigned int to = (unsigned int)__cvta_generic_to_shared(first());
-            StagedKv<D>::copy(to, k_cache + at, v_cache + at, walk.start(), walk.span.oldest, walk.span.newest);
+            Staged::copy(to, k_cache + at, v_cache + at, walk.start(), walk.span.oldest, walk.span.newest);
         }
         commit_copies();
         front = front + 1 < RING_SLOTS ? front + 1 : 0;
@@ -204,8 +232,9 @@ struct KvRing {
         for (int slot = 0; slot < RING_SLOTS; ++slot) find(), push();
     }
     // The KV block at the front.
-    __device__ __forceinline__ unsigned short* first() const {
+    __device__ __forceinline__ typename Kv::Element* first() const {
         extern __shared__ __align__(16) unsigned short kv_ring_slots[];  // [warps][RING_SLOTS] StagedKv
-        return kv_ring_slots + (threadIdx.x / 32 * RING_SLOTS + front) * StagedKv<D>::kHalves;
+        return reinterpret_cast<typename Kv::Element*>(kv_ring_slots) +
+               (threadIdx.x / 32 * RING_SLOTS + front) * Staged::kElements;
     }
 };

@@ -63,6 +63,22 @@ __device__ __forceinline__ float4 rotated(const float* head, int e, int position
     return rotated<ADJACENT>(head, e, rotations);
 }
 
+// The rotations of the elements lane, lane + 32, … of a head.
+template <int D, bool ADJACENT>
+struct WarpRotation {
+    Rotation rotations[D / 32];
+
+    __device__ __forceinline__ void load(int position, const RopeTables rope) {
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) rotations[i] = rotation_of<ADJACENT>(threadIdx.x % 32 + 32 * i, position, rope);
+    }
+    __device__ __forceinline__ void rotate_head(float (&x)[D / 32], const float* head) const {
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i)
+            x[i] = rotate(head[threadIdx.x % 32 + 32 * i], head[rotations[i].partner], rotations[i]);
+    }
+};
+
 // The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.
 template <int D, bool ADJACENT>
 struct RopePair {

@@ -1,11 +1,11 @@
 // Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the
 // KV cache.
 //
-//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t] (f16)
+//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t]
 // With NORMS (HeadNorms) the heads of q, k and v are normalized first (head_norm.cuh); v may be k.
 // Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device;
 // cos, sin [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16
-// values are clamped to ±65504 (half.cuh).
+// values are clamped to ±65504 (half.cuh). Q8Kv needs NORMS, whose parts may be absent.
 // Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. With norms a token has a
 // warp for each query head, and for each key head with its value. Alignment: 4 bytes, 2 for f16.
 // Bytes: 6 a query element, 6 a KV element.
@@ -26,10 +26,10 @@ __device__ __forceinline__ void store(unsigned short* head, const RopePair<D, AD
 }
 
 // What a warp computes with norms: a query head, or a key head and its value.
-template <int D>
+template <int D, class Kv>
 struct NormedHead {
     const float *from, *value;  // value: null for a query head
-    unsigned short *to, *value_to;
+    void *to, *value_to;        // rows; with Q8Kv those of a key and a value are head blocks
 
     template <bool ADJACENT>
     __device__ __forceinline__ void write(int position, const RopeTables rope, const HeadNorms& norms) const {
@@ -42,25 +42,38 @@ struct NormedHead {
         x.normalize(norm);
         x.store(normed[warp]);
         __syncwarp();
+        const bool quantized = Kv::kQuantized && value;
+        if (quantized) {
+            WarpRotation<D, ADJACENT> rotation;
+            rotation.load(position, rope);
+            rotation.rotate_head(x.x, normed[warp]);
+            Q8Row<D>(x.x).store(static_cast<unsigned char*>(to), position);
+        } else {
 #pragma unroll
-        for (int i = lane; i < D / 2; i += 32) {
-            const RopePair<D, ADJACENT> pair(i, rope.dims);
-            store(to, pair, pair.rotate(normed[warp], position, rope));
+            for (int i = lane; i < D / 2; i += 32) {
+                const RopePair<D, ADJACENT> pair(i, rope.dims);
+                store(static_cast<unsigned short*>(to), pair, pair.rotate(normed[warp], position, rope));
+            }
         }
         if (!value) return;
         x.load_weight(norms.v);
         x.load(value);
         x.normalize(norms.v);
+        if (quantized) {
+            Q8Row<D>(x.x).store(static_cast<unsigned char*>(value_to), position);
+        } else {
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) value_to[lane + 32 * i] = float_to_half(clamp_to_half_range(x.x[i]));
+            for (int i = 0; i < D / 32; ++i)
+                static_cast<unsigned short*>(value_to)[lane + 32 * i] = float_to_half(clamp_to_half_range(x.x[i]));
+        }
     }
 };
 
-template <int D, bool ADJACENT, class... Norms>
+template <int D, bool ADJACENT, class Kv, class... Norms>
 __global__ void __launch_bounds__(kThreads)
-    rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, unsigned short* k_cache,
-            unsigned short* v_cache, const float* cos, const float* sin, int dims, const int* table, const int* span,
-            int n_heads, int n_kv_heads, Norms... norms) {
+    rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, typename Kv::Element* k_cache,
+            typename Kv::Element* v_cache, const float* cos, const float* sin, int dims, const int* table,
+            const int* span, int n_heads, int n_kv_heads, Norms... norms) {
     const int t = blockIdx.x, position = span[0] + t;
     if (t >= span[1]) return;
     grid_dependency_wait();
@@ -72,24 +85,24 @@ __global__ void __launch_bounds__(kThreads)
         const int head = first / 32, kv_head = head - n_heads;
         if (kv_head >= n_kv_heads) return;
         const size_t query = queries + head * D, kv = kvs + kv_head * D;
-        NormedHead<D> normed = {q + query, nullptr, rotated + query, nullptr};
+        NormedHead<D, Kv> normed = {q + query, nullptr, rotated + query, nullptr};
         if (kv_head >= 0) {
-            const size_t to = kv_offset<D>(block, n_kv_heads, kv_head, position);
+            const size_t to = Kv::template row<D>(block, n_kv_heads, kv_head, Kv::kQuantized ? 0 : position);
             normed = {k + kv, v + kv, k_cache + to, v_cache + to};
         }
         normed.template write<ADJACENT>(position, rope, norms...);
-        return;
-    }
-    constexpr int kPairs = D / 2;
-    for (int at = first; at < n_heads * kPairs; at += stride) {
-        const RopePair<D, ADJACENT> pair(at % kPairs, dims);
-        const size_t from = queries + at / kPairs * D;
-        store(rotated + from, pair, pair.rotate(q + from, position, rope));
-    }
-    for (int at = first; at < n_kv_heads * kPairs; at += stride) {
-        const RopePair<D, ADJACENT> pair(at % kPairs, dims);
-        const size_t from = kvs + at / kPairs * D, to = kv_offset<D>(block, n_kv_heads, at / kPairs, position);
-        store(k_cache + to, pair, pair.rotate(k + from, position, rope));
-        store(v_cache + to, pair, make_float2(v[from + pair.first], v[from + pair.second]));
+    } else {
+        constexpr int kPairs = D / 2;
+        for (int at = first; at < n_heads * kPairs; at += stride) {
+            const RopePair<D, ADJACENT> pair(at % kPairs, dims);
+            const size_t from = queries + at / kPairs * D;
+            store(rotated + from, pair, pair.rotate(q + from, position, rope));
+        }
+        for (int at = first; at < n_kv_heads * kPairs; at += stride) {
+            const RopePair<D, ADJACENT> pair(at % kPairs, dims);
+            const size_t from = kvs + at / kPairs * D, to = Kv::template row<D>(block, n_kv_heads, at / kPairs, position);
+            store(k_cache + to, pair, pair.rotate(k + from, position, rope));
+            store(v_cache + to, pair, make_float2(v[from + pair.first], v[from + pair.second]));
+        }
     }
 }

@@ -18,13 +18,13 @@ struct Parts {
     static constexpr int kRow = part_row_floats(D), kFloats = part_floats(D, GROUP), kEnds = GROUP * kRow;
 
     // Store the state of a warp, whose tile j of sums is elements 8j … 8j + 7, as the part at `to`.
-    __device__ __forceinline__ static void store(Heads<D>& heads, float* to) {
+    __device__ __forceinline__ static void store(Heads<D, F16Kv>& heads, float* to) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
         float total = __fadd_rn(heads.total, __shfl_xor_sync(0xffffffffu, heads.total, 1));
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
         if (g >= GROUP) return;
 #pragma unroll
-        for (int j = 0; j < Heads<D>::kTiles; ++j) {
+        for (int j = 0; j < Heads<D, F16Kv>::kTiles; ++j) {
             const float* sums = heads.sums[j];
             *reinterpret_cast<float2*>(to + g * kRow + 8 * j + 2 * c) =
                 make_float2(__fadd_rn(sums[0], sums[2]), __fadd_rn(sums[1], sums[3]));
