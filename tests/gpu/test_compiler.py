@@ -49,7 +49,8 @@ SPILL_ALLOWANCE_OF = {
     "glu.cu": 128,
     "matvec.cu": 128,
     # Sums and queries of 256 elements take 192 registers.
-    "attention_prefill<256, true>": 224,
+    "attention_prefill<256, true, F16Kv>": 224,
+    "attention_prefill<256, true, Q8Kv>": 224,
 }
 REPORT = ("--ptxas-options=-v",)
 KERNEL_FILES = sorted(file.name for file in (resources.files("worker.gpu") / "kernels").iterdir())

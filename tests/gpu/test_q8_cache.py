@@ -11,10 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.engine.random_jobs import random_jobs, run_jobs
+from tests.goldens import relative_error
+from tests.gpu.loaded import gpu_runner
 from tests.gpu.test_attention import DECODE_BOUND, PREFILL_BOUND, SCALE_INDEX, Bench, Scene, Shape, distance, q8_parts
 from tests.gpu.test_attention_rows import bits
+from tests.gpu.test_runner import PROMPT
+from tests.models import cpu_runner, decode, engine_of, prefill
 from worker.cpu.attention import attend
 from worker.cpu.plain import rotate
+from worker.model import DraftSupport
 from worker.ops import KV_BLOCK, Batch, Phase, QTensor, RmsNorm
 from worker.quants import F32
 
@@ -196,3 +202,36 @@ def test_norms_of_heads_precede_the_codes(kernels, memory):
             decoded = plain.decode([39])
             assert distance(decoded[0], y[39]) < 2 * PREFILL_BOUND
             assert plain.cache.array.get().tobytes() == written.tobytes()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "qwen3", "gemma3", "gemma4-shared"])
+def test_logits_of_both_phases_equal_the_cpu_s_within_rounding(name, tiny, kernels, memory):
+    """The median is bounded: a code may be another one, and near a tie, so may an expert."""
+    runner = gpu_runner(tiny(name), kernels, memory, kv_type="q8")
+    twin, table = cpu_runner(tiny(name), kv_type="q8"), np.arange(32, dtype=np.int32)
+    batch = prefill(PROMPT[:40], table=table, rows=list(range(40)))
+    pairs = zip(*(each.logits(batch)[:, None] for each in (runner, twin)), strict=True)
+    assert np.median([relative_error(*pair) for pair in pairs]) < 1.5e-2
+    steps = [[each.logits(decode(PROMPT[at], at, table)) for each in (runner, twin)] for at in range(40, 48)]
+    assert np.median([relative_error(*pair) for pair in steps]) < 5e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt-oss", "gemma3", "gemma4-shared"])
+def test_other_jobs_chunks_cached_prefixes_and_draft_tokens_change_no_draw(name, tiny, kernels, memory):
+    def draws(running, chunk, speculation):
+        runner = gpu_runner(
+            *(tiny(name), kernels, memory),
+            kv_type="q8",
+            kv_blocks=60,
+            slots=running,
+            drafts=speculation != "off",
+        )
+        if speculation != "off":
+            runner.drafts = DraftSupport(1, dict.fromkeys((1, 2, 4, 8), 1.0), 0.0)
+        engine = engine_of(runner, chunk=chunk, running=running, speculation=speculation)
+        return run_jobs(engine, jobs).draws
+
+    jobs = [replace(job, prompt=job.prompt[:9] * 4) for job in random_jobs(3, 7, 280, tokens=10, grammars=False)]
+    expected = draws(1, 64, "off")
+    assert draws(3, 16, "off") == expected
+    assert draws(3, 64, "ngram") == expected
