@@ -14,7 +14,7 @@ from worker.adapters.hparams import read_hparams
 from worker.config import EngineSection, ModelSection
 from worker.cpu.backend import CpuBackend
 from worker.engine.kv_blocks import blocks_for
-from worker.errors import ConfigInvalid, ModelLoadFailed
+from worker.errors import ModelLoadFailed
 from worker.gguf_file import GgufFile
 from worker.gpu.backend import GpuBackend
 from worker.gpu.numerics import numerics
@@ -119,10 +119,11 @@ def test_q8_needs_a_byte_an_element_and_two_a_row(name, tiny):
         assert backend.kv_bytes_per_token(model) == expected
 
 
-def test_f32_keys_and_values_are_refused_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize(("setting", "stored"), [("f32", "f16"), ("f16", "f16"), ("q8", "q8")])
+def test_a_gpu_stores_keys_and_values_in_f16_unless_q8_is_set(setting, stored, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    with pytest.raises(ConfigInvalid, match="kv_type f32 is for the CPU alone"):
-        runtime.open_backend(EngineSection(backend="gpu", kv_type="f32"))
+    monkeypatch.setattr("worker.gpu.backend.GpuBackend", lambda _, kv_type: kv_type)
+    assert runtime.open_backend(EngineSection(backend="gpu", kv_type=setting)) == stored
 
 
 def test_max_running_is_the_number_of_slots_and_counts_in_the_memory_plan(tiny):

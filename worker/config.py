@@ -159,7 +159,7 @@ class EngineSection(_Section):
     prefix_cache: bool = True
     speculation: Literal["off", "ngram"] = "off"
     kv_memory: KvMemory = "auto"
-    kv_type: Literal["auto", "f32", "f16", "q8"] = "auto"
+    kv_type: Literal["f32", "f16", "q8"] = "f32"
     kernel_cache: Annotated[Path, _folder(_default_kernel_cache)] = Field(default_factory=_default_kernel_cache)
 
     @field_validator("prefill_chunk")

@@ -60,7 +60,7 @@ def open_backend(engine: EngineSection) -> Backend:
     """The device of the settings; auto is a GPU if CuPy is installed and a GPU is present.
 
     Raises:
-        ConfigInvalid: The backend is gpu without CuPy, or a GPU with kv_type f32.
+        ConfigInvalid: The backend is gpu and CuPy is not installed.
         CudaError: The GPU cannot be used.
     """
     cupy = importlib.util.find_spec("cupy") is not None
@@ -70,12 +70,10 @@ def open_backend(engine: EngineSection) -> Backend:
         from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (importing CuPy takes time)
 
         if engine.backend == "gpu" or has_gpu():
-            if engine.kv_type == "f32":
-                raise ConfigInvalid("engine.kv_type f32 is for the CPU alone: take f16 or q8, or backend cpu")
-            return GpuBackend(engine.kernel_cache, "f16" if engine.kv_type == "auto" else engine.kv_type)
+            return GpuBackend(engine.kernel_cache, "q8" if engine.kv_type == "q8" else "f16")
     from worker.cpu.backend import CpuBackend  # noqa: PLC0415
 
-    return CpuBackend("f32" if engine.kv_type == "auto" else engine.kv_type)
+    return CpuBackend(engine.kv_type)
 
 
 def plan(
