@@ -197,7 +197,7 @@ def test_log_probabilities_are_sums_over_fixed_slices_whatever_the_grid(kernels,
 
 
 def sum_in_slices(logits):
-    """Sum exp(l - max l) as sample.cu does: by thread, pairwise, then over 128 slices."""
+    """Sum exp(l - max l) as slice_sums.cuh does: by thread, pairwise, then over 128 slices."""
     each, total = -(-len(logits) // 128), 0.0
     weights = [math.exp(float(x) - float(logits.max())) for x in logits]
     for at in range(0, 128 * each, each):
@@ -335,7 +335,7 @@ def test_rows_of_one_launch_equal_the_twin_and_launches_of_their_own(kernels, me
 
 
 def hard_logits():
-    """Rows whose selections need every way of `row_select.cuh`."""
+    """Rows whose selections need every way of `select.cuh`."""
     rng, size = np.random.default_rng(8), 20000
     near = (np.arange(size) % 7001 * 1e-13).astype(np.float32)  # almost equal, several times each
     flat = (rng.normal(size=size) * 1e-4).astype(np.float32)
@@ -345,7 +345,10 @@ def hard_logits():
     return [np.zeros(size, np.float32), near, rng.permutation(near), flat, spread, steps, infinite]
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 3000}, {"top_p": 0.4}, {"top_k": 9000, "top_p": 0.7, "min_p": 0.1}, {}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"top_k": 3000}, {"top_p": 0.4}, {"top_k": 9000, "top_p": 0.7, "min_p": 0.1}, {"top_k": 40, "top_p": 0.9}, {}],
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_selections_among_equal_almost_equal_and_distant_logits(kernels, memory, changes, masked):
     from worker.gpu.sampler import unpack

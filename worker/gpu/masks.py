@@ -1,7 +1,7 @@
 """The masks of grammars on their way to the sampler: computed in pinned memory, then uploaded.
 
 A step's masks are one copy: the number of each row's mask, then the masks. Only `sample_masked.cu`
-and `sample_rows_masked.cu` read them. Next: `worker/token_masks.py`, `sampler.py`.
+reads them. Next: `worker/token_masks.py`, `sampler.py`.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,7 @@
 
 It keeps what a draw depends on besides its request: padding and end masks, token counts, biases.
 Rows of sequences with a grammar are drawn by a launch of their own, with the masks of `masks.py`.
-Twin: `worker/cpu/sampler.py`. Kernels: `sample.cu`, `sample_rows.cu`, `sample_masked.cu` and
-`sample_rows_masked.cu`.
+Twin: `worker/cpu/sampler.py`. Kernels: `sample.cu` and `sample_masked.cu`.
 """
 
 import math
@@ -27,7 +26,7 @@ _SLICES = 128  # of the vocabulary, in sums of log-probabilities; also the most 
 _LISTED = 1024
 """Biased ids and stop tokens of a slot that need no allocation of their own."""
 _ROW_BLOCKS = 3
-"""Blocks of a launch of several rows on each multiprocessor."""
+"""Blocks of a launch on each multiprocessor."""
 _PADDING, _END = 1, 2
 
 NOT_FINITE, INACTIVE = -1, -2
@@ -38,25 +37,14 @@ DRAWN = np.dtype(
 )
 """`Drawn` of sampling.cuh."""
 _BEST = np.dtype([("score", "f8"), ("raw", "f8"), ("id", "i4"), ("broken", "i4")])
-_BLOCK_RESULT = np.dtype([("best", _BEST), ("mass", "u8"), ("kept", "u8"), ("ties", "u8")])
-_SCRATCH = np.dtype(
-    [
-        *(("barrier", "u4", 2), ("id", "i4"), ("listed", "i4"), ("list", "i4", _TOP)),
-        *(("blocks", _BLOCK_RESULT, _SLICES), ("slice_sums", "f8", _SLICES)),
-        ("histograms", [("count", "u8"), ("mass", "u8")], (3, 8, _THREADS)),
-    ]
-)
-"""`GridScratch` of sampling.cuh."""
-
-_BUCKETS, _LISTED_KEYS = 1024, 2048
+_BUCKETS, _LISTED_IDS = 1024, 2048
 _HISTOGRAM = np.dtype([("mass", "u8", _BUCKETS), ("count", "u4", _BUCKETS)])
 _ROW_BOARD = np.dtype(
     [
-        *(("barrier", "u4", 2), ("id", "i4"), ("listed", "i4"), ("top_listed", "i4"), ("top", "i4", _TOP)),
-        *(("unused", "i4"), ("best", _BEST), ("interval", "u8", 9), ("cut", "u8", 3)),
-        ("shares", [("best", _BEST), ("sums", "u8", 6)], _SLICES),
-        *(("slice_sums", "f8", _SLICES), ("weights", _HISTOGRAM), ("other", _HISTOGRAM)),
-        ("keys", "u8", _LISTED_KEYS),
+        *(("barrier", "u4", 2), ("draws", "u4"), ("id", "i4"), ("listed", "i4"), ("unused", "i4")),
+        *(("target", "u8"), ("bests", _BEST, _SLICES)),
+        *(("slice_sums", "f8", _SLICES), ("sums", "u8", _SLICES * _THREADS // 32)),
+        *(("histograms", _HISTOGRAM, 2), ("list", "i4", _LISTED_IDS)),
     ]
 )
 """`RowBoard` of row_board.cuh."""
@@ -82,7 +70,6 @@ DEFINES: Mapping[str, int] = {
     "LOGPROB_SLICES": _SLICES,
     "REQUEST_BYTES": REQUEST.itemsize,
     "DRAWN_BYTES": DRAWN.itemsize,
-    "SCRATCH_BYTES": _SCRATCH.itemsize,
     "ROW_BOARD_BYTES": _ROW_BOARD.itemsize,
     "ROW_BLOCKS": _ROW_BLOCKS,
     "SPECIAL_BYTES": SPECIAL.itemsize,
@@ -95,8 +82,8 @@ FIXED_ORDERS: Mapping[str, str] = {
 """The orders of sums that `worker.gpu.numerics` reports."""
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("sample.cu", "sample"), ("sample_rows.cu", "sample_rows")),
-    *(("sample_masked.cu", "sample"), ("sample_rows_masked.cu", "sample_rows")),
+    ("sample.cu", "sample"),
+    ("sample_masked.cu", "sample"),
 )
 
 
@@ -150,9 +137,6 @@ class SamplerLauncher:
         self._long: list[tuple[DeviceArray, PinnedRing] | None] = [None] * sequences
         """Lists of more than _LISTED ids, and the buffers that they are uploaded from."""
         self._counts = array((sequences, vocab_size), np.int32)
-        self._scores = array((vocab_size,), np.float64)
-        self._weights = array((vocab_size,), np.uint64)
-        self._scratch = array((_SCRATCH.itemsize,), np.uint8)
         rows = rows or sequences
         self._boards = array((rows, _ROW_BOARD.itemsize), np.uint8)
         self._ticket = array((1,), np.uint32)
@@ -226,14 +210,9 @@ class SamplerLauncher:
         by another launch, `masked`, with the masks in `masks`; the results of other rows remain.
         """
         rows = len(logits)
-        row_args = (logits, np.int32(self.vocab_size), row_slots, self._slot_arrays(state), self.drawn)
-        if rows == 1:
-            args = (*row_args, self._scores, self._weights, self._scratch)
-            file = "sample_masked.cu" if masked else "sample.cu"
-            kernels.get(file, "sample")((min(_SLICES, self._processors),), (_THREADS,), args, pdl=True)
-        else:
-            kernel = kernels.get("sample_rows_masked.cu" if masked else "sample_rows.cu", "sample_rows")
-            kernel((self._blocks(rows), rows), (_THREADS,), (*row_args, self._boards, self._ticket), pdl=True)
+        args = (logits, np.int32(self.vocab_size), row_slots, self._slot_arrays(state), self.drawn)
+        kernel = kernels.get("sample_masked.cu" if masked else "sample.cu", "sample")
+        kernel((self._blocks(rows), rows), (_THREADS,), (*args, self._boards, self._ticket), pdl=True)
 
     def _blocks(self, rows: int) -> int:
         """Blocks of each row, so that about one wave of blocks covers the device."""

@@ -2,7 +2,6 @@
 
 It shows arithmetic, indexing, masks, barriers, alignment, a launch's arguments, and the order of a
 captured graph. It cannot show races (but those that the order of fibers decides: `--fibers
-backwards`), time, barriers of the whole grid (the device has one multiprocessor, so `sample.cu` is
-one block; more is skipped by name), denormals of f64, uninitialized static shared memory, a
-card's own rounding of exp and of tensor cores' sums. Next: `plugin.py`, `cuda.h`.
+backwards`), time, denormals of f64, uninitialized static shared memory, a card's own rounding of
+exp and of tensor cores' sums. Next: `plugin.py`, `cuda.h`.
 """

@@ -58,7 +58,8 @@ PTX = {
 }
 """Prefixes of PTX statements, and the functions of `ptx.h` that implement them."""
 
-GRID_BARRIER = "grid_barrier("
+POLLING = "while (load_acquire("
+"""Part of the text of kernels whose blocks wait for each other."""
 _WGMMA = re.compile(r'#line 1 "wgmma\.cuh"\n.*?(?=^#line )', re.S | re.M)  # replaced by wgmma.h
 _ASM = re.compile(r'asm(?:\s+volatile)?\s*\(\s*"(?P<text>[^"]*)"(?P<rest>.*?)\);', re.S)
 _CONSTRAINT = re.compile(r'"[=+]?\w"\s*\(')
@@ -123,8 +124,7 @@ class GxxNvrtc:
         source = "\n".join(
             [
                 *('#include "cuda.h"', '#include "ptx.h"', "namespace {", on_host(prog.text), "}"),
-                f"EMULATED_KERNEL({prog.expression})",
-                f'extern "C" const int meets_across_blocks = {int(GRID_BARRIER in prog.text)};\n',
+                f"EMULATED_KERNEL({str(POLLING in prog.text).lower()}, {prog.expression})\n",
             ]
         )
         defines = [option for option in options if option.startswith("-D")]

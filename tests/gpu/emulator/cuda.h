@@ -18,7 +18,7 @@
 #define __builtin_assume(condition)
 #define __restrict__
 #define __grid_constant__
-#define __shared__ static
+#define __shared__ static __attribute__((section("shared_memory")))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define threadIdx (emu::current->index)
@@ -140,6 +140,7 @@ inline int __float2int_rn(float v) { return (int)std::lrintf(v); }
 inline long long __double2ll_rn(double v) { return std::llrint(v); }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __clzll(long long v) { return v ? __builtin_clzll((unsigned long long)v) : 64; }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {

@@ -1,9 +1,10 @@
-// A CUDA block on one CPU thread: each of its threads is a fiber, which runs until it meets a barrier.
+// CUDA blocks on one CPU thread: each of their threads is a fiber, which runs until it meets a barrier.
 //
 // A barrier of the warp or the block hands the CPU to the next fiber; an exchange of a warp (shuffle, ballot, ldmatrix,
-// mma) is: leave your operands, meet the warp, read the others'. Blocks run one after another, so a barrier of the grid
-// would wait for ever, and a race shows only where the order of fibers decides it. A loop that waits for another thread
-// yields, and goes on for ever if that never comes. Next: cuda.h, ptx.h, fibers.cpp.
+// mma) is: leave your operands, meet the warp, read the others'. Blocks run one after another, but for kernels whose
+// blocks wait for each other: there a block whose threads all wait or poll hands the CPU to the next block, and shared
+// memory is exchanged. A race shows only where the order of fibers decides it. A loop that waits for another thread of
+// its block yields, and goes on for ever if that never comes. Next: cuda.h, ptx.h, fibers.cpp.
 #pragma once
 #include <cstddef>
 #include <cstring>
@@ -35,10 +36,18 @@ void block_barrier();
 void named_barrier(int threads);  // one of a block at a time
 void yield();                     // to all others that can run
 void warp_barrier();
+void poll();  // lets all others go on first
 Post* posts_of_warp(unsigned exchange);
 
-// Runs `kernel(arguments)` for each thread of each block. 0, or how many threads wait for others that will never come.
-int run(Shape grid, Shape block, size_t shared, void (*kernel)(void*), void* arguments);
+struct Kernel {
+    void (*thread)(void*);
+    void* arguments;
+    bool together;                     // whether blocks wait for each other
+    char *statics_begin, *statics_end;  // its static shared memory
+};
+
+// Runs a kernel for each thread of each block. 0, or how many threads wait for others that will never come.
+int run(Shape grid, Shape block, size_t shared, const Kernel& kernel);
 
 inline int lane() { return current->number % kWarp; }
 
@@ -73,10 +82,10 @@ void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
 
 // `shape` is grid and block, six numbers.
 template <class... A>
-int launch(void (*kernel)(A...), const unsigned* shape, size_t shared, void** args) {
+int launch(void (*kernel)(A...), bool together, char* begin, char* end, const unsigned* shape, size_t shared, void** args) {
     auto thread = [=] { call(kernel, args, std::index_sequence_for<A...>{}); };
     auto body = [](void* thread_of) { (*static_cast<decltype(thread)*>(thread_of))(); };
-    return run({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared, body, &thread);
+    return run({shape[0], shape[1], shape[2]}, {shape[3], shape[4], shape[5]}, shared, {body, &thread, together, begin, end});
 }
 
 template <class... A>
@@ -87,9 +96,12 @@ int parameter_sizes(void (*)(A...), unsigned* sizes) {
 }
 }  // namespace emu
 
-// What a library of one kernel exports.
-#define EMULATED_KERNEL(...)                                                                          \
-    extern "C" int run(const unsigned* shape, size_t shared, void** args) {                           \
-        return emu::launch(__VA_ARGS__, shape, shared, args);                                         \
-    }                                                                                                 \
-    extern "C" int parameter_sizes(unsigned* sizes) { return emu::parameter_sizes(__VA_ARGS__, sizes); }
+// What a library of one kernel exports. The linker knows where the section of its static shared memory is.
+#define EMULATED_KERNEL(TOGETHER, ...)                                                                        \
+    extern "C" {                                                                                              \
+    extern char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));  \
+    int run(const unsigned* shape, size_t shared, void** args) {                                              \
+        return emu::launch(__VA_ARGS__, TOGETHER, __start_shared_memory, __stop_shared_memory, shape, shared, args); \
+    }                                                                                                         \
+    int parameter_sizes(unsigned* sizes) { return emu::parameter_sizes(__VA_ARGS__, sizes); }                 \
+    }

@@ -10,7 +10,6 @@ import math
 import threading
 
 import numpy as np
-import pytest
 
 ORDINARY_SHARED, MOST_SHARED = 48 << 10, 227 << 10
 MOST_THREADS, MOST_BLOCKS_BEYOND_X = 1024, 65535
@@ -55,7 +54,6 @@ class HostKernel:
     def __init__(self, device, library, name):
         self._device, self._name, self._run = device, name, library.run
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-        self._meets_across_blocks = ctypes.c_int.in_dll(library, "meets_across_blocks").value
         sizes = (ctypes.c_uint * _MOST_PARAMETERS)()
         self._sizes = sizes[: library.parameter_sizes(sizes)]
         self.max_dynamic_shared_size_bytes = ORDINARY_SHARED
@@ -83,8 +81,6 @@ class HostKernel:
             raise LaunchError(f"{self._name}: no grid {grid} of blocks {block} can be launched")
         if shared_mem > min(self.max_dynamic_shared_size_bytes, MOST_SHARED):
             raise LaunchError(f"{self._name}: {shared_mem} bytes of shared memory")
-        if self._meets_across_blocks and grid[0] > 1:  # the blocks of a row; rows do not meet
-            pytest.skip(f"{self._name}: emulated blocks run one after another and cannot meet")
 
 
 def _value(arg):

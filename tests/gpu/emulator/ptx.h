@@ -53,7 +53,10 @@ inline void ptx_fma_f16x2(unsigned& r, unsigned a, unsigned b, unsigned c) {
 inline void ptx_prmt(unsigned& r, unsigned a, unsigned b, unsigned selector) { r = __byte_perm(a, b, selector & 0xffff); }
 
 inline void ptx_atom_inc(unsigned& before, unsigned* at, unsigned last) { before = atomicInc(at, last); }
-inline void ptx_ld_acquire(unsigned& v, const unsigned* from) { v = *from; }
+inline void ptx_ld_acquire(unsigned& v, const unsigned* from) {
+    emu::poll();
+    v = *from;
+}
 inline void ptx_st_release(unsigned* to, unsigned v) { *to = v; }
 
 template <class... A>

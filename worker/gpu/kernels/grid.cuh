@@ -1,32 +1,14 @@
-// A barrier over all blocks of a grid, and block-wide prefix sums of integers.
-//
-// The barrier requires all blocks to be resident: launch at most one block per multiprocessor.
-// `Barrier` is device memory, zero before the first launch; each barrier leaves it ready for the
-// next one.
-// Users: select.cuh, sample.cu.
+// Block-wide prefix sums of integers, and the counters of a meeting of blocks.
+// Users: row_board.cuh, select.cuh, sample.cu.
 #pragma once
 
 #include "arrival.cuh"
 
 using u64 = unsigned long long;
 
-struct Barrier {
+struct Barrier {  // device memory, zero before the first launch
     unsigned int arrived, generation;
 };
-
-__device__ __forceinline__ void grid_barrier(Barrier* barrier) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const unsigned int before = load_acquire(&barrier->generation);
-        if (arrive(&barrier->arrived, gridDim.x - 1) == gridDim.x - 1) {
-            store_release(&barrier->generation, before + 1);
-        } else {
-            while (load_acquire(&barrier->generation) == before) {
-            }
-        }
-    }
-    __syncthreads();
-}
 
 // Return the sum of `v` over the threads before this one; `total` is the sum over the block.
 // Integers, so the order does not matter. `scratch` holds one value a warp; the block is

@@ -21,7 +21,7 @@
 // |                                 | _rows                          |                            |
 // | row slots, positions, tables    | attention_decode, _few_rows,   | before this graph (1)      |
 // |                                 | _rows, _items, kv_rows         |                            |
-// | requests, positions, end ids    | sample, sample_rows            | before this graph (1)      |
+// | requests, positions, end ids    | sample                         | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
 // |                                 | matmul, matmul_wgmma, _short,  |                            |

@@ -1,5 +1,5 @@
-// The blocks of one row of sample_rows.cu: their shares of the vocabulary, their meeting point and
-// the memory in which they exchange results.
+// The blocks of one row of sample.cu: their shares of the vocabulary, their meeting point and the
+// memory in which they exchange results.
 //
 // A block takes a ticket when it starts and thus its row and share: all blocks of lower tickets have
 // started, so a row's blocks never wait for one that cannot start, however few fit on the device.
@@ -7,7 +7,8 @@
 #pragma once
 #include "sampling.cuh"
 
-constexpr int kBuckets = 1024, kBucketBits = 10, kLevels = 3, kListed = 2048;
+constexpr int kBuckets = 1024, kBucketBits = 10, kListed = 2048, kWarps = THREADS / 32;
+static_assert(kBuckets == 4 * THREADS && kBuckets == LOGPROB_SLICES * kWarps, "four of each a thread");
 
 struct Histogram {
     u64 mass[kBuckets];
@@ -18,29 +19,16 @@ __device__ __forceinline__ void clear(Histogram& histogram) {
     for (int b = threadIdx.x; b < kBuckets; b += THREADS) histogram.count[b] = 0, histogram.mass[b] = 0;
 }
 
-struct ShareResult {  // of one block; each field is read after a meeting of its own
-    Best best;
-    u64 kept, ties, low, high, count, mass;
-};
-
-// The interval of scores that contains the end of a selection: `count` ids, after `above` ids of
-// total mass `above_mass`, which are higher.
-struct Interval {
-    u64 target, above, above_mass, count, low, high, middle;
-    unsigned int prefix;
-    int shift, reached;
-};
-
 struct RowBoard {  // device memory, zeros before the first launch
     Barrier barrier;
-    int id, listed, top_listed, top[TOP];
-    Best best;
-    Interval interval;
-    Cutoff cut;
-    ShareResult shares[LOGPROB_SLICES];
+    unsigned int draws;  // arrivals at the end of the draw, after which blocks may go on to the next meeting
+    int id, listed, unused;
+    u64 target;
+    Best bests[LOGPROB_SLICES];          // of the shares
     double slice_sums[LOGPROB_SLICES];
-    Histogram weights, other;
-    u64 keys[kListed];
+    u64 sums[LOGPROB_SLICES * kWarps];   // weights of each warp's ids that are kept and not listed
+    Histogram histograms[2];
+    int list[kListed];
 };
 static_assert(sizeof(RowBoard) == ROW_BOARD_BYTES, "ROW_BOARD of worker/gpu/sampler.py");
 
@@ -52,29 +40,24 @@ struct RowTask {
     Sequence sequence;
     RowBoard* board;
     int share, shares, lo, hi;  // this block computes ids [lo, hi); lo is a multiple of 4 if lo < hi
+    int each;                   // ids of a warp: a multiple of 4; warp w begins at lo + w * each
     int penalized;
-    double peak, min_weight;
-    Cutoff cut;
+    unsigned int generation;  // of the barrier
+    int levels;               // histograms added up so far in this launch
+    double peak, raw_best, inverse, min_weight;  // inverse: 1 / temperature
 };
 
 // Wait for all blocks of the row. The last one to arrive runs `last` before the others go on.
 template <typename Last>
-__device__ __forceinline__ void meet(const RowTask& task, Last last) {
-    __shared__ unsigned int generation;
-    __shared__ bool is_last;
+__device__ __forceinline__ void meet(RowTask& task, Last last) {
     Barrier* const barrier = &task.board->barrier;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        generation = load_acquire(&barrier->generation);
-        is_last = task.shares == 1 || arrive(&barrier->arrived, task.shares - 1) == task.shares - 1;
-    }
-    __syncthreads();
-    if (is_last) {
+    if (arrives_last(&barrier->arrived, task.shares)) {
         last();
         __syncthreads();
-        if (threadIdx.x == 0) store_release(&barrier->generation, generation + 1);
+        if (threadIdx.x == 0) store_release(&barrier->generation, ++task.generation);
     } else if (threadIdx.x == 0) {
-        while (load_acquire(&barrier->generation) == generation) {
+        const unsigned int before = task.generation++;
+        while (load_acquire(&barrier->generation) == before) {
         }
     }
     __syncthreads();
@@ -104,17 +87,16 @@ __device__ __forceinline__ Quad load_quad(const Logits& row, int id, int hi) {
     return q;
 }
 
-// Call visit(id, raw, mark) for each id of the block's share; the next quad loads meanwhile.
+// Call visit(quad) for the ids of this warp's part of the share; the next quad loads meanwhile.
 template <typename Visit>
-__device__ __forceinline__ void for_each_id(const RowTask& task, Visit visit) {
-    int id = task.lo + 4 * threadIdx.x;
-    Quad next = load_quad(task.row, id, task.hi);
-    for (; id < task.hi; id += 4 * THREADS) {
+__device__ __forceinline__ void for_each_quad(const RowTask& task, Visit visit) {
+    const int from = task.lo + (int)threadIdx.x / 32 * task.each, to = min(task.hi, from + task.each);
+    int id = from + 4 * ((int)threadIdx.x % 32);
+    Quad next = load_quad(task.row, id, to);
+    for (; id < to; id += 128) {
         const Quad q = next;
-        next = load_quad(task.row, id + 4 * THREADS, task.hi);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            if (e < q.count) visit(id + e, q.raw[e], q.marks() >> e & 1);
+        next = load_quad(task.row, id + 128, to);
+        visit(q);
     }
 }
 
@@ -164,49 +146,4 @@ __device__ __forceinline__ Best best_of_share(const RowTask& task) {
         }
     }
     return best_of(better(slow, {(double)best, (double)highest, best_id, broken}));
-}
-
-// The ids of a warp, in tiles of consecutive ids; lane j owns tile j, so thread order is id order.
-struct Tiles {
-    int lo, hi, size;
-    __device__ Tiles(const RowTask& task) {
-        const int warps = THREADS / 32, steps = (task.hi - task.lo + 127) / 128;  // of 128 ids
-        const int each = (steps + warps - 1) / warps;
-        lo = min(task.hi, task.lo + (int)threadIdx.x / 32 * each * 128), hi = min(task.hi, lo + each * 128);
-        size = (each + 31) / 32 * 128;
-    }
-};
-
-__device__ __forceinline__ u64 warp_total(u64 v) {
-#pragma unroll
-    for (int lane = 16; lane; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
-    return v;
-}
-
-// Return the sum of each(j, quad) over tile j of this lane. `each` is called by whole warps.
-template <typename Each>
-__device__ __forceinline__ u64 sum_by_tile(const RowTask& task, const Tiles& tiles, Each each) {
-    const int lane = threadIdx.x % 32;
-    u64 own = 0, sum = 0;
-    Quad next = load_quad(task.row, tiles.lo + 4 * lane, tiles.hi);
-    for (int at = tiles.lo, tile = 0; at < tiles.hi; at += 128) {
-        const Quad q = next;
-        next = load_quad(task.row, at + 128 + 4 * lane, tiles.hi);
-        sum += each(tile, q);
-        if ((at + 128 - tiles.lo) % tiles.size && at + 128 < tiles.hi) continue;
-        sum = warp_total(sum);
-        if (lane == tile) own = sum;
-        sum = 0, ++tile;
-    }
-    return own;
-}
-
-// The sum over the row of a field of the shares, and over the shares before this one.
-__device__ __forceinline__ u64 over_shares(const RowTask& task, u64 ShareResult::*field, u64* warps, u64& total) {
-    const int t = threadIdx.x;
-    const u64 mine = t < task.shares ? task.board->shares[t].*field : 0;
-    u64 before;
-    block_scan(t < task.share ? mine : 0, warps, before);
-    block_scan(mine, warps, total);
-    return before;
 }

@@ -1,12 +1,11 @@
-// Data of sample.cu and sample_rows.cu: slots, the request and result of one row, scratch memory
-// shared by the grid, adjusted scores.
+// Data of sample.cu: slots, the request and result of one row, adjusted scores, the best of a block.
 //
 // The structs mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define their sizes
-// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES. Each kernel exists twice: with MASKED 0
-// it draws for sequences without a grammar, with MASKED 1 for those with one.
+// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES. The kernel exists twice: with MASKED 0 it
+// draws for sequences without a grammar, with MASKED 1 for those with one.
 // Twin: worker/cpu/sampler.py.
 #pragma once
-#include "select.cuh"
+#include "grid.cuh"
 #include "warp.cuh"
 
 #ifndef MASKED
@@ -36,22 +35,6 @@ struct Best {
     double score, raw;
     int id, broken;
 };
-
-// Results of one block for the others; each field is written before a grid barrier of its own.
-struct BlockResult {
-    Best best;
-    u64 mass, kept, ties;
-};
-
-struct GridScratch {  // device memory, zeros before the first launch
-    Barrier barrier;
-    int id, listed, list[TOP];
-    BlockResult blocks[LOGPROB_SLICES];
-    double slice_sums[LOGPROB_SLICES];
-    Bin histograms[3][kRounds][kBins];
-};
-static_assert(sizeof(GridScratch) == SCRATCH_BYTES, "SCRATCH of worker/gpu/sampler.py");
-static_assert(THREADS >= LOGPROB_SLICES && THREADS == kBins, "one thread reads a block's result, one a bin");
 
 // An id of a slot whose score is not its raw logit: a bias, or a stop token masked before min_tokens.
 struct Special {
@@ -162,12 +145,6 @@ __device__ __noinline__ const Special* find(const Specials& specials, int id) {
     return lo < specials.count && specials.list[lo].id == id ? specials.list + lo : nullptr;
 }
 
-// The same, for an id that may be unmarked.
-__device__ __forceinline__ const Special* special_of(const Logits& row, int id) {
-    if (!row.specials.count || !(row.marks[id >> 5] >> (id & 31) & 1)) return nullptr;
-    return find(row.specials, id);
-}
-
 // The score of an id with this raw logit, mask and entry; each operation rounds, as in the twin.
 __device__ __forceinline__ double score_with(const Logits& row, int id, float raw, unsigned int mask,
                                              const Special* special, const Request& r) {
@@ -206,53 +183,6 @@ __device__ __forceinline__ Best best_of(Best mine) {
     Best all = warps[0];
     for (int w = 1; w < THREADS / 32; ++w) all = better(all, warps[w]);
     return all;
-}
-
-// Call visit(id, raw logit, mask) for ids lo + thread, lo + thread + THREADS, … below hi. Each thread
-// loads kAtOnce ids at a time.
-template <typename Visit>
-__device__ __forceinline__ void for_each_logit(const Logits& row, int lo, int hi, Visit visit) {
-    constexpr int kAtOnce = 8;
-    for (int from = lo + threadIdx.x; from < hi; from += kAtOnce * THREADS) {
-        float raw[kAtOnce];
-        unsigned int mask[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int id = from + i * THREADS;
-            if (id < hi) raw[i] = row.raw[id], mask[i] = row.mask[id];
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int id = from + i * THREADS;
-            if (id < hi) visit(id, raw[i], mask[i]);
-        }
-    }
-}
-
-// The best of ids [lo, hi) in a greedy row whose scores are raw logits: in f32, with little code to
-// fetch.
-__device__ __forceinline__ Best best_logit_in(const Logits& row, const Request& r, int lo, int hi) {
-    const unsigned int masked = r.index < r.min_tokens ? 3 : 1;
-    float best = -kInfinity, highest = -kInfinity;
-    int best_id = row.size, broken = 0;
-    for_each_logit(row, lo, hi, [&](int id, float raw, unsigned int mask) {
-        highest = fmaxf(highest, raw);
-        if (mask & masked || denied(row, id)) return;
-        broken |= raw != raw;
-        if (raw > best) best = raw, best_id = id;
-    });
-    return best_of({best, highest, best_id, broken});
-}
-
-// The best of ids [lo, hi); with a temperature, also store their scores.
-__device__ __forceinline__ Best best_in(const Logits& row, const Request& r, double* scores, int lo, int hi) {
-    Best mine = {-(double)kInfinity, -(double)kInfinity, row.size, 0};
-    for_each_logit(row, lo, hi, [&](int id, float raw, unsigned int mask) {
-        const double s = score_with(row, id, raw, mask, special_of(row, id), r);
-        if (r.temperature > 0) scores[id] = s;
-        mine = better(mine, {s, (double)raw, id, s != s});
-    });
-    return best_of(mine);
 }
 
 // Make the drawn token the next step's input; id -1: no token could be drawn. The slot becomes

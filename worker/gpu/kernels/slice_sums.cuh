@@ -1,8 +1,8 @@
-// Log-probabilities: exp sums over fixed slices of the vocabulary, and the report of the highest.
+// Log-probabilities: exp sums over fixed slices of the vocabulary.
 //
 // The f64 sum is the sampler's only sum whose order matters: LOGPROB_SLICES slices, each by one
 // block of THREADS threads, then slice by slice, whatever the grid.
-// Users: sample.cu, sample_rows.cu. Twin: `log_softmax` in worker/cpu/sampler.py.
+// Users: sample.cu. Twin: `log_softmax` in worker/cpu/sampler.py.
 #pragma once
 #include "sampling.cuh"
 
@@ -27,23 +27,9 @@ __device__ __forceinline__ void sum_slices(const float* raw, int size, double ra
     }
 }
 
-// Write the log-probabilities of the token `id` and of the `count` ids of `list`, in descending
-// order. Called by one block.
-__device__ __forceinline__ void write_log_probabilities(const float* raw, double raw_best, int count, int id,
-                                                        const int* list, const double* slice_sums, Drawn* drawn) {
-    const int t = threadIdx.x;
+__device__ __forceinline__ double log_of_slices(const double* slice_sums) {
     double sum = 0;
 #pragma unroll 16
     for (int s = 0; s < LOGPROB_SLICES; ++s) sum = __dadd_rn(sum, slice_sums[s]);
-    const double log_sum = log(sum);
-    if (t == 0) drawn->count = count, drawn->logprob = id < 0 ? 0 : raw[id] - raw_best - log_sum;
-    if (t >= count) return;
-    const int listed = list[t];
-    int rank = 0;
-    for (int u = 0; u < count; ++u) {
-        const int other = list[u];
-        rank += raw[other] > raw[listed] || (raw[other] == raw[listed] && other < listed);
-    }
-    drawn->top_ids[rank] = listed;
-    drawn->top_logprobs[rank] = raw[listed] - raw_best - log_sum;
+    return log(sum);
 }
