@@ -65,8 +65,7 @@ __device__ __forceinline__ void convert(const Projection* projections, const Ten
             store_row(weights_at<TILE_N>(ring.memory, stage, 0), row + 8 * i, h);
         }
         fence_shared_stores();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(ring.full(stage), 1);
+        arrive(ring.full(stage), 1);  // each thread: racecheck does not see an order through __syncwarp
         load(step + kConverters);  // not before the fence, which waits for all loads
     }
 }
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
     const SlotTile tile = tile_of_block<TILE_N>(p, tiles, n_tokens);
     if (tile.count <= 0) return;
     const Stages<STAGES> ring(shared, barriers);
-    if (threadIdx.x == 0) ring.init(5, 4);  // a converter's warps and its copy of x; the warps that multiply
+    if (threadIdx.x == 0) ring.init(129, 4);  // a converter's threads and its copy of x; the warps that multiply
     __syncthreads();
     const Projection* projections = projection_of<GLU>(p);
     const int steps = (p.cols + kColumnGroup - 1) / kColumnGroup;
