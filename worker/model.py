@@ -244,6 +244,8 @@ class Runner(Protocol):
     def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
         """Compute the chunks, then one decode step of the running slots; return draws in order.
 
+        A runner may compute chunks of several prompts together. That changes no bit of a prompt.
+
         A runner that computes ahead returns the draws of all launches but its newest decode step,
         which the next call returns; that step includes the slots that begin. It may leave the first
         draws of those slots to `first_draws`. Another runner computes the slots that ran before the

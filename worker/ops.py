@@ -30,7 +30,8 @@ Array: TypeAlias = Any
 Ints: TypeAlias = npt.NDArray[np.int32]
 
 KV_BLOCK = 16
-"""B: tokens in a KV block, and the row tile in which prompt tokens are computed."""
+"""B: tokens in a KV block, and the row tile in which prompt tokens are computed: the token at
+position p is row p mod B of a tile, whatever is computed with it."""
 
 
 class Phase(Enum):

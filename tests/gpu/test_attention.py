@@ -18,6 +18,7 @@ from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
 from worker.gpu.attention import decode_splits, group_size
+from worker.gpu.prefill_state import whole_tiles
 from worker.ops import KV_BLOCK, Attention, Batch, Phase, PositionScale, QTensor
 from worker.quants import F32
 from worker.rope import Rope
@@ -127,7 +128,6 @@ class Bench:
         self.cache.array.view(np.uint8).fill(0xFF)
         self.launcher = AttentionLauncher(self.memory, self.cache, self.slots, self.processors)
         self.spec = self.scene.spec(self.pool.put)
-        self.table = self.pool.put(self.scene.table)
 
     def _inputs(self, tokens):
         q, k, v = (self.pool.put(x[tokens]) for x in (self.scene.q, self.scene.k, self.scene.v))
@@ -135,8 +135,8 @@ class Bench:
 
     def prefill(self, start, stop):
         q, k, v = self._inputs(slice(start, stop))
-        chunk = Chunk(self.pool.put(np.array([start, stop - start], np.int32)), self.table)
-        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, chunk)
+        batch = prefill_state(self.memory, [chunk_of(self.scene, start, stop)], stop - start)
+        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, batch)
         return values_of(y, q.shape[1])
 
     def decode(self, positions, row_slots=None):
@@ -185,10 +185,21 @@ def q8_parts(cache, dim):
     return codes, scales
 
 
-@dataclass
-class Chunk:
-    span: object
-    table: object
+def chunk_of(scene, start, stop):
+    """Positions [start, stop) of a scene."""
+    positions = np.arange(start, stop, dtype=np.int32)
+    return Batch(Phase.PREFILL, positions, positions, (scene.table,), positions[:0])
+
+
+def prefill_state(memory, chunks, rows, most=1):
+    """The state of a prefill batch of `rows` rows and at most `most` chunks."""
+    import cupy
+
+    from worker.gpu.prefill_state import PrefillState
+
+    state = PrefillState(memory, rows, 1, BLOCKS, most)
+    state.load(chunks, cupy.cuda.get_current_stream())
+    return state
 
 
 @dataclass
@@ -280,6 +291,46 @@ def test_a_chunk_whose_partial_results_exceed_the_capacity_gives_the_same_bits(k
     bench = Bench(scene, kernels, memory)
     assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
     assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))
+
+
+# Rows and chunks (start, stop) of a batch: short ones, and one after a prefix of several segments.
+BATCHES = [(320, [(0, 77), (0, 1), (0, 16), (32, 100), (0, 127)]), (96, [(0, 20), (1040, 1081), (96, 110)])]
+
+
+@pytest.mark.parametrize(("rows", "spans"), BATCHES, ids=["whole", "split"])
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+@pytest.mark.parametrize("shape", [*SHAPES[:4:3], *LONG_SHAPES], ids=str)
+def test_chunks_of_a_batch_have_the_bits_that_each_has_alone(kernels, memory, shape, kv_type, rows, spans):
+    """They are chunks of several sequences, with a twin each; rows between them become finite."""
+    scenes = [Scene(shape, stop, seed, kv_type) for seed, (_, stop) in enumerate(spans)]
+    together, free = Bench(scenes[0], kernels, memory), np.random.default_rng(3).permutation(BLOCKS).astype(np.int32)
+    cache = together.cache.array.get()
+    expected_cache = cache.copy()
+    x = [np.full((rows, getattr(scenes[0], name).shape[1]), np.nan, np.float32) for name in "qkv"]
+    expected, chunks, first = {}, [], 0
+    for scene, (start, stop) in zip(scenes, spans, strict=True):
+        alone = Bench(scene, kernels, memory)
+        alone.spec = together.spec
+        alone.fill(start)
+        before, blocks = alone.cache.array.get(), free[: len(scene.table)]
+        expected[first] = alone.prefill(start, stop)
+        cache[:, :, blocks] = before[:, :, scene.table]
+        expected_cache[:, :, blocks] = alone.cache.array.get()[:, :, scene.table]
+        for name, inputs in zip("qkv", x, strict=True):
+            inputs[first : first + stop - start] = getattr(scene, name)[start:stop]
+        scene.table, free = blocks, free[len(blocks) :]
+        chunks.append(chunk_of(scene, start, stop))
+        end, first = first + stop - start, first + whole_tiles(stop - start)
+    together.cache.array.set(cache)
+    state = prefill_state(memory, chunks, rows, len(chunks))
+    inputs = [together.pool.put(each) for each in x]
+    y = together.launcher.prefill(kernels, together.pool, *inputs, together.spec, state)
+    found = values_of(replace(y, x=y.x[:end]), x[0].shape[1])
+    for first, each in expected.items():
+        assert np.array_equal(found[first : first + len(each)].view(np.uint32), each.view(np.uint32))
+    assert np.isfinite(found).all()
+    assert together.cache.array.get().tobytes() == expected_cache.tobytes()
+    together.pool.check()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -392,8 +443,10 @@ def test_queries_are_scaled_by_the_factor_of_their_position(kernels, memory, slo
     pool, launcher = GuardedPool(), QueryScales(memory)
     on_device = pool.put(q)
     if slots is None:
-        at = np.array([58, 59, 60, 0])
-        launcher.prefill(kernels, on_device, spec, SimpleNamespace(span=pool.put(np.array([58, 3], np.int32))))
+        at = np.array([48, 49, 50, 0])
+        positions = np.arange(48, 51, dtype=np.int32)
+        chunk = Batch(Phase.PREFILL, positions, positions, (np.arange(4, dtype=np.int32),), positions[:0])
+        launcher.prefill(kernels, on_device, spec, prefill_state(memory, [chunk], rows))
     else:
         at = np.array([63, 4, 0, 0])
         positions = pool.put(np.array([4, -1, 63], np.int32))

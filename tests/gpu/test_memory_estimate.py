@@ -22,6 +22,7 @@ from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.launch import dry_run
 from worker.gpu.layouts import BlockMatrix, is_vector, stored_type
 from worker.gpu.prefill_ops import PrefillOps
+from worker.gpu.prefill_state import chunks_at_most
 from worker.gpu.runner import _empty_step, rows_at_most
 from worker.model import ModelOptions
 from worker.ops import Batch, Phase, QTensor
@@ -83,14 +84,14 @@ class Memory:
 
 @dataclass
 class State:
-    """The inputs of a chunk and of a decode step."""
+    """The inputs of a prefill batch and of a decode step."""
 
     slots: int
 
     def __post_init__(self):
         self.tokens, self.positions, self.row_slots, self.wanted = (absent((1024,), np.int32) for _ in range(4))
-        self.span, self.wanted_count = absent((2,), np.int32), absent((1,), np.int32)
-        self.count, self.table = self.span[1:], absent((CONTEXT // 16,), np.int32)
+        self.count, self.wanted_count, self.rows, self.params = (absent((1,), np.int32) for _ in range(4))
+        self.blocks, self.chunks = CONTEXT // 16, chunks_at_most(self.slots)
         self.tables = absent((self.slots, CONTEXT // 16), np.int32)
 
     def slots_of_rows(self, rows):
@@ -175,10 +176,11 @@ def need_of(file, max_running, context=CONTEXT):
     """Dry runs of a chunk and of the largest decode step, as a runner has them."""
     model, _ = bind(file, ModelOptions(context), upload)
     memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
+    memory.reserve(4 * chunks_at_most(max_running) * read_hparams(file).vocab_size, None)  # of logits
     attention = AttentionLauncher(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
     chunk = np.zeros(GpuBackend.prefill_chunk, np.int32)
-    prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[:1])
+    prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[: state.chunks])
 
     def prefill(kernels, pool):
         model.forward(PrefillOps(kernels, pool, attention, state), prompt)

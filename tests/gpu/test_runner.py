@@ -155,6 +155,46 @@ def test_a_chunk_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, loa
     np.testing.assert_array_equal(runner.logits(prefill(PROMPT, table=table))[69:70], alone)
 
 
+@pytest.mark.parametrize(
+    ("name", "kv_type"),
+    [*((name, "f16") for name in NAMES), *((name, "q8") for name in ("qwen2", "phi3", "gpt-oss", "gemma4-shared"))],
+)
+def test_prompts_of_one_batch_have_the_bits_that_each_has_alone(name, kv_type, load):
+    """Whole prompts, and chunks of 16, 64 and 48 tokens beside others; nothing else is written."""
+    prompts = [PROMPT[7 * n :][:length] for n, length in enumerate((40, 1, 143, 16, 77))]
+    tables = np.random.default_rng(4).permutation(50).astype(np.int32).reshape(5, 10)
+
+    def chunk(number, start, size, slot):
+        prompt = prompts[number]
+        begin = SlotStart(slot, prompt, WARM, frozenset(), 1) if start + size >= len(prompt) else None
+        return Chunk(np.array(prompt[start : start + size], np.int32), start, tables[number], begin)
+
+    def outcome(runner, steps):
+        """The first draws by slot, and the bytes of all KV blocks."""
+        runner.cache.array.view(np.uint8).fill(0xFF)
+        draws = [draw for chunks in steps for draw in (*runner.run(chunks), *runner.first_draws())]
+        return sorted(draws, key=lambda each: each.slot), runner.cache.array.get().view(np.uint8)
+
+    settings = {"kv_blocks": 50, "kv_type": kv_type}
+    alone, together = load(name, **settings), load(name, **settings, slots=5, logit_rows=1)
+    first, cache = outcome(alone, [[chunk(number, 0, 143, 0)] for number in range(5)])
+    whole = [[chunk(number, 0, 143, number) for number in (2, 0, 4, 3, 1)]]
+    sizes = (16, 16, 64, 16, 48)
+    rounds = [
+        [
+            chunk(number, at * size, size, number)
+            for number, size in enumerate(sizes)
+            if at * size < len(prompts[number])
+        ]
+        for at in range(3)
+    ]
+    for steps in (whole, rounds):
+        draws, written_cache = outcome(together, steps)
+        assert [draw.slot for draw in draws] == list(range(5))
+        assert [draw.draw for draw in draws] == [draw.draw for draw in first]
+        np.testing.assert_array_equal(written_cache, cache)
+
+
 def written(runner, table):
     """The bits of K and V at the prompt's positions."""
     layers = range(len(cached(layer.attention for layer in runner._model.layers)))
@@ -246,11 +286,10 @@ def test_on_launched_is_called_after_the_launches_and_before_the_first_wait(load
     runner, table = load("llama3-rope", prefill_tokens=128), np.arange(12, dtype=np.int32)
     order, wait = [], Launch.wait
     monkeypatch.setattr(Launch, "wait", recorded_wait)
-    for of_rows in (runner._decode_steps, {0: runner._first_draw_step}):
+    for name, of_rows in (("step", runner._decode_steps), ("draw", runner._first_draw_steps)):
         for size, decode_step in of_rows.items():
-            of_rows[size] = replace(decode_step, graph=Recorded("step" if size else "draw", decode_step.graph))
-    runner._first_draw_step = of_rows[0]
-    runner._chunk_graphs = {size: Recorded("chunk", graph) for size, graph in runner._chunk_graphs.items()}
+            of_rows[size] = replace(decode_step, graph=Recorded(name, decode_step.graph))
+    runner._prefill_graphs = {size: Recorded("chunk", graph) for size, graph in runner._prefill_graphs.items()}
     tokens, begin = np.array(PROMPT, np.int32), SlotStart(0, PROMPT, GREEDY, frozenset(), 20)
     first, order_of_two = step(Chunk(tokens, 0, table, begin))
     assert order_of_two == ["chunk", "chunk", "draw", "step", "launched", "wait"]

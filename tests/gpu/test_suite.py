@@ -9,6 +9,7 @@ from tests.gpu import suite
 
 HERE = Path(__file__).parent
 WITHOUT_GPU = {"suite", "memory_estimate", "compiler", "launch", "streamed", "upload", "emulated", "numerics"}
+WITHOUT_GPU |= {"prefill_state"}
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good"><properties><property name="speed" value="9"/></properties>

@@ -28,8 +28,10 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, may_fuse_norms, norm_arguments, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
+from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
+from worker.gpu.prefill_state import QUERY_TILE, PrefillState, most_tiles
 from worker.gpu.query_scales import QueryScales, query_scale_bytes
-from worker.gpu.state import ChunkState, KvCache, StepState
+from worker.gpu.state import KvCache, StepState
 from worker.model import KvType, kv_row_bytes
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
@@ -40,7 +42,6 @@ MAX_PARTIAL_BYTES = 128 << 20
 _TILED_DIMS = (64, 96, 128, 256)  # of kernels on tensor cores
 _WIDEST_DIM, _WIDEST_THREADS = 512, 256
 _ROPE_THREADS, _ROPE_BLOCKS = 128, 4  # blocks of a token
-_QUERY_TILE = 64
 _STRIPS = {64: 2, 96: 2, 128: 1, 256: 1}  # of 16 queries in a warp, in chunks that are not split
 _TILE_KEYS = {64: 64, 96: 32, 128: 32, 256: 16}
 _ROW_PAD = 8  # elements after each row of a tile in shared memory
@@ -71,7 +72,7 @@ _Q8_ROW_THREADS = 64  # of kv_rows with codes: a warp for a key and one for a va
 
 DEFINES: Mapping[str, int] = {
     "KV_BLOCK": KV_BLOCK,
-    "QUERY_TILE": _QUERY_TILE,
+    **_BATCH_DEFINES,
     "ROW_PAD": _ROW_PAD,
     "SEGMENT": _SEGMENT,
     **{f"STRIPS_{dim}": strips for dim, strips in _STRIPS.items()},
@@ -210,13 +211,13 @@ class AttentionLauncher:
         k: DeviceArray | None,
         v: DeviceArray | None,
         spec: Attention,
-        chunk: ChunkState,
+        batch: PrefillState,
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32, if any, to the cache; return y [T, H·D] of q [T, H·D] f32."""
         dim, tokens = check_head_dim(spec.head_dim), len(q)
         if not may_fuse_norms(spec):
             v, spec = normalize_heads(kernels, pool, q, k, v, spec)
-        self.query_scales.prefill(kernels, q, spec, chunk)
+        self.query_scales.prefill(kernels, q, spec, batch)
         keys, values = self._cache.layer(spec.layer)
         rotated = pool.empty(q.shape, np.float16)
         heads, written = (np.int32(spec.n_heads), np.int32(spec.n_kv_heads)), np.int32(spec.n_written)
@@ -233,35 +234,34 @@ class AttentionLauncher:
                 keys,
                 values,
                 *self._rope(spec.rope),
-                chunk.table,
-                chunk.span,
+                batch.params,
                 heads[0],
                 written,
                 *norms,
             ),
             pdl=True,
         )
-        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, chunk.span[1:])
+        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, batch.count)
         if dim == _WIDEST_DIM:
             group = group_size(spec)
             kernels.get("attention_512.cu", f"attention_512_chunk<{group}, {self._kv}>")(
                 (spec.n_heads // group, tokens),
                 (_WIDEST_THREADS,),
-                (y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span, *heads, np.int32(spec.window)),
+                (y.x, rotated, keys, values, batch.params, _sinks(spec), *heads, np.int32(spec.window)),
                 pdl=True,
             )
             return y
-        partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, len(chunk.table) * KV_BLOCK)
+        partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, batch)
         split = tokens <= _SPLIT_TOKENS
-        warps = _QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
+        warps = QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}, {_FLAGS[split]}, {self._kv}>")(
-            (-(-tokens // _QUERY_TILE), spec.n_heads, layers),
+            (max(most_tiles(tokens, batch.chunks), layers * -(-tokens // QUERY_TILE)), spec.n_heads),
             (32 * warps,),
             (
-                *(y.x, rotated, keys, values, chunk.table, _sinks(spec), chunk.span),
+                *(y.x, rotated, keys, values, batch.params, _sinks(spec)),
                 *(partials, arrivals, np.int32(capacity), *heads, np.int32(spec.window)),
             ),
-            shared_mem=_tile_bytes(dim, self._cache.kv_type) + _QUERY_TILE // 16 * _PARTIAL_BYTES[dim],
+            shared_mem=_tile_bytes(dim, self._cache.kv_type) + QUERY_TILE // 16 * _PARTIAL_BYTES[dim],
             pdl=True,
         )
         return y
@@ -437,21 +437,22 @@ class AttentionLauncher:
         return cos, sin, np.int32(rope.dims)
 
     def _prefill_split(
-        self, spec: Attention, tokens: int, positions: int
+        self, spec: Attention, tokens: int, batch: PrefillState
     ) -> tuple[DeviceArray | None, DeviceArray | None, int, int]:
-        """Partial results, arrival counters, capacity in results, and Z, the layers of the grid.
+        """Partial results, arrival counters, capacity in results, and Z, the blocks of a tile.
 
-        Z changes no bit, so it may depend on the device. Memory is reserved by the dry run of a
-        chunk, before graphs are captured.
+        Z is that of a batch of one chunk; the tiles of several share as many blocks. It changes no
+        bit, so it may depend on the device. Memory is reserved by the dry run of a batch, before
+        graphs are captured.
         """
-        tiles, segments = -(-tokens // _QUERY_TILE), -(-positions // _SEGMENT)
+        tiles, segments = -(-tokens // QUERY_TILE), -(-batch.blocks * KV_BLOCK // _SEGMENT)
         if tokens > _SPLIT_TOKENS or segments == 1:
             return None, None, 0, 1
         key = (spec.n_heads, spec.head_dim, segments)
         if key not in self._prefill_scratch:
             size = _PARTIAL_BYTES[spec.head_dim]
             capacity = min(_SPLIT_TOKENS // 16 * spec.n_heads * segments, MAX_PARTIAL_BYTES // size)
-            counters = _SPLIT_TOKENS // _QUERY_TILE * spec.n_heads
+            counters = most_tiles(_SPLIT_TOKENS, batch.chunks) * spec.n_heads
             self._prefill_scratch[key] = (*self._scratch(capacity * size, counters), capacity)
         layers = max(4, _BLOCKS_PER_PROCESSOR * self._processors // (tiles * spec.n_heads))
         return *self._prefill_scratch[key], min(segments, layers)

@@ -18,6 +18,7 @@ from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
+from worker.gpu.prefill_state import chunks_at_most
 from worker.gpu.runner import GpuRunner, GpuSettings, rows_at_most
 from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES
 from worker.gpu.upload import Upload, repack_kernels
@@ -74,7 +75,7 @@ class GpuBackend:
         return kv_bytes_per_token((layer.attention for layer in model.layers), self.kv_type)
 
     def overhead_bytes(self, model: Model, hp: Hparams, max_running: int, *, drafts: bool = False) -> int:
-        """Activations of a chunk and a decode step, slots, attention, its tables, the margin."""
+        """Activations of a prefill batch and a decode step, slots, attention, tables, a margin."""
         specs = [layer.attention for layer in model.layers]
         qkv = max(spec.q_width + 2 * spec.kv_width for spec in specs)
         partials = max(decode_partial_bytes(spec.head_dim) for spec in specs)
@@ -83,7 +84,9 @@ class GpuBackend:
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)
         step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
-        return 6 * self.prefill_chunk * a_token + step + MAX_PARTIAL_BYTES + table_bytes(specs) + _MARGIN
+        a_chunk = 9 * hp.vocab_size + 4 * hp.context_length // KV_BLOCK
+        batch = 6 * self.prefill_chunk * a_token + chunks_at_most(max_running) * a_chunk
+        return batch + step + MAX_PARTIAL_BYTES + table_bytes(specs) + _MARGIN
 
     def available_bytes(self) -> int:
         return self._memory.free

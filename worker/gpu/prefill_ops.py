@@ -1,9 +1,9 @@
-"""`worker.ops.Ops` of one chunk of a prompt on the GPU: compositions of launchers.
+"""`worker.ops.Ops` of a batch of chunks of prompts on the GPU: compositions of launchers.
 
 Products read f16 activations on tensor cores; the router uses decode's kernels, so that experts are
-chosen in f32. The chunk's position and its number of valid tokens are read from device state; of
-the batch only shapes are read, so that a captured chunk serves every shorter one. Twin:
-`worker/cpu/ops.py`. Generated tokens: `decode_ops.py`.
+chosen in f32. Chunks, positions and the number of rows are read from device state; of the argument
+`batch` only shapes are read, so that a captured batch serves every smaller one. Twin:
+`worker/cpu/ops.py`, one chunk at a time. Generated tokens: `decode_ops.py`.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul_params import ExpertGroups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import branches_norm_add, norm_add
+from worker.gpu.prefill_state import PrefillState
 from worker.gpu.softcap import softcap
-from worker.gpu.state import ChunkState
 from worker.ops import SWIGLU, Activation, Attention, Batch, Branch, Linear, QTensor, RmsNorm, Router, Routes
 
 
@@ -41,20 +41,20 @@ class RoutedRows:
 
 
 class PrefillOps:
-    """Ops of the chunk that `prompt` holds when the kernels run."""
+    """Ops of the batch that `state` holds when the kernels run."""
 
-    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, prompt: ChunkState) -> None:
+    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, state: PrefillState) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention
-        self._prompt = prompt
+        self._state = state
 
     def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> DeviceArray:
-        return embed(self._kernels, self._pool, table, self._prompt.tokens[: len(batch.tokens)], scale=scale)
+        return embed(self._kernels, self._pool, table, self._state.tokens[: len(batch.tokens)], scale=scale)
 
     def layer_inputs(self, x: DeviceArray, linear: Linear, norm: RmsNorm, rows: DeviceArray) -> DeviceArray:
         y = matmul.matmul(self._kernels, self._pool, self._scaled(x), linear)
-        return add_normed_groups(self._kernels, y, norm, rows, self._prompt.count)
+        return add_normed_groups(self._kernels, y, norm, rows, self._state.count)
 
     def linear_gate(self, x: Rows, gate: Linear, inputs: Rows, layer: int, activation: Activation) -> Rows:
         y = matmul.matmul(self._kernels, self._pool, self._scaled(x), gate)
@@ -67,7 +67,7 @@ class PrefillOps:
         self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
     ) -> ScaledF16:
         """See `Ops.attention`; y is the input of `linear_add`."""
-        return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._prompt)
+        return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._state)
 
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows | None) -> Rows:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)
@@ -119,18 +119,18 @@ class PrefillOps:
         return softcap(self._kernels, logits, cap)
 
     def gather_rows(self, x: DeviceArray | ScaledF16, batch: Batch) -> GatheredRows | ScaledF16:
-        wanted = self._prompt.wanted[: len(batch.logit_rows)]
+        wanted = self._state.wanted[: len(batch.logit_rows)]
         if not isinstance(x, ScaledF16):
             return GatheredRows(gather_rows(self._kernels, self._pool, x, wanted))
         assert x.scale is None, "attention rows have no scale"
-        return ScaledF16(gather_rows(self._kernels, self._pool, x.x, wanted), None, self._prompt.wanted_count)
+        return ScaledF16(gather_rows(self._kernels, self._pool, x.x, wanted), None, self._state.wanted_count)
 
     def _scaled(self, x: Rows, norm: RmsNorm | None = None) -> ScaledF16:
         return scale_to_f16(self._kernels, self._pool, _array(x), norm, self._count(x))
 
     def _count(self, x: Rows) -> DeviceArray:
         """[1] i32: the number of valid rows of x."""
-        return self._prompt.wanted_count if isinstance(x, GatheredRows) else self._prompt.count
+        return self._state.wanted_count if isinstance(x, GatheredRows) else self._state.count
 
 
 def _array(x: Rows) -> DeviceArray:

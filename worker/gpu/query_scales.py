@@ -11,9 +11,12 @@ import numpy as np
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
-from worker.gpu.state import ChunkState, StepState
+from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
+from worker.gpu.prefill_state import PrefillState
+from worker.gpu.state import StepState
 from worker.ops import Attention, PositionScale
 
+DEFINES = _BATCH_DEFINES
 INSTANTIATIONS: tuple[KernelName, ...] = (("scale_queries.cu", "scale_queries"),)
 _THREADS, _BLOCKS = 256, 4  # blocks of a row
 
@@ -31,9 +34,9 @@ class QueryScales:
         self._memory = memory
         self._tables: dict[tuple[PositionScale, int], DeviceArray] = {}
 
-    def prefill(self, kernels: Launcher, q: DeviceArray, spec: Attention, chunk: ChunkState) -> None:
-        """Scale the rows of q [T, H·D] f32 of a chunk, in place, if `spec` has a scale."""
-        self._launch(kernels, q, spec, chunk.span, None, None)
+    def prefill(self, kernels: Launcher, q: DeviceArray, spec: Attention, batch: PrefillState) -> None:
+        """Scale the rows of q [T, H·D] f32 of a batch, in place, if `spec` has a scale."""
+        self._launch(kernels, q, spec, batch.rows, None, None)
 
     def decode(self, kernels: Launcher, q: DeviceArray, spec: Attention, state: StepState) -> None:
         """Scale the rows of q [R, H·D] f32 of a decode step, in place, if `spec` has a scale."""
@@ -44,7 +47,7 @@ class QueryScales:
         kernels: Launcher,
         q: DeviceArray,
         spec: Attention,
-        span: DeviceArray | None,
+        rows: DeviceArray | None,
         row_slots: DeviceArray | None,
         positions: DeviceArray | None,
     ) -> None:
@@ -54,7 +57,7 @@ class QueryScales:
         kernels.get(*INSTANTIATIONS[0])(
             (len(q), _BLOCKS),
             (_THREADS,),
-            (q, table, span, row_slots, positions, np.int32(q.shape[1]), np.int32(len(table))),
+            (q, table, rows, row_slots, positions, np.int32(q.shape[1]), np.int32(len(table))),
             pdl=True,
         )
 

@@ -2,11 +2,12 @@
 
 - Prepare (`_prepare`): dry runs determine the kernels to compile and the bytes of the activation
   pools.
-- Capture (`_capture_decode`, `_capture_chunk`): one graph for decode steps of 1, 2, 4, 8, … rows,
-  the sampler included, and one per chunk size for prompts.
-- Run (`run`): a chunk is one graph launch, the first draw of a prompt another. A decode step of all
-  slots that generate is one graph launch; its inputs are already on the device. With draft tokens
-  (`drafts.py`) it has graphs of its own, and its rows are uploaded.
+- Capture (`_capture_decode`, `_capture_prefill`): one graph for decode steps of 1, 2, 4, 8, … rows,
+  the sampler included, and one per size of a prefill batch.
+- Run (`run`): a batch of chunks (`prefill_state.py`) is one graph launch, the first draws of its
+  prompts another. A decode step of all slots that generate is one graph launch; its inputs are
+  already on the device. With draft tokens (`drafts.py`) it has graphs of its own, and its rows are
+  uploaded.
 - Lookahead: the newest decode step is read by the next call, after that call has launched another.
   First draws of prompts are read later than the draws of the step before their chunks.
 - Grammars (`masks.py`): a decode step leaves rows that need a mask undrawn. While the device runs
@@ -16,9 +17,10 @@ Independent of the model's architecture. Next: `slots.py`, `state.py`, `decode_o
 `prefill_ops.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,10 @@ from worker.gpu.kernel import capture_graph, device_errors
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
 from worker.gpu.prefill_ops import PrefillOps
+from worker.gpu.prefill_state import PrefillState, chunks_at_most, pack
 from worker.gpu.sampler import SamplerLauncher
 from worker.gpu.slots import Generation, Launch, Slots
-from worker.gpu.state import PINNED_SLOTS, ChunkState, KvCache, PinnedRing, StepState, rows_of
+from worker.gpu.state import PINNED_SLOTS, KvCache, PinnedRing, StepState, rows_of
 from worker.model import (
     LEAST_DRAFT_ROWS,
     MAX_DRAFT_ROWS,
@@ -52,9 +55,9 @@ from worker.sampling import DrawRequest
 from worker.token_masks import SlotMask
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
-_SHORT_CHUNKS = (32, 128, 512)
-"""Graph sizes in tokens below the longest chunk: blocks of absent tokens cost some time."""
-_ALL_PDL_TOKENS = 128  # up to this many tokens of a chunk, all kernels launch with PDL
+_SMALL_BATCHES = (32, 128, 512)
+"""Graph sizes in rows below the largest batch: blocks of absent rows cost some time."""
+_ALL_PDL_ROWS = 128  # up to this many rows of a batch, all kernels launch with PDL
 _ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
 _DRAFT_STEPS = (LEAST_DRAFT_ROWS, MAX_DRAFT_ROWS)
 """Rows of the decode steps with draft tokens; both are captured at load."""
@@ -69,7 +72,7 @@ _DRAFT_TIME = 0.13
 
 @dataclass(frozen=True, slots=True)
 class GpuSettings:
-    """Sizes fixed at load: total KV blocks, longest sequence and longest chunk in tokens."""
+    """Sizes fixed at load: total KV blocks, longest sequence in tokens, rows of a prefill batch."""
 
     kv_blocks: int
     context: int
@@ -81,7 +84,7 @@ class GpuSettings:
     slots: int = 1
     """Sequences that generate at once."""
     logit_rows: int = 1
-    """Maximum number of rows of a chunk whose logits are requested."""
+    """Maximum number of rows whose logits a call of `logits` requests of a prefill batch."""
     drafts: bool = False
     """Whether decode steps may have draft tokens."""
     kv_type: KvType = "f16"
@@ -141,6 +144,7 @@ class GpuRunner:
         self._settings = settings
         self._kernels = kernels
         self.slots = settings.slots
+        self._chunks = chunks_at_most(settings.slots)
         self._slots = Slots(settings.slots)
         self._lookahead: Launch | None = None
         self._first_draws_due: list[Launch] = []
@@ -158,10 +162,11 @@ class GpuRunner:
             layers = [layer.attention for layer in model.layers]
             self.cache = KvCache(memory, layers, settings.kv_blocks, settings.kv_type)
             self._attention = AttentionLauncher(memory, self.cache, rows, processors, self._max_shared)
-            self._state = StepState(memory, settings.slots, blocks, draft_slots)
-            self._chunk = ChunkState(memory, settings.prefill_tokens, settings.logit_rows, blocks)
-            slab = memory.reserve(4 * settings.logit_rows * hp.vocab_size, Purpose.WORKSPACE)
-            self._logits = slab.array((settings.logit_rows, hp.vocab_size), np.float32)
+            self._state = StepState(memory, settings.slots, blocks, draft_slots, self._chunks)
+            logit_rows = max(settings.logit_rows, self._chunks)
+            self._prefill_state = PrefillState(memory, settings.prefill_tokens, logit_rows, blocks, self._chunks)
+            slab = memory.reserve(4 * logit_rows * hp.vocab_size, Purpose.WORKSPACE)
+            self._logits = slab.array((logit_rows, hp.vocab_size), np.float32)
             self._sampler = SamplerLauncher(
                 *(memory, hp.vocab_size, padding_ids, end_ids),
                 sequences=settings.slots + draft_slots,
@@ -173,7 +178,7 @@ class GpuRunner:
                 DraftLauncher(memory, self._state, self._sampler, processors) if settings.drafts else None
             )
             self._draws = PinnedRing(self._sampler.drawn.nbytes)
-            self._first_draw_ring = PinnedRing(self._sampler.drawn[:1].nbytes, settings.slots)
+            self._first_draw_ring = PinnedRing(self._sampler.drawn[: self._chunks].nbytes, settings.slots)
             self._pools = self._prepare(memory)
             at_load = [rows for rows in self._step_sizes() if rows <= _ROWS_AT_LOAD]
             self._decode_steps = {rows: self._capture_decode(rows) for rows in at_load}
@@ -181,22 +186,18 @@ class GpuRunner:
             if self._draft_rows is not None:
                 self._copy_slots = self._capture_copies(self._draft_rows)
                 self._draft_steps = {rows: self._capture_draft_step(self._draft_rows, rows) for rows in _DRAFT_STEPS}
-            self._first_draw_step = self._capture_first_draw()
-            self._chunk_graphs = {tokens: self._capture_chunk(tokens) for tokens in self._chunk_sizes()}
+            self._first_draw_steps = {rows: self._capture_first_draws(rows) for rows in (1, self._chunks)}
+            self._prefill_graphs = {rows: self._capture_prefill(rows) for rows in self._batch_sizes()}
             self._stream.synchronize()
 
     def run(self, chunks: Sequence[Chunk], on_launched: OnLaunched = lambda: None) -> list[SlotDraw]:
         draws = self.first_draws()
         with device_errors(), self._stream:
             if chunks:
-                self._chunk.wait()  # the host is at most one call ahead: a cancellation waits for no more
+                self._prefill_state.wait()  # the host is at most one call ahead: a cancellation waits for no more
             launches = [] if self._lookahead is None else [self._lookahead]
             self._lookahead = None
-            first_draws: list[Launch] = []
-            for number, chunk in enumerate(chunks):
-                if number == PINNED_SLOTS:
-                    on_launched()  # from here on, uploads may wait
-                first_draws += self._prefill(chunk)
+            first_draws = self._prefill(chunks, on_launched)
             drafts = self._slots.take_drafts()
             step, masked = None, False
             if self._slots.step_is_due:
@@ -246,7 +247,8 @@ class GpuRunner:
         self.reset()
         with device_errors(), self._stream:
             if batch.phase is Phase.PREFILL:
-                rows = np.concatenate([self._cupy.asnumpy(logits) for logits in self._run_chunks(batch)])
+                parts = pack([batch], self._settings.prefill_tokens, self._chunks)
+                rows = np.concatenate([self._cupy.asnumpy(self._compute(part)) for part in parts])
                 self._stream.synchronize()  # without requested rows, nothing has waited for the KV writes
                 return rows
             self._state.load(batch, [], self._stream)
@@ -259,8 +261,8 @@ class GpuRunner:
         """Compile the kernels and reserve the activation pools that dry runs determine."""
 
         def prefill(kernels: Launcher, pool: Allocator) -> None:
-            for tokens in self._chunk_sizes():
-                self._prefill_forward(kernels, pool, tokens)
+            for rows in self._batch_sizes():
+                self._prefill_forward(kernels, pool, rows)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
             for rows in self._step_sizes():
@@ -323,34 +325,34 @@ class GpuRunner:
         """Capture the copies of slots, which a step with draft tokens requires before its graph."""
         return capture_graph(lambda: drafts.copy_slots(self._kernels), self._stream)
 
-    def _capture_first_draw(self) -> _DecodeStep:
-        """Capture the draw from a chunk's row of logits."""
-        slot = self._state.first_row if self.slots > 1 else None
-        draw = partial(self._sampler.launch, self._kernels, self._logits[:1], self._state, slot)
+    def _capture_first_draws(self, rows: int) -> _DecodeStep:
+        """Capture the draws from the first `rows` rows of a prefill batch's logits."""
+        slots = self._state.first_rows[:rows] if self.slots > 1 else None
+        draw = partial(self._sampler.launch, self._kernels, self._logits[:rows], self._state, slots)
         graph, masked_draws = (capture_graph(partial(draw, masked=masked), self._stream) for masked in (False, True))
-        return _DecodeStep(graph, masked_draws, self._sampler.drawn[:1])
+        return _DecodeStep(graph, masked_draws, self._sampler.drawn[:rows])
 
-    def _chunk_sizes(self) -> list[int]:
-        """The captured chunk sizes, ascending; a shorter chunk uses the next one."""
-        longest = self._settings.prefill_tokens
-        return [*(tokens for tokens in _SHORT_CHUNKS if tokens < longest), longest]
+    def _batch_sizes(self) -> list[int]:
+        """Rows of the graphs of prefill batches, ascending; fewer rows use the next one."""
+        largest = self._settings.prefill_tokens
+        return [*(rows for rows in _SMALL_BATCHES if rows < largest), largest]
 
-    def _capture_chunk(self, tokens: int) -> Any:
-        """Capture the graph of a chunk of at most `tokens` tokens over the chunk state."""
-        kernels = self._kernels if tokens <= _ALL_PDL_TOKENS else PdlInMatmulOnly(self._kernels)
+    def _capture_prefill(self, rows: int) -> Any:
+        """Capture the graph of a prefill batch of at most `rows` rows over the prefill state."""
+        kernels = self._kernels if rows <= _ALL_PDL_ROWS else PdlInMatmulOnly(self._kernels)
 
-        def chunk() -> None:
-            logits = self._prefill_forward(kernels, self._pools[Phase.PREFILL], tokens)
+        def batch() -> None:
+            logits = self._prefill_forward(kernels, self._pools[Phase.PREFILL], rows)
             copy = self._cupy.cuda.runtime.memcpyAsync
             copy(self._logits.data.ptr, logits.data.ptr, logits.nbytes, _ON_DEVICE, self._stream.ptr)
 
-        return capture_graph(chunk, self._stream)
+        return capture_graph(batch, self._stream)
 
-    def _prefill_forward(self, kernels: Launcher, pool: Allocator, tokens: int) -> DeviceArray:
-        """The logits of the chunk in the chunk state, of at most `tokens` tokens."""
-        zeros, rows = np.zeros(tokens, np.int32), np.zeros(self._settings.logit_rows, np.int32)
-        batch = Batch(Phase.PREFILL, zeros, zeros, (np.zeros(1, np.int32),), rows)
-        return self._model.forward(PrefillOps(kernels, pool, self._attention, self._chunk), batch)
+    def _prefill_forward(self, kernels: Launcher, pool: Allocator, rows: int) -> DeviceArray:
+        """The logits of the batch in the prefill state, of at most `rows` rows."""
+        zeros, logit_rows = np.zeros(rows, np.int32), np.zeros(len(self._logits), np.int32)
+        batch = Batch(Phase.PREFILL, zeros, zeros, (np.zeros(1, np.int32),), logit_rows)
+        return self._model.forward(PrefillOps(kernels, pool, self._attention, self._prefill_state), batch)
 
     def _decode_forward(self, batch: Batch) -> DeviceArray:
         return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
@@ -360,41 +362,58 @@ class GpuRunner:
 
     # Prefill
 
-    def _prefill(self, chunk: Chunk) -> list[Launch]:
-        """Launch a chunk, and the first draw if it is a prompt's last one."""
-        for _ in self._run_chunks(chunk.batch()):
-            pass
-        return [] if chunk.begin is None else self._begin(chunk.begin, chunk.block_table)
+    def _prefill(self, chunks: Sequence[Chunk], on_launched: OnLaunched) -> list[Launch]:
+        """Launch the chunks in batches, and after each the first draws of its complete prompts."""
+        starts = iter([(chunk.begin, chunk.block_table) for chunk in chunks if chunk.begin is not None])
+        batches = pack((chunk.batch() for chunk in chunks), self._settings.prefill_tokens, self._chunks)
+        launches: list[Launch] = []
+        uploads = 0
+        for batch in batches:
+            complete = list(islice(starts, len(self._compute(batch))))
+            uploads += 1 + len(complete)
+            if uploads >= PINNED_SLOTS:
+                on_launched()  # from here on, uploads may wait
+            if complete:
+                launches += self._begin(complete)
+        return launches
 
-    def _run_chunks(self, batch: Batch) -> Iterator[DeviceArray]:
-        """Launch chunks of at most `prefill_tokens`: the logits of each, valid until the next."""
-        size = self._settings.prefill_tokens
-        for start in range(0, len(batch.tokens), size):
-            tokens = batch.tokens[start : start + size]
-            rows = batch.logit_rows[(batch.logit_rows >= start) & (batch.logit_rows < start + size)] - start
-            chunk = replace(batch, tokens=tokens, positions=batch.positions[start : start + size], logit_rows=rows)
-            self._chunk.load(chunk, self._stream)
-            self._chunk_graphs[next(size for size in self._chunk_graphs if len(tokens) <= size)].launch(self._stream)
-            yield self._logits[: len(rows)]
+    def _compute(self, batch: Sequence[Batch]) -> DeviceArray:
+        """Launch a batch of chunks: the requested rows of logits, valid until the next one."""
+        self._prefill_state.load(batch, self._stream)
+        graphs, rows = self._prefill_graphs, self._prefill_state.loaded
+        graphs[next(size for size in graphs if rows <= size)].launch(self._stream)
+        return self._logits[: sum(len(chunk.logit_rows) for chunk in batch)]
 
-    def _begin(self, start: SlotStart, table: Ints) -> list[Launch]:
-        """Upload a slot and launch its first draw, from the row of logits of the last chunk.
+    def _begin(self, starts: Sequence[tuple[SlotStart, Ints]]) -> list[Launch]:
+        """Upload slots and launch their first draws, from the rows of logits of the last batch.
 
-        Launches nothing if its mask has an error.
+        A slot whose mask has an error fails and draws nothing.
         """
-        step, mask = self._first_draw_step, self._sampler.slot_masks.start(start)
-        graph = step.graph
-        if mask is not None and mask.due:
-            self._sampler.masks.load({0: mask}, self._stream)
-            graph = step.masked_draws
-        if mask is not None and mask.error is not None:
-            self._slots.fail(start.slot, mask.error)
+        masks = [self._sampler.slot_masks.start(start) for start, _ in starts]
+        due = {row: mask for row, mask in enumerate(masks) if mask is not None and mask.due}
+        if due:
+            self._sampler.masks.load(due, self._stream)
+        generations: list[Generation] = []
+        row_slots: list[int] = []
+        for (start, table), mask in zip(starts, masks, strict=True):
+            generations.append(self._slots.begin(start, table, mask))
+            if mask is not None and mask.error is not None:
+                self._slots.fail(start.slot, mask.error)
+                row_slots.append(-1)
+                continue
+            self._state.start(start, table, self._stream)
+            self._sampler.load(start.slot, DrawRequest(start.sampling, 0, start.prompt, ()), self._stream)
+            row_slots.append(start.slot)
+        if max(row_slots) < 0:
             return []
-        self._state.start(start, table, self._stream)
-        self._sampler.load(start.slot, DrawRequest(start.sampling, 0, start.prompt, ()), self._stream)
-        generation = self._slots.begin(start, table, mask)
-        graph.launch(self._stream)
-        return [Launch((generation,), self._slots.steps, *self._first_draw_ring.download(step.drawn, self._stream))]
+        self._state.map_first_rows(row_slots, self._stream)
+        step = next(step for rows, step in self._first_draw_steps.items() if len(starts) <= rows)
+        if len(due) < len(starts):
+            step.graph.launch(self._stream)
+        if due:
+            step.masked_draws.launch(self._stream)
+        copy = self._first_draw_ring.download(step.drawn, self._stream)
+        return [Launch(tuple(generations), self._slots.steps, *copy)]
 
     # Decode
 

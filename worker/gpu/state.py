@@ -1,9 +1,9 @@
-"""The state of sequences in device memory: KV cache, inputs of a decode step, inputs of a chunk.
+"""The state of sequences in device memory: KV cache and inputs of a decode step.
 
 Captured graphs read all their inputs from here; the host uploads them asynchronously. The sampler's
 kernel writes a sequence's next token, position and index into `StepState`, so the host uploads a
 slot once, when its sequence begins to generate. Kernel side: `kernels/kv_cache.cuh`,
-`kernels/sampling.cuh`. Next: `slots.py`, `runner.py`.
+`kernels/sampling.cuh`. Next: `prefill_state.py`, `slots.py`, `runner.py`.
 """
 
 import math
@@ -163,7 +163,7 @@ class _Inputs:
         self.offsets = [0, *ends[:-1]]
         slab = memory.reserve(ends[-1], Purpose.WORKSPACE)
         self.bytes = slab.array((ends[-1],), np.uint8)
-        self.bytes.fill(0)  # a captured chunk covers more tokens than are valid: their ids must be valid too
+        self.bytes.fill(0)
         self.arrays = [slab.array(*shape, at) for shape, at in zip(shapes, self.offsets, strict=True)]
         self.address = slab.address
 
@@ -189,10 +189,10 @@ class WholeInputs(_Inputs):
 class _SlotInputs(_Inputs):
     """Arrays [S, …] of which one slot's elements are uploaded at a time."""
 
-    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]]) -> None:
+    def __init__(self, memory: DeviceMemory, shapes: Sequence[tuple[tuple[int, ...], Any]], uploads: int) -> None:
         super().__init__(memory, shapes)
         self._pitches = [array.nbytes // len(array) for array in self.arrays]
-        self._ring = PinnedRing(sum(map(aligned, self._pitches)))
+        self._ring = PinnedRing(sum(map(aligned, self._pitches)), uploads)
 
     def upload(self, slot: int, values: Sequence[np.ndarray[Any, Any]], stream: Any) -> None:
         """Upload a value, or the beginning of one, for the slot's element of each array.
@@ -218,21 +218,23 @@ class StepState:
     negative if the slot is inactive; `limits` [S] i32 and `ends` [S, ENDS] i32, -1 padded: a
     sequence ends with the token at this position, or with one of these ids; `requests` [S] (bytes
     of REQUEST); `tables` [S, blocks] i32. `row_slots` [R] i32: the slot of each row, -1 for none;
-    `first_row` [1] i32: the slot whose first token is drawn. With one slot, row 0 always is slot 0.
-    `draft_slots` further slots are those of draft tokens (`drafts.py`).
+    `first_rows` [F] i32: the slots whose first tokens are drawn, -1 for none. With one slot, row 0
+    always is slot 0. `draft_slots` further slots are those of draft tokens (`drafts.py`).
     """
 
-    def __init__(self, memory: DeviceMemory, slots: int, blocks: int, draft_slots: int = 0) -> None:
+    def __init__(
+        self, memory: DeviceMemory, slots: int, blocks: int, draft_slots: int = 0, first_rows: int = 1
+    ) -> None:
         self.slots, count = slots, slots + draft_slots
         each = ((count,), np.int32)
         ends, requests = ((count, ENDS), np.int32), ((count, REQUEST.itemsize), np.uint8)
         shapes = (each, each, each, ends, requests, ((count, blocks), np.int32))
-        self._inputs = _SlotInputs(memory, shapes)
+        self._inputs = _SlotInputs(memory, shapes, max(PINNED_SLOTS, first_rows))
         self.tokens, self.positions, self.limits, self.ends, self.requests, self.tables = self._inputs.arrays
         self.positions.fill(-1)
         self._rows = WholeInputs(memory, [((rows_of(slots),), np.int32)])
-        self._first = WholeInputs(memory, [((1,), np.int32)], slots)
-        (self.row_slots,), (self.first_row,) = self._rows.arrays, self._first.arrays
+        self._first = WholeInputs(memory, [((first_rows,), np.int32)], slots)
+        (self.row_slots,), (self.first_rows,) = self._rows.arrays, self._first.arrays
         self._forced = PinnedRing(4 * slots)
         self._tables = PinnedRing(4 * blocks)
         self._mapped: list[int] = [0] if slots == 1 else []
@@ -246,8 +248,11 @@ class StepState:
         ends = sorted(start.end_ids)[:ENDS]  # the engine stops the slot after an end id beyond these
         fields = start.prompt[-1], last, last + start.max_tokens
         self._upload(start.slot, *fields, ends, request, table, stream)
+
+    def map_first_rows(self, slots: Sequence[int], stream: Any) -> None:
+        """Let row r of the next first draws belong to slot `slots[r]`, and further rows to none."""
         if self.slots > 1:
-            self._first.upload([np.array([start.slot], np.int32)], stream)
+            self._first.upload([_padded(slots, len(self.first_rows))], stream)
 
     def extend(self, slot: int, table: Ints, stream: Any) -> None:
         """Upload a slot's block table."""
@@ -262,9 +267,7 @@ class StepState:
         """Let row r of the next steps belong to slot `slots[r]`, and further rows to none."""
         if slots == self._mapped:
             return
-        rows = np.full(self.row_slots.shape, -1, np.int32)
-        rows[: len(slots)] = slots
-        self._rows.upload([rows], stream)
+        self._rows.upload([_padded(slots, len(self.row_slots))], stream)
         self._mapped = list(slots)
 
     def slots_of_rows(self, rows: int) -> DeviceArray | None:
@@ -299,41 +302,13 @@ class StepState:
         table: Ints,
         stream: Any,
     ) -> None:
-        padded = np.full(ENDS, -1, np.int32)
-        padded[: len(ends)] = ends
         fields = (np.array([value], np.int32) for value in (token, position, limit))
-        self._inputs.upload(slot, (*fields, padded, np.array(pack(request), REQUEST), table), stream)
+        self._inputs.upload(slot, (*fields, _padded(ends, ENDS), np.array(pack(request), REQUEST), table), stream)
 
 
-class ChunkState:
-    """Inputs of a chunk of a prompt.
-
-    `tokens` [T]; `span` [2]: position of the first token, number of valid tokens; `wanted` [R]:
-    rows whose logits are requested; `table` [blocks]; all i32. `count` [1] is the second element of
-    `span`, `wanted_count` [1] the number of valid rows in `wanted`.
-    """
-
-    def __init__(self, memory: DeviceMemory, tokens: int, rows: int, blocks: int) -> None:
-        shapes = [((size,), np.int32) for size in (tokens, 2, 1 + rows, blocks)]
-        self._inputs = WholeInputs(memory, shapes)
-        self.tokens, self.span, wanted, self.table = self._inputs.arrays
-        self.count = self.span[1:]
-        self.wanted_count, self.wanted = wanted[:1], wanted[1:]
-        self._rows = rows
-
-    def load(self, chunk: Batch, stream: Any) -> None:
-        """Upload `chunk`, of at most T tokens and R rows with logits."""
-        rows = chunk.logit_rows
-        if len(rows) > self._rows:
-            raise ValueError(f"a chunk with logits of {len(rows)} rows exceeds the limit of {self._rows}")
-        wanted = np.zeros(1 + self._rows, np.int32)
-        wanted[0], wanted[1 : 1 + len(rows)] = len(rows), rows
-        span = np.array((chunk.positions[0], len(chunk.tokens)), np.int32)
-        self._inputs.upload((chunk.tokens, span, wanted, chunk.block_tables[0]), stream)
-
-    def wait(self) -> None:
-        """Wait until the newest chunk is uploaded, that is until those before it are computed."""
-        self._inputs.wait()
+def _padded(values: Sequence[int], size: int) -> Ints:
+    """`values`, followed by -1: [size] i32."""
+    return np.array([*values, *[-1] * (size - len(values))], np.int32)
 
 
 def penalized(sampling: Sampling) -> bool:

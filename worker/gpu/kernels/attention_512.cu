@@ -9,19 +9,17 @@
 //
 // attention_512_rows (decode): one new token a row. With Norms (HeadNorms) norms of q, k and v; RoPE
 // of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the tiles g,
-// g + splits, … after the oldest one; the block that arrives last adds the partial results, the oldest
-// first.
-//   q [R, H·512], k, v [R, Hk·512] f32, or null: they are in the cache,
-//   by an earlier layer or, always with Q8Kv, by kv_rows.cu;
-//   row_slots [R] i32, or null: slot 0; of the slots, positions
+// g + splits, … from the oldest on; the block that arrives last adds the results, oldest first.
+//   q [R, H·512], k, v [R, Hk·512] f32, or null: they are in the cache, by an earlier layer or,
+//   always with Q8Kv, by kv_rows.cu; row_slots [R] i32, or null: slot 0; of the slots, positions
 //   [S] i32 and tables [S, table_stride] i32. y [R, H·512] f32; zeros for an inactive row
 //   (attention_items.cu). The keys of other rows of a sequence are in the cache (kv_rows.cu).
 //   Grid (stored, H/GROUP, R), stored ≤ splits: those that the longest context can need.
 //   Scratch: partials, R·(H/GROUP)·stored times 514·GROUP f32; arrivals, R·(H/GROUP) u32, zero before
 //   and after each launch.
-// attention_512_chunk (prefill): the rows of a chunk, after rope_kv.cu. q [T, H·512] f16, rotated;
-//   table [blocks] i32; span {start, T} i32. y [T, H·512] f16 in the order of fragments.cuh.
-//   Grid (H/GROUP, ≥ T); blocks of absent tokens exit.
+// attention_512_chunk (prefill): the rows of a batch (prefill_batch.cuh), after rope_kv.cu.
+//   q [T, H·512] f16, rotated. y [T, H·512] f16 in the order of fragments.cuh; zeros between chunks.
+//   Grid (H/GROUP, T); blocks of rows after the last chunk exit.
 // Both: caches as in kv_cache.cuh; sinks [H] f32 or null. Block 256. Alignment: 16 bytes. Bytes: the
 // visible keys and values once a row and GROUP heads, mostly from L2. All are read after the wait.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
@@ -31,6 +29,7 @@
 #include "half.cuh"
 #include "head_norm.cuh"
 #include "pdl.cuh"
+#include "prefill_batch.cuh"
 #include "rope.cuh"
 #include "warp.cuh"
 
@@ -273,26 +272,28 @@ __global__ void __launch_bounds__(kThreads)
 template <int GROUP, class Kv>
 __global__ void __launch_bounds__(kThreads)
     attention_512_chunk(unsigned int* y, const unsigned short* q, const typename Kv::Element* k_cache,
-                        const typename Kv::Element* v_cache, const int* table, const float* sinks, const int* span,
-                        int n_heads, int n_kv_heads, int window) {
+                        const typename Kv::Element* v_cache, const PrefillBatch batch, const float* sinks, int n_heads,
+                        int n_kv_heads, int window) {
     __shared__ Shared<GROUP> shared;
-    const int row = blockIdx.y, position = span[0] + row, head = blockIdx.x * GROUP;
-    if (row >= span[1]) return;
+    const int row = blockIdx.y, head = blockIdx.x * GROUP;
+    if (row >= batch.size->rows) return;
+    const auto [position, table] = batch.rows[row];
     grid_dependency_wait();
-    const Caches<Kv> caches = {k_cache, v_cache, table, n_kv_heads, head / (n_heads / n_kv_heads)};
-    const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
-    for (int at = threadIdx.x; at < GROUP * kDim; at += kThreads)
-        shared.queries[at / kDim][at % kDim] = __fmul_rn(half_to_float(q[((size_t)row * n_heads + head) * kDim + at]), scale);
-    __syncthreads();
-    State<GROUP> state;
-    state.start(shared);
-    const SplitTiles tiles(position, window, kTile, 1, 0);
-    for (int tile = tiles.first; tile < tiles.first + tiles.tiles; ++tile)
-        state.add(shared, caches, tile, tiles.oldest, position, false);
-    state.normalize(shared, sinks ? sinks + head : nullptr);
-    unsigned int* const out = y + (size_t)row * n_heads * kDim / 2;
-    for (int g = 0; g < GROUP; ++g) {
-        const int column = (head + g) * kDim + 2 * threadIdx.x;
-        out[fragment_index(column) / 2] = floats_to_half2(state.sums[g][0], state.sums[g][1]);
+    State<GROUP> state = {};
+    if (position >= 0) {
+        const Caches<Kv> caches = {k_cache, v_cache, batch.tables + table, n_kv_heads, head / (n_heads / n_kv_heads)};
+        const float scale = __fmul_rn(rsqrtf((float)kDim), kLog2e);
+        q += ((size_t)row * n_heads + head) * kDim;
+        for (int at = threadIdx.x; at < GROUP * kDim; at += kThreads)
+            shared.queries[at / kDim][at % kDim] = __fmul_rn(half_to_float(q[at]), scale);
+        __syncthreads();
+        state.start(shared);
+        const SplitTiles tiles(position, window, kTile, 1, 0);
+        for (int tile = tiles.first; tile < tiles.first + tiles.tiles; ++tile)
+            state.add(shared, caches, tile, tiles.oldest, position, false);
+        state.normalize(shared, sinks ? sinks + head : nullptr);
     }
+    unsigned int* const out = y + (size_t)row * n_heads * kDim / 2;
+    for (int g = 0; g < GROUP; ++g)
+        out[fragment_index((head + g) * kDim + 2 * threadIdx.x) / 2] = floats_to_half2(state.sums[g][0], state.sums[g][1]);
 }

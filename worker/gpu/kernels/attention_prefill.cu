@@ -1,4 +1,4 @@
-// Prefill attention of a chunk of one sequence over its KV cache (FlashAttention-2, tensor cores).
+// Prefill attention of a batch of chunks, each over the KV cache of its sequence (FlashAttention-2, tensor cores).
 //
 //   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t
 // A sink logit, if any, joins the denominator.
@@ -7,21 +7,22 @@
 // cp.async. At each absolute multiple of SEGMENT positions the softmax starts anew; segments are
 // merged oldest first (running_softmax.cuh). The arithmetic of a query thus follows from its
 // position alone: a tile or segment without visible keys multiplies its sums by one and adds zeros,
-// and the bits do not depend on which block computes a segment. Chunking, cached prefixes and other
-// queries never change the bits of a query.
+// and the bits do not depend on which block computes a segment. Chunking, cached prefixes, other
+// queries and other chunks never change the bits of a query.
 //
-// Without SPLIT a block computes all segments of its queries. A short chunk after a long prefix has
-// too few such blocks. With SPLIT the grid has Z layers: block z computes segments z, z + Z, … and
+// A block computes a tile of at most 64 queries of one chunk (prefill_batch.cuh). Without SPLIT it
+// computes all their segments. A short chunk after a long prefix has too few such blocks. With SPLIT
+// the X blocks of a head are Z = X / tiles for each tile: block z computes segments z, z + Z, … and
 // stores a partial result of each; the block that arrives last merges them. If the partial results
-// exceed `capacity`, layer 0 computes all segments. The KV blocks of a segment are looked up once.
+// exceed `capacity`, block 0 computes all segments. The KV blocks of a segment are looked up once.
 //
 // Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to
-// position start + T - 1; table [blocks] i32 of the sequence; span {start, T} i32 on the device;
-// sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order of fragments.cuh (a mean of
-// f16 values needs no scale).
-// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, ⌈T/64⌉·H u32, zero
-// before and after each launch; both null where Z is 1. D is 64, 96, 128 or 256.
-// Grid (≥ ⌈T/64⌉, H, Z), block threads(strips(D, SPLIT)); blocks of absent tokens exit. Dynamic
+// the end of each chunk; batch; sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order of
+// fragments.cuh (a mean of f16 values needs no scale). Rows between two chunks get the results of zero
+// queries, which are finite.
+// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, tiles·H u32, zero before
+// and after each launch; both null if no context has several segments. D is 64, 96, 128 or 256.
+// Grid (X ≥ tiles, H), block threads(strips(D, SPLIT)); other blocks exit. Dynamic
 // shared memory: TileStages (attention_tiles.cuh), and 256·(D+8) bytes of partial results.
 // Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an
 // element; keys and values of all visible tiles once per 64 queries and head, mostly from L2; with
@@ -30,6 +31,7 @@
 #include "arrival.cuh"
 #include "pdl.cuh"
 #include "fragments.cuh"
+#include "prefill_batch.cuh"
 #include "running_softmax.cuh"
 
 __host__ __device__ constexpr int strips(int head_dim, bool split) {
@@ -47,14 +49,14 @@ __host__ __device__ constexpr int blocks_of(int head_dim, bool split) {
 
 template <int D, int STRIPS>
 __device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const unsigned short* q, int row,
-                                             int n_tokens, int head, int n_heads) {
+                                             int end, int head, int n_heads) {
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
 #pragma unroll
         for (int i = 0; i < 4 * STRIPS; ++i) {  // A: {row, row + 8} × {columns 0–7, columns 8–15}
             const int t = row + i / 4 * 16 + i % 2 * 8, column = 16 * k + i / 2 % 2 * 8 + threadIdx.x % 4 * 2;
             const size_t at = ((size_t)t * n_heads + head) * D + column;
-            queries[i / 4][k][i % 4] = t < n_tokens ? *reinterpret_cast<const unsigned int*>(q + at) : 0;
+            queries[i / 4][k][i % 4] = t < end ? *reinterpret_cast<const unsigned int*>(q + at) : 0;
         }
     }
 }
@@ -62,7 +64,7 @@ __device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const 
 // Normalize the sums, sinks included, and write y. The FMA with +0 turns a sum of -0 into +0.
 template <int D, int STRIPS>
 __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned int* y, const float* sinks, float scale,
-                                           int row, int n_tokens, int head, int n_heads) {
+                                           int row, int end_row, int head, int n_heads) {
     const int lane = threadIdx.x % 32, end = padded(n_heads * D);
     const float sink = sinks ? __fmul_rn(sinks[head], kLog2e) : -kInfinity;
 #pragma unroll
@@ -71,7 +73,7 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 1));
         total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
         const int t = row + 8 * r;
-        if (t >= n_tokens) continue;
+        if (t >= end_row) continue;
         const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink);
         const float factor = exp2f(__fsub_rn(high, top));
         const float inverse = __fdiv_rn(factor, fmaf(total, factor, exp2f(__fsub_rn(sink, top))));
@@ -89,7 +91,7 @@ __device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned i
 template <int D, bool SPLIT, class Kv>
 __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT))
     attention_prefill(unsigned int* y, const unsigned short* q, const typename Kv::Element* k_cache,
-                      const typename Kv::Element* v_cache, const int* table, const float* sinks, const int* span,
+                      const typename Kv::Element* v_cache, const PrefillBatch batch, const float* sinks,
                       float4* partials, unsigned int* arrivals, int capacity, int n_heads, int n_kv_heads, int window) {
     constexpr int STRIPS = strips(D, SPLIT), kRows = 16 * STRIPS, kPartial = partial_quads(D, STRIPS);
     constexpr int kKeys = keys_per_tile(D), kTiles = SEGMENT / kKeys;
@@ -97,24 +99,26 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     using Tiles = TileStages<D, STRIPS, Kv>;
     Tiles& tiles = *reinterpret_cast<Tiles*>(shared);
     float4* kept = reinterpret_cast<float4*>(&tiles + 1) + threadIdx.x / 32 * kPartial;
-    const int start = span[0], n_tokens = span[1];
+    const PrefillSize size = *batch.size;
+    const int layer = blockIdx.x / size.tiles, layers = gridDim.x / size.tiles;
+    if (layer >= (SPLIT ? layers : 1)) return;
+    const PrefillTile queries_of = batch.tiles[blockIdx.x % size.tiles];
+    const int* const table = batch.tables + queries_of.table;
     const int head = blockIdx.y, kv_head = head / (n_heads / n_kv_heads);
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * QUERY_TILE;  // longest rows first
-    if (first_row >= n_tokens) return;
-    const int warp_row = first_row + threadIdx.x / 32 * kRows, row = warp_row + threadIdx.x % 32 / 4;
-    const int seen_by_all = start + warp_row;
-    const int valid = start + n_tokens, newest = min(start + first_row + QUERY_TILE, valid) - 1;
-    const auto oldest_of = [=](int position) { return window && position >= window ? position - window + 1 : 0; };
-    const int oldest = oldest_of(start + first_row), first_segment = oldest / SEGMENT;
+    const int first = queries_of.position, valid = queries_of.end, end_row = queries_of.row + valid - first;
+    const int warp_row = queries_of.row + threadIdx.x / 32 * kRows, row = warp_row + threadIdx.x % 32 / 4;
+    const int seen_by_all = first + warp_row - queries_of.row, newest = min(first + QUERY_TILE, valid) - 1;
+    const int oldest = window && first >= window ? first - window + 1 : 0, first_segment = oldest / SEGMENT;
 
     const int segments = newest / SEGMENT - first_segment + 1;
-    const int chunk_first = oldest_of(start) / SEGMENT, chunk_segments = (valid - 1) / SEGMENT - chunk_first + 1;
-    const int warps = (n_tokens + kRows - 1) / kRows;
-    const bool split = SPLIT && gridDim.z > 1 && segments > 1 && warps * n_heads * chunk_segments <= capacity;
-    const int stride = split ? gridDim.z : 1;
-    if (blockIdx.z >= (split ? segments : 1)) return;
+    int most_segments = (size.longest - 1) / SEGMENT + 1;  // of a tile of the batch
+    if (window) most_segments = min(most_segments, (window + QUERY_TILE - 3) / SEGMENT + 2);
+    const int strips_of_batch = (size.rows + kRows - 1) / kRows;
+    const bool split = SPLIT && layers > 1 && segments > 1 && strips_of_batch * n_heads * most_segments <= capacity;
+    const int stride = split ? layers : 1;
+    if (layer >= (split ? segments : 1)) return;
     const auto partial_of = [=](int segment) {
-        const int at = (warp_row / kRows * n_heads + head) * chunk_segments + segment - chunk_first;
+        const int at = (warp_row / kRows * n_heads + head) * most_segments + segment - first_segment;
         return partials + (size_t)at * kPartial;
     };
 
@@ -130,14 +134,14 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         commit_copies();
     };
     const int last_tile = newest / kKeys, last_segment = newest / SEGMENT;
-    int segment = first_segment + blockIdx.z, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
+    int segment = first_segment + layer, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     int blocks = blocks_of_segment(segment);
-    // A tile before `start` holds tokens of earlier chunks only: fetch it before the wait.
-    if ((tile + 1) * kKeys > start) grid_dependency_wait();
+    // A tile before the chunk's start holds tokens of earlier batches only: fetch it before the wait.
+    if ((tile + 1) * kKeys > queries_of.start) grid_dependency_wait();
     fetch(0, tile, blocks);
     grid_dependency_wait();
     Queries<D, STRIPS> queries;
-    load_queries<D, STRIPS>(queries, q, row, n_tokens, head, n_heads);
+    load_queries<D, STRIPS>(queries, q, row, end_row, head, n_heads);
     Softmax<D, STRIPS> state;
     const float scale = __fmul_rn(rsqrtf((float)D), kLog2e);
     for (; segment <= last_segment; segment += stride) {
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
             Scores<D, STRIPS> scores = {};
             score<D, STRIPS>(scores, queries, tiles.keys(stage));
             if ((tile + 1) * kKeys > seen_by_all + 1 || (window && tile * kKeys < seen_by_all + kRows - window))
-                apply_mask<D, STRIPS>(scores, start + row, tile * kKeys, window);
+                apply_mask<D, STRIPS>(scores, first + row - queries_of.row, tile * kKeys, window);
             state.update(scores, scale);
             add_values<D, STRIPS>(state.sums, scores, tiles.values(stage));
             __syncthreads();
@@ -164,11 +168,11 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
         }
         blocks = next_blocks;
         if (!split && segment > first_segment) state.merge_older(kept, scale);
-        if (split ? warp_row < n_tokens : segment < last_segment) state.store(split ? partial_of(segment) : kept);
+        if (split ? warp_row < end_row : segment < last_segment) state.store(split ? partial_of(segment) : kept);
     }
 
-    if (split && !arrives_last(arrivals + blockIdx.x * n_heads + head, min(segments, stride))) return;
-    if (warp_row >= n_tokens) return;
+    if (split && !arrives_last(arrivals + blockIdx.x % size.tiles * n_heads + head, min(segments, stride))) return;
+    if (warp_row >= end_row) return;
     if constexpr (D > 128) {  // registers hold one state
         for (int s = 0; split && s < segments; ++s) {
             state.load(partial_of(first_segment + s));
@@ -185,5 +189,6 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
             if (s < segments - 1) state.store(kept);
         }
     }
-    write_rows<D, STRIPS>(state, y, sinks, scale, row, n_tokens, head, n_heads);
+    const int end_strip = (end_row + 15) / 16 * 16;  // y of the rows after the chunk's tokens must be finite
+    write_rows<D, STRIPS>(state, y, sinks, scale, row, min(end_strip, size.rows), head, n_heads);
 }

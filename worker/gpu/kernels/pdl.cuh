@@ -23,14 +23,14 @@
 // |                                 | _rows, _items, kv_rows         |                            |
 // | requests, positions, end ids    | sample                         | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
-// | span or count of a chunk        | rope_kv, attention_prefill,    | uploaded before this graph |
-// |                                 | matmul, matmul_wgmma, _short,  |                            |
+// | rows, tiles and size of a       | rope_kv, attention_prefill,    | uploaded before this graph |
+// | prefill batch                   | matmul, matmul_wgmma, _short,  |                            |
 // |                                 | scale_to_f16, combine,         |                            |
 // |                                 | group_routes, norm_add,        |                            |
 // |                                 | branches_norm_add, gate_group, |                            |
 // |                                 | add_normed_groups,             |                            |
 // |                                 | attention_512_chunk            |                            |
-// | block table of a chunk          | attention_prefill              | uploaded before this graph |
+// | block tables of a prefill batch | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
 // | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
 // |                                 | _rows, attention_prefill       | own tokens' slots, whose   |

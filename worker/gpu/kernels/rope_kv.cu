@@ -1,12 +1,11 @@
-// Prefill: RoPE of q and k for a chunk of one sequence; q to f16 for tensor cores, k and v to the
-// KV cache.
+// Prefill: RoPE of q and k of a batch of chunks; q to f16 for tensor cores, k and v to the KV cache.
 //
-//   q'[t] = rope(q[t], start + t), K[start + t] = rope(k[t], start + t), V[start + t] = v[t]
+//   q'[t] = rope(q[t], p), K[p] = rope(k[t], p), V[p] = v[t], with p the position of row t
 // With NORMS (HeadNorms) the heads of q, k and v are normalized first (head_norm.cuh); v may be k.
-// Inputs: q [T, H·D], k, v [T, Hk·D] f32; table [blocks] i32; span {start, T} i32 on the device;
-// cos, sin [context, dims/2] f32. Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16
-// values are clamped to ±65504 (half.cuh). Q8Kv needs NORMS, whose parts may be absent.
-// Grid (≥ T, blocks of a token), block 128; blocks of tokens from T on exit. With norms a token has a
+// Inputs: q [T, H·D], k, v [T, Hk·D] f32; batch (prefill_batch.cuh); cos, sin [context, dims/2] f32.
+// Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16 values are clamped to ±65504
+// (half.cuh). Q8Kv needs NORMS, whose parts may be absent.
+// Grid (T, blocks of a row), block 128; blocks of rows without a token exit. With norms a row has a
 // warp for each query head, and for each key head with its value. Alignment: 4 bytes, 2 for f16.
 // Bytes: 6 a query element, 6 a KV element.
 // Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/attention.py with an f16
@@ -15,6 +14,7 @@
 #include "half.cuh"
 #include "head_norm.cuh"
 #include "kv_cache.cuh"
+#include "prefill_batch.cuh"
 #include "rope.cuh"
 
 constexpr int kThreads = 128;
@@ -72,12 +72,14 @@ struct NormedHead {
 template <int D, bool ADJACENT, class Kv, class... Norms>
 __global__ void __launch_bounds__(kThreads)
     rope_kv(unsigned short* rotated, const float* q, const float* k, const float* v, typename Kv::Element* k_cache,
-            typename Kv::Element* v_cache, const float* cos, const float* sin, int dims, const int* table,
-            const int* span, int n_heads, int n_kv_heads, Norms... norms) {
-    const int t = blockIdx.x, position = span[0] + t;
-    if (t >= span[1]) return;
+            typename Kv::Element* v_cache, const float* cos, const float* sin, int dims, const PrefillBatch batch,
+            int n_heads, int n_kv_heads, Norms... norms) {
+    const int t = blockIdx.x;
+    const PrefillRow row = batch.rows[t];
+    const int position = row.position;
+    if (position < 0) return;
     grid_dependency_wait();
-    const int block = table[position / kKvBlock];
+    const int block = batch.tables[row.table + position / kKvBlock];
     const int first = blockIdx.y * blockDim.x + threadIdx.x, stride = gridDim.y * blockDim.x;
     const RopeTables rope = {cos, sin, dims};
     const size_t queries = (size_t)t * n_heads * D, kvs = (size_t)t * n_kv_heads * D;
