@@ -135,10 +135,17 @@ def test_the_end_of_a_prompt_is_not_followed_by_a_small_chunk_of_another_prompt(
     assert runner.chunks[1:] == [[(0, 128)]] * 3 + [[(128, 80)]] * 3
 
 
-def test_a_tiny_prompt_costs_as_much_of_the_budget_as_one_of_64_tokens():
+def test_a_chunk_costs_whole_kv_blocks_of_the_budget():
     runner = ChunkRecorder()
-    first_tokens(engine_of(runner, chunk=256, running=8), *(sequence(str(n), 1) for n in range(8)))
-    assert [len(each) for each in runner.chunks[:3]] == [4, 2, 2]
+    first_tokens(engine_of(runner, chunk=64, running=8), *(sequence(str(n), 1 + n // 7 * 16) for n in range(8)))
+    assert [len(each) for each in runner.chunks[:3]] == [4, 3, 1]
+
+
+def test_a_prompt_that_could_only_begin_leaves_the_rest_of_the_budget_to_a_shorter_one():
+    runner = ChunkRecorder()
+    engine = engine_of(runner, chunk=256, running=3, prefix_cache=False)
+    first_tokens(engine, sequence("first", 200), sequence("long", 100), sequence("short", 30))
+    assert runner.chunks[:2] == [[(0, 200), (0, 30)], [(0, 100)]]
 
 
 def test_slots_are_handed_out_lowest_first_and_reused():

@@ -22,9 +22,9 @@ from worker.ops import KV_BLOCK, Ints
 _LONG_CONTEXT = 32_768
 """Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
 _MIN_CHUNK = 128
-_CHUNK_COST = 64
-"""Tokens of the prefill budget that a chunk costs at least: it reads all weights. A further chunk
-is not begun with less: it would make the step of all others longer for few tokens."""
+_LEAST_FURTHER = 64
+"""Tokens of a chunk after the first one of a step, unless they end a prompt. With fewer, a prompt
+would only begin, and then wait behind those that have not."""
 _BESIDE_ROW = 2
 """Prompt tokens a step for each sequence that generates, if that is more than `prefill_beside`:
 their step takes longer, and their successors' prompts must be computed while they generate."""
@@ -285,7 +285,8 @@ class Scheduler:
     def _chunks(self) -> tuple[tuple[Sequence, ...], tuple[Chunk, ...]]:
         """The chunks of the step and their prompts, within the budget.
 
-        The most urgent prompts come first, of those the ones whose last chunk is longest ago.
+        The most urgent prompts come first, of those the ones whose last chunk is longest ago. The
+        runner computes the chunks together, each in rows of whole KV blocks: those count.
         """
         budget, generating = self._settings.prefill_chunk, len(self._running) - len(self._prefilling)
         if generating:
@@ -294,13 +295,16 @@ class Scheduler:
         prompts: list[Sequence] = []
         chunks: list[Chunk] = []
         for sequence in sorted(self._prefilling, key=lambda s: (urgency(s, self._step), s.chunk_at, s.arrival)):
+            left = len(sequence.prompt) - sequence.prefilled
+            if budget < min(left, _LEAST_FURTHER) and chunks:
+                continue
             size = chunk_after(sequence.prefilled, self._settings.prefill_chunk)
             chunk = _next_chunk(sequence, min(size, budget))
             sequence.chunk_at = self._step
             prompts.append(sequence)
             chunks.append(chunk)
-            budget = (budget - max(len(chunk.tokens), _CHUNK_COST)) // KV_BLOCK * KV_BLOCK
-            if budget < _CHUNK_COST:
+            budget -= blocks_for(len(chunk.tokens)) * KV_BLOCK
+            if not budget:
                 break
         return tuple(prompts), tuple(chunks)
 
