@@ -16,7 +16,8 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)"
-    " or (prefill_equals and -77] and 512) or (8_bits and 512) or (reads_only and 256)",
+    " or (prefill_equals and -77] and 512) or (8_bits and 512) or (reads_only and 256)"
+    " or (of_a_batch and 96)",
     "attention_rows": "listed or windows",
     "q8_cache": "norms or (single_rows and 96 and 40) or nan",
     "scaled_f16": "",
@@ -34,7 +35,7 @@ CHOSEN = {
     " or (prefill_experts and MXFP4 and 300) or alone_and_together",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or both_phases",
-    "slots": "padded or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
+    "slots": "padded or aborted or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",
     "gpu_products": "",

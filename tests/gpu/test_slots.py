@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from tests.gpu.chain import BLOCKS, BROKEN, VOCABULARY, chain_runner
+from tests.gpu.chain import BLOCKS, BROKEN, CONTEXT, VOCABULARY, chain_runner
 from tests.gpu.loaded import gpu_runner
+from tests.models import engine_of, run
+from worker.engine import Sequence as EngineSequence
 from worker.engine.kv_blocks import blocks_for
 from worker.model import Chunk, SlotStart
 from worker.sampling import Sampling
@@ -122,6 +124,28 @@ def run_shuffled(driver, jobs, rng):
 def test_jobs_that_join_in_any_order_get_the_draws_that_they_get_alone(name, slots, load, alone):
     jobs, rng = list(jobs_of(slots + 3)), np.random.default_rng(slots)
     assert run_shuffled(Driver(load(name, slots), rng.permutation(BLOCKS)), jobs, rng) == alone(name, *jobs)
+
+
+def test_a_prompt_aborted_between_its_chunks_leaves_the_prompts_beside_it_as_they_are(kernels, memory):
+    def engine(slots):
+        return engine_of(
+            chain_runner(kernels, memory, slots, prefill_tokens=128), context=CONTEXT, chunk=128, running=slots
+        )
+
+    prompts = {"a": list(range(20)), "b": list(range(30, 62)), "aborted": [5] * 150, "after": list(range(9))}
+    jobs = {name: EngineSequence(name, prompt, 6, WARM) for name, prompt in prompts.items()}
+    expected = run(engine(1), *(replace(jobs[name]) for name in ("a", "b", "after")))
+    together = engine(3)
+    for name in ("a", "b", "aborted"):
+        together.add(jobs[name])
+    tokens = together.step()
+    assert jobs["aborted"].prefilled == 64, "computed beside the whole prompts of a and b"
+    together.abort("aborted")
+    together.add(jobs["after"])
+    while not together.idle:
+        tokens += together.step()
+    assert {name: [each for each in tokens if each.sequence_id == name] for name in expected} == expected
+    assert together.kv_blocks["used"] == 0
 
 
 @pytest.fixture
