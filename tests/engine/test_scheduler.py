@@ -15,7 +15,10 @@ from worker.ops import KV_BLOCK
 
 @pytest.mark.parametrize(
     ("prefilled", "chunk", "expected"),
-    [(0, 1024, 1024), (32_767, 1024, 1024), (32_768, 1024, 512), (65_536, 1024, 256), (131_072, 1024, 128)],
+    [
+        *((0, 2048, 2048), (16_383, 2048, 2048), (16_384, 2048, 1024), (32_768, 2048, 512), (65_536, 2048, 256)),
+        *((0, 1024, 1024), (32_767, 1024, 1024), (32_768, 1024, 512), (65_536, 1024, 256), (131_072, 1024, 128)),
+    ],
 )
 def test_a_chunk_halves_each_time_the_context_has_doubled(prefilled, chunk, expected):
     assert chunk_after(prefilled, chunk) == expected

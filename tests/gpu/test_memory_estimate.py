@@ -17,7 +17,7 @@ from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
 from worker.gpu.attention import AttentionLauncher, table_bytes
-from worker.gpu.backend import _MARGIN, GpuBackend
+from worker.gpu.backend import _MARGIN, GpuBackend, default_chunk
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.launch import dry_run
 from worker.gpu.layouts import BlockMatrix, is_vector, stored_type
@@ -89,7 +89,7 @@ class State:
     slots: int
 
     def __post_init__(self):
-        self.tokens, self.positions, self.row_slots, self.wanted = (absent((1024,), np.int32) for _ in range(4))
+        self.tokens, self.positions, self.row_slots, self.wanted = (absent((2048,), np.int32) for _ in range(4))
         self.count, self.wanted_count, self.rows, self.params = (absent((1,), np.int32) for _ in range(4))
         self.blocks, self.chunks = CONTEXT // 16, chunks_at_most(self.slots)
         self.tables = absent((self.slots, CONTEXT // 16), np.int32)
@@ -172,14 +172,14 @@ class Need:
         return POOL_SLACK * (self.prefill + self.decode) + self.workspace
 
 
-def need_of(file, max_running, context=CONTEXT):
+def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
     """Dry runs of a chunk and of the largest decode step, as a runner has them."""
     model, _ = bind(file, ModelOptions(context), upload)
     memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
     memory.reserve(4 * chunks_at_most(max_running) * read_hparams(file).vocab_size, None)  # of logits
     attention = AttentionLauncher(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
-    chunk = np.zeros(GpuBackend.prefill_chunk, np.int32)
+    chunk = np.zeros(backend_of(wgmma=wgmma).prefill_chunk, np.int32)
     prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[: state.chunks])
 
     def prefill(kernels, pool):
@@ -188,24 +188,32 @@ def need_of(file, max_running, context=CONTEXT):
     def decode(kernels, pool):
         model.forward(DecodeOps(kernels, pool, attention, state, MAX_SHARED), _empty_step(rows))
 
-    return Need(dry_run(prefill).pool_bytes, dry_run(decode).pool_bytes, memory.nbytes)
+    return Need(dry_run(prefill, wgmma=wgmma).pool_bytes, dry_run(decode).pool_bytes, memory.nbytes)
 
 
-def planned(file, max_running):
-    """The plan's bytes without the driver's share; the backend's own state is not needed for it."""
-    return overhead(file, read_hparams(file), max_running) - _MARGIN
+def backend_of(*, wgmma):
+    """A backend without a device, which plans do not need."""
+    backend = object.__new__(GpuBackend)
+    backend.prefill_chunk = default_chunk(wgmma=wgmma)
+    return backend
 
 
-def overhead(file, hp, max_running, context=CONTEXT):
+def planned(file, max_running, *, wgmma=False):
+    """The plan's bytes without the driver's share."""
+    return overhead(file, read_hparams(file), max_running, wgmma=wgmma) - _MARGIN
+
+
+def overhead(file, hp, max_running, context=CONTEXT, *, wgmma=False):
     model, _ = bind(file, ModelOptions(context))
-    return GpuBackend.overhead_bytes(object.__new__(GpuBackend), model, hp, max_running)
+    return backend_of(wgmma=wgmma).overhead_bytes(model, hp, max_running)
 
 
+@pytest.mark.parametrize("wgmma", [False, True])
 @pytest.mark.parametrize("max_running", [1, 8, 256])
 @pytest.mark.parametrize("name", FULL)
-def test_the_plan_of_a_full_size_model_is_an_upper_bound_and_not_far_above(name, max_running, tiny):
+def test_the_plan_of_a_full_size_model_is_an_upper_bound_and_not_far_above(name, max_running, wgmma, tiny):
     with full_size(name, tiny) as file:
-        need, allowed = need_of(file, max_running), planned(file, max_running)
+        need, allowed = need_of(file, max_running, wgmma=wgmma), planned(file, max_running, wgmma=wgmma)
     print(f"{name}, {max_running}: needs {need.in_all / MIB:,.0f} MiB, planned {allowed / MIB:,.0f} MiB, {need}")
     assert need.in_all <= allowed < 6 * need.in_all
 
@@ -251,7 +259,7 @@ def test_the_plan_counts_the_tables_of_the_configured_context(name, tables, tiny
     """Gemma 3 4B has two RoPE tables of 256 f32 a position: 268 MB at 131,072 positions."""
     with full_size(name, tiny) as file:
         hp = read_hparams(file)
-        for backend in (object.__new__(GpuBackend), CpuBackend()):
+        for backend in (backend_of(wgmma=False), CpuBackend()):
             long, short = (
                 backend.overhead_bytes(bind(file, ModelOptions(context))[0], hp, 1) for context in (131072, 1024)
             )

@@ -25,7 +25,7 @@ PROMPT = np.random.default_rng(3).integers(0, 280, 150).tolist()
 OTHER = np.random.default_rng(4).integers(0, 280, 150).tolist()
 SHUFFLED = np.random.default_rng(5).permutation(40)
 TOKENS, BEGINNING, OWN, REPEATS = 8, 2000, 24, 5
-SHARE = 0.25  # of the time of the whole prompt
+SHARE = 0.3  # of the time of the whole prompt
 
 
 class Observed:

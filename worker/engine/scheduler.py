@@ -19,8 +19,8 @@ from worker.engine.waiting import WaitingSequences, urgency
 from worker.model import Chunk, SlotStart
 from worker.ops import KV_BLOCK, Ints
 
-_LONG_CONTEXT = 32_768
-"""Tokens before a prompt's chunk from which on attention to them dominates the chunk's time."""
+_MOST_PRODUCTS = 1 << 25
+"""Tokens of a chunk times the tokens before it, from which on attention dominates its time."""
 _MIN_CHUNK = 128
 _LEAST_FURTHER = 64
 """Tokens of a chunk after the first one of a step, unless they end a prompt. With fewer, a prompt
@@ -336,8 +336,8 @@ def chunk_after(prefilled: int, chunk: int) -> int:
 
     Attention then takes no longer late in a long prompt than early, and an abort waits no longer.
     """
-    while prefilled >= _LONG_CONTEXT and chunk >= 2 * _MIN_CHUNK:
-        prefilled, chunk = prefilled // 2, chunk // 2 // KV_BLOCK * KV_BLOCK
+    while prefilled * chunk >= _MOST_PRODUCTS and chunk >= 2 * _MIN_CHUNK:
+        chunk = chunk // 2 // KV_BLOCK * KV_BLOCK
     return chunk
 
 

@@ -39,11 +39,15 @@ def has_gpu() -> bool:
         return False
 
 
+def default_chunk(*, wgmma: bool) -> int:
+    """Tokens of a chunk that fill the device's products (docs/notes/prefill.md)."""
+    return 2048 if wgmma else 1024
+
+
 class GpuBackend:
     """`worker.backend.Backend` on the current CUDA device; kernels are cached on disk."""
 
     name = "gpu"
-    prefill_chunk = 1024
     kv_type: KvType = "f16"
     kv_share = 0.9
     """The rest is for fragmentation and CUDA graphs, whose size is known after capture."""
@@ -60,6 +64,7 @@ class GpuBackend:
         self._runtime_bytes = int(total - free)
         self.kv_type = kv_type
         self._kernels = Kernels(kernel_cache)
+        self.prefill_chunk = default_chunk(wgmma=self._kernels.wgmma)
         self._memory = DeviceMemory()
 
     def check(self, model: Model, hp: Hparams) -> None:

@@ -55,7 +55,7 @@ from worker.sampling import DrawRequest
 from worker.token_masks import SlotMask
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
-_SMALL_BATCHES = (32, 128, 512)
+_SMALL_BATCHES = (32, 128, 512, 1024)
 """Graph sizes in rows below the largest batch: blocks of absent rows cost some time."""
 _ALL_PDL_ROWS = 128  # up to this many rows of a batch, all kernels launch with PDL
 _ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
