@@ -1,13 +1,15 @@
-"""The router's choice on the GPU against its twin: the same experts with ties, equal weights."""
+"""The router on the GPU against its twins: choices with ties, their weights, slots sorted by expert."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from tests.gpu.activations import norm_of, rows_of
 from tests.gpu.guarded import GuardedPool
+from tests.gpu.weights import Projection
 from worker.cpu.plain import top_k
-from worker.ops import QTensor
+from worker.ops import QTensor, Router, Routes
 from worker.quants import F32
 
 
@@ -46,3 +48,43 @@ def test_negative_and_positive_zero_are_a_tie(kernels):
     pool = GuardedPool()
     routes = route(kernels, pool, pool.put(np.array([[-0.0, 0.0, -1.0, 0.0]], np.float32)), 3)
     assert routes.experts.get().tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(30, 40), (300, 8), (1100, 8)])  # 40, 6 and 1 blocks a tile of rows
+def test_a_row_is_routed_alike_alone_and_among_many(kernels, memory, tokens, experts):
+    from worker.gpu.matvec import norm_route
+
+    router = Router(Projection(kernels, memory, F32, (experts, 608), "router", bias=True).linear)
+    pool, x = GuardedPool(), rows_of(tokens, 608)
+    norm = norm_of(pool, 608)[1]
+    together = norm_route(kernels, pool, pool.put(x), norm, router, 4)
+    for row in range(0, tokens, 29):
+        alone = norm_route(kernels, pool, pool.put(x[row : row + 1]), norm, router, 4)
+        assert alone.experts.get()[0].tolist() == together.experts.get()[row].tolist()
+        assert alone.weights.get()[0].tobytes() == together.weights.get()[row].tobytes()
+    pool.check()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid", "experts", "k", "skew"),
+    [(1, 1, 4, 4, 1), (9, 5, 32, 4, 1), (300, 300, 32, 4, 1), (700, 641, 128, 8, 3), (1100, 1100, 256, 2, 1)],
+)
+def test_slots_are_sorted_by_expert_and_cut_into_tiles(kernels, tokens, valid, experts, k, skew):
+    from worker.gpu.matmul import group_routes
+
+    rng, pool = np.random.default_rng(tokens), GuardedPool()
+    scores = rng.random((tokens, experts)) * np.linspace(1, skew, experts)
+    chosen = np.argsort(-scores, axis=1)[:, :k].astype(np.int32)
+    routes = Routes(pool.put(chosen), pool.put(np.zeros((tokens, k), np.float32)))
+    groups = group_routes(kernels, pool, routes, experts, pool.put(np.array([valid], np.int32)))
+    pool.check()
+    flat = chosen.reshape(-1)[: valid * k]
+    order = np.argsort(flat, kind="stable")
+    assert groups.order.get()[: valid * k].tolist() == order.tolist()
+    assert groups.places.get()[order].tolist() == list(range(valid * k))
+    expected, start, size = [], 0, groups.tile_rows
+    for expert, count in enumerate(np.bincount(flat, minlength=experts).tolist()):
+        expected += [[expert, start + at, min(size, count - at)] for at in range(0, count, size)]
+        start += count
+    expected += [[0, 0, 0]] * (len(groups.table) - len(expected))
+    assert groups.table.get().tolist() == expected

@@ -211,16 +211,17 @@ def scale_to_f16(
     norm: RmsNorm | None = None,
     count: DeviceArray | None = None,
     rows_per_token: int = 1,
-    order: DeviceArray | None = None,
+    places: DeviceArray | None = None,
 ) -> ScaledF16:
     """norm(x), or x, of x [T, cols] f32; the first `count`·`rows_per_token` rows are valid.
 
-    With `order` [T·rows_per_token] i32, row i is that of token order[i] / rows_per_token.
+    With `places` [T·rows_per_token] i32, row t of x is `rows_per_token` rows of the result: those
+    of its places.
     """
-    rows, cols = x.shape if order is None else (len(order), x.shape[1])
+    rows, cols = x.shape if places is None else (len(places), x.shape[1])
     y = ScaledF16(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    args = (y.x, y.scale, x, weight, count, np.int32(rows_per_token), order, np.int32(cols), np.float32(eps))
+    args = (y.x, y.scale, x, weight, count, np.int32(rows_per_token), places, np.int32(cols), np.float32(eps))
     kept = next((kept for kept in _QUADS_KEPT if padded(cols) <= 4 * _THREADS * kept), _QUADS_KEPT[-1])
-    kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((rows,), (_THREADS,), args, pdl=True)
+    kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((len(x),), (_THREADS,), args, pdl=True)
     return y

@@ -119,11 +119,13 @@ def group_routes(
     if kernels.wgmma:
         tile_rows = matmul_wgmma.rows_of_expert_tiles(slots / n_experts) or tile_rows
     tiles = slots // tile_rows + min(n_experts, slots)
-    order, table = pool.empty((slots,), np.int32), pool.empty((tiles, 3), np.int32)
+    order, places = (pool.empty((slots,), np.int32) for _ in range(2))
+    table = pool.empty((tiles, 3), np.int32)
     sizes = (np.int32(k), np.int32(n_experts), np.int32(tile_rows), np.int32(tiles))
-    args = (routes.experts, np.int32(slots), count, *sizes, order, table)
-    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=8 * n_experts, pdl=True)
-    return ExpertGroups(k, tile_rows, order, table, count)
+    args = (routes.experts, np.int32(slots), count, *sizes, order, places, table)
+    shared = 4 * n_experts * (_GROUP_THREADS // 32 + 3)
+    kernels.get("group_routes.cu", "group_routes")((1,), (_GROUP_THREADS,), args, shared_mem=shared, pdl=True)
+    return ExpertGroups(k, tile_rows, order, places, table, count)
 
 
 def matmul(
@@ -191,8 +193,9 @@ def experts_add(
     d = down.weight.shape[1]
     x, y = pool.empty((tokens, d), np.float32), pool.empty((tokens * k, d), np.float32)
     _launch(kernels, h, (down,), (y,), groups=groups, order=groups.order)
-    args = (y, routes.weights, groups.count, np.int32(k), np.int32(d), residual, x)
-    kernels.get("combine.cu", "combine")((-(-d // _THREADS), tokens), (_THREADS,), args, pdl=True)
+    quads = d // 4
+    args = (y, routes.weights, groups.count, np.int32(k), np.int32(quads), residual, x)
+    kernels.get("combine.cu", "combine")((-(-quads // _THREADS), tokens), (_THREADS,), args, pdl=True)
     return x
 
 

@@ -30,15 +30,17 @@ _SLOT_TILES = np.dtype([("order", "u8"), ("table", "u8"), ("parts", "i4")], alig
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
-    """The T·k slots of routes sorted by expert (`order` [T·k]): the rows of the experts' products.
+    """The T·k slots of routes sorted by expert: the rows of the experts' products.
 
-    `table` has their tiles, each of at most `tile_rows` rows of one expert. `count` [1] i32 is the
-    number of valid tokens; None means all.
+    `order` [T·k]: the slot of each row; `places` [T·k]: the row of each slot. `table`
+    has their tiles, each of at most `tile_rows` rows of one expert. `count` [1] i32 is the number
+    of valid tokens; None means all.
     """
 
     k: int
     tile_rows: int
     order: DeviceArray
+    places: DeviceArray
     table: DeviceArray
     count: DeviceArray | None
 

@@ -66,7 +66,8 @@ _TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")
 _ANY_TILE, _SHORT_TILE = "1, 3", "1, 1"  # the second where a lane has one load a row: less code to fetch
 _ROW_TILES = (8, 4, 2)
 _MAX_STAGED = 160 << 10  # bytes of shared memory
-_MAX_NORMED = 8192  # elements of T rows that every block of matvec_rows normalizes for itself
+_MAX_NORMED = 8192  # elements of T rows that several blocks of matvec_rows normalize, each for itself
+_NORMED_COLS = 256 * DECODE_WARPS  # of a row that a block of matvec_rows normalizes
 # Tiles for T rows. matvec_rows: TILE_M, UNROLL_K and blocks a multiprocessor, for warps with few
 # weight rows, with many, and for matrices of several types. glu_rows: warps of a block, elements of
 # h together, UNROLL_K, blocks a multiprocessor.
@@ -172,8 +173,9 @@ def matvec(
     schedule = _schedule(linears)
     tile = _row_tile(tokens, cols, kinds)
     names = ", ".join(kind.name for kind in (kinds if len(set(kinds)) > 1 else kinds[:1]))
-    weights = _weights_tile(linears, schedule.split_k, tile)
-    shares = schedule.blocks if tile == 1 else _resident(linears, int(weights[-1]))
+    tiles = -(-tokens // tile)
+    weights = _weights_tile(linears, schedule.split_k, tile, tiles)
+    shares = schedule.blocks if tile == 1 else _resident(linears, int(weights[-1]), tiles)
     results, matrices, first = [], [], 0
     for linear, blocks in zip(linears, shares, strict=True):
         rows = linear.weight.shape[0]
@@ -188,10 +190,10 @@ def matvec(
         kernel, rows_in = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {names}>"), input_rows(x, norm)
     else:
         kernel = kernels.get("matvec_rows.cu", f"matvec_rows<{tile}, {weights}, {names}>")
-        own_norm = norm is not None and tile * cols <= _MAX_NORMED
+        own_norm = norm is not None and cols <= _NORMED_COLS and (tile * cols <= _MAX_NORMED or first == 1)
         rows_in = _rows_in(x, norm) if own_norm else _rows_in(prepared(kernels, pool, x, norm, kinds))
     args: tuple[Any, ...] = (*matrices, rows_in, np.int32(schedule.split_k))
-    kernel((first, -(-tokens // tile)), (_THREADS,), args, shared_mem=shared, pdl=True)
+    kernel((first, tiles), (_THREADS,), args, shared_mem=shared, pdl=True)
     return tuple(results)
 
 
@@ -317,15 +319,18 @@ def gate_of(activation: Activation, *, gelu: bool = False) -> np.ndarray[Any, An
     return np.array((np.inf if activation.limit is None else activation.limit, activation.alpha), GATE)
 
 
-def _resident(linears: Sequence[Linear], blocks: int) -> list[int]:
-    """The blocks of each matrix of a grid that is resident at once, `blocks` a multiprocessor."""
+def _resident(linears: Sequence[Linear], blocks: int, tiles: int) -> list[int]:
+    """The blocks of each matrix for each of `tiles` tiles of rows.
+
+    The grid is resident at once, `blocks` a multiprocessor, if the tiles are not too many for that.
+    """
     rows = [linear.weight.shape[0] for linear in linears]
     sizes = [sum(plane_bytes(linear.weight.kind, math.prod(linear.weight.shape))) for linear in linears]
-    return _shares(_SMALL_GRID_BLOCKS * blocks, rows, sizes)
+    return _shares(max(1, _SMALL_GRID_BLOCKS * blocks // tiles), rows, sizes)
 
 
-def _weights_tile(linears: Sequence[Linear], split_k: int, row_tile: int) -> str:
-    """TILE_M, UNROLL_K and blocks a multiprocessor of matvec_rows for T = `row_tile` rows.
+def _weights_tile(linears: Sequence[Linear], split_k: int, row_tile: int, tiles: int) -> str:
+    """TILE_M, UNROLL_K and blocks a multiprocessor of matvec_rows for tiles of T = `row_tile` rows.
 
     Several weight rows a warp share the loads of activations, which limit products of 8 rows.
     They need enough rows for every warp; of 2 and 4 rows a tile along K loads more at once.
@@ -334,7 +339,8 @@ def _weights_tile(linears: Sequence[Linear], split_k: int, row_tile: int) -> str
     if len({linear.weight.kind for linear in linears}) > 1 or row_tile == 1:
         return _ROWS_MIXED_TILE
     narrow, wide = _ROWS_TILES[row_tile]
-    rows = sum(linear.weight.shape[0] for linear in linears) / (_SMALL_GRID_BLOCKS * int(wide[-1]))
+    blocks = max(1, _SMALL_GRID_BLOCKS * int(wide[-1]) // tiles)
+    rows = sum(linear.weight.shape[0] for linear in linears) / blocks
     enough = rows * split_k >= int(wide[0]) * DECODE_WARPS
     one_unit = 32 * split_k * unit_elements(weight.kind) >= weight.shape[1]
     return wide if enough and (one_unit or row_tile == _ROW_TILES[0]) else narrow

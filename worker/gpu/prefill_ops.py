@@ -99,7 +99,7 @@ class PrefillOps:
         routes = matvec.norm_route(self._kernels, self._pool, _array(x), norm, router, k)
         experts = router.linear.weight.shape[0]
         groups = matmul.group_routes(self._kernels, self._pool, routes, experts, self._count(x))
-        rows = scale_to_f16(self._kernels, self._pool, _array(x), norm, groups.count, k, groups.order)
+        rows = scale_to_f16(self._kernels, self._pool, _array(x), norm, groups.count, k, groups.places)
         return RoutedRows(rows, groups), routes
 
     def experts_glu(

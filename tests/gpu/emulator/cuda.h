@@ -81,6 +81,14 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     for (int lane = 0; lane < emu::kWarp; ++lane) bits |= (unsigned)(emu::from<int>(posts, lane) != 0) << lane;
     return bits;
 }
+template <class T>
+unsigned __match_any_sync(unsigned, T v) {
+    const emu::Post* posts = emu::exchange(v);
+    const T own = emu::from<T>(posts, emu::lane());
+    unsigned bits = 0;
+    for (int lane = 0; lane < emu::kWarp; ++lane) bits |= (unsigned)(emu::from<T>(posts, lane) == own) << lane;
+    return bits;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
 

@@ -12,16 +12,7 @@
 #include "pdl.cuh"
 #include "active_rows.cuh"
 #include "expert_tiles.cuh"
-
-__device__ __forceinline__ int inclusive_sum(int v) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(0xffffffffu, v, step);
-        if (lane >= step) v += below;
-    }
-    return v;
-}
+#include "warp.cuh"
 
 // By one warp: the first pair of each expert, and the table.
 __device__ __forceinline__ void lay_out(const int* counts, int* starts, int n_experts, const ExpertTiles& to) {

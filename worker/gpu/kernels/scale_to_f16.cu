@@ -5,10 +5,11 @@
 // Shapes: x [T, cols] f32, weight [cols] f32 or null; y [T, padded cols] f16 of n / scale; scale
 // [T] f32, the power of two that brings the row's largest element into [1024, 2048), so that f16
 // keeps 11 bits down to 2^-24 of it. cols is a multiple of 32. Rows from *count · rows_per_token on
-// are not written; count may be null. With `order` [T·rows_per_token] (slot_tiles.cuh) row i of y
-// and scale is that of token order[i] / rows_per_token.
-// Grid: rows of y, 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
-// (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 6·cols a row.
+// are not written; count may be null. With `places` [T·rows_per_token] row t of x is written to rows
+// places[t·rows_per_token], …, places[(t + 1)·rows_per_token - 1] of y and scale.
+// Grid: rows of x, 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
+// (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 4·cols a row read,
+// 2·cols a row written.
 // Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
 // warps ascending.
 // Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in tests/quantized_ops.py. Launcher:
@@ -27,16 +28,16 @@ __device__ __forceinline__ float max_abs(float4 v) {
 template <int KEPT>
 __global__ void __launch_bounds__(kThreads)
     scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int rows_per_token,
-                 const int* order, int cols, float eps) {
+                 const int* places, int cols, float eps) {
     __shared__ float2 warp_results[kWarps];  // sum of squares, peak
-    if (count && blockIdx.x >= *count * rows_per_token) return;
+    if (count && blockIdx.x >= *count * (places ? 1 : rows_per_token)) return;
     const int quads = cols / 4, padded_quads = padded(cols) / 4;
     // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during
     // a step. The weights were last read one chunk ago, so they are prefetched.
     if (weight && 8 * threadIdx.x < quads)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
     grid_dependency_wait();
-    x += (size_t)(order ? order[blockIdx.x] / rows_per_token : blockIdx.x) * quads;
+    x += (size_t)blockIdx.x * quads;
     float peak = 0.f, squares = 0.f;
     const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), one = make_float4(1.f, 1.f, 1.f, 1.f);
     float4 kept[KEPT];
@@ -68,13 +69,18 @@ __global__ void __launch_bounds__(kThreads)
     const int exponent = (int)(__float_as_uint(peak) >> 23) - 127;                // 2^exponent ≤ peak
     const int shift = exponent == -127 ? 0 : min(max(exponent - 10, -100), 100);  // a row of zeros keeps scale 1
     const float inverse = __uint_as_float((unsigned int)(127 - shift) << 23) * factor;
-    if (threadIdx.x == 0) scale[blockIdx.x] = __uint_as_float((unsigned int)(127 + shift) << 23);
-    unsigned int* const out = y + (size_t)blockIdx.x * (padded(cols) / 2);
+    const int copies = places ? rows_per_token : 1;
+    const auto row_of = [&](int copy) { return places ? places[blockIdx.x * copies + copy] : blockIdx.x; };
+    if (threadIdx.x < copies) scale[row_of(threadIdx.x)] = __uint_as_float((unsigned int)(127 + shift) << 23);
     const auto store = [&](float4 v, int i) {
         const float4 w = weight && i < quads ? weight[i] : one;
         const unsigned int at = fragment_index(4 * i) / 2;
-        out[at] = floats_to_half2(v.x * inverse * w.x, v.y * inverse * w.y);
-        out[at + 4] = floats_to_half2(v.z * inverse * w.z, v.w * inverse * w.w);
+        const unsigned int low = floats_to_half2(v.x * inverse * w.x, v.y * inverse * w.y);
+        const unsigned int high = floats_to_half2(v.z * inverse * w.z, v.w * inverse * w.w);
+        for (int copy = 0; copy < copies; ++copy) {
+            unsigned int* const out = y + (size_t)row_of(copy) * (padded(cols) / 2);
+            out[at] = low, out[at + 4] = high;
+        }
     };
 #pragma unroll
     for (int j = 0; j < KEPT; ++j)

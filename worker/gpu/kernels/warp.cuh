@@ -1,5 +1,5 @@
 // Warp reductions by butterfly shuffles, in a fixed order: every lane gets the result with the same
-// bits, of `transposed_sum` a result of its own. Also the sum of squares of an RMSNorm. Every addition
+// bits, of `transposed_sum` a result of its own. Also running sums, and the sum of squares of an RMSNorm. Every addition
 // is written with its rounding.
 #pragma once
 
@@ -15,6 +15,17 @@ __device__ __forceinline__ float warp_sum(float v) {
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
     for (int lane = 16; lane; lane /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, lane));
+    return v;
+}
+
+// The sum of v over the lanes up to this one.
+__device__ __forceinline__ int inclusive_sum(int v) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const int below = __shfl_up_sync(0xffffffffu, v, step);
+        if (lane >= step) v += below;
+    }
     return v;
 }
 
