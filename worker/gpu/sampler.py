@@ -37,14 +37,15 @@ DRAWN = np.dtype(
 )
 """`Drawn` of sampling.cuh."""
 _BEST = np.dtype([("score", "f8"), ("raw", "f8"), ("id", "i4"), ("broken", "i4")])
-_BUCKETS, _LISTED_IDS = 1024, 2048
+_BUCKETS, _LISTED_IDS = 1024, 1024
 _HISTOGRAM = np.dtype([("mass", "u8", _BUCKETS), ("count", "u4", _BUCKETS)])
+_LIST = np.dtype([("keys", "u8", _LISTED_IDS), ("weights", "u8", _LISTED_IDS), ("ids", "i4", _LISTED_IDS)])
 _ROW_BOARD = np.dtype(
     [
-        *(("barrier", "u4", 2), ("draws", "u4"), ("id", "i4"), ("listed", "i4"), ("unused", "i4")),
+        *((name, "i4") for name in ("met", "drawn", "ended", "id", "listed", "unused")),
         *(("target", "u8"), ("bests", _BEST, _SLICES)),
         *(("slice_sums", "f8", _SLICES), ("sums", "u8", _SLICES * _THREADS // 32)),
-        *(("histograms", _HISTOGRAM, 2), ("list", "i4", _LISTED_IDS)),
+        *(("histograms", _HISTOGRAM, 2), ("list", _LIST)),
     ]
 )
 """`RowBoard` of row_board.cuh."""

@@ -54,7 +54,7 @@ PTX = {
     "griddepcontrol": "nothing",
     "atom.acq_rel.gpu.global.inc.u32": "atom_inc",
     "ld.acquire.gpu.global.u32": "ld_acquire",
-    "st.release.gpu.global.u32": "st_release",
+    "red.release.gpu.global.add.u32": "red_release",
 }
 """Prefixes of PTX statements, and the functions of `ptx.h` that implement them."""
 

@@ -57,7 +57,7 @@ inline void ptx_ld_acquire(unsigned& v, const unsigned* from) {
     emu::poll();
     v = *from;
 }
-inline void ptx_st_release(unsigned* to, unsigned v) { *to = v; }
+inline void ptx_red_release(unsigned* to, unsigned v) { *to += v; }
 
 template <class... A>
 void ptx_nothing(A...) {}

@@ -18,8 +18,8 @@ __device__ __forceinline__ unsigned int load_acquire(const unsigned int* from) {
     return v;
 }
 
-__device__ __forceinline__ void store_release(unsigned int* to, unsigned int v) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+__device__ __forceinline__ void add_release(unsigned int* to, unsigned int v) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
 // Whether this block is the last of `blocks` to arrive: it can then read what the others wrote

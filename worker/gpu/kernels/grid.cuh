@@ -1,4 +1,4 @@
-// Block-wide prefix sums of integers, and the counters of a meeting of blocks.
+// Block-wide prefix sums of integers.
 // Users: row_board.cuh, select.cuh, sample.cu.
 #pragma once
 
@@ -6,30 +6,38 @@
 
 using u64 = unsigned long long;
 
-struct Barrier {  // device memory, zero before the first launch
-    unsigned int arrived, generation;
+// Of threads or blocks: a number of ids and their mass.
+struct Tally {
+    u64 mass;
+    unsigned int count;
 };
 
-// Return the sum of `v` over the threads before this one; `total` is the sum over the block.
-// Integers, so the order does not matter. `scratch` holds one value a warp; the block is
-// synchronized before and after.
-__device__ __forceinline__ u64 block_scan(u64 v, u64* scratch, u64& total) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    u64 up_to = v;
+// The sums over the threads before this one, and over the block.
+struct Scan {
+    Tally before, all;
+};
+
+// Integers, so the order does not matter. Not inlined: a cold instruction cache makes each copy as
+// slow as the first one.
+__device__ __noinline__ Scan block_scan(Tally mine) {
+    __shared__ Tally warps[THREADS / 32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Scan scan = {mine, {0, 0}};
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        const u64 other = __shfl_up_sync(0xffffffffu, up_to, step);
-        if (lane >= step) up_to += other;
+        const u64 mass = __shfl_up_sync(0xffffffffu, scan.before.mass, step);
+        const unsigned int count = __shfl_up_sync(0xffffffffu, scan.before.count, step);
+        if (lane >= step) scan.before.mass += mass, scan.before.count += count;
     }
     __syncthreads();
-    if (lane == 31) scratch[warp] = up_to;
+    if (lane == 31) warps[warp] = scan.before;
     __syncthreads();
-    u64 before = 0;
-    total = 0;
-    for (int w = 0; w < warps; ++w) {
-        if (w < warp) before += scratch[w];
-        total += scratch[w];
+    scan.before.mass -= mine.mass, scan.before.count -= mine.count;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) {
+        const Tally tally = warps[w];
+        if (w < warp) scan.before.mass += tally.mass, scan.before.count += tally.count;
+        scan.all.mass += tally.mass, scan.all.count += tally.count;
     }
-    __syncthreads();
-    return before + up_to - v;
+    return scan;
 }

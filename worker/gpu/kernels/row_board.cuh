@@ -1,13 +1,14 @@
 // The blocks of one row of sample.cu: their shares of the vocabulary, their meeting point and the
 // memory in which they exchange results.
 //
-// A block takes a ticket when it starts and thus its row and share: all blocks of lower tickets have
-// started, so a row's blocks never wait for one that cannot start, however few fit on the device.
+// In a launch of several rows a block takes a ticket when it starts, and thus its row and share: all
+// blocks of lower tickets have started, so at most one row waits for blocks that have not. All blocks
+// of one row must fit on the device.
 // Twin: worker/cpu/sampler.py.
 #pragma once
 #include "sampling.cuh"
 
-constexpr int kBuckets = 1024, kBucketBits = 10, kListed = 2048, kWarps = THREADS / 32;
+constexpr int kBuckets = 1024, kBucketBits = 10, kListed = 1024, kWarps = THREADS / 32;
 static_assert(kBuckets == 4 * THREADS && kBuckets == LOGPROB_SLICES * kWarps, "four of each a thread");
 
 struct Histogram {
@@ -16,51 +17,80 @@ struct Histogram {
 };
 
 __device__ __forceinline__ void clear(Histogram& histogram) {
-    for (int b = threadIdx.x; b < kBuckets; b += THREADS) histogram.count[b] = 0, histogram.mass[b] = 0;
+#pragma unroll
+    for (int i = 0; i < kBuckets; i += THREADS) histogram.count[i + threadIdx.x] = 0, histogram.mass[i + threadIdx.x] = 0;
 }
 
+struct List {  // ids among which a selection ends
+    u64 keys[kListed], weights[kListed];
+    int ids[kListed];
+};
+
 struct RowBoard {  // device memory, zeros before the first launch
-    Barrier barrier;
-    unsigned int draws;  // arrivals at the end of the draw, after which blocks may go on to the next meeting
+    unsigned int met;           // arrivals at the meetings of this launch; zero after it
+    unsigned int drawn, ended;  // arrivals at the end of the draw and of the launch
     int id, listed, unused;
     u64 target;
     Best bests[LOGPROB_SLICES];          // of the shares
     double slice_sums[LOGPROB_SLICES];
     u64 sums[LOGPROB_SLICES * kWarps];   // weights of each warp's ids that are kept and not listed
     Histogram histograms[2];
-    int list[kListed];
+    List list;
 };
 static_assert(sizeof(RowBoard) == ROW_BOARD_BYTES, "ROW_BOARD of worker/gpu/sampler.py");
 
-// What a block's threads read while they compute, in shared memory.
+// What a block's threads read while they compute.
 struct RowTask {
     Logits row;
     Request request;
     SequenceEnd end;
     Sequence sequence;
     RowBoard* board;
-    int share, shares, lo, hi;  // this block computes ids [lo, hi); lo is a multiple of 4 if lo < hi
-    int each;                   // ids of a warp: a multiple of 4; warp w begins at lo + w * each
+    int share, shares, lo, hi;  // this block computes ids [lo, hi); lo is a multiple of 32 if lo < hi
+    int each;                   // ids of a warp: a multiple of 32; warp w begins at lo + w * each
     int penalized;
-    unsigned int generation;  // of the barrier
+    unsigned int met;         // arrivals up to the end of the last meeting
+    unsigned int random;      // 24 bits
     int levels;               // histograms added up so far in this launch
-    double peak, raw_best, inverse, min_weight;  // inverse: 1 / temperature
+    double temperature, inverse, min_weight;  // inverse: 1 / temperature
+    double peak, raw_best;
 };
 
-// Wait for all blocks of the row. The last one to arrive runs `last` before the others go on.
-template <typename Last>
-__device__ __forceinline__ void meet(RowTask& task, Last last) {
-    Barrier* const barrier = &task.board->barrier;
-    if (arrives_last(&barrier->arrived, task.shares)) {
-        last();
-        __syncthreads();
-        if (threadIdx.x == 0) store_release(&barrier->generation, ++task.generation);
-    } else if (threadIdx.x == 0) {
-        const unsigned int before = task.generation++;
-        while (load_acquire(&barrier->generation) == before) {
-        }
+// One object a block, not a parameter: functions that are not inlined would address it by a pointer.
+__shared__ RowTask task;
+
+__device__ __forceinline__ void wait_for_arrivals() {
+    while (load_acquire(&task.board->met) < task.met) {
+    }
+}
+
+// Wait for all blocks of the row.
+__device__ __forceinline__ void meet() {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        task.met += task.shares;
+        add_release(&task.board->met, 1);
+        wait_for_arrivals();
     }
     __syncthreads();
+}
+
+// Whether this block is the last of the row to arrive. The others wait until it calls end_meeting.
+__device__ __forceinline__ bool meets_last() {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        task.met += task.shares + 1;  // end_meeting is an arrival too
+        last = arrive(&task.board->met, ~0u) == task.met - 2;
+        if (!last) wait_for_arrivals();
+    }
+    __syncthreads();
+    return last;
+}
+
+__device__ __forceinline__ void end_meeting() {
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(&task.board->met, 1);
 }
 
 // The raw logits and marks of ids id … id + 3, as far as they are below `hi`.
@@ -87,30 +117,17 @@ __device__ __forceinline__ Quad load_quad(const Logits& row, int id, int hi) {
     return q;
 }
 
-// Call visit(quad) for the ids of this warp's part of the share; the next quad loads meanwhile.
-template <typename Visit>
-__device__ __forceinline__ void for_each_quad(const RowTask& task, Visit visit) {
-    const int from = task.lo + (int)threadIdx.x / 32 * task.each, to = min(task.hi, from + task.each);
-    int id = from + 4 * ((int)threadIdx.x % 32);
-    Quad next = load_quad(task.row, id, to);
-    for (; id < to; id += 128) {
-        const Quad q = next;
-        next = load_quad(task.row, id + 128, to);
-        visit(q);
-    }
+__device__ __noinline__ double slow_score(int id, float raw, unsigned int mark) {
+    return adjusted(task.row, id, raw, mark, task.request);
 }
 
-__device__ __noinline__ double slow_score(const RowTask* task, int id, float raw, unsigned int mark) {
-    return adjusted(task->row, id, raw, mark, task->request);
-}
-
-__device__ __forceinline__ double score_of(const RowTask& task, int id, float raw, unsigned int mark) {
+__device__ __forceinline__ double score_of(int id, float raw, unsigned int mark) {
     if (denied(task.row, id)) return -(double)kInfinity;
-    return mark || task.penalized ? slow_score(&task, id, raw, mark) : (double)raw;
+    return mark || task.penalized ? slow_score(id, raw, mark) : (double)raw;
 }
 
 // The best of the block's share. Only marked ids and penalized rows need f64.
-__device__ __forceinline__ Best best_of_share(const RowTask& task) {
+__device__ __forceinline__ Best best_of_share() {
     constexpr int kAtOnce = 4;
     const Logits& row = task.row;
     const int lo = task.lo + 4 * threadIdx.x, hi = task.hi;
@@ -139,7 +156,7 @@ __device__ __forceinline__ Best best_of_share(const RowTask& task) {
 #pragma unroll 1
             for (int e = 0; e < min(4, hi - id); ++e) {
                 const float raw = row.raw[id + e];
-                const double s = score_of(task, id + e, raw, q.marks() >> e & 1);
+                const double s = score_of(id + e, raw, q.marks() >> e & 1);
                 highest = fmaxf(highest, raw);
                 slow = better(slow, {s, -(double)kInfinity, id + e, s != s});
             }

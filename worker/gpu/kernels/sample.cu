@@ -26,48 +26,44 @@
 #include "slice_sums.cuh"
 
 // The number below `total` at which the cumulative weights are cut: ⌊u · total⌋.
-__device__ __forceinline__ u64 drawn_mass(const Request& r, u64 total) {
-    const u64 x = philox_word(r.seed, r.index) >> 8;
+__device__ __forceinline__ u64 drawn_mass(u64 total) {
+    const u64 x = task.random;
     return __umul64hi(x, total) << 40 | x * total >> 24;
 }
 
-// Draw from the kept ids of a whole list; `mine` is this thread's.
-__device__ void draw_from_list(const RowTask& task, RowScratch& scratch, Selection<false>::Rank mine, bool top_p) {
-    const int t = threadIdx.x, listed = scratch.listed;
-    u64 total;
+__device__ __noinline__ void commit(int id) { commit(task.sequence, id, task.board->id); }
+
+// Draw from the kept ids of a whole list.
+__device__ void draw_from_list(Selection selection, bool top_p) {
+    const int t = threadIdx.x;
+    Rank mine = end_in_list(selection, true);
+    const int listed = scratch.listed;
     if (top_p) {  // of the top k
-        block_scan(mine.kept ? mine.weight : 0, scratch.warps, total);
-        mine.kept &= mine.mass < top_p_of(task, total);
+        const u64 total = block_scan({mine.kept ? mine.weight : 0, 0}).all.mass;
+        mine.kept &= mine.mass < top_p_of(total);
     }
-    const u64 own = mine.kept ? above_min_p(task, mine.weight) : 0;
-    __syncthreads();
+    const u64 own = mine.kept ? above_min_p(mine.weight) : 0;
     scratch.masses[t] = own;
-    block_scan(own, scratch.warps, total);
-    const u64 at = drawn_mass(task.request, total);
+    const u64 at = drawn_mass(block_scan({own, 0}).all.mass);
     u64 reached = 0;
-    for (int i = 0; i < listed; ++i)
-        if (scratch.ids[i] < mine.id) reached += scratch.masses[i];
-    if (reached <= at && at < reached + own) commit(task.sequence, mine.id, task.board->id);
+#pragma unroll 1
+    for (int i = 0; i < listed; i += 4) {  // up to a multiple of 4, without masses
+#pragma unroll
+        for (int e = i; e < i + 4; ++e)
+            if (scratch.places[e].id < mine.id) reached += scratch.masses[e];
+    }
+    if (reached <= at && at < reached + own) commit(mine.id);
 }
 
-// Draw from all ids up to scratch.last, of which `n` are listed and the others summed up by warp.
-__device__ void draw_from_row(const RowTask& task, RowScratch& scratch, const Selection<false>& selection, int n) {
+// Draw from all ids up to scratch.last, whose weights are summed up by warp.
+__device__ void draw_from_row() {
     const int t = threadIdx.x;
     const Place last = scratch.last;
-    const auto kept = [&](double score, int id, u64 weight) {
-        return last.before({ordered_key(score), id}) ? 0 : above_min_p(task, weight);
-    };
-    u64 own = 0, total, reached;
-    for (int i = t; i < kBuckets; i += THREADS) scratch.sums[i] = i < task.shares * kWarps ? task.board->sums[i] : 0;
-    __syncthreads();
-    selection.for_each_listed(n, true, [&](int id, double score, u64 weight) {
-        const u64 mine = kept(score, id, weight);
-        if (mine) add_shared(&scratch.sums[id / task.each], mine);
-    });
-    __syncthreads();
+    u64 own = 0;
     for (int b = 0; b < 4; ++b) own += scratch.sums[4 * t + b];
-    reached = block_scan(own, scratch.warps, total);
-    const u64 at = drawn_mass(task.request, total);
+    const Scan warps = block_scan({own, 0});
+    const u64 at = drawn_mass(warps.all.mass);
+    u64 reached = warps.before.mass;
     if (reached <= at && at < reached + own) {
         int b = 4 * t;
         while (reached + scratch.sums[b] <= at) reached += scratch.sums[b++];
@@ -80,53 +76,52 @@ __device__ void draw_from_row(const RowTask& task, RowScratch& scratch, const Se
         const int id = from + t;
         own = 0;
         if (id < end) {
-            const double score = score_of(task, id, task.row.raw[id], task.row.marks[id >> 5] >> (id & 31) & 1);
-            own = kept(score, id, weight_of(task, score));
+            const double score = score_of(id, task.row.raw[id], task.row.marks[id >> 5] >> (id & 31) & 1);
+            if (!last.before({ordered_key(score), id})) own = above_min_p(weight_of(score));
         }
-        const u64 before = reached + block_scan(own, scratch.warps, total);
-        if (before <= at && at < before + own) commit(task.sequence, id, task.board->id);
-        reached += total;
+        const Scan scan = block_scan({own, 0});
+        const u64 before = reached + scan.before.mass;
+        if (before <= at && at < before + own) commit(id);
+        reached += scan.all.mass;
     }
 }
 
 // Draw an id by inverse CDF in id order. Returns whether this block ended the draw.
-__device__ bool draw(RowTask& task, RowScratch& scratch) {
+__device__ bool draw() {
     const Request& r = task.request;
     RowBoard* const board = task.board;
-    const double range = 32.0 * r.temperature;
-    bool by_count = r.top_k > 0 && r.top_k < task.row.size, whole = false;
-    const bool top_p = r.top_p < 1.0;
+    const Scale scale = {task.peak, 32 * task.temperature, task.inverse / 32};
+    const bool by_count = r.top_k > 0 && r.top_k < task.row.size, top_p = r.top_p < 1.0;
+    bool whole = false, by_mass = top_p && !by_count;
     if (threadIdx.x == 0) {  // without a selection all ids are before the interval
-        scratch.scale = {}, scratch.interval = {0, 0, 0, 0, kBuckets, 0, 0, 0, 0}, scratch.last = {0, task.row.size};
+        scratch.scale = {}, scratch.interval = {0, 0, 0, 0, kBuckets, 0, 0, 0, 0, 0}, scratch.last = {0, task.row.size};
     }
     if (by_count) {
-        const Selection<false> top_k = {task, scratch, false, top_p && r.top_k > THREADS / 2};
-        top_k.run(r.top_k, task.peak, range);
-        whole = top_k.complete();
-        if (top_p && !whole) {
-            top_k.list(false);
-            meet(task, [&] {
-                top_k.end_in_list(false);
-                if (threadIdx.x == 0) board->target = top_p_of(task, scratch.mass), board->listed = 0;
-            });
-            by_count = false;
+        const Selection top_k = {false, false, top_p && r.top_k > THREADS / 2};
+        select(top_k, r.top_k, scale);
+        whole = complete();
+        by_mass = top_p && !whole;
+        if (by_mass) {
+            list_ids(top_k, false);
+            if (meets_last()) {
+                end_in_list(top_k, false);
+                if (threadIdx.x == 0) board->target = top_p_of(scratch.mass), board->listed = 0;
+                end_meeting();
+            }
         }
     }
-    const bool by_mass = top_p && !by_count;
-    const Selection<false> selection = {task, scratch, by_mass, by_mass};
+    const Selection selection = {false, by_mass, by_mass};
     if (by_mass) {
-        selection.run(r.top_k > 0 && r.top_k < task.row.size ? board->target : 0, task.peak, range);
-        whole = selection.complete();
+        select(selection, by_count ? board->target : 0, scale);
+        whole = complete();
     }
-    __syncthreads();
-    selection.list(whole);
-    if (!arrives_last(&board->draws, task.shares)) return false;
-    const int listed = (int)scratch.interval.count;
+    list_ids(selection, whole);
+    if (!arrives_last(&board->drawn, task.shares)) return false;
     if (whole) {
-        draw_from_list(task, scratch, selection.end_in_list(true), top_p && by_count);
+        draw_from_list(selection, top_p && !by_mass);
     } else {
-        if (listed) selection.end_in_list(false);
-        draw_from_row(task, scratch, selection, listed);
+        end_in_list(selection, false);
+        draw_from_row();
     }
     if (threadIdx.x == 0) board->listed = 0;
     return true;
@@ -134,22 +129,22 @@ __device__ bool draw(RowTask& task, RowScratch& scratch) {
 
 // Log-probabilities of the raw logits: the committed token's, and the `count` highest in descending
 // order. Returns whether this block wrote them.
-__device__ bool report(RowTask& task, RowScratch& scratch) {
+__device__ bool report() {
     RowBoard* const board = task.board;
     const int count = min(task.request.logprobs, min(TOP, task.row.size));
-    const Selection<true> selection = {task, scratch, false, false};
+    const Selection selection = {true, false, false};
     sum_slices(task.row.raw, task.row.size, task.raw_best, task.share, task.shares, board->slice_sums);
     if (count > 0) {
-        selection.run(count, task.raw_best, 64.0);
-        selection.list(true);
+        select(selection, count, {task.raw_best, 64.0, 1 / 64.0});
+        list_ids(selection, true);
     }
-    if (!arrives_last(&board->barrier.arrived, task.shares)) return false;
+    if (!arrives_last(&board->ended, task.shares)) return false;
     Drawn* const drawn = task.sequence.drawn;
     const double log_sum = log_of_slices(board->slice_sums);
     const auto log_probability = [&](int id) { return task.row.raw[id] - task.raw_best - log_sum; };
     if (threadIdx.x == 0) drawn->count = count, drawn->logprob = board->id < 0 ? 0 : log_probability(board->id);
     if (count > 0) {
-        const Selection<true>::Rank mine = selection.end_in_list(true);
+        const Rank mine = end_in_list(selection, true);
         if (mine.kept) drawn->top_ids[mine.count] = mine.id, drawn->top_logprobs[mine.count] = log_probability(mine.id);
         if (threadIdx.x == 0) board->listed = 0;
     }
@@ -157,52 +152,56 @@ __device__ bool report(RowTask& task, RowScratch& scratch) {
 }
 
 // The best of the row: returned if the row's blocks go on together, otherwise committed.
-__device__ bool find_best(RowTask& task) {
+__device__ bool find_best() {
     RowBoard* const board = task.board;
-    const Best mine = best_of_share(task);
+    const Best mine = best_of_share();
     if (threadIdx.x == 0) board->bests[task.share] = mine;
     const bool greedy = !(task.request.temperature > 0), alone = greedy && task.request.logprobs < 0;
     if (alone) {
-        if (!arrives_last(&board->barrier.arrived, task.shares)) return false;
+        if (!arrives_last(&board->ended, task.shares)) return false;
     } else {
-        meet(task, [] {});
+        meet();
     }
     const Best none = {-(double)kInfinity, -(double)kInfinity, -1, 0};
     const Best best = best_of((int)threadIdx.x < task.shares ? board->bests[threadIdx.x] : none);
     const bool broken = best.broken || fabs(best.score) == (double)kInfinity;
     if (threadIdx.x == 0) {
-        task.peak = best.score, task.raw_best = best.raw, task.min_weight = task.request.min_p * kOne;
-        task.inverse = __ddiv_rn(1.0, task.request.temperature);
-        if ((broken || greedy) && (alone || task.share == 0)) commit(task.sequence, broken ? -1 : best.id, board->id);
+        task.peak = best.score, task.raw_best = best.raw;
+        if ((broken || greedy) && (alone || task.share == 0)) commit(broken ? -1 : best.id);
     }
     __syncthreads();
+    if (broken && !alone && arrives_last(&board->ended, task.shares) && threadIdx.x == 0) board->met = 0;
     return !broken && !alone;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
     sample(const float* logits, int size, const int* row_slots, const SlotArrays slots, Drawn* drawn_rows,
                 RowBoard* boards, unsigned int* ticket) {
-    __shared__ RowScratch scratch;
-    __shared__ RowTask task;
     __shared__ int taken;
-    if (threadIdx.x == 0) taken = gridDim.x == 1 ? blockIdx.y : atomicInc(ticket, gridDim.x * gridDim.y - 1);
-    __syncthreads();
-    const int row = taken / gridDim.x, share = taken % gridDim.x;
+    int row = blockIdx.y, share = blockIdx.x;
+    if (gridDim.x > 1 && gridDim.y > 1) {
+        if (threadIdx.x == 0) taken = atomicInc(ticket, gridDim.x * gridDim.y - 1);
+        __syncthreads();
+        row = taken / gridDim.x, share = taken % gridDim.x;
+    }
     const int wanted = row_slots ? row_slots[row] : row, slot = max(wanted, 0);
     Drawn* const drawn = drawn_rows + row;
     if (threadIdx.x == 0) {
-        const int each = ((size + (int)gridDim.x - 1) / (int)gridDim.x + 4 * kWarps - 1) / (4 * kWarps) * 4 * kWarps;
+        const int each = ((size + (int)gridDim.x - 1) / (int)gridDim.x + THREADS - 1) / THREADS * THREADS;
         task.request = slots.requests[slot];
-        // Scores are equal or further apart than 33e-290.
-        if (task.request.temperature > 0) task.request.temperature = fmax(task.request.temperature, 1e-290);
         task.row = Logits(logits + (size_t)row * size, slots, slot, size);
         if (kMasked) task.row.allowed = mask_of(slots, row, size);
         task.sequence = Sequence(slots, slot, size, drawn, &task.end);
         task.board = boards + row;
         task.share = share, task.shares = gridDim.x;
         task.lo = min(size, share * each), task.hi = min(size, task.lo + each);
-        task.each = each / kWarps, task.levels = 0;
+        task.each = each / kWarps, task.levels = 0, task.met = 0;
         task.penalized = task.request.penalized;
+    } else if (threadIdx.x == 32) {
+        const Request& r = slots.requests[slot];
+        task.temperature = fmax(r.temperature, 1e-290);  // scores are equal or further apart than 33e-290
+        task.inverse = __ddiv_rn(1.0, task.temperature), task.min_weight = r.min_p * kOne;
+        task.random = philox_word(r.seed, r.index) >> 8;
     }
     load_end(task.end, slots, slot);
     const int position = slots.positions[slot];
@@ -215,13 +214,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
         return;
     }
     if (task.request.forced >= 0) {
-        if (threadIdx.x == 0 && share == 0) commit(task.sequence, task.request.forced, task.board->id);
+        if (threadIdx.x == 0 && share == 0) commit(task.request.forced);
         return;
     }
-    if (threadIdx.x == 0) task.generation = __ldcg(&task.board->barrier.generation);
-    if (!find_best(task)) return;
+    if (!find_best()) return;
     bool last = false;
-    if (task.request.temperature > 0) last = draw(task, scratch);
-    if (task.request.logprobs >= 0) last = report(task, scratch);
+    if (task.request.temperature > 0) last = draw();
+    if (task.request.logprobs >= 0) last = report();
     if (last && task.levels) clear(task.board->histograms[(task.levels + 1) % 2]);
+    if (last && threadIdx.x == 0) task.board->met = 0;
 }

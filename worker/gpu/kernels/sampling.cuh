@@ -169,7 +169,7 @@ __device__ __forceinline__ Best better(const Best& a, const Best& b) {
 }
 
 // The best over the block's threads, returned to every thread.
-__device__ __forceinline__ Best best_of(Best mine) {
+__device__ __noinline__ Best best_of(Best mine) {
     __shared__ Best warps[THREADS / 32];
     for (int lane = 16; lane; lane /= 2) {
         const Best other = {
