@@ -55,12 +55,14 @@ class Bench:
 
         self.kernels, self.cupy = kernels, cupy
         self.emulated = cupy.cuda.Device().attributes["MultiProcessorCount"] == 1
-        processors = processors or cupy.cuda.Device().attributes["MultiProcessorCount"]
+        device = cupy.cuda.Device().attributes
+        processors, max_shared = processors or device["MultiProcessorCount"], device["MaxSharedMemoryPerBlockOptin"]
         requests = array(slots, REQUEST.itemsize, dtype=np.uint8)
         self.state = SimpleNamespace(tokens=array(slots), positions=array(slots), requests=requests)
         self.state.ends, self.state.limits = array(slots, ENDS), array(slots)
         self.row_slots = array(rows or slots)
-        self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=slots, processors=processors, rows=rows)
+        grid = {"processors": processors, "max_shared": max_shared}
+        self.sampler = SamplerLauncher(memory, size, padding, ends, sequences=slots, rows=rows, **grid)
         self.twin = Sampler(size, padding, ends)
 
     def start(self, slot, request, position=10, ends=(), limit=NO_LIMIT):

@@ -171,6 +171,7 @@ class GpuRunner:
                 *(memory, hp.vocab_size, padding_ids, end_ids),
                 sequences=settings.slots + draft_slots,
                 processors=processors,
+                max_shared=self._max_shared,
                 rows=rows,
                 masked=settings.slots,
             )

@@ -27,6 +27,12 @@ _LISTED = 1024
 """Biased ids and stop tokens of a slot that need no allocation of their own."""
 _ROW_BLOCKS = 3
 """Blocks of a launch on each multiprocessor."""
+_SPREAD_SHARED = 96 << 10
+"""Dynamic shared memory, unused, with which a multiprocessor of 228 KB holds one block only.
+
+In a decode step the output head's first blocks to end would otherwise make room for three blocks of
+one row on each of a third of the multiprocessors.
+"""
 _PADDING, _END = 1, 2
 
 NOT_FINITE, INACTIVE = -1, -2
@@ -93,8 +99,8 @@ class SamplerLauncher:
 
     At most `masked` rows of a launch have masks.
 
-    `processors` is the device's number of multiprocessors: it determines the blocks of a launch and
-    changes no bit of a result.
+    `processors` is the device's number of multiprocessors, `max_shared` the most shared memory of a
+    block in bytes: they determine a launch's blocks and where these run, but no bit of a result.
 
     Device memory of a slot: counts [V] i32, two bits an id, a list of _LISTED ids. The counts are
     dense because any number of ids can repeat up to the longest context, and a slot must never wait
@@ -112,6 +118,7 @@ class SamplerLauncher:
         *,
         sequences: int,
         processors: int,
+        max_shared: int,
         rows: int | None = None,
         masked: int | None = None,
     ) -> None:
@@ -147,6 +154,7 @@ class SamplerLauncher:
         self.masks = MaskInputs(memory, self.slot_masks, masked or sequences, rows)
         self._ring = PinnedRing(max(4 * vocab_size, self._lists[0].nbytes))
         self._processors = processors
+        self._spread = _SPREAD_SHARED if processors >= _SLICES and max_shared >= 2 * _SPREAD_SHARED else 0
 
     @property
     def copied(self) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
@@ -211,9 +219,10 @@ class SamplerLauncher:
         by another launch, `masked`, with the masks in `masks`; the results of other rows remain.
         """
         rows = len(logits)
-        args = (logits, np.int32(self.vocab_size), row_slots, self._slot_arrays(state), self.drawn)
         kernel = kernels.get("sample_masked.cu" if masked else "sample.cu", "sample")
-        kernel((self._blocks(rows), rows), (_THREADS,), (*args, self._boards, self._ticket), pdl=True)
+        state_args = (row_slots, self._slot_arrays(state), self.drawn, self._boards, self._ticket)
+        args, shared = (logits, np.int32(self.vocab_size), *state_args), self._spread if rows == 1 else 0
+        kernel((self._blocks(rows), rows), (_THREADS,), args, shared_mem=shared, pdl=True)
 
     def _blocks(self, rows: int) -> int:
         """Blocks of each row, so that about one wave of blocks covers the device."""
