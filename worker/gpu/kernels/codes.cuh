@@ -18,10 +18,13 @@ struct Planes {
 };
 
 // Element `index` of a plane of T. With WEIGHTS_BYPASS_L1, which a launcher defines for its file, L1
-// keeps the activations.
+// keeps the activations. With WEIGHTS_EVICT_FIRST, which a kernel defines that reads each weight once,
+// L1 and L2 keep all else.
 template <class T>
 __device__ __forceinline__ T load_plane(const u8* plane, u32 index) {
-#ifdef WEIGHTS_BYPASS_L1
+#if defined(WEIGHTS_EVICT_FIRST)
+    return __ldcs(reinterpret_cast<const T*>(plane) + index);
+#elif defined(WEIGHTS_BYPASS_L1)
     return __ldcg(reinterpret_cast<const T*>(plane) + index);
 #else
     return __ldg(reinterpret_cast<const T*>(plane) + index);

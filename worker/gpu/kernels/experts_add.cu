@@ -11,6 +11,7 @@
 // rounded, then residual + each product ascending.
 // Twins: `experts_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
+#define WEIGHTS_EVICT_FIRST
 #include "vec_dot.cuh"
 #include "pdl.cuh"
 

@@ -15,6 +15,7 @@
 // Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
 // Twins: `norm_glu`, `experts_glu` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
+#define WEIGHTS_EVICT_FIRST
 #include "vec_dot.cuh"
 #include "pdl.cuh"
 #include "gated.cuh"

@@ -13,6 +13,7 @@
 // Order and rounding: vec_dot.cuh, then splits ascending, then fma(sum, 1/rms, bias + residual).
 // Twins: `norm_linear`, `linear_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matvec.py.
+#define WEIGHTS_EVICT_FIRST
 #include "vec_dot.cuh"
 #include "pdl.cuh"
 #include "matrix.cuh"
