@@ -228,13 +228,16 @@ class Ops(Protocol):
     def norm_glu(self, x: Array, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Array:
         """activation(gate(n), up(n)) of n = norm(x): h [T, f] f32."""
 
-    def norm_route(self, x: Array, norm: RmsNorm, router: Router, k: int) -> tuple[Array, Routes]:
-        """n = norm(x) [T, d] and its `k` experts, weighted by the softmax of their logits."""
+    def norm_route(self, x: Array, norm: RmsNorm, router: Router, k: int) -> tuple[Array, Any]:
+        """n = norm(x) [T, d] and its `k` experts, weighted by the softmax of their logits: Routes.
 
-    def experts_glu(self, n: Array, routes: Routes, gate: Linear, up: Linear, activation: Activation) -> Array:
+        A device may have a form of its own, from which the next two ops make the choice.
+        """
+
+    def experts_glu(self, n: Array, routes: Any, gate: Linear, up: Linear, activation: Activation) -> Array:
         """Each token's gated FFN in each of its experts: h [T, k, f] f32."""
 
-    def experts_add(self, h: Array, routes: Routes, down: Linear, residual: Array | None) -> Array:
+    def experts_add(self, h: Array, routes: Any, down: Linear, residual: Array | None) -> Array:
         """residual + Σ_j weights[:, j] · down_{experts[:, j]}(h[:, j]): x [T, d] f32.
 
         The op before is the `experts_glu` of h, and `residual` is older than that: a device may

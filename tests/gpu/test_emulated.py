@@ -32,7 +32,7 @@ CHOSEN = {
     "softcap": "",
     "layer_inputs": "",
     "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu"
-    " or (prefill_experts and MXFP4 and 300) or alone_and_together",
+    " or (prefill_experts and MXFP4 and 300) or alone_and_together or route_chooses",
     "routing": "",
     "runner": "(prefill_logits and qwen2]) or both_phases",
     "slots": "padded or aborted or dropped or not_finite or ends_on or (may_grow and 3) or uploads",

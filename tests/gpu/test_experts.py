@@ -91,6 +91,28 @@ def test_decode_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
     assert error(out.get(), exact_add(inputs, chosen, weights, down, residual)) < 1e-5
 
 
+@pytest.mark.parametrize(("experts", "k"), [(5, 5), (32, 4), (33, 1), (256, 16)])
+def test_products_choose_the_experts_that_route_chooses(kernels, memory, experts, k):
+    from worker.gpu.matvec import RouterLogits, experts_add, glu, route
+
+    gate, up = (
+        Projection(kernels, memory, MXFP4, (experts, 34, 64), name, bias=True).linear for name in ("gate", "up")
+    )
+    down = Projection(kernels, memory, MXFP4, (experts, 20, 64), "down").linear
+    pool, rng = GuardedPool(), np.random.default_rng(experts)
+    logits = pool.put(np.round(rng.normal(size=(1, experts)) * 3).astype(np.float32))  # with ties
+    scales = pool.put(rng.normal(size=experts).astype(np.float32))
+    x, wide = q8_activations(pool, rows_of(1, 64)), q8_activations(pool, rows_of(k, 64))
+    launched = route(kernels, pool, logits, k, QTensor("scales", (experts,), F32, scales))
+
+    def results(routes):
+        h = glu(kernels, pool, x, None, gate, up, CLAMPED, routes)
+        return h.x.get().tobytes(), experts_add(kernels, pool, wide, routes, down, None).get().tobytes()
+
+    assert results(RouterLogits(logits, k, scales)) == results(launched)
+    pool.check()
+
+
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32, BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
@@ -154,18 +176,19 @@ class Layer:
         self.norm = norm_of(GuardedPool(), d)[1]
 
     def alone(self, x, residual, chosen=None, weights=None):
-        """Routes, h and x of one row, by the launchers for one row."""
+        """Routes, h and x of one row, by the launchers for one row, whose products choose the experts."""
         from worker.gpu import matvec
 
         pool = GuardedPool()
         rows = Q8Activations(pool.put(x[None]))
         if chosen is None:
             routes = matvec.norm_route(self.kernels, pool, rows.x, self.norm, self.router, self.k)
+            choice = matvec.router_logits(self.kernels, pool, rows.x, self.norm, self.router, self.k)
         else:
-            routes = Routes(pool.put(chosen[None]), pool.put(weights[None]))
-        h = matvec.glu(self.kernels, pool, rows, self.norm, self.gate, self.up, self.activation, routes)
+            routes = choice = Routes(pool.put(chosen[None]), pool.put(weights[None]))
+        h = matvec.glu(self.kernels, pool, rows, self.norm, self.gate, self.up, self.activation, choice)
         added = None if residual is None else pool.put(residual[None])
-        y = matvec.experts_add(self.kernels, pool, h, routes, self.down, added)
+        y = matvec.experts_add(self.kernels, pool, h, choice, self.down, added)
         return routes, h, y
 
     def together(self, x, residual, chosen=None, weights=None, active=None, wide_pairs=0, max_shared=MAX_SHARED):

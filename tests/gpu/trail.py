@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from worker.cpu.plain import top_k
+from worker.gpu.matvec import RouterLogits
 from worker.ops import Phase
 
 
@@ -35,7 +37,7 @@ class Trailed:
 
     def norm_route(self, *args):
         n, routes = self._ops.norm_route(*args)
-        self._trail.experts.append(on_host(routes.experts))
+        self._trail.experts.append(_experts(routes))
         return n, routes
 
     def linear_add(self, y, linear, residual):
@@ -55,6 +57,13 @@ class Trailed:
     def _recorded(self, x):
         self._trail.residuals.append(on_host(x))
         return x
+
+
+def _experts(routes):
+    """The chosen experts [T, k]; of a form without them, those of the highest logits."""
+    if isinstance(routes, RouterLogits):
+        return top_k(on_host(routes.logits), routes.k)[0]
+    return on_host(routes.experts)
 
 
 def on_host(array):

@@ -48,7 +48,6 @@ DEFINES = {
     "MMA_SLOTS": _MMA_SLOTS[2],
     "MMA_WIDE_SLOTS": _MMA_SLOTS[4],
 }
-_PER_LANE = (1, 2, 4, 8)  # experts of a lane of route_rows.cu
 _THREADS = 256
 _GROUP_THREADS = 1024
 _GRID_BLOCKS = 264  # two for each of an H100's multiprocessors
@@ -76,9 +75,8 @@ _PRODUCT = np.dtype(
 """`PairProduct` of pair_product.cuh."""
 
 
-def _router_name(experts: int, kind: QuantType) -> KernelName:
-    per_lane = next(n for n in _PER_LANE if 32 * n >= experts)
-    return "route_rows.cu", f"route_rows<{per_lane}, {kind.name}>"
+def _router_name(kind: QuantType) -> KernelName:
+    return "route_rows.cu", f"route_rows<{kind.name}>"
 
 
 def _product_name(kind: QuantType, *, gated: bool, gelu: bool = False) -> KernelName:
@@ -90,7 +88,7 @@ def _mma_name(mmas: int, *, gated: bool) -> KernelName:
 
 
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(_router_name(32 * n, F32) for n in _PER_LANE),
+    _router_name(F32),
     *(_product_name(kind, gated=gated) for kind in EXPERT_TYPES for gated in (True, False)),
     *(_product_name(kind, gated=True, gelu=True) for kind in GELU_TYPES),
     *(_mma_name(mmas, gated=gated) for mmas, _ in _MMA_TILES for gated in (True, False)),
@@ -204,7 +202,7 @@ def _normed_and_routed(
     staged = cols * 5 // 4 + 4 * cols * (kind.block_size == 1)
     shared = staged + 4 * experts * (split_k + 1)
     args = (source, weights, _bias(router), np.int32(experts), np.int32(split_k), out, choices)
-    kernels.get(*_router_name(experts, kind))((rows,), (32 * DECODE_WARPS,), args, shared_mem=shared, pdl=True)
+    kernels.get(*_router_name(kind))((rows,), (32 * DECODE_WARPS,), args, shared_mem=shared, pdl=True)
     return n, routes
 
 

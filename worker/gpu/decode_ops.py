@@ -16,6 +16,7 @@ from worker.gpu.head_norms import may_fuse_norms, normalize_heads
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed
+from worker.gpu.matvec import RouterLogits
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import branches_norm_add, norm_add
 from worker.gpu.softcap import softcap
@@ -103,27 +104,31 @@ class DecodeOps:
         """See `Ops.norm_glu`; h is f32 and Q8 rows, the input of `linear_add`."""
         return self._products.gated(Q8Activations(x), norm, gate, up, activation)
 
-    def norm_route(self, x: DeviceArray, norm: RmsNorm, router: Router, k: int) -> tuple[LazyNorm | RoutedRows, Routes]:
-        """See `Ops.norm_route`; for one row `experts_glu` computes the norm."""
+    def norm_route(
+        self, x: DeviceArray, norm: RmsNorm, router: Router, k: int
+    ) -> tuple[LazyNorm | RoutedRows, Routes | RouterLogits]:
+        """See `Ops.norm_route`; of one row the next two ops compute norm and choice."""
         if len(x) == 1:
-            return LazyNorm(x, norm), matvec.norm_route(self._kernels, self._pool, x, norm, router, k)
+            return LazyNorm(x, norm), matvec.router_logits(self._kernels, self._pool, x, norm, router, k)
         slots = self._state.slots_of_rows(len(x))
         active = None if slots is None else ActiveRows(slots, self._state.positions)
         max_shared = self._products.max_shared
         return decode_experts.norm_route(self._kernels, self._pool, x, norm, router, k, active, max_shared)
 
     def experts_glu(
-        self, n: LazyNorm | RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation
+        self, n: LazyNorm | RoutedRows, routes: Routes | RouterLogits, gate: Linear, up: Linear, activation: Activation
     ) -> Q8Activations | PairRows:
         """See `Ops.experts_glu`; h [T·k, f] is f32 and Q8 rows, the input of `experts_add`."""
         if isinstance(n, RoutedRows):
+            assert isinstance(routes, Routes)
             return decode_experts.experts_glu(self._kernels, self._pool, n, routes, gate, up, activation)
         return matvec.glu(self._kernels, self._pool, Q8Activations(n.x), n.norm, gate, up, activation, routes)
 
     def experts_add(
-        self, h: Q8Activations | PairRows, routes: Routes, down: Linear, residual: DeviceArray | None
+        self, h: Q8Activations | PairRows, routes: Routes | RouterLogits, down: Linear, residual: DeviceArray | None
     ) -> DeviceArray:
         if isinstance(h, PairRows):
+            assert isinstance(routes, Routes)
             return decode_experts.experts_add(self._kernels, self._pool, h, routes, down, residual)
         return matvec.experts_add(self._kernels, self._pool, h, routes, down, residual)
 

@@ -26,7 +26,7 @@ from worker.quants import Q4_K, QuantType
 _EXPERT_WARPS = 8  # of a block of glu for experts
 _GLU_ELEMENTS = 32  # elements of h that a block computes: one Q8 block
 _ROUTE_TOKENS = 4  # tokens of a block of route.cu, a warp each
-_ROUTE_PER_LANE = (1, 2, 4, 8)  # experts of a lane
+_MAX_EXPERTS = 256  # that tests cover
 DEFINES = {"DECODE_WARPS": DECODE_WARPS, "GLU_ELEMENTS": _GLU_ELEMENTS, "ROUTE_TOKENS": _ROUTE_TOKENS}
 
 _THREADS = 32 * DECODE_WARPS
@@ -54,6 +54,10 @@ _PREPARED_ROWS = np.dtype(
 """`PreparedRows` of row_tiles.cuh."""
 _HIDDEN = np.dtype([("x", "u8"), ("q", "u8"), ("meta", "u8")])
 """`Hidden` of glu.cu."""
+_CHOICES = np.dtype(
+    [*((name, "u8") for name in ("experts", "weights", "logits", "scales")), ("n_experts", "i4"), ("k", "i4")]
+)
+"""`ExpertChoices` of expert_choice.cuh."""
 GATE = np.dtype([("limit", "f4"), ("alpha", "f4")])
 """`Gate` of gated.cuh."""
 
@@ -92,6 +96,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for kinds in MIXED
     ),
     *(("matvec.cu", f"matvec<{tile}, {kind.name}>") for kind in STORED_TYPES for tile in _TILES),
+    *(("matvec.cu", f"matvec<{tile}, F32, F32, F32, false>") for tile in (_ANY_TILE, _SHORT_TILE)),  # of routers
     *(
         ("matvec.cu", f"matvec<{tile}, {', '.join(kind.name for kind in kinds)}>")
         for kinds in MIXED
@@ -111,8 +116,20 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for tile in _GLU_TILES
     ),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
-    *(("route.cu", f"route<{n}>") for n in _ROUTE_PER_LANE),
+    ("route.cu", "route"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLogits:
+    """The logits [1, E] f32 of a row, whose `k` experts each kernel chooses that needs them.
+
+    `scales` [E] f32: see `Router`.
+    """
+
+    logits: DeviceArray
+    k: int
+    scales: DeviceArray | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +180,13 @@ def matvec(
     norm: RmsNorm | None,
     linears: Sequence[Linear],
     residual: DeviceArray | None = None,
+    *,
+    release_early: bool = True,
 ) -> tuple[DeviceArray, ...]:
     """y_j = W_j·norm(x) + b_j for up to three projections of one input: y_j [T, rows_j] f32.
 
-    `residual` [T, rows] is added to the result of a single projection.
+    `residual` [T, rows] is added to the result of a single projection. Without `release_early`, for
+    one row, the next launch starts when all launches before this one are complete.
     """
     tokens, cols = x.shape
     kinds = [linear.weight.kind for linear in linears]
@@ -187,6 +207,7 @@ def matvec(
     matrices += [absent] * (_MAX_PROJECTIONS - len(linears))
     shared = tile * _staged_bytes(cols, kinds)
     if tile == 1:
+        names += "" if release_early else f", {names}, {names}, false"
         kernel, rows_in = kernels.get("matvec.cu", f"matvec<{schedule.tile}, {names}>"), input_rows(x, norm)
     else:
         kernel = kernels.get("matvec_rows.cu", f"matvec_rows<{tile}, {weights}, {names}>")
@@ -205,12 +226,16 @@ def glu(
     gate: Linear,
     up: Linear,
     activation: Activation,
-    routes: Routes | None = None,
+    routes: Routes | RouterLogits | None = None,
 ) -> Q8Activations:
-    """activation(gate(n), up(n)) of n = norm(x): h [T, f], or [T·k, f] with routes, f32 and Q8."""
+    """activation(gate(n), up(n)) of n = norm(x): h [T, f], or [T·k, f] with routes, f32 and Q8.
+
+    With RouterLogits the preceding launch must be that of `router_logits`: see `kernels/glu.cu`.
+    """
     tokens, cols = x.shape
     rows = gate.weight.shape[-2]
-    k = 1 if routes is None else routes.experts.shape[1]
+    choices = _choices(routes, gate.weight.shape[0])
+    k = int(choices["k"])
     kinds = [gate.weight.kind, up.weight.kind]
     h = empty_q8(pool, tokens * k, rows)
     branches = [np.array((b.weight.data.addresses(), address(_bias(b))), _BRANCH) for b in (gate, up)]
@@ -233,14 +258,13 @@ def glu(
         grid, shared = (-(-rows // _GLU_ELEMENTS), -(-tokens // row_tile)), row_tile * _staged_bytes(cols, kinds)
         kernel(grid, (32 * int(_GLU_ROWS_TILES[row_tile].split(",")[0]),), args, shared_mem=shared, pdl=True)
         return h
-    experts, warps = (None, DECODE_WARPS) if routes is None else (routes.experts, _EXPERT_WARPS)
+    warps = DECODE_WARPS if routes is None else _EXPERT_WARPS
     kernel = kernels.get("glu.cu", f"glu<{warps}, {tile}, {names}>")
     args = (
         *branches,
         input_rows(x, norm),
         gate_of(activation, gelu=gelu),
-        experts,
-        np.int32(k),
+        choices,
         np.int32(rows),
         hidden,
     )
@@ -250,27 +274,46 @@ def glu(
 
 
 def experts_add(
-    kernels: Launcher, pool: Allocator, h: Q8Activations, routes: Routes, down: Linear, residual: DeviceArray | None
+    kernels: Launcher,
+    pool: Allocator,
+    h: Q8Activations,
+    routes: Routes | RouterLogits,
+    down: Linear,
+    residual: DeviceArray | None,
 ) -> DeviceArray:
     """residual + Σ_j weights[:, j]·down_e(h[:, j]): x [T, d] f32 from h [T·k, f].
 
     The preceding launch must be `glu` with these routes: the kernel reads the routes and the
     residual before its wait (`kernels/experts_add.cu`). Raises: ModelLoadFailed.
     """
-    tokens, k = routes.experts.shape
+    choices = _choices(routes, down.weight.shape[0])
+    k = int(choices["k"])
     check_experts(down.weight.shape[0], k)
+    tokens = h.shape[0] // k
     rows, kind = down.weight.shape[-2], down.weight.kind
     x = pool.empty((tokens, rows), np.float32)
     planes = np.array(down.weight.data.addresses(), PLANES)
-    sizes = (np.int32(k), np.int32(rows))
     kernels.get("experts_add.cu", f"experts_add<3, {kind.name}>")(
         (min(_GRID_BLOCKS, rows), tokens),
         (_THREADS,),
-        (planes, _bias(down), input_rows(h, None), routes.experts, routes.weights, *sizes, residual, x),
+        (planes, _bias(down), input_rows(h, None), choices, np.int32(rows), residual, x),
         shared_mem=_staged_bytes(k * h.shape[1], (kind,)),
         pdl=True,
     )
     return x
+
+
+def router_logits(
+    kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Router, k: int
+) -> RouterLogits:
+    """The router's logits of norm(x) [1, d], for the next two launches: `glu` and `experts_add`.
+
+    x must be older than this launch: `glu` reads it before its wait. Raises: ModelLoadFailed.
+    """
+    inputs = Q8Activations(x), router.norm or norm, (router.linear,)
+    (logits,) = matvec(kernels, pool, *inputs, release_early=False)
+    check_experts(logits.shape[1], k)
+    return RouterLogits(logits, k, router.scales and router.scales.data)
 
 
 def norm_route(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Router, k: int) -> Routes:
@@ -286,9 +329,8 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int, scale
     """
     tokens, experts = logits.shape
     check_experts(experts, k, 32)
-    per_lane = next(n for n in _ROUTE_PER_LANE if 32 * n >= experts)
     routes = Routes(pool.empty((tokens, k), np.int32), pool.empty((tokens, k), np.float32))
-    kernels.get("route.cu", f"route<{per_lane}>")(
+    kernels.get("route.cu", "route")(
         (-(-tokens // _ROUTE_TOKENS),),
         (32 * _ROUTE_TOKENS,),
         (
@@ -302,9 +344,20 @@ def route(kernels: Launcher, pool: Allocator, logits: DeviceArray, k: int, scale
 
 def check_experts(experts: int, k: int, max_k: int = DECODE_WARPS) -> None:
     """Raise ModelLoadFailed for more experts than the kernels' blocks and lanes hold."""
-    limit = 32 * _ROUTE_PER_LANE[-1]
-    if experts > limit or k > max_k:
-        raise ModelLoadFailed(f"{k} of {experts} experts a token", "the GPU's experts", f"at most {max_k} of {limit}")
+    if experts > _MAX_EXPERTS or k > max_k:
+        raise ModelLoadFailed(
+            f"{k} of {experts} experts a token", "the GPU's experts", f"at most {max_k} of {_MAX_EXPERTS}"
+        )
+
+
+def _choices(routes: Routes | RouterLogits | None, experts: int) -> np.ndarray[Any, Any]:
+    """The kernel parameter `ExpertChoices`: a value of _CHOICES. None: a dense FFN."""
+    if routes is None:
+        return np.array((0, 0, 0, 0, 0, 1), _CHOICES)
+    if isinstance(routes, RouterLogits):
+        return np.array((0, 0, address(routes.logits), address(routes.scales), experts, routes.k), _CHOICES)
+    k = routes.experts.shape[1]
+    return np.array((address(routes.experts), address(routes.weights), 0, 0, experts, k), _CHOICES)
 
 
 def is_gelu(activation: Activation) -> bool:

@@ -89,6 +89,12 @@ unsigned __match_any_sync(unsigned, T v) {
     for (int lane = 0; lane < emu::kWarp; ++lane) bits |= (unsigned)(emu::from<T>(posts, lane) == own) << lane;
     return bits;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    const emu::Post* posts = emu::exchange(v);
+    unsigned best = 0;
+    for (int lane = 0; lane < emu::kWarp; ++lane) best = std::max(best, emu::from<unsigned>(posts, lane));
+    return best;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
 

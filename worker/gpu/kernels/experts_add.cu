@@ -1,8 +1,8 @@
-// Decode: x[t] = residual[t] + Σ_j weight[t, j]·(W_e·h[t, j] + b_e), e = experts[t, j]: down
-// projection and sum of experts.
+// Decode: x[t] = residual[t] + Σ_j weight·(W_e·h[t, j] + b_e), e the j-th expert of
+// t (expert_choice.cuh): down projection and sum of experts.
 //
 // Shapes: W [E, rows, f] in planes of type W; bias [E, rows] f32 or null; h [T·k, f], k ≤ 16;
-// experts, weights [T, k]; residual (or null), x [T, rows] f32. The k rows of h are staged in shared memory
+// residual (or null), x [T, rows] f32. The k rows of h are staged in shared memory
 // (stage_activations.cuh).
 // Grid: x over contiguous ranges of rows, y over T; 512 threads. Of each k warps warp j takes the
 // row of the j-th expert; the k results are added in the order of the routes.
@@ -13,24 +13,24 @@
 // worker/gpu/matvec.py.
 #define WEIGHTS_EVICT_FIRST
 #include "vec_dot.cuh"
+#include "expert_choice.cuh"
 #include "pdl.cuh"
 
 template <int UNROLL_K, class W>
 __global__ void __launch_bounds__(kThreads, 2)
-    experts_add(const Planes planes, const float* __restrict__ bias, const InputRows h, const int* __restrict__ experts,
-                const float* __restrict__ weights, const int k, const int rows, const float* __restrict__ residual,
-                float* __restrict__ out) {
+    experts_add(const Planes planes, const float* __restrict__ bias, const InputRows h, const ExpertChoices choices,
+                const int rows, const float* __restrict__ residual, float* __restrict__ out) {
     extern __shared__ __align__(16) u8 shared[];
     __shared__ float partial[2][kWarps];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, j = warp % k;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = choices.k, j = warp % k;
     const int row_groups = kWarps / k, row_group = warp / k;
-    const int units = h.cols / Unit<W>::kElements, route = blockIdx.y * k + j;
+    const int units = h.cols / Unit<W>::kElements;
     const int begin = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
-    // Before the wait (pdl.cuh): weights and biases, constant during a step; routes and residual,
+    // Before the wait (pdl.cuh): weights and biases, constant during a step; choices and residual,
     // complete because the predecessor (glu.cu with experts) releases its dependents only after its
     // own wait.
-    const u32 expert = experts[route];
-    const float weight = weights[route];
+    const Choice choice = choices.choice(blockIdx.y, j);
+    const u32 expert = choice.expert;
     int row = begin + row_group;
     WeightFragment<W, 1, UNROLL_K> fragment;
     const auto span_from = [&](int first) -> RowSpan {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (computes(row + row_groups)) fragment.load_first(span_from(row + row_groups));
         next_bias = load_bias(row + row_groups), next_residual = load_residual(row + row_groups);
         warp_sum_rows(sums);
-        if (lane == 0) partial[buffer][warp] = __fmul_rn(weight, __fadd_rn(sums[0], row_bias));
+        if (lane == 0) partial[buffer][warp] = __fmul_rn(choice.weight, __fadd_rn(sums[0], row_bias));
         __syncthreads();
         if (!computes(row) || j != 0 || lane != 0) continue;
         float y = row_residual;

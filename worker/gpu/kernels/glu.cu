@@ -1,8 +1,7 @@
 // Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate
 // in one launch.
 //
-// For a dense FFN, or for each of the k experts of a token (`experts` [T, k]; null and k = 1 for a
-// dense FFN).
+// For a dense FFN, or for each of the k experts of a token (expert_choice.cuh; k = 1 for a dense FFN).
 // Shapes: W [E, rows, cols] in planes, types G (gate) and U (up); biases [E, rows] f32 or null; h
 // [T·k, rows] as f32 and as Q8 blocks (q and meta are null unless rows is a multiple of 32). n is
 // staged by each block (stage_activations.cuh).
@@ -19,6 +18,7 @@
 #include "vec_dot.cuh"
 #include "pdl.cuh"
 #include "gated.cuh"
+#include "expert_choice.cuh"
 #include "glu_params.cuh"
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
@@ -26,11 +26,11 @@ constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false>
 __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
-        const int* __restrict__ experts, const int k, const int rows, const Hidden out) {
+        const ExpertChoices choices, const int rows, const Hidden out) {
     extern __shared__ __align__(16) u8 shared[];
     constexpr int kElements = kElementsPerBlock / WARPS, kWarpRows = 2 * kElements;
     __shared__ float row_sums[WARPS][kWarpRows], biases[2][kElementsPerBlock];
-    constexpr bool kAlike = kSame<G, U>;
+    constexpr bool kAlike = kSame<G, U>, kExperts = WARPS != kWarps;
     static_assert(kAlike || TILE_M == 1, "rows of two types are computed one by one");
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = kElementsPerBlock * blockIdx.x + kElements * warp;
@@ -46,24 +46,35 @@ __global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
     const auto load_first = [&](int v) {
         if (kAlike) weights.load_first(span_of(v, g_units));
     };
-    // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step.
-    if (!experts) load_first(0);
-    prefetch_norm(input);
-    // With experts the dependent (experts_add.cu) reads the routes before its own wait: they must
-    // be complete first.
-    if (!experts) launch_dependents();
-    grid_dependency_wait();
-    if (experts) {
-        expert = experts[blockIdx.y];
-        load_first(0);
-    }
-    if (warp == 0 && column < rows) {
+    const auto load_biases = [&]() {
+        if (warp != 0 || column >= rows) return;
         biases[0][lane] = gate.bias ? gate.bias[(size_t)expert * rows + column] : 0.f;
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
+    };
+    // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step; with
+    // logits x, complete because the predecessor (the router) releases its dependents only after its
+    // own wait.
+    if (!kExperts) load_first(0);
+    prefetch_norm(input);
+    if (!kExperts) {
+        launch_dependents();
+        grid_dependency_wait();
+        load_biases();
+    } else if (choices.experts) {
+        grid_dependency_wait();
     }
     StagedRows x;
-    const float factor = stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(
-        input, blockIdx.y / k, 1, shared, x);
+    const int t = kExperts ? blockIdx.y / choices.k : blockIdx.y;
+    const float factor =
+        stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(input, t, 1, shared, x);
+    if (kExperts) {
+        // The dependent (experts_add.cu) reads the choices before its own wait: they must be complete
+        // before it starts.
+        grid_dependency_wait();
+        expert = choices.expert(t, blockIdx.y % choices.k);
+        load_first(0);
+        load_biases();
+    }
 #pragma unroll 1
     for (int v = 0; v < kWarpRows; v += TILE_M) {
         float sums[TILE_M] = {};

@@ -8,6 +8,7 @@
 // has `blocks` blocks, each with a contiguous range of its rows. Of the 16 warps of a block
 // `split_k` (a power of two, fixed by the matrix's shape and type) share TILE_M rows along K and
 // add their sums in ascending order.
+// Without RELEASE_EARLY, dependents are released after the wait (pdl.cuh, rule 3).
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: each weight once
 // a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then splits ascending, then fma(sum, 1/rms, bias + residual).
@@ -18,7 +19,7 @@
 #include "pdl.cuh"
 #include "matrix.cuh"
 
-template <class Block, int TILE_M, int UNROLL_K, bool STAGE_Q8, bool STAGE_F32>
+template <class Block, int TILE_M, int UNROLL_K, bool STAGE_Q8, bool STAGE_F32, bool RELEASE_EARLY>
 __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& input, int split_k, u8* shared) {
     __shared__ float partial[2][kWarps][TILE_M];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -43,7 +44,7 @@ __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& 
     if (row < end) weights.load_first(span_from(row));
     prefetch_norm(input);
     StagedRows x;
-    launch_dependents();
+    if (RELEASE_EARLY) launch_dependents();
     grid_dependency_wait();
     float next_addend = load_addend(row);
     const float factor = stage<STAGE_Q8, STAGE_F32>(input, blockIdx.y, 1, shared, x);
@@ -68,7 +69,7 @@ __device__ __forceinline__ void multiply_rows(const Matrix& m, const InputRows& 
     }
 }
 
-template <int TILE_M, int UNROLL_K, class A, class B = A, class C = B>
+template <int TILE_M, int UNROLL_K, class A, class B = A, class C = B, bool RELEASE_EARLY = true>
 __global__ void __launch_bounds__(kThreads, 2)
     matvec(const Matrix a, const Matrix b, const Matrix c, const InputRows input, const int split_k) {
     extern __shared__ __align__(16) u8 shared[];
@@ -79,14 +80,14 @@ __global__ void __launch_bounds__(kThreads, 2)
         Matrix m = a;
         if (block >= b.first_block) m = b;
         if (block >= c.first_block) m = c;
-        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared);
+        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32, RELEASE_EARLY>(m, input, split_k, shared);
     } else if (block < (kSame<A, B> ? c : b).first_block) {
         Matrix m = a;
         if (kSame<A, B> && block >= b.first_block) m = b;
-        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32>(m, input, split_k, shared);
+        multiply_rows<A, TILE_M, UNROLL_K, kQ8, kF32, RELEASE_EARLY>(m, input, split_k, shared);
     } else if (!kSame<A, B> && block < c.first_block) {
-        multiply_rows<B, TILE_M, UNROLL_K, kQ8, kF32>(b, input, split_k, shared);
+        multiply_rows<B, TILE_M, UNROLL_K, kQ8, kF32, RELEASE_EARLY>(b, input, split_k, shared);
     } else {
-        multiply_rows<C, TILE_M, UNROLL_K, kQ8, kF32>(c, input, split_k, shared);
+        multiply_rows<C, TILE_M, UNROLL_K, kQ8, kF32, RELEASE_EARLY>(c, input, split_k, shared);
     }
 }

@@ -36,7 +36,8 @@
 // |                                 | _rows, attention_prefill       | own tokens' slots, whose   |
 // |                                 |                                | KV is read after the wait  |
 // | KV of this step's other rows    | attention_rows, _few_rows      | fence before launch (5)    |
-// | routes and residual             | experts_add                    | two launches earlier (3)   |
+// | choices or logits, and residual | experts_add                    | two launches earlier (3)   |
+// | x, with logits                  | glu for experts                | two launches earlier (3)   |
 // | tiles of pairs                  | grouped_experts and            | two launches earlier (3)   |
 // |                                 | experts_mma for down           |                            |
 //
@@ -57,7 +58,7 @@
 // 3. If a primary calls launch_dependents only after its wait, all launches before the primary are
 //    complete when the secondary starts, and the secondary may read their results before its wait.
 //    glu does so for experts, and experts_add relies on it, as do the two launches of
-//    grouped_experts or experts_mma.
+//    grouped_experts or experts_mma; and the router's matvec, on which glu with logits relies.
 // 4. A block without work may exit without a wait if another block of its grid waits: the grid then
 //    ends after its primary. If all blocks exit, the grid may end before its primary. That happens
 //    after the last layer's attention of a chunk without requested logits; it is valid because the

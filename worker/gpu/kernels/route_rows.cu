@@ -2,8 +2,8 @@
 // choice, in one launch.
 //
 // Shapes: x [R, cols] f32; the router W [E, cols] in planes of type W, bias [E] f32 or null. Out: q
-// and meta as in q8_activations.cuh, factor [R] f32, experts [R, k] i32 and weights [R, k] f32; E ≤
-// 32·PER_LANE, k ≤ 32.
+// and meta as in q8_activations.cuh, factor [R] f32, experts [R, k] i32 and weights [R, k] f32; k ≤
+// 32.
 // Grid: a block of 512 threads a row. Alignment: planes, x and norm 16 bytes. Dynamic shared
 // memory: the staged row, then E·(split_k + 1) floats. Bytes: the router once a row, from L2.
 // Order and rounding: the bits of matvec.cu followed by route.cu. `factor` is 1/rms as 8 warps add
@@ -46,7 +46,7 @@ __device__ __forceinline__ float factor_of(const InputRows& input, int row) {
     return rsqrtf(__fadd_rn(mean, input.eps));
 }
 
-template <int PER_LANE, class W>
+template <class W>
 __global__ void __launch_bounds__(kThreads)
     route_rows(const InputRows input, const Planes planes, const float* __restrict__ bias, const int n_experts,
                const int split_k, const NormedRows out, const Choices choices) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     if (warp != 0) return;
-    const Choice choice = choose<PER_LANE>(logits, n_experts, choices.k);
+    const Choice choice = choose(logits, n_experts, choices.k);
     if (lane >= choices.k) return;
     choices.experts[(size_t)row * choices.k + lane] = choice.expert;
     choices.weights[(size_t)row * choices.k + lane] = choice.weight;

@@ -6,43 +6,55 @@
 #pragma once
 #include "warp.cuh"
 
-// Sort key: ascending by logit, then by descending id; never 0, which marks a chosen expert. A NaN
-// gets some valid place.
-__device__ __forceinline__ unsigned long long key_of(float logit, int id) {
+using Key = unsigned long long;
+
+// Sort key: ascending by logit, then by descending id; never 0. A NaN gets some valid place.
+__device__ __forceinline__ Key key_of(float logit, int id) {
     const unsigned int bits = __float_as_uint(logit + 0.f);  // -0 becomes 0
     const unsigned int ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (unsigned long long)ordered << 32 | (0xffffffffu - id);
+    return (Key)ordered << 32 | (0xffffffffu - id);
+}
+__device__ __forceinline__ int id_of(Key key) { return 0xffffffffu - (unsigned int)key; }
+__device__ __forceinline__ float logit_of(Key key) {
+    const unsigned int ordered = key >> 32;
+    return __uint_as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// The j-th choice, in lane j: its id and its weight. E ≤ 32·PER_LANE, k ≤ 32.
+// The highest key of E logits below `bound`. Called by all lanes of a warp.
+__device__ __forceinline__ Key highest_key(const float* logits, int n_experts, Key bound) {
+    Key best = 0;
+    for (int id = threadIdx.x % 32; id < n_experts; id += 32) {
+        const Key key = key_of(logits[id], id);
+        if (key < bound) best = max(best, key);
+    }
+    const unsigned int high = __reduce_max_sync(0xffffffffu, (unsigned int)(best >> 32));
+    const unsigned int low = best >> 32 == high ? (unsigned int)best : 0;
+    return (Key)high << 32 | __reduce_max_sync(0xffffffffu, low);
+}
+
+// The j-th choice, in lane j: its id and its weight. k ≤ 32 and k ≤ E.
 struct Choice {
     int expert;
     float weight;
 };
 
-template <int PER_LANE>
 __device__ __forceinline__ Choice choose(const float* logits, int n_experts, int k) {
-    const int lane = threadIdx.x % 32;
-    unsigned long long keys[PER_LANE];
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        const int id = 32 * i + lane;
-        keys[i] = id < n_experts ? key_of(logits[id], id) : 0;
-    }
     float highest = 0.f, weight = 0.f;
     int chosen = 0;
+    Key key = ~0ull;
+#pragma unroll 1
     for (int j = 0; j < k; ++j) {
-        unsigned long long best = 0;
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) best = max(best, keys[i]);
-#pragma unroll
-        for (int step = 16; step; step /= 2) best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) keys[i] = keys[i] == best ? 0 : keys[i];
-        const int id = 0xffffffffu - (unsigned int)best;
-        const float logit = logits[id];
-        if (j == 0) highest = logit;
-        if (lane == j) chosen = id, weight = expf(logit - highest);
+        key = highest_key(logits, n_experts, key);
+        if (j == 0) highest = logit_of(key);
+        if (threadIdx.x % 32 == j) chosen = id_of(key), weight = expf(logit_of(key) - highest);
     }
     return {chosen, __fdiv_rn(weight, warp_sum(weight))};
+}
+
+// The id of choice `rank` alone.
+__device__ __forceinline__ int chosen_id(const float* logits, int n_experts, int rank) {
+    Key key = ~0ull;
+#pragma unroll 1
+    for (int j = 0; j <= rank; ++j) key = highest_key(logits, n_experts, key);
+    return id_of(key);
 }
