@@ -67,6 +67,7 @@ GELU_TYPES = (Q4_K,)
 # TILE_M, UNROLL_K of a warp: combinations that fit 64 registers, so that two blocks share a
 # multiprocessor.
 _TILES, _GLU_TILES = ("3, 1", "2, 2", "1, 3", "1, 1"), ("4, 1", "2, 2", "1, 3")
+_EXPERTS_TILE = "2, 3"  # of glu for experts with long rows: 80 registers, three blocks a multiprocessor
 _ANY_TILE, _SHORT_TILE = "1, 3", "1, 1"  # the second where a lane has one load a row: less code to fetch
 _ROW_TILES = (8, 4, 2)
 _MAX_STAGED = 160 << 10  # bytes of shared memory
@@ -109,11 +110,15 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for rows, tile in _GLU_ROWS_TILES.items()
         for k in GELU_TYPES
     ),
-    *(("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>") for kind in EXPERT_TYPES for tile in _GLU_TILES),
+    *(
+        ("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}>")
+        for kind in EXPERT_TYPES
+        for tile in (*_GLU_TILES, _EXPERTS_TILE)
+    ),
     *(
         ("glu.cu", f"glu<{_EXPERT_WARPS}, {tile}, {kind.name}, {kind.name}, true>")
         for kind in GELU_TYPES
-        for tile in _GLU_TILES
+        for tile in (*_GLU_TILES, _EXPERTS_TILE)
     ),
     *(("experts_add.cu", f"experts_add<3, {kind.name}>") for kind in EXPERT_TYPES),
     ("route.cu", "route"),
@@ -242,6 +247,8 @@ def glu(
     hidden = np.array((address(h.x), address(h.q), address(h.meta)), _HIDDEN)
     units = cols // unit_elements(gate.weight.kind)
     tile = _ANY_TILE if units > 64 or kinds[0] is not kinds[1] else ("2, 2" if units > 32 else "4, 1")
+    if routes is not None and units > 64 and kinds[0] is kinds[1]:
+        tile = _EXPERTS_TILE
     gelu = is_gelu(activation)
     names = ", ".join(kind.name for kind in (kinds if gelu or kinds[0] is not kinds[1] else kinds[:1]))
     names += ", true" if gelu else ""

@@ -8,7 +8,8 @@
 // Grid: x over ⌈rows/32⌉, y over T·k; 32·WARPS threads. A block computes 32 adjacent elements of
 // one h, so that it can store them as one Q8 block; a warp computes 32/WARPS of them, that is twice
 // as many rows in the order gate, up, gate, up, TILE_M at a time. WARPS is 16 for a dense FFN, 8
-// for experts: they have many blocks, and small ones end closer together.
+// for experts: they have many blocks, and small ones end closer together. Experts' weights load only
+// after the wait, so long rows of both matrices are in flight together.
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: the weights of
 // each chosen expert once a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
@@ -23,8 +24,11 @@
 
 constexpr int kElementsPerBlock = GLU_ELEMENTS;  // one Q8 block
 
+// Blocks of a multiprocessor: 64 registers a thread, for experts with a larger tile 80.
+__host__ __device__ constexpr int blocks_of(int warps, int tile) { return warps < kWarps && tile > 4 ? 3 : 32 / warps; }
+
 template <int WARPS, int TILE_M, int UNROLL_K, class G, class U = G, bool GELU = false>
-__global__ void __launch_bounds__(32 * WARPS, 32 / WARPS)
+__global__ void __launch_bounds__(32 * WARPS, blocks_of(WARPS, TILE_M * UNROLL_K))
     glu(const Branch gate, const Branch up, const InputRows input, const Gate activation,
         const ExpertChoices choices, const int rows, const Hidden out) {
     extern __shared__ __align__(16) u8 shared[];
