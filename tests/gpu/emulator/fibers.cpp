@@ -39,7 +39,7 @@ struct Block {
     int live;
     std::vector<Warp> warps;
     std::deque<Fiber*> ready;
-    std::vector<Fiber*> waiting, named, polling;
+    std::vector<Fiber*> waiting, named[16], polling;
     std::vector<char> shared;  // while another block runs: static, then dynamic
 };
 
@@ -69,9 +69,9 @@ void block_barrier() {
     wait();
 }
 
-void named_barrier(int threads) {
-    block->named.push_back(fiber());
-    go_on_if_complete(block->named, threads);
+void named_barrier(int barrier, int threads) {
+    block->named[barrier].push_back(fiber());
+    go_on_if_complete(block->named[barrier], threads);
     wait();
 }
 

@@ -33,8 +33,8 @@ extern Shape block_index, block_size, grid_size;
 alignas(256) extern char dynamic_shared[kShared];
 
 void block_barrier();
-void named_barrier(int threads);  // one of a block at a time
-void yield();                     // to all others that can run
+void named_barrier(int barrier, int threads);
+void yield();  // to all others that can run
 void warp_barrier();
 void poll();  // lets all others go on first
 Post* posts_of_warp(unsigned exchange);

@@ -53,7 +53,7 @@ __device__ __forceinline__ void read_tokens(const MatmulParams& p, const SlotTil
 }
 template <int THREADS>
 __device__ __forceinline__ void wait_for_tokens() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"n"(1), "n"(THREADS) : "memory");
 }
 
 // The projection of this block, or gate and up.
