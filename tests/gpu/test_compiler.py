@@ -305,11 +305,12 @@ def test_in_long_chunks_only_matmul_launches_with_pdl():
     def kernel(file):
         return lambda *shapes, **options: launched.append((file, options.get("pdl", False)))
 
-    kernels = PdlInMatmulOnly(SimpleNamespace(get=lambda file, _: kernel(file), wgmma=True))
+    kernels = PdlInMatmulOnly(SimpleNamespace(get=lambda file, _: kernel(file), wgmma=True, processors=132))
     for file in ("scale_to_f16.cu", "matmul.cu", "matmul_wgmma.cu"):
         kernels.get(file, "name")((1,), (32,), (), shared_mem=16, pdl=True)
     assert launched == [("scale_to_f16.cu", False), ("matmul.cu", True), ("matmul_wgmma.cu", True)]
     assert kernels.wgmma
+    assert kernels.processors == 132
 
 
 def test_only_files_with_wgmma_are_compiled_for_one_architecture():

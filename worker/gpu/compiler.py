@@ -142,7 +142,9 @@ class Kernels:
         self._threads = threads or os.cpu_count() or 1
         self._cache = cache
         self._cache.mkdir(parents=True, exist_ok=True)
-        self.arch = f"sm_{cupy.cuda.Device().compute_capability}"
+        device = cupy.cuda.Device()
+        self.arch = f"sm_{device.compute_capability}"
+        self.processors: int = device.attributes["MultiProcessorCount"]
         self._pdl = supports_pdl(self.arch)
         self.wgmma = self.arch == WGMMA_ARCH and self._pdl
         self._loaded: dict[KernelName, Any] = {}

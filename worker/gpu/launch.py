@@ -28,6 +28,11 @@ class Launcher(Protocol):
         """Whether products of prefill use `wgmma`, which sm_90 has."""
         ...
 
+    @property
+    def processors(self) -> int:
+        """The device's multiprocessors."""
+        ...
+
     def get(self, file: str, expression: str) -> Any:
         """A kernel, called as `Kernel` is: (grid, block, args)."""
         ...
@@ -46,7 +51,7 @@ class PdlInMatmulOnly:
 
     def __init__(self, kernels: Launcher) -> None:
         self._kernels = kernels
-        self.wgmma = kernels.wgmma
+        self.wgmma, self.processors = kernels.wgmma, kernels.processors
 
     def get(self, file: str, expression: str) -> Any:
         kernel = self._kernels.get(file, expression)
@@ -85,7 +90,7 @@ class _Recorder:
 
     def __init__(self, on_kernel: Callable[[KernelName], None], *, wgmma: bool) -> None:
         self.names: dict[KernelName, None] = {}
-        self.wgmma = wgmma
+        self.wgmma, self.processors = wgmma, 1
         self._on_kernel = on_kernel
 
     def get(self, file: str, expression: str) -> Callable[..., None]:

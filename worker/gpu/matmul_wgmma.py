@@ -1,9 +1,10 @@
 """Launcher of prefill's products on sm_90: `wgmma`, weights dequantized in registers.
 
 Each element is one chain of MMAs over ascending columns, so no bit depends on the tile, which is
-chosen by the number of tokens. Experts with few rows take matmul.cu, whose chain of MMAs without a
-split of K gives the same bits. Kernels: `matmul_wgmma.cu`, `matmul_wgmma_short.cu`. Caller:
-`matmul.py`.
+chosen by the number of tokens. Blocks of `matmul_wgmma.cu` compute several tiles of a dense matrix
+one after another, at most one block a multiprocessor. Experts with few rows take matmul.cu, whose
+chain of MMAs without a split of K gives the same bits. Kernels: `matmul_wgmma.cu`,
+`matmul_wgmma_short.cu`. Caller: `matmul.py`.
 """
 
 from collections.abc import Sequence
@@ -53,17 +54,19 @@ class _Tile(NamedTuple):
 
 _TILES = (
     _Tile(False, 256, 6, 1.45, 10),
-    _Tile(False, 192, 8, 1.25, 12),
+    _Tile(False, 192, 8, 1.25, 11),
     _Tile(False, 128, 12, 1.05, 8),
     _Tile(True, 64, 6, 0.5, 2.5),
     _Tile(True, 32, 8, 0.45, 2.5),
     _Tile(True, 16, 10, 0.4, 2.5),
 )
-_PROCESSORS = 132  # of an H100; with others, another tile may be a little faster
+_PROCESSORS = 132  # multiprocessors of an H100; with others, another tile may be a little faster
 _MANY_ROWS = 64
 """Rows an expert from which `wgmma` is faster than the smaller tiles of matmul.cu."""
 _STEP = 128
 _PANEL = 64
+_TILE_GRID = np.dtype([("row_tiles", "i4"), ("token_tiles", "i4")])
+"""`TileGrid` of matmul_wgmma.cu."""
 _TENSOR_MAP = np.dtype([("opaque", "u8", 16)])
 """`TensorMap` of bulk_copy.cuh."""
 DEFINES = {"WEIGHTS_BYPASS_L1": 1}
@@ -144,8 +147,13 @@ def launch(
     kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
     blocks = _blocks(tile, rows, gated=gated)
     params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
-    args = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens), slots)
-    kernel((sum(blocks), n_tiles), (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
+    args: tuple[Any, ...] = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens), slots)
+    grid = (sum(blocks), n_tiles)
+    if not tile.short:
+        args += (np.array(grid, _TILE_GRID),)
+        tiles = sum(blocks) * n_tiles
+        grid = (tiles if groups else min(tiles, kernels.processors), 1)
+    kernel(grid, (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
 
 
 def rows_of_expert_tiles(rows_per_expert: float) -> int | None:

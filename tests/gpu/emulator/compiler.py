@@ -46,6 +46,7 @@ PTX = {
     "mbarrier.arrive": "mbarrier_arrive",
     "{ .reg .pred p; mbarrier.try_wait": "mbarrier_try_wait",
     "bar.sync": "bar_sync",
+    "rcp.approx": "rcp",
     "st.shared.u32": "st_shared_u32",
     "fence.proxy.async": "nothing",
     "cp.async.commit_group": "nothing",

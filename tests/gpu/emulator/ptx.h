@@ -105,6 +105,7 @@ inline void ptx_mbarrier_try_wait(unsigned& complete, unsigned at, int parity) {
     complete = ptx_barrier(at).phase % 2 != parity;
     if (!complete) emu::yield();
 }
+inline void ptx_rcp(float& r, float x) { r = 1.f / x; }
 inline void ptx_bar_sync(int barrier, int threads) { emu::named_barrier(barrier, threads); }
 inline void ptx_st_shared_u32(unsigned to, unsigned value) { std::memcpy(emu::dynamic_shared + (int)to, &value, 4); }
 

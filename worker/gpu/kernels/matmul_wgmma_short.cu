@@ -104,12 +104,12 @@ __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
     extern __shared__ u8 shared[];
     __shared__ TokenTile<TILE_N> tokens;
     __shared__ unsigned long long barriers[2 * STAGES];
-    const SlotTile tile = tile_of_block<TILE_N>(p, tiles, n_tokens);
+    const SlotTile tile = token_tile<TILE_N>(p, tiles, n_tokens, blockIdx.y);
     if (tile.count <= 0) return;
     const Stages<STAGES> ring(shared, barriers);
     if (threadIdx.x == 0) ring.init(129, 4);  // a converter's threads and its copy of x; the warps that multiply
     __syncthreads();
-    const Projection* projections = projection_of<GLU>(p);
+    const Projection* projections = projection_of<GLU>(p, blockIdx.x);
     const int steps = (p.cols + kColumnGroup - 1) / kColumnGroup;
     const int row0 = ((blockIdx.x - projections->first_block) * 4 + threadIdx.x / 32 % 4) * (GLU ? 8 : 16);
     if (threadIdx.x >= 128) {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
         read_tokens<128>(p, tiles, tile, tokens);
         Accumulator<1, TILE_N> acc = {};
         multiply<TILE_N>(steps, ring, acc);
-        wait_for_tokens<128>();
+        wait_for_group();
         write<TILE_N, 1, TILE_N, GLU>(p, projections, tokens, 0, row0, acc);
     }
 }

@@ -1,0 +1,105 @@
+// Epilogue of matmul_wgmma.cu that writes 16 bytes a lane: a warp exchanges its sums through shared
+// memory.
+#pragma once
+#include "matmul_tile.cuh"
+
+constexpr int kStagedTokens = 32;
+
+// 16 rows of 32 tokens: four MMA fragments of a warp, each [8 tokens][4 quads of rows].
+struct __align__(16) StagedRows {
+    float sums[kStagedTokens * 16];
+
+    // A quad of rows. Tokens of a fragment are in the order 0, 2, 4, 6, 1, 3, 5, 7, so that neither the
+    // stores of fragments nor the loads of quads have bank conflicts.
+    __device__ __forceinline__ float* quad(int fragment, int token, int quad) {
+        const int place = token / 2 + token % 2 * 4;
+        return sums + 128 * fragment + 16 * place + 4 * (quad ^ place / 2 % 2 * 2);
+    }
+};
+
+__device__ __forceinline__ void load_quad(const float* from, float* to) {
+    const float4 f = *reinterpret_cast<const float4*>(from);
+    to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+}
+
+// Four adjacent rows of y, of which `valid` exist; 16 bytes at once where rows of y are aligned.
+struct RowQuad {
+    int valid;
+    bool aligned;
+    __device__ __forceinline__ void load(const float* from, float* to) const {
+        if (aligned) {
+            if (valid > 0) load_quad(from, to);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (e < valid) to[e] = from[e];
+        }
+    }
+    __device__ __forceinline__ void store(float* to, const float* from) const {
+        if (aligned) {
+            if (valid > 0) *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (e < valid) to[e] = from[e];
+        }
+    }
+};
+
+// Write y as `write` does, bit for bit, with GLU or a residual. The loop is not unrolled: its code would
+// exceed the instruction cache.
+template <int TILE_N, int WIDTH, int GLU>
+__device__ __forceinline__ void write_staged(const MatmulParams& p, const Projection* projections,
+                                             const TokenTile<TILE_N>& tokens, int row0,
+                                             const Accumulator<1, WIDTH>& sums, StagedRows& staged) {
+    constexpr int kMatrices = GLU ? 2 : 1;
+    constexpr int kQuads = 4 / kMatrices, kTokens = 32 / kQuads;  // of a store of the warp
+    constexpr int kStores = kStagedTokens / kTokens;
+    const int lane = threadIdx.x % 32, rows = projections->rows, quad = lane % kQuads, r = row0 + 4 * quad;
+    const RowQuad y_rows{rows - r, rows % 4 == 0};
+    const auto offset = [&](int token) { return (size_t)tokens.slots[token + lane / kQuads] * rows + r; };
+    float bias[kMatrices][4] = {}, residual[4 * kStores] = {};
+#pragma unroll
+    for (int j = 0; j < kMatrices; ++j)
+        if (projections[j].bias) y_rows.load(projections[j].bias + (size_t)tokens.tile.expert * rows + r, bias[j]);
+    const auto load_residual = [&](int first) {
+        if constexpr (!GLU) {
+#pragma unroll
+            for (int i = 0; i < kStores; ++i) y_rows.load(p.residual + offset(first + kTokens * i), residual + 4 * i);
+        }
+    };
+    load_residual(0);
+#pragma unroll 1
+    for (int first = 0; first < WIDTH; first += kStagedTokens) {
+        __syncwarp();  // the sums before have been read
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n)
+            if (8 * n / kStagedTokens * kStagedTokens == first) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    staged.quad(n % 4, lane % 4 * 2 + e % 2, lane / 16 + e / 2 * 2)[lane / 4 % 4] = sums[0][n][e];
+            }
+        __syncwarp();
+        float y[kMatrices][4 * kStores];
+#pragma unroll
+        for (int i = 0; i < kStores; ++i) {
+            const int token = kTokens * i + lane / kQuads;
+            const float scale = tokens.scales[first + token];
+#pragma unroll
+            for (int j = 0; j < kMatrices; ++j) {
+                float sum[4];
+                load_quad(staged.quad(token / 8, token % 8, quad + 2 * j), sum);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) y[j][4 * i + e] = __fmaf_rn(sum[e], scale, bias[j][e]);
+            }
+        }
+        if constexpr (GLU > 0) gated<GLU == kGelu>(y[0], y[1], p.gate);
+#pragma unroll
+        for (int k = 0; k < 4 * kStores; ++k) y[0][k] = __fadd_rn(y[0][k], residual[k]);
+        if (first + kStagedTokens < WIDTH) load_residual(first + kStagedTokens);
+#pragma unroll
+        for (int i = 0; i < kStores; ++i)
+            if (first + kTokens * i + lane / kQuads < tokens.tile.count)
+                y_rows.store(projections->out + offset(first + kTokens * i), y[0] + 4 * i);
+    }
+}
