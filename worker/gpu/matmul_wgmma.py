@@ -15,10 +15,11 @@ import numpy as np
 from worker.gpu.activations import ScaledF16
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
-from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES, address
+from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES
 from worker.gpu.matmul_params import ExpertGroups, matmul_params, slot_tiles
 from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
+from worker.gpu.tensor_maps import tensor_map
 from worker.ops import Activation, Linear
 from worker.quants import BF16, F16, F32, Q4_K, QuantType
 
@@ -67,8 +68,6 @@ _STEP = 128
 _PANEL = 64
 _TILE_GRID = np.dtype([("row_tiles", "i4"), ("token_tiles", "i4")])
 """`TileGrid` of matmul_wgmma.cu."""
-_TENSOR_MAP = np.dtype([("opaque", "u8", 16)])
-"""`TensorMap` of bulk_copy.cuh."""
 DEFINES = {"WEIGHTS_BYPASS_L1": 1}
 """Such loads stay where they are written, behind a fence that waits for all loads before it."""
 
@@ -147,7 +146,7 @@ def launch(
     kernel = kernels.get(*_name(first, tile, experts=groups is not None, gated=gated, gelu=gelu, last=last))
     blocks = _blocks(tile, rows, gated=gated)
     params = matmul_params(x, linears, ys, blocks, residual=residual, gate=gate_of(activation, gelu=gelu))
-    args: tuple[Any, ...] = (params, _tensor_map(x.x, tile.tile_n), np.int32(tokens), slots)
+    args: tuple[Any, ...] = (params, tensor_map(x.x, tile.tile_n, _PANEL), np.int32(tokens), slots)
     grid = (sum(blocks), n_tiles)
     if not tile.short:
         args += (np.array(grid, _TILE_GRID),)
@@ -187,27 +186,3 @@ def _tile(kind: QuantType, rows: Sequence[int], cols: int, tokens: int, *, gated
 def _blocks(tile: _Tile, rows: Sequence[int], *, gated: bool) -> list[int]:
     """Blocks along the rows of each matrix, or of gate and up, which are interleaved."""
     return [-(-2 * rows[0] // tile.rows)] if gated else [-(-each // tile.rows) for each in rows]
-
-
-def _tensor_map(x: DeviceArray, rows: int) -> np.ndarray[Any, Any]:
-    """A tensor map of x [T, cols] f16 in boxes of `rows` × 64 columns; zeros in a dry run."""
-    if not address(x):
-        return np.zeros((), _TENSOR_MAP)
-    from cuda.bindings import driver  # noqa: PLC0415
-
-    tokens, cols = x.shape
-    status, encoded = driver.cuTensorMapEncodeTiled(
-        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        2,
-        address(x),
-        [driver.cuuint64_t(cols), driver.cuuint64_t(tokens)],
-        [driver.cuuint64_t(2 * cols)],
-        [driver.cuuint32_t(_PANEL), driver.cuuint32_t(rows)],
-        [driver.cuuint32_t(1)] * 2,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    assert status == driver.CUresult.CUDA_SUCCESS, status
-    return np.array(([int(word) for word in encoded.opaque],), _TENSOR_MAP)

@@ -30,9 +30,8 @@
 // Twin: `attend` in worker/cpu/attention.py with a cache of the same type; codes are decoded to f16.
 #include "arrival.cuh"
 #include "pdl.cuh"
-#include "fragments.cuh"
 #include "prefill_batch.cuh"
-#include "running_softmax.cuh"
+#include "query_rows.cuh"
 
 __host__ __device__ constexpr int strips(int head_dim, bool split) {
     return split ? 1 : head_dim == 64 ? STRIPS_64 : head_dim == 96 ? STRIPS_96 : head_dim == 128 ? STRIPS_128 : STRIPS_256;
@@ -45,47 +44,6 @@ static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quad
 // shared memory allow on sm_90.
 __host__ __device__ constexpr int blocks_of(int head_dim, bool split) {
     return head_dim == 256 ? 2 : (head_dim == 128 ? 3 : 4) - split;
-}
-
-template <int D, int STRIPS>
-__device__ __forceinline__ void load_queries(Queries<D, STRIPS>& queries, const unsigned short* q, int row,
-                                             int end, int head, int n_heads) {
-#pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-#pragma unroll
-        for (int i = 0; i < 4 * STRIPS; ++i) {  // A: {row, row + 8} × {columns 0–7, columns 8–15}
-            const int t = row + i / 4 * 16 + i % 2 * 8, column = 16 * k + i / 2 % 2 * 8 + threadIdx.x % 4 * 2;
-            const size_t at = ((size_t)t * n_heads + head) * D + column;
-            queries[i / 4][k][i % 4] = t < end ? *reinterpret_cast<const unsigned int*>(q + at) : 0;
-        }
-    }
-}
-
-// Normalize the sums, sinks included, and write y. The FMA with +0 turns a sum of -0 into +0.
-template <int D, int STRIPS>
-__device__ __forceinline__ void write_rows(Softmax<D, STRIPS>& state, unsigned int* y, const float* sinks, float scale,
-                                           int row, int end_row, int head, int n_heads) {
-    const int lane = threadIdx.x % 32, end = padded(n_heads * D);
-    const float sink = sinks ? __fmul_rn(sinks[head], kLog2e) : -kInfinity;
-#pragma unroll
-    for (int r = 0; r < 2 * STRIPS; ++r) {
-        float total = state.total[r];
-        total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 1));
-        total = __fadd_rn(total, __shfl_xor_sync(0xffffffffu, total, 2));
-        const int t = row + 8 * r;
-        if (t >= end_row) continue;
-        const float high = __fmul_rn(state.peak[r], scale), top = fmaxf(high, sink);
-        const float factor = exp2f(__fsub_rn(high, top));
-        const float inverse = __fdiv_rn(factor, fmaf(total, factor, exp2f(__fsub_rn(sink, top))));
-        unsigned int* out = y + (size_t)t * (end / 2);
-#pragma unroll
-        for (int n = 0; n < D / 8; ++n) {
-            const float* pair = &state.sums[r / 2][n][r % 2 * 2];
-            const float lower = fmaf(pair[0], inverse, 0.f), upper = fmaf(pair[1], inverse, 0.f);
-            out[fragment_index(head * D + 8 * n + lane % 4 * 2) / 2] = floats_to_half2(lower, upper);
-        }
-        for (int at = n_heads * D + lane % 4 * 2; head == n_heads - 1 && at < end; at += 8) out[fragment_index(at) / 2] = 0;
-    }
 }
 
 template <int D, bool SPLIT, class Kv>

@@ -5,7 +5,8 @@
 // values. Segments are merged by log-sum-exp, oldest first. Every product and sum that the compiler
 // could contract is explicit, so the bits of a query are equal in every instantiation and wherever
 // segments are merged. A stored state of one warp, a partial result, is partial_quads float4
-// [..][32 lanes]; each float4 is stored and loaded by the same lane. Users: attention_prefill.cu.
+// [..][32 lanes]; each float4 is stored and loaded by the same lane. Users: attention_prefill.cu,
+// attention_wgmma.cu.
 #pragma once
 #include "attention_tiles.cuh"
 
@@ -26,31 +27,58 @@ struct Softmax {
         for (int r = 0; r < kRows; ++r) peak[r] = -kInfinity, total[r] = 0.f;
     }
 
-    // Replace the scores of one tile by weights, and rescale sums and totals to the new peak. Peaks
-    // are kept unscaled; scaling rounds separately, so an unchanged peak gives a factor of exactly
-    // one.
+    // Replace the scores of one tile by weights, and rescale sums and totals to the new peak.
     __device__ __forceinline__ void update(Scores<D, STRIPS>& scores, float scale) {
-        constexpr int kScores = keys_per_tile(D) / 4;
         float factors[kRows];
+        if (weigh(scores, scale, factors)) rescale(factors);
+    }
+
+    // The part of `update` without the sums, which tensor cores may still add to. Returns whether the
+    // warp must rescale them by `factors`. Peaks are kept unscaled; scaling rounds separately, so an
+    // unchanged peak gives a factor of exactly one.
+    __device__ __forceinline__ bool weigh(Scores<D, STRIPS>& scores, float scale, float (&factors)[kRows]) {
+        constexpr int kScores = keys_per_tile(D) / 4, kChains = 4;
+        float highest[kRows][kChains], base[kRows];  // the rows in turn: their chains overlap
         bool rises = false;
 #pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const float score = scores[r / 2][i / 2][r % 2 * 2 + i % 2];
+                float& chain = highest[r][i % kChains];
+                chain = fmaxf(i < kChains ? peak[r] : chain, score);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+            highest[r][0] = fmaxf(fmaxf(highest[r][0], highest[r][1]), fmaxf(highest[r][2], highest[r][3]));
+#pragma unroll
+        for (int lanes = 1; lanes < 3; ++lanes) {
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) highest[r][1] = __shfl_xor_sync(0xffffffffu, highest[r][0], lanes);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) highest[r][0] = fmaxf(highest[r][0], highest[r][1]);
+        }
+#pragma unroll
         for (int r = 0; r < kRows; ++r) {
-            float highest = peak[r];
+            base[r] = base_of(highest[r][0], scale);
+            factors[r] = exp2f(__fsub_rn(__fmul_rn(peak[r], scale), base[r]));
+            peak[r] = highest[r][0], rises |= factors[r] != 1.f;
+            total[r] = __fmul_rn(total[r], factors[r]);
+        }
 #pragma unroll
-            for (int i = 0; i < kScores; ++i) highest = fmaxf(highest, scores[r / 2][i / 2][r % 2 * 2 + i % 2]);
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            const float base = base_of(highest, scale), factor = exp2f(__fsub_rn(__fmul_rn(peak[r], scale), base));
-            peak[r] = highest, factors[r] = factor, rises |= factor != 1.f;
-            total[r] = __fmul_rn(total[r], factor);
+        for (int i = 0; i < kScores; ++i) {
 #pragma unroll
-            for (int i = 0; i < kScores; ++i) {
+            for (int r = 0; r < kRows; ++r) {
                 float& weight = scores[r / 2][i / 2][r % 2 * 2 + i % 2];
-                weight = exp2f(fmaf(weight, scale, -base));
+                weight = exp2f(fmaf(weight, scale, -base[r]));
                 total[r] = __fadd_rn(total[r], weight);
             }
         }
-        if (!__ballot_sync(0xffffffffu, rises)) return;  // the usual case: every factor is one
+        return __ballot_sync(0xffffffffu, rises);  // usually every factor is one
+    }
+
+    __device__ __forceinline__ void rescale(const float (&factors)[kRows]) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll

@@ -1,33 +1,12 @@
-// What matmul_wgmma.cu and matmul_wgmma_short.cu share: stages of shared memory with their barriers,
-// the tokens of a block, and weights of a step.
+// What matmul_wgmma.cu and matmul_wgmma_short.cu share: the tokens of a block, and weights of a
+// step.
 #pragma once
 #include "pdl.cuh"
-#include "bulk_copy.cuh"
+#include "stages.cuh"
 #include "wgmma.cuh"
 #include "matmul_tile.cuh"
 
 constexpr int kPanel = 64, kPanelBytes = 2 * kPanel;  // columns of a panel, and bytes of its rows
-
-// A ring of stages in dynamic shared memory. A stage is full, then empty again, once each lap.
-template <int STAGES>
-struct Stages {
-    u32 memory, barriers;  // addresses; the memory is aligned to 1,024 bytes
-
-    __device__ __forceinline__ Stages(u8* shared, unsigned long long (&barriers)[2 * STAGES])
-        : memory(((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u),
-          barriers((u32)__cvta_generic_to_shared(barriers)) {}
-    __device__ __forceinline__ u32 full(int stage) const { return barriers + 8 * stage; }
-    __device__ __forceinline__ u32 empty(int stage) const { return barriers + 8 * (STAGES + stage); }
-    // Arrivals that make a stage full (with the bytes of its copies) and empty. A barrier of the block
-    // must follow.
-    __device__ __forceinline__ void init(int arrivals_full, int arrivals_empty) const {
-        for (int i = 0; i < STAGES; ++i) {
-            init_barrier(full(i), arrivals_full);
-            init_barrier(empty(i), arrivals_empty);
-        }
-        fence_barriers();
-    }
-};
 
 // The tokens of token tile `index`, or the rows of its expert. *count is read before the wait (pdl.cuh):
 // no kernel writes it; the table is read after it.
