@@ -38,7 +38,7 @@ def kernels(gpu):
 
 @pytest.fixture
 def wgmma(gpu, kernels, monkeypatch):
-    """Prefill's dense products with `wgmma`, on devices that have it."""
+    """Prefill with `wgmma`, on devices that have it."""
     if not (kernels.wgmma or getattr(gpu, "emulated", False)):
         pytest.skip("wgmma needs a device of compute capability 9.0, and cuda-bindings")
     monkeypatch.setattr(kernels, "wgmma", True)
@@ -46,13 +46,13 @@ def wgmma(gpu, kernels, monkeypatch):
 
 @pytest.fixture
 def mma_sync(kernels, monkeypatch):
-    """Prefill's products of `matmul.cu` only."""
+    """Prefill without `wgmma`: `matmul.cu` and `attention_prefill.cu` only."""
     monkeypatch.setattr(kernels, "wgmma", False)
 
 
 @pytest.fixture(params=["mma_sync", "wgmma"])
 def products(request):
-    """Each kind of kernels of prefill's products that the device has."""
+    """Each kind of kernels of prefill that the device has."""
     request.getfixturevalue(request.param)
 
 

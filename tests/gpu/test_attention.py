@@ -223,6 +223,7 @@ def test_prefill_equals_its_twin_and_writes_nothing_else(kernels, memory, shape,
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("products")
 def test_prefill_in_chunks_gives_the_bits_of_the_whole_prompt(kernels, memory, shape):
     scene = Scene(shape, 300)
     whole = Bench(scene, kernels, memory)
@@ -232,6 +233,41 @@ def test_prefill_in_chunks_gives_the_bits_of_the_whole_prompt(kernels, memory, s
         chunks = [bench.prefill(at, min(at + chunk, 300)) for at in range(0, 300, chunk)]
         assert np.array_equal(np.concatenate(chunks).view(np.uint32), y.view(np.uint32))
         assert np.array_equal(bench.cache.array.get().view(np.uint16), written.view(np.uint16))
+
+
+# Tokens beyond those of split chunks: whole and ragged wide tiles (192 rows), windows that later
+# rows of one begin later, contexts of several segments, ends inside of a KV block.
+WGMMA_CHUNKS = [(0, 129), (0, 400), (250, 450), (601, 1100)]
+WGMMA_SHAPES = [
+    Shape(64, 7, 1),
+    Shape(64, 4, 2, window=128, sinks=True),
+    Shape(64, 2, 2, window=700, adjacent=True),
+    Shape(96, 2, 2, sinks=True),
+    Shape(96, 2, 1, window=40),
+    Shape(128, 4, 1),
+    Shape(128, 2, 2, window=100, sinks=True),
+]
+
+
+@pytest.mark.parametrize(("start", "stop"), WGMMA_CHUNKS)
+@pytest.mark.parametrize("shape", WGMMA_SHAPES, ids=str)
+@pytest.mark.usefixtures("wgmma")
+def test_wgmma_gives_the_bits_of_mma_sync_and_reads_no_unwritten_slot(kernels, memory, monkeypatch, shape, start, stop):
+    scene, results = Scene(shape, stop), []
+    for wgmma in (True, False):
+        monkeypatch.setattr(kernels, "wgmma", wgmma)
+        bench = Bench(scene, kernels, memory)  # whose unwritten slots are NaNs
+        results.append(bench.after(start, stop))
+        bench.pool.check()
+    assert results[0].tobytes() == results[1].tobytes()
+    assert distance(results[0], scene.expected[start:stop]) < PREFILL_BOUND
+
+
+def test_stages_and_older_segments_fit_the_shared_memory_of_a_block():
+    from worker.gpu import attention
+
+    barriers = 128
+    assert all(attention._wgmma_bytes(dim) + barriers <= 227 << 10 for dim in attention._WGMMA_STAGES)
 
 
 READING = [
@@ -273,6 +309,7 @@ def test_prefill_over_several_segments_equals_its_twin(kernels, memory, shape, s
 
 
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
+@pytest.mark.usefixtures("products")
 def test_a_short_chunk_after_a_long_prefix_gives_the_bits_of_the_whole_prompt(kernels, memory, shape):
     scene = Scene(shape, 1100)
     whole = Bench(scene, kernels, memory)
@@ -300,6 +337,7 @@ BATCHES = [(320, [(0, 77), (0, 1), (0, 16), (32, 100), (0, 127)]), (96, [(0, 20)
 @pytest.mark.parametrize(("rows", "spans"), BATCHES, ids=["whole", "split"])
 @pytest.mark.parametrize("kv_type", ["f16", "q8"])
 @pytest.mark.parametrize("shape", [*SHAPES[:4:3], *LONG_SHAPES], ids=str)
+@pytest.mark.usefixtures("products")
 def test_chunks_of_a_batch_have_the_bits_that_each_has_alone(kernels, memory, shape, kv_type, rows, spans):
     """They are chunks of several sequences, with a twin each; rows between them become finite."""
     scenes = [Scene(shape, stop, seed, kv_type) for seed, (_, stop) in enumerate(spans)]

@@ -17,7 +17,8 @@ from tests.gpu.suite import REPOSITORY, why_no_gpu
 CHOSEN = {
     "attention": "(prefill_equals and -77] and 96 and 40) or clamped or scaled or (decode_split and 20)"
     " or (prefill_equals and -77] and 512) or (8_bits and 512) or (reads_only and 256)"
-    " or (of_a_batch and 96)",
+    " or (of_a_batch and 96 and ((wgmma and f16) or (mma_sync and q8)))"
+    " or (unwritten and 250-450 and (96 or 700))",
     "attention_rows": "listed or windows",
     "q8_cache": "norms or (single_rows and 96 and 40) or nan",
     "scaled_f16": "",

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.gpu.prefill_state import MAX_CHUNKS, PrefillState, chunks_at_most, most_tiles, pack, whole_tiles
+from worker.gpu.prefill_state import (
+    MAX_CHUNKS,
+    QUERY_TILE,
+    WIDE_TILE,
+    PrefillState,
+    chunks_at_most,
+    most_tiles,
+    pack,
+    whole_tiles,
+)
 from worker.ops import KV_BLOCK, Batch, Phase
 
 
@@ -57,7 +66,8 @@ def test_a_packed_chunk_has_its_tokens_positions_and_requested_rows_once_and_in_
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=MAX_CHUNKS))
 def test_the_tiles_of_a_batch_are_no_more_than_were_reserved(counts):
     rows = sum(map(whole_tiles, counts))
-    assert sum(-(-count // 64) for count in counts) <= most_tiles(rows, len(counts))
+    for size in (QUERY_TILE, WIDE_TILE):
+        assert sum(-(-count // size) for count in counts) <= most_tiles(rows, len(counts), size)
     assert most_tiles(rows, 1) == max(1, (rows + 48) // 64)
 
 
@@ -97,7 +107,7 @@ def test_a_batch_has_rows_from_multiples_of_16_on_and_no_token_between_chunks(lo
     first, second, third = chunk(18, 0, tables[0]), chunk(20, 32, tables[1], [19]), chunk(3, 0, tables[2], [2])
     batch = loaded(first, second, third)
     assert batch.loaded == 67
-    assert batch.size.tolist() == [67, 3, 52]
+    assert batch.size.tolist() == [67, 3, 3, 52]
     assert batch.wanted.tolist() == [2, 32 + 19, 64 + 2]
     assert batch.tables.tolist() == [7, 8, 30, 31, 32, 33, 5]
     rows = {at: tuple(row) for at, row in enumerate(batch.rows.tolist()) if row[0] != -1}
@@ -107,12 +117,14 @@ def test_a_batch_has_rows_from_multiples_of_16_on_and_no_token_between_chunks(lo
 
 
 def test_tiles_of_at_most_64_queries_belong_to_one_chunk_and_the_latest_come_first(loaded):
-    tiles = loaded(chunk(130), chunk(20, 96)).tiles
-    assert [tuple(tile)[:5] for tile in tiles.tolist()] == [
+    batch = loaded(chunk(130), chunk(20, 96))
+    assert batch.size.tolist() == [164, 4, 2, 130]
+    assert [tuple(tile)[:5] for tile in batch.tiles.tolist()] == [
         (128, 128, 0, 130, 0),
         (144, 96, 96, 116, 9),
         (64, 64, 0, 130, 0),
         (0, 0, 0, 130, 0),
+        *[(144, 96, 96, 116, 9), (0, 0, 0, 130, 0)],  # the wide tiles
     ]
 
 

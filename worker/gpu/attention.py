@@ -1,10 +1,11 @@
 """Launchers of RoPE, KV writes and attention: FlashAttention in prefill, split KV in decode.
 
 The phase chooses the kernel; the arithmetic of a token depends on its position alone. Kernels:
-`rope_kv.cu`, `attention_prefill.cu`; `attention_decode.cu` for one row, for several
-`attention_items.cu` and `attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a
-sequence has several; `attention_512.cu` for heads of 512 elements, in both phases. `head_norms.py`
-says where heads are normalized; `query_scales.py` precedes. Twin: `worker/cpu/attention.py`.
+`rope_kv.cu`; `attention_prefill.cu`, or `attention_wgmma.cu` with the same bits;
+`attention_decode.cu` for one row, for several `attention_items.cu` and `attention_few_rows.cu` or
+`attention_rows.cu`, after `kv_rows.cu` if a sequence has several; `attention_512.cu` for heads of
+512 elements, in both phases. `head_norms.py` says where heads are normalized; `query_scales.py`
+precedes. Twin: `worker/cpu/attention.py`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,9 +30,10 @@ from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, may_fuse_norms, nor
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.memory import DeviceArray, DeviceMemory, Purpose, aligned
 from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
-from worker.gpu.prefill_state import QUERY_TILE, PrefillState, most_tiles
+from worker.gpu.prefill_state import QUERY_TILE, WIDE_TILE, PrefillState, most_tiles
 from worker.gpu.query_scales import QueryScales, query_scale_bytes
 from worker.gpu.state import KvCache, StepState
+from worker.gpu.tensor_maps import tensor_map
 from worker.model import KvType, kv_row_bytes
 from worker.ops import KV_BLOCK, Attention
 from worker.rope import Rope
@@ -48,6 +50,8 @@ _ROW_PAD = 8  # elements after each row of a tile in shared memory
 _SEGMENT = 256  # positions of one online softmax
 _SPLIT_TOKENS = 128  # longer chunks have enough blocks without splitting their segments
 _BLOCKS_PER_PROCESSOR = 4  # of a split chunk's grid
+_WGMMA_STAGES = {64: 8, 96: 8, 128: 6}  # tiles of keys and values in shared memory, by head size
+_WGMMA_THREADS = 512
 _PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in _TILED_DIMS}  # of 16 queries and one segment
 
 _MAX_GROUP = {64: 8, 96: 8, 128: 8, 256: 4, 512: 4}  # query heads of a decode block: their results fit 48 KB
@@ -78,6 +82,7 @@ DEFINES: Mapping[str, int] = {
     **{f"STRIPS_{dim}": strips for dim, strips in _STRIPS.items()},
     **{f"TILE_KEYS_{dim}": keys for dim, keys in _TILE_KEYS.items()},
     **{f"PARTIAL_BYTES_{dim}": size for dim, size in _PARTIAL_BYTES.items()},
+    **{f"WGMMA_STAGES_{dim}": stages for dim, stages in _WGMMA_STAGES.items()},
     "DECODE_WARPS": _DECODE_WARPS,
     "DECODE_WIDE_WARPS": _WIDE_WARPS,
     "DECODE_WIDE_DIM": _WIDE_DIM,
@@ -111,6 +116,7 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for split in _FLAGS
         for kv in KV_FORMS.values()
     ),
+    *(("attention_wgmma.cu", f"attention_wgmma<{dim}>") for dim in _WGMMA_STAGES),
     *(
         ("attention_512.cu", f"attention_512_{part}<{group}, F16Kv>")
         for part in ("rows", "chunk")
@@ -251,8 +257,19 @@ class AttentionLauncher:
                 pdl=True,
             )
             return y
-        partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, batch)
         split = tokens <= _SPLIT_TOKENS
+        if kernels.wgmma and dim in _WGMMA_STAGES and not (split or self._quantized):
+            columns = 32 if dim % 64 else 64
+            maps = (tensor_map(each, KV_BLOCK, columns) for each in (keys, values))
+            kernels.get("attention_wgmma.cu", f"attention_wgmma<{dim}>")(
+                (spec.n_heads, most_tiles(tokens, batch.chunks, WIDE_TILE)),
+                (_WGMMA_THREADS,),
+                (y.x, rotated, *maps, batch.params, _sinks(spec), *heads, np.int32(spec.window)),
+                shared_mem=_wgmma_bytes(dim),
+                pdl=True,
+            )
+            return y
+        partials, arrivals, capacity, layers = self._prefill_split(spec, tokens, batch)
         warps = QUERY_TILE // 16 // (1 if split else _STRIPS[dim])
         kernels.get("attention_prefill.cu", f"attention_prefill<{dim}, {_FLAGS[split]}, {self._kv}>")(
             (max(most_tiles(tokens, batch.chunks), layers * -(-tokens // QUERY_TILE)), spec.n_heads),
@@ -498,6 +515,11 @@ def _tile_bytes(dim: int, kv_type: KvType) -> int:
     """Shared memory of the tiles of a block in prefill: TileStages of attention_tiles.cuh."""
     tile, copied = _TILE_KEYS[dim] * (dim + _ROW_PAD) * 2, _TILE_KEYS[dim] * kv_row_bytes(dim, kv_type)
     return 2 * tile + 4 * copied if kv_type == "q8" else 4 * tile
+
+
+def _wgmma_bytes(dim: int) -> int:
+    """Dynamic shared memory of attention_wgmma.cu: its alignment, stages, and older segments."""
+    return 1024 + 4 * _WGMMA_STAGES[dim] * _TILE_KEYS[dim] * dim + WIDE_TILE // 16 * _PARTIAL_BYTES[dim]
 
 
 def _sinks(spec: Attention) -> DeviceArray | None:

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from worker.gpu.compiler import WGMMA_FILES, KernelName
+from worker.gpu.compiler import KernelName
 from worker.gpu.memory import DeviceArray, FreeList, aligned
 
 _UNLIMITED = 1 << 50
-_PRODUCTS = ("matmul.cu", *WGMMA_FILES)
+_PRODUCTS = ("matmul.cu", "matmul_wgmma.cu", "matmul_wgmma_short.cu")
 
 
 class Launcher(Protocol):
@@ -25,7 +25,7 @@ class Launcher(Protocol):
 
     @property
     def wgmma(self) -> bool:
-        """Whether products of prefill use `wgmma`, which sm_90 has."""
+        """Whether prefill uses `wgmma`, which sm_90 has."""
         ...
 
     @property

@@ -20,8 +20,10 @@ MAX_CHUNKS = 16
 """Chunks of a batch at most: as many rows of logits as a tile of their product has."""
 QUERY_TILE = 64
 """Rows of a tile of queries at most."""
+WIDE_TILE = 192
+"""Rows of a wide tile of queries at most: of a block of attention_wgmma.cu."""
 
-_SIZE = np.dtype([(name, "i4") for name in ("rows", "tiles", "longest")])
+_SIZE = np.dtype([(name, "i4") for name in ("rows", "tiles", "wide_tiles", "longest")])
 """`PrefillSize` of prefill_batch.cuh."""
 _ROW = np.dtype([("position", "i4"), ("table", "i4")])
 """`PrefillRow` of prefill_batch.cuh."""
@@ -32,6 +34,7 @@ _BATCH = np.dtype([(name, "u8") for name in ("size", "rows", "tiles", "tables")]
 _NO_TOKEN = -1
 DEFINES = {
     "QUERY_TILE": QUERY_TILE,
+    "WIDE_TILE": WIDE_TILE,
     "PREFILL_SIZE_BYTES": _SIZE.itemsize,
     "PREFILL_ROW_BYTES": _ROW.itemsize,
     "PREFILL_TILE_BYTES": _TILE.itemsize,
@@ -77,27 +80,30 @@ def whole_tiles(rows: int) -> int:
     return -(-rows // KV_BLOCK) * KV_BLOCK
 
 
-def most_tiles(rows: int, chunks: int) -> int:
-    """Tiles of queries that a batch of `rows` rows and `chunks` chunks can have."""
+def most_tiles(rows: int, chunks: int, size: int = QUERY_TILE) -> int:
+    """Tiles of at most `size` queries that a batch of `rows` rows and `chunks` chunks can have."""
+    rows = whole_tiles(rows)
     chunks = min(chunks, rows // KV_BLOCK)
-    return max(1, (rows + chunks * (QUERY_TILE - KV_BLOCK)) // QUERY_TILE)
+    return max(1, (rows + chunks * (size - KV_BLOCK)) // size)
 
 
 class PrefillState:
     """Inputs of a batch of at most T rows, C chunks and R rows of logits.
 
-    Of the batch: `size`, one _SIZE: rows, tiles, and the position after the last token of the
-    longest sequence; `rows` [T] of _ROW: position and place of the block table of each row's
-    sequence, position -1 without a token; `tiles` of _TILE, the ones at the latest positions first;
-    `tables` [C·blocks] i32, the block tables one after another. `tokens` [T] i32; `wanted` [R] i32:
-    rows whose logits are requested. `count` [1] i32 is the number of rows, `wanted_count` [1] i32
-    that of valid elements of `wanted`. `loaded` is the number of rows on the host.
+    Of the batch: `size`, one _SIZE: rows, tiles, wide tiles, and the position after the last token
+    of the longest sequence; `rows` [T] of _ROW: position and place of the block table of each row's
+    sequence, position -1 without a token; `tiles` of _TILE, those of QUERY_TILE rows and then those
+    of WIDE_TILE, of each the ones at the latest positions first; `tables` [C·blocks] i32, the block
+    tables one after another. `tokens` [T] i32; `wanted` [R] i32: rows whose logits are requested.
+    `count` [1] i32 is the number of rows, `wanted_count` [1] i32 that of valid elements of
+    `wanted`. `loaded` is the number of rows on the host.
     """
 
     def __init__(self, memory: DeviceMemory, rows: int, logit_rows: int, blocks: int, chunks: int = 1) -> None:
         self.blocks, self.chunks, self.loaded = blocks, chunks, 0
-        shapes = [((size,), np.int32) for size in (rows, 3, 1 + logit_rows)]
-        shapes += [((each,), np.int32) for each in (2 * rows, 8 * most_tiles(rows, chunks), chunks * blocks)]
+        shapes = [((size,), np.int32) for size in (rows, _SIZE.itemsize // 4, 1 + logit_rows)]
+        tiles = sum(most_tiles(rows, chunks, size) for size in (QUERY_TILE, WIDE_TILE))
+        shapes += [((each,), np.int32) for each in (2 * rows, 8 * tiles, chunks * blocks)]
         self._inputs = WholeInputs(memory, shapes)  # the tables last: of them the beginning is uploaded
         self.tokens, self.size, wanted, self.rows, self.tiles, self.tables = self._inputs.arrays
         self.count = self.size[:1]
@@ -114,7 +120,7 @@ class PrefillState:
         Raises: ValueError if more rows of logits are requested than R.
         """
         tokens, rows = np.zeros(self.tokens.shape, np.int32), np.full(len(self.tokens), _NO_TOKEN, _ROW)
-        tiles: list[tuple[int, ...]] = []
+        tiles: dict[int, list[tuple[int, ...]]] = {QUERY_TILE: [], WIDE_TILE: []}
         wanted: list[int] = []
         tables: list[np.ndarray[Any, Any]] = []
         first = table = end = longest = 0
@@ -124,21 +130,23 @@ class PrefillState:
             tokens[first:end] = chunk.tokens
             rows["position"][first:end], rows["table"][first:end] = chunk.positions, table
             longest = max(longest, start + count)
-            tiles += [(first + at, start + at, start, start + count, table) for at in range(0, count, QUERY_TILE)]
+            for size, found in tiles.items():
+                found += [(first + at, start + at, start, start + count, table) for at in range(0, count, size)]
             wanted += (first + chunk.logit_rows).tolist()
             tables.append(chunk.block_tables[0][: -(-(start + count) // KV_BLOCK)])
             first, table = whole_tiles(end), table + len(tables[-1])
         if len(wanted) > len(self.wanted):
             raise ValueError(f"a batch with logits of {len(wanted)} rows exceeds the limit of {len(self.wanted)}")
         self.loaded = end
-        tiles.sort(key=lambda tile: -tile[1])
+        for found in tiles.values():
+            found.sort(key=lambda tile: -tile[1])
         self._inputs.upload(
             (
                 tokens,
-                np.array((end, len(tiles), longest), np.int32),
+                np.array((end, *map(len, tiles.values()), longest), np.int32),
                 np.array([len(wanted), *wanted], np.int32),
                 rows,
-                np.array([(*tile, (0, 0, 0)) for tile in tiles], _TILE),
+                np.array([(*tile, (0, 0, 0)) for found in tiles.values() for tile in found], _TILE),
                 np.concatenate(tables),
             ),
             stream,

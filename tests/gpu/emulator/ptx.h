@@ -109,8 +109,10 @@ inline void ptx_rcp(float& r, float x) { r = 1.f / x; }
 inline void ptx_bar_sync(int barrier, int threads) { emu::named_barrier(barrier, threads); }
 inline void ptx_st_shared_u32(unsigned to, unsigned value) { std::memcpy(emu::dynamic_shared + (int)to, &value, 4); }
 
-// Address with the swizzle of 128 bytes: 16-byte chunks of eight rows, exclusive or with the row.
-inline char* ptx_swizzled(unsigned at) { return emu::dynamic_shared + (int)(at ^ (at >> 7 & 7) << 4); }
+// Address with the swizzle of rows of 128 or 64 bytes: 16-byte chunks, exclusive or with the row or half of it.
+inline char* ptx_swizzled(unsigned at, int row_bytes) {
+    return emu::dynamic_shared + (int)(at ^ (at >> 7 & (row_bytes == 128 ? 7 : 3)) << 4);
+}
 
 // A box of a matrix of f16; elements beyond the matrix are zeros. `map` as host_cupy.py encodes it.
 inline void ptx_copy_box(unsigned to, const void* map, int column, int row, unsigned barrier) {
@@ -121,7 +123,7 @@ inline void ptx_copy_box(unsigned to, const void* map, int column, int row, unsi
     for (int i = 0; i < box_rows * box_cols; ++i) {
         const int r = row + i / box_cols, c = column + i % box_cols;
         const unsigned short value = r < rows && c < cols ? from[(size_t)r * cols + c] : 0;
-        std::memcpy(ptx_swizzled(to + 2 * i), &value, 2);
+        std::memcpy(ptx_swizzled(to + 2 * i, 2 * box_cols), &value, 2);
     }
     ptx_update(barrier, 0, -2 * box_rows * box_cols);
 }

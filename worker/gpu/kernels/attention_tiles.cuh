@@ -160,14 +160,15 @@ __device__ __forceinline__ void add_values(Sums<D, STRIPS>& sums, const Scores<D
 }
 
 // Set the scores of keys that a query must not attend to (causal mask, window) to -∞. `first` is
-// the position of the lane's first query.
+// the position of the lane's first query; those beyond `newest`, without a token, attend like that one.
 template <int D, int STRIPS>
-__device__ __forceinline__ void apply_mask(Scores<D, STRIPS>& scores, int first, int tile, int window) {
+__device__ __forceinline__ void apply_mask(Scores<D, STRIPS>& scores, int first, int tile, int window,
+                                           int newest = 0x7fffffff) {
 #pragma unroll
     for (int n = 0; n < keys_per_tile(D) / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4 * STRIPS; ++i) {
-            const int key = tile + 8 * n + threadIdx.x % 4 * 2 + i % 2, position = first + i / 2 * 8;
+            const int key = tile + 8 * n + threadIdx.x % 4 * 2 + i % 2, position = min(first + i / 2 * 8, newest);
             const bool seen = key <= position && (!window || key > position - window);
             if (!seen) scores[i / 4][n][i % 4] = -kInfinity;
         }

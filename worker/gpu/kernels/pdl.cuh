@@ -24,6 +24,7 @@
 // | requests, positions, end ids    | sample                         | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | rows, tiles and size of a       | rope_kv, attention_prefill,    | uploaded before this graph |
+// |                                 | attention_wgmma,               |                            |
 // | prefill batch                   | matmul, matmul_wgmma, _short,  |                            |
 // |                                 | scale_to_f16, combine,         |                            |
 // |                                 | group_routes, norm_add,        |                            |

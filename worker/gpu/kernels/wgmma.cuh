@@ -10,12 +10,17 @@
 __device__ __forceinline__ void begin_mmas() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Keep the computation of registers of A, or of sums, before this point: where it is moved between
-// the MMAs, the compiler serializes them.
+// the MMAs, the compiler serializes them. After a wait: keep reads of the sums behind it.
 __device__ __forceinline__ void settle(unsigned int (&a)[4]) {
     asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
 }
 __device__ __forceinline__ void settle(float (&c)[4]) {
     asm volatile("" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
+}
+template <class T, int N>
+__device__ __forceinline__ void settle(T (&fragments)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) settle(fragments[n]);
 }
 
 // End a group of MMAs.
@@ -27,12 +32,20 @@ __device__ __forceinline__ void wait_for_mmas() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Descriptor of B, or of A, in shared memory: rows of 64 f16 (128 bytes), 16-byte chunk c of row r
-// stored at c ^ (r & 7), as a tensor map with SWIZZLE_128B writes them. `at` is a multiple of 1,024,
-// plus 32 for each 16 columns of k.
-__device__ __forceinline__ unsigned long long descriptor(unsigned int at) {
-    constexpr unsigned long long swizzle_128 = 1ull << 62, row_groups = 1024ull >> 4 << 32, unused = 1ull << 16;
-    return swizzle_128 | row_groups | unused | (at & 0x3ffff) >> 4;
+// Descriptor of B, or of A, in shared memory: rows of ROW_BYTES, 128 or 64, as a tensor map with
+// SWIZZLE_128B or SWIZZLE_64B writes them: 16-byte chunk c of row r stored at c ^ (r & 7), or at
+// c ^ (r / 2 & 3). K-major: rows are those of N, `at` is a multiple of 8·ROW_BYTES, plus 32 for each 16
+// columns of k. N-major: rows are those of k, columns beyond a row continue `next_panel` bytes later.
+template <int ROW_BYTES = 128>
+__device__ __forceinline__ unsigned long long descriptor(unsigned int at, unsigned int next_panel = 16) {
+    static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "swizzle");
+    constexpr unsigned long long swizzle = 128 / ROW_BYTES, row_groups = 8ull * ROW_BYTES >> 4;
+    return swizzle << 62 | row_groups << 32 | (unsigned long long)(next_panel >> 4) << 16 | (at & 0x3ffff) >> 4;
+}
+
+// The descriptor `bytes` later in shared memory.
+__device__ __forceinline__ unsigned long long advanced(unsigned long long descriptor, int bytes) {
+    return descriptor + (bytes >> 4);
 }
 
 // Change the number of registers of each thread of this warpgroup; the compiler fits its code to it.
@@ -64,35 +77,37 @@ __device__ __forceinline__ void raise_registers() {
 #define S_256                                                                                     \
     S_192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112"      \
           ",%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define WGMMA(N, SUMS, A, B, ...)                                                                \
-    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N      \
-                 "k16.f32.f16.f16 {" SUMS "}, " A ", " B "; }"                                    \
+#define WGMMA(N, SUMS, A, B, ADD, FLAGS, ...)                                                    \
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N \
+                 "k16.f32.f16.f16 {" SUMS "}, " A ", " B ", p, 1, 1, " FLAGS "; }"                 \
                  : __VA_ARGS__)
-#define A_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
-#define FLAGS ", p, 1, 1, 0"         // accumulate, do not negate A or B, B is K-major
-#define FLAGS_SHARED ", p, 1, 1, 0, 0"  // and so is A
+#define A_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(N_MAJOR)
+#define A_SHARED "l"(a), "l"(b), "n"(ADD)
 
-// c += a·b of N/8 fragments of 8 columns, with A in registers.
-template <int FRAGS_N>
+// c += a·b, or c = a·b without ADD, of N/8 fragments of 8 columns, with A in registers.
+template <bool ADD = true, bool N_MAJOR = false, int FRAGS_N>
 __device__ __forceinline__ void mma_64xNx16(float (&c)[FRAGS_N][4], const unsigned int (&a)[4], unsigned long long b) {
     static_assert(FRAGS_N == 2 || FRAGS_N % 4 == 0 && FRAGS_N <= 24 || FRAGS_N == 32, "N");
-    if constexpr (FRAGS_N == 2) WGMMA(16, S_16, "{%8,%9,%10,%11}", "%12" FLAGS, C_16(0) : A_REGISTERS);
-    if constexpr (FRAGS_N == 4) WGMMA(32, S_32, "{%16,%17,%18,%19}", "%20" FLAGS, C_32(0) : A_REGISTERS);
-    if constexpr (FRAGS_N == 8) WGMMA(64, S_64, "{%32,%33,%34,%35}", "%36" FLAGS, C_64(0) : A_REGISTERS);
-    if constexpr (FRAGS_N == 12) WGMMA(96, S_96, "{%48,%49,%50,%51}", "%52" FLAGS, C_64(0), C_32(8) : A_REGISTERS);
-    if constexpr (FRAGS_N == 16) WGMMA(128, S_128, "{%64,%65,%66,%67}", "%68" FLAGS, C_128(0) : A_REGISTERS);
-    if constexpr (FRAGS_N == 20) WGMMA(160, S_160, "{%80,%81,%82,%83}", "%84" FLAGS, C_128(0), C_32(16) : A_REGISTERS);
-    if constexpr (FRAGS_N == 24) WGMMA(192, S_192, "{%96,%97,%98,%99}", "%100" FLAGS, C_128(0), C_64(16) : A_REGISTERS);
+    if constexpr (FRAGS_N == 2) WGMMA(16, S_16, "{%8,%9,%10,%11}", "%12", "%13", "%14", C_16(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 4) WGMMA(32, S_32, "{%16,%17,%18,%19}", "%20", "%21", "%22", C_32(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 8) WGMMA(64, S_64, "{%32,%33,%34,%35}", "%36", "%37", "%38", C_64(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 12)
+        WGMMA(96, S_96, "{%48,%49,%50,%51}", "%52", "%53", "%54", C_64(0), C_32(8) : A_REGISTERS);
+    if constexpr (FRAGS_N == 16) WGMMA(128, S_128, "{%64,%65,%66,%67}", "%68", "%69", "%70", C_128(0) : A_REGISTERS);
+    if constexpr (FRAGS_N == 20)
+        WGMMA(160, S_160, "{%80,%81,%82,%83}", "%84", "%85", "%86", C_128(0), C_32(16) : A_REGISTERS);
+    if constexpr (FRAGS_N == 24)
+        WGMMA(192, S_192, "{%96,%97,%98,%99}", "%100", "%101", "%102", C_128(0), C_64(16) : A_REGISTERS);
     if constexpr (FRAGS_N == 32)
-        WGMMA(256, S_256, "{%128,%129,%130,%131}", "%132" FLAGS, C_128(0), C_128(16) : A_REGISTERS);
+        WGMMA(256, S_256, "{%128,%129,%130,%131}", "%132", "%133", "%134", C_128(0), C_128(16) : A_REGISTERS);
 }
 
-// The same with A in shared memory, 64 rows as `descriptor` describes them.
-template <int FRAGS_N>
+// The same with A in shared memory, 64 rows as `descriptor` describes them; A and B are K-major.
+template <bool ADD = true, int FRAGS_N>
 __device__ __forceinline__ void mma_64xNx16(float (&c)[FRAGS_N][4], unsigned long long a, unsigned long long b) {
     static_assert(FRAGS_N == 2 || FRAGS_N == 4 || FRAGS_N == 8 || FRAGS_N == 16, "N");
-    if constexpr (FRAGS_N == 2) WGMMA(16, S_16, "%8", "%9" FLAGS_SHARED, C_16(0) : "l"(a), "l"(b));
-    if constexpr (FRAGS_N == 4) WGMMA(32, S_32, "%16", "%17" FLAGS_SHARED, C_32(0) : "l"(a), "l"(b));
-    if constexpr (FRAGS_N == 8) WGMMA(64, S_64, "%32", "%33" FLAGS_SHARED, C_64(0) : "l"(a), "l"(b));
-    if constexpr (FRAGS_N == 16) WGMMA(128, S_128, "%64", "%65" FLAGS_SHARED, C_128(0) : "l"(a), "l"(b));
+    if constexpr (FRAGS_N == 2) WGMMA(16, S_16, "%8", "%9", "%10", "0, 0", C_16(0) : A_SHARED);
+    if constexpr (FRAGS_N == 4) WGMMA(32, S_32, "%16", "%17", "%18", "0, 0", C_32(0) : A_SHARED);
+    if constexpr (FRAGS_N == 8) WGMMA(64, S_64, "%32", "%33", "%34", "0, 0", C_64(0) : A_SHARED);
+    if constexpr (FRAGS_N == 16) WGMMA(128, S_128, "%64", "%65", "%66", "0, 0", C_128(0) : A_SHARED);
 }
