@@ -18,6 +18,7 @@ import pytest
 from tests.goldens import CASES, golden_model, load_golden, relative_error
 from tests.gpu import served
 from tests.gpu.loaded import copy_cache, gpu_runner, rounding_twin
+from tests.gpu.trail import logits_and_trail
 from tests.models import GREEDY, cpu_runner, decode, engine_of, ids, prefill, run
 from worker.cpu.sampler import Sampler
 from worker.engine import Sequence
@@ -214,6 +215,14 @@ def test_lookahead_draws_equal_those_of_single_steps(name, load):
         batch = decode(generated[-1], len(PROMPT) + index, table)
     engine = engine_of(load(name))
     assert ids(run(engine, Sequence("a", PROMPT, 24, WARM))["a"]) == generated
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt-oss"])
+def test_a_forward_that_records_its_trail_gives_the_logits_of_the_graph(name, load):
+    runner, batch = load(name), prefill(PROMPT, rows=[0, 140, 149])
+    logits, trail = logits_and_trail(runner, batch)
+    assert np.array_equal(logits, runner.logits(batch))
+    assert [len(each) for each in trail.residuals[-4:]] == [150, 150, 3, 3]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -88,9 +88,12 @@ def logits_and_trail(runner, batch):
     trail, model = Trail(), runner._model
     runner._model = _TrailedModel(model, trail)
     try:
-        return _logits(runner, batch), trail
+        logits = _logits(runner, batch)
     finally:
         runner._model = model
+    for record in (trail.experts, trail.residuals):  # the last layer computes as many rows as the runner has logits
+        record[:] = [each if len(each) == len(batch.tokens) else each[: len(batch.logit_rows)] for each in record]
+    return logits, trail
 
 
 def _logits(runner, batch):
@@ -98,5 +101,6 @@ def _logits(runner, batch):
     if batch.phase is Phase.DECODE:
         return runner.logits(batch)
     with runner._stream:
-        runner._chunk.load(batch, runner._stream)
-        return runner._prefill_forward(runner._kernels, runner._pools[batch.phase], len(batch.tokens)).get()
+        runner._prefill_state.load([batch], runner._stream)
+        logits = runner._prefill_forward(runner._kernels, runner._pools[batch.phase], len(batch.tokens))
+        return logits[: len(batch.logit_rows)].get()
