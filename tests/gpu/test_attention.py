@@ -17,7 +17,8 @@ from tests.gpu.guarded import GuardedPool
 from worker.cpu.attention import attend
 from worker.cpu.kv_cache import KvCache as TwinCache
 from worker.cpu.plain import rotate
-from worker.gpu.attention import decode_splits, group_size
+from worker.gpu.attention import group_size
+from worker.gpu.decode_attention import decode_splits
 from worker.gpu.prefill_state import whole_tiles
 from worker.ops import KV_BLOCK, Attention, Batch, Phase, PositionScale, QTensor
 from worker.quants import F32
@@ -111,7 +112,7 @@ class Scene:
 
 @dataclass
 class Bench:
-    """A poisoned KV cache, its launcher, and a pool that detects stray writes."""
+    """A poisoned KV cache, its launchers, and a pool that detects stray writes."""
 
     scene: Scene
     kernels: object
@@ -120,13 +121,17 @@ class Bench:
     slots: int = 3
 
     def __post_init__(self):
-        from worker.gpu.attention import AttentionLauncher
+        from worker.gpu.attention import AttentionMemory
+        from worker.gpu.decode_attention import DecodeAttention
+        from worker.gpu.prefill_attention import PrefillAttention
         from worker.gpu.state import KvCache
 
         self.pool = GuardedPool()
         self.cache = KvCache(self.memory, [self.scene.spec(self.pool.put)], BLOCKS, self.scene.kv_type)
         self.cache.array.view(np.uint8).fill(0xFF)
-        self.launcher = AttentionLauncher(self.memory, self.cache, self.slots, self.processors)
+        shared = AttentionMemory(self.memory, self.cache)
+        self.prefill_attention = PrefillAttention(shared, self.processors)
+        self.decode_attention = DecodeAttention(shared, self.slots, self.processors)
         self.spec = self.scene.spec(self.pool.put)
 
     def _inputs(self, tokens):
@@ -136,7 +141,7 @@ class Bench:
     def prefill(self, start, stop):
         q, k, v = self._inputs(slice(start, stop))
         batch = prefill_state(self.memory, [chunk_of(self.scene, start, stop)], stop - start)
-        y = self.launcher.prefill(self.kernels, self.pool, q, k, v, self.spec, batch)
+        y = self.prefill_attention.launch(self.kernels, self.pool, q, k, v, self.spec, batch)
         return values_of(y, q.shape[1])
 
     def decode(self, positions, row_slots=None):
@@ -147,7 +152,7 @@ class Bench:
         q, k, v = self._inputs(tokens)
         tables = np.tile(self.scene.table, (len(at), 1))
         state = DeviceState(self.pool.put(slots), self.pool.put(at), self.pool.put(tables))
-        self.rows = self.launcher.decode(self.kernels, self.pool, q, k, v, self.spec, state)
+        self.rows = self.decode_attention.launch(self.kernels, self.pool, q, k, v, self.spec, state)
         return self.rows.x.get()
 
     def after(self, start, stop):
@@ -264,10 +269,10 @@ def test_wgmma_gives_the_bits_of_mma_sync_and_reads_no_unwritten_slot(kernels, m
 
 
 def test_stages_and_older_segments_fit_the_shared_memory_of_a_block():
-    from worker.gpu import attention
+    from worker.gpu import prefill_attention
 
-    barriers = 128
-    assert all(attention._wgmma_bytes(dim) + barriers <= 227 << 10 for dim in attention._WGMMA_STAGES)
+    barriers, dims = 128, prefill_attention._WGMMA_STAGES
+    assert all(prefill_attention._wgmma_bytes(dim) + barriers <= 227 << 10 for dim in dims)
 
 
 READING = [
@@ -324,7 +329,8 @@ def test_a_short_chunk_after_a_long_prefix_gives_the_bits_of_the_whole_prompt(ke
 def test_a_chunk_whose_partial_results_exceed_the_capacity_gives_the_same_bits(kernels, memory, monkeypatch):
     scene = Scene(Shape(64, 4, 2, sinks=True), 1200)
     y = Bench(scene, kernels, memory).after(1100, 1200)
-    monkeypatch.setattr("worker.gpu.attention.MAX_PARTIAL_BYTES", 136 * 4608)  # of 140 partial results of 100 tokens
+    # 100 tokens have 140 partial results.
+    monkeypatch.setattr("worker.gpu.prefill_attention.MAX_PARTIAL_BYTES", 136 * 4608)
     bench = Bench(scene, kernels, memory)
     assert np.array_equal(bench.after(1100, 1200).view(np.uint32), y.view(np.uint32))
     assert np.array_equal(bench.prefill(1150, 1200).view(np.uint32), y[50:].view(np.uint32))
@@ -362,7 +368,7 @@ def test_chunks_of_a_batch_have_the_bits_that_each_has_alone(kernels, memory, sh
     together.cache.array.set(cache)
     state = prefill_state(memory, chunks, rows, len(chunks))
     inputs = [together.pool.put(each) for each in x]
-    y = together.launcher.prefill(kernels, together.pool, *inputs, together.spec, state)
+    y = together.prefill_attention.launch(kernels, together.pool, *inputs, together.spec, state)
     found = values_of(replace(y, x=y.x[:end]), x[0].shape[1])
     for first, each in expected.items():
         assert np.array_equal(found[first : first + len(each)].view(np.uint32), each.view(np.uint32))
@@ -383,7 +389,7 @@ def test_decode_equals_its_twin_at_every_kind_of_position(kernels, memory, shape
 
 @pytest.mark.parametrize("blocks", [2, 16, 40, 264])
 def test_decode_split_over_any_number_of_blocks_equals_its_twin(kernels, memory, monkeypatch, blocks):
-    monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", blocks)
+    monkeypatch.setattr("worker.gpu.decode_attention._DECODE_BLOCKS", blocks)
     scene = Scene(Shape(64, 16, 2, window=500, sinks=True), 700)
     bench = Bench(scene, kernels, memory)
     bench.fill(699)

@@ -43,7 +43,7 @@ BOTH_KERNELS = [*((shape, NONE) for shape in SHAPES), *((shape, ALL) for shape i
 @pytest.fixture
 def few(monkeypatch, request):
     """The limit on the items of attention_few_rows."""
-    monkeypatch.setattr("worker.gpu.attention._FEW_ITEMS", request.param)
+    monkeypatch.setattr("worker.gpu.decode_attention._FEW_ITEMS", request.param)
     return request.param
 
 
@@ -129,7 +129,7 @@ def test_every_row_writes_its_key_and_value(kernels, memory, long, shape, few):
     indirect=["few"],
 )
 def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, long, monkeypatch, shape, few, blocks):
-    monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", blocks)
+    monkeypatch.setattr("worker.gpu.decode_attention._DECODE_BLOCKS", blocks)
     scene = Scene(shape, 2000)
     positions = (1999, 3, 1027, 640)
     single = Alone(scene, kernels, memory, positions)
@@ -142,13 +142,13 @@ def test_splits_of_several_tiles_have_the_bits_of_single_rows(kernels, memory, l
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[8]], ids=str)
 def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memory, monkeypatch, shape):
-    monkeypatch.setattr("worker.gpu.attention._DECODE_BLOCKS", 16)
-    monkeypatch.setattr("worker.gpu.attention._FEW_ITEMS", NONE)
+    monkeypatch.setattr("worker.gpu.decode_attention._DECODE_BLOCKS", 16)
+    monkeypatch.setattr("worker.gpu.decode_attention._FEW_ITEMS", NONE)
     scene = Scene(shape, 1100)
     positions = (1099, 3, 255, 640)
     single = Alone(scene, kernels, memory, positions)
     for warps in (1, 2, 4, 8):
-        monkeypatch.setattr("worker.gpu.attention.AttentionLauncher._team_warps", lambda *_, warps=warps: warps)
+        monkeypatch.setattr("worker.gpu.decode_attention.DecodeAttention._team_warps", lambda *_, warps=warps: warps)
         bench = Bench(scene, kernels, memory, 2, slots=4)
         bench.cache.array.set(single.cache())
         bench.decode(positions)
@@ -171,7 +171,7 @@ def test_teams_of_any_number_of_warps_have_the_bits_of_single_rows(kernels, memo
 )
 def test_teams_have_fewer_warps_the_more_items_there_are(kernels, memory, shape, rows, warps):
     bench = Bench(Scene(shape, 1), kernels, memory)
-    assert bench.launcher._team_warps(bench.spec, rows) == warps
+    assert bench.decode_attention._team_warps(bench.spec, rows) == warps
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_teams_have_fewer_warps_the_more_items_there_are(kernels, memory, shape,
 )
 def test_few_rows_of_large_groups_have_a_kernel_of_their_own(kernels, memory, shape, rows, splits, few):
     bench = Bench(Scene(shape, 1), kernels, memory)
-    assert bench.launcher._are_few(bench.spec, rows, splits) is few
+    assert bench.decode_attention._are_few(bench.spec, rows, splits) is few
 
 
 @pytest.mark.parametrize("few", [ALL, NONE], indirect=True)
@@ -232,7 +232,7 @@ def test_layers_with_other_windows_have_their_own_work_lists(kernels, memory):
 
 
 def test_rows_beyond_a_block_of_threads_are_listed(kernels, memory):
-    from worker.gpu.attention import decode_splits, decode_tile
+    from worker.gpu.decode_attention import decode_splits, decode_tile
 
     bench = Bench(Scene(Shape(64, 2, 2), 20), kernels, memory)
     positions = np.random.default_rng(0).integers(-50, 4096, 700).astype(np.int32)

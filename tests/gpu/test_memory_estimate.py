@@ -16,11 +16,13 @@ from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
-from worker.gpu.attention import AttentionLauncher, table_bytes
+from worker.gpu.attention import AttentionMemory, table_bytes
 from worker.gpu.backend import _MARGIN, GpuBackend, default_chunk
+from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.launch import dry_run
 from worker.gpu.layouts import BlockMatrix, is_vector, stored_type
+from worker.gpu.prefill_attention import PrefillAttention
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.prefill_state import chunks_at_most
 from worker.gpu.runner import _empty_step, rows_at_most
@@ -177,16 +179,18 @@ def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
     model, _ = bind(file, ModelOptions(context), upload)
     memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
     memory.reserve(4 * chunks_at_most(max_running) * read_hparams(file).vocab_size, None)  # of logits
-    attention = AttentionLauncher(memory, Cache(), rows, PROCESSORS, MAX_SHARED)
+    shared = AttentionMemory(memory, Cache())
+    prefill_attention = PrefillAttention(shared, PROCESSORS)
+    decode_attention = DecodeAttention(shared, rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
     chunk = np.zeros(backend_of(wgmma=wgmma).prefill_chunk, np.int32)
     prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[: state.chunks])
 
     def prefill(kernels, pool):
-        model.forward(PrefillOps(kernels, pool, attention, state), prompt)
+        model.forward(PrefillOps(kernels, pool, prefill_attention, state), prompt)
 
     def decode(kernels, pool):
-        model.forward(DecodeOps(kernels, pool, attention, state, MAX_SHARED), _empty_step(rows))
+        model.forward(DecodeOps(kernels, pool, decode_attention, state, MAX_SHARED), _empty_step(rows))
 
     return Need(dry_run(prefill, wgmma=wgmma).pool_bytes, dry_run(decode).pool_bytes, memory.nbytes)
 

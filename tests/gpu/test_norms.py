@@ -94,22 +94,16 @@ def test_heads_are_normalized_in_place_and_values_into_a_copy(kernels, dim, head
 
 
 class NormsFirst:
-    """A launcher of attention that normalizes the heads by a launch of their own."""
+    """Attention of either phase that normalizes the heads by a launch of their own."""
 
-    def __init__(self, launcher):
-        self._launcher = launcher
+    def __init__(self, attention):
+        self._attention = attention
 
-    def prefill(self, *args):
-        return self._launcher.prefill(*self._normalized(*args))
-
-    def decode(self, *args):
-        return self._launcher.decode(*self._normalized(*args))
-
-    def _normalized(self, kernels, pool, q, k, v, spec, state):
+    def launch(self, kernels, pool, q, k, v, spec, state):
         from worker.gpu.head_norms import normalize_heads
 
         v, spec = normalize_heads(kernels, pool, q, k, v, spec)
-        return kernels, pool, q, k, v, spec, state
+        return self._attention.launch(kernels, pool, q, k, v, spec, state)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -129,7 +123,8 @@ def test_attention_that_normalizes_heads_gives_the_bits_of_a_launch_before(kerne
     def results(wrap):
         bench = Bench(Scene(shape, 150), kernels, memory, slots=1)
         bench.spec = Norms(bench.pool, shape.dim, values).of(bench.spec)
-        bench.launcher = wrap(bench.launcher)
+        bench.prefill_attention = wrap(bench.prefill_attention)
+        bench.decode_attention = wrap(bench.decode_attention)
         if phase == "prefill":
             y = [bench.prefill(0, 64), bench.prefill(64, 150)]
         else:
@@ -138,7 +133,7 @@ def test_attention_that_normalizes_heads_gives_the_bits_of_a_launch_before(kerne
         bench.pool.check()
         return [each.tobytes() for each in (*y, bench.cache.array.get())]
 
-    assert results(lambda launcher: launcher) == results(NormsFirst)
+    assert results(lambda attention: attention) == results(NormsFirst)
 
 
 def test_rows_from_the_count_on_are_not_written(kernels):

@@ -5,8 +5,8 @@
   chunk and of a decode step, runs steps, and launches one step ahead.
 - `memory.py`: every allocation of VRAM, accounted by purpose; `state.py`: KV cache and step inputs.
 - `compiler.py`, `kernel.py`, `launch.py`: from a kernel file to a launch; kernels: `kernels/`.
-- `decode_ops.py`, `prefill_ops.py`: ops as compositions of launchers (`attention.py`, `matvec.py`,
-  `matmul.py`, …); `sampler.py`: from logits to tokens.
+- `decode_ops.py`, `prefill_ops.py`: ops as compositions of launchers (`decode_attention.py`,
+  `prefill_attention.py`, `matvec.py`, `matmul.py`, …); `sampler.py`: from logits to tokens.
 - `numerics.py`: the facts that decide the bits of the results.
 
 No other package imports CuPy. This module imports none either; the others are imported only if the

@@ -11,13 +11,15 @@ from worker import backend
 from worker.backend import MemoryUse, Plan
 from worker.errors import CudaError
 from worker.gguf_file import GgufFile, TensorInfo
-from worker.gpu.attention import MAX_PARTIAL_BYTES, decode_partial_bytes, table_bytes
+from worker.gpu.attention import table_bytes
 from worker.gpu.compiler import Kernels
+from worker.gpu.decode_attention import decode_partial_bytes
 from worker.gpu.head_norms import check_head_dim
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
 from worker.gpu.memory import DeviceMemory, Pool, Purpose
 from worker.gpu.numerics import numerics
+from worker.gpu.prefill_attention import MAX_PARTIAL_BYTES
 from worker.gpu.prefill_state import chunks_at_most
 from worker.gpu.runner import GpuRunner, GpuSettings, rows_at_most
 from worker.gpu.sampler import ROW_BYTES, SLOT_BYTES

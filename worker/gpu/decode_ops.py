@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from worker.gpu import decode_experts, matvec
 from worker.gpu.activations import Q8Activations, Q8Tiles
-from worker.gpu.attention import AttentionLauncher
+from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_experts import ActiveRows, PairRows, RoutedRows
 from worker.gpu.decode_products import DecodeProducts
 from worker.gpu.head_norms import may_fuse_norms, normalize_heads
@@ -41,7 +41,7 @@ class DecodeOps:
         self,
         kernels: Launcher,
         pool: Allocator,
-        attention: AttentionLauncher,
+        attention: DecodeAttention,
         state: StepState,
         max_shared: int,
         *,
@@ -81,10 +81,10 @@ class DecodeOps:
         """See `Ops.attention`; y is f32 and Q8, the input of `linear_add`."""
         if len(q) > 1 or self._drafts or not may_fuse_norms(spec):
             v, spec = normalize_heads(self._kernels, self._pool, q, k, v, spec)
-        self._attention.query_scales.decode(self._kernels, q, spec, self._state)
+        self._attention.scale_queries(self._kernels, q, spec, self._state)
         if self._drafts and k is not None and v is not None:
             k, v = self._attention.write_rows(self._kernels, k, v, spec, self._state)
-        return self._attention.decode(self._kernels, self._pool, q, k, v, spec, self._state)
+        return self._attention.launch(self._kernels, self._pool, q, k, v, spec, self._state)
 
     def linear_add(self, y: Q8Activations | Q8Tiles, linear: Linear, residual: DeviceArray | None) -> DeviceArray:
         """See `Ops.linear_add`; y is a result of `attention` or `norm_glu`."""

@@ -4,7 +4,7 @@ A draft row has a draft slot, beyond the slots of sequences in `StepState` and s
 step `draft_rows.cu` makes it a copy of the sequence's slot, advanced by the draft tokens up to its
 own; after the sampler `accept_drafts.cu` advances the sequence's slot by the accepted ones. In
 between, a step with draft rows is one of more sequences, except that `kv_rows.cu` writes all keys
-and values before attention (`attention.py`). Twin: `worker/cpu/slots.py`.
+and values before attention (`decode_attention.py`). Twin: `worker/cpu/slots.py`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from worker.gpu import matmul, matvec
 from worker.gpu.activations import ScaledF16, scale_to_f16
-from worker.gpu.attention import AttentionLauncher
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed, gather_rows
 from worker.gpu.matmul_params import ExpertGroups
 from worker.gpu.memory import DeviceArray
 from worker.gpu.norms import branches_norm_add, norm_add
+from worker.gpu.prefill_attention import PrefillAttention
 from worker.gpu.prefill_state import PrefillState
 from worker.gpu.softcap import softcap
 from worker.ops import SWIGLU, Activation, Attention, Batch, Branch, Linear, QTensor, RmsNorm, Router, Routes
@@ -43,7 +43,7 @@ class RoutedRows:
 class PrefillOps:
     """Ops of the batch that `state` holds when the kernels run."""
 
-    def __init__(self, kernels: Launcher, pool: Allocator, attention: AttentionLauncher, state: PrefillState) -> None:
+    def __init__(self, kernels: Launcher, pool: Allocator, attention: PrefillAttention, state: PrefillState) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention
@@ -67,7 +67,7 @@ class PrefillOps:
         self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
     ) -> ScaledF16:
         """See `Ops.attention`; y is the input of `linear_add`."""
-        return self._attention.prefill(self._kernels, self._pool, q, k, v, spec, self._state)
+        return self._attention.launch(self._kernels, self._pool, q, k, v, spec, self._state)
 
     def linear_add(self, y: Rows | ScaledF16, linear: Linear, residual: Rows | None) -> Rows:
         rows = y if isinstance(y, ScaledF16) else self._scaled(y)

@@ -25,13 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from worker.gpu.attention import AttentionLauncher
+from worker.gpu.attention import AttentionMemory
 from worker.gpu.compiler import Kernels
+from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.drafts import DRAFT_SLOTS, DraftLauncher
 from worker.gpu.kernel import capture_graph, device_errors
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
+from worker.gpu.prefill_attention import PrefillAttention
 from worker.gpu.prefill_ops import PrefillOps
 from worker.gpu.prefill_state import PrefillState, chunks_at_most, pack
 from worker.gpu.sampler import SamplerLauncher
@@ -161,7 +163,9 @@ class GpuRunner:
         with device_errors(), self._stream:
             layers = [layer.attention for layer in model.layers]
             self.cache = KvCache(memory, layers, settings.kv_blocks, settings.kv_type)
-            self._attention = AttentionLauncher(memory, self.cache, rows, processors, self._max_shared)
+            attention = AttentionMemory(memory, self.cache)
+            self._prefill_attention = PrefillAttention(attention, processors)
+            self._decode_attention = DecodeAttention(attention, rows, processors, self._max_shared)
             self._state = StepState(memory, settings.slots, blocks, draft_slots, self._chunks)
             logit_rows = max(settings.logit_rows, self._chunks)
             self._prefill_state = PrefillState(memory, settings.prefill_tokens, logit_rows, blocks, self._chunks)
@@ -306,7 +310,7 @@ class GpuRunner:
         return self._captured(step, drafts.state, rows)
 
     def _draft_step(self, kernels: Launcher, pool: Allocator, drafts: DraftLauncher, rows: int) -> DeviceArray:
-        ops = DecodeOps(kernels, pool, self._attention, drafts.state, self._max_shared, drafts=True)
+        ops = DecodeOps(kernels, pool, self._decode_attention, drafts.state, self._max_shared, drafts=True)
         logits = self._model.forward(ops, _empty_step(rows))
         self._sampler.launch(kernels, logits, drafts.state, drafts.state.row_slots[:rows])
         drafts.accept(kernels, rows)
@@ -353,13 +357,13 @@ class GpuRunner:
         """The logits of the batch in the prefill state, of at most `rows` rows."""
         zeros, logit_rows = np.zeros(rows, np.int32), np.zeros(len(self._logits), np.int32)
         batch = Batch(Phase.PREFILL, zeros, zeros, (np.zeros(1, np.int32),), logit_rows)
-        return self._model.forward(PrefillOps(kernels, pool, self._attention, self._prefill_state), batch)
+        return self._model.forward(PrefillOps(kernels, pool, self._prefill_attention, self._prefill_state), batch)
 
     def _decode_forward(self, batch: Batch) -> DeviceArray:
         return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
 
     def _decode_ops(self, kernels: Launcher, pool: Allocator) -> DecodeOps:
-        return DecodeOps(kernels, pool, self._attention, self._state, self._max_shared)
+        return DecodeOps(kernels, pool, self._decode_attention, self._state, self._max_shared)
 
     # Prefill
 

@@ -7,7 +7,7 @@
 // into tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the
 // tiles s ≡ g (mod G) by online softmax; the block that arrives last adds the blocks' partial
 // results in the order of their oldest tile. G is a constant of the model's shape
-// (worker/gpu/attention.py: decode_splits), so the order of the sums depends on the position alone,
+// (worker/gpu/decode_attention.py: decode_splits), so the order of the sums depends on the position alone,
 // never on the device.
 //
 // Inputs: q [H·D], k, v [Hk·D] f32, or null: an earlier layer has written them to the cache; caches as

@@ -38,7 +38,7 @@ __host__ __device__ constexpr int strips(int head_dim, bool split) {
 }
 static_assert(16 * partial_quads(64, 1) == PARTIAL_BYTES_64 && 16 * partial_quads(96, 1) == PARTIAL_BYTES_96 &&
                   16 * partial_quads(128, 1) == PARTIAL_BYTES_128 && 16 * partial_quads(256, 1) == PARTIAL_BYTES_256,
-              "as reserved by worker/gpu/attention.py");
+              "as reserved by worker/gpu/prefill_attention.py");
 
 // Blocks of a multiprocessor: the most that registers (without spills, but for heads of 256) and
 // shared memory allow on sm_90.

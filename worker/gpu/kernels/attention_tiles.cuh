@@ -2,7 +2,7 @@
 //
 // A strip is 16 queries of one head. A warp computes STRIPS strips, which share each key or value
 // fragment; the bits of a query do not depend on STRIPS. keys_per_tile(D) positions a tile, D
-// elements a head. QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/attention.py.
+// elements a head. QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/prefill_attention.py.
 // Users: attention_prefill.cu, running_softmax.cuh.
 #pragma once
 #include "half.cuh"
