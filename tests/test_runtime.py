@@ -122,7 +122,7 @@ def test_q8_needs_a_byte_an_element_and_two_a_row(name, tiny):
 @pytest.mark.parametrize(("setting", "stored"), [("f32", "f16"), ("f16", "f16"), ("q8", "q8")])
 def test_a_gpu_stores_keys_and_values_in_f16_unless_q8_is_set(setting, stored, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    monkeypatch.setattr("worker.gpu.backend.GpuBackend", lambda _, kv_type: kv_type)
+    monkeypatch.setattr("worker.gpu.backend.GpuBackend", lambda _, kv_type, chunk: kv_type)
     assert runtime.open_backend(EngineSection(backend="gpu", kv_type=setting)) == stored
 
 

@@ -99,12 +99,14 @@ class Backend(Device, Protocol):
 
     name: str
     """cpu or gpu."""
-    prefill_chunk: int
-    """Default number of prompt tokens per step, which bounds the delay of a cancellation."""
     kv_type: KvType
     """How keys and values are stored."""
     kv_share: float
     """Share of the free memory that the KV pool takes if `engine.kv_memory` is auto."""
+
+    def prefill_chunk(self, plan: Plan) -> int:
+        """Default number of prompt tokens per step, which bounds the delay of a cancellation."""
+        ...
 
     def check(self, model: Model, hp: Hparams) -> None:
         """Raise ModelLoadFailed for a model that the device has no kernels for."""

@@ -70,7 +70,7 @@ def open_backend(engine: EngineSection) -> Backend:
         from worker.gpu.backend import GpuBackend, has_gpu  # noqa: PLC0415  (importing CuPy takes time)
 
         if engine.backend == "gpu" or has_gpu():
-            return GpuBackend(engine.kernel_cache, "q8" if engine.kv_type == "q8" else "f16")
+            return GpuBackend(engine.kernel_cache, "q8" if engine.kv_type == "q8" else "f16", engine.prefill_chunk)
     from worker.cpu.backend import CpuBackend  # noqa: PLC0415
 
     return CpuBackend(engine.kv_type)
@@ -163,7 +163,7 @@ def load(path: Path, model: ModelSection, engine: EngineSection, progress: Progr
                 max_running=engine.max_running,
                 drafts=drafts,
             )
-        chunk = engine.prefill_chunk or backend.prefill_chunk
+        chunk = engine.prefill_chunk or backend.prefill_chunk(planned)
         settings = EngineSettings(
             planned.context, chunk, engine.max_running, engine.prefix_cache, speculation=engine.speculation
         )

@@ -6,6 +6,7 @@ A dry run allocates as a runner does, but no memory: the widths of a model are e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from worker.adapters.hparams import read_hparams
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
 from worker.gpu.attention import AttentionMemory, table_bytes
-from worker.gpu.backend import _MARGIN, GpuBackend, default_chunk
+from worker.gpu.backend import _MARGIN, GpuBackend, batch_rows
 from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.launch import dry_run
@@ -183,7 +184,7 @@ def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
     prefill_attention = PrefillAttention(shared, PROCESSORS)
     decode_attention = DecodeAttention(shared, rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
-    chunk = np.zeros(backend_of(wgmma=wgmma).prefill_chunk, np.int32)
+    chunk = np.zeros(backend_of(wgmma=wgmma).batch_rows, np.int32)
     prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[: state.chunks])
 
     def prefill(kernels, pool):
@@ -198,7 +199,7 @@ def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
 def backend_of(*, wgmma):
     """A backend without a device, which plans do not need."""
     backend = object.__new__(GpuBackend)
-    backend.prefill_chunk = default_chunk(wgmma=wgmma)
+    backend.batch_rows = batch_rows(0, wgmma=wgmma)
     return backend
 
 
@@ -282,3 +283,28 @@ def test_a_dense_model_counts_its_ffn(tiny):
     with full_size("qwen3", tiny) as file:
         hp = read_hparams(file)
     assert (hp.ffn_width, hp.experts_width) == (9728, 0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "processors", "wgmma", "chunk"),
+    [
+        *((3.7e9, 132, True, 2048), (8e9, 132, True, 2048), (12e9, 132, True, 1024), (31e9, 132, True, 512)),
+        *((3.7e9, 16, True, 512), (1e9, 16, True, 2048), (8e9, 108, False, 512), (3.7e9, 132, False, 1024)),
+    ],
+)
+def test_the_chunk_shrinks_until_a_cancellation_need_not_wait_longer(parameters, processors, wgmma, chunk):
+    backend = backend_of(wgmma=wgmma)
+    backend._kernels = SimpleNamespace(wgmma=wgmma, processors=processors)
+    weight = SimpleNamespace(name="blk.0.ffn_down.weight", shape=(int(parameters), 1), is_table=False)
+    embedding = SimpleNamespace(name="token_embd.weight", shape=(10**10, 1), is_table=False)
+    hparams = SimpleNamespace(expert_count=0, expert_used_count=0)
+    assert backend.prefill_chunk(SimpleNamespace(weights=(weight, embedding), hparams=hparams)) == chunk
+
+
+def test_of_experts_those_in_use_count_and_a_smaller_chunk_that_is_set_needs_less_memory():
+    backend = backend_of(wgmma=True)
+    backend._kernels = SimpleNamespace(wgmma=True, processors=132)
+    experts = SimpleNamespace(name="blk.0.ffn_up_exps.weight", shape=(32, 10**9), is_table=False)
+    hparams = SimpleNamespace(expert_count=32, expert_used_count=4)
+    assert backend.prefill_chunk(SimpleNamespace(weights=(experts,), hparams=hparams)) == 2048
+    assert [batch_rows(chunk, wgmma=True) for chunk in (0, 512, 4096)] == [2048, 512, 2048]

@@ -21,6 +21,8 @@ from worker.quants import Bytes, Floats, QuantType, dequantize
 
 WEIGHT_BYTES = 4
 """Bytes of a weight on the CPU, for every type in the file, but for tables."""
+_CHUNK = 64
+"""Prompt tokens of a step by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,6 @@ class CpuBackend:
     """`worker.backend.Backend` on NumPy."""
 
     name = "cpu"
-    prefill_chunk = 64
     kv_share = 0.0
     """The KV pool holds one context: the host's memory is shared with other programs."""
 
@@ -71,6 +72,10 @@ class CpuBackend:
         self.kv_type: KvType = kv_type
         self._runtime_bytes = psutil.Process().memory_info().rss
         self._plan: Plan | None = None
+
+    def prefill_chunk(self, plan: Plan) -> int:
+        """See `Backend.prefill_chunk`."""
+        return _CHUNK
 
     def check(self, model: Model, hp: Hparams) -> None:
         """See `Backend.check`. NumPy computes every shape."""
@@ -88,7 +93,7 @@ class CpuBackend:
         widest = max(
             hp.vocab_size, hp.ffn_width, hp.layer_inputs_width, *(layer.attention.q_width for layer in model.layers)
         )
-        return tables + 4 * max(self.prefill_chunk, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
+        return tables + 4 * max(_CHUNK, max_running, MAX_DRAFT_ROWS if drafts else 0) * 4 * widest
 
     def available_bytes(self) -> int:
         return int(psutil.virtual_memory().available)

@@ -3,6 +3,7 @@
 Next: `upload.py`, `runner.py`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,9 +42,21 @@ def has_gpu() -> bool:
         return False
 
 
-def default_chunk(*, wgmma: bool) -> int:
-    """Tokens of a chunk that fill the device's products (docs/notes/prefill.md)."""
-    return 2048 if wgmma else 1024
+_CHUNK_S = 0.08
+"""Longest products of a chunk by default: a cancellation has to take effect within 0.1 s."""
+_FLOP_RATE = {False: 1.7e12, True: 3.3e12}
+"""FLOP/s of a multiprocessor in products of prefill, without and with `wgmma`."""
+
+
+_LEAST_CHUNK = 64
+_ENDS = ("token_embd.weight", "output.weight")
+"""Matrices of which a prompt needs single rows."""
+
+
+def batch_rows(chunk: int, *, wgmma: bool) -> int:
+    """Most rows of a prefill batch: as many as fill the products, or fewer by a setting."""
+    filling = 2048 if wgmma else 1024
+    return min(chunk or filling, filling)
 
 
 class GpuBackend:
@@ -54,7 +67,7 @@ class GpuBackend:
     kv_share = 0.9
     """The rest is for fragmentation and CUDA graphs, whose size is known after capture."""
 
-    def __init__(self, kernel_cache: Path, kv_type: KvType = "f16") -> None:
+    def __init__(self, kernel_cache: Path, kv_type: KvType = "f16", prefill_chunk: int = 0) -> None:
         import cupy  # noqa: PLC0415
 
         runtime = cupy.cuda.runtime
@@ -66,8 +79,16 @@ class GpuBackend:
         self._runtime_bytes = int(total - free)
         self.kv_type = kv_type
         self._kernels = Kernels(kernel_cache)
-        self.prefill_chunk = default_chunk(wgmma=self._kernels.wgmma)
+        self.batch_rows = batch_rows(prefill_chunk, wgmma=self._kernels.wgmma)
         self._memory = DeviceMemory()
+
+    def prefill_chunk(self, plan: Plan) -> int:
+        """See `Backend.prefill_chunk`: a batch, or less if its products take too long."""
+        within = _CHUNK_S * _FLOP_RATE[self._kernels.wgmma] * self._kernels.processors
+        chunk, flops = self.batch_rows, _prompt_flops(plan)
+        while chunk > _LEAST_CHUNK and chunk * flops > within:
+            chunk //= 2
+        return chunk
 
     def check(self, model: Model, hp: Hparams) -> None:
         for layer in model.layers:
@@ -92,7 +113,7 @@ class GpuBackend:
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)
         step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
         a_chunk = 9 * hp.vocab_size + 4 * hp.context_length // KV_BLOCK
-        batch = 6 * self.prefill_chunk * a_token + chunks_at_most(max_running) * a_chunk
+        batch = 6 * self.batch_rows * a_token + chunks_at_most(max_running) * a_chunk
         return batch + step + MAX_PARTIAL_BYTES + table_bytes(specs) + _MARGIN
 
     def available_bytes(self) -> int:
@@ -124,7 +145,7 @@ class GpuBackend:
     ) -> GpuRunner:
         """See `Backend.runner`: graphs are captured, which reads no weights."""
         settings = GpuSettings(
-            *(plan.kv_blocks, plan.context, self.prefill_chunk),
+            *(plan.kv_blocks, plan.context, self.batch_rows),
             slots=max_running,
             drafts=drafts,
             kv_type=self.kv_type,
@@ -153,3 +174,10 @@ class GpuBackend:
 
         version = "{}.{}".format(*nvrtc.getVersion())
         return numerics(self._kernels.arch, version, self.kv_type, wgmma=self._kernels.wgmma)
+
+
+def _prompt_flops(plan: Plan) -> float:
+    """Multiplications and additions of a prompt token's products, of experts those in use."""
+    used = plan.hparams.expert_used_count / max(1, plan.hparams.expert_count)
+    matrices = [info for info in plan.weights if len(info.shape) > 1 and info.name not in _ENDS and not info.is_table]
+    return sum(2 * math.prod(info.shape) * (used if "_exps." in info.name else 1) for info in matrices)
