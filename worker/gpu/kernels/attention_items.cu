@@ -4,12 +4,12 @@
 // Inputs: row_slots [R] i32; positions [S] i32 of the slots; table_stride KV blocks of a block
 // table. A row is inactive if its slot or position is negative, or if the position lies beyond the
 // table.
-// Outputs: list, int2: {entries, stride}, then entries (decode_splits.cuh), in order of rows, and of the
-// age of a split's oldest tile. stride ≤ `blocks` blocks, of which b has the entries b, b + stride, …,
-// all have the same number of entries, or one less.
+// Outputs: list, int2: {entries, stride}, then entries (decode_splits.cuh), in order of rows, and
+// of the age of a split's oldest tile. stride ≤ `blocks` blocks, of which b has the entries b, b +
+// stride, …, all have the same number of entries, or one less.
 // Grid 1, block ITEMS_THREADS, one row a thread. The list is written before the wait: row slots and
-// positions are those of before this graph, and no launch before this one reads the list. The launch
-// lets its dependents start when the list is complete (pdl.cuh, rule 5).
+// positions are those of before this graph, and no launch before this one reads the list. The
+// launch lets its dependents start when the list is complete (pdl.cuh, rule 5).
 #include "decode_splits.cuh"
 #include "pdl.cuh"
 #include "warp.cuh"
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(ITEMS_THREADS, 1)
         list[0] = make_int2(entries, (entries + each - 1) / each);
     }
     __threadfence();
+    __syncthreads();  // the first thread that calls launch_dependents calls it for its block
     launch_dependents();
     grid_dependency_wait();  // so that a wait for this launch is one for those before it
 }

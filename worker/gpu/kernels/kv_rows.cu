@@ -1,17 +1,19 @@
 // Decode: write the keys and values of all rows of a step, before the attention of any of them.
 //
 //   K[slot, p] = rope(k[r], p), V[slot, p] = v[r], with p the position of row r's slot
-// Needed if a sequence has several rows in a step, that is with draft tokens: attention_rows.cu reads
-// the keys before a row's own from the cache. With F16Kv it writes a row's own key and value once
-// more, with the same bits; with Q8Kv it reads them.
+// With F16Kv it precedes steps in which a sequence has several rows, that is with draft tokens:
+// attention_rows.cu reads the keys before a row's own from the cache, and writes a row's own key
+// and value once more, with the same bits. With Q8Kv it precedes every step of several rows, and a
+// step of one row with heads of 512 elements: attention reads a row's own key and value too.
 //
 // Inputs: k, v [R, Hk·D] f32; row_slots [R] i32; of the slots, positions [S] i32 and tables
-// [S, table_stride] i32; cos, sin [context, dims/2] f32. Outputs: caches as in kv_cache.cuh. Nothing
-// is written for an inactive row (attention_items.cu).
-// Grid (R, Hk), block D; with Q8Kv a warp for the key and one for the value. Row slots, positions and tables are read before the wait (pdl.cuh, rule 1).
+// [S, table_stride] i32; cos, sin [context, dims/2] f32. Outputs: caches as in kv_cache.cuh.
+// Nothing is written for an inactive row (attention_items.cu).
+// Grid (R, Hk), block D; with Q8Kv a warp for the key and one for the value. Row slots, positions
+// and tables are read before the wait (pdl.cuh, rule 1).
 // The next launch starts after the writes (rule 5), since it reads the cache before its wait.
 // Bytes: 12 a KV element.
-// Twin: `KvCache.write` in worker/cpu/attention.py with an f16 cache.
+// Twin: `KvCache.write` in worker/cpu/kv_cache.py with an f16 cache.
 #include "half.cuh"
 #include "kv_cache.cuh"
 #include "pdl.cuh"
@@ -62,5 +64,6 @@ __global__ void __launch_bounds__(Kv::kQuantized ? 64 : D)
         }
     }
     __threadfence();
+    __syncthreads();  // the first thread that calls launch_dependents calls it for its block
     launch_dependents();
 }

@@ -24,8 +24,8 @@
 // | requests, positions, end ids    | sample                         | before this graph (1)      |
 // | and limits of slots; row_slots  |                                |                            |
 // | rows, tiles and size of a       | rope_kv, attention_prefill,    | uploaded before this graph |
-// |                                 | attention_wgmma,               |                            |
-// | prefill batch                   | matmul, matmul_wgmma, _short,  |                            |
+// | prefill batch                   | attention_wgmma,               |                            |
+// |                                 | matmul, matmul_wgmma, _short,  |                            |
 // |                                 | scale_to_f16, combine,         |                            |
 // |                                 | group_routes, norm_add,        |                            |
 // |                                 | branches_norm_add, gate_group, |                            |
@@ -33,10 +33,10 @@
 // |                                 | attention_512_chunk            |                            |
 // | block tables of a prefill batch | attention_prefill              | uploaded before this graph |
 // | list of attention_items         | attention_rows, _few_rows      | fence before launch (5)    |
-// | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only its |
-// |                                 | _rows, attention_prefill       | own tokens' slots, whose   |
-// |                                 |                                | KV is read after the wait  |
-// | KV of this step's other rows    | attention_rows, _few_rows      | fence before launch (5)    |
+// | KV of earlier tokens or chunks  | attention_decode, _few_rows,   | this graph writes only the |
+// |                                 | _rows, attention_prefill       | KV of its own tokens       |
+// | KV of this step's rows, written | attention_rows, _few_rows      | fence before launch (5)    |
+// | by kv_rows                      |                                |                            |
 // | choices or logits, and residual | experts_add                    | two launches earlier (3)   |
 // | x, with logits                  | glu for experts                | two launches earlier (3)   |
 // | tiles of pairs                  | grouped_experts and            | two launches earlier (3)   |
@@ -50,12 +50,12 @@
 // Rules:
 // 1. The first kernel of a graph waits for the complete preceding graph or copy. Row slots,
 //    positions, tables and requests are written by a copy or by the preceding step's sampler, those
-//    of draft tokens by draft_rows, a graph of its own;
-//    reading them before the wait is valid because a graph holds one step. Several steps in one
-//    graph, or steps without a graph and without a copy between them, would need the reads after
-//    the wait.
+//    of draft tokens by draft_rows, a graph of its own; reading them before the wait is valid
+//    because a graph holds one step. Several steps in one graph, or steps without a graph and
+//    without a copy between them, would need the reads after the wait.
 // 2. A kernel may call launch_dependents before its wait if its secondary reads, before its own
 //    wait, only data that no incomplete kernel writes. grid_dependency_wait calls it afterwards.
+//    The first call of a thread is the one of its block.
 // 3. If a primary calls launch_dependents only after its wait, all launches before the primary are
 //    complete when the secondary starts, and the secondary may read their results before its wait.
 //    glu does so for experts, and experts_add relies on it, as do the two launches of
@@ -64,11 +64,12 @@
 //    ends after its primary. If all blocks exit, the grid may end before its primary. That happens
 //    after the last layer's attention of a chunk without requested logits; it is valid because the
 //    results are not read and a graph ends after all of its kernels.
-// 5. attention_items writes its list before its wait, since no earlier launch of the graph reads it,
-//    and calls launch_dependents only after a fence that follows the writes. Every later launch of the
-//    graph starts after that, so it may read the list before its wait; it reads it through L2, since
-//    L1 is not coherent. kv_rows does the same for the keys and values
-//    that attention_rows and attention_few_rows read from the cache, past L1.
+// 5. attention_items writes its list before its wait, since no earlier launch of the graph reads
+// it,
+//    and calls launch_dependents only after a fence and a barrier of the block that follow the
+//    writes. Every later launch of the graph starts after that, so it may read the list before its
+//    wait; it reads it through L2, since L1 is not coherent. kv_rows does the same for the keys and
+//    values that attention_rows and attention_few_rows read from the cache, past L1.
 #pragma once
 
 __device__ __forceinline__ void launch_dependents() {
