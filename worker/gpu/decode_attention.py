@@ -1,8 +1,8 @@
 """Launchers of RoPE, KV writes and attention of decode steps: split KV.
 
 Kernels: `attention_decode.cu` for one row, for several `attention_items.cu` and
-`attention_few_rows.cu` or `attention_rows.cu`, after `kv_rows.cu` if a sequence has several;
-`attention_512.cu` for heads of 512 elements. `query_scales.py` precedes. Caller: `decode_ops.py`.
+`attention_few_rows.cu` or `attention_rows.cu`; `attention_512.cu` for heads of 512 elements;
+`kv_rows.cu` before them (see there when). `query_scales.py` precedes. Caller: `decode_ops.py`.
 """
 
 from collections.abc import Mapping
@@ -264,7 +264,9 @@ class DecodeAttention:
     def write_rows(
         self, kernels: Launcher, k: DeviceArray, v: DeviceArray, spec: Attention, state: StepState
     ) -> tuple[DeviceArray | None, DeviceArray | None]:
-        """Write k, v [R, Hk·D] to the cache, before `launch` if a sequence has several rows.
+        """Write k, v [R, Hk·D] to the cache, before the attention of any row of the step.
+
+        The caller does so if a sequence has several rows, `launch` if the cache has codes.
 
         Returns the k and v of that `launch`: None if it reads the cache alone.
         """

@@ -324,7 +324,7 @@ def router_logits(
 
 
 def norm_route(kernels: Launcher, pool: Allocator, x: DeviceArray, norm: RmsNorm, router: Router, k: int) -> Routes:
-    """The router's choice for norm(x) [T, d]: the same launches in decode and prefill."""
+    """The router's choice for norm(x) [T, d], in prefill and in decode of several rows."""
     (logits,) = matvec(kernels, pool, Q8Activations(x), router.norm or norm, (router.linear,))
     return route(kernels, pool, logits, k, router.scales)
 

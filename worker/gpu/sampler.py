@@ -46,7 +46,7 @@ _BEST = np.dtype([("score", "f8"), ("raw", "f8"), ("id", "i4"), ("broken", "i4")
 _BUCKETS, _LISTED_IDS = 1024, 1024
 _HISTOGRAM = np.dtype([("mass", "u8", _BUCKETS), ("count", "u4", _BUCKETS)])
 _LIST = np.dtype([("keys", "u8", _LISTED_IDS), ("weights", "u8", _LISTED_IDS), ("ids", "i4", _LISTED_IDS)])
-_ROW_BOARD = np.dtype(
+_ROW_EXCHANGE = np.dtype(
     [
         *((name, "i4") for name in ("met", "drawn", "ended", "id", "listed", "unused")),
         *(("target", "u8"), ("bests", _BEST, _SLICES)),
@@ -54,7 +54,7 @@ _ROW_BOARD = np.dtype(
         *(("histograms", _HISTOGRAM, 2), ("list", _LIST)),
     ]
 )
-"""`RowBoard` of row_board.cuh."""
+"""`RowExchange` of row_exchange.cuh."""
 SPECIAL = np.dtype([("bias", "f8"), ("id", "i4"), ("stop", "i4")])
 """`Special` of sampling.cuh."""
 _SPECIALS = np.dtype([("list", "u8"), ("count", "i4"), ("unused", "i4")])
@@ -65,7 +65,7 @@ _SLOT_ARRAYS = np.dtype(
     ]
 )
 
-ROW_BYTES = _ROW_BOARD.itemsize + DRAWN.itemsize
+ROW_BYTES = _ROW_EXCHANGE.itemsize + DRAWN.itemsize
 """Device memory of a row."""
 SLOT_BYTES = _LISTED * SPECIAL.itemsize + _SPECIALS.itemsize
 """Device memory of a slot, besides counts, marks and mask of the vocabulary."""
@@ -77,7 +77,7 @@ DEFINES: Mapping[str, int] = {
     "LOGPROB_SLICES": _SLICES,
     "REQUEST_BYTES": REQUEST.itemsize,
     "DRAWN_BYTES": DRAWN.itemsize,
-    "ROW_BOARD_BYTES": _ROW_BOARD.itemsize,
+    "ROW_EXCHANGE_BYTES": _ROW_EXCHANGE.itemsize,
     "ROW_BLOCKS": _ROW_BLOCKS,
     "SPECIAL_BYTES": SPECIAL.itemsize,
     "SPECIALS_BYTES": _SPECIALS.itemsize,
@@ -146,7 +146,7 @@ class SamplerLauncher:
         """Lists of more than _LISTED ids, and the buffers that they are uploaded from."""
         self._counts = array((sequences, vocab_size), np.int32)
         rows = rows or sequences
-        self._boards = array((rows, _ROW_BOARD.itemsize), np.uint8)
+        self._exchanges = array((rows, _ROW_EXCHANGE.itemsize), np.uint8)
         self._ticket = array((1,), np.uint32)
         self.drawn = array((rows, DRAWN.itemsize), np.uint8)
         self.slot_masks = SlotMasks(vocab_size, padding_ids, end_ids)
@@ -220,7 +220,7 @@ class SamplerLauncher:
         """
         rows = len(logits)
         kernel = kernels.get("sample_masked.cu" if masked else "sample.cu", "sample")
-        state_args = (row_slots, self._slot_arrays(state), self.drawn, self._boards, self._ticket)
+        state_args = (row_slots, self._slot_arrays(state), self.drawn, self._exchanges, self._ticket)
         args, shared = (logits, np.int32(self.vocab_size), *state_args), self._spread if rows == 1 else 0
         kernel((self._blocks(rows), rows), (_THREADS,), args, shared_mem=shared, pdl=True)
 

@@ -1,6 +1,7 @@
 // Decode of several rows: x[r] = residual[r] + Σ_j y[r, j]: sum of the experts' weighted results.
 //
-// Shapes: y [R, k, d] (null if k is 0), residual (or null) and x [R, d] f32. An inactive row gets zeros.
+// Shapes: y [R, k, d] (null if k is 0), residual (or null) and x [R, d] f32. An inactive row gets
+// zeros.
 // Grid: x over ⌈d/256⌉, y over R; 256 threads, one element each. Alignment: 4 bytes. Bytes: 4·(k +
 // 2) an element. Order and rounding: each y is rounded, then added in the order of the routes, as
 // in experts_add.cu. Nothing is __restrict__: the compiler could move such loads above the wait

@@ -1,9 +1,10 @@
 // RMSNorm of each group of a row, added to the group of another row: the inputs of all layers.
 //
 //   x[t, g] = x[t, g] + y[t, g] / sqrt(mean(y[t, g]²) + eps) · weight
-// Shapes: x, y [T, groups·width] f32, weight [width] f32; width is a multiple of 4. Rows from *count
-// on are not written; count may be null.
-// Grid (T, ⌈groups / GROUP_WARPS⌉), block 32·GROUP_WARPS: a warp a group, float4s lane, lane + 32, ….
+// Shapes: x, y [T, groups·width] f32, weight [width] f32; width is a multiple of 4. Rows from
+// *count on are not written; count may be null.
+// Grid (T, ⌈groups / GROUP_WARPS⌉), block 32·GROUP_WARPS: a warp a group, float4s lane, lane + 32,
+// ….
 // Alignment: 16 bytes. Bytes: 16 an element.
 // Order and rounding: a lane's float4s ascending (sum_of_squares), then the warp's butterfly; as in
 // the twin, the factor 1/sqrt is rounded twice, each product and sum once.

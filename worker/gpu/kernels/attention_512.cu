@@ -7,21 +7,21 @@
 // online softmax in base 2, then each thread two columns of the sums. The order of all sums follows
 // from the row's position alone.
 //
-// attention_512_rows (decode): one new token a row. With Norms (HeadNorms) norms of q, k and v; RoPE
-// of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the tiles g,
-// g + splits, … from the oldest on; the block that arrives last adds the results, oldest first.
+// attention_512_rows (decode): one new token a row. With Norms (HeadNorms) norms of q, k and v;
+// RoPE of q and k, KV write, and the split of attention_decode.cu: block g of a row computes the
+// tiles g, g + splits, … from the oldest on; the block that arrives last adds the results.
 //   q [R, H·512], k, v [R, Hk·512] f32, or null: they are in the cache, by an earlier layer or,
 //   always with Q8Kv, by kv_rows.cu; row_slots [R] i32, or null: slot 0; of the slots, positions
 //   [S] i32 and tables [S, table_stride] i32. y [R, H·512] f32; zeros for an inactive row
 //   (attention_items.cu). The keys of other rows of a sequence are in the cache (kv_rows.cu).
 //   Grid (stored, H/GROUP, R), stored ≤ splits: those that the longest context can need.
-//   Scratch: partials, R·(H/GROUP)·stored times 514·GROUP f32; arrivals, R·(H/GROUP) u32, zero before
-//   and after each launch.
+//   Scratch: partials, R·(H/GROUP)·stored times 514·GROUP f32; arrivals, R·(H/GROUP) u32, zero
+//   before and after each launch.
 // attention_512_chunk (prefill): the rows of a batch (prefill_batch.cuh), after rope_kv.cu.
-//   q [T, H·512] f16, rotated. y [T, H·512] f16 in the order of fragments.cuh; zeros between chunks.
+//   q [T, H·512] f16, rotated. y [T, H·512] f16, order of fragments.cuh; zeros between chunks.
 //   Grid (H/GROUP, T); blocks of rows after the last chunk exit.
-// Both: caches as in kv_cache.cuh; sinks [H] f32 or null. Block 256. Alignment: 16 bytes. Bytes: the
-// visible keys and values once a row and GROUP heads, mostly from L2. All are read after the wait.
+// Both: caches as in kv_cache.cuh; sinks [H] f32 or null. Block 256. Alignment: 16 bytes. Bytes:
+// the visible keys and values once a row and GROUP heads, mostly from L2, after the wait.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache.
 #include "arrival.cuh"
 #include "decode_splits.cuh"

@@ -7,21 +7,21 @@
 // into tiles of 128 or 256 at absolute multiples of the tile. Block g of the grid computes the
 // tiles s ≡ g (mod G) by online softmax; the block that arrives last adds the blocks' partial
 // results in the order of their oldest tile. G is a constant of the model's shape
-// (worker/gpu/decode_attention.py: decode_splits), so the order of the sums depends on the position alone,
-// never on the device.
+// (worker/gpu/decode_attention.py: decode_splits), so the order of the sums depends on the position
+// alone, never on the device.
 //
-// Inputs: q [H·D], k, v [Hk·D] f32, or null: an earlier layer has written them to the cache; caches as
-// in kv_cache.cuh; row_slot i32, or null: slot 0; of the slots, positions [S] i32 and tables
+// Inputs: q [H·D], k, v [Hk·D] f32, or null: an earlier layer has written them to the cache; caches
+// as in kv_cache.cuh; row_slot i32, or null: slot 0; of the slots, positions [S] i32 and tables
 // [S, table_stride] i32; cos, sin [context, dims/2] f32; sinks [H] f32 or null.
-// Outputs: y [H·D] f32, and the same row quantized as q8, meta (q8_activations.cuh); the new key and
-// value. The row is inactive if its slot or the slot's position is negative, or if the position lies
-// beyond the table: nothing is written then.
+// Outputs: y [H·D] f32, and the same row quantized as q8, meta (q8_activations.cuh); the new key
+// and value. The row is inactive if its slot or the slot's position is negative, or if the position
+// lies beyond the table: nothing is written then.
 // Scratch: partials, (H/GROUP)·G times partial_floats(D, GROUP) f32; arrivals, H/GROUP u32, zero
 // before and after each launch.
-// Grid (G, H/Hk/GROUP, Hk), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A warp
-// computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and values at
-// once; those of a block's first tile are loaded before the wait (pdl.cuh). With D = 256 it loads the
-// values of a KV block after its scores, and GROUP ≤ 4.
+// Grid (G, H/Hk/GROUP, Hk), block 32·warps_of(D, GROUP): GROUP ≤ 8 query heads of one KV head. A
+// warp computes one or two KV blocks of a tile (decode_heads.cuh) and loads all their keys and
+// values at once; those of a block's first tile are loaded before the wait (pdl.cuh). With D = 256
+// it loads the values of a KV block after its scores, and GROUP ≤ 4.
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
 // Twin: `attend` in worker/cpu/attention.py with an f16 cache, `quantize` in
@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), blocks_of(D, GROUP))
     __shared__ __align__(16) typename Kv::template Row<D> new_key, new_value;
     const int kv_head = blockIdx.z, group = kv_head * gridDim.y + blockIdx.y, head = group * GROUP;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // row_slot, positions and tables may be read before the wait: a graph holds one step, and they are
-    // written before it, by a copy or the preceding step's sampler (pdl.cuh, rule 1). The position of
-    // slot 0 is loaded in any case: without row_slot, no branch delays it.
+    // row_slot, positions and tables may be read before the wait: a graph holds one step, and they
+    // are written before it, by a copy or the preceding step's sampler (pdl.cuh, rule 1). The
+    // position of slot 0 is loaded in any case: without row_slot, no branch delays it.
     int position = positions[0];
     if (row_slot) {
         const int slot = *row_slot;

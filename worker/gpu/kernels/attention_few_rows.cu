@@ -1,15 +1,17 @@
-// Decode attention of a few rows, one new token each: for every row the bits of attention_decode.cu.
+// Decode attention of a few rows, one new token each: for every row the bits of
+// attention_decode.cu.
 //
 // As attention_rows.cu, a fixed number of blocks processes a list of the splits that exist, and the
 // block that arrives last at a row's group adds the results of its splits after its next item. But
 // each part of a tile has a warp, which holds its keys and values in registers, as in
-// attention_decode.cu: those of a block's first item are loaded before the wait, those of the next one
-// before the results of an item are combined. An item takes less time, so this kernel is for so few
-// items that a block has one or two; with more, the teams of attention_rows.cu read faster.
+// attention_decode.cu: those of a block's first item are loaded before the wait, those of the next
+// one before the results of an item are combined. An item takes less time, so this kernel is for so
+// few items that a block has one or two; with more, the teams of attention_rows.cu read faster.
 //
-// Inputs, outputs and scratch as in attention_rows.cu, with an F16Kv cache. Shapes: those with 16 parts of one KV block.
-// Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best at most one a multiprocessor; block 32
-// threads a part.
+// Inputs, outputs and scratch as in attention_rows.cu, with an F16Kv cache. Shapes: those with 16
+// parts of one KV block.
+// Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best at most one a multiprocessor; block
+// 32 threads a part.
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
 // Twin: as attention_decode.cu.
@@ -39,7 +41,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
     __shared__ bool complete;                    // this block has arrived last at its group
     const int kv_head = blockIdx.y, group = kv_head * gridDim.x + blockIdx.x, groups = gridDim.x * gridDim.y;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = group * GROUP;
-    // Read before the wait: the list, block tables and KV of earlier tokens, as in attention_rows.cu.
+    // Read before the wait: the list, block tables and KV of earlier tokens, as in
+    // attention_rows.cu.
     const DecodeEntries entries(list);
     if ((int)blockIdx.z >= entries.stride) return;
     KvFragments<D, F16Kv> kv;
@@ -143,7 +146,8 @@ __global__ void __launch_bounds__(32 * warps_of(D, GROUP), 1)
         // The result of the atomic is needed only here: the thread does not wait for it before.
         if (pending && arriving) complete = (int)arrived_before == arrived_splits - 1;
         __syncthreads();
-        // First the splits of the previous item's row, if this block has arrived last, then this item.
+        // First the splits of the previous item's row, if this block has arrived last, then this
+        // item.
         const int active_splits = span.active(splits);
         bool arrives = false;
 #pragma unroll 1

@@ -1,4 +1,5 @@
-// Prefill attention of a batch of chunks, each over the KV cache of its sequence (FlashAttention-2, tensor cores).
+// Prefill attention of a batch of chunks, each over the KV cache of its sequence (FlashAttention-2,
+// tensor cores).
 //
 //   y_h[t] = Σ_p softmax_p(q_h[t] · k_p / √D) v_p   over positions max(0, t-window+1) … t
 // A sink logit, if any, joins the denominator.
@@ -11,23 +12,26 @@
 // queries and other chunks never change the bits of a query.
 //
 // A block computes a tile of at most 64 queries of one chunk (prefill_batch.cuh). Without SPLIT it
-// computes all their segments. A short chunk after a long prefix has too few such blocks. With SPLIT
-// the X blocks of a head are Z = X / tiles for each tile: block z computes segments z, z + Z, … and
-// stores a partial result of each; the block that arrives last merges them. If the partial results
-// exceed `capacity`, block 0 computes all segments. The KV blocks of a segment are looked up once.
+// computes all their segments. A short chunk after a long prefix has too few such blocks. With
+// SPLIT the X blocks of a head are Z = X / tiles for each tile: block z computes segments z, z + Z,
+// … and stores a partial result of each; the block that arrives last merges them. If the partial
+// results exceed `capacity`, block 0 computes all segments. The KV blocks of a segment are looked
+// up once.
 //
 // Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to
-// the end of each chunk; batch; sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order of
-// fragments.cuh (a mean of f16 values needs no scale). Rows between two chunks get the results of zero
-// queries, which are finite.
-// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, tiles·H u32, zero before
-// and after each launch; both null if no context has several segments. D is 64, 96, 128 or 256.
+// the end of each chunk; batch; sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order
+// of fragments.cuh (a mean of f16 values needs no scale). Rows between two chunks get the results
+// of zero queries, which are finite.
+// Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, tiles·H u32, zero
+// before and after each launch; both null if no context has several segments. D is 64, 96, 128 or
+// 256.
 // Grid (X ≥ tiles, H), block threads(strips(D, SPLIT)); other blocks exit. Dynamic
 // shared memory: TileStages (attention_tiles.cuh), and 256·(D+8) bytes of partial results.
 // Alignment: every row 16 bytes. Flops: 4·D per head and visible pair. Bytes: q and y once, 2 an
 // element; keys and values of all visible tiles once per 64 queries and head, mostly from L2; with
 // SPLIT also 4·(D+8) per query, head and segment, written and read.
-// Twin: `attend` in worker/cpu/attention.py with a cache of the same type; codes are decoded to f16.
+// Twin: `attend` in worker/cpu/attention.py with a cache of the same type; codes are decoded to
+// f16.
 #include "arrival.cuh"
 #include "pdl.cuh"
 #include "prefill_batch.cuh"
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(threads(strips(D, SPLIT)), blocks_of(D, SPLIT)
     const int last_tile = newest / kKeys, last_segment = newest / SEGMENT;
     int segment = first_segment + layer, tile = max(oldest / kKeys, segment * kTiles), stage = 0;
     int blocks = blocks_of_segment(segment);
-    // A tile before the chunk's start holds tokens of earlier batches only: fetch it before the wait.
+    // A tile before the chunk's start holds tokens of earlier batches only: fetch it before the
+    // wait.
     if ((tile + 1) * kKeys > queries_of.start) grid_dependency_wait();
     fetch(0, tile, blocks);
     grid_dependency_wait();

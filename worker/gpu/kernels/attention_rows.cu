@@ -4,20 +4,21 @@
 // attention_decode.cu has a block for each split that the longest context could need; here a fixed
 // number of blocks processes a list of the splits that exist (attention_items.cu). The tiles, their
 // division into parts, the splits and the order of all sums are those of attention_decode.cu: they
-// depend on a row's position alone. A block is a team of 1 to TEAM_WARPS warps that divides the parts
-// of an item: few warps if there are many items, since what an item costs besides its positions is
-// then hidden by the other teams of the multiprocessor. The number of warps moves no bit.
+// depend on a row's position alone. A block is a team of 1 to TEAM_WARPS warps that divides the
+// parts of an item: few warps if there are many items, since what an item costs besides its
+// positions is then hidden by the other teams of the multiprocessor. The number of warps moves no
+// bit.
 //
 // The team that arrives last at a row's group adds the results of its splits, after its next item:
 // it does not wait for its own arrival.
 //
-// Inputs, outputs and scratch as in attention_decode.cu, of R rows: q, y [R, H·D] and so on; row r of
-// slot row_slots[r] is inactive if its slot or position is negative, or if the position lies beyond the
-// table; it has zeros in y, q8 and meta, and no key or value. list: the work list; splits = G;
-// partials, R·(H/GROUP)·stored times part_floats(D, GROUP) f32, where stored is the number of splits
-// that the longest context can need; arrivals, R·(H/GROUP) u32.
-// Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best as many as fit on the device; block 32·n
-// threads for 1 to TEAM_WARPS warps. Dynamic shared memory: a ring of KV blocks for each warp
+// Inputs, outputs and scratch as in attention_decode.cu, of R rows: q, y [R, H·D] and so on; row r
+// of slot row_slots[r] is inactive if its slot or position is negative, or if the position lies
+// beyond the table; it has zeros in y, q8 and meta, and no key or value. list: the work list;
+// splits = G; partials, R·(H/GROUP)·stored times part_floats(D, GROUP) f32, where stored is the
+// number of splits that the longest context can need; arrivals, R·(H/GROUP) u32.
+// Grid (H/Hk/GROUP, Hk, the `blocks` of attention_items), best as many as fit on the device; block
+// 32·n threads for 1 to TEAM_WARPS warps. Dynamic shared memory: a ring of KV blocks for each warp
 // (kv_ring.cuh).
 // Alignment: q, caches and partials 16 bytes. Bytes: the visible keys and values once per GROUP
 // heads; the partials stay in L2.
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(32 * TEAM_WARPS, team_blocks_of(D))
         // The result of the atomic is needed only here: the thread does not wait for it before.
         if (pending && arriving) complete = (int)arrived_before == arrived_splits - 1;
         __syncthreads();
-        // First the splits of the previous item's row, if this block has arrived last, then this item.
+        // First the splits of the previous item's row, if this block has arrived last, then this
+        // item.
         const int active = span.active(splits);
         bool arrives = false;
 #pragma unroll 1

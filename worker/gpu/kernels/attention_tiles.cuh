@@ -3,7 +3,7 @@
 // A strip is 16 queries of one head. A warp computes STRIPS strips, which share each key or value
 // fragment; the bits of a query do not depend on STRIPS. keys_per_tile(D) positions a tile, D
 // elements a head. QUERY_TILE, ROW_PAD, TILE_KEYS_* are defined by worker/gpu/prefill_attention.py.
-// Users: attention_prefill.cu, running_softmax.cuh.
+// Users: attention_prefill.cu, attention_wgmma.cu, running_softmax.cuh.
 #pragma once
 #include "half.cuh"
 #include "kv_cache.cuh"
@@ -61,8 +61,8 @@ struct TileStages {
     __device__ __forceinline__ const Tile<D>& values(int stage) const { return stages[1][stage]; }
 };
 
-// With codes: head blocks are copied as they are, and elements are decoded, rounded to f16, before a
-// tile is read.
+// With codes: head blocks are copied as they are, and elements are decoded, rounded to f16, before
+// a tile is read.
 template <int D, int STRIPS>
 struct TileStages<D, STRIPS, Q8Kv> {
     static constexpr int kKeys = keys_per_tile(D), kBlocks = kKeys / kKvBlock;
@@ -85,7 +85,8 @@ struct TileStages<D, STRIPS, Q8Kv> {
             }
         }
     }
-    // Called after the wait for the stage's copies, and by all threads. Rows from `valid` on become zeros.
+    // Called after the wait for the stage's copies, and by all threads. Rows from `valid` on become
+    // zeros.
     __device__ __forceinline__ void arrive(int stage, int tile, int valid) {
         constexpr int kUnits = D / 16;  // 16 codes each
         __syncthreads();
@@ -160,7 +161,8 @@ __device__ __forceinline__ void add_values(Sums<D, STRIPS>& sums, const Scores<D
 }
 
 // Set the scores of keys that a query must not attend to (causal mask, window) to -∞. `first` is
-// the position of the lane's first query; those beyond `newest`, without a token, attend like that one.
+// the position of the lane's first query; those beyond `newest`, without a token, attend like that
+// one.
 template <int D, int STRIPS>
 __device__ __forceinline__ void apply_mask(Scores<D, STRIPS>& scores, int first, int tile, int window,
                                            int newest = 0x7fffffff) {

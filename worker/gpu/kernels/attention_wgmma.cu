@@ -1,16 +1,16 @@
 // Prefill attention on sm_90: attention_prefill.cu without SPLIT, bit for bit, by `wgmma`.
 //
 // A block computes a wide tile of queries of one head: three warpgroups 64 each, a warp 16, with
-// queries, weights and sums in registers as in attention_prefill.cu. The warps of a fourth warpgroup
-// copy tiles of keys and values by tensor maps into a ring of stages. The scores of a tile are
-// multiplied together with the values of the tile before, and the softmax of those scores begins
-// while the values are multiplied. Each element is the same chain of MMAs over the same tiles and
-// segments as in attention_prefill.cu.
+// queries, weights and sums in registers as in attention_prefill.cu. The warps of a fourth
+// warpgroup copy tiles of keys and values by tensor maps into a ring of stages. The scores of a
+// tile are multiplied together with the values of the tile before, and the softmax of those scores
+// begins while the values are multiplied. Each element is the same chain of MMAs over the same
+// tiles and segments as in attention_prefill.cu.
 //
-// Inputs, output, alignment: as in attention_prefill.cu with an f16 cache, whose keys and values are
-// tensor maps of [blocks·Hk·16, D] in boxes of 16 rows × kColumns of KvTile. Rows of a tile from the
-// end of the sequence on, whose slots are unwritten, become zeros: whole KV blocks as boxes beyond the
-// map, the rest of a block by stores.
+// Inputs, output, alignment: as in attention_prefill.cu with an f16 cache, whose keys and values
+// are tensor maps of [blocks·Hk·16, D] in boxes of 16 rows × kColumns of KvTile. Rows of a tile
+// from the end of the sequence on, whose slots are unwritten, become zeros: whole KV blocks as
+// boxes beyond the map, the rest of a block by stores.
 // Grid (H, ≥ wide tiles), 512 threads; other blocks exit. Dynamic shared memory: 1,024 bytes of
 // alignment, 4·stages·keys·D of tiles, 768·(D+8) of older segments. D is 64, 96 or 128.
 // Bytes: keys and values of all visible tiles once per 192 queries and head, mostly from L2.
@@ -53,7 +53,8 @@ struct Tiles {
     }
 };
 
-// Copy all tiles. Called by four threads: two copy the keys of every other KV block, two the values.
+// Copy all tiles. Called by four threads: two copy the keys of every other KV block, two the
+// values.
 template <int D>
 __device__ __forceinline__ void copy_tiles(const Tiles<D>& tiles, const TensorMap& cache, bool is_values, int first_block,
                                            const int* table, int n_kv_heads, int kv_head, int valid) {
@@ -122,8 +123,8 @@ __device__ __forceinline__ void to_fragments(Weights<D>& a, const Scores<D, 1>& 
     }
 }
 
-// Store zeros as the values from `valid` on of the last KV block. Called by all consumers, each before
-// its last product with values.
+// Store zeros as the values from `valid` on of the last KV block. Called by all consumers, each
+// before its last product with values.
 template <int D>
 __device__ __forceinline__ void clear_unwritten(const Tiles<D>& tiles, unsigned char* stages, int valid) {
     using Kv = KvTile<D>;

@@ -1,4 +1,5 @@
-// RMSNorms of two results of a layer, their sum, its RMSNorm, and the addition to the residual stream.
+// RMSNorms of two results of a layer, their sum, its RMSNorm, and the addition to the residual
+// stream.
 //
 //   u[t] = norm_a(a[t]) + norm_b(b[t]);  x[t] = (residual[t] + norm(u[t])) · scale
 //   norm(y) = y / sqrt(mean(y²) + eps) · weight   (arXiv:1910.07467)

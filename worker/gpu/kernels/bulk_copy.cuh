@@ -2,7 +2,8 @@
 //
 // PTX ISA, "cp.async.bulk" and "mbarrier". A barrier's phase completes when all its arrivals have
 // happened and all expected bytes have been copied; phases alternate in parity, from 0, and the one
-// before the first counts as complete. Addresses of shared memory are those of its own address space.
+// before the first counts as complete. Addresses of shared memory are those of its own address
+// space.
 #pragma once
 
 // A CUtensorMap, a `__grid_constant__` parameter.

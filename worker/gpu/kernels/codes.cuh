@@ -17,9 +17,9 @@ struct Planes {
     const u8 *low, *high, *scales, *supers;
 };
 
-// Element `index` of a plane of T. With WEIGHTS_BYPASS_L1, which a launcher defines for its file, L1
-// keeps the activations. With WEIGHTS_EVICT_FIRST, which a kernel defines that reads each weight once,
-// L1 and L2 keep all else.
+// Element `index` of a plane of T. With WEIGHTS_BYPASS_L1, which a launcher defines for its file,
+// L1 keeps the activations. With WEIGHTS_EVICT_FIRST, which a kernel defines that reads each weight
+// once, L1 and L2 keep all else.
 template <class T>
 __device__ __forceinline__ T load_plane(const u8* plane, u32 index) {
 #if defined(WEIGHTS_EVICT_FIRST)
@@ -166,8 +166,9 @@ struct Fp4Codes {
     }
 };
 
-// IQ4 codes as values from -127 to 113, by two table lookups as in Fp4Codes: one of the negated values of
-// codes 0 to 7, one of the values of codes 8 to 15. The other lookup gives 0, and no byte borrows.
+// IQ4 codes as values from -127 to 113, by two table lookups as in Fp4Codes: one of the negated
+// values of codes 0 to 7, one of the values of codes 8 to 15. The other lookup gives 0, and no byte
+// borrows.
 struct Iq4Codes {
     uint4 low;
     __device__ void load(const Planes& p, u32 u) { low = load_plane<uint4>(p.low, u); }

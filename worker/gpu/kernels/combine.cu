@@ -1,7 +1,7 @@
 // Prefill: x[t] = residual[t] + Σ_j weight[t, j]·y[t, j]: sum of the experts' results.
 //
-// Shapes: y [T, k, d], weights [T, k], residual (or null) and x [T, d] f32, d a multiple of 4. Of the tokens the
-// first *count are valid; count may be null.
+// Shapes: y [T, k, d], weights [T, k], residual (or null) and x [T, d] f32, d a multiple of 4. Of
+// the tokens the first *count are valid; count may be null.
 // Grid: x over ⌈d/1,024⌉, y over T; 256 threads, four adjacent elements each. Alignment: 16 bytes.
 // Bytes: 4·(k + 2) an element.
 // Order and rounding: fused multiply-adds in the order of the routes (experts_add.cu rounds each

@@ -2,8 +2,9 @@
 //
 // Both products are m16n8k16 (mma.cuh) with the heads as rows 0–7 of A. Rows 8–15 hold the rounding
 // errors of the f16 values in rows 0–7: queries and weights have 22 significant bits, and products
-// with the cache's elements are as precise as in f32. The order of a product's inner elements is free,
-// so lanes load keys as they lie in the cache (kv_fragments.cuh); it is the same in all users:
+// with the cache's elements are as precise as in f32. The order of a product's inner elements is
+// free, so lanes load keys as they lie in the cache (kv_fragments.cuh); it is the same in all
+// users:
 //   scores: lane (g, c) = (lane/4, lane%4) holds some elements of keys g, g + 8
 //   sums:   the inner elements are the positions 0 … 15 in order
 // The columns of the sums are independent of each other.
@@ -52,7 +53,8 @@ struct Heads {
 
     // Replace peak and total by those that include the positions of one KV block, of which at least
     // one is visible. Returns the factor of the sums before it, and the positions' weights as a
-    // fragment of A. Keys: `key` and the factors of KvFragments; query_at(s): the lane's fragment of step s.
+    // fragment of A. Keys: `key` and the factors of KvFragments; query_at(s): the lane's fragment
+    // of step s.
     template <class Keys, class QueryAt>
     __device__ __forceinline__ float weigh(const Keys& kv, QueryAt query_at, int start, int oldest, int newest,
                                            unsigned int (&a)[4]) {
@@ -120,7 +122,8 @@ struct Heads {
         }
     }
 
-    // Store the partial result of `count` heads, ROW floats from head to head (softmax_parts.cuh: D).
+    // Store the partial result of `count` heads, ROW floats from head to head (softmax_parts.cuh:
+    // D).
     template <int ROW = D>
     __device__ __forceinline__ void store_partial(float* partial, int count) {
         const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;

@@ -34,8 +34,8 @@ __host__ __device__ constexpr int team_blocks_of(int head_dim) { return head_dim
 struct SplitTiles {
     int newest, oldest, first, tiles, splits, mine;
 
-    // `mine` from 0 to active() - 1 enumerates the splits that have tiles. A negative position has no
-    // tiles.
+    // `mine` from 0 to active() - 1 enumerates the splits that have tiles. A negative position has
+    // no tiles.
     __device__ __forceinline__ SplitTiles(int position, int window, int tile, int splits, int mine)
         : newest(position), oldest(window && position >= window ? position - window + 1 : 0), first(oldest / tile),
           tiles((newest + tile) / tile - first), splits(splits), mine(mine) {}

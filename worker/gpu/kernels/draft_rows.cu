@@ -2,8 +2,9 @@
 // they will be if all draft tokens up to the row's are drawn.
 //
 // Inputs: DraftRows; the slots of sequences; size = V; blocks of a block table.
-// Outputs: the draft slots: token, position, index and, if they matter, counts are advanced; a draft
-// slot is inactive if its sequence is, or if the token lies at the sequence's limit or beyond.
+// Outputs: the draft slots: token, position, index and, if they matter, counts are advanced; a
+// draft slot is inactive if its sequence is, or if the token lies at the sequence's limit or
+// beyond.
 // Grid (any number of blocks, R), block THREADS. A launch of its own before the step's graph, whose
 // kernels read slots before their waits (pdl.cuh, rule 1).
 // Bytes: V/8 + 4·blocks a row, and 8·V if the sequence has penalties.

@@ -1,5 +1,5 @@
-// Experts of decode's rows: chosen by a launch before (route.cu, route_rows.cu), or by each warp that
-// needs them from the router's logits, which takes less time than a launch.
+// Experts of decode's rows: chosen by a launch before (route.cu, route_rows.cu), or by each warp
+// that needs them from the router's logits, which takes less time than a launch.
 //
 // Python: `_CHOICES` in worker/gpu/matvec.py.
 #pragma once

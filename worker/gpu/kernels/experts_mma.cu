@@ -4,16 +4,16 @@
 // Products, shapes and results: pair_product.cuh, for weights of type MXFP4 with a multiple of 32
 // rows and of 64 columns, at least 512.
 // Grid: x over equal shares of the work, any number; 640 threads. The work is the chunks of all
-// tiles (expert_tiles.cuh, experts_mma_stages.cuh): 32 elements of h, or 32 rows of W. 16 warps share
-// the units of a stage's 16 rows, of which with GATED 8 are of gate and 8 of up; 4 finish.
+// tiles (expert_tiles.cuh, experts_mma_stages.cuh): 32 elements of h, or 32 rows of W. 16 warps
+// share the units of a stage's 16 rows, of which with GATED 8 are of gate and 8 of up; 4 finish.
 // Alignment: planes and q 16 bytes. Dynamic shared memory: `MmaShared`. Bytes: the weights of each
 // distinct expert once for each of its tiles, in bulk copies of 4 whole rows, all slots in flight.
 // Order and rounding: the bits of glu.cu with experts and of the products of experts_add.cu. Warp w
-// adds chains w and w + 16 (bit 16 of the butterfly over 32 chains, vec_dot.cuh), then the warps are
-// added through shared memory (bits 8 to 1).
-// scale·sum is one fma that subtracts scale·kIntBias, which is exact unless it overflows: a warp with
-// a sum that is not finite computes it again and subtracts first. Only a zero's sign may differ,
-// which no sum keeps.
+// adds chains w and w + 16 (bit 16 of the butterfly over 32 chains, vec_dot.cuh), then the warps
+// are added through shared memory (bits 8 to 1).
+// scale·sum is one fma that subtracts scale·kIntBias, which is exact unless it overflows: a warp
+// with a sum that is not finite computes it again and subtracts first. Only a zero's sign may
+// differ, which no sum keeps.
 // Twins: `experts_glu`, `experts_add` in worker/cpu/ops.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/decode_experts.py.
 #include "experts_mma_handoff.cuh"

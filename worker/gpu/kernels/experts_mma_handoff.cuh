@@ -1,10 +1,10 @@
-// Shared memory of an experts' product on the int8 tensor cores, and how its multipliers and finishers
-// wait for each other.
+// Shared memory of an experts' product on the int8 tensor cores, and how its multipliers and
+// finishers wait for each other.
 #pragma once
 #include "experts_mma_sums.cuh"
 
-// Narrow tiles leave room for the starts of sums, which save the instructions that subtract the zero
-// point from codes.
+// Narrow tiles leave room for the starts of sums, which save the instructions that subtract the
+// zero point from codes.
 template <int MAX_NT>
 constexpr bool kNarrow = MAX_NT <= 2;
 template <int MAX_NT>
@@ -24,8 +24,8 @@ struct MmaShared {
     }
 };
 
-// Finishers of a chunk: with fewer than 3 groups of pairs they take turns, so that one writes results
-// while others add.
+// Finishers of a chunk: with fewer than 3 groups of pairs they take turns, so that one writes
+// results while others add.
 __device__ constexpr int finishers_of(int groups) { return groups < 3 ? groups : kFinishers; }
 __device__ constexpr int turns_of(int groups) { return kFinishers / finishers_of(groups); }
 
@@ -37,7 +37,8 @@ __device__ constexpr int turns_of(int groups) { return kFinishers / finishers_of
 // | `wait_until_added`: the stage before     |                                      |
 // | store partial sums, `report_stored`      | `wait_until_stored`                  |
 // |                                          | copy a stage, add, `report_added`    |
-// A chunk has an even number of stages: its barrier `stored`, one for each turn, starts with parity 0.
+// A chunk has an even number of stages: its barrier `stored`, one for each turn, starts with parity
+// 0.
 // Before sm_90 two barriers of the block do the same, and all finishers take part.
 template <int MAX_NT>
 struct Handoff {

@@ -21,8 +21,8 @@ constexpr int kChunk = 32, kStageRows = 16;
 template <bool GATED>
 constexpr int kStages = (GATED ? 2 : 1) * kChunk / kStageRows;  // of a chunk
 
-// A stage in shared memory: codes [16][units] of 16 bytes, with 16 bytes after each 4 rows, so that 8
-// adjacent rows are in different banks if units mod 4 is 2; and scales [16][units] of a byte.
+// A stage in shared memory: codes [16][units] of 16 bytes, with 16 bytes after each 4 rows, so that
+// 8 adjacent rows are in different banks if units mod 4 is 2; and scales [16][units] of a byte.
 __device__ __forceinline__ int row_offset(int row, int units) { return 16 * (row * units + row / 4); }
 __device__ __forceinline__ int stage_codes_bytes(int units) { return row_offset(kStageRows, units); }
 __device__ __forceinline__ int stage_bytes(int units) { return stage_codes_bytes(units) + kStageRows * units; }
@@ -30,8 +30,8 @@ __device__ __forceinline__ int stage_bytes(int units) { return stage_codes_bytes
 // The warp's number in its block, which the compiler then knows to be uniform.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
 
-// Copies of stages to a ring of SLOTS slots, by the finishers: the i-th stage of a block is in slot i
-// mod SLOTS. From sm_90 on, one finisher issues bulk copies; before, all copy 16 bytes at a time.
+// Copies of stages to a ring of SLOTS slots, by the finishers: the i-th stage of a block is in slot
+// i mod SLOTS. From sm_90 on, one finisher issues bulk copies; before, all copy 16 bytes at a time.
 template <int SLOTS, bool GATED>
 struct StageCopies {
     ChunkWalk walk;   // of the next stage to copy
@@ -42,8 +42,8 @@ struct StageCopies {
         : walk(from), stage(0), slot(0), slots((u32)__cvta_generic_to_shared(ring)),
           full((u32)__cvta_generic_to_shared(barriers)) {}
 
-    // Begin to copy the next `count` stages, to the slots that were read last; or, if another finisher
-    // does, only follow.
+    // Begin to copy the next `count` stages, to the slots that were read last; or, if another
+    // finisher does, only follow.
     __device__ __forceinline__ void next(const PairProduct& p, int units, int count, bool copying) {
 #pragma unroll 1
         for (int i = 0; i < count; ++i) next(p, units, copying);

@@ -3,8 +3,8 @@
 #pragma once
 #include "experts_mma_stages.cuh"
 
-// A lane's sums of 16 rows and 8·NT pairs: element i of group n is that of row l/4 + 8·(i/2) and pair
-// 8·n + l%4·2 + i%2.
+// A lane's sums of 16 rows and 8·NT pairs: element i of group n is that of row l/4 + 8·(i/2) and
+// pair 8·n + l%4·2 + i%2.
 template <int NT>
 using LaneSums = float[NT][4];
 
@@ -20,8 +20,8 @@ __device__ __forceinline__ void add_halves(float (&v)[N]) {
     }
 }
 
-// Sums of all slices, [slice][groups][lane][4], for `groups` groups of 8 pairs. Slice w has those of
-// chains w and w + 16 of the butterfly over 32 chains.
+// Sums of all slices, [slice][groups][lane][4], for `groups` groups of 8 pairs. Slice w has those
+// of chains w and w + 16 of the butterfly over 32 chains.
 struct Partials {
     float4* at;
     int groups;
@@ -61,8 +61,8 @@ struct LanePairs {
     }
 };
 
-// A lane's totals of a chunk, and the biases of their rows: of gate and up, or of rows l/4 and l/4 + 8
-// of down.
+// A lane's totals of a chunk, and the biases of their rows: of gate and up, or of rows l/4 and l/4
+// + 8 of down.
 template <bool GATED>
 struct LaneTotals {
     float sums[kStages<GATED>][4], biases[kStages<GATED>][2];

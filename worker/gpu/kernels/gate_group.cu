@@ -1,6 +1,7 @@
 // y = gated(y, up), element by element (gated.cuh), with a group of a row's inputs for up.
 //
-// Shapes: y [T, width] f32; inputs [T, stride] f32, of which up has the columns first … first + width.
+// Shapes: y [T, width] f32; inputs [T, stride] f32, of which up has the columns first … first +
+// width.
 // Rows from *count on are not written; count may be null.
 // Grid (T, ⌈width/256⌉), block 256, one element a thread. Alignment: 4 bytes. Bytes: 12 an element.
 // Twin: `linear_gate` in worker/cpu/ops.py. Launcher: worker/gpu/layer_inputs.py.

@@ -39,9 +39,10 @@ __device__ __forceinline__ float gated(float gate, float up, const Gate g) {
     return gate / inverse_sigmoid<GELU>(gate, g) * up;
 }
 
-// a / b for 2^-27 ≤ |a| < 2^30 and 1 ≤ b ≤ infinity, correctly rounded except for the sign of a zero. The
-// compiler's division has the same steps, but a branch for operands near the ends of f32's range; here
-// a power of two brings b below 2^70 (infinity: to 2^100, so that the quotient is zero).
+// a / b for 2^-27 ≤ |a| < 2^30 and 1 ≤ b ≤ infinity, correctly rounded except for the sign of a
+// zero. The compiler's division has the same steps, but a branch for operands near the ends of
+// f32's range; here a power of two brings b below 2^70 (infinity: to 2^100, so that the quotient is
+// zero).
 __device__ __forceinline__ float branchless_quotient(float a, float b) {
     const float power = b > 0x1p60f ? 0x1p-60f : 1.f;
     b = fminf(__fmul_rn(b, power), 0x1p100f);

@@ -2,7 +2,8 @@
 //
 // `code(sub, e)` returns the raw code of element e of the block's sub-th 32 elements; formats.cuh
 // converts codes to values. Types with a codebook, rows of 8 (IQ1, IQ2) or 4 (IQ3) magnitudes, have
-// `code(sub, e, codebook)` with the magnitude in the lower bits and the sign above them (signed_code).
+// `code(sub, e, codebook)` with the magnitude in the lower bits and the sign above them
+// (signed_code).
 // Sizes are those of gguf.GGML_QUANT_SIZES. repack.cu reads these blocks once, when a model is
 // loaded; other kernels use the struct names as template arguments only. Twin: `dequantize` in
 // worker/quants.py.
@@ -130,7 +131,8 @@ struct TQ2_0 {
     __device__ int code(int sub, int e) const { return qs[32 * (sub / 4) + e] >> 2 * (sub % 4) & 3; }
 };
 
-// Ternary digits, five in a byte b: digit n is the integer part of 3·f, f the fraction of b·3^n / 256.
+// Ternary digits, five in a byte b: digit n is the integer part of 3·f, f the fraction of b·3^n /
+// 256.
 struct TQ1_0 {
     u8 qs[48], qh[4];
     u16 d;

@@ -1,15 +1,16 @@
 // Decode: h[t, j] = gated(W_gate·n[t] + b_gate, W_up·n[t] + b_up): norm, both products and the gate
 // in one launch.
 //
-// For a dense FFN, or for each of the k experts of a token (expert_choice.cuh; k = 1 for a dense FFN).
+// For a dense FFN, or for each of the k experts of a token (expert_choice.cuh; k = 1 for a dense
+// FFN).
 // Shapes: W [E, rows, cols] in planes, types G (gate) and U (up); biases [E, rows] f32 or null; h
 // [T·k, rows] as f32 and as Q8 blocks (q and meta are null unless rows is a multiple of 32). n is
 // staged by each block (stage_activations.cuh).
 // Grid: x over ⌈rows/32⌉, y over T·k; 32·WARPS threads. A block computes 32 adjacent elements of
 // one h, so that it can store them as one Q8 block; a warp computes 32/WARPS of them, that is twice
 // as many rows in the order gate, up, gate, up, TILE_M at a time. WARPS is 16 for a dense FFN, 8
-// for experts: they have many blocks, and small ones end closer together. Experts' weights load only
-// after the wait, so long rows of both matrices are in flight together.
+// for experts: they have many blocks, and small ones end closer together. Experts' weights load
+// only after the wait, so long rows of both matrices are in flight together.
 // Alignment: planes and x 16 bytes. Dynamic shared memory: the staged row. Bytes: the weights of
 // each chosen expert once a token, 16-byte loads, TILE_M·UNROLL_K of them in flight a lane.
 // Order and rounding: vec_dot.cuh, then fma(sum, 1/rms, bias), then gated.cuh.
@@ -55,9 +56,9 @@ __global__ void __launch_bounds__(32 * WARPS, blocks_of(WARPS, TILE_M * UNROLL_K
         biases[0][lane] = gate.bias ? gate.bias[(size_t)expert * rows + column] : 0.f;
         biases[1][lane] = up.bias ? up.bias[(size_t)expert * rows + column] : 0.f;
     };
-    // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step; with
-    // logits x, complete because the predecessor (the router) releases its dependents only after its
-    // own wait.
+    // Before the wait (pdl.cuh): weights of a dense FFN and norm weights, constant during a step;
+    // with logits x, complete because the predecessor (the router) releases its dependents only
+    // after its own wait.
     if (!kExperts) load_first(0);
     prefetch_norm(input);
     if (!kExperts) {
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(32 * WARPS, blocks_of(WARPS, TILE_M * UNROLL_K
     const float factor =
         stage<kReadsQ8<G> || kReadsQ8<U>, !kReadsQ8<G> || !kReadsQ8<U>, WARPS>(input, t, 1, shared, x);
     if (kExperts) {
-        // The dependent (experts_add.cu) reads the choices before its own wait: they must be complete
-        // before it starts.
+        // The dependent (experts_add.cu) reads the choices before its own wait: they must be
+        // complete before it starts.
         grid_dependency_wait();
         expert = choices.expert(t, blockIdx.y % choices.k);
         load_first(0);

@@ -1,5 +1,5 @@
 // Block-wide prefix sums of integers.
-// Users: row_board.cuh, select.cuh, sample.cu.
+// Users: row_exchange.cuh, select.cuh, sample.cu.
 #pragma once
 
 #include "arrival.cuh"

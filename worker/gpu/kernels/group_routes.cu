@@ -2,8 +2,8 @@
 // device.
 //
 // Shapes: experts [slots] i32 to order and places [slots] i32, the inverse of order, and table
-// [n_tiles]; n_tiles = slots/tile_slots + E is an upper bound, unused tiles get count 0. Of the slots
-// the first *count · k are valid; count may be null. E ≤ the block's threads.
+// [n_tiles]; n_tiles = slots/tile_slots + E is an upper bound, unused tiles get count 0. Of the
+// slots the first *count · k are valid; count may be null. E ≤ the block's threads.
 // Grid: one block of up to 32 warps. A warp counts the experts of an equal share of the slots, a
 // thread adds an expert's counts up over the warps, warp 0 lays out the experts, then each warp
 // places its slots, 32 at a time. Dynamic shared memory: (warps + 3)·E ints. Bytes: 8·slots read,

@@ -2,10 +2,10 @@
 //
 //   x = x / sqrt(mean(x²) + eps) · weight
 // Lane l has the elements l, l + 32, … Order and rounding: a lane's squares ascending by fused
-// additions, then the warp's butterfly; as in the twin, the factor 1/sqrt is rounded twice, and each
-// product once.
-// Twin: `rms_norm` in worker/cpu/plain.py. Users: head_norms.cu; rope_kv.cu, attention_decode.cu and
-// attention_512.cu, whose kernels take `HeadNorms` as an optional last parameter.
+// additions, then the warp's butterfly; as in the twin, the factor 1/sqrt is rounded twice, and
+// each product once.
+// Twin: `rms_norm` in worker/cpu/plain.py. Users: head_norms.cu; rope_kv.cu, attention_decode.cu
+// and attention_512.cu, whose kernels take `HeadNorms` as an optional last parameter.
 #pragma once
 #include "warp.cuh"
 

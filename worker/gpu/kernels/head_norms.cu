@@ -2,8 +2,8 @@
 //
 // head_norm.cuh has the formula. Shapes: q [T, H·D], k, v and values [T, Hk·D] f32. v may be k: the
 // values are then the keys before their norm. Nothing is written if values is v.
-// Grid (T, ⌈(H + Hk) / HEAD_WARPS⌉), block 32·HEAD_WARPS: a warp a query head, or a key head and its
-// value head. Alignment: 4 bytes. Bytes: 8 an element.
+// Grid (T, ⌈(H + Hk) / HEAD_WARPS⌉), block 32·HEAD_WARPS: a warp a query head, or a key head and
+// its value head. Alignment: 4 bytes. Bytes: 8 an element.
 // Twin: `CpuOps.attention` in worker/cpu/ops.py. Launcher: worker/gpu/head_norms.py.
 #include "head_norm.cuh"
 #include "pdl.cuh"

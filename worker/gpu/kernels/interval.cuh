@@ -1,10 +1,10 @@
 // The order of ids by value, and intervals of it, among whose ids a selection ends.
 //
-// An interval of values is divided into 2^10 parts, the part into 2^10 parts of its keys, and so on;
-// equal keys are divided by id.
+// An interval of values is divided into 2^10 parts, the part into 2^10 parts of its keys, and so
+// on; equal keys are divided by id.
 // Users: select.cuh.
 #pragma once
-#include "row_board.cuh"
+#include "row_exchange.cuh"
 
 // Ascending with x; -0 equals +0, and NaN has the lowest key.
 __device__ __forceinline__ u64 ordered_key(double x) {
@@ -21,8 +21,8 @@ struct Place {  // in the order of ids
     }
 };
 
-// kBuckets intervals of the values from `top` down, the last of which is open. The first kFine divide
-// a quarter of the range, in which most selections end; the others are 21 times as wide.
+// kBuckets intervals of the values from `top` down, the last of which is open. The first kFine
+// divide a quarter of the range, in which most selections end; the others are 21 times as wide.
 struct Scale {
     static constexpr int kFine = 896;
     static constexpr double kFineScale = 4.0 * kFine, kCoarseScale = (kBuckets - 1 - kFine) / 0.75;
@@ -43,7 +43,8 @@ struct Scale {
     __device__ u64 lowest(int bucket) const { return bucket < kBuckets - 1 ? key(bucket + 1.001) : 0; }
 };
 
-// The ids among which a selection ends: `count` of them, after `above` ids of total mass `above_mass`.
+// The ids among which a selection ends: `count` of them, after `above` ids of total mass
+// `above_mass`.
 struct Interval {
     u64 target, above_mass;
     unsigned int above, count;

@@ -7,10 +7,12 @@
 // | F16Kv | [16][D] f16                        | 32·D     | f16, clamped to ±65504          |
 // | Q8Kv  | [16][D] u8 codes, [16] f16 scales  | 16·(D+2) | (code - 128)/64 · scale of row  |
 // Q8Kv: after a clamp to ±65024, the scale is the row's greatest magnitude times 64/127, rounded to
-// f16; a code is the element divided by it, rounded to nearest even, from 1 to 255. So a row's bits
-// depend on that key or value alone. (code - 128)/64 is exact in f16. A row with a NaN has it as scale.
+// f16; a code is 128 + 64 · element/scale, rounded to nearest even, from 1 to 255. So a row's bits
+// depend on that key or value alone. (code - 128)/64 is exact in f16. A row with a NaN has it as
+// scale.
 // The scales of the rows 2c, 2c + 1, 2c + 8, 2c + 9 are neighbours: a lane needs them in decode.
-// Every row is 16-byte aligned. KV_BLOCK is defined by prefill_attention.py and decode_attention.py. Twin:
+// Every row is 16-byte aligned. KV_BLOCK is defined by prefill_attention.py and
+// decode_attention.py. Twin:
 // worker/cpu/kv_cache.py.
 #pragma once
 #include "half.cuh"
@@ -70,7 +72,8 @@ struct Q8Kv {
     __device__ __forceinline__ static unsigned short scale_bits(const unsigned char* from, int position) {
         return reinterpret_cast<const unsigned short*>(from + kKvBlock * D)[scale_index(position)];
     }
-    // Four codes as (code - 128)/64 in two pairs of f16. A byte b below the byte 0x64 is the f16 1024 + b.
+    // Four codes as (code - 128)/64 in two pairs of f16. A byte b below the byte 0x64 is the f16
+    // 1024 + b.
     __device__ __forceinline__ static uint2 halves(unsigned int codes) {
         const unsigned int factor = 0x24002400, offset = 0xcc80cc80;  // 1/64, -1152/64
         return make_uint2(half2_fma(__byte_perm(codes, 0x64646464, 0x4140), factor, offset),

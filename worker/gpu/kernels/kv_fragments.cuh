@@ -1,11 +1,11 @@
 // The keys and values of one head in one KV block, in a warp's registers, as operands of
 // decode_heads.cuh's products.
 //
-// Scores: lane (g, c) = (lane/4, lane%4) holds elements of the keys g, g + 8, as 16 neighbouring bytes
-// of the cache: with f16, elements 32i + 8c … 32i + 8c + 7, with codes, elements 64i + 16c …
+// Scores: lane (g, c) = (lane/4, lane%4) holds elements of the keys g, g + 8, as 16 neighbouring
+// bytes of the cache: with f16, elements 32i + 8c … 32i + 8c + 7, with codes, elements 64i + 16c …
 // 64i + 16c + 15; of the last 32 codes of D = 96, 8 each.
-// Sums: lane (g, c) holds elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c, 2c + 1, 2c + 8,
-// 2c + 9; of the last 32 elements of D = 96, 4 each.
+// Sums: lane (g, c) holds elements 64i + 8g … 64i + 8g + 7 of the values at positions 2c, 2c + 1,
+// 2c + 8, 2c + 9; of the last 32 elements of D = 96, 4 each.
 // Users: decode_heads.cuh, and the kernels that include it.
 #pragma once
 #include "kv_cache.cuh"
@@ -17,7 +17,8 @@ template <int D>
 struct KvFragments<D, F16Kv> {
     static constexpr int kSections = D / 32, kWide = D / 64;  // wide: 64 values, 16 bytes a lane
     static constexpr bool kNarrow = D % 64 != 0;
-    // Registers hold keys or values of 256 elements: values are loaded where keys are not needed any more.
+    // Registers hold keys or values of 256 elements: values are loaded where keys are not needed
+    // any more.
     static constexpr bool kLateValues = D > 128;
     uint4 keys[2][kSections], values[4][kWide];
     uint2 narrow[4];
@@ -80,8 +81,8 @@ struct KvFragments<D, F16Kv> {
             if (start + value_row(t) == newest) load_value(t, value.elements);
     }
 
-    // Load elements 64i … 64i + 63 of the values at positions [oldest, newest], of which `value` is the
-    // newest, and zero the others.
+    // Load elements 64i … 64i + 63 of the values at positions [oldest, newest], of which `value` is
+    // the newest, and zero the others.
     __device__ __forceinline__ void load_late_values(int i, const unsigned short* value_block,
                                                      const unsigned short* value, int start, int oldest, int newest) {
         const int g = threadIdx.x % 32 / 4;
@@ -100,7 +101,8 @@ struct KvFragments<D, F16Kv> {
         return s % 2 ? make_uint2(k.z, k.w) : make_uint2(k.x, k.y);
     }
     __device__ __forceinline__ static float score(int, int, float sum) { return sum; }
-    // The values of tile j as a fragment of B, and the factor of a value whose position has this weight.
+    // The values of tile j as a fragment of B, and the factor of a value whose position has this
+    // weight.
     __device__ __forceinline__ uint2 value(int j) const {
         unsigned int row[4];
 #pragma unroll
@@ -126,8 +128,8 @@ private:
     }
 };
 
-// The same with codes: 16 keys or 8 values a load. Products are those of (code - 128)/64; the scale of
-// a key is a factor of its score, that of a value a factor of its weight.
+// The same with codes: 16 keys or 8 values a load. Products are those of (code - 128)/64; the scale
+// of a key is a factor of its score, that of a value a factor of its weight.
 template <int D>
 struct KvFragments<D, Q8Kv> {
     static constexpr int kWide = D / 64;  // sections of 64 elements
@@ -161,8 +163,8 @@ struct KvFragments<D, Q8Kv> {
         if (kNarrow) narrow_values[t] = *reinterpret_cast<const unsigned int*>(row + 64 * kWide + 4 * g);
     }
 
-    // Load the rows at positions [oldest, newest) of two head blocks, in device or shared memory. Others
-    // have a scale of zero: that of an unwritten slot may be NaN, but codes are finite.
+    // Load the rows at positions [oldest, newest) of two head blocks, in device or shared memory.
+    // Others have a scale of zero: that of an unwritten slot may be NaN, but codes are finite.
     __device__ __forceinline__ void load(const unsigned char* key_block, const unsigned char* value_block, int start,
                                          int oldest, int newest) {
         const int c = threadIdx.x % 4, from = max(oldest - start, 0), to = newest - start;

@@ -1,9 +1,10 @@
 // A warp's ring of KV blocks in shared memory, filled by asynchronous copies across work items.
 //
-// A work item is one split (decode_splits.cuh) of one row for one group of heads. A thread block is a
-// team of any number of warps that divides the item's parts, those that `warps_of` warps compute in
-// attention_decode.cu: warp w of n has the parts w, w + n, …. Block (x, y, z) of a
-// grid computes one group of heads of the entries z, z + stride, …; blocks from `stride` on have none.
+// A work item is one split (decode_splits.cuh) of one row for one group of heads. A thread block is
+// a team of any number of warps that divides the item's parts, those that `warps_of` warps compute
+// in attention_decode.cu: warp w of n has the parts w, w + n, …. Block (x, y, z) of a
+// grid computes one group of heads of the entries z, z + stride, …; blocks from `stride` on have
+// none.
 // Each warp copies ahead the KV blocks that it will read, RING_SLOTS of them, in the order in which
 // it reads them and past the end of an item: copies stay in flight while the team combines results.
 // A warp reads only its own copies, so the ring needs no barrier of the team.
@@ -18,8 +19,8 @@ struct RowShape {
     static constexpr int kOfPart = kBlocks * kKvBlock, kTile = kParts * kOfPart;
 };
 
-// The entries of a step (attention_items.cu). They are read through L2, because an earlier kernel of
-// this graph has written them (pdl.cuh, rule 5).
+// The entries of a step (attention_items.cu). They are read through L2, because an earlier kernel
+// of this graph has written them (pdl.cuh, rule 5).
 struct DecodeEntries {
     const int2* entries;
     Entry first;  // of this block, loaded together with the count
@@ -39,8 +40,9 @@ private:
     }
 };
 
-// The positions of an item: of the tiles that start at `first` and every `stride` positions after it,
-// those from `oldest` to `newest`. Part p has kOfPart positions of each tile, from p·kOfPart on.
+// The positions of an item: of the tiles that start at `first` and every `stride` positions after
+// it, those from `oldest` to `newest`. Part p has kOfPart positions of each tile, from p·kOfPart
+// on.
 template <int D, int GROUP>
 struct ItemSpan {
     using Shape = RowShape<D, GROUP>;
@@ -62,9 +64,9 @@ struct ItemSpan {
     __device__ __forceinline__ bool sees(int start) const { return start <= newest && start + kKvBlock > oldest; }
 };
 
-// One KV block of one head in shared memory. Keys in f16: the 16-byte chunks that a lane needs for scores
-// (decode_heads.cuh), [2][D / 32][32 lanes]; each lane copies its own. Values [16][D]: the chunks of a
-// row are permuted so that `ldmatrix` reads a column of eight chunks from all banks.
+// One KV block of one head in shared memory. Keys in f16: the 16-byte chunks that a lane needs for
+// scores (decode_heads.cuh), [2][D / 32][32 lanes]; each lane copies its own. Values [16][D]: the
+// chunks of a row are permuted so that `ldmatrix` reads a column of eight chunks from all banks.
 template <int D, class Kv>
 struct StagedKv;
 
@@ -80,8 +82,8 @@ struct StagedKv<D, F16Kv> {
         return kValues + row * D + 8 * (chunk ^ mask);
     }
 
-    // Copy the rows at positions [oldest, newest) and zero the others: an unwritten slot may hold NaN,
-    // and 0·NaN is NaN.
+    // Copy the rows at positions [oldest, newest) and zero the others: an unwritten slot may hold
+    // NaN, and 0·NaN is NaN.
     __device__ __forceinline__ static void copy(unsigned int to, const unsigned short* keys,
                                                 const unsigned short* values, int start, int oldest, int newest) {
         const int lane = threadIdx.x % 32;
@@ -113,8 +115,8 @@ struct StagedKv<D, F16Kv> {
     }
 };
 
-// With codes: the two head blocks as they are. Also the newest key and value are in the cache, since
-// kv_rows.cu has written them.
+// With codes: the two head blocks as they are. Also the newest key and value are in the cache,
+// since kv_rows.cu has written them.
 template <int D>
 struct StagedKv<D, Q8Kv> {
     static constexpr int kValues = Q8Kv::kHeadBlock<D>, kElements = 2 * kValues;

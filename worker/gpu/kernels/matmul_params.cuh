@@ -1,5 +1,5 @@
 // Parameters of a launch of matmul.cu, and the tokens of one of its blocks.
-// Python: `_PROJECTION`, `_PARAMS` in worker/gpu/matmul.py.
+// Python: `_PROJECTION`, `_PARAMS` in worker/gpu/matmul_params.py.
 #pragma once
 #include "formats.cuh"
 #include "gated.cuh"

@@ -1,25 +1,27 @@
 // Prefill on sm_90: y[t] = W·x[t] + b + residual[t] on tensor cores by `wgmma`; each weight is
 // converted to f16 in registers once a tile.
 //
-// W is A, from registers, and x is B, from shared memory, of m64nNk16 MMAs. A tile is 128 rows (with
-// GLU 64 of a gate and the same 64 of its `up`) × TILE_N tokens of y: a block has two warpgroups with
-// half of the rows each, and a producer that copies panels of 64 columns of x by a tensor map into a
-// ring of STAGES. Barriers count a panel's bytes, and the warps that have read it. A block of a dense
-// matrix computes its tiles one after another, and the producer copies the panels of the next one
-// during the epilogue. A lane loads whole units of its two rows of weights a step of 128 columns
-// ahead, and converts a panel's while the tensor cores work on the panel before (column order:
+// W is A, from registers, and x is B, from shared memory, of m64nNk16 MMAs. A tile is 128 rows
+// (with GLU 64 of a gate and the same 64 of its `up`) × TILE_N tokens of y: a block has two
+// warpgroups with half of the rows each, and a producer that copies panels of 64 columns of x by a
+// tensor map into a ring of STAGES. Barriers count a panel's bytes, and the warps that have read
+// it. A block of a dense matrix computes its tiles one after another, and the producer copies the
+// panels of the next one during the epilogue. A lane loads whole units of its two rows of weights a
+// step of 128 columns ahead, and converts a panel's while the tensor cores work on the panel before
+// (column order:
 // fragments.cuh).
 // Each y[t, r] is one chain of MMAs over ascending columns, whatever TILE_N and whatever else is in
 // the launch: its bits depend on token t alone. matmul_wgmma_short.cu computes the same chain.
 // Fragments must be computed values: not F16, whose fragments would be the loaded registers, which
 // the compiler overwrites while MMAs read them.
-// Shapes, projections, Last, *count: as in matmul.cu; x as a tensor map of [T, padded cols] in boxes of
-// TILE_N rows × 64 columns with SWIZZLE_128B.
+// Shapes, projections, Last, *count: as in matmul.cu; x as a tensor map of [T, padded cols] in
+// boxes of TILE_N rows × 64 columns with SWIZZLE_128B.
 // EXPERTS: as in matmul.cu, with a table of tiles (slot_tiles.cuh); the MMAs of a block have as few
 // columns as hold its rows.
-// Grid: x over the tiles of TileGrid, of which a block takes every gridDim.x-th, with EXPERTS one; 384
-// threads.
-// Alignment: planes, x, y, biases and residual 16 bytes. Dynamic shared memory: 128·TILE_N·STAGES + 1,024 bytes.
+// Grid: x over the tiles of TileGrid, of which a block takes every gridDim.x-th, with EXPERTS one;
+// 384 threads.
+// Alignment: planes, x, y, biases and residual 16 bytes. Dynamic shared memory: 128·TILE_N·STAGES +
+// 1,024 bytes.
 // Bytes: weights once a tile of tokens, x once a tile of rows.
 // Twins: `matmul`, `gated` in worker/cpu/plain.py; tests/quantized_ops.py. Launcher:
 // worker/gpu/matmul_wgmma.py.
@@ -30,8 +32,8 @@
 constexpr int kConsumers = 256;          // threads that multiply; the producer's warpgroup follows
 constexpr int kPanelMmas = kPanel / 16;  // MMAs of a panel
 
-// The tiles of a launch: those of the rows of up to three projections of one x, for each tile of tokens
-// or of the table.
+// The tiles of a launch: those of the rows of up to three projections of one x, for each tile of
+// tokens or of the table.
 struct TileGrid {
     int row_tiles, token_tiles;
 };
@@ -72,8 +74,8 @@ __device__ __forceinline__ void to_fragments(const WeightIterator<Block, 1, GLU>
     }
 }
 
-// acc += the product of a warpgroup's rows and the first 8·FRAGS_N tokens of the tile, whose first panel
-// is at `at`, which advances to the next tile's. `wait_for_x` is
+// acc += the product of a warpgroup's rows and the first 8·FRAGS_N tokens of the tile, whose first
+// panel is at `at`, which advances to the next tile's. `wait_for_x` is
 // called after the first loads of weights.
 template <class Block, int TILE_N, int STAGES, int GLU, int FRAGS_N, class Wait>
 __device__ __forceinline__ void accumulate(const Projection* projections, int cols, int expert, int row0,
@@ -129,8 +131,8 @@ __device__ __forceinline__ void accumulate(const Projection* projections, int co
     release_panel(1);
 }
 
-// The tile of y of a warpgroup's rows, with MMAs of the fewest columns, from WIDTH on, that hold its
-// tokens. `row_tile` counts those of all projections.
+// The tile of y of a warpgroup's rows, with MMAs of the fewest columns, from WIDTH on, that hold
+// its tokens. `row_tile` counts those of all projections.
 template <class Block, class Last, int TILE_N, int WIDTH, int STAGES, bool EXPERTS, int GLU>
 __device__ __forceinline__ void compute_tile(const MatmulParams& p, const SlotTiles& tiles, int row_tile, const SlotTile& tile,
                                              const Stages<STAGES>& ring, RingPosition<STAGES>& at, TokenTile<TILE_N>& tokens,
@@ -146,7 +148,7 @@ __device__ __forceinline__ void compute_tile(const MatmulParams& p, const SlotTi
     Accumulator<1, WIDTH> acc = {};
     const auto wait_for_x = [&] {
         grid_dependency_wait();
-        wait_for_group();  // its warps have written their tile before, whose tokens these replace
+        wait_for_group();  // until every warp has written its previous tile, whose tokens are replaced
         read_tokens<128>(p, tiles, tile, tokens);
     };
     if (kSame<Block, Last> || projections != p.projections + 2)
@@ -160,8 +162,8 @@ __device__ __forceinline__ void compute_tile(const MatmulParams& p, const SlotTi
         write<TILE_N, 1, WIDTH, GLU>(p, projections, tokens, 0, row0, acc);
 }
 
-// Call `compute` with the row tile and the tokens of each tile of this block. No tile has tokens behind
-// one that has none.
+// Call `compute` with the row tile and the tokens of each tile of this block. Only the last tiles
+// are empty.
 template <int TILE_N, bool EXPERTS, class Compute>
 __device__ __forceinline__ void for_each_tile(const MatmulParams& p, const SlotTiles& tiles, const TileGrid& grid, int n_tokens,
                                               Compute compute) {

@@ -26,8 +26,8 @@ __device__ __forceinline__ u32 x_at(u32 memory, int stage, int panel) {
     return weights_at<TILE_N>(memory, stage, 2) + panel * TILE_N * kPanelBytes;
 }
 
-// Store a lane's 32 columns of a step of one row. The lanes of a quad store a 16-byte chunk together,
-// and the eight rows of a warp its chunks in all banks.
+// Store a lane's 32 columns of a step of one row. The lanes of a quad store a 16-byte chunk
+// together, and the eight rows of a warp its chunks in all banks.
 __device__ __forceinline__ void store_row(u32 panels, int row, const u32 (&h)[16]) {
     const u32 at = panels + row * kPanelBytes + threadIdx.x % 4 * 4;
 #pragma unroll
@@ -99,7 +99,8 @@ template <class Block, int TILE_N, int STAGES, int GLU, class Last = Block>
 __global__ void __launch_bounds__(128 * (1 + kConverters), 1)
     matmul_wgmma_short(const __grid_constant__ MatmulParams p, const __grid_constant__ TensorMap x, const int n_tokens,
           const SlotTiles tiles) {
-    // A converter that waits for a stage is at most one lap ahead of it: two would have the same parity.
+    // A converter that waits for a stage is at most one lap ahead of it: two would have the same
+    // parity.
     static_assert(STAGES >= kConverters, "");
     extern __shared__ u8 shared[];
     __shared__ TokenTile<TILE_N> tokens;

@@ -6,8 +6,8 @@
 // residual [T, rows] and y_j [T, rows_j] f32; x as Q8 tiles (q8_tiles.cuh) with a factor for each
 // row; h [T, rows] f32.
 // Grid: x over tiles of 8·NT tokens, y over row tiles, which a block takes gridDim.y apart, so that
-// its loads run ahead over their ends; 256·SPLITS threads. A row tile is 16 rows of one matrix; with
-// GATED it is 8 rows of each of two: an MMA's first 8 are of W_0.
+// its loads run ahead over their ends; 256·SPLITS threads. A row tile is 16 rows of one matrix;
+// with GATED it is 8 rows of each of two: an MMA's first 8 are of W_0.
 // Alignment: planes and q 16 bytes. Dynamic shared memory: Shape::kBytes. Bytes: each weight once
 // for each tile of tokens, 16-byte loads; the activations of a tile once for each row tile, from L1
 // where they fit.

@@ -102,8 +102,8 @@ __device__ __forceinline__ void unpack4(const float4 from, float (&to)[N]) {
     to[0] = from.x, to[1] = from.y, to[2 % N] = from.z, to[3 % N] = from.w;
 }
 
-// Sums of a lane: acc[n][i] is that of weight row lane/4 + 8·(i/2) and of token 16·(n/2) + lane%4·4 +
-// n%2 + i%2·2.
+// Sums of a lane: acc[n][i] is that of weight row lane/4 + 8·(i/2) and of token 16·(n/2) + lane%4·4
+// + n%2 + i%2·2.
 template <int NT>
 using Sums = float[NT][4];
 

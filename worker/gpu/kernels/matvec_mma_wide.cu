@@ -1,17 +1,18 @@
-// Decode of 16 rows and more with tiles of 32 × 32 outputs a warp: the products of matvec_mma.cu with
-// the same bits, for more weight rows and tokens. Activations are copied to shared memory a stage
-// ahead, weights are loaded to registers two stages ahead and converted one stage ahead.
+// Decode of 16 rows and more with tiles of 32 × 32 outputs a warp: the products of matvec_mma.cu
+// with the same bits, for more weight rows and tokens. Activations are copied to shared memory a
+// stage ahead, weights are loaded to registers two stages ahead and converted one stage ahead.
 //
-// Shapes: see matvec_mma.cu; h also as Q8 tiles, if a tile has whole Q8 blocks of h and its rows are
-// a multiple of 32. Grid: x over tiles of 32·TW tokens, y over row tiles, which a block takes
-// gridDim.y apart; 32·WARPS threads, eight warps a multiprocessor. KG of the warps share the sums of
-// 32 rows and 32 tokens, so a row tile is 32·WARPS/(KG·TW) rows of one matrix; with GATED half of
-// them are of each of two, eight by eight.
-// Alignment: planes and q 16 bytes. Dynamic shared memory: WideShape::kBytes. Bytes: each weight once
-// for each tile of tokens; the activations of a tile once for each row tile.
-// Order and rounding: matvec_mma.cu. Warp g of KG takes the chains l with l % KG == g, four at a time:
-// chains b, b + 8, b + 16 and b + 24 are open together, for the numbers b in bit-reversed order. Their
-// sums wait in shared memory for the next levels of the tree, the last of which add warps.
+// Shapes: see matvec_mma.cu; h also as Q8 tiles, if a tile has whole Q8 blocks of h and its rows
+// are a multiple of 32. Grid: x over tiles of 32·TW tokens, y over row tiles, which a block takes
+// gridDim.y apart; 32·WARPS threads, eight warps a multiprocessor. KG of the warps share the sums
+// of 32 rows and 32 tokens, so a row tile is 32·WARPS/(KG·TW) rows of one matrix; with GATED half
+// of them are of each of two, eight by eight.
+// Alignment: planes and q 16 bytes. Dynamic shared memory: WideShape::kBytes. Bytes: each weight
+// once for each tile of tokens; the activations of a tile once for each row tile.
+// Order and rounding: matvec_mma.cu. Warp g of KG takes the chains l with l % KG == g, four at a
+// time:
+// chains b, b + 8, b + 16 and b + 24 are open together, for the numbers b in bit-reversed order.
+// Their sums wait in shared memory for the next levels of the tree, the last of which add warps.
 // Twins: see matvec_mma.cu. Launcher: worker/gpu/matvec_mma.py.
 #include "mma_product.cuh"
 #include "pdl.cuh"

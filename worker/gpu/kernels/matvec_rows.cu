@@ -1,5 +1,5 @@
-// Decode of several rows: y_j[t] = W_j·n[t] + b_j + residual[t], up to three matrices with one input
-// in one launch, each weight loaded once for T rows.
+// Decode of several rows: y_j[t] = W_j·n[t] + b_j + residual[t], up to three matrices with one
+// input in one launch, each weight loaded once for T rows.
 //
 // Shapes: W_j [rows_j, cols] in planes, types A, B, C; b_j [rows_j], residual [R, rows] and y_j [R,
 // rows_j] f32; n [R, cols] prepared (row_tiles.cuh).

@@ -21,8 +21,8 @@ struct MmaParams {
     int tokens, tiles, split_k, last_block;
 };
 
-// A row of a tile of ROWS: its matrix, and its row there (which may be past the last one). With GATED
-// 8 rows of the first matrix and 8 of the second follow each other.
+// A row of a tile of ROWS: its matrix, and its row there (which may be past the last one). With
+// GATED 8 rows of the first matrix and 8 of the second follow each other.
 template <int ROWS, int GATED>
 struct TileRow {
     int matrix, row;
@@ -56,8 +56,8 @@ struct StoredSums {
     }
 };
 
-// The sums of NT MMAs that WARPS warps have stored, 16 rows and 8·TOKENS tokens after another. Of the
-// 4·NT sums of a lane a thread finishes SHARE, from `first` on.
+// The sums of NT MMAs that WARPS warps have stored, 16 rows and 8·TOKENS tokens after another. Of
+// the 4·NT sums of a lane a thread finishes SHARE, from `first` on.
 template <int WARPS, int NT, int SHARE, int TOKENS = NT>
 struct FinishedSums {
     int first, lane;
@@ -99,8 +99,8 @@ private:
     static __device__ __forceinline__ void load_floats(const float* from, float (&to)[1]) { to[0] = *from; }
 };
 
-// Write finished sums: those of rows first_row + sums.row(k) of a tile of ROWS. All loads come first, so
-// that they overlap.
+// Write finished sums: those of rows first_row + sums.row(k) of a tile of ROWS. All loads come
+// first, so that they overlap.
 template <int ROWS, class Finished, int SHARE>
 __device__ __forceinline__ void write_rows(const MmaParams& p, int tile, int first_row, int first_token,
                                            const Finished& sums, const float (&y)[SHARE]) {
@@ -131,7 +131,8 @@ __device__ __forceinline__ void write_rows(const MmaParams& p, int tile, int fir
         if (valid(k)) m.out[offset(k)] = __fmaf_rn(y[k], factor[k], addend[k]);
 }
 
-// Call use(row, token, h) for the elements of h of a thread, which are zero where rows or tokens end.
+// Call use(row, token, h) for the elements of h of a thread, which are zero where rows or tokens
+// end.
 template <int ROWS, int GATED, class Finished, int SHARE, class Use>
 __device__ __forceinline__ void each_gated(const MmaParams& p, int tile, int first_row, int first_token,
                                            const Finished& sums, const float (&y)[SHARE], Use use) {

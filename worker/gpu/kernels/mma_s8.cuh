@@ -6,8 +6,8 @@
 // rows of 16 bytes. The accumulator is that of mma.cuh.
 // The accumulator starts at the bits of the float kIntBias = 1.5·2²³, so that its bits are those of
 // the float kIntBias + sum, exactly, for |sum| < 2²²; a sum of 32 products is below 2²⁰. The four
-// words of the start are loaded (`IntBias`), from an address that differs between lanes: the compiler
-// would move a constant or a uniform value to registers again for every MMA.
+// words of the start are loaded (`IntBias`), from an address that differs between lanes: the
+// compiler would move a constant or a uniform value to registers again for every MMA.
 #pragma once
 #include "mma.cuh"
 

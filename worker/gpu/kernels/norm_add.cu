@@ -2,13 +2,13 @@
 //
 //   x[t] = residual[t] + y[t] / sqrt(mean(y[t]²) + eps) · weight   (arXiv:1910.07467)
 // With SCALED the sum is multiplied by scale.
-// Shapes: y, residual, x [T, cols] f32, weight [cols] f32; cols is a multiple of 4. Rows from *count
-// on are not written; count may be null.
+// Shapes: y, residual, x [T, cols] f32, weight [cols] f32; cols is a multiple of 4. Rows from
+// *count on are not written; count may be null.
 // Grid: (T), NORM_THREADS threads: a block a row, four adjacent elements a thread, KEPT times in
 // registers (4·NORM_THREADS·KEPT columns); further columns are read twice. Alignment: 16 bytes.
 // Bytes: 12·cols a row.
-// Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then warps
-// ascending; as in the twin, the factor 1/sqrt is rounded twice, each product and sum once.
+// Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
+// warps ascending; as in the twin, the factor 1/sqrt is rounded twice, each product and sum once.
 // Twin: `linear_norm_add` in worker/cpu/ops.py. Launcher: worker/gpu/norms.py.
 #include "pdl.cuh"
 #include "warp.cuh"
@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(NORM_THREADS)
              float eps, float scale) {
     constexpr int kWarps = NORM_THREADS / 32;
     __shared__ float warp_squares[kWarps];
-    // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during a
-    // step.
+    // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during
+    // a step.
     if (count && blockIdx.x >= *count) return;
     const int quads = cols / 4;
     const size_t row = (size_t)blockIdx.x * quads;

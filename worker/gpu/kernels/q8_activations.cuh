@@ -21,9 +21,9 @@ struct Meta {
 
 constexpr float kSmallestAmax = 1e-30f;  // 127/amax must be finite
 
-// 4·QUADS adjacent elements a lane, of blocks of 32 in adjacent lanes; QUADS is 1 or 2. Called by all
-// lanes of a warp; lanes that are not `valid` count as zeros. The sums over elements 0–15 and 16–31
-// are valid in a block's first lane.
+// 4·QUADS adjacent elements a lane, of blocks of 32 in adjacent lanes; QUADS is 1 or 2. Called by
+// all lanes of a warp; lanes that are not `valid` count as zeros. The sums over elements 0–15 and
+// 16–31 are valid in a block's first lane.
 template <int QUADS>
 struct Q8Quads {
     u32 packed[QUADS];

@@ -32,8 +32,8 @@ struct Q8Tiles {
         const int word = column % 32 / 4;
         *reinterpret_cast<u32*>(q + q_offset(row, column / 32, word % 4) + word / 4 * 4) = packed;
     }
-    // Eight elements a lane, from `column` on, a unit in four adjacent lanes. Called by all lanes of a
-    // warp; lanes that are not `valid` store nothing.
+    // Eight elements a lane, from `column` on, a unit in four adjacent lanes. Called by all lanes
+    // of a warp; lanes that are not `valid` store nothing.
     __device__ __forceinline__ void store_eight(const Q8Quads<2>& v, int row, int column, bool valid) const {
         const bool upper = column % 32 >= 16;  // of the unit: its first four are stored with the lower half's
         const u32 other = __shfl_xor_sync(0xffffffffu, upper ? v.packed[0] : v.packed[1], 2);

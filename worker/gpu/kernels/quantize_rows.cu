@@ -4,8 +4,8 @@
 // Shapes: x [R, cols] f32; q, meta as in q8_activations.cuh; plain [R, cols] f32; factor [R] f32,
 // written only with a norm. Q8 blocks need cols to be a multiple of 32, f32 a multiple of 8.
 // `quantize_tiles` stores Q8 tiles (q8_tiles.cuh) instead, with zeros in rows R to the tile's end.
-// A warp takes 256 columns at a time, eight a lane, and stores them from registers. Grid: (R, or the
-// rows of all tiles; with a norm 1, else any number), 32·n threads, n ≤ WARPS; with a norm
+// A warp takes 256 columns at a time, eight a lane, and stores them from registers. Grid: (R, or
+// the rows of all tiles; with a norm 1, else any number), 32·n threads, n ≤ WARPS; with a norm
 // n = min(WARPS, cols / 256 rounded up), which gives the order of the sum of squares.
 // Alignment: 16 bytes. Bytes: 4 read and 1.25 to 5.25 written an element.
 // The same bits as in a product that stages its own input (stage_activations.cuh) with WARPS warps.

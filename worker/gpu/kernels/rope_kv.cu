@@ -1,15 +1,16 @@
-// Prefill: RoPE of q and k of a batch of chunks; q to f16 for tensor cores, k and v to the KV cache.
+// Prefill: RoPE of q and k of a batch of chunks; q to f16 for tensor cores, k and v to the KV
+// cache.
 //
 //   q'[t] = rope(q[t], p), K[p] = rope(k[t], p), V[p] = v[t], with p the position of row t
 // With NORMS (HeadNorms) the heads of q, k and v are normalized first (head_norm.cuh); v may be k.
-// Inputs: q [T, H·D], k, v [T, Hk·D] f32; batch (prefill_batch.cuh); cos, sin [context, dims/2] f32.
+// Inputs: q [T, H·D], k, v [T, Hk·D] f32; batch (prefill_batch.cuh); cos, sin [context, dims/2]
+// f32.
 // Outputs: rotated [T, H·D] f16; caches as in kv_cache.cuh. f16 values are clamped to ±65504
 // (half.cuh). Q8Kv needs NORMS, whose parts may be absent.
 // Grid (T, blocks of a row), block 128; blocks of rows without a token exit. With norms a row has a
 // warp for each query head, and for each key head with its value. Alignment: 4 bytes, 2 for f16.
 // Bytes: 6 a query element, 6 a KV element.
-// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/attention.py with an f16
-// cache.
+// Twin: `rotate` in worker/cpu/plain.py and `KvCache.write` in worker/cpu/kv_cache.py.
 #include "pdl.cuh"
 #include "half.cuh"
 #include "head_norm.cuh"

@@ -1,7 +1,8 @@
 // Router: the k highest of E logits in descending order, ties to the lower id, and the softmax over
 // those k only, times the experts' scales, if any.
 //
-// Shapes: logits [T, E] f32; scales [E] f32 or null; experts [T, k] i32, weights [T, k] f32; k ≤ 32.
+// Shapes: logits [T, E] f32; scales [E] f32 or null; experts [T, k] i32, weights [T, k] f32; k ≤
+// 32.
 // Grid: ⌈T/4⌉ blocks of 128 threads, one warp a token. Alignment: 4 bytes. Bytes: 4·E read and 8·k
 // written a token. Order: top_k.cuh.
 // Twin: `norm_route` in worker/cpu/ops.py. Launcher: worker/gpu/matvec.py.

@@ -8,7 +8,8 @@
 #include "mma.cuh"
 
 // Rows of a product in global memory, prepared by quantize_rows.cu or by the producer: q, meta
-// (q8_activations.cuh), x [R, cols] f32, factor [R] f32 or null for 1. What no weight reads is null.
+// (q8_activations.cuh), x [R, cols] f32, factor [R] f32 or null for 1. What no weight reads is
+// null.
 // With `norm`, x is the input of an RMSNorm, which every block of matvec_rows applies and quantizes
 // for itself: cols is at most 256·kWarps.
 struct PreparedRows {
@@ -63,7 +64,8 @@ __device__ __forceinline__ void stage_normed_tile(const PreparedRows& in, int fi
 }
 
 // Stage rows [first, first + T) and their factors with all threads of the block, at least T warps;
-// rows from `rows` on are zeros. MAY_NORM: `norm` is not always null. Ends with a barrier. `shared` holds T·cols·(4·F32 + 1.25·Q8) bytes, 16-byte aligned.
+// rows from `rows` on are zeros. MAY_NORM: `norm` is not always null. Ends with a barrier. `shared`
+// holds T·cols·(4·F32 + 1.25·Q8) bytes, 16-byte aligned.
 template <int T, bool Q8, bool F32, bool MAY_NORM>
 __device__ __forceinline__ StagedRows stage_tile(const PreparedRows& in, int first, u8* shared, float (&factors)[T]) {
     const int cols = in.cols, count = min(T, in.rows - first);

@@ -33,9 +33,9 @@ struct Softmax {
         if (weigh(scores, scale, factors)) rescale(factors);
     }
 
-    // The part of `update` without the sums, which tensor cores may still add to. Returns whether the
-    // warp must rescale them by `factors`. Peaks are kept unscaled; scaling rounds separately, so an
-    // unchanged peak gives a factor of exactly one.
+    // The part of `update` without the sums, which tensor cores may still add to. Returns whether
+    // the warp must rescale them by `factors`. Peaks are kept unscaled; scaling rounds separately,
+    // so an unchanged peak gives a factor of exactly one.
     __device__ __forceinline__ bool weigh(Scores<D, STRIPS>& scores, float scale, float (&factors)[kRows]) {
         constexpr int kScores = keys_per_tile(D) / 4, kChains = 4;
         float highest[kRows][kChains], base[kRows];  // the rows in turn: their chains overlap

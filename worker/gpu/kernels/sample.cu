@@ -8,17 +8,18 @@
 // of the log-probabilities is the only sum whose order matters (slice_sums.cuh). So a row's draw
 // depends neither on the grid nor on other rows.
 //
-// Scores and weights are computed from the logits wherever they are needed, so a row's memory is one
-// RowBoard. Passes over the logits: 1 for the highest score; 1 for each histogram of a selection
-// (select.cuh), mostly one; 1 for the sums of kept weights and the list of ids among which the
-// selection ends. The last block to arrive ends the selection and draws: from the list, or from the
-// ids of one warp, in which the cumulative weight is reached.
+// Scores and weights are computed from the logits wherever they are needed, so a row's memory is
+// one RowExchange. Passes over the logits: 1 for the highest score; 1 for each histogram of a
+// selection (select.cuh), mostly one; 1 for the sums of kept weights and the list of ids among
+// which the selection ends. The last block to arrive ends the selection and draws: from the list,
+// or from the ids of one warp, in which the cumulative weight is reached.
 //
 // Inputs: logits [R, V] f32; row_slots [R] i32 or null (row r is slot r); SlotArrays. Scratch:
-// RowBoard [R], ticket [1] u32, zero.
+// RowExchange [R], ticket [1] u32, zero.
 // Outputs: drawn [R]; of each active slot the next token, position, index and counts.
-// Grid (C, R), block THREADS; C ≤ LOGPROB_SLICES. Meetings of a row's blocks: none greedy, 1 with a
-// temperature, 2 or more with top-k or top-p; log-probabilities 1 more, 2 or more with alternatives.
+// Grid (C, R), block THREADS; C ≤ LOGPROB_SLICES. Barriers of a row's blocks: none greedy, 1 with a
+// temperature, 2 or more with top-k or top-p; log-probabilities 1 more, 2 or more with
+// alternatives.
 // Alignment: of the elements; 16 bytes of each row's logits are loaded at once if they are aligned.
 // Twin: worker/cpu/sampler.py.
 #include "pdl.cuh"
@@ -31,7 +32,7 @@ __device__ __forceinline__ u64 drawn_mass(u64 total) {
     return __umul64hi(x, total) << 40 | x * total >> 24;
 }
 
-__device__ __noinline__ void commit(int id) { commit(task.sequence, id, task.board->id); }
+__device__ __noinline__ void commit(int id) { commit(task.sequence, id, task.exchange->id); }
 
 // Draw from the kept ids of a whole list.
 __device__ void draw_from_list(Selection selection, bool top_p) {
@@ -89,7 +90,7 @@ __device__ void draw_from_row() {
 // Draw an id by inverse CDF in id order. Returns whether this block ended the draw.
 __device__ bool draw() {
     const Request& r = task.request;
-    RowBoard* const board = task.board;
+    RowExchange* const exchange = task.exchange;
     const Scale scale = {task.peak, 32 * task.temperature, task.inverse / 32};
     const bool by_count = r.top_k > 0 && r.top_k < task.row.size, top_p = r.top_p < 1.0;
     bool whole = false, by_mass = top_p && !by_count;
@@ -103,86 +104,86 @@ __device__ bool draw() {
         by_mass = top_p && !whole;
         if (by_mass) {
             list_ids(top_k, false);
-            if (meets_last()) {
+            if (is_last_at_barrier()) {
                 end_in_list(top_k, false);
-                if (threadIdx.x == 0) board->target = top_p_of(scratch.mass), board->listed = 0;
-                end_meeting();
+                if (threadIdx.x == 0) exchange->target = top_p_of(scratch.mass), exchange->listed = 0;
+                open_barrier();
             }
         }
     }
     const Selection selection = {false, by_mass, by_mass};
     if (by_mass) {
-        select(selection, by_count ? board->target : 0, scale);
+        select(selection, by_count ? exchange->target : 0, scale);
         whole = complete();
     }
     list_ids(selection, whole);
-    if (!arrives_last(&board->drawn, task.shares)) return false;
+    if (!arrives_last(&exchange->drawn, task.shares)) return false;
     if (whole) {
         draw_from_list(selection, top_p && !by_mass);
     } else {
         end_in_list(selection, false);
         draw_from_row();
     }
-    if (threadIdx.x == 0) board->listed = 0;
+    if (threadIdx.x == 0) exchange->listed = 0;
     return true;
 }
 
 // Log-probabilities of the raw logits: the committed token's, and the `count` highest in descending
 // order. Returns whether this block wrote them.
 __device__ bool report() {
-    RowBoard* const board = task.board;
+    RowExchange* const exchange = task.exchange;
     const int count = min(task.request.logprobs, min(TOP, task.row.size));
     const Selection selection = {true, false, false};
-    sum_slices(task.row.raw, task.row.size, task.raw_best, task.share, task.shares, board->slice_sums);
+    sum_slices(task.row.raw, task.row.size, task.raw_best, task.share, task.shares, exchange->slice_sums);
     if (count > 0) {
         select(selection, count, {task.raw_best, 64.0, 1 / 64.0});
         list_ids(selection, true);
     }
-    if (!arrives_last(&board->ended, task.shares)) return false;
+    if (!arrives_last(&exchange->ended, task.shares)) return false;
     Drawn* const drawn = task.sequence.drawn;
-    const double log_sum = log_of_slices(board->slice_sums);
+    const double log_sum = log_of_slices(exchange->slice_sums);
     const auto log_probability = [&](int id) { return task.row.raw[id] - task.raw_best - log_sum; };
-    if (threadIdx.x == 0) drawn->count = count, drawn->logprob = board->id < 0 ? 0 : log_probability(board->id);
+    if (threadIdx.x == 0) drawn->count = count, drawn->logprob = exchange->id < 0 ? 0 : log_probability(exchange->id);
     if (count > 0) {
         const Rank mine = end_in_list(selection, true);
         if (mine.kept) drawn->top_ids[mine.count] = mine.id, drawn->top_logprobs[mine.count] = log_probability(mine.id);
-        if (threadIdx.x == 0) board->listed = 0;
+        if (threadIdx.x == 0) exchange->listed = 0;
     }
     return true;
 }
 
 // The best of the row: returned if the row's blocks go on together, otherwise committed.
 __device__ bool find_best() {
-    RowBoard* const board = task.board;
+    RowExchange* const exchange = task.exchange;
     const Best mine = best_of_share();
-    if (threadIdx.x == 0) board->bests[task.share] = mine;
+    if (threadIdx.x == 0) exchange->bests[task.share] = mine;
     const bool greedy = !(task.request.temperature > 0), alone = greedy && task.request.logprobs < 0;
     if (alone) {
-        if (!arrives_last(&board->ended, task.shares)) return false;
+        if (!arrives_last(&exchange->ended, task.shares)) return false;
     } else {
-        meet();
+        row_barrier();
     }
     const Best none = {-(double)kInfinity, -(double)kInfinity, -1, 0};
-    const Best best = best_of((int)threadIdx.x < task.shares ? board->bests[threadIdx.x] : none);
+    const Best best = best_of((int)threadIdx.x < task.shares ? exchange->bests[threadIdx.x] : none);
     const bool broken = best.broken || fabs(best.score) == (double)kInfinity;
     if (threadIdx.x == 0) {
         task.peak = best.score, task.raw_best = best.raw;
         if ((broken || greedy) && (alone || task.share == 0)) commit(broken ? -1 : best.id);
     }
     __syncthreads();
-    if (broken && !alone && arrives_last(&board->ended, task.shares) && threadIdx.x == 0) board->met = 0;
+    if (broken && !alone && arrives_last(&exchange->ended, task.shares) && threadIdx.x == 0) exchange->arrived = 0;
     return !broken && !alone;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
     sample(const float* logits, int size, const int* row_slots, const SlotArrays slots, Drawn* drawn_rows,
-                RowBoard* boards, unsigned int* ticket) {
-    __shared__ int taken;
+                RowExchange* exchanges, unsigned int* ticket) {
+    __shared__ int number;
     int row = blockIdx.y, share = blockIdx.x;
     if (gridDim.x > 1 && gridDim.y > 1) {
-        if (threadIdx.x == 0) taken = atomicInc(ticket, gridDim.x * gridDim.y - 1);
+        if (threadIdx.x == 0) number = atomicInc(ticket, gridDim.x * gridDim.y - 1);
         __syncthreads();
-        row = taken / gridDim.x, share = taken % gridDim.x;
+        row = number / gridDim.x, share = number % gridDim.x;
     }
     const int wanted = row_slots ? row_slots[row] : row, slot = max(wanted, 0);
     Drawn* const drawn = drawn_rows + row;
@@ -192,10 +193,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
         task.row = Logits(logits + (size_t)row * size, slots, slot, size);
         if (kMasked) task.row.allowed = mask_of(slots, row, size);
         task.sequence = Sequence(slots, slot, size, drawn, &task.end);
-        task.board = boards + row;
+        task.exchange = exchanges + row;
         task.share = share, task.shares = gridDim.x;
         task.lo = min(size, share * each), task.hi = min(size, task.lo + each);
-        task.each = each / kWarps, task.levels = 0, task.met = 0;
+        task.each = each / kWarps, task.levels = 0, task.arrived = 0;
         task.penalized = task.request.penalized;
     } else if (threadIdx.x == 32) {
         const Request& r = slots.requests[slot];
@@ -221,6 +222,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROW_BLOCKS)
     bool last = false;
     if (task.request.temperature > 0) last = draw();
     if (task.request.logprobs >= 0) last = report();
-    if (last && task.levels) clear(task.board->histograms[(task.levels + 1) % 2]);
-    if (last && threadIdx.x == 0) task.board->met = 0;
+    if (last && task.levels) clear(task.exchange->histograms[(task.levels + 1) % 2]);
+    if (last && threadIdx.x == 0) task.exchange->arrived = 0;
 }

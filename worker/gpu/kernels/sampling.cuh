@@ -1,8 +1,9 @@
-// Data of sample.cu: slots, the request and result of one row, adjusted scores, the best of a block.
+// Data of sample.cu: slots, the request and result of one row, adjusted scores, the best of a
+// block.
 //
 // The structs mirror NumPy dtypes of worker/gpu/state.py and sampler.py, which define their sizes
-// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES. The kernel exists twice: with MASKED 0 it
-// draws for sequences without a grammar, with MASKED 1 for those with one.
+// (REQUEST_BYTES …), THREADS, TOP, ENDS and LOGPROB_SLICES. The kernel exists twice: with MASKED 0
+// it draws for sequences without a grammar, with MASKED 1 for those with one.
 // Twin: worker/cpu/sampler.py.
 #pragma once
 #include "grid.cuh"
@@ -36,7 +37,8 @@ struct Best {
     int id, broken;
 };
 
-// An id of a slot whose score is not its raw logit: a bias, or a stop token masked before min_tokens.
+// An id of a slot whose score is not its raw logit: a bias, or a stop token masked before
+// min_tokens.
 struct Special {
     double bias;
     int id, stop;
@@ -117,8 +119,8 @@ __device__ __forceinline__ unsigned int philox_word(u64 seed, unsigned int index
     return c0;
 }
 
-// Whether the launch draws for this row. A sequence with a grammar has a launch of its own, with its
-// mask, unless its next id is forced.
+// Whether the launch draws for this row. A sequence with a grammar has a launch of its own, with
+// its mask, unless its next id is forced.
 __device__ __forceinline__ bool draws_in_launch(const Request& r, const SlotArrays& slots, int row) {
     return kMasked ? slots.allowed_rows[row] >= 0 : r.forced >= 0 || !r.masked;
 }

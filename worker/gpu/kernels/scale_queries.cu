@@ -2,11 +2,11 @@
 //
 //   q[r] = q[r] · scales[p], with p the position of row r
 // Shapes: q [R, width] f32; scales [context] f32. In prefill `rows` has the positions
-// (prefill_batch.cuh). In decode it is null, and row r has the position of slot row_slots[r] i32, or of
-// slot 0 if row_slots is null, in positions [S] i32. Nothing is written for a row without a token or
-// slot, or with a position outside of the table.
-// Grid (R, blocks of a row), 256 threads. Alignment: 4 bytes. Bytes: 8 an element, none if the factor
-// is 1. Everything is read after the wait. Rounding: one product an element.
+// (prefill_batch.cuh). In decode it is null, and row r has the position of slot row_slots[r] i32,
+// or of slot 0 if row_slots is null, in positions [S] i32. Nothing is written for a row without a
+// token or slot, or with a position outside of the table.
+// Grid (R, blocks of a row), 256 threads. Alignment: 4 bytes. Bytes: 8 an element, none if the
+// factor is 1. Everything is read after the wait. Rounding: one product an element.
 // Twin: `CpuOps.attention` in worker/cpu/ops.py. Launcher: worker/gpu/query_scales.py.
 #include "pdl.cuh"
 #include "prefill_batch.cuh"

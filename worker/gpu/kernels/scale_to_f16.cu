@@ -1,15 +1,16 @@
 // Prefill: RMSNorm (or none), then f16 with a power of two for each row, in the column order of
 // fragments.cuh.
 //
-//   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467); n = x without a weight.
+//   n = x / sqrt(mean(x²) + eps) · weight   (Zhang and Sennrich 2019, arXiv:1910.07467)
+// Without a weight n = x.
 // Shapes: x [T, cols] f32, weight [cols] f32 or null; y [T, padded cols] f16 of n / scale; scale
 // [T] f32, the power of two that brings the row's largest element into [1024, 2048), so that f16
 // keeps 11 bits down to 2^-24 of it. cols is a multiple of 32. Rows from *count · rows_per_token on
-// are not written; count may be null. With `places` [T·rows_per_token] row t of x is written to rows
-// places[t·rows_per_token], …, places[(t + 1)·rows_per_token - 1] of y and scale.
-// Grid: rows of x, 256 threads: a block a row, four adjacent elements a thread, KEPT times in registers
-// (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes: 4·cols a row read,
-// 2·cols a row written.
+// are not written; count may be null. With `places` [T·rows_per_token] row t of x is written to
+// rows places[t·rows_per_token], …, places[(t + 1)·rows_per_token - 1] of y and scale.
+// Grid: rows of x, 256 threads: a block a row, four adjacent elements a thread, KEPT times in
+// registers (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes:
+// 4·cols a row read, 2·cols a row written.
 // Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
 // warps ascending.
 // Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in tests/quantized_ops.py. Launcher:

@@ -1,11 +1,11 @@
 // Top-k and top-p of one row without sorting the vocabulary.
 //
 // The order of ids: descending value, then ascending id. A selection is the shortest prefix of it
-// that has `target` ids, or whose masses reach `target`. A histogram of 2^10 intervals of values finds
-// the one in which it ends. While that holds too many ids, a histogram of its 2^10 parts follows: of
-// keys (ordered_key), and of ids once all keys are equal. The rest is listed, and the last block to
-// arrive ends the selection in its list: alike in shared memory, then by counting for each of at most
-// THREADS ids those before it.
+// that has `target` ids, or whose masses reach `target`. A histogram of 2^10 intervals of values
+// finds the one in which it ends. While that holds too many ids, a histogram of its 2^10 parts
+// follows: of keys (ordered_key), and of ids once all keys are equal. The rest is listed, and the
+// last block to arrive ends the selection in its list: alike in shared memory, then by counting for
+// each of at most THREADS ids those before it.
 // Counts and masses are integers, so no order of additions matters.
 //
 // A decode step runs the kernel once, and its weights evict the instructions from the caches: hence
@@ -77,8 +77,9 @@ enum Visit {
     kListWhole,  // list all ids up to the interval's end
 };
 
-// One pass over the ids of this warp's part of the share. The loop is not unrolled: one row has five ids
-// a thread, and fetching the instructions of five takes longer than executing those of one five times.
+// One pass over the ids of this warp's part of the share. The loop is not unrolled: one row has
+// five ids a thread, and fetching the instructions of five takes longer than executing those of one
+// five times.
 __device__ __noinline__ u64 visit_share(Selection selection, Visit visit) {
     const int lane = threadIdx.x % 32, begin = task.lo + (int)threadIdx.x / 32 * task.each;
     const int to = min(task.hi, begin + task.each);
@@ -167,46 +168,46 @@ __device__ __forceinline__ bool complete() { return scratch.interval.above + scr
 
 // Find an interval whose ids can be listed. A target of few ids needs a complete list.
 __device__ __noinline__ void select(Selection selection, u64 target, Scale scale) {
-    RowBoard* const board = task.board;
+    RowExchange* const exchange = task.exchange;
     if (threadIdx.x == 0) scratch.scale = scale, scratch.interval = {target, 0, 0, 0, -1, 0, 0, 0, 0, 0};
     const bool few = !selection.by_mass && target <= THREADS / 2;
     do {
-        Histogram* const sum = board->histograms + task.levels % 2;
+        Histogram* const sum = exchange->histograms + task.levels % 2;
         __syncthreads();
         count_parts(selection, sum);
         if (task.levels == 0) {
-            meet();
-        } else if (meets_last()) {
-            clear(board->histograms[(task.levels + 1) % 2]);
-            end_meeting();
+            row_barrier();
+        } else if (is_last_at_barrier()) {
+            clear(exchange->histograms[(task.levels + 1) % 2]);
+            open_barrier();
         }
         if (threadIdx.x == 0) ++task.levels;
         choose_part(selection, sum);
     } while (!complete() && (few || scratch.interval.count > kListed));
 }
 
-// Put the ids of the interval on the board's list, with `whole` also those before it. Otherwise
+// Put the ids of the interval on the exchange's list, with `whole` also those before it. Otherwise
 // sum up the weights of those before it.
 __device__ __noinline__ void list_ids(Selection selection, bool whole) {
-    RowBoard* const board = task.board;
+    RowExchange* const exchange = task.exchange;
     if (threadIdx.x == 0) scratch.listed = 0;
     __syncthreads();
     u64 sum = visit_share(selection, whole ? kListWhole : kListSome);
     if (!whole) {
 #pragma unroll
         for (int lane = 16; lane; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
-        if (threadIdx.x % 32 == 0) board->sums[task.share * kWarps + threadIdx.x / 32] = sum;
+        if (threadIdx.x % 32 == 0) exchange->sums[task.share * kWarps + threadIdx.x / 32] = sum;
     }
     __syncthreads();
     const int own = scratch.listed;
     if (!own) return;
-    if (threadIdx.x == 0) scratch.first = atomicAdd(&board->listed, own);
+    if (threadIdx.x == 0) scratch.first = atomicAdd(&exchange->listed, own);
     __syncthreads();
     const int first = scratch.first;
 #pragma unroll 1
     for (int i = threadIdx.x; i < own; i += THREADS) {
-        board->list.keys[first + i] = scratch.list.keys[i], board->list.ids[first + i] = scratch.list.ids[i];
-        board->list.weights[first + i] = scratch.list.weights[i];
+        exchange->list.keys[first + i] = scratch.list.keys[i], exchange->list.ids[first + i] = scratch.list.ids[i];
+        exchange->list.weights[first + i] = scratch.list.weights[i];
     }
 }
 
@@ -218,17 +219,17 @@ struct Rank {
     bool kept;
 };
 
-// End the selection in the board's list, by one block. If the list is not whole, scratch.last and
-// scratch.mass are the selection's last place and mass, and scratch.sums its weights by warp.
+// End the selection in the exchange's list, by one block. If the list is not whole, scratch.last
+// and scratch.mass are the selection's last place and mass, and scratch.sums its weights by warp.
 __device__ __noinline__ Rank end_in_list(Selection selection, bool whole) {
-    const List& list = task.board->list;
-    __builtin_assume(__isGlobal(task.board));
+    const List& list = task.exchange->list;
+    __builtin_assume(__isGlobal(task.exchange));
     const int t = threadIdx.x, n = (int)(scratch.interval.count + (whole ? scratch.interval.above : 0));
     if (!whole) {
 #pragma unroll
         for (int i = 0; i < kBuckets; i += THREADS) {
             const int b = i + t;
-            scratch.sums[b] = b < task.shares * kWarps ? task.board->sums[b] : 0;
+            scratch.sums[b] = b < task.shares * kWarps ? task.exchange->sums[b] : 0;
         }
     }
     if (t == 0) scratch.listed = 0;

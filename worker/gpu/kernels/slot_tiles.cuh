@@ -3,7 +3,7 @@
 //
 // Slot t·k + j is token t's j-th expert. Row i of an expert's product is slot order[i]: rows are
 // sorted by expert. A tile is up to TILE_N adjacent rows of one expert.
-// Python: `ExpertGroups` and `_SLOT_TILES` in worker/gpu/matmul.py.
+// Python: `ExpertGroups` and `_SLOT_TILES` in worker/gpu/matmul_params.py.
 #pragma once
 
 struct SlotTile {

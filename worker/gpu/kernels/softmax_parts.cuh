@@ -28,8 +28,8 @@ struct Partial {  // target: a partial result at `out`
     }
 };
 
-// Target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on, as f32 and as
-// Q8: row `row` of tiles, or, if they are null, the blocks at q8 and meta.
+// Target: the normalized rows [GROUP][D], from element `column` of a row of `cols` on, as f32 and
+// as Q8: row `row` of tiles, or, if they are null, the blocks at q8 and meta.
 struct FinalRows {
     float* y;
     u8* q8;

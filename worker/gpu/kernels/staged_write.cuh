@@ -9,8 +9,8 @@ constexpr int kStagedTokens = 32;
 struct __align__(16) StagedRows {
     float sums[kStagedTokens * 16];
 
-    // A quad of rows. Tokens of a fragment are in the order 0, 2, 4, 6, 1, 3, 5, 7, so that neither the
-    // stores of fragments nor the loads of quads have bank conflicts.
+    // A quad of rows. Tokens of a fragment are in the order 0, 2, 4, 6, 1, 3, 5, 7, so that neither
+    // the stores of fragments nor the loads of quads have bank conflicts.
     __device__ __forceinline__ float* quad(int fragment, int token, int quad) {
         const int place = token / 2 + token % 2 * 4;
         return sums + 128 * fragment + 16 * place + 4 * (quad ^ place / 2 % 2 * 2);
@@ -46,8 +46,8 @@ struct RowQuad {
     }
 };
 
-// Write y as `write` does, bit for bit, with GLU or a residual. The loop is not unrolled: its code would
-// exceed the instruction cache.
+// Write y as `write` does, bit for bit, with GLU or a residual. The loop is not unrolled: its code
+// would exceed the instruction cache.
 template <int TILE_N, int WIDTH, int GLU>
 __device__ __forceinline__ void write_staged(const MatmulParams& p, const Projection* projections,
                                              const TokenTile<TILE_N>& tokens, int row0,

@@ -13,8 +13,8 @@ struct Stages {
           barriers((unsigned int)__cvta_generic_to_shared(barriers)) {}
     __device__ __forceinline__ unsigned int full(int stage) const { return barriers + 8 * stage; }
     __device__ __forceinline__ unsigned int empty(int stage) const { return barriers + 8 * (STAGES + stage); }
-    // Arrivals that make a stage full (with the bytes of its copies) and empty. A barrier of the block
-    // must follow.
+    // Arrivals that make a stage full (with the bytes of its copies) and empty. A barrier of the
+    // block must follow.
     __device__ __forceinline__ void init(int arrivals_full, int arrivals_empty) const {
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(full(i), arrivals_full);

@@ -1,8 +1,10 @@
 // Partial softmax results of a team of warps, in shared or device memory, and their combination.
 //
 // A part of GROUP heads holds sums of exp2(score - peak)·value, element e of head g at g·kRow + e,
-// then (peak, total) [GROUP][2]. The rows are padded, so that the lanes of a warp store to all banks.
-// The order of all sums is that of `combine` (softmax_parts.cuh): zeros of absent lanes add nothing.
+// then (peak, total) [GROUP][2]. The rows are padded, so that the lanes of a warp store to all
+// banks.
+// The order of all sums is that of `combine` (softmax_parts.cuh): zeros of absent lanes add
+// nothing.
 // Users: attention_rows.cu, attention_few_rows.cu.
 #pragma once
 #include "decode_heads.cuh"
@@ -32,8 +34,8 @@ struct Parts {
         if (c == 0) *reinterpret_cast<float2*>(to + kEnds + 2 * g) = make_float2(heads.peak, total);
     }
 
-    // Add `n` ≤ MAX parts to the final rows, or to the part `out` if that is not null. Called by all
-    // threads of a synchronized block.
+    // Add `n` ≤ MAX parts to the final rows, or to the part `out` if that is not null. Called by
+    // all threads of a synchronized block.
     template <int MAX>
     __device__ __forceinline__ static void combine(const float* parts, int n, float (*weights)[MAX],
                                                    const FinalRows& rows, float* out) {
@@ -58,7 +60,8 @@ struct Parts {
     }
 
 private:
-    // The weights of the parts, and (peak, total) of all. LANES of a head, with two parts each if 32.
+    // The weights of the parts, and (peak, total) of all. LANES of a head, with two parts each if
+    // 32.
     template <int LANES, int MAX>
     __device__ __forceinline__ static void weigh(const float* parts, int n, float (*weights)[MAX],
                                                  const FinalRows& rows, float* out) {

@@ -1,6 +1,6 @@
 // Warp reductions by butterfly shuffles, in a fixed order: every lane gets the result with the same
-// bits, of `transposed_sum` a result of its own. Also running sums, and the sum of squares of an RMSNorm. Every addition
-// is written with its rounding.
+// bits, of `transposed_sum` a result of its own. Also running sums, and the sum of squares of an
+// RMSNorm. Every addition is written with its rounding.
 #pragma once
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);  // NVRTC's wheels carry no math_constants.h

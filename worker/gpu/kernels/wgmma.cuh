@@ -34,8 +34,9 @@ __device__ __forceinline__ void wait_for_mmas() {
 
 // Descriptor of B, or of A, in shared memory: rows of ROW_BYTES, 128 or 64, as a tensor map with
 // SWIZZLE_128B or SWIZZLE_64B writes them: 16-byte chunk c of row r stored at c ^ (r & 7), or at
-// c ^ (r / 2 & 3). K-major: rows are those of N, `at` is a multiple of 8·ROW_BYTES, plus 32 for each 16
-// columns of k. N-major: rows are those of k, columns beyond a row continue `next_panel` bytes later.
+// c ^ (r / 2 & 3). K-major: rows are those of N, `at` is a multiple of 8·ROW_BYTES, plus 32 for
+// each 16 columns of k. N-major: rows are those of k, columns beyond a row continue `next_panel`
+// bytes later.
 template <int ROW_BYTES = 128>
 __device__ __forceinline__ unsigned long long descriptor(unsigned int at, unsigned int next_panel = 16) {
     static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "swizzle");
@@ -48,7 +49,8 @@ __device__ __forceinline__ unsigned long long advanced(unsigned long long descri
     return descriptor + (bytes >> 4);
 }
 
-// Change the number of registers of each thread of this warpgroup; the compiler fits its code to it.
+// Change the number of registers of each thread of this warpgroup; the compiler fits its code to
+// it.
 template <int REGISTERS>
 __device__ __forceinline__ void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));

@@ -8,7 +8,8 @@
 
 constexpr int kPanel = 64, kPanelBytes = 2 * kPanel;  // columns of a panel, and bytes of its rows
 
-// The tokens of token tile `index`, or the rows of its expert. *count is read before the wait (pdl.cuh):
+// The tokens of token tile `index`, or the rows of its expert. *count is read before the wait
+// (pdl.cuh):
 // no kernel writes it; the table is read after it.
 template <int TILE_N>
 __device__ __forceinline__ SlotTile token_tile(const MatmulParams& p, const SlotTiles& tiles, int n_tokens, int index) {

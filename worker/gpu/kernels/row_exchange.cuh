@@ -1,9 +1,9 @@
-// The blocks of one row of sample.cu: their shares of the vocabulary, their meeting point and the
+// The blocks of one row of sample.cu: their shares of the vocabulary, their barrier and the
 // memory in which they exchange results.
 //
-// In a launch of several rows a block takes a ticket when it starts, and thus its row and share: all
-// blocks of lower tickets have started, so at most one row waits for blocks that have not. All blocks
-// of one row must fit on the device.
+// In a launch of several rows a block takes a ticket when it starts, and thus its row and share:
+// all blocks of lower tickets have started, so at most one row waits for blocks that have not. All
+// blocks of one row must fit on the device.
 // Twin: worker/cpu/sampler.py.
 #pragma once
 #include "sampling.cuh"
@@ -26,8 +26,8 @@ struct List {  // ids among which a selection ends
     int ids[kListed];
 };
 
-struct RowBoard {  // device memory, zeros before the first launch
-    unsigned int met;           // arrivals at the meetings of this launch; zero after it
+struct RowExchange {  // device memory, zeros before the first launch
+    unsigned int arrived;       // arrivals at the barriers of this launch; zero after it
     unsigned int drawn, ended;  // arrivals at the end of the draw and of the launch
     int id, listed, unused;
     u64 target;
@@ -37,7 +37,7 @@ struct RowBoard {  // device memory, zeros before the first launch
     Histogram histograms[2];
     List list;
 };
-static_assert(sizeof(RowBoard) == ROW_BOARD_BYTES, "ROW_BOARD of worker/gpu/sampler.py");
+static_assert(sizeof(RowExchange) == ROW_EXCHANGE_BYTES, "ROW_EXCHANGE of worker/gpu/sampler.py");
 
 // What a block's threads read while they compute.
 struct RowTask {
@@ -45,52 +45,53 @@ struct RowTask {
     Request request;
     SequenceEnd end;
     Sequence sequence;
-    RowBoard* board;
+    RowExchange* exchange;
     int share, shares, lo, hi;  // this block computes ids [lo, hi); lo is a multiple of 32 if lo < hi
     int each;                   // ids of a warp: a multiple of 32; warp w begins at lo + w * each
     int penalized;
-    unsigned int met;         // arrivals up to the end of the last meeting
+    unsigned int arrived;     // arrivals up to the end of the last barrier
     unsigned int random;      // 24 bits
     int levels;               // histograms added up so far in this launch
     double temperature, inverse, min_weight;  // inverse: 1 / temperature
     double peak, raw_best;
 };
 
-// One object a block, not a parameter: functions that are not inlined would address it by a pointer.
+// One object a block, not a parameter: functions that are not inlined would address it by a
+// pointer.
 __shared__ RowTask task;
 
 __device__ __forceinline__ void wait_for_arrivals() {
-    while (load_acquire(&task.board->met) < task.met) {
+    while (load_acquire(&task.exchange->arrived) < task.arrived) {
     }
 }
 
 // Wait for all blocks of the row.
-__device__ __forceinline__ void meet() {
+__device__ __forceinline__ void row_barrier() {
     __syncthreads();
     if (threadIdx.x == 0) {
-        task.met += task.shares;
-        add_release(&task.board->met, 1);
+        task.arrived += task.shares;
+        add_release(&task.exchange->arrived, 1);
         wait_for_arrivals();
     }
     __syncthreads();
 }
 
-// Whether this block is the last of the row to arrive. The others wait until it calls end_meeting.
-__device__ __forceinline__ bool meets_last() {
+// Whether this block is the last of the row to arrive. The others wait until it calls open_barrier.
+__device__ __forceinline__ bool is_last_at_barrier() {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        task.met += task.shares + 1;  // end_meeting is an arrival too
-        last = arrive(&task.board->met, ~0u) == task.met - 2;
+        task.arrived += task.shares + 1;  // open_barrier is an arrival too
+        last = arrive(&task.exchange->arrived, ~0u) == task.arrived - 2;
         if (!last) wait_for_arrivals();
     }
     __syncthreads();
     return last;
 }
 
-__device__ __forceinline__ void end_meeting() {
+__device__ __forceinline__ void open_barrier() {
     __syncthreads();
-    if (threadIdx.x == 0) add_release(&task.board->met, 1);
+    if (threadIdx.x == 0) add_release(&task.exchange->arrived, 1);
 }
 
 // The raw logits and marks of ids id … id + 3, as far as they are below `hi`.
