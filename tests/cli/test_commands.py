@@ -167,6 +167,14 @@ def test_inspect_reports_contents_memory_and_that_the_model_can_run(name, tiny):
     assert "yes" in worker("inspect", tiny(name)).stdout
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+def test_inspect_shows_how_keys_and_values_are_stored(kv_type, tiny, monkeypatch):
+    monkeypatch.setenv("WORKER_ENGINE__KV_TYPE", kv_type)
+    report = json.loads(worker("inspect", tiny("qwen2"), "--json", "--context", 100).stdout)
+    assert report["kv_type"] == kv_type
+    assert f"({kv_type})" in worker("inspect", tiny("qwen2")).stdout
+
+
 def test_inspect_reports_why_a_file_cannot_run(tiny, tmp_path):
     broken = tmp_path / "broken.gguf"
     data = tiny("llama").read_bytes()

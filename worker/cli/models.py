@@ -88,6 +88,7 @@ def _report(file: GgufFile, contexts: list[int]) -> dict[str, Any]:
         "context": planned.context,
         "weight_bytes": planned.weight_bytes,
         "overhead_bytes": planned.overhead_bytes,
+        "kv_type": backend.kv_type,
         "kv_bytes_per_token": per_token,
         "kv_bytes": {str(n): n * per_token for n in shown if n <= planned.hparams.context_length or n in contexts},
         "available_bytes": planned.available,
@@ -133,7 +134,7 @@ def _print_report(report: dict[str, Any]) -> None:
         table.add_row("memory for weights", weights)
         table.add_row("memory besides, at most", f"{size(report['overhead_bytes'])} for activations and workspace")
         for tokens, nbytes in report["kv_bytes"].items():
-            table.add_row(f"memory for KV at {int(tokens):,}", size(nbytes))
+            table.add_row(f"memory for KV at {int(tokens):,}", f"{size(nbytes)} ({report['kv_type']})")
         table.add_row("memory available", size(report["available_bytes"]))
         table.add_row("unused tensors", ", ".join(report["unused_tensors"]) or "none")
     if report["unknown_keys"]:
