@@ -162,10 +162,12 @@ def test_a_client_that_was_not_used_may_be_used_after_a_fork(server: Server) -> 
 
 
 def test_a_process_ends_though_the_client_is_open_and_a_thread_reads(server: Server) -> None:
-    code = "threading.Thread(target=lambda: next(client.tokens('waits'), None), daemon=True).start()\n"
+    # A traceback of a daemon thread on stderr at the interpreter's end can abort the process (CPython).
+    code = "def read():\n    with contextlib.suppress(RuntimeError):\n        next(client.tokens('waits'), None)\n"
+    code += "import contextlib\nthreading.Thread(target=read, daemon=True).start()\n"
     began = time.monotonic()
     done = run_script(server, code + "time.sleep(0.5)\nclient.submit(prompt='x')\n")
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (0, "")
     assert time.monotonic() - began < 10
 
 
