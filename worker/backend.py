@@ -5,6 +5,7 @@ one thread that owns the device. Next: `worker/runtime.py`, which calls it.
 """
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -77,6 +78,26 @@ class Plan:
             return None
         required = self.weight_bytes + self.overhead_bytes + self.kv_bytes_per_token * KV_BLOCK
         return InsufficientVram(required, self.available, "the model's weights and one KV block")
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output head is a matrix of its own, not the embedding."""
+        return any(info.name == "output.weight" for info in self.weights)
+
+    def product_flops(self, tokens: int, heads: int) -> int:
+        """Multiplications and additions of the products; the head runs for `heads` tokens."""
+        hp, head = self.hparams, "output.weight" if self.untied else "token_embd.weight"
+        total = 0
+        for info in self.weights:
+            if len(info.shape) < 2 or info.name.endswith(".bias") or info.name == "token_embd.weight" != head:
+                continue
+            if info.is_table:
+                continue
+            elements = math.prod(info.shape)
+            if "_exps." in info.name:
+                elements = elements * hp.expert_used_count // hp.expert_count
+            total += 2 * elements * (heads if info.name == head else tokens)
+        return total
 
 
 class Device(Protocol):

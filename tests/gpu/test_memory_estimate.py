@@ -15,6 +15,7 @@ from tests.full_size_models import FULL_SIZE
 from tests.tiny_models import TINY, tensors_of
 from worker.adapters import bind
 from worker.adapters.hparams import read_hparams
+from worker.backend import Plan
 from worker.cpu.backend import CpuBackend
 from worker.gguf_file import GgufFile
 from worker.gpu.attention import AttentionMemory, table_bytes
@@ -285,6 +286,11 @@ def test_a_dense_model_counts_its_ffn(tiny):
     assert (hp.ffn_width, hp.experts_width) == (9728, 0)
 
 
+def plan_of(hparams, *weights):
+    """A plan of which the weights and their use matter."""
+    return Plan(hparams, ModelOptions(CONTEXT), (), {}, weights, (), 0, 0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("parameters", "processors", "wgmma", "chunk"),
     [
@@ -298,7 +304,7 @@ def test_the_chunk_shrinks_until_a_cancellation_need_not_wait_longer(parameters,
     weight = SimpleNamespace(name="blk.0.ffn_down.weight", shape=(int(parameters), 1), is_table=False)
     embedding = SimpleNamespace(name="token_embd.weight", shape=(10**10, 1), is_table=False)
     hparams = SimpleNamespace(expert_count=0, expert_used_count=0)
-    assert backend.prefill_chunk(SimpleNamespace(weights=(weight, embedding), hparams=hparams)) == chunk
+    assert backend.prefill_chunk(plan_of(hparams, weight, embedding)) == chunk
 
 
 def test_of_experts_those_in_use_count_and_a_smaller_chunk_that_is_set_needs_less_memory():
@@ -306,5 +312,5 @@ def test_of_experts_those_in_use_count_and_a_smaller_chunk_that_is_set_needs_les
     backend._kernels = SimpleNamespace(wgmma=True, processors=132)
     experts = SimpleNamespace(name="blk.0.ffn_up_exps.weight", shape=(32, 10**9), is_table=False)
     hparams = SimpleNamespace(expert_count=32, expert_used_count=4)
-    assert backend.prefill_chunk(SimpleNamespace(weights=(experts,), hparams=hparams)) == 2048
+    assert backend.prefill_chunk(plan_of(hparams, experts)) == 2048
     assert [batch_rows(chunk, wgmma=True) for chunk in (0, 512, 4096)] == [2048, 512, 2048]

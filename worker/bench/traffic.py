@@ -40,7 +40,7 @@ class Traffic:
         The weights are read while the products are computed, the keys and values are read after.
         """
         weights = self._step_weights(sequences) / bytes_per_s
-        products = self._flops(sequences, sequences) / operations_per_s
+        products = self.planned.product_flops(sequences, sequences) / operations_per_s
         return max(weights, products) + sequences * self._key_bytes(context) / bytes_per_s
 
     def prompt_bytes(self, tokens: int) -> int:
@@ -54,26 +54,7 @@ class Traffic:
 
     def prompt_flops(self, tokens: int) -> int:
         """Multiplications and additions of a prompt's products; the head runs for one token."""
-        return self._flops(tokens, 1)
-
-    @property
-    def _untied(self) -> bool:
-        return any(info.name == "output.weight" for info in self.planned.weights)
-
-    def _flops(self, tokens: int, heads: int) -> int:
-        """Multiplications and additions of the products; the head runs for `heads` tokens."""
-        hp, head = self.planned.hparams, "output.weight" if self._untied else "token_embd.weight"
-        total = 0
-        for info in self.planned.weights:
-            if len(info.shape) < 2 or info.name.endswith(".bias") or info.name == "token_embd.weight" != head:
-                continue
-            if info.is_table:
-                continue
-            elements = math.prod(info.shape)
-            if "_exps." in info.name:
-                elements = elements * hp.expert_used_count // hp.expert_count
-            total += 2 * elements * (heads if info.name == head else tokens)
-        return total
+        return self.planned.product_flops(tokens, 1)
 
     def _attention_flops(self, tokens: int) -> int:
         """Multiplications and additions of attention to the keys in each layer's window."""
@@ -100,7 +81,7 @@ class Traffic:
 
     def _weights(self, tokens: int) -> int:
         """Bytes of the weights that `tokens` tokens use, with the most experts they can use."""
-        hp, untied, total = self.planned.hparams, self._untied, 0
+        hp, untied, total = self.planned.hparams, self.planned.untied, 0
         for info in self.planned.weights:
             nbytes = self.weight_bytes(info)
             if info.is_table or (untied and info.name == "token_embd.weight"):

@@ -3,7 +3,6 @@
 Next: `upload.py`, `runner.py`.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,11 +45,7 @@ _CHUNK_S = 0.08
 """Longest products of a chunk by default: a cancellation has to take effect within 0.1 s."""
 _FLOP_RATE = {False: 1.7e12, True: 3.3e12}
 """FLOP/s of a multiprocessor in products of prefill, without and with `wgmma`."""
-
-
 _LEAST_CHUNK = 64
-_ENDS = ("token_embd.weight", "output.weight")
-"""Matrices of which a prompt needs single rows."""
 
 
 def batch_rows(chunk: int, *, wgmma: bool) -> int:
@@ -85,8 +80,8 @@ class GpuBackend:
     def prefill_chunk(self, plan: Plan) -> int:
         """See `Backend.prefill_chunk`: a batch, or less if its products take too long."""
         within = _CHUNK_S * _FLOP_RATE[self._kernels.wgmma] * self._kernels.processors
-        chunk, flops = self.batch_rows, _prompt_flops(plan)
-        while chunk > _LEAST_CHUNK and chunk * flops > within:
+        chunk = self.batch_rows
+        while chunk > _LEAST_CHUNK and plan.product_flops(chunk, heads=1) > within:
             chunk //= 2
         return chunk
 
@@ -174,10 +169,3 @@ class GpuBackend:
 
         version = "{}.{}".format(*nvrtc.getVersion())
         return numerics(self._kernels.arch, version, self.kv_type, wgmma=self._kernels.wgmma)
-
-
-def _prompt_flops(plan: Plan) -> float:
-    """Multiplications and additions of a prompt token's products, of experts those in use."""
-    used = plan.hparams.expert_used_count / max(1, plan.hparams.expert_count)
-    matrices = [info for info in plan.weights if len(info.shape) > 1 and info.name not in _ENDS and not info.is_table]
-    return sum(2 * math.prod(info.shape) * (used if "_exps." in info.name else 1) for info in matrices)
