@@ -212,6 +212,11 @@ class Ops(Protocol):
     def norm_linear(self, x: Array, norm: RmsNorm, *linears: Linear) -> tuple[Array, ...]:
         """Several projections of one norm: y_j [T, rows_j] f32."""
 
+    def norm_attention(
+        self, x: Array, norm: RmsNorm, linears: tuple[Linear, Linear, Linear], spec: Attention, batch: Batch
+    ) -> Array:
+        """`attention` of the projections q, k and v of one norm, which `norm_linear` returns."""
+
     def attention(self, q: Array, k: Array | None, v: Array | None, spec: Attention, batch: Batch) -> Array:
         """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32.
 

@@ -39,6 +39,7 @@ OPS = (
     "matvec_mma",
     "matmul",
     "matmul_wgmma",
+    "rope_projections",
     "norms",
     "softcap",
     "layer_inputs",
@@ -81,7 +82,7 @@ SMALLEST = (
     *("67-512-33 and Q4_K", "67-512-33 and Q5_0", "67-512-33 and Q6_K", "160-1280-33 and Q8_0", "small_rows"),
     *("quantized_like_the_twin and 896", "from_the_count", "gelu", "queries_are_scaled"),
     *("limited and 7", "into_a_copy and 64", "of_a_launch_before and 256", "branches and 96", "groups and 64"),
-    *("group_of and 64", "unwritten and 0-129"),
+    *("group_of and 64", "unwritten and 0-129", "products_and_rope and 64-Q4_K"),
 )
 """Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""
 

@@ -29,6 +29,7 @@ CHOSEN = {
     "matvec_mma": "(no_tile and Q4_K and 40) or (gated and 160 and Q6_K) or (hold and 21) or gelu",
     "matmul": "37-256 and (Q4_K or Q8_0 or MXFP4 or F16 or IQ4_XS) or gelu",
     "matmul_wgmma": "(every_tile and (Q4_K or Q6_K or F16 or gelu)) or two_types or chosen",
+    "rope_projections": "Q5_0 or Q4_K or others",
     "norms": "",
     "softcap": "",
     "layer_inputs": "",

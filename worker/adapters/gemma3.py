@@ -71,8 +71,8 @@ class Gemma3:
         """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch, self.embedding_scale)
         for layer in self.layers:
-            q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
-            attended = ops.attention(q, k, v, layer.attention, batch)
+            projections = (layer.q, layer.k, layer.v)
+            attended = ops.norm_attention(x, layer.attn_norm, projections, layer.attention, batch)
             if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_norm_add(attended, layer.attn_output, layer.attn_post_norm, x)

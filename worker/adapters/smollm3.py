@@ -36,8 +36,8 @@ class SmolLM3:
         """Logits [R, V] f32 of the batch's `logit_rows`."""
         x = ops.embed(self.token_embd, batch)
         for layer in self.layers:
-            q, k, v = ops.norm_linear(x, layer.attn_norm, layer.q, layer.k, layer.v)
-            attended = ops.attention(q, k, v, layer.attention, batch)
+            projections = (layer.q, layer.k, layer.v)
+            attended = ops.norm_attention(x, layer.attn_norm, projections, layer.attention, batch)
             if layer is self.layers[-1]:  # the rest is needed for the requested rows only
                 attended, x = ops.gather_rows(attended, batch), ops.gather_rows(x, batch)
             x = ops.linear_add(attended, layer.attn_output, x)

@@ -52,6 +52,12 @@ class CpuOps:
         n = self._norm(x, norm)
         return tuple(self._linear(n, linear) for linear in linears)
 
+    def norm_attention(
+        self, x: F32, norm: RmsNorm, linears: tuple[Linear, Linear, Linear], spec: Attention, batch: Batch
+    ) -> F32:
+        q, k, v = self.norm_linear(x, norm, *linears)
+        return self.attention(q, k, v, spec, batch)
+
     def attention(self, q: F32, k: F32 | None, v: F32 | None, spec: Attention, batch: Batch) -> F32:
         queries = q.reshape(len(q), spec.n_heads, spec.head_dim)
         if spec.q_norm is not None:

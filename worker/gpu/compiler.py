@@ -29,7 +29,7 @@ KernelName = tuple[str, str]
 """A file of `kernels/` and a name expression in it."""
 
 WGMMA_ARCH = "sm_90"
-WGMMA_FILES = ("matmul_wgmma.cu", "matmul_wgmma_short.cu", "attention_wgmma.cu")
+WGMMA_FILES = ("matmul_wgmma.cu", "matmul_wgmma_rope.cu", "matmul_wgmma_short.cu", "attention_wgmma.cu")
 """Files for devices of WGMMA_ARCH alone: `wgmma` is compiled for sm_90a."""
 
 OPTIONS = ("-std=c++17", "-ftz=true", "-lineinfo")

@@ -75,6 +75,13 @@ class DecodeOps:
         rows = Q8Activations(x)
         return tuple(y for group in groups for y in self._products.multiply(rows, norm, group))
 
+    def norm_attention(
+        self, x: DeviceArray, norm: RmsNorm, linears: tuple[Linear, Linear, Linear], spec: Attention, batch: Batch
+    ) -> Q8Activations | Q8Tiles:
+        """See `Ops.norm_attention`; y is f32 and Q8, the input of `linear_add`."""
+        q, k, v = self.norm_linear(x, norm, *linears)
+        return self.attention(q, k, v, spec, batch)
+
     def attention(
         self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
     ) -> Q8Activations | Q8Tiles:

@@ -53,7 +53,7 @@ def norm_arguments(spec: Attention, *, always: bool = False) -> tuple[str, Seque
 
     None if there are no norms, unless `always`.
     """
-    return (", HeadNorms", (_head_norms(spec),)) if always or _has_norms(spec) else ("", ())
+    return (", HeadNorms", (_head_norms(spec),)) if always or has_norms(spec) else ("", ())
 
 
 def may_fuse_norms(spec: Attention) -> bool:
@@ -73,7 +73,7 @@ def normalize_heads(
 
     Returns v, a copy unless it stays as it is, and `spec` without norms.
     """
-    if not _has_norms(spec):
+    if not has_norms(spec):
         return v, spec
     values = v
     if v is not None and (spec.v_epsilon is not None or v is k):
@@ -87,7 +87,8 @@ def normalize_heads(
     return values, replace(spec, q_norm=None, k_norm=None, v_epsilon=None)
 
 
-def _has_norms(spec: Attention) -> bool:
+def has_norms(spec: Attention) -> bool:
+    """Whether heads have norms."""
     return (spec.q_norm, spec.k_norm, spec.v_epsilon) != (None, None, None)
 
 

@@ -17,7 +17,7 @@ from worker.gpu.compiler import KernelName
 from worker.gpu.memory import DeviceArray, FreeList, aligned
 
 _UNLIMITED = 1 << 50
-_PRODUCTS = ("matmul.cu", "matmul_wgmma.cu", "matmul_wgmma_short.cu")
+_PRODUCTS = ("matmul.cu", "matmul_wgmma.cu", "matmul_wgmma_rope.cu", "matmul_wgmma_short.cu")
 
 
 class Launcher(Protocol):

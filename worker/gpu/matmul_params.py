@@ -48,7 +48,7 @@ class ExpertGroups:
 def matmul_params(
     x: ScaledF16,
     linears: Sequence[Linear],
-    ys: Sequence[DeviceArray],
+    ys: Sequence[DeviceArray | None],
     blocks: Sequence[int],
     *,
     residual: DeviceArray | None,
@@ -76,7 +76,7 @@ def slot_tiles(table: DeviceArray | None, order: DeviceArray | None = None, part
     return np.array((address(order), address(table), parts), _SLOT_TILES)
 
 
-def _projection(linear: Linear, y: DeviceArray, first_block: int) -> np.ndarray[Any, Any]:
+def _projection(linear: Linear, y: DeviceArray | None, first_block: int) -> np.ndarray[Any, Any]:
     """A value of _PROJECTION."""
     bias = address(None if linear.bias is None else linear.bias.data)
     return np.array(

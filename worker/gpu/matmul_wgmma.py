@@ -3,8 +3,9 @@
 Each element is one chain of MMAs over ascending columns, so no bit depends on the tile, which is
 chosen by the number of tokens. Blocks of `matmul_wgmma.cu` compute several tiles of a dense matrix
 one after another, at most one block a multiprocessor. Experts with few rows take matmul.cu, whose
-chain of MMAs without a split of K gives the same bits. Kernels: `matmul_wgmma.cu`,
-`matmul_wgmma_short.cu`. Caller: `matmul.py`.
+chain of MMAs without a split of K gives the same bits. `launch_rope` includes RoPE and the writes
+to the KV cache. Kernels: `matmul_wgmma.cu`, `matmul_wgmma_rope.cu`, `matmul_wgmma_short.cu`.
+Callers: `matmul.py`, `prefill_attention.py`.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES
 from worker.gpu.matmul_params import ExpertGroups, matmul_params, slot_tiles
 from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
+from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
 from worker.gpu.tensor_maps import tensor_map
-from worker.ops import Activation, Linear
+from worker.ops import KV_BLOCK, SWIGLU, Activation, Linear
 from worker.quants import BF16, F16, F32, Q4_K, QuantType
 
 
@@ -68,8 +70,9 @@ _STEP = 128
 _PANEL = 64
 _TILE_GRID = np.dtype([("row_tiles", "i4"), ("token_tiles", "i4")])
 """`TileGrid` of matmul_wgmma.cu."""
-DEFINES = {"WEIGHTS_BYPASS_L1": 1}
-"""Such loads stay where they are written, behind a fence that waits for all loads before it."""
+DEFINES = {"WEIGHTS_BYPASS_L1": 1, "KV_BLOCK": KV_BLOCK, **_BATCH_DEFINES}
+"""With WEIGHTS_BYPASS_L1, loads stay where they are written, behind a fence that waits for all
+loads before it."""
 
 
 def _name(
@@ -91,6 +94,11 @@ def _name(
     return f"{kernel}.cu", f"{kernel}<{', '.join(arguments)}>"
 
 
+def _rope_name(first: QuantType, tile: _Tile, last: QuantType) -> KernelName:
+    arguments = [first.name, str(tile.tile_n), str(tile.stages), *([] if last == first else [last.name])]
+    return "matmul_wgmma_rope.cu", f"matmul_wgmma_rope<{', '.join(arguments)}>"
+
+
 def _tiles(kind: QuantType) -> tuple[_Tile, ...]:
     """Tiles of a type: weights of F32 and BF16 take registers, F16 must not be in registers."""
     most = {F32: 64, F16: 64, BF16: 128}.get(kind, 256)
@@ -110,6 +118,8 @@ INSTANTIATIONS: tuple[KernelName, ...] = (
         for gated in (False, True)
     ),
     *(_name(Q4_K, tile, gated=gated) for tile in _TILES for gated in (False, True)),
+    *(_rope_name(kind, _tiles(kind)[0], kind) for kind in STORED_TYPES if not _tiles(kind)[0].short),
+    *(_rope_name(first, tile, last) for first, _, last in MIXED for tile in _TILES if not tile.short),
     *(_name(first, tile, gated=False, last=last) for first, _, last in MIXED for tile in _TILES),
     *(_name(kind, tile, gated=True, gelu=True) for kind in GELU_TYPES for tile in _largest_tiles(kind)),
     *(_name(kind, _TILES[0], experts=True, gated=gated) for kind in EXPERT_TYPES for gated in (False, True)),
@@ -153,6 +163,29 @@ def launch(
         tiles = sum(blocks) * n_tiles
         grid = (tiles if groups else min(tiles, kernels.processors), 1)
     kernel(grid, (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
+
+
+def rope_tile(linears: Sequence[Linear], tokens: int) -> _Tile | None:
+    """The tile of `launch_rope` for projections q, k and v, or None where there is none."""
+    kinds = tuple(linear.weight.kind for linear in linears)
+    if len(set(kinds)) > 1 and kinds not in MIXED:
+        return None
+    rows, cols = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
+    tile = _tile(kinds[0], rows, cols, tokens, gated=False)
+    return None if tile.short else tile
+
+
+def launch_rope(
+    kernels: Launcher, x: ScaledF16, linears: Sequence[Linear], tile: _Tile, heads: np.ndarray[Any, Any]
+) -> None:
+    """Launch q, k and v with RoPE, which write `heads`: a value of `Heads` of the kernel."""
+    first, last, tokens = linears[0].weight.kind, linears[-1].weight.kind, x.x.shape[0]
+    blocks = _blocks(tile, [linear.weight.shape[0] for linear in linears], gated=False)
+    params = matmul_params(x, linears, [None] * len(linears), blocks, residual=None, gate=gate_of(SWIGLU, gelu=False))
+    grid = sum(blocks), -(-tokens // tile.tile_n)
+    args = (params, tensor_map(x.x, tile.tile_n, _PANEL), np.int32(tokens), np.array(grid, _TILE_GRID), heads)
+    kernel, threads = kernels.get(*_rope_name(first, tile, last)), (tile.threads,)
+    kernel((min(grid[0] * grid[1], kernels.processors), 1), threads, args, shared_mem=tile.shared_bytes, pdl=True)
 
 
 def rows_of_expert_tiles(rows_per_expert: float) -> int | None:

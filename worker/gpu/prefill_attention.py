@@ -1,13 +1,15 @@
 """Launchers of RoPE, KV writes and attention of prefill batches: FlashAttention.
 
-Kernels: `rope_kv.cu`; `attention_prefill.cu`, or `attention_wgmma.cu` with the same bits;
-`attention_512.cu` for heads of 512 elements. `query_scales.py` precedes. Caller: `prefill_ops.py`.
+Kernels: `rope_kv.cu`, or `matmul_wgmma_rope.cu` together with the projections;
+`attention_prefill.cu`, or `attention_wgmma.cu` with the same bits; `attention_512.cu` for heads of
+512 elements. `query_scales.py` precedes. Caller: `prefill_ops.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from worker.gpu import matmul_wgmma
 from worker.gpu.activations import ScaledF16, padded
 from worker.gpu.attention import (
     FLAGS,
@@ -21,14 +23,22 @@ from worker.gpu.attention import (
     sinks_of,
 )
 from worker.gpu.compiler import KernelName
-from worker.gpu.head_norms import HEAD_DIMS, check_head_dim, may_fuse_norms, norm_arguments, normalize_heads
+from worker.gpu.head_norms import (
+    HEAD_DIMS,
+    check_head_dim,
+    has_norms,
+    may_fuse_norms,
+    norm_arguments,
+    normalize_heads,
+)
 from worker.gpu.launch import Allocator, Launcher
+from worker.gpu.layouts import address
 from worker.gpu.memory import DeviceArray
 from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
-from worker.gpu.prefill_state import QUERY_TILE, WIDE_TILE, PrefillState, most_tiles
+from worker.gpu.prefill_state import PREFILL_BATCH, QUERY_TILE, WIDE_TILE, PrefillState, most_tiles
 from worker.gpu.tensor_maps import tensor_map
 from worker.model import KvType, kv_row_bytes
-from worker.ops import KV_BLOCK, Attention
+from worker.ops import KV_BLOCK, Attention, Linear
 
 MAX_PARTIAL_BYTES = 128 << 20
 """Limit on the partial results of a split chunk: enough for 128 tokens of 64 heads after 14,000."""
@@ -43,6 +53,18 @@ _BLOCKS_PER_PROCESSOR = 4  # of a split chunk's grid
 _WGMMA_STAGES = {64: 8, 96: 8, 128: 6}  # tiles of keys and values in shared memory, by head size
 _WGMMA_THREADS = 512
 _PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in TILED_DIMS}  # of 16 queries and one segment
+
+_PAIR_QUAD = 8
+"""Elements of four pairs, which matmul_wgmma_rope.cu writes together: they are of one head."""
+_HEADS = np.dtype(
+    [
+        *((name, "u8") for name in ("queries", "k_cache", "v_cache", "cos", "sin")),
+        *((name, "i4") for name in ("dims", "padding", "adjacent", "dim", "n_kv_heads")),
+        ("batch", PREFILL_BATCH),
+    ],
+    align=True,
+)
+"""`Heads` of matmul_wgmma_rope.cu."""
 
 DEFINES: Mapping[str, int] = {
     "KV_BLOCK": KV_BLOCK,
@@ -98,12 +120,42 @@ class PrefillAttention:
         batch: PrefillState,
     ) -> ScaledF16:
         """Write k, v [T, Hk·D] f32, if any, to the cache; return y [T, H·D] of q [T, H·D] f32."""
-        dim, tokens = check_head_dim(spec.head_dim), len(q)
         if not may_fuse_norms(spec):
             v, spec = normalize_heads(kernels, pool, q, k, v, spec)
         self._shared.query_scales.prefill(kernels, q, spec, batch)
-        rotated = self._rotate(kernels, pool, q, k, v, spec, batch)
-        y = ScaledF16(pool.empty((tokens, padded(q.shape[1])), np.float16), None, batch.count)
+        return self.attend(kernels, pool, self._rotate(kernels, pool, q, k, v, spec, batch), spec, batch)
+
+    def project(
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        x: ScaledF16,
+        linears: Sequence[Linear],
+        spec: Attention,
+        batch: PrefillState,
+    ) -> DeviceArray | None:
+        """Compute q, k and v of x and RoPE in one launch: k, v to the cache, q [T, H·D] f16.
+
+        None where no kernel does: `launch` takes the projections then, with the same bits.
+        """
+        dims, tile = (spec.head_dim, spec.rope.dims), matmul_wgmma.rope_tile(linears, len(x.x))
+        plain = spec.query_scale is None and not has_norms(spec) and not any(each % _PAIR_QUAD for each in dims)
+        if tile is None or not plain or self._shared.quantized or not kernels.wgmma:
+            return None
+        queries, shared = pool.empty((len(x.x), spec.n_heads * spec.head_dim), np.float16), self._shared
+        cos, sin, rotating = shared.rope(spec.rope)
+        addresses = map(address, (queries, *shared.cache.layer(spec.layer), cos, sin))
+        sizes = (rotating, 0, spec.rope.adjacent, spec.head_dim, spec.n_kv_heads)
+        heads = np.array((*addresses, *sizes, batch.params), _HEADS)
+        matmul_wgmma.launch_rope(kernels, x, linears, tile, heads)
+        return queries
+
+    def attend(
+        self, kernels: Launcher, pool: Allocator, rotated: DeviceArray, spec: Attention, batch: PrefillState
+    ) -> ScaledF16:
+        """Return y [T, H·D] of rotated queries [T, H·D] f16; keys and values are in the cache."""
+        dim, tokens = check_head_dim(spec.head_dim), len(rotated)
+        y = ScaledF16(pool.empty((tokens, padded(rotated.shape[1])), np.float16), None, batch.count)
         if dim == WIDEST_DIM:
             self._attend_512(kernels, y.x, rotated, spec, batch)
         elif kernels.wgmma and dim in _WGMMA_STAGES and tokens > _SPLIT_TOKENS and not self._shared.quantized:

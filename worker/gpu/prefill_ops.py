@@ -63,6 +63,17 @@ class PrefillOps:
     def norm_linear(self, x: Rows, norm: RmsNorm, *linears: Linear) -> tuple[DeviceArray, ...]:
         return matmul.projections(self._kernels, self._pool, self._scaled(x, norm), linears)
 
+    def norm_attention(
+        self, x: DeviceArray, norm: RmsNorm, linears: tuple[Linear, Linear, Linear], spec: Attention, batch: Batch
+    ) -> ScaledF16:
+        """See `Ops.norm_attention`; y is the input of `linear_add`."""
+        rows = self._scaled(x, norm)
+        queries = self._attention.project(self._kernels, self._pool, rows, linears, spec, self._state)
+        if queries is None:
+            q, k, v = matmul.projections(self._kernels, self._pool, rows, linears)
+            return self.attention(q, k, v, spec, batch)
+        return self._attention.attend(self._kernels, self._pool, queries, spec, self._state)
+
     def attention(
         self, q: DeviceArray, k: DeviceArray | None, v: DeviceArray | None, spec: Attention, batch: Batch
     ) -> ScaledF16:

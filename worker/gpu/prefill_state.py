@@ -29,7 +29,7 @@ _ROW = np.dtype([("position", "i4"), ("table", "i4")])
 """`PrefillRow` of prefill_batch.cuh."""
 _TILE = np.dtype([*((name, "i4") for name in ("row", "position", "start", "end", "table")), ("unused", "i4", 3)])
 """`PrefillTile` of prefill_batch.cuh."""
-_BATCH = np.dtype([(name, "u8") for name in ("size", "rows", "tiles", "tables")])
+PREFILL_BATCH = np.dtype([(name, "u8") for name in ("size", "rows", "tiles", "tables")], align=True)
 """`PrefillBatch` of prefill_batch.cuh."""
 _NO_TOKEN = -1
 DEFINES = {
@@ -38,7 +38,7 @@ DEFINES = {
     "PREFILL_SIZE_BYTES": _SIZE.itemsize,
     "PREFILL_ROW_BYTES": _ROW.itemsize,
     "PREFILL_TILE_BYTES": _TILE.itemsize,
-    "PREFILL_BATCH_BYTES": _BATCH.itemsize,
+    "PREFILL_BATCH_BYTES": PREFILL_BATCH.itemsize,
 }
 
 
@@ -111,8 +111,8 @@ class PrefillState:
 
     @cached_property
     def params(self) -> np.ndarray[Any, Any]:
-        """The kernel parameter `PrefillBatch`: a value of _BATCH."""
-        return np.array(tuple(each.data.ptr for each in (self.size, self.rows, self.tiles, self.tables)), _BATCH)
+        """The kernel parameter `PrefillBatch`: a value of PREFILL_BATCH."""
+        return np.array(tuple(each.data.ptr for each in (self.size, self.rows, self.tiles, self.tables)), PREFILL_BATCH)
 
     def load(self, chunks: Sequence[Batch], stream: Any) -> None:
         """Upload the chunks of a batch: those that `pack` returns together.

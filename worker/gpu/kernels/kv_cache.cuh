@@ -27,7 +27,10 @@ struct F16Kv {
     // Where the row of a position begins, in elements.
     template <int D>
     __device__ __forceinline__ static size_t row(int block, int n_kv_heads, int kv_head, int position) {
-        return (((size_t)block * n_kv_heads + kv_head) * kKvBlock + position % kKvBlock) * D;
+        return row(block, n_kv_heads, kv_head, position, D);
+    }
+    __device__ __forceinline__ static size_t row(int block, int n_kv_heads, int kv_head, int position, int dim) {
+        return (((size_t)block * n_kv_heads + kv_head) * kKvBlock + position % kKvBlock) * dim;
     }
     template <int D>
     struct Row {  // one key or value

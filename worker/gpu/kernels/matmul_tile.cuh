@@ -22,6 +22,11 @@ struct WeightIterator {
             rows[i] = ((u32)expert * projections->rows + min(row, projections->rows - 1)) * slices;
         }
     }
+    // The lane's two rows of a dense matrix.
+    __device__ __forceinline__ WeightIterator(int cols, int first, int second) : slices(cols / 32) {
+        static_assert(FRAGS_M == 1 && !GLU, "two rows");
+        rows[0] = first * slices, rows[1] = second * slices;
+    }
     // Index of unit k of the lane's columns of a step; past the last column x is zero, so any
     // weights will do.
     __device__ __forceinline__ u32 unit(int i, int step, int k) const {

@@ -79,21 +79,29 @@ struct WarpRotation {
     }
 };
 
-// The i-th of D/2 pairs of a head: two elements that rotate together, or two that are copied.
+// The elements of the i-th pair of a head: two that rotate together, or two that are copied.
+__device__ __forceinline__ int2 rope_pair(int i, int dims, bool adjacent) {
+    const int half = dims / 2;
+    return adjacent || i >= half ? make_int2(2 * i, 2 * i + 1) : make_int2(i, i + half);
+}
+
+__device__ __forceinline__ float2 rotate_pair(float x, float y, float cos, float sin) {
+    return make_float2(fmaf(x, cos, -(y * sin)), fmaf(y, cos, x * sin));
+}
+
+// The i-th of D/2 pairs of a head.
 template <int D, bool ADJACENT>
 struct RopePair {
     int first, second;
     __device__ __forceinline__ RopePair(int i, int dims) {
-        const int half = dims / 2;
-        const bool neighbours = ADJACENT || i >= half;
-        first = neighbours ? 2 * i : i, second = neighbours ? 2 * i + 1 : i + half;
+        const int2 pair = rope_pair(i, dims, ADJACENT);
+        first = pair.x, second = pair.y;
     }
     // Both elements of `head`, rotated to `position`.
     __device__ __forceinline__ float2 rotate(const float* head, int position, const RopeTables rope) const {
         const float x = head[first], y = head[second];
         if (first >= rope.dims) return make_float2(x, y);
         const size_t at = (size_t)position * (rope.dims / 2) + (ADJACENT ? first / 2 : first);
-        const float c = rope.cos[at], s = rope.sin[at];
-        return make_float2(fmaf(x, c, -(y * s)), fmaf(y, c, x * s));
+        return rotate_pair(x, y, rope.cos[at], rope.sin[at]);
     }
 };

@@ -46,60 +46,83 @@ struct RowQuad {
     }
 };
 
+// Store a warp's sums of kStagedTokens tokens from `first` on.
+template <int WIDTH>
+__device__ __forceinline__ void stage_sums(const Accumulator<1, WIDTH>& sums, int first, StagedRows& staged) {
+    __syncwarp();  // the sums before have been read
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n)
+        if (8 * n / kStagedTokens * kStagedTokens == first) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                staged.quad(n % 4, threadIdx.x % 4 * 2 + e % 2, threadIdx.x % 32 / 16 + e / 2 * 2)[threadIdx.x % 32 / 4 % 4] =
+                    sums[0][n][e];
+        }
+    __syncwarp();
+}
+
+// A lane's staged sums, with scale and bias: of MATRICES matrices a quad of rows for every token.
+template <int MATRICES>
+struct LaneQuads {
+    static constexpr int kQuads = 4 / MATRICES, kTokens = 32 / kQuads;  // of a warp at once
+    static constexpr int kStores = kStagedTokens / kTokens;
+    float y[MATRICES][4 * kStores];
+
+    __device__ __forceinline__ static int quad() { return threadIdx.x % kQuads; }
+    // The i-th token of the lane, of those that are staged.
+    __device__ __forceinline__ static int token(int i) { return kTokens * i + threadIdx.x % 32 / kQuads; }
+
+    template <int TILE_N>
+    __device__ __forceinline__ void load(StagedRows& staged, const TokenTile<TILE_N>& tokens, int first,
+                                         const float (&bias)[MATRICES][4]) {
+#pragma unroll
+        for (int i = 0; i < kStores; ++i) {
+            const float scale = tokens.scales[first + token(i)];
+#pragma unroll
+            for (int j = 0; j < MATRICES; ++j) {
+                float sum[4];
+                load_quad(staged.quad(token(i) / 8, token(i) % 8, quad() + 2 * j), sum);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) y[j][4 * i + e] = __fmaf_rn(sum[e], scale, bias[j][e]);
+            }
+        }
+    }
+};
+
 // Write y as `write` does, bit for bit, with GLU or a residual. The loop is not unrolled: its code
 // would exceed the instruction cache.
 template <int TILE_N, int WIDTH, int GLU>
 __device__ __forceinline__ void write_staged(const MatmulParams& p, const Projection* projections,
                                              const TokenTile<TILE_N>& tokens, int row0,
                                              const Accumulator<1, WIDTH>& sums, StagedRows& staged) {
-    constexpr int kMatrices = GLU ? 2 : 1;
-    constexpr int kQuads = 4 / kMatrices, kTokens = 32 / kQuads;  // of a store of the warp
-    constexpr int kStores = kStagedTokens / kTokens;
-    const int lane = threadIdx.x % 32, rows = projections->rows, quad = lane % kQuads, r = row0 + 4 * quad;
+    using Quads = LaneQuads<GLU ? 2 : 1>;
+    constexpr int kStores = Quads::kStores;
+    const int rows = projections->rows, r = row0 + 4 * Quads::quad();
     const RowQuad y_rows{rows - r, rows % 4 == 0};
-    const auto offset = [&](int token) { return (size_t)tokens.slots[token + lane / kQuads] * rows + r; };
-    float bias[kMatrices][4] = {}, residual[4 * kStores] = {};
+    const auto offset = [&](int token) { return (size_t)tokens.slots[token] * rows + r; };
+    float bias[GLU ? 2 : 1][4] = {}, residual[4 * kStores] = {};
 #pragma unroll
-    for (int j = 0; j < kMatrices; ++j)
+    for (int j = 0; j < (GLU ? 2 : 1); ++j)
         if (projections[j].bias) y_rows.load(projections[j].bias + (size_t)tokens.tile.expert * rows + r, bias[j]);
     const auto load_residual = [&](int first) {
         if constexpr (!GLU) {
 #pragma unroll
-            for (int i = 0; i < kStores; ++i) y_rows.load(p.residual + offset(first + kTokens * i), residual + 4 * i);
+            for (int i = 0; i < kStores; ++i) y_rows.load(p.residual + offset(first + Quads::token(i)), residual + 4 * i);
         }
     };
     load_residual(0);
 #pragma unroll 1
     for (int first = 0; first < WIDTH; first += kStagedTokens) {
-        __syncwarp();  // the sums before have been read
+        stage_sums<WIDTH>(sums, first, staged);
+        Quads lane;
+        lane.load(staged, tokens, first, bias);
+        if constexpr (GLU > 0) gated<GLU == kGelu>(lane.y[0], lane.y[1], p.gate);
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n)
-            if (8 * n / kStagedTokens * kStagedTokens == first) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    staged.quad(n % 4, lane % 4 * 2 + e % 2, lane / 16 + e / 2 * 2)[lane / 4 % 4] = sums[0][n][e];
-            }
-        __syncwarp();
-        float y[kMatrices][4 * kStores];
-#pragma unroll
-        for (int i = 0; i < kStores; ++i) {
-            const int token = kTokens * i + lane / kQuads;
-            const float scale = tokens.scales[first + token];
-#pragma unroll
-            for (int j = 0; j < kMatrices; ++j) {
-                float sum[4];
-                load_quad(staged.quad(token / 8, token % 8, quad + 2 * j), sum);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) y[j][4 * i + e] = __fmaf_rn(sum[e], scale, bias[j][e]);
-            }
-        }
-        if constexpr (GLU > 0) gated<GLU == kGelu>(y[0], y[1], p.gate);
-#pragma unroll
-        for (int k = 0; k < 4 * kStores; ++k) y[0][k] = __fadd_rn(y[0][k], residual[k]);
+        for (int k = 0; k < 4 * kStores; ++k) lane.y[0][k] = __fadd_rn(lane.y[0][k], residual[k]);
         if (first + kStagedTokens < WIDTH) load_residual(first + kStagedTokens);
 #pragma unroll
         for (int i = 0; i < kStores; ++i)
-            if (first + kTokens * i + lane / kQuads < tokens.tile.count)
-                y_rows.store(projections->out + offset(first + kTokens * i), y[0] + 4 * i);
+            if (first + Quads::token(i) < tokens.tile.count)
+                y_rows.store(projections->out + offset(first + Quads::token(i)), lane.y[0] + 4 * i);
     }
 }
