@@ -93,7 +93,7 @@ class State:
     slots: int
 
     def __post_init__(self):
-        self.tokens, self.positions, self.row_slots, self.wanted = (absent((2048,), np.int32) for _ in range(4))
+        self.tokens, self.positions, self.row_slots, self.wanted = (absent((4096,), np.int32) for _ in range(4))
         self.count, self.wanted_count, self.rows, self.params = (absent((1,), np.int32) for _ in range(4))
         self.blocks, self.chunks = CONTEXT // 16, chunks_at_most(self.slots)
         self.tables = absent((self.slots, CONTEXT // 16), np.int32)
@@ -197,10 +197,10 @@ def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
     return Need(dry_run(prefill, wgmma=wgmma).pool_bytes, dry_run(decode).pool_bytes, memory.nbytes)
 
 
-def backend_of(*, wgmma):
+def backend_of(processors=PROCESSORS, *, wgmma):
     """A backend without a device, which plans do not need."""
     backend = object.__new__(GpuBackend)
-    backend.batch_rows = batch_rows(0, wgmma=wgmma)
+    backend.batch_rows = batch_rows(0, processors, wgmma=wgmma)
     return backend
 
 
@@ -294,12 +294,12 @@ def plan_of(hparams, *weights):
 @pytest.mark.parametrize(
     ("parameters", "processors", "wgmma", "chunk"),
     [
-        *((3.7e9, 132, True, 2048), (8e9, 132, True, 2048), (12e9, 132, True, 1024), (31e9, 132, True, 512)),
-        *((3.7e9, 16, True, 512), (1e9, 16, True, 2048), (8e9, 108, False, 512), (3.7e9, 132, False, 1024)),
+        *((3.7e9, 132, True, 4096), (8e9, 132, True, 2048), (12e9, 132, True, 1024), (31e9, 132, True, 512)),
+        *((3.7e9, 16, True, 512), (8e9, 16, True, 256), (8e9, 108, False, 512), (3.7e9, 132, False, 1024)),
     ],
 )
 def test_the_chunk_shrinks_until_a_cancellation_need_not_wait_longer(parameters, processors, wgmma, chunk):
-    backend = backend_of(wgmma=wgmma)
+    backend = backend_of(processors, wgmma=wgmma)
     backend._kernels = SimpleNamespace(wgmma=wgmma, processors=processors)
     weight = SimpleNamespace(name="blk.0.ffn_down.weight", shape=(int(parameters), 1), is_table=False)
     embedding = SimpleNamespace(name="token_embd.weight", shape=(10**10, 1), is_table=False)
@@ -312,5 +312,10 @@ def test_of_experts_those_in_use_count_and_a_smaller_chunk_that_is_set_needs_les
     backend._kernels = SimpleNamespace(wgmma=True, processors=132)
     experts = SimpleNamespace(name="blk.0.ffn_up_exps.weight", shape=(32, 10**9), is_table=False)
     hparams = SimpleNamespace(expert_count=32, expert_used_count=4)
-    assert backend.prefill_chunk(plan_of(hparams, experts)) == 2048
-    assert [batch_rows(chunk, wgmma=True) for chunk in (0, 512, 4096)] == [2048, 512, 2048]
+    assert backend.prefill_chunk(plan_of(hparams, experts)) == 4096
+
+
+def test_a_batch_has_the_rows_that_fill_the_device_or_fewer_by_a_setting():
+    assert [batch_rows(chunk, 132, wgmma=True) for chunk in (0, 512, 4096)] == [4096, 512, 4096]
+    assert [batch_rows(chunk, 16, wgmma=True) for chunk in (0, 256, 4096)] == [512, 256, 512]
+    assert [batch_rows(chunk, 132, wgmma=False) for chunk in (0, 4096)] == [1024, 1024]

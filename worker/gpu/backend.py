@@ -48,10 +48,18 @@ _FLOP_RATE = {False: 1.7e12, True: 3.3e12}
 _LEAST_CHUNK = 64
 
 
-def batch_rows(chunk: int, *, wgmma: bool) -> int:
-    """Most rows of a prefill batch: as many as fill the products, or fewer by a setting."""
-    filling = 2048 if wgmma else 1024
-    return min(chunk or filling, filling)
+_ROWS_PER_PROCESSOR = 32
+_MOST_ROWS = {False: 1024, True: 4096}
+"""Rows that fill the products on all multiprocessors, without and with `wgmma`."""
+
+
+def batch_rows(chunk: int, processors: int, *, wgmma: bool) -> int:
+    """Most rows of a prefill batch: as many as fill the products, or fewer by a setting.
+
+    With `wgmma` a power of two, fewer on a part of a GPU; they determine the activations' memory.
+    """
+    filling = 1 << (_ROWS_PER_PROCESSOR * processors).bit_length() - 1 if wgmma else _MOST_ROWS[False]
+    return min(chunk or filling, filling, _MOST_ROWS[wgmma])
 
 
 class GpuBackend:
@@ -74,7 +82,7 @@ class GpuBackend:
         self._runtime_bytes = int(total - free)
         self.kv_type = kv_type
         self._kernels = Kernels(kernel_cache)
-        self.batch_rows = batch_rows(prefill_chunk, wgmma=self._kernels.wgmma)
+        self.batch_rows = batch_rows(prefill_chunk, self._kernels.processors, wgmma=self._kernels.wgmma)
         self._memory = DeviceMemory()
 
     def prefill_chunk(self, plan: Plan) -> int:

@@ -57,7 +57,7 @@ from worker.sampling import DrawRequest
 from worker.token_masks import SlotMask
 
 _ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
-_SMALL_BATCHES = (32, 128, 512, 1024)
+_SMALL_BATCHES = (32, 128, 512, 1024, 2048)
 """Graph sizes in rows below the largest batch: blocks of absent rows cost some time."""
 _ALL_PDL_ROWS = 128  # up to this many rows of a batch, all kernels launch with PDL
 _ROWS_AT_LOAD = 4  # decode steps of more rows are captured at their first use
