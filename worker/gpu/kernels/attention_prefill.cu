@@ -18,10 +18,10 @@
 // results exceed `capacity`, block 0 computes all segments. The KV blocks of a segment are looked
 // up once.
 //
-// Inputs: q [T, H·D] f16, already rotated (rope_kv.cu); caches as in kv_cache.cuh, written up to
-// the end of each chunk; batch; sinks [H] f32 or null. Output: y [T, padded(H·D)] f16 in the order
-// of fragments.cuh (a mean of f16 values needs no scale). Rows between two chunks get the results
-// of zero queries, which are finite.
+// Inputs: q [T, H·D] f16, already rotated (rope_kv.cu or matmul_wgmma_rope.cu); caches as in
+// kv_cache.cuh, written up to the end of each chunk; batch; sinks [H] f32 or null. Output: y [T,
+// padded(H·D)] f16 in the order of fragments.cuh (a mean of f16 values needs no scale). Rows
+// between two chunks get the results of zero queries, which are finite.
 // Scratch: partials, `capacity` times partial_quads(D, 1) float4; arrivals, tiles·H u32, zero
 // before and after each launch; both null if no context has several segments. D is 64, 96, 128 or
 // 256.

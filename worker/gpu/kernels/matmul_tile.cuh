@@ -1,4 +1,4 @@
-// Weights and results of a warp's tile of a prefill product, for matmul.cu and matmul_wgmma.cu.
+// Weights and results of a warp's tile of a prefill product, for matmul.cu and those with `wgmma`.
 //
 // A warp computes FRAGS_M fragments of 16 rows; a lane's rows are those of its fragments of A and
 // of the sum (mma.cuh).

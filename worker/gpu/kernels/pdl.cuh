@@ -11,7 +11,8 @@
 // | data                            | kernels                        | why                        |
 // | ------------------------------- | ------------------------------ | -------------------------- |
 // | weights, biases, norm weights   | matvec, glu, experts_add,      | written at load only       |
-// |                                 | matmul, matmul_wgmma, _short,  |                            |
+// |                                 | matmul, matmul_wgmma, _rope,   |                            |
+// |                                 | _short,                        |                            |
 // |                                 | scale_to_f16,                  |                            |
 // |                                 | route_rows, grouped_experts,   |                            |
 // |                                 | experts_mma, quantize_rows,    |                            |
@@ -25,7 +26,8 @@
 // | and limits of slots; row_slots  |                                |                            |
 // | rows, tiles and size of a       | rope_kv, attention_prefill,    | uploaded before this graph |
 // | prefill batch                   | attention_wgmma,               |                            |
-// |                                 | matmul, matmul_wgmma, _short,  |                            |
+// |                                 | matmul, matmul_wgmma, _rope,   |                            |
+// |                                 | _short,                        |                            |
 // |                                 | scale_to_f16, combine,         |                            |
 // |                                 | group_routes, norm_add,        |                            |
 // |                                 | branches_norm_add, gate_group, |                            |

@@ -3,7 +3,8 @@
 // A chunk's rows begin at a multiple of kKvBlock; rows between two chunks have no token. They get
 // finite activations, since rows of products do not depend on each other, and nothing of them is
 // written to the KV cache. Host side: worker/gpu/prefill_state.py. Users: rope_kv.cu,
-// scale_queries.cu, attention_prefill.cu, attention_wgmma.cu, attention_512.cu.
+// matmul_wgmma_rope.cu, scale_queries.cu, attention_prefill.cu, attention_wgmma.cu,
+// attention_512.cu.
 #pragma once
 
 struct PrefillSize {

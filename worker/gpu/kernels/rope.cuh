@@ -4,8 +4,8 @@
 // The tables [context, dims/2] f32 include the magnitude factor. Pair i is (2i, 2i+1) if ADJACENT,
 // else (i, i + dims/2). Elements from `dims` on are copied. Each result is one product, rounded,
 // and one FMA.
-// Twin: `rotate` in worker/cpu/plain.py. Users: rope_kv.cu, kv_rows.cu, attention_decode.cu,
-// attention_few_rows.cu, attention_rows.cu.
+// Twin: `rotate` in worker/cpu/plain.py. Users: rope_kv.cu, matmul_wgmma_rope.cu,
+// kv_rows.cu, attention_decode.cu, attention_few_rows.cu, attention_rows.cu.
 #pragma once
 
 struct RopeTables {

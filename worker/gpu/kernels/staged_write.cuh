@@ -1,5 +1,5 @@
-// Epilogue of matmul_wgmma.cu that writes 16 bytes a lane: a warp exchanges its sums through shared
-// memory.
+// Exchange of a warp's sums through shared memory, so that epilogues write 8 or 16 bytes a lane.
+// Users: matmul_wgmma.cu, matmul_wgmma_rope.cu.
 #pragma once
 #include "matmul_tile.cuh"
 

@@ -1,5 +1,5 @@
 // Stages of shared memory that bulk copies fill and tensor cores read, with their barriers. Users:
-// matmul_wgmma.cu, matmul_wgmma_short.cu, attention_wgmma.cu.
+// wgmma_ring.cuh, matmul_wgmma_short.cu, attention_wgmma.cu.
 #pragma once
 #include "bulk_copy.cuh"
 

@@ -1,4 +1,4 @@
-// What matmul_wgmma.cu and matmul_wgmma_short.cu share: the tokens of a block, and weights of a
+// What wgmma_ring.cuh and matmul_wgmma_short.cu share: the tokens of a block, and weights of a
 // step.
 #pragma once
 #include "pdl.cuh"
