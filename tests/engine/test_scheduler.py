@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.ledger_runner import LedgerRunner, LookaheadRunner, alone
-from tests.models import engine_of
+from tests.models import engine_of, run
 from worker.echo import EchoRunner
 from worker.engine import FailedSequence, Sequence
 from worker.engine.scheduler import chunk_after
@@ -16,11 +16,12 @@ from worker.ops import KV_BLOCK
 @pytest.mark.parametrize(
     ("prefilled", "chunk", "expected"),
     [
-        *((0, 2048, 2048), (16_383, 2048, 2048), (16_384, 2048, 1024), (32_768, 2048, 512), (65_536, 2048, 256)),
-        *((0, 1024, 1024), (32_767, 1024, 1024), (32_768, 1024, 512), (65_536, 1024, 256), (131_072, 1024, 128)),
+        *((0, 4096, 4096), (16, 4096, 2048), (11_264, 4096, 2048), (11_280, 4096, 1024), (32_256, 4096, 1024)),
+        *((32_272, 4096, 512), (73_472, 4096, 512), (73_488, 4096, 256), (200_000, 4096, 128)),
+        *((0, 1024, 1024), (32_256, 1024, 1024), (32_272, 1024, 512)),
     ],
 )
-def test_a_chunk_halves_each_time_the_context_has_doubled(prefilled, chunk, expected):
+def test_a_chunk_halves_where_attention_would_make_it_longer(prefilled, chunk, expected):
     assert chunk_after(prefilled, chunk) == expected
 
 
@@ -98,6 +99,19 @@ def test_a_prompt_is_computed_in_small_chunks_while_another_sequence_generates_i
         engine.step()
     assert runner.chunks[1:] == [[(start, min(128, 1500 - start))] for start in range(0, 1500, 128)]
     assert all(0 in slots for slots in runner.drawn)
+
+
+def test_a_step_of_several_deep_prompts_takes_no_longer_than_one_of_a_prompt():
+    """Six prompts share 16,384 cached tokens; by tokens alone, four of them would fit a step."""
+    runner, prefix = ChunkRecorder(), [1] * 16_384
+    engine = engine_of(runner, context=32_768, chunk=4096, running=8)
+    run(engine, Sequence("first", [*prefix, 2], 1))
+    runner.chunks.clear()
+    run(engine, *(Sequence(str(n), [*prefix, *[n] * 1000], 1) for n in range(6)))
+    work = [sum(tokens * (8192 + start + tokens // 2) for start, tokens in step) for step in runner.chunks]
+    assert sum(tokens for step in runner.chunks for _, tokens in step) == 6000
+    assert max(work) <= 4096 * (8192 + 2048) < 2 * max(work)
+    assert max(map(len, runner.chunks)) > 1
 
 
 def test_more_prompt_tokens_are_computed_beside_many_generating_sequences():

@@ -156,5 +156,5 @@ def test_the_tile_of_gpt_oss_experts_is_the_one_that_was_fastest_on_an_h100(toke
 def test_all_stages_of_a_tile_fit_the_shared_memory_of_a_block():
     from worker.gpu import matmul_wgmma
 
-    static = 24 << 10  # tokens, sums of the epilogue and barriers
+    static = 27 << 10  # tokens with their places, sums of the epilogue and barriers
     assert all(tile.shared_bytes + static <= 227 << 10 for tile in matmul_wgmma._tiles(Q8_0))

@@ -19,8 +19,11 @@ from worker.engine.waiting import WaitingSequences, urgency
 from worker.model import Chunk, SlotStart
 from worker.ops import KV_BLOCK, Ints
 
-_MOST_PRODUCTS = 1 << 25
-"""Tokens of a chunk times the tokens before it, from which on attention dominates its time."""
+_TOKEN_WORK = 1 << 13
+"""Pairs of a query and a key whose attention takes as long as the products of a token."""
+_STEP_WORK = 5 << 23
+"""Most work of a step's chunks in such pairs, so that an abort need not wait longer for attention:
+that of the first 4,096 tokens of a prompt."""
 _MIN_CHUNK = 128
 _LEAST_FURTHER = 64
 """Tokens of a chunk after the first one of a step, unless they end a prompt. With fewer, a prompt
@@ -283,12 +286,13 @@ class Scheduler:
         return True
 
     def _chunks(self) -> tuple[tuple[Sequence, ...], tuple[Chunk, ...]]:
-        """The chunks of the step and their prompts, within the budget.
+        """The chunks of the step and their prompts, within its budget of tokens and of work.
 
         The most urgent prompts come first, of those the ones whose last chunk is longest ago. The
         runner computes the chunks together, each in rows of whole KV blocks: those count.
         """
-        budget, generating = self._settings.prefill_chunk, len(self._running) - len(self._prefilling)
+        budget, work = self._settings.prefill_chunk, _STEP_WORK
+        generating = len(self._running) - len(self._prefilling)
         if generating:
             by_rows = _BESIDE_ROW * generating // KV_BLOCK * KV_BLOCK
             budget = min(budget, max(self._settings.prefill_beside, by_rows))
@@ -296,14 +300,15 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in sorted(self._prefilling, key=lambda s: (urgency(s, self._step), s.chunk_at, s.arrival)):
             left = len(sequence.prompt) - sequence.prefilled
-            if budget < min(left, _LEAST_FURTHER) and chunks:
+            size = chunk_after(sequence.prefilled, budget, work)
+            if chunks and (size < min(left, _LEAST_FURTHER) or _work(sequence.prefilled, min(size, left)) > work):
                 continue
-            size = chunk_after(sequence.prefilled, self._settings.prefill_chunk)
-            chunk = _next_chunk(sequence, min(size, budget))
+            chunk = _next_chunk(sequence, size)
             sequence.chunk_at = self._step
             prompts.append(sequence)
             chunks.append(chunk)
             budget -= blocks_for(len(chunk.tokens)) * KV_BLOCK
+            work -= _work(sequence.prefilled, len(chunk.tokens))
             if not budget:
                 break
         return tuple(prompts), tuple(chunks)
@@ -331,14 +336,19 @@ class Scheduler:
         return held
 
 
-def chunk_after(prefilled: int, chunk: int) -> int:
-    """Tokens of the chunk after `prefilled` tokens: half as many each time the context doubles.
+def chunk_after(prefilled: int, chunk: int, work: int = _STEP_WORK) -> int:
+    """Tokens of the chunk after `prefilled` tokens: `chunk`, halved until its work is in `work`.
 
     Attention then takes no longer late in a long prompt than early, and an abort waits no longer.
     """
-    while prefilled * chunk >= _MOST_PRODUCTS and chunk >= 2 * _MIN_CHUNK:
+    while _work(prefilled, chunk) > work and chunk >= 2 * _MIN_CHUNK:
         chunk = chunk // 2 // KV_BLOCK * KV_BLOCK
     return chunk
+
+
+def _work(prefilled: int, tokens: int) -> int:
+    """Work of a chunk after `prefilled` tokens."""
+    return tokens * (_TOKEN_WORK + prefilled + tokens // 2)
 
 
 def _next_chunk(sequence: Sequence, size: int) -> Chunk:

@@ -49,16 +49,17 @@ _LEAST_CHUNK = 64
 
 
 _ROWS_PER_PROCESSOR = 32
+"""Rows with which products by `wgmma` fill a multiprocessor: of these, a power of two is used."""
 _MOST_ROWS = {False: 1024, True: 4096}
-"""Rows that fill the products on all multiprocessors, without and with `wgmma`."""
+"""Rows of a prefill batch on a whole device, without and with `wgmma`."""
 
 
 def batch_rows(chunk: int, processors: int, *, wgmma: bool) -> int:
-    """Most rows of a prefill batch: as many as fill the products, or fewer by a setting.
+    """Rows of a prefill batch: those that fill the device, or `chunk` if it is fewer and not 0.
 
-    With `wgmma` a power of two, fewer on a part of a GPU; they determine the activations' memory.
+    The activations' memory is proportional to it.
     """
-    filling = 1 << (_ROWS_PER_PROCESSOR * processors).bit_length() - 1 if wgmma else _MOST_ROWS[False]
+    filling = 1 << ((_ROWS_PER_PROCESSOR * processors).bit_length() - 1) if wgmma else _MOST_ROWS[False]
     return min(chunk or filling, filling, _MOST_ROWS[wgmma])
 
 

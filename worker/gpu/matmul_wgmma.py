@@ -21,6 +21,7 @@ from worker.gpu.matmul_params import ExpertGroups, matmul_params, slot_tiles
 from worker.gpu.matvec import GELU_TYPES, gate_of, is_gelu
 from worker.gpu.memory import DeviceArray
 from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
+from worker.gpu.prefill_state import PREFILL_BATCH
 from worker.gpu.tensor_maps import tensor_map
 from worker.ops import KV_BLOCK, SWIGLU, Activation, Linear
 from worker.quants import BF16, F16, F32, Q4_K, QuantType
@@ -69,8 +70,19 @@ _MANY_ROWS = 64
 _STEP = 128
 _PANEL = 64
 _TILE_GRID = np.dtype([("row_tiles", "i4"), ("token_tiles", "i4")])
-"""`TileGrid` of matmul_wgmma.cu."""
-DEFINES = {"WEIGHTS_BYPASS_L1": 1, "KV_BLOCK": KV_BLOCK, **_BATCH_DEFINES}
+"""`TileGrid` of wgmma_ring.cuh."""
+_PAIR_QUAD = 8
+"""Elements of four pairs, which matmul_wgmma_rope.cu writes together: they are of one head."""
+HEADS = np.dtype(
+    [
+        *((name, "u8") for name in ("queries", "k_cache", "v_cache", "cos", "sin")),
+        *((name, "i4") for name in ("dims", "padding", "adjacent", "dim", "n_kv_heads")),
+        ("batch", PREFILL_BATCH),
+    ],
+    align=True,
+)
+"""`Heads` of matmul_wgmma_rope.cu: its outputs, RoPE and the batch."""
+DEFINES = {"WEIGHTS_BYPASS_L1": 1, "KV_BLOCK": KV_BLOCK, "HEADS_BYTES": HEADS.itemsize, **_BATCH_DEFINES}
 """With WEIGHTS_BYPASS_L1, loads stay where they are written, behind a fence that waits for all
 loads before it."""
 
@@ -165,10 +177,10 @@ def launch(
     kernel(grid, (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True)
 
 
-def rope_tile(linears: Sequence[Linear], tokens: int) -> _Tile | None:
+def rope_tile(linears: Sequence[Linear], tokens: int, head_dim: int, rotary_dims: int) -> _Tile | None:
     """The tile of `launch_rope` for projections q, k and v, or None where there is none."""
     kinds = tuple(linear.weight.kind for linear in linears)
-    if len(set(kinds)) > 1 and kinds not in MIXED:
+    if head_dim % _PAIR_QUAD or rotary_dims % _PAIR_QUAD or (len(set(kinds)) > 1 and kinds not in MIXED):
         return None
     rows, cols = [linear.weight.shape[0] for linear in linears], linears[0].weight.shape[1]
     tile = _tile(kinds[0], rows, cols, tokens, gated=False)
@@ -178,14 +190,15 @@ def rope_tile(linears: Sequence[Linear], tokens: int) -> _Tile | None:
 def launch_rope(
     kernels: Launcher, x: ScaledF16, linears: Sequence[Linear], tile: _Tile, heads: np.ndarray[Any, Any]
 ) -> None:
-    """Launch q, k and v with RoPE, which write `heads`: a value of `Heads` of the kernel."""
+    """Launch q, k and v with RoPE; `heads` is a value of HEADS."""
     first, last, tokens = linears[0].weight.kind, linears[-1].weight.kind, x.x.shape[0]
     blocks = _blocks(tile, [linear.weight.shape[0] for linear in linears], gated=False)
     params = matmul_params(x, linears, [None] * len(linears), blocks, residual=None, gate=gate_of(SWIGLU, gelu=False))
     grid = sum(blocks), -(-tokens // tile.tile_n)
     args = (params, tensor_map(x.x, tile.tile_n, _PANEL), np.int32(tokens), np.array(grid, _TILE_GRID), heads)
-    kernel, threads = kernels.get(*_rope_name(first, tile, last)), (tile.threads,)
-    kernel((min(grid[0] * grid[1], kernels.processors), 1), threads, args, shared_mem=tile.shared_bytes, pdl=True)
+    kernels.get(*_rope_name(first, tile, last))(
+        (min(grid[0] * grid[1], kernels.processors), 1), (tile.threads,), args, shared_mem=tile.shared_bytes, pdl=True
+    )
 
 
 def rows_of_expert_tiles(rows_per_expert: float) -> int | None:

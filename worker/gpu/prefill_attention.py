@@ -35,7 +35,7 @@ from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import address
 from worker.gpu.memory import DeviceArray
 from worker.gpu.prefill_state import DEFINES as _BATCH_DEFINES
-from worker.gpu.prefill_state import PREFILL_BATCH, QUERY_TILE, WIDE_TILE, PrefillState, most_tiles
+from worker.gpu.prefill_state import QUERY_TILE, WIDE_TILE, PrefillState, most_tiles
 from worker.gpu.tensor_maps import tensor_map
 from worker.model import KvType, kv_row_bytes
 from worker.ops import KV_BLOCK, Attention, Linear
@@ -53,18 +53,6 @@ _BLOCKS_PER_PROCESSOR = 4  # of a split chunk's grid
 _WGMMA_STAGES = {64: 8, 96: 8, 128: 6}  # tiles of keys and values in shared memory, by head size
 _WGMMA_THREADS = 512
 _PARTIAL_BYTES = {dim: 16 * 32 * (dim // 8 + 1) for dim in TILED_DIMS}  # of 16 queries and one segment
-
-_PAIR_QUAD = 8
-"""Elements of four pairs, which matmul_wgmma_rope.cu writes together: they are of one head."""
-_HEADS = np.dtype(
-    [
-        *((name, "u8") for name in ("queries", "k_cache", "v_cache", "cos", "sin")),
-        *((name, "i4") for name in ("dims", "padding", "adjacent", "dim", "n_kv_heads")),
-        ("batch", PREFILL_BATCH),
-    ],
-    align=True,
-)
-"""`Heads` of matmul_wgmma_rope.cu."""
 
 DEFINES: Mapping[str, int] = {
     "KV_BLOCK": KV_BLOCK,
@@ -136,17 +124,21 @@ class PrefillAttention:
     ) -> DeviceArray | None:
         """Compute q, k and v of x and RoPE in one launch: k, v to the cache, q [T, H·D] f16.
 
-        None where no kernel does: `launch` takes the projections then, with the same bits.
+        None where no kernel does: `launch` takes the projections then, with the same bits. So it is
+        for layers with head norms or without RoPE, 8-bit caches and short chunks.
         """
-        dims, tile = (spec.head_dim, spec.rope.dims), matmul_wgmma.rope_tile(linears, len(x.x))
-        plain = spec.query_scale is None and not has_norms(spec) and not any(each % _PAIR_QUAD for each in dims)
-        if tile is None or not plain or self._shared.quantized or not kernels.wgmma:
+        shared = self._shared
+        plain = spec.query_scale is None and not has_norms(spec) and not shared.quantized
+        if not (kernels.wgmma and plain):
             return None
-        queries, shared = pool.empty((len(x.x), spec.n_heads * spec.head_dim), np.float16), self._shared
-        cos, sin, rotating = shared.rope(spec.rope)
+        tile = matmul_wgmma.rope_tile(linears, len(x.x), spec.head_dim, spec.rope.dims)
+        if tile is None:
+            return None
+        queries = pool.empty((len(x.x), spec.n_heads * spec.head_dim), np.float16)
+        cos, sin, dims = shared.rope(spec.rope)
         addresses = map(address, (queries, *shared.cache.layer(spec.layer), cos, sin))
-        sizes = (rotating, 0, spec.rope.adjacent, spec.head_dim, spec.n_kv_heads)
-        heads = np.array((*addresses, *sizes, batch.params), _HEADS)
+        sizes = (dims, 0, spec.rope.adjacent, spec.head_dim, spec.n_kv_heads)
+        heads = np.array((*addresses, *sizes, batch.params), matmul_wgmma.HEADS)
         matmul_wgmma.launch_rope(kernels, x, linears, tile, heads)
         return queries
 

@@ -16,7 +16,7 @@ from worker.gpu.memory import DeviceMemory
 from worker.gpu.state import WholeInputs, rows_of
 from worker.ops import KV_BLOCK, Batch
 
-MAX_CHUNKS = 32
+MAX_CHUNKS = 16
 """Chunks of a batch at most: as many rows of logits as a tile of their product has."""
 QUERY_TILE = 64
 """Rows of a tile of queries at most."""

@@ -11,9 +11,8 @@
 // depend on that key or value alone. (code - 128)/64 is exact in f16. A row with a NaN has it as
 // scale.
 // The scales of the rows 2c, 2c + 1, 2c + 8, 2c + 9 are neighbours: a lane needs them in decode.
-// Every row is 16-byte aligned. KV_BLOCK is defined by prefill_attention.py and
-// decode_attention.py. Twin:
-// worker/cpu/kv_cache.py.
+// Every row is 16-byte aligned. Python: KV_BLOCK in worker/ops.py.
+// Twin: worker/cpu/kv_cache.py.
 #pragma once
 #include "half.cuh"
 #include "warp.cuh"

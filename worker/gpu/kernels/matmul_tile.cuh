@@ -23,9 +23,9 @@ struct WeightIterator {
         }
     }
     // The lane's two rows of a dense matrix.
-    __device__ __forceinline__ WeightIterator(int cols, int first, int second) : slices(cols / 32) {
+    __device__ __forceinline__ WeightIterator(int cols, int2 row) : slices(cols / 32) {
         static_assert(FRAGS_M == 1 && !GLU, "two rows");
-        rows[0] = first * slices, rows[1] = second * slices;
+        rows[0] = row.x * slices, rows[1] = row.y * slices;
     }
     // Index of unit k of the lane's columns of a step; past the last column x is zero, so any
     // weights will do.

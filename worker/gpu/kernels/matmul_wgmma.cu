@@ -63,24 +63,11 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     extern __shared__ u8 shared[];
     __shared__ TokenTile<TILE_N> tokens[kConsumers / 128];
     __shared__ StagedRows staged[kConsumers / 32];
-    __shared__ unsigned long long barriers[2 * STAGES];
-    const Stages<STAGES> ring(shared, barriers);
-    if (threadIdx.x == 0) ring.init(1, kConsumers / 32);
-    __syncthreads();
-    RingPosition<STAGES> at;
-    if (threadIdx.x >= kConsumers) {
-        lower_registers<24>();
-        grid_dependency_wait();
-        if (threadIdx.x == kConsumers)
-            for_each_tile<TILE_N, EXPERTS>(p, tiles, grid, n_tokens, [&](int, const SlotTile& tile) {
-                fill<TILE_N>(ring, at, x, padded(p.cols) / kPanel, tile.first);
-            });
-    } else {
-        raise_registers<240>();
-        constexpr int kWidth = EXPERTS ? 64 : TILE_N;
-        for_each_tile<TILE_N, EXPERTS>(p, tiles, grid, n_tokens, [&](int row_tile, const SlotTile& tile) {
+    constexpr int kWidth = EXPERTS ? 64 : TILE_N;
+    run<TILE_N, STAGES, EXPERTS>(
+        shared, p, x, tiles, grid, n_tokens,
+        [&](const Stages<STAGES>& ring, RingPosition<STAGES>& at, int row_tile, const SlotTile& tile) {
             compute_tile<Block, Last, TILE_N, kWidth, STAGES, EXPERTS, GLU>(
                 p, tiles, row_tile, tile, ring, at, tokens[threadIdx.x / 128], staged[threadIdx.x / 32]);
         });
-    }
 }

@@ -20,13 +20,14 @@
 #include "staged_write.cuh"
 #include "wgmma_ring.cuh"
 
-// Python: `_HEADS` in worker/gpu/prefill_attention.py.
+// Python: `HEADS` in worker/gpu/matmul_wgmma.py.
 struct Heads {
     unsigned short *queries, *k_cache, *v_cache;
     RopeTables rope;
     int adjacent, dim, n_kv_heads;
     PrefillBatch batch;
 };
+static_assert(sizeof(Heads) == HEADS_BYTES, "as laid out by worker/gpu/matmul_wgmma.py");
 
 // Positions and KV blocks of the tokens of a tile; position -1: no token.
 template <int TILE_N>
@@ -46,51 +47,64 @@ __device__ __forceinline__ void read_places(const PrefillBatch& batch, const Slo
 
 // Four pairs of a head, and where their elements are.
 struct PairQuad {
-    int head, first, second, at;  // first elements from `first` on; of the tables from `at` on
-    bool neighbours, rotated;     // neighbours: the eight elements follow one another
+    int head, first, second, table_index;  // of the first pair
+    bool adjacent, rotates;                // adjacent: the eight elements follow one another
 
-    __device__ __forceinline__ PairQuad(int pair, const Heads& heads, bool rotates) {
+    __device__ __forceinline__ PairQuad(int pair, const Heads& heads, bool is_value) {
         const int pairs = heads.dim / 2, i = pair % pairs;
-        head = pair / pairs, at = i;
-        neighbours = heads.adjacent || i >= heads.rope.dims / 2;
+        head = pair / pairs, table_index = i;
+        adjacent = heads.adjacent || i >= heads.rope.dims / 2;
         const int2 elements = rope_pair(i, heads.rope.dims, heads.adjacent);
         first = elements.x, second = elements.y;
-        rotated = rotates && first < heads.rope.dims;
+        rotates = !is_value && first < heads.rope.dims;
     }
-    // The values of both elements of each pair, of a row of heads.
-    __device__ __forceinline__ void load(const float* row, float (&x)[2][4]) const {
-        if (neighbours) {
+    // Both elements of each pair, of a head.
+    __device__ __forceinline__ void load(const float* from, float (&x)[2][4]) const {
+        if (adjacent) {
             float both[8];
-            load_quad(row + first, both);
-            load_quad(row + first + 4, both + 4);
+            load_quad(from + first, both);
+            load_quad(from + first + 4, both + 4);
 #pragma unroll
             for (int e = 0; e < 4; ++e) x[0][e] = both[2 * e], x[1][e] = both[2 * e + 1];
         } else {
-            load_quad(row + first, x[0]);
-            load_quad(row + second, x[1]);
+            load_quad(from + first, x[0]);
+            load_quad(from + second, x[1]);
         }
     }
-    __device__ __forceinline__ void store(unsigned short* row, const float4 x, const float4 y) const {
-        if (neighbours) {
-            const uint2 low = halves_of(make_float4(x.x, y.x, x.y, y.y)), high = halves_of(make_float4(x.z, y.z, x.w, y.w));
-            *reinterpret_cast<uint4*>(row + first) = make_uint4(low.x, low.y, high.x, high.y);
+    __device__ __forceinline__ void rotate(int position, const RopeTables& rope, float* x, float* y) const {
+        if (!rotates) return;
+        const size_t at = (size_t)position * (rope.dims / 2) + table_index;
+        float cos[4], sin[4];
+        load_quad(rope.cos + at, cos);
+        load_quad(rope.sin + at, sin);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const float2 rotated = rotate_pair(x[e], y[e], cos[e], sin[e]);
+            x[e] = rotated.x, y[e] = rotated.y;
+        }
+    }
+    __device__ __forceinline__ void store(unsigned short* to, const float* x, const float* y) const {
+        if (adjacent) {
+            const uint2 low = halves_of(make_float4(x[0], y[0], x[1], y[1]));
+            const uint2 high = halves_of(make_float4(x[2], y[2], x[3], y[3]));
+            *reinterpret_cast<uint4*>(to + first) = make_uint4(low.x, low.y, high.x, high.y);
         } else {
-            *reinterpret_cast<uint2*>(row + first) = halves_of(x);
-            *reinterpret_cast<uint2*>(row + second) = halves_of(y);
+            *reinterpret_cast<uint2*>(to + first) = halves_of(make_float4(x[0], x[1], x[2], x[3]));
+            *reinterpret_cast<uint2*>(to + second) = halves_of(make_float4(y[0], y[1], y[2], y[3]));
         }
     }
 };
 
-// Rotate the pairs of a warp, from `pair0` on, and write them. `kind`: 0 for queries, 1 for keys, 2
-// for values.
+// Rotate the pairs of a warp, from `first_pair` on, and write them. `kind`: 0 for queries, 1 for
+// keys, 2 for values.
 template <int TILE_N>
 __device__ __forceinline__ void write_heads(const Heads& heads, const Projection& projection, int kind,
-                                            const TokenTile<TILE_N>& tokens, const TokenPlaces<TILE_N>& places, int pair0,
+                                            const TokenTile<TILE_N>& tokens, const TokenPlaces<TILE_N>& places, int first_pair,
                                             const Accumulator<1, TILE_N>& sums, StagedRows& staged) {
-    using Quads = LaneQuads<2>;
-    const int first_pair = pair0 + 4 * Quads::quad();
-    const bool valid = 2 * first_pair < projection.rows;
-    const PairQuad pairs(first_pair, heads, kind < 2);
+    using Quads = LaneQuads<2>;  // both elements of pairs
+    const int pair = first_pair + 4 * Quads::quad();
+    const bool valid = 2 * pair < projection.rows;
+    const PairQuad pairs(pair, heads, kind == 2);
     float bias[2][4] = {};
     if (projection.bias && valid) pairs.load(projection.bias + pairs.head * heads.dim, bias);
 #pragma unroll 1
@@ -102,26 +116,15 @@ __device__ __forceinline__ void write_heads(const Heads& heads, const Projection
         for (int i = 0; i < Quads::kStores; ++i) {
             const int token = first + Quads::token(i), position = places.positions[token];
             if (position < 0 || !valid) continue;
-            float* const x = lane.y[0] + 4 * i;
-            float* const y = lane.y[1] + 4 * i;
-            if (pairs.rotated) {
-                const size_t at = (size_t)position * (heads.rope.dims / 2) + pairs.at;
-                float cos[4], sin[4];
-                load_quad(heads.rope.cos + at, cos);
-                load_quad(heads.rope.sin + at, sin);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float2 rotated = rotate_pair(x[e], y[e], cos[e], sin[e]);
-                    x[e] = rotated.x, y[e] = rotated.y;
-                }
-            }
-            unsigned short* row;
+            float *x = lane.y[0] + 4 * i, *y = lane.y[1] + 4 * i;
+            pairs.rotate(position, heads.rope, x, y);
+            unsigned short* to;
             if (kind == 0)
-                row = heads.queries + (size_t)tokens.slots[token] * projection.rows + pairs.head * heads.dim;
+                to = heads.queries + (size_t)tokens.slots[token] * projection.rows + pairs.head * heads.dim;
             else
-                row = (kind == 1 ? heads.k_cache : heads.v_cache) +
-                      F16Kv::row(places.blocks[token], heads.n_kv_heads, pairs.head, position, heads.dim);
-            pairs.store(row, make_float4(x[0], x[1], x[2], x[3]), make_float4(y[0], y[1], y[2], y[3]));
+                to = (kind == 1 ? heads.k_cache : heads.v_cache) +
+                     F16Kv::row(places.blocks[token], heads.n_kv_heads, pairs.head, position, heads.dim);
+            pairs.store(to, x, y);
         }
     }
 }
@@ -134,30 +137,18 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
     __shared__ TokenTile<TILE_N> tokens_of_groups[kConsumers / 128];
     __shared__ TokenPlaces<TILE_N> places_of_groups[kConsumers / 128];
     __shared__ StagedRows staged[kConsumers / 32];
-    __shared__ unsigned long long barriers[2 * STAGES];
-    const Stages<STAGES> ring(shared, barriers);
-    if (threadIdx.x == 0) ring.init(1, kConsumers / 32);
-    __syncthreads();
-    RingPosition<STAGES> at;
+    TokenTile<TILE_N>& tokens = tokens_of_groups[threadIdx.x % kConsumers / 128];
+    TokenPlaces<TILE_N>& places = places_of_groups[threadIdx.x % kConsumers / 128];
     const SlotTiles dense = {};
-    if (threadIdx.x >= kConsumers) {
-        lower_registers<24>();
-        grid_dependency_wait();
-        if (threadIdx.x == kConsumers)
-            for_each_tile<TILE_N, false>(p, dense, grid, n_tokens, [&](int, const SlotTile& tile) {
-                fill<TILE_N>(ring, at, x, padded(p.cols) / kPanel, tile.first);
-            });
-    } else {
-        raise_registers<240>();
-        TokenTile<TILE_N>& tokens = tokens_of_groups[threadIdx.x / 128];
-        TokenPlaces<TILE_N>& places = places_of_groups[threadIdx.x / 128];
-        for_each_tile<TILE_N, false>(p, dense, grid, n_tokens, [&](int row_tile, const SlotTile& tile) {
+    run<TILE_N, STAGES, false>(
+        shared, p, x, dense, grid, n_tokens,
+        [&](const Stages<STAGES>& ring, RingPosition<STAGES>& at, int row_tile, const SlotTile& tile) {
             const Projection* projection = projection_of<0>(p, row_tile);
             const int kind = projection - p.projections;
-            const int pair0 = ((row_tile - projection->first_block) * 8 + threadIdx.x / 32) * 8;
-            const int pair = min(pair0 + (int)threadIdx.x % 32 / 4, projection->rows / 2 - 1), pairs = heads.dim / 2;
-            const int2 rows = rope_pair(pair % pairs, heads.rope.dims, heads.adjacent);
-            const int head = pair / pairs * heads.dim;
+            const int first_pair = ((row_tile - projection->first_block) * 8 + threadIdx.x / 32) * 8;
+            const int pair = min(first_pair + (int)threadIdx.x % 32 / 4, projection->rows / 2 - 1), pairs = heads.dim / 2;
+            const int2 elements = rope_pair(pair % pairs, heads.rope.dims, heads.adjacent);
+            const int first_row = pair / pairs * heads.dim;
             Accumulator<1, TILE_N> acc = {};
             const auto wait_for_x = [&] {
                 grid_dependency_wait();
@@ -165,14 +156,12 @@ __global__ void __launch_bounds__(kConsumers + 128, 1)
                 read_tokens<128>(p, dense, tile, tokens);
                 read_places(heads.batch, tile, places);
             };
+            const int2 rows = make_int2(first_row + elements.x, first_row + elements.y);
             if (kSame<Block, Last> || kind < 2)
-                accumulate<TILE_N>(WeightIterator<Block, 1, 0>(p.cols, head + rows.x, head + rows.y), projection, p.cols, ring,
-                                   at, acc, wait_for_x);
+                accumulate<TILE_N>(WeightIterator<Block, 1, 0>(p.cols, rows), projection, p.cols, ring, at, acc, wait_for_x);
             else
-                accumulate<TILE_N>(WeightIterator<Last, 1, 0>(p.cols, head + rows.x, head + rows.y), projection, p.cols, ring,
-                                   at, acc, wait_for_x);
+                accumulate<TILE_N>(WeightIterator<Last, 1, 0>(p.cols, rows), projection, p.cols, ring, at, acc, wait_for_x);
             wait_for_group();
-            write_heads(heads, *projection, kind, tokens, places, pair0, acc, staged[threadIdx.x / 32]);
+            write_heads(heads, *projection, kind, tokens, places, first_pair, acc, staged[threadIdx.x / 32]);
         });
-    }
 }

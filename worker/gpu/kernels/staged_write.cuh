@@ -64,7 +64,7 @@ __device__ __forceinline__ void stage_sums(const Accumulator<1, WIDTH>& sums, in
 // A lane's staged sums, with scale and bias: of MATRICES matrices a quad of rows for every token.
 template <int MATRICES>
 struct LaneQuads {
-    static constexpr int kQuads = 4 / MATRICES, kTokens = 32 / kQuads;  // of a warp at once
+    static constexpr int kMatrices = MATRICES, kQuads = 4 / MATRICES, kTokens = 32 / kQuads;  // of a warp at once
     static constexpr int kStores = kStagedTokens / kTokens;
     float y[MATRICES][4 * kStores];
 
@@ -96,13 +96,13 @@ __device__ __forceinline__ void write_staged(const MatmulParams& p, const Projec
                                              const TokenTile<TILE_N>& tokens, int row0,
                                              const Accumulator<1, WIDTH>& sums, StagedRows& staged) {
     using Quads = LaneQuads<GLU ? 2 : 1>;
-    constexpr int kStores = Quads::kStores;
+    constexpr int kMatrices = Quads::kMatrices, kStores = Quads::kStores;
     const int rows = projections->rows, r = row0 + 4 * Quads::quad();
     const RowQuad y_rows{rows - r, rows % 4 == 0};
     const auto offset = [&](int token) { return (size_t)tokens.slots[token] * rows + r; };
-    float bias[GLU ? 2 : 1][4] = {}, residual[4 * kStores] = {};
+    float bias[kMatrices][4] = {}, residual[4 * kStores] = {};
 #pragma unroll
-    for (int j = 0; j < (GLU ? 2 : 1); ++j)
+    for (int j = 0; j < kMatrices; ++j)
         if (projections[j].bias) y_rows.load(projections[j].bias + (size_t)tokens.tile.expert * rows + r, bias[j]);
     const auto load_residual = [&](int first) {
         if constexpr (!GLU) {

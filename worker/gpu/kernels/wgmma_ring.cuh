@@ -123,3 +123,28 @@ __device__ __forceinline__ void for_each_tile(const MatmulParams& p, const SlotT
         if (EXPERTS) return;  // the loop would take registers that their MMAs need
     }
 }
+
+// The body of a kernel: the producer copies the panels of x of each tile, and the consumers call
+// `compute` with the ring, its position, the row tile and the tokens.
+template <int TILE_N, int STAGES, bool EXPERTS, class Compute>
+__device__ __forceinline__ void run(u8* shared, const MatmulParams& p, const TensorMap& x, const SlotTiles& tiles,
+                                    const TileGrid& grid, int n_tokens, Compute compute) {
+    __shared__ unsigned long long barriers[2 * STAGES];
+    const Stages<STAGES> ring(shared, barriers);
+    if (threadIdx.x == 0) ring.init(1, kConsumers / 32);
+    __syncthreads();
+    RingPosition<STAGES> at;
+    if (threadIdx.x >= kConsumers) {
+        lower_registers<24>();
+        grid_dependency_wait();
+        if (threadIdx.x == kConsumers)
+            for_each_tile<TILE_N, EXPERTS>(p, tiles, grid, n_tokens, [&](int, const SlotTile& tile) {
+                fill<TILE_N>(ring, at, x, padded(p.cols) / kPanel, tile.first);
+            });
+    } else {
+        raise_registers<240>();
+        for_each_tile<TILE_N, EXPERTS>(p, tiles, grid, n_tokens, [&](int row_tile, const SlotTile& tile) {
+            compute(ring, at, row_tile, tile);
+        });
+    }
+}
