@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from tests.quantized_ops import BLOCK, in_f16, quantize
+from tests.quantized_ops import BLOCK, glu_bounds, h_scales, in_f16, quantize
 from worker.gpu.activations import Q8Activations, Q8Tiles, ScaledF16, padded
 from worker.ops import QTensor, RmsNorm
 from worker.quants import F32
@@ -75,6 +77,12 @@ def scaled_f16(pool, x):
     scaled = np.zeros((len(x), padded(x.shape[1])), np.float16)
     scaled[:, fragment_order(x.shape[1])] = in_f16(x) / scale[:, None]
     return ScaledF16(pool.put(scaled), pool.put(scale.astype(np.float32)))
+
+
+def glu_rows(pool, x, gate, up, activation):
+    """x [T, cols] as the input of a gated FFN of two `Projection`s, with the scales of its result."""
+    bounds = glu_bounds((gate.weight, gate.bias), (up.weight, up.bias), activation)
+    return replace(scaled_f16(pool, x), h_scale=pool.put(h_scales(x, bounds)))
 
 
 def values_of(rows, cols):

@@ -33,6 +33,7 @@ OPS = (
     "attention_rows",
     "q8_cache",
     "scaled_f16",
+    "glu_bounds",
     "routing",
     "sampler",
     "matvec",
@@ -83,6 +84,7 @@ SMALLEST = (
     *("quantized_like_the_twin and 896", "from_the_count", "gelu", "queries_are_scaled"),
     *("limited and 7", "into_a_copy and 64", "of_a_launch_before and 256", "branches and 96", "groups and 64"),
     *("group_of and 64", "unwritten and 0-129", "products_and_rope and 64-Q4_K"),
+    *("greatest_norms and experts and Q6_K", "scales_of_h and 96"),
 )
 """Joined by `or` for `pytest -k`; `test_suite.py` checks that each selects a test."""
 

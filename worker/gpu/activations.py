@@ -27,7 +27,7 @@ _WARPS_WITHOUT_NORM = 4  # of a block: more blocks a row, which no sum connects
 DEFINES = {"SCALE_THREADS": _THREADS, "DECODE_WARPS": DECODE_WARPS}
 _FLAGS = ("false", "true")
 INSTANTIATIONS: tuple[KernelName, ...] = (
-    *(("scale_to_f16.cu", f"scale_to_f16<{kept}>") for kept in _QUADS_KEPT),
+    *(("scale_to_f16.cu", f"scale_to_f16<{kept}, {glu}>") for kept in _QUADS_KEPT for glu in _FLAGS),
     *(
         ("quantize_rows.cu", f"quantize_rows<{forms}, {DECODE_WARPS}>")
         for forms in ("true, false", "false, true", "true, true")
@@ -191,12 +191,14 @@ class ScaledF16:
     """Input rows of a prefill product: `x` [T, padded cols] f16, to multiply by `scale` [T] f32.
 
     Scales are powers of two; None means 1. `count` [1] i32 is the number of valid rows, those
-    before the padding to a captured length; None means all.
+    before the padding to a captured length; None means all. The input of a gated FFN has
+    `h_scale` [T] f32, the scales of its result.
     """
 
     x: DeviceArray
     scale: DeviceArray | None
     count: DeviceArray | None = None
+    h_scale: DeviceArray | None = None
 
 
 def padded(cols: int) -> int:
@@ -212,16 +214,20 @@ def scale_to_f16(
     count: DeviceArray | None = None,
     rows_per_token: int = 1,
     places: DeviceArray | None = None,
+    glu_bounds: DeviceArray | None = None,
 ) -> ScaledF16:
     """norm(x), or x, of x [T, cols] f32; the first `count`·`rows_per_token` rows are valid.
 
     With `places` [T·rows_per_token] i32, row t of x is `rows_per_token` rows of the result: those
-    of its places.
+    of its places. `glu_bounds` [4] f32 (`GluBounds.of`): the result is the input of this gated FFN.
     """
     rows, cols = x.shape if places is None else (len(places), x.shape[1])
-    y = ScaledF16(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count)
+    h_scale = None if glu_bounds is None else pool.empty((rows,), np.float32)
+    y = ScaledF16(pool.empty((rows, padded(cols)), np.float16), pool.empty((rows,), np.float32), count, h_scale)
     weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-    args = (y.x, y.scale, x, weight, count, np.int32(rows_per_token), places, np.int32(cols), np.float32(eps))
+    sizes = (np.int32(rows_per_token), places, np.int32(cols), np.float32(eps))
+    args = (y.x, y.scale, y.h_scale, x, weight, glu_bounds, count, *sizes)
     kept = next((kept for kept in _QUADS_KEPT if padded(cols) <= 4 * _THREADS * kept), _QUADS_KEPT[-1])
-    kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}>")((len(x),), (_THREADS,), args, pdl=True)
+    kernel = kernels.get("scale_to_f16.cu", f"scale_to_f16<{kept}, {_FLAGS[h_scale is not None]}>")
+    kernel((len(x),), (_THREADS,), args, pdl=True)
     return y

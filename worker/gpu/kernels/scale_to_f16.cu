@@ -7,14 +7,17 @@
 // [T] f32, the power of two that brings the row's largest element into [1024, 2048), so that f16
 // keeps 11 bits down to 2^-24 of it. cols is a multiple of 32. Rows from *count · rows_per_token on
 // are not written; count may be null. With `places` [T·rows_per_token] row t of x is written to
-// rows places[t·rows_per_token], …, places[(t + 1)·rows_per_token - 1] of y and scale.
+// rows places[t·rows_per_token], …, places[(t + 1)·rows_per_token - 1] of y, scale and h_scale.
+// With GLU, h_scale [T] f32: the power of two that brings a bound of the row's gated FFN h below
+// 2^15, from glu_bounds = (G, U, a, b) with |gate| ≤ G·‖n‖ + a and |up| ≤ U·‖n‖ + b
+// (worker/gpu/glu_bounds.py). The factor that is left to f16's 65,504 is for roundings of n.
 // Grid: rows of x, 256 threads: a block a row, four adjacent elements a thread, KEPT times in
 // registers (1,024·KEPT columns); further columns are read twice. Alignment: 16 bytes. Bytes:
 // 4·cols a row read, 2·cols a row written.
 // Order and rounding: a thread's float4 ascending (sum_of_squares), the warp's butterfly, then
 // warps ascending.
-// Twins: `rms_norm` in worker/cpu/plain.py, `in_f16` in tests/quantized_ops.py. Launcher:
-// worker/gpu/activations.py.
+// Twins: `rms_norm` in worker/cpu/plain.py, `in_f16`, `h_scales` in tests/quantized_ops.py.
+// Launcher: worker/gpu/activations.py.
 #include "pdl.cuh"
 #include "fragments.cuh"
 #include "half.cuh"
@@ -26,11 +29,22 @@ __device__ __forceinline__ float max_abs(float4 v) {
     return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
 
-template <int KEPT>
+// The exponent of the power of two that brings `greatest` ≥ 0 into [2^top, 2^(top + 1)); 0 for zero.
+__device__ __forceinline__ int exponent_of_scale(float greatest, int top) {
+    const int exponent = (int)(__float_as_uint(greatest) >> 23) - 127;  // 2^exponent ≤ greatest
+    return exponent == -127 ? 0 : min(max(exponent - top, -100), 100);
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float((unsigned int)(127 + exponent) << 23);
+}
+
+template <int KEPT, bool GLU>
 __global__ void __launch_bounds__(kThreads)
-    scale_to_f16(unsigned int* y, float* scale, const float4* x, const float4* weight, const int* count, int rows_per_token,
-                 const int* places, int cols, float eps) {
-    __shared__ float2 warp_results[kWarps];  // sum of squares, peak
+    scale_to_f16(unsigned int* y, float* scale, float* h_scale, const float4* x, const float4* weight,
+                 const float* glu_bounds, const int* count, int rows_per_token, const int* places, int cols, float eps) {
+    __shared__ float2 warp_results[kWarps];             // sum of squares, peak
+    __shared__ float weighted_sums[GLU ? kWarps : 1];  // of squares, after the weight
     if (count && blockIdx.x >= *count * (places ? 1 : rows_per_token)) return;
     const int quads = cols / 4, padded_quads = padded(cols) / 4;
     // Before the wait (pdl.cuh): *count, which no kernel writes, and norm weights, constant during
@@ -39,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + 8 * threadIdx.x));
     grid_dependency_wait();
     x += (size_t)blockIdx.x * quads;
-    float peak = 0.f, squares = 0.f;
+    float peak = 0.f, squares = 0.f, weighted = 0.f;
     const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f), one = make_float4(1.f, 1.f, 1.f, 1.f);
     float4 kept[KEPT];
 #pragma unroll
@@ -52,7 +66,9 @@ __global__ void __launch_bounds__(kThreads)
         // order.
         squares = __fadd_rn(squares, sum_of_squares(swapped ? make_float4(v.y, v.x, v.w, v.z) : v));
         const float4 w = weight ? weight[i] : one;
-        peak = fmaxf(peak, max_abs(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w)));
+        const float4 n = make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
+        peak = fmaxf(peak, max_abs(n));
+        if (GLU) weighted = __fadd_rn(weighted, sum_of_squares(n));
     };
 #pragma unroll
     for (int j = 0; j < KEPT; ++j)
@@ -61,18 +77,20 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x + KEPT * kThreads; i < quads; i += kThreads) accumulate(x[i], i, false);
     squares = warp_sum(squares), peak = warp_max(peak);
     if (threadIdx.x % 32 == 0) warp_results[threadIdx.x / 32] = make_float2(squares, peak);
+    if constexpr (GLU) {
+        weighted = warp_sum(weighted);
+        if (threadIdx.x % 32 == 0) weighted_sums[threadIdx.x / 32] = weighted;
+    }
     __syncthreads();
     squares = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) squares = __fadd_rn(squares, warp_results[w].x), peak = fmaxf(peak, warp_results[w].y);
     const float factor = weight ? __frcp_rn(__fsqrt_rn(__fadd_rn(__fdiv_rn(squares, (float)cols), eps))) : 1.f;
-    peak *= factor;
-    const int exponent = (int)(__float_as_uint(peak) >> 23) - 127;                // 2^exponent ≤ peak
-    const int shift = exponent == -127 ? 0 : min(max(exponent - 10, -100), 100);  // a row of zeros keeps scale 1
-    const float inverse = __uint_as_float((unsigned int)(127 - shift) << 23) * factor;
+    const int shift = exponent_of_scale(peak * factor, 10);
+    const float inverse = power_of_two(-shift) * factor;
     const int copies = places ? rows_per_token : 1;
     const auto row_of = [&](int copy) { return places ? places[blockIdx.x * copies + copy] : blockIdx.x; };
-    if (threadIdx.x < copies) scale[row_of(threadIdx.x)] = __uint_as_float((unsigned int)(127 + shift) << 23);
+    if (threadIdx.x < copies) scale[row_of(threadIdx.x)] = power_of_two(shift);
     const auto store = [&](float4 v, int i) {
         const float4 w = weight && i < quads ? weight[i] : one;
         const unsigned int at = fragment_index(4 * i) / 2;
@@ -88,4 +106,13 @@ __global__ void __launch_bounds__(kThreads)
         if (threadIdx.x + j * kThreads < padded_quads) store(kept[j], threadIdx.x + j * kThreads);
 #pragma unroll 1
     for (int i = threadIdx.x + KEPT * kThreads; i < padded_quads; i += kThreads) store(i < quads ? x[i] : zero, i);
+    if constexpr (GLU) {
+        if (threadIdx.x >= copies) return;
+        weighted = 0.f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) weighted = __fadd_rn(weighted, weighted_sums[w]);
+        const float norm = fmaxf(__fmul_rn(__fsqrt_rn(weighted), factor), 0.f);  // 0 for a NaN
+        const float gate = __fmaf_rn(glu_bounds[0], norm, glu_bounds[2]), up = __fmaf_rn(glu_bounds[1], norm, glu_bounds[3]);
+        h_scale[row_of(threadIdx.x)] = power_of_two(exponent_of_scale(__fmul_rn(gate, up), 14));
+    }
 }

@@ -1,0 +1,102 @@
+"""Bounds of gated FFNs from the weights, and scales of h that follow, against their NumPy twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.gpu.activations import norm_of, rows_of
+from tests.gpu.guarded import GuardedPool
+from tests.gpu.products import CLAMPED, EACH_TYPE, PREFILL_OWN
+from tests.gpu.weights import Projection
+from tests.quantized_ops import greatest_norms, h_scales
+from worker.cpu.plain import rms_norm
+from worker.ops import SWIGLU, Activation
+from worker.quants import Q4_K, Q8_0
+
+EXTREMES = np.float32([1, 0, 1e-9, 1e-12, 1e-3, 30, 1e4, 1e15])
+"""Magnitudes of rows."""
+
+
+def put(pool, *bounds):
+    return pool.put(np.array(bounds, np.float32))
+
+
+def normed(kernels, pool, x, bounds, places=None):
+    """Rows x after a norm, as the input of a gated FFN, and their values on the host."""
+    from worker.gpu.activations import scale_to_f16
+
+    weight, norm = norm_of(pool, x.shape[1])
+    copies = 1 if places is None else len(places) // len(x)
+    rows = scale_to_f16(
+        *(kernels, pool, pool.put(x), norm, None, copies, None if places is None else pool.put(places)),
+        glu_bounds=put(pool, *bounds),
+    )
+    return rows, rms_norm(x, weight, norm.eps)
+
+
+def powers(h_scale):
+    """Exponents of scales, which are powers of two."""
+    fraction, exponent = np.frexp(h_scale.get())
+    assert (fraction == 0.5).all()
+    return exponent - 1
+
+
+@EACH_TYPE
+@pytest.mark.parametrize("shape", [(19, 256), (3, 37, 512)], ids=["matrix", "experts"])
+def test_the_greatest_norms_of_rows_equal_the_twin(kernels, memory, kind, shape):
+    from worker.gpu.glu_bounds import row_norms
+
+    pool, projection = GuardedPool(), Projection(kernels, memory, kind, shape, bias=True)
+    greatest = put(pool, 0, 5, 0, 6)
+    row_norms(kernels, projection.linear, greatest)
+    pool.check()
+    norm, five, bias, six = greatest.get()
+    assert (norm, bias) == pytest.approx(greatest_norms(projection.weight, projection.bias), rel=PREFILL_OWN)
+    assert (five, six) == (5, 6)
+
+
+def test_the_bounds_of_a_model_are_those_of_its_weights_or_limits(kernels, memory):
+    from worker.gpu.glu_bounds import GluBounds
+
+    first, second = (
+        [Projection(kernels, memory, kind, (40, 256), f"{kind.name}{i}") for i in range(2)] for kind in (Q4_K, Q8_0)
+    )
+    bounds = GluBounds(memory, 2)
+    found = [bounds.of(gate.linear, up.linear, SWIGLU) for gate, up in (first, second)]
+    limited = bounds.of(first[0].linear, first[1].linear, CLAMPED)
+    assert not any(each.get().any() for each in found)
+    for _ in range(2):  # a second launch changes nothing
+        bounds.launch(kernels)
+        for each, (gate, up) in zip(found, (first, second), strict=True):
+            norms = [greatest_norms(part.weight, None)[0] for part in (gate, up)]
+            assert each.get() == pytest.approx([*norms, 0, 0], rel=PREFILL_OWN)
+    assert limited.get() == pytest.approx([0, 0, 7, 8])
+    assert bounds.of(first[0].linear, first[1].linear, SWIGLU) is found[0]
+    assert bounds.of(second[0].linear, second[1].linear, CLAMPED) is limited
+    steep = bounds.of(first[0].linear, first[1].linear, Activation(limit=1.0, alpha=0.1))
+    assert steep.get() == pytest.approx([0, 0, 3, 2])
+
+
+@pytest.mark.parametrize("cols", [96, 1536, 2880, 9600])
+@pytest.mark.parametrize("bounds", [(3.7, 0.9, 0, 0), (3.7, 0.9, 2.3, 0.4), (0, 0, 7, 8)])
+def test_scales_of_h_equal_their_twin(kernels, cols, bounds):
+    pool, x = GuardedPool(), rows_of(8, cols) * EXTREMES[:, None]
+    rows, n = normed(kernels, pool, x, bounds)
+    pool.check()
+    assert powers(rows.h_scale).tolist() == (np.frexp(h_scales(n, bounds))[1] - 1).tolist()
+
+
+def test_scales_of_h_are_stored_at_the_places_of_their_rows(kernels):
+    pool, x = GuardedPool(), rows_of(5, 96) * EXTREMES[3:, None]
+    places = np.random.default_rng(0).permutation(15).astype(np.int32)
+    one, _ = normed(kernels, pool, x, (2, 3, 0, 1))
+    rows, _ = normed(kernels, pool, x, (2, 3, 0, 1), places)
+    pool.check()
+    assert rows.h_scale.get()[places].tolist() == one.h_scale.get().repeat(3).tolist()
+
+
+@pytest.mark.parametrize("bounds", [(1e30, 1e30, 0, 0), (1e-30, 1e-30, 0, 0), (np.inf, 1, 0, 0), (0, 0, 0, 0)])
+def test_bounds_beyond_f32_give_finite_scales(kernels, bounds):
+    rows, _ = normed(kernels, GuardedPool(), rows_of(2, 64), bounds)
+    assert (np.abs(powers(rows.h_scale)) <= 100).all()
