@@ -22,7 +22,8 @@ CHOSEN = {
     "attention_rows": "listed or windows",
     "q8_cache": "norms or (single_rows and 96 and 40) or nan",
     "scaled_f16": "",
-    "glu_bounds": "(greatest and (Q4_K or IQ3_S or F16)) or of_a_model or scales",
+    "glu_bounds": "(greatest and (Q4_K or IQ3_S or F16)) or of_a_model or scales"
+    " or (extreme and (Q4_K or mixed) and 160)",
     "layouts": "(random_bytes and 7-256 and (Q4_K or Q6_K or Q5_1 or MXFP4 or IQ or TQ or NVFP4)) or vectors"
     " or (embedded and 0.1 and (Q4_K or Q6_K or BF16))",
     "memory": "",

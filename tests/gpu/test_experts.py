@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.gpu.activations import norm_of, q8_activations, rows_of, scaled_f16
+from tests.gpu.activations import glu_rows, norm_of, q8_activations, rows_of, scaled_f16, values_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, PREFILL_OWN, rounded
 from tests.gpu.weights import Projection, error
@@ -37,6 +37,14 @@ def routes_of(pool, tokens, experts, k, *, only=None):
 def sorted_rows(pool, groups, slots):
     """Rows of slots [T·k, cols] in the groups' order, as the input of their products."""
     return scaled_f16(pool, slots[groups.order.get()])
+
+
+def sorted_glu(kernels, pool, groups, slots, gate, up, activation):
+    """h [T·k, f] of the groups' rows, from those of slots [T·k, cols], by prefill's product."""
+    from worker.gpu.matmul import glu
+
+    rows = glu_rows(pool, slots[groups.order.get()], gate, up, activation)
+    return values_of(glu(kernels, pool, rows, gate.linear, up.linear, activation, groups), gate.weight.shape[1])
 
 
 def in_slot_order(groups, rows):
@@ -117,14 +125,14 @@ def test_products_choose_the_experts_that_route_chooses(kernels, memory, experts
 @pytest.mark.parametrize("kind", [MXFP4, Q8_0, IQ4_NL, F32, BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("tokens", "experts", "k", "f", "d", "only"), MANY)
 def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
-    from worker.gpu.matmul import experts_add, glu, group_routes
+    from worker.gpu.matmul import experts_add, group_routes
 
     gate, up = (Projection(kernels, memory, kind, (experts, f, d), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(tokens, d) * np.float32(0.3)
     chosen, weights, routes = routes_of(pool, tokens, experts, k, only=only)
     groups = group_routes(kernels, pool, routes, experts)
-    h = glu(kernels, pool, sorted_rows(pool, groups, x.repeat(k, axis=0)), gate.linear, up.linear, CLAMPED, groups)
-    assert error(in_slot_order(groups, h.get()), exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
+    h = sorted_glu(kernels, pool, groups, x.repeat(k, axis=0), gate, up, CLAMPED)
+    assert error(in_slot_order(groups, h), exact_glu(in_f16(x), chosen, gate, up, CLAMPED)) < 2 * PREFILL_OWN
     wide = rows_of(tokens * k, 64)
     down = Projection(kernels, memory, kind, (experts, d, 64), "down", bias=True)
     residual = np.random.default_rng(2).normal(size=(tokens, d)).astype(np.float32)
@@ -138,7 +146,7 @@ def test_prefill_experts(kernels, memory, kind, tokens, experts, k, f, d, only):
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("tokens", [16, 40])  # the smallest tiles and the middle ones, beside the largest
 def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, tokens):
-    from worker.gpu.matmul import experts_add, glu, group_routes
+    from worker.gpu.matmul import experts_add, group_routes
 
     gate, up = (Projection(kernels, memory, MXFP4, (8, 64, 96), name, bias=True) for name in ("gate", "up"))
     down = Projection(kernels, memory, MXFP4, (8, 96, 64), "down", bias=True)
@@ -149,11 +157,10 @@ def test_prefill_experts_have_the_same_bits_alone_and_together(kernels, memory, 
     def both(part):
         routes = Routes(pool.put(chosen[part]), pool.put(weights[part]))
         groups = group_routes(kernels, pool, routes, 8)
-        rows = sorted_rows(pool, groups, x[part].repeat(4, axis=0))
-        h = glu(kernels, pool, rows, gate.linear, up.linear, CLAMPED, groups)
+        h = sorted_glu(kernels, pool, groups, x[part].repeat(4, axis=0), gate, up, CLAMPED)
         rows = sorted_rows(pool, groups, wide[4 * part.start : 4 * part.stop])
         y = experts_add(kernels, pool, rows, routes, groups, down.linear, pool.put(residual[part]))
-        return in_slot_order(groups, h.get()), y.get()
+        return in_slot_order(groups, h), y.get()
 
     h, y = both(slice(0, 200))
     for at in range(0, 200, tokens):
@@ -361,15 +368,15 @@ def test_experts_of_one_row_with_gelu_and_no_residual(kernels, memory, kind, tok
 @pytest.mark.parametrize("kind", [Q4_K, Q8_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("tokens", [3, 240])
 def test_prefill_experts_with_gelu_and_no_residual(kernels, memory, kind, tokens):
-    from worker.gpu.matmul import experts_add, glu, group_routes
+    from worker.gpu.matmul import experts_add, group_routes
 
     gate, up = (Projection(kernels, memory, kind, (8, 48, 256), name) for name in ("gate", "up"))
     down = Projection(kernels, memory, kind, (8, 40, 256), "down")
     pool, x, wide = GuardedPool(), rows_of(tokens, 256) * np.float32(0.3), rows_of(3 * tokens, 256)
     chosen, weights, routes = routes_of(pool, tokens, 8, 3)
     groups = group_routes(kernels, pool, routes, 8)
-    h = glu(kernels, pool, sorted_rows(pool, groups, x.repeat(3, axis=0)), gate.linear, up.linear, GELU_GLU, groups)
-    assert error(in_slot_order(groups, h.get()), exact_glu(in_f16(x), chosen, gate, up, GELU_GLU)) < 2 * PREFILL_OWN
+    h = sorted_glu(kernels, pool, groups, x.repeat(3, axis=0), gate, up, GELU_GLU)
+    assert error(in_slot_order(groups, h), exact_glu(in_f16(x), chosen, gate, up, GELU_GLU)) < 2 * PREFILL_OWN
     out = experts_add(kernels, pool, sorted_rows(pool, groups, wide), routes, groups, down.linear, None)
     pool.check()
     inputs = in_f16(wide).reshape(tokens, 3, -1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.gpu.activations import norm_of, rows_of
+from tests.gpu.activations import norm_of, rows_of, values_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, EACH_TYPE, PREFILL_OWN
 from tests.gpu.weights import Projection
 from tests.quantized_ops import greatest_norms, h_scales
-from worker.cpu.plain import rms_norm
-from worker.ops import SWIGLU, Activation
-from worker.quants import Q4_K, Q8_0
+from worker.cpu.plain import gated, rms_norm
+from worker.ops import GELU_GLU, SWIGLU, Activation
+from worker.quants import MXFP4, Q4_K, Q5_0, Q8_0
 
 EXTREMES = np.float32([1, 0, 1e-9, 1e-12, 1e-3, 30, 1e4, 1e15])
 """Magnitudes of rows."""
@@ -100,3 +100,33 @@ def test_scales_of_h_are_stored_at_the_places_of_their_rows(kernels):
 def test_bounds_beyond_f32_give_finite_scales(kernels, bounds):
     rows, _ = normed(kernels, GuardedPool(), rows_of(2, 64), bounds)
     assert (np.abs(powers(rows.h_scale)) <= 100).all()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("activation", [SWIGLU, GELU_GLU, CLAMPED], ids=["swiglu", "gelu", "clamped"])
+@pytest.mark.parametrize("kinds", [(Q4_K, Q4_K), (Q5_0, Q8_0), (MXFP4, MXFP4)], ids=["Q4_K", "mixed", "MXFP4"])
+@pytest.mark.parametrize("f", [32, 96, 160])
+def test_h_of_extreme_rows_is_in_range_and_as_exact_as_the_product(kernels, memory, kinds, activation, f):
+    """With the weights' own bounds, and with a row of weights that reaches them."""
+    from worker.gpu.glu_bounds import GluBounds
+    from worker.gpu.matmul import glu
+
+    bias = activation is CLAMPED
+    gate, up = (
+        Projection(kernels, memory, kind, (f, 256), name, bias=bias)
+        for kind, name in zip(kinds, ("gate", "up"), strict=True)
+    )
+    x = rows_of(8, 256) * EXTREMES[:, None]
+    x[0] = gate.weight[np.linalg.norm(gate.weight, axis=1).argmax()]  # the gate is the bound
+    x[2] *= 1e-21  # its squares are below f32
+    pool, bounds = GuardedPool(), GluBounds(memory, 1)
+    device = bounds.of(gate.linear, up.linear, activation)
+    bounds.launch(kernels)
+    rows, _ = normed(kernels, pool, x, device.get())
+    h = glu(kernels, pool, rows, gate.linear, up.linear, activation)
+    pool.check()
+    assert (np.abs(h.x.get().astype(np.float32)) < 2.0**15).all()
+    n = values_of(rows, 256)
+    for found, exact in zip(values_of(h, f), gated(gate.exact(n), up.exact(n), activation), strict=True):
+        floor = 1e-9 * np.linalg.norm(exact) + 1e-30
+        assert np.linalg.norm(found - exact) <= 3 * PREFILL_OWN * np.linalg.norm(exact) + floor

@@ -10,7 +10,7 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from tests.gpu.activations import q8_activations, rows_of, scaled_f16
+from tests.gpu.activations import glu_rows, q8_activations, rows_of, scaled_f16, values_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, DECODE_OWN, EACH_TYPE, PREFILL_OWN, WHOLE, rounded
 from tests.gpu.weights import Projection, error
@@ -94,15 +94,16 @@ def test_prefill_rows_have_the_same_bits_for_every_chunking(kernels, memory, kin
 def test_every_tile_of_a_matrix_gives_the_same_bits(kernels, memory, monkeypatch, kind):
     from worker.gpu import matmul
 
-    pool, x = GuardedPool(), scaled_f16(GuardedPool(), rows_of(70, 768))
     sizes = enumerate((200, 1600, 4100, 8200, 75, 75))
-    eight, four, two, one, *both = (Projection(kernels, memory, kind, (rows, 768), f"w{i}").linear for i, rows in sizes)
+    *dense, gate, up = (Projection(kernels, memory, kind, (rows, 768), f"w{i}") for i, rows in sizes)
+    eight, four, two, one = (projection.linear for projection in dense)
+    pool, x = GuardedPool(), glu_rows(GuardedPool(), rows_of(70, 768), gate, up, SWIGLU)
     products = {
         matmul._TILES_8_SPLITS: lambda: matmul.matmul(kernels, pool, x, eight),
         matmul._TILES_4_SPLITS: lambda: matmul.matmul(kernels, pool, x, four),
         matmul._TILES_2_SPLITS: lambda: matmul.matmul(kernels, pool, x, two),
         matmul._TILES_1_SPLIT: lambda: matmul.matmul(kernels, pool, x, one),
-        matmul._GATED_TILES: lambda: matmul.glu(kernels, pool, x, *both, SWIGLU),
+        matmul._GATED_TILES: lambda: matmul.glu(kernels, pool, x, gate.linear, up.linear, SWIGLU).x,
     }
     kernels.prepare(  # in parallel: each takes seconds to compile
         matmul._name(eight.weight.kind, tile, experts=False, gated=tiles is matmul._GATED_TILES)
@@ -185,9 +186,10 @@ def test_prefill_glu(kernels, memory, activation, kind):
     cols = 512 if kind.block_size > 32 else 320
     gate, up = (Projection(kernels, memory, kind, (75, cols), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(133, cols) * np.float32(0.3)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, activation)
+    h = glu(kernels, pool, glu_rows(pool, x, gate, up, activation), gate.linear, up.linear, activation)
     pool.check()
-    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
+    exact = gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)
+    assert error(values_of(h, 75), exact) < 2 * PREFILL_OWN
 
 
 @BOTH
@@ -197,9 +199,9 @@ def test_prefill_glu_with_gelu(kernels, memory, tokens):
 
     gate, up = (Projection(kernels, memory, Q4_K, (75, 512), name, bias=True) for name in ("gate", "up"))
     pool, x = GuardedPool(), rows_of(tokens, 512) * np.float32(0.3)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, GELU_GLU)
+    h = glu(kernels, pool, glu_rows(pool, x, gate, up, GELU_GLU), gate.linear, up.linear, GELU_GLU)
     pool.check()
-    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), GELU_GLU)) < 2 * PREFILL_OWN
+    assert error(values_of(h, 75), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), GELU_GLU)) < 2 * PREFILL_OWN
 
 
 @BOTH
@@ -209,6 +211,7 @@ def test_prefill_glu_of_two_types(kernels, memory, activation):
 
     gate, up = (Projection(kernels, memory, kind, (75, 320), name) for kind, name in ((Q5_0, "gate"), (Q8_0, "up")))
     pool, x = GuardedPool(), rows_of(33, 320) * np.float32(0.3)
-    h = glu(kernels, pool, scaled_f16(pool, x), gate.linear, up.linear, activation)
+    h = glu(kernels, pool, glu_rows(pool, x, gate, up, activation), gate.linear, up.linear, activation)
     pool.check()
-    assert error(h.get(), gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)) < 2 * PREFILL_OWN
+    exact = gated(gate.exact(in_f16(x)), up.exact(in_f16(x)), activation)
+    assert error(values_of(h, 75), exact) < 2 * PREFILL_OWN

@@ -22,6 +22,7 @@ from worker.gpu.attention import AttentionMemory, table_bytes
 from worker.gpu.backend import _MARGIN, GpuBackend, batch_rows
 from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_ops import DecodeOps
+from worker.gpu.glu_bounds import GluBounds
 from worker.gpu.launch import dry_run
 from worker.gpu.layouts import BlockMatrix, is_vector, stored_type
 from worker.gpu.prefill_attention import PrefillAttention
@@ -182,14 +183,14 @@ def need_of(file, max_running, context=CONTEXT, *, wgmma=False):
     memory, rows = Memory(), rows_at_most(max_running, drafts=False)[0]
     memory.reserve(4 * chunks_at_most(max_running) * read_hparams(file).vocab_size, None)  # of logits
     shared = AttentionMemory(memory, Cache())
-    prefill_attention = PrefillAttention(shared, PROCESSORS)
+    prefill_attention, bounds = PrefillAttention(shared, PROCESSORS), GluBounds(memory, len(model.layers))
     decode_attention = DecodeAttention(shared, rows, PROCESSORS, MAX_SHARED)
     state = State(max_running)
     chunk = np.zeros(backend_of(wgmma=wgmma).batch_rows, np.int32)
     prompt = Batch(Phase.PREFILL, chunk, chunk, (chunk[:1],), chunk[: state.chunks])
 
     def prefill(kernels, pool):
-        model.forward(PrefillOps(kernels, pool, prefill_attention, state), prompt)
+        model.forward(PrefillOps(kernels, pool, prefill_attention, bounds, state), prompt)
 
     def decode(kernels, pool):
         model.forward(DecodeOps(kernels, pool, decode_attention, state, MAX_SHARED), _empty_step(rows))
@@ -221,7 +222,7 @@ def test_the_plan_of_a_full_size_model_is_an_upper_bound_and_not_far_above(name,
     with full_size(name, tiny) as file:
         need, allowed = need_of(file, max_running, wgmma=wgmma), planned(file, max_running, wgmma=wgmma)
     print(f"{name}, {max_running}: needs {need.in_all / MIB:,.0f} MiB, planned {allowed / MIB:,.0f} MiB, {need}")
-    assert need.in_all <= allowed < 6 * need.in_all
+    assert need.in_all <= allowed < 8 * need.in_all
 
 
 @pytest.mark.parametrize("max_running", [1, 8, 256])
@@ -232,13 +233,13 @@ def test_the_plan_of_a_tiny_model_is_an_upper_bound(name, max_running, tiny):
 
 
 def test_the_plan_of_a_mixture_counts_the_width_of_the_active_experts(tiny):
-    """30B-A3B: 8 experts of 768, not of the 6,144 of its dense FFN: 1,008 MiB a chunk of 1,024."""
+    """30B-A3B: 8 experts of 768, not of the 6,144 of its dense FFN: 504 MiB a chunk of 1,024."""
     with full_size("qwen3moe", tiny) as file:
         hp = read_hparams(file)
         narrow, wide = (overhead(file, each, 1) for each in (hp, replace(hp, expert_feed_forward_length=0)))
     assert (hp.ffn_width, hp.experts_width) == (8 * 768, 8 * 2048)
     rows = 1024 + 1  # of a chunk and of a decode step
-    assert wide - narrow == 6 * 4 * rows * 8 * (6144 - 768)
+    assert wide - narrow == 6 * 2 * rows * 8 * (6144 - 768)
 
 
 def test_the_plan_of_a_mixture_counts_a_wider_ffn_beside_the_experts(tiny):
@@ -246,7 +247,7 @@ def test_the_plan_of_a_mixture_counts_a_wider_ffn_beside_the_experts(tiny):
         hp = read_hparams(file)
         assert (hp.ffn_width, hp.expert_shared_feed_forward_length) == (3 * 256, 512)
         narrow, wide = (overhead(file, replace(hp, expert_shared_feed_forward_length=s), 1) for s in (768, 8192))
-    assert wide - narrow == 6 * 4 * (1024 + 1) * (8192 - 768)
+    assert wide - narrow == 6 * 2 * (1024 + 1) * (8192 - 768)
 
 
 @pytest.mark.parametrize("context", [64, 448])
@@ -254,6 +255,7 @@ def test_the_plan_of_a_mixture_counts_a_wider_ffn_beside_the_experts(tiny):
 def test_the_plan_counts_exactly_the_tables_that_attention_uploads(name, context, tiny, monkeypatch):
     uploaded = []
     monkeypatch.setattr(Absent, "set", lambda array, _: uploaded.append(array.nbytes))
+    monkeypatch.setattr(GluBounds, "of", lambda *_: None)
     with GgufFile.open(tiny(name)) as file:
         need_of(file, 1, context)
         planned_tables = table_bytes(layer.attention for layer in bind(file, ModelOptions(context))[0].layers)

@@ -101,6 +101,7 @@ def _logits(runner, batch):
     if batch.phase is Phase.DECODE:
         return runner.logits(batch)
     with runner._stream:
+        runner._glu_bounds.launch(runner._kernels)
         runner._prefill_state.load([batch], runner._stream)
         logits = runner._prefill_forward(runner._kernels, runner._pools[batch.phase], len(batch.tokens))
         return logits[: len(batch.logit_rows)].get()

@@ -14,6 +14,7 @@ from worker.gguf_file import GgufFile, TensorInfo
 from worker.gpu.attention import table_bytes
 from worker.gpu.compiler import Kernels
 from worker.gpu.decode_attention import decode_partial_bytes
+from worker.gpu.glu_bounds import bounds_bytes
 from worker.gpu.head_norms import check_head_dim
 from worker.gpu.layouts import weight_bytes
 from worker.gpu.matvec import check_experts
@@ -111,14 +112,14 @@ class GpuBackend:
         specs = [layer.attention for layer in model.layers]
         qkv = max(spec.q_width + 2 * spec.kv_width for spec in specs)
         partials = max(decode_partial_bytes(spec.head_dim) for spec in specs)
-        a_token = 4 * hp.embedding_length + 3 * qkv + 4 * hp.ffn_width + hp.experts_width + 2 * hp.layer_inputs_width
+        a_token = 4 * hp.embedding_length + 3 * qkv + 2 * hp.ffn_width + hp.experts_width + 2 * hp.layer_inputs_width
         a_row = 6 * a_token + 5 * hp.vocab_size + partials + ROW_BYTES
         a_slot = 5 * hp.vocab_size + SLOT_BYTES + 4 * hp.context_length // KV_BLOCK
         rows, draft_slots = rows_at_most(max_running, drafts=drafts)
         step = rows * a_row + (max_running + draft_slots) * a_slot + 24 * hp.vocab_size
         a_chunk = 9 * hp.vocab_size + 4 * hp.context_length // KV_BLOCK
         batch = 6 * self.batch_rows * a_token + chunks_at_most(max_running) * a_chunk
-        return batch + step + MAX_PARTIAL_BYTES + table_bytes(specs) + _MARGIN
+        return batch + step + MAX_PARTIAL_BYTES + table_bytes(specs) + bounds_bytes(len(specs)) + _MARGIN
 
     def available_bytes(self) -> int:
         return self._memory.free

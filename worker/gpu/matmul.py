@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from worker.gpu import matmul_wgmma
-from worker.gpu.activations import ScaledF16
+from worker.gpu.activations import ScaledF16, padded
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES
@@ -162,20 +162,20 @@ def glu(
     up: Linear,
     activation: Activation,
     groups: ExpertGroups | None = None,
-) -> DeviceArray:
-    """activation(gate(x), up(x)): h [T, f] f32; with groups, of their rows [T·k, f]."""
-    h = pool.empty((x.x.shape[0], gate.weight.shape[-2]), np.float32)
+) -> ScaledF16:
+    """activation(gate(x), up(x)) scaled by x.h_scale: h [T, f], with groups of their rows."""
+    tokens, rows = x.x.shape[0], gate.weight.shape[-2]
+    h = ScaledF16(pool.empty((tokens, padded(rows)), np.float16), x.h_scale, x.count)
     if gate.weight.kind == up.weight.kind:
-        _launch(kernels, x, (gate, up), (h,), activation=activation, groups=groups)
+        _launch(kernels, x, (gate, up), (h.x,), activation=activation, groups=groups)
         return h
-    other = pool.empty(h.shape, np.float32)
-    _launch(kernels, x, (gate,), (h,), groups=groups)
-    _launch(kernels, x, (up,), (other,), groups=groups)
+    ys = [pool.empty((tokens, rows), np.float32) for _ in range(2)]
+    for linear, y in zip((gate, up), ys, strict=True):
+        _launch(kernels, x, (linear,), (y,), groups=groups)
     gelu = is_gelu(activation)
-    args = (h, other, gate_of(activation, gelu=gelu), np.uint64(h.size), h)
-    kernels.get("gated.cu", f"gated_elements<{str(gelu).lower()}>")(
-        (-(-h.size // _THREADS),), (_THREADS,), args, pdl=True
-    )
+    args = (*ys, x.h_scale, gate_of(activation, gelu=gelu), np.int32(rows), h.x)
+    grid = (-(-padded(rows) // 2 // _THREADS), tokens)
+    kernels.get("gated.cu", f"gated_elements<{str(gelu).lower()}>")(grid, (_THREADS,), args, pdl=True)
     return h
 
 
@@ -257,5 +257,5 @@ def _tiles(rows: Sequence[int], *, gated: bool) -> tuple[_Tile, ...]:
 
 
 def _blocks(tile: _Tile, rows: int, *, gated: bool) -> int:
-    """Blocks along the rows of a matrix; a gated one interleaves two matrices."""
-    return -(-rows // (tile.warps_m * tile.frags_m * (8 if gated else 16)))
+    """Blocks along the rows of a matrix; a gated one interleaves two matrices, padded."""
+    return -(-(padded(rows) if gated else rows) // (tile.warps_m * tile.frags_m * (8 if gated else 16)))

@@ -18,7 +18,7 @@ _PROJECTION = np.dtype([("planes", PLANES), ("bias", "u8"), ("out", "u8"), ("row
 """`Projection` of matmul_params.cuh."""
 _PARAMS = np.dtype(
     [
-        *(("projections", _PROJECTION, 3), ("residual", "u8"), ("scale", "u8"), ("count", "u8")),
+        *(("projections", _PROJECTION, 3), ("residual", "u8"), ("scale", "u8"), ("h_scale", "u8"), ("count", "u8")),
         *(("cols", "i4"), ("gate", GATE)),
     ],
     align=True,
@@ -64,7 +64,7 @@ def matmul_params(
     projections = [_projection(*each) for each in zip(linears, outs, first_blocks, strict=False)]
     absent = np.array(((0, 0, 0, 0), 0, 0, 0, sum(blocks)), _PROJECTION)
     projections += [absent] * (MAX_PROJECTIONS - len(projections))
-    pointers = (address(residual), address(x.scale), address(x.count))
+    pointers = (address(residual), address(x.scale), address(x.h_scale if gated else None), address(x.count))
     return np.array((projections, *pointers, linears[0].weight.shape[-1], gate), _PARAMS)
 
 

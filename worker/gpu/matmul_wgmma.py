@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from worker.gpu.activations import ScaledF16
+from worker.gpu.activations import ScaledF16, padded
 from worker.gpu.compiler import KernelName
 from worker.gpu.launch import Launcher
 from worker.gpu.layouts import EXPERT_TYPES, MIXED, STORED_TYPES
@@ -230,5 +230,5 @@ def _tile(kind: QuantType, rows: Sequence[int], cols: int, tokens: int, *, gated
 
 
 def _blocks(tile: _Tile, rows: Sequence[int], *, gated: bool) -> list[int]:
-    """Blocks along the rows of each matrix, or of gate and up, which are interleaved."""
-    return [-(-2 * rows[0] // tile.rows)] if gated else [-(-each // tile.rows) for each in rows]
+    """Blocks along the rows of each matrix, or of gate and up, which are interleaved and padded."""
+    return [2 * padded(rows[0]) // tile.rows] if gated else [-(-each // tile.rows) for each in rows]

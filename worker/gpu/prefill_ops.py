@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from worker.gpu import matmul, matvec
 from worker.gpu.activations import ScaledF16, scale_to_f16
+from worker.gpu.glu_bounds import GluBounds
 from worker.gpu.launch import Allocator, Launcher
 from worker.gpu.layer_inputs import add_normed_groups, gate_group
 from worker.gpu.layouts import embed, gather_rows
@@ -33,8 +34,17 @@ Rows = DeviceArray | GatheredRows
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedTokens:
+    """Rows x [T, d] f32 before their norm, and the groups of their slots."""
+
+    x: DeviceArray
+    norm: RmsNorm
+    groups: ExpertGroups
+
+
+@dataclass(frozen=True, slots=True)
 class RoutedRows:
-    """Input rows of the experts' products, a row a slot, sorted by expert."""
+    """Input rows of the experts' down products, a row a slot, sorted by expert."""
 
     rows: ScaledF16
     groups: ExpertGroups
@@ -43,10 +53,18 @@ class RoutedRows:
 class PrefillOps:
     """Ops of the batch that `state` holds when the kernels run."""
 
-    def __init__(self, kernels: Launcher, pool: Allocator, attention: PrefillAttention, state: PrefillState) -> None:
+    def __init__(
+        self,
+        kernels: Launcher,
+        pool: Allocator,
+        attention: PrefillAttention,
+        glu_bounds: GluBounds,
+        state: PrefillState,
+    ) -> None:
         self._kernels = kernels
         self._pool = pool
         self._attention = attention
+        self._glu_bounds = glu_bounds
         self._state = state
 
     def embed(self, table: QTensor, batch: Batch, scale: float = 1.0) -> DeviceArray:
@@ -102,23 +120,28 @@ class PrefillOps:
         x = branches_norm_add(self._kernels, self._pool, arrays, norm, _array(residual), count, scale)
         return _like(residual, x)
 
-    def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> Rows:
-        return _like(x, matmul.glu(self._kernels, self._pool, self._scaled(x, norm), gate, up, activation))
+    def norm_glu(self, x: Rows, norm: RmsNorm, gate: Linear, up: Linear, activation: Activation = SWIGLU) -> ScaledF16:
+        """See `Ops.norm_glu`; h is the input of `linear_add` or `linear_norm_add`."""
+        bounds = self._glu_bounds.of(gate, up, activation)
+        n = scale_to_f16(self._kernels, self._pool, _array(x), norm, self._count(x), glu_bounds=bounds)
+        return matmul.glu(self._kernels, self._pool, n, gate, up, activation)
 
-    def norm_route(self, x: Rows, norm: RmsNorm, router: Router, k: int) -> tuple[RoutedRows, Routes]:
+    def norm_route(self, x: Rows, norm: RmsNorm, router: Router, k: int) -> tuple[RoutedTokens, Routes]:
         """See `Ops.norm_route`; n is the input of `experts_glu`."""
         routes = matvec.norm_route(self._kernels, self._pool, _array(x), norm, router, k)
         experts = router.linear.weight.shape[0]
         groups = matmul.group_routes(self._kernels, self._pool, routes, experts, self._count(x))
-        rows = scale_to_f16(self._kernels, self._pool, _array(x), norm, groups.count, k, groups.places)
-        return RoutedRows(rows, groups), routes
+        return RoutedTokens(_array(x), norm, groups), routes
 
     def experts_glu(
-        self, n: RoutedRows, routes: Routes, gate: Linear, up: Linear, activation: Activation
+        self, n: RoutedTokens, routes: Routes, gate: Linear, up: Linear, activation: Activation
     ) -> RoutedRows:
         """See `Ops.experts_glu`; h is the input of `experts_add`."""
-        h = matmul.glu(self._kernels, self._pool, n.rows, gate, up, activation, n.groups)
-        return RoutedRows(scale_to_f16(self._kernels, self._pool, h, None, n.groups.count, n.groups.k), n.groups)
+        groups, bounds = n.groups, self._glu_bounds.of(gate, up, activation)
+        rows = scale_to_f16(
+            *(self._kernels, self._pool, n.x, n.norm, groups.count, groups.k, groups.places), glu_bounds=bounds
+        )
+        return RoutedRows(matmul.glu(self._kernels, self._pool, rows, gate, up, activation, groups), groups)
 
     def experts_add(self, h: RoutedRows, routes: Routes, down: Linear, residual: Rows | None) -> Rows:
         """See `Ops.experts_add`; without a residual, the input of `branches_norm_add`."""

@@ -30,6 +30,7 @@ from worker.gpu.compiler import Kernels
 from worker.gpu.decode_attention import DecodeAttention
 from worker.gpu.decode_ops import DecodeOps
 from worker.gpu.drafts import DRAFT_SLOTS, DraftLauncher
+from worker.gpu.glu_bounds import GluBounds
 from worker.gpu.kernel import capture_graph, device_errors
 from worker.gpu.launch import Allocator, Launcher, PdlInMatmulOnly, dry_run
 from worker.gpu.memory import DeviceArray, DeviceMemory, Pool, Purpose
@@ -148,6 +149,7 @@ class GpuRunner:
         self.slots = settings.slots
         self._chunks = chunks_at_most(settings.slots)
         self._slots = Slots(settings.slots)
+        self._bounds_launched = False
         self._lookahead: Launch | None = None
         self._first_draws_due: list[Launch] = []
         self._launched_alone = False
@@ -165,6 +167,7 @@ class GpuRunner:
             self.cache = KvCache(memory, layers, settings.kv_blocks, settings.kv_type)
             attention = AttentionMemory(memory, self.cache)
             self._prefill_attention = PrefillAttention(attention, processors)
+            self._glu_bounds = GluBounds(memory, len(model.layers))
             self._decode_attention = DecodeAttention(attention, rows, processors, self._max_shared)
             self._state = StepState(memory, settings.slots, blocks, draft_slots, self._chunks)
             logit_rows = max(settings.logit_rows, self._chunks)
@@ -268,6 +271,7 @@ class GpuRunner:
         def prefill(kernels: Launcher, pool: Allocator) -> None:
             for rows in self._batch_sizes():
                 self._prefill_forward(kernels, pool, rows)
+            self._glu_bounds.launch(kernels)
 
         def decode(kernels: Launcher, pool: Allocator) -> None:
             for rows in self._step_sizes():
@@ -357,7 +361,8 @@ class GpuRunner:
         """The logits of the batch in the prefill state, of at most `rows` rows."""
         zeros, logit_rows = np.zeros(rows, np.int32), np.zeros(len(self._logits), np.int32)
         batch = Batch(Phase.PREFILL, zeros, zeros, (np.zeros(1, np.int32),), logit_rows)
-        return self._model.forward(PrefillOps(kernels, pool, self._prefill_attention, self._prefill_state), batch)
+        ops = PrefillOps(kernels, pool, self._prefill_attention, self._glu_bounds, self._prefill_state)
+        return self._model.forward(ops, batch)
 
     def _decode_forward(self, batch: Batch) -> DeviceArray:
         return self._model.forward(self._decode_ops(self._kernels, self._pools[Phase.DECODE]), batch)
@@ -384,6 +389,9 @@ class GpuRunner:
 
     def _compute(self, batch: Sequence[Batch]) -> DeviceArray:
         """Launch a batch of chunks: the requested rows of logits, valid until the next one."""
+        if not self._bounds_launched:  # not at load, whose captures overlap with the upload of weights
+            self._glu_bounds.launch(self._kernels)
+            self._bounds_launched = True
         self._prefill_state.load(batch, self._stream)
         graphs, rows = self._prefill_graphs, self._prefill_state.loaded
         graphs[next(size for size in graphs if rows <= size)].launch(self._stream)

@@ -21,3 +21,9 @@ __device__ __forceinline__ unsigned int fragment_index(unsigned int column) {
     const unsigned int unit = column % kColumnGroup / 32, element = column % 32;
     return column / kColumnGroup * kColumnGroup + element / 4 * 16 + element / 2 % 2 * 8 + unit * 2 + element % 2;
 }
+
+// The column that is stored at an index.
+__device__ __forceinline__ unsigned int fragment_column(unsigned int index) {
+    const unsigned int in_group = index % kColumnGroup;
+    return index / kColumnGroup * kColumnGroup + in_group / 2 % 4 * 32 + in_group / 16 * 4 + in_group / 8 % 2 * 2 + in_group % 2;
+}

@@ -1,15 +1,27 @@
 // Prefill: h = gated(gate, up), element by element (gated.cuh), for a gate and an up of different
-// types.
+// types; h is the next product's x: f16 in the column order of fragments.cuh, divided by h_scale.
 //
-// Shapes: gate, up, h [n] f32; h may be gate. Grid: ⌈n/256⌉ blocks of 256 threads, one element
-// each. Alignment: 4 bytes.
-// Bytes: 12 an element. Twin: `gated` in worker/cpu/plain.py. Launcher: worker/gpu/matmul.py.
+// Shapes: gate, up [T, rows] f32; h_scale [T] f32, powers of two; h [T, padded rows] f16, zeros
+// where there is no column.
+// Grid: x over pairs of h, y over T; 256 threads, one pair each. Alignment: 4 bytes.
+// Bytes: 8 read and 2 written an element. Twin: `gated` in worker/cpu/plain.py. Launcher:
+// worker/gpu/matmul.py.
 #include "pdl.cuh"
+#include "fragments.cuh"
 #include "gated.cuh"
+#include "half.cuh"
 
 template <bool GELU>
-__global__ void gated_elements(const float* gate, const float* up, const Gate activation, const size_t n, float* h) {
-    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+__global__ void gated_elements(const float* gate, const float* up, const float* h_scale, const Gate activation,
+                               const int rows, unsigned int* h) {
+    const unsigned int pair = blockIdx.x * blockDim.x + threadIdx.x, pairs = padded(rows) / 2;
     grid_dependency_wait();
-    if (i < n) h[i] = gated<GELU>(gate[i], up[i], activation);
+    if (pair >= pairs) return;
+    const int column = fragment_column(2 * pair);
+    const float inverse = __frcp_rn(h_scale[blockIdx.y]);
+    const auto element = [&](int c) {
+        const size_t at = (size_t)blockIdx.y * rows + c;
+        return c < rows ? gated<GELU>(gate[at], up[at], activation) * inverse : 0.f;
+    };
+    h[(size_t)blockIdx.y * pairs + pair] = floats_to_half2(element(column), element(column + 1));
 }

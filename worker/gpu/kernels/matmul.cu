@@ -2,7 +2,8 @@
 // registers once a tile.
 //
 // W is A and x is B of m16n8k16 MMAs. A warp computes 16·FRAGS_M rows × TILE_N tokens of y; with
-// GLU, half as many rows of a gate and the same rows of its `up`, gated in registers. A block is
+// GLU, half as many rows of a gate and the same rows of its `up`, gated in registers; the rows
+// whose places in h are adjacent (fragments.cuh). A block is
 // WARPS_M warps side by side along the rows, SPLIT_K times along K; each works PASSES passes over
 // K. Of the SPLIT_K·PASSES splits, split s takes the steps s, s + SPLIT_K·PASSES, … of 128 columns
 // (sum of splits: split_k.cuh). Weights go from global memory to registers: a lane loads whole
@@ -11,7 +12,8 @@
 // Each y[t, r] is the same chain of MMAs whatever else is in the launch: its bits depend on token t
 // alone.
 // Shapes: x [*, padded cols] f16, a power of two for each row in scale [*] (null: 1); y [T, rows]
-// f32; residual [T, rows] or null. cols is a multiple of 32. Of the T tokens the first *count are
+// f32, with GLU h [T, padded rows] f16, the next product's x, divided by the power of two
+// h_scale [T]; residual [T, rows] or null. cols is a multiple of 32. Of the T tokens the first *count are
 // valid (null: all); results of the others are not written.
 // Last: type of the third projection where the first two have another.
 // EXPERTS: grid y over tiles of rows of one expert each (slot_tiles.cuh, written by
@@ -181,8 +183,11 @@ __global__ void __launch_bounds__(32 * WARPS_M * SPLIT_K, min_blocks<Block>(TILE
     const auto wait_for_x = [&](int pass) {
         if (pass > 0) return;
         if (!EXPERTS) grid_dependency_wait();
-        for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K)
-            tokens.scales[i] = p.scale ? p.scale[tile.first + min(i, tile.count - 1)] : 1.f;
+        for (int i = threadIdx.x; i < TILE_N; i += 32 * WARPS_M * SPLIT_K) {
+            const int row = tile.first + min(i, tile.count - 1);
+            tokens.scales[i] = p.scale ? p.scale[row] : 1.f;
+            if (p.h_scale) tokens.h_inverses[i] = __frcp_rn(p.h_scale[row]);
+        }
     };
     const Projection* projections = p.projections;
     if (!GLU && !EXPERTS)

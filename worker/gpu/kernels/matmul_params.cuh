@@ -8,7 +8,7 @@
 struct Projection {
     Planes planes;
     const float* bias;  // [rows] or null
-    float* out;         // [T, rows]
+    float* out;         // [T, rows]; with GLU h: f16 [T, padded rows]
     int rows;
     u32 first_block;  // of grid x
 };
@@ -17,6 +17,7 @@ struct MatmulParams {
     Projection projections[3];  // up to three of one x, absent ones begin past the grid; with GLU gate (with out) and up
     const float* residual;      // [T, rows] of the only projection, or null
     const float* scale;         // [*] or null
+    const float* h_scale;       // [T], with GLU only: h is divided by it
     const int* count;           // [1] or null
     int cols;
     Gate gate;
@@ -29,4 +30,5 @@ struct TokenTile {
     int slots[TILE_N];
     u32 x_rows[TILE_N];  // index in x of the first element of each token's row
     float scales[TILE_N];
+    float h_inverses[TILE_N];  // 1 / h_scale, with GLU
 };

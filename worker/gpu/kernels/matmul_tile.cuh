@@ -7,6 +7,13 @@
 #include "fragments.cuh"
 #include "split_k.cuh"
 
+// The row of weights that a warp's place `at` computes: with GLU the column of h that is stored
+// there, so that a warp's results are adjacent.
+template <int GLU>
+__device__ __forceinline__ int row_at(int at) {
+    return GLU ? fragment_column(at) : at;
+}
+
 // Loads of a lane's rows of weights, two rows for each fragment of 16: where they begin, and one
 // unit of each.
 template <class Block, int FRAGS_M, int GLU>
@@ -18,7 +25,7 @@ struct WeightIterator {
         : slices(cols / 32) {
 #pragma unroll
         for (int i = 0; i < 2 * FRAGS_M; ++i) {
-            const int row = row0 + 8 * (GLU ? i % FRAGS_M : i) + threadIdx.x % 32 / 4;
+            const int row = row_at<GLU>(row0 + 8 * (GLU ? i % FRAGS_M : i) + threadIdx.x % 32 / 4);
             rows[i] = ((u32)expert * projections->rows + min(row, projections->rows - 1)) * slices;
         }
     }
@@ -54,8 +61,8 @@ struct WeightIterator {
     }
 };
 
-// Epilogue: write y of REDUCED_N tokens from `token0` on. A lane holds rows lane/4, lane/4 + 8, …
-// of two adjacent tokens.
+// Epilogue: write y, or with GLU h, of REDUCED_N tokens from `token0` on. A lane holds rows lane/4,
+// lane/4 + 8, … of two adjacent tokens. h has zeros where there is no column.
 template <int TILE_N, int FRAGS_M, int REDUCED_N, int GLU>
 __device__ __forceinline__ void write(const MatmulParams& p, const Projection* projections,
                                       const TokenTile<TILE_N>& tokens, int token0, int row0,
@@ -63,12 +70,13 @@ __device__ __forceinline__ void write(const MatmulParams& p, const Projection* p
     constexpr int kRows = GLU ? FRAGS_M : 2 * FRAGS_M, kUp = GLU ? FRAGS_M : 0;
     const int lane = threadIdx.x % 32, rows = projections->rows, r = row0 + lane / 4;
     const int valid_rows = (rows - r + 7) / 8;  // of r, r + 8, …
+    const auto exists = [&](int i) { return GLU ? row_at<GLU>(r + 8 * i) < rows : i < valid_rows; };
     float bias[2 * FRAGS_M];
 #pragma unroll
     for (int i = 0; i < 2 * FRAGS_M; ++i) {
         const float* from = projections[i / kRows].bias;
-        const size_t at = (size_t)tokens.tile.expert * rows + r + i % kRows * 8;
-        bias[i] = from && i % kRows < valid_rows ? from[at] : 0.f;
+        const size_t at = (size_t)tokens.tile.expert * rows + row_at<GLU>(r + i % kRows * 8);
+        bias[i] = from && exists(i % kRows) ? from[at] : 0.f;
     }
 #pragma unroll
     for (int n = 0; n < REDUCED_N / 8; ++n) {
@@ -86,13 +94,19 @@ __device__ __forceinline__ void write(const MatmulParams& p, const Projection* p
             const bool valid = token < tokens.tile.count;
             const float s = tokens.scales[token];
             float* to = projections->out + (size_t)tokens.slots[token] * rows + r;
+            u16* h = reinterpret_cast<u16*>(projections->out) + (size_t)tokens.slots[token] * padded(rows) + r;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
                 float y = __fmaf_rn(sums[i / 2][n][i % 2 * 2 + j], s, bias[i]);
                 if (GLU) y = gated<GLU == kGelu>(y, __fmaf_rn(sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j], s, bias[kUp + i]), p.gate);
                 // With GLU there is no residual, so contracting gated's product with this sum would
                 // not change a bit.
-                if (valid && i < valid_rows) to[8 * i] = y + residual[j][i];
+                y += residual[j][i];
+                if constexpr (GLU > 0) {
+                    if (valid) h[8 * i] = float_to_half(exists(i) ? y * tokens.h_inverses[token] : 0.f);
+                } else {
+                    if (valid && i < valid_rows) to[8 * i] = y;
+                }
             }
         }
     }

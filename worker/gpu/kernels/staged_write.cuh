@@ -99,11 +99,21 @@ __device__ __forceinline__ void write_staged(const MatmulParams& p, const Projec
     constexpr int kMatrices = Quads::kMatrices, kStores = Quads::kStores;
     const int rows = projections->rows, r = row0 + 4 * Quads::quad();
     const RowQuad y_rows{rows - r, rows % 4 == 0};
-    const auto offset = [&](int token) { return (size_t)tokens.slots[token] * rows + r; };
+    const auto offset = [&](int token) { return (size_t)tokens.slots[token] * (GLU ? padded(rows) : rows) + r; };
+    const auto exists = [&](int e) { return row_at<GLU>(r + e) < rows; };
     float bias[kMatrices][4] = {}, residual[4 * kStores] = {};
 #pragma unroll
-    for (int j = 0; j < kMatrices; ++j)
-        if (projections[j].bias) y_rows.load(projections[j].bias + (size_t)tokens.tile.expert * rows + r, bias[j]);
+    for (int j = 0; j < kMatrices; ++j) {
+        if (!projections[j].bias) continue;
+        const float* const from = projections[j].bias + (size_t)tokens.tile.expert * rows;
+        if constexpr (GLU > 0) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (exists(e)) bias[j][e] = from[row_at<GLU>(r + e)];
+        } else {
+            y_rows.load(from + r, bias[j]);
+        }
+    }
     const auto load_residual = [&](int first) {
         if constexpr (!GLU) {
 #pragma unroll
@@ -121,8 +131,16 @@ __device__ __forceinline__ void write_staged(const MatmulParams& p, const Projec
         for (int k = 0; k < 4 * kStores; ++k) lane.y[0][k] = __fadd_rn(lane.y[0][k], residual[k]);
         if (first + kStagedTokens < WIDTH) load_residual(first + kStagedTokens);
 #pragma unroll
-        for (int i = 0; i < kStores; ++i)
-            if (first + Quads::token(i) < tokens.tile.count)
-                y_rows.store(projections->out + offset(first + Quads::token(i)), lane.y[0] + 4 * i);
+        for (int i = 0; i < kStores; ++i) {
+            const int token = first + Quads::token(i);
+            if (token >= tokens.tile.count) continue;
+            if constexpr (GLU > 0) {
+                const auto h = [&](int e) { return exists(e) ? lane.y[0][4 * i + e] * tokens.h_inverses[token] : 0.f; };
+                *reinterpret_cast<uint2*>(reinterpret_cast<u16*>(projections->out) + offset(token)) =
+                    make_uint2(floats_to_half2(h(0), h(1)), floats_to_half2(h(2), h(3)));
+            } else {
+                y_rows.store(projections->out + offset(token), lane.y[0] + 4 * i);
+            }
+        }
     }
 }

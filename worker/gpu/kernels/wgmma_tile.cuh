@@ -29,6 +29,7 @@ __device__ __forceinline__ void read_tokens(const MatmulParams& p, const SlotTil
         const int row = tile.first + min(i, tile.count - 1);
         tokens.slots[i] = tiles.order ? tiles.order[row] : row;
         tokens.scales[i] = p.scale ? p.scale[row] : 1.f;
+        if (p.h_scale) tokens.h_inverses[i] = __frcp_rn(p.h_scale[row]);
     }
 }
 // Wait for the other threads of this warpgroup.
