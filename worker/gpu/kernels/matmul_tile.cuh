@@ -99,9 +99,9 @@ __device__ __forceinline__ void write(const MatmulParams& p, const Projection* p
             for (int i = 0; i < kRows; ++i) {
                 float y = __fmaf_rn(sums[i / 2][n][i % 2 * 2 + j], s, bias[i]);
                 if (GLU) y = gated<GLU == kGelu>(y, __fmaf_rn(sums[(kUp + i) / 2][n][(kUp + i) % 2 * 2 + j], s, bias[kUp + i]), p.gate);
-                // With GLU there is no residual, so contracting gated's product with this sum would
-                // not change a bit.
-                y += residual[j][i];
+                // Not contracted: with GLU the residual is zero, which makes -0 of an underflow 0, as
+                // in write_staged.
+                y = __fadd_rn(y, residual[j][i]);
                 if constexpr (GLU > 0) {
                     if (valid) h[8 * i] = float_to_half(exists(i) ? y * tokens.h_inverses[token] : 0.f);
                 } else {
