@@ -8,11 +8,11 @@ import pytest
 from tests.gpu.activations import norm_of, rows_of, values_of
 from tests.gpu.guarded import GuardedPool
 from tests.gpu.products import CLAMPED, EACH_TYPE, PREFILL_OWN
-from tests.gpu.weights import Projection
+from tests.gpu.weights import Projection, upload
 from tests.quantized_ops import greatest_norms, h_scales
 from worker.cpu.plain import gated, rms_norm
-from worker.ops import GELU_GLU, SWIGLU, Activation
-from worker.quants import MXFP4, Q4_K, Q5_0, Q8_0
+from worker.ops import GELU_GLU, SWIGLU, Activation, Linear, QTensor, RmsNorm
+from worker.quants import F32, MXFP4, Q4_K, Q5_0, Q8_0
 
 EXTREMES = np.float32([1, 0, 1e-9, 1e-12, 1e-3, 30, 1e4, 1e15])
 """Magnitudes of rows."""
@@ -85,6 +85,56 @@ def test_scales_of_h_equal_their_twin(kernels, cols, bounds):
     rows, n = normed(kernels, pool, x, bounds)
     pool.check()
     assert powers(rows.h_scale).tolist() == (np.frexp(h_scales(n, bounds))[1] - 1).tolist()
+
+
+def test_weighted_squares_beyond_f32_leave_a_bound_of_the_norm(kernels):
+    """The row is in range before and after the norm."""
+    from worker.gpu.activations import scale_to_f16
+
+    pool, x = GuardedPool(), np.full((1, 64), 3e17, np.float32)
+    norm = RmsNorm(QTensor("norm", (64,), F32, pool.put(np.full(64, 1e3, np.float32))), 1e-5)
+    rows = scale_to_f16(kernels, pool, pool.put(x), norm, glu_bounds=put(pool, 1, 1, 0, 0))
+    pool.check()
+    least = np.frexp(64 * 1e3**2)[1] - 15  # the squared norm below 2^15
+    assert least <= powers(rows.h_scale)[0] <= least + 6
+
+
+def test_an_infinite_weight_leaves_the_bounds_of_other_rows(kernels, memory):
+    from worker.gpu.glu_bounds import row_norms
+
+    pool, values = GuardedPool(), np.ones((3, 64), np.float32)
+    values[1, 5] = np.inf
+    weight = upload(kernels, memory, F32, values.shape, values.view(np.uint8).reshape(3, -1))
+    greatest = put(pool, 0, 0, 0, 0)
+    row_norms(kernels, Linear(weight, None), greatest)
+    assert greatest.get().tolist() == [8, 0, 0, 0]
+
+
+def test_blocks_of_gated_products_end_with_a_row_of_h():
+    from worker.gpu import matmul, matmul_wgmma
+
+    tiles = [*matmul._GATED_TILES, *(tile for _, tile in matmul._EXPERT_TILES)]
+    rows = [tile.warps_m * tile.frags_m * 8 for tile in tiles] + [tile.rows // 2 for tile in matmul_wgmma._TILES]
+    assert all(128 % each == 0 for each in rows)
+
+
+def test_a_gate_and_an_up_of_two_types_may_have_as_many_rows_as_a_batch_has_slots(monkeypatch):
+    """A grid has at most 65,535 blocks in y: 4,096 tokens with 16 experts each are more."""
+    from worker.gpu import matmul
+    from worker.gpu.activations import ScaledF16
+    from worker.gpu.launch import dry_run
+
+    grids = []
+    monkeypatch.setattr("worker.gpu.launch._no_launch", lambda grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(matmul, "_launch", lambda *_, **__: None)
+    gate, up = (Linear(QTensor("w", (768, 2048), kind, None), None) for kind in (Q4_K, Q8_0))
+
+    def forward(kernels, pool):
+        x = ScaledF16(pool.empty((65_536, 2048), np.float16), None, None, pool.empty((65_536,)))
+        matmul.glu(kernels, pool, x, gate, up, SWIGLU)
+
+    dry_run(forward)
+    assert grids == [(65_536, 2)]
 
 
 def test_scales_of_h_are_stored_at_the_places_of_their_rows(kernels):

@@ -1,4 +1,4 @@
-"""Bounds of a gated FFN's result h, known before its products: prefill's scales of h follow.
+"""Bounds of a gated FFN's result h, from which prefill derives the scales of h before its products.
 
 |gate| ≤ G·‖n‖ + a and |up| ≤ U·‖n‖ + b for an input row n, where G and U are the greatest norms of
 a row of the weights (of all experts) and a and b the greatest biases; |h| is at most their product.
@@ -57,7 +57,8 @@ class GluBounds:
                 row_norms(kernels, linear, bounds[at:])
 
     def _assign(self, *values: float) -> DeviceArray:
-        bounds = next(self._unassigned)
+        bounds = next(self._unassigned, None)
+        assert bounds is not None, f"more than {_FFNS} gated FFNs a layer"
         bounds.set(np.array(values, np.float32))
         return bounds
 

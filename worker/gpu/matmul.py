@@ -164,6 +164,7 @@ def glu(
     groups: ExpertGroups | None = None,
 ) -> ScaledF16:
     """activation(gate(x), up(x)) scaled by x.h_scale: h [T, f], with groups of their rows."""
+    assert x.h_scale is not None, "x is scaled for a gated FFN"
     tokens, rows = x.x.shape[0], gate.weight.shape[-2]
     h = ScaledF16(pool.empty((tokens, padded(rows)), np.float16), x.h_scale, x.count)
     if gate.weight.kind == up.weight.kind:
@@ -174,7 +175,7 @@ def glu(
         _launch(kernels, x, (linear,), (y,), groups=groups)
     gelu = is_gelu(activation)
     args = (*ys, x.h_scale, gate_of(activation, gelu=gelu), np.int32(rows), h.x)
-    grid = (-(-padded(rows) // 2 // _THREADS), tokens)
+    grid = (tokens, -(-padded(rows) // 2 // _THREADS))
     kernels.get("gated.cu", f"gated_elements<{str(gelu).lower()}>")(grid, (_THREADS,), args, pdl=True)
     return h
 

@@ -389,7 +389,7 @@ class GpuRunner:
 
     def _compute(self, batch: Sequence[Batch]) -> DeviceArray:
         """Launch a batch of chunks: the requested rows of logits, valid until the next one."""
-        if not self._bounds_launched:  # not at load, whose captures overlap with the upload of weights
+        if not self._bounds_launched:  # here since at load the weights are still being uploaded
             self._glu_bounds.launch(self._kernels)
             self._bounds_launched = True
         self._prefill_state.load(batch, self._stream)

@@ -3,7 +3,7 @@
 //
 // Shapes: gate, up [T, rows] f32; h_scale [T] f32, powers of two; h [T, padded rows] f16, zeros
 // where there is no column.
-// Grid: x over pairs of h, y over T; 256 threads, one pair each. Alignment: 4 bytes.
+// Grid: x over T, y over pairs of h; 256 threads, one pair each. Alignment: 4 bytes.
 // Bytes: 8 read and 2 written an element. Twin: `gated` in worker/cpu/plain.py. Launcher:
 // worker/gpu/matmul.py.
 #include "pdl.cuh"
@@ -14,14 +14,14 @@
 template <bool GELU>
 __global__ void gated_elements(const float* gate, const float* up, const float* h_scale, const Gate activation,
                                const int rows, unsigned int* h) {
-    const unsigned int pair = blockIdx.x * blockDim.x + threadIdx.x, pairs = padded(rows) / 2;
+    const unsigned int pair = blockIdx.y * blockDim.x + threadIdx.x, pairs = padded(rows) / 2;
     grid_dependency_wait();
     if (pair >= pairs) return;
     const int column = fragment_column(2 * pair);
-    const float inverse = __frcp_rn(h_scale[blockIdx.y]);
+    const float inverse = __frcp_rn(h_scale[blockIdx.x]);
     const auto element = [&](int c) {
-        const size_t at = (size_t)blockIdx.y * rows + c;
+        const size_t at = (size_t)blockIdx.x * rows + c;
         return c < rows ? gated<GELU>(gate[at], up[at], activation) * inverse : 0.f;
     };
-    h[(size_t)blockIdx.y * pairs + pair] = floats_to_half2(element(column), element(column + 1));
+    h[(size_t)blockIdx.x * pairs + pair] = floats_to_half2(element(column), element(column + 1));
 }

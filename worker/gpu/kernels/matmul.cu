@@ -2,8 +2,8 @@
 // registers once a tile.
 //
 // W is A and x is B of m16n8k16 MMAs. A warp computes 16·FRAGS_M rows × TILE_N tokens of y; with
-// GLU, half as many rows of a gate and the same rows of its `up`, gated in registers; the rows
-// whose places in h are adjacent (fragments.cuh). A block is
+// GLU, half as many rows of a gate and the same rows of its `up`, gated in registers: those that
+// are adjacent in h (fragments.cuh). A block is
 // WARPS_M warps side by side along the rows, SPLIT_K times along K; each works PASSES passes over
 // K. Of the SPLIT_K·PASSES splits, split s takes the steps s, s + SPLIT_K·PASSES, … of 128 columns
 // (sum of splits: split_k.cuh). Weights go from global memory to registers: a lane loads whole

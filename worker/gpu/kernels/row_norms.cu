@@ -1,4 +1,4 @@
-// At load: the greatest 2-norm of a matrix's rows, as products of prefill read them (f16), and the
+// Before the first prompt: the greatest 2-norm of a matrix's rows, as products of prefill read them (f16), and the
 // greatest |bias|. Both bound the results of a product: |W·n + b| ≤ ‖W‖·‖n‖ + |b|, row by row.
 //
 // Shapes: W [rows, cols] in planes, all experts' rows one after another, cols a multiple of 32;
@@ -10,8 +10,9 @@
 #include "warp.cuh"
 
 // *to = max(*to, value). The order of floats ≥ 0 is that of their bits; most values need no atomic.
+// Results of a row that is not finite are not finite whatever the bound.
 __device__ __forceinline__ void raise_to(float* to, float value) {
-    if (value > *(const volatile float*)to) atomicMax(reinterpret_cast<int*>(to), __float_as_int(value));
+    if (value <= 3.4e38f && value > *(const volatile float*)to) atomicMax(reinterpret_cast<int*>(to), __float_as_int(value));
 }
 
 template <class Block>

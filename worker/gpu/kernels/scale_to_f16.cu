@@ -111,7 +111,10 @@ __global__ void __launch_bounds__(kThreads)
         weighted = 0.f;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) weighted = __fadd_rn(weighted, weighted_sums[w]);
-        const float norm = fmaxf(__fmul_rn(__fsqrt_rn(weighted), factor), 0.f);  // 0 for a NaN
+        // Where squares leave the range of f32, the largest element gives a looser bound.
+        const bool exact = weighted > 1e-28f && weighted < 1e38f;
+        const float root = exact ? __fsqrt_rn(weighted) : __fmul_rn(__fsqrt_rn((float)cols), peak);
+        const float norm = fmaxf(__fmul_rn(root, factor), 0.f);  // 0 for a NaN
         const float gate = __fmaf_rn(glu_bounds[0], norm, glu_bounds[2]), up = __fmaf_rn(glu_bounds[1], norm, glu_bounds[3]);
         h_scale[row_of(threadIdx.x)] = power_of_two(exponent_of_scale(__fmul_rn(gate, up), 14));
     }
