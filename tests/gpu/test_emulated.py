@@ -38,7 +38,7 @@ CHOSEN = {
     "experts": "(decode_experts and MXFP4 and 3-5-3) or (ones_get_zeros and 23552) or (own_norm and 7-Q4_K) or gelu"
     " or (prefill_experts and MXFP4 and 300) or alone_and_together or route_chooses",
     "routing": "",
-    "runner": "(prefill_logits and qwen2]) or both_phases",
+    "runner": "(prefill_logits and qwen2]) or both_phases or (largest_tiles and phi3)",
     "slots": "padded or aborted or dropped or not_finite or ends_on or (may_grow and 3) or uploads",
     "drafts": "accepted_and or finite or (one_after and 17 and 96)",
     "sampler": "(draws or 8-320) and 320 or advances or forced or not_finite or stop_tokens or almost or its_mask",

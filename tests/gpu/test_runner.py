@@ -146,6 +146,25 @@ def test_a_prompt_in_the_runner_s_own_chunks_gives_equal_bits(name, load):
     np.testing.assert_array_equal(load(name, prefill_tokens=32).logits(prefill(PROMPT, table=table)), whole)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "llama", "phi3", "gpt-oss"])
+@pytest.mark.usefixtures("wgmma")
+def test_short_chunks_give_the_bits_of_a_prompt_in_the_largest_tiles(name, load, monkeypatch):
+    """Tiles of full-size models, with RoPE in the products of q, k and v where there is a kernel."""
+    from worker.gpu import matmul_wgmma
+
+    table = np.arange(10, dtype=np.int32)
+    short = load(name, prefill_tokens=32)
+    expected, cache = short.logits(prefill(PROMPT, table=table)), written(short, table)
+
+    launch_rope, launched = matmul_wgmma.launch_rope, []
+    monkeypatch.setattr(matmul_wgmma, "_tile", lambda kind, *_, gated: matmul_wgmma._tiles(kind)[0])
+    monkeypatch.setattr(matmul_wgmma, "launch_rope", lambda *args: launched.append(launch_rope(*args)))
+    long = load(name)
+    assert bool(launched) == (name == "phi3")  # the others have q, k and v of other types
+    np.testing.assert_array_equal(long.logits(prefill(PROMPT, table=table)), expected)
+    np.testing.assert_array_equal(written(long, table), cache)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chunk_after_a_longer_one_gives_the_bits_that_it_gives_alone(name, load):
     runner, table = load(name, prefill_tokens=256), np.arange(10, dtype=np.int32)
