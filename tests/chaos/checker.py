@@ -101,7 +101,9 @@ async def _dead_letters(streams: Streams, raw: Redis, queue: str, run_log: RunLo
         if job.queue == queue and await raw.hget(state_key(job.job_id), "error") == b"DEAD_LETTERED":
             jobs[job.job_id] = 1
     certain = Counter(g.payload for g in run_log.garbage if g.queue == queue and not g.maybe_lost)
-    possible = Counter({g.payload: g.entries for g in run_log.garbage if g.queue == queue})
+    possible: Counter[bytes] = Counter()  # short payloads may be alike
+    for garbage in run_log.garbage:
+        possible[garbage.payload] += garbage.entries * (garbage.queue == queue)
     wrong = [f"dead letter of {job_id}: {n} found" for job_id, n in found_jobs.items() if n != jobs[job_id]]
     wrong += [f"no dead letter of {job_id}" for job_id in jobs if job_id not in found_jobs]
     wrong += [f"dead letters of unknown payloads: {n}" for n in [(found_garbage - possible).total()] if n]

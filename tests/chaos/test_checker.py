@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.chaos.checker import barren_attempts, check_job
-from tests.chaos.run_log import Job, ReadPass, RunLog
+from tests.chaos.checker import _dead_letters, barren_attempts, check_job
+from tests.chaos.run_log import Garbage, Job, ReadPass, RunLog
 from tests.chaos.workload import Case
 from worker.errors import Cancelled, DeadLettered
 from worker.jobs.events import End, Envelope, ErrorEvent, Resumed, Started, Token, Tokens, encode_event
@@ -181,3 +181,13 @@ def test_a_reader_that_lacks_tokens_at_the_end_restarts_after_lost_writes_and_is
     one.problems.clear()
     assert reading.end(ended)
     assert (one.last, one.problems) == (ended, [])
+
+
+@pytest.mark.parametrize(("letters", "wrong"), [(2, []), (3, ["dead letters of unknown payloads: 1"])])
+async def test_unreadable_payloads_that_are_alike_have_a_dead_letter_each(letters, wrong):
+    class Letters:
+        async def range(self, *_):
+            return [("1-0", {"job_id": b"", "p": b"\xc1"})] * letters
+
+    run_log = RunLog(garbage=[Garbage("tiny", b"\xc1", entries=1) for _ in range(2)])
+    assert await _dead_letters(Letters(), None, "tiny", run_log) == wrong
