@@ -215,7 +215,7 @@ class Ops(Protocol):
     def norm_attention(
         self, x: Array, norm: RmsNorm, linears: tuple[Linear, Linear, Linear], spec: Attention, batch: Batch
     ) -> Array:
-        """`attention` of the projections q, k and v of one norm, which `norm_linear` returns."""
+        """`norm_linear` for q, k and v, then `attention` of them: y [T, H·D] f32."""
 
     def attention(self, q: Array, k: Array | None, v: Array | None, spec: Attention, batch: Batch) -> Array:
         """Rotate q [T, H·D] and k [T, Hk·D], write k and v to the cache, attend: y [T, H·D] f32.

@@ -35,7 +35,7 @@ struct TokenPlaces {
     int positions[TILE_N], blocks[TILE_N];
 };
 
-// Fill in `places` of `tokens`, by the threads that have filled in those.
+// Fill in the places of the tokens of `tile`. A warpgroup calls it with `read_tokens`.
 template <int TILE_N>
 __device__ __forceinline__ void read_places(const PrefillBatch& batch, const SlotTile& tile, TokenPlaces<TILE_N>& places) {
     for (int i = threadIdx.x % 128; i < TILE_N; i += 128) {

@@ -61,7 +61,8 @@ __device__ __forceinline__ void stage_sums(const Accumulator<1, WIDTH>& sums, in
     __syncwarp();
 }
 
-// A lane's staged sums, with scale and bias: of MATRICES matrices a quad of rows for every token.
+// A lane's staged sums, with scale and bias: for each token that it takes, a quad of rows of each of
+// MATRICES matrices, or of both elements of pairs.
 template <int MATRICES>
 struct LaneQuads {
     static constexpr int kMatrices = MATRICES, kQuads = 4 / MATRICES, kTokens = 32 / kQuads;  // of a warp at once

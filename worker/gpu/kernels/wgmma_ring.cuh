@@ -124,7 +124,7 @@ __device__ __forceinline__ void for_each_tile(const MatmulParams& p, const SlotT
     }
 }
 
-// The body of a kernel: the producer copies the panels of x of each tile, and the consumers call
+// The body of these kernels: the producer copies the panels of x of each tile, and the consumers call
 // `compute` with the ring, its position, the row tile and the tokens.
 template <int TILE_N, int STAGES, bool EXPERTS, class Compute>
 __device__ __forceinline__ void run(u8* shared, const MatmulParams& p, const TensorMap& x, const SlotTiles& tiles,
